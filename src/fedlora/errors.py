@@ -1,0 +1,27 @@
+"""What can go wrong: each error says what happened, what was expected, and how to mend it."""
+
+from __future__ import annotations
+
+
+class FedloraError(Exception):
+    """An error a user can mend; the command line prints its text alone and exits with 2."""
+
+
+class ConfigError(FedloraError):
+    """A configuration that cannot be read, or that asks for something that would run but lie."""
+
+
+class DataError(FedloraError):
+    """Data that is missing, empty, or not of the stated form."""
+
+
+class WireError(FedloraError):
+    """Bytes that are not a message of the expected template."""
+
+
+class TrainingError(FedloraError):
+    """Training that went wrong silently: NaN, an adapter that did not move, every label masked."""
+
+
+class CheckpointError(FedloraError):
+    """A checkpoint that is damaged, or that belongs to another configuration."""

@@ -1,0 +1,88 @@
+"""Arithmetic on ``Tree = dict[str, Tensor]``: what is trained, flat and named, in float32 on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+def zeros_like(tree: Mapping[str, Tensor]) -> Tree:
+    """A tree of zeros with the names and shapes of ``tree``."""
+    return {name: torch.zeros_like(value) for name, value in tree.items()}
+
+
+def clone(tree: Mapping[str, Tensor]) -> Tree:
+    """A copy that shares no memory with ``tree``."""
+    return {name: value.detach().clone() for name, value in tree.items()}
+
+
+def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], scale: float = 1.0) -> Tree:
+    """``left + scale * right``, name by name, in ``left``'s order."""
+    return _zip(left, torch._foreach_add(list(left.values()), _align(left, right), alpha=scale))
+
+
+def subtract(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tree:
+    """``left - right``, name by name, in ``left``'s order."""
+    return _zip(left, torch._foreach_sub(list(left.values()), _align(left, right)))
+
+
+def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:
+    """``factor * tree``."""
+    return _zip(tree, torch._foreach_mul(list(tree.values()), factor)) if tree else {}
+
+
+def add_(left: Tree, right: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """``left += scale * right`` in place."""
+    if left:
+        torch._foreach_add_(list(left.values()), _align(left, right), alpha=scale)
+
+
+def num_entries(tree: Mapping[str, Tensor]) -> int:
+    """How many numbers the tree holds."""
+    return sum(value.numel() for value in tree.values())
+
+
+def num_nonzero(tree: Mapping[str, Tensor]) -> int:
+    """How many of them are not zero."""
+    return sum(int(torch.count_nonzero(value)) for value in tree.values())
+
+
+def norm(tree: Mapping[str, Tensor]) -> float:
+    """Euclidean norm of all entries together, summed in float64."""
+    return math.sqrt(sum(float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in tree.values()))
+
+
+def is_finite(tree: Mapping[str, Tensor]) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return all(bool(torch.isfinite(value).all()) for value in tree.values())
+
+
+def flatten(tree: Mapping[str, Tensor]) -> Tensor:
+    """All entries as one vector, in the tree's order."""
+    return torch.cat([value.reshape(-1) for value in tree.values()]) if tree else torch.zeros(0)
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
+    """The inverse of ``flatten``: views of ``vector`` with ``like``'s names and shapes."""
+    parts = torch.split(vector, [value.numel() for value in like.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
+
+
+def select(tree: Mapping[str, Tensor], groups: Mapping[str, str], group: str) -> Tree:
+    """The entries of ``tree`` whose group (``adapter``, ``head``) is ``group``."""
+    return {name: value for name, value in tree.items() if groups[name] == group}
+
+
+def _align(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> list[Tensor]:
+    if left.keys() != right.keys():
+        raise KeyError(f"trees differ in names: {sorted(left.keys() ^ right.keys())[:4]}")
+    return [right[name] for name in left]
+
+
+def _zip(like: Mapping[str, Tensor], values: list[Tensor] | tuple[Tensor, ...]) -> Tree:
+    return dict(zip(like, values, strict=True))
