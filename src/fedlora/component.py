@@ -1,13 +1,8 @@
-"""The one decorator behind every configurable thing: a frozen, keyword-only, validated dataclass."""
+"""What every configurable thing shares: ``@dataclass(frozen=True, kw_only=True, config=STRICT)`` of pydantic."""
 
 from __future__ import annotations
 
-import functools
-
 from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
 
-component = functools.partial(
-    dataclass, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False)
-)
-"""Frozen, so that a value can be hashed, compared and saved; unknown fields are errors; wrong values are refused."""
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+"""Unknown fields are errors and wrong values are refused, from TOML and from Python alike."""

@@ -1,0 +1,219 @@
+"""The client's half of a round; the only code that a device runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedlora import tree
+from fedlora.errors import TrainingError
+from fedlora.local import Local
+from fedlora.recipe import Recipe
+from fedlora.state import ClientState, generator, named_seed
+from fedlora.tasks.base import Rows
+from fedlora.transport import wire
+from fedlora.transport.precision import Float32, Precision
+from fedlora.tree import Tree
+from fedlora.tuning.lora import lora_layers
+from fedlora.workspace import Workspace
+
+REPORT = ("examples", "steps", "loss")
+
+
+class Job(NamedTuple):
+    """One client's turn, as a value: the same job gives the same reply in any process.
+
+    Args:
+        recipe: what to do.
+        client: whose turn it is.
+        phase: number of the phase.
+        round: rounds finished in this phase.
+        progress: rounds finished in the whole run, and rounds in the whole run, for the learning rate.
+        seed: where this turn's draws start.
+        payload: the parameters of this round.
+        setup: the announcement of the phase; None if the client remembers it.
+        memory: what the client remembers.
+    """
+
+    recipe: Recipe
+    client: int
+    phase: int
+    round: int
+    progress: tuple[int, int]
+    seed: int
+    payload: bytes
+    setup: bytes | None
+    memory: ClientState
+
+
+class Reply(NamedTuple):
+    """A client's answer: the packet that travels, what stays with the client, and how long it worked."""
+
+    packet: wire.Packet
+    memory: ClientState
+    seconds: float
+
+
+class Trained(NamedTuple):
+    """What local training reports: mean loss per step, optimiser steps, examples seen, the optimiser's state."""
+
+    loss: float
+    steps: int
+    examples: int
+    optimizer: Tree
+
+
+def split_groups(params: Tree, groups: Mapping[str, str]) -> dict[str, Tree]:
+    """``params`` as the parts of a message, ``adapter`` and ``head``; a group without names is no part."""
+    return {
+        group: tree.select(params, groups, group) for group in ("adapter", "head") if group in set(groups.values())
+    }
+
+
+def join_groups(parts: Mapping[str, Tree], groups: Mapping[str, str]) -> Tree:
+    """The inverse of ``split_groups``, in the order of ``groups``."""
+    return {name: parts[group][name] for name, group in groups.items()}
+
+
+def precisions(parts: Mapping[str, Tree], precision: Precision) -> dict[str, Precision]:
+    """The number format of each part: the link's for parameters, float32 for everything else."""
+    return {part: precision if part in ("adapter", "head") else Float32() for part in parts}
+
+
+def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
+    """Takes a client's turn: decode, train, sparsify, clip, round, encode.
+
+    Args:
+        job: what to do.
+        workspace: the resident model.
+        rows: the client's training examples.
+
+    Returns:
+        The reply; the trained model stays in ``workspace`` until the next job overwrites it.
+
+    Raises:
+        WireError: the payload is not what the recipe expects.
+        TrainingError: the loss or the update is not finite, or the adapter did not move.
+    """
+    clock = time.perf_counter()
+    recipe = job.recipe
+    workspace.settle(job.phase, recipe, job.setup)
+    installed, groups = workspace.installed, workspace.installed.groups
+    like = {name: value.detach() for name, value in installed.parameters.items()}
+    start = join_groups(wire.unpack(job.payload, split_groups(like, groups)), groups)
+    if recipe.down.reference == "init":
+        start = tree.add(workspace.init, start)
+    installed.load(start)
+    trained = train(workspace, rows, job, start)
+    delta = tree.subtract(installed.read(), start)
+    if trained.steps:
+        _check_moved(job.client, trained, delta, groups)
+    delta = recipe.up.sparsify(delta, groups, job.round, generator(named_seed(job.seed, "up")))
+    delta = recipe.up.precision.round(recipe.privacy.clip(delta))
+    figures = (float(trained.examples), float(trained.steps), trained.loss)
+    report = {name: torch.tensor(value) for name, value in zip(REPORT, figures, strict=True)}
+    parts = split_groups(delta, groups) | {"report": report}
+    packet = wire.pack(parts, precisions(parts, recipe.up.precision))
+    memory = ClientState(has_setup=recipe.memory == "init", optimizer=trained.optimizer)
+    return Reply(packet, memory, time.perf_counter() - clock)
+
+
+def train(workspace: Workspace, rows: Rows, job: Job, start: Tree) -> Trained:
+    """Local training of the parameters that are in the model now.
+
+    Args:
+        workspace: the resident model.
+        rows: the client's training examples.
+        job: its settings, seed and memory.
+        start: where the client started, for the proximal term.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    local, task, device = job.recipe.local, workspace.task, workspace.device
+    batches = _batches(rows, local, generator(named_seed(job.seed, "shuffle")))
+    if not batches:
+        return Trained(0.0, 0, 0, {})
+    model, parameters = workspace.model, workspace.installed.parameters
+    # adapters have dropout of their own, whatever the pre-trained model's is told
+    model.train(local.dropout)
+    for layer in lora_layers(model).values():
+        layer.train()
+    values = list(parameters.values())
+    anchors = [start[name].to(device) for name in parameters] if local.proximal else []
+    optimizer = local.optimizer.build(values, local.schedule.factor(*job.progress))
+    if local.keep_optimizer:
+        _restore(optimizer, parameters, job.memory.optimizer)
+    losses = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(named_seed(job.seed, "dropout"))
+        for chosen in batches:
+            with workspace.autocast(local.compute):
+                loss = task.loss(model, task.batch(chosen, device))
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            _adjust(values, anchors, local)
+            optimizer.step()
+            optimizer.zero_grad()
+            workspace.installed.refresh()
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise TrainingError(
+            f"client {job.client} got a loss of {mean} in round {sum(job.progress[:1]) + 1}; the learning rate is the "
+            "usual reason: lower local.optimizer.lr, or set local.clip_norm"
+        )
+    kept = _state_of(optimizer, parameters) if local.keep_optimizer else {}
+    return Trained(mean, len(batches), sum(len(chosen) for chosen in batches), kept)
+
+
+def _batches(rows: Rows, local: Local, shuffle: torch.Generator) -> list[Rows]:
+    batches: list[Rows] = []
+    for _ in range(local.epochs if local.max_steps != 0 else 0):
+        order = torch.randperm(len(rows), generator=shuffle).numpy() if local.shuffle else range(len(rows))
+        shuffled = rows[order] if local.shuffle else rows
+        batches += [shuffled[first : first + local.batch_size] for first in range(0, len(rows), local.batch_size)]
+    return batches[: local.max_steps]
+
+
+def _adjust(values: list[torch.nn.Parameter], anchors: list[Tensor], local: Local) -> None:
+    with torch.no_grad():
+        for value, anchor in zip(values, anchors, strict=False):
+            if value.grad is not None:
+                value.grad.add_(value - anchor, alpha=local.proximal)
+    if local.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(values, local.clip_norm)
+
+
+def _check_moved(client: int, trained: Trained, delta: Tree, groups: Mapping[str, str]) -> None:
+    if not tree.is_finite(delta):
+        raise TrainingError(
+            f"client {client} trained to values that are not finite; lower local.optimizer.lr, or set local.clip_norm"
+        )
+    for group in set(groups.values()):
+        if not any(bool(value.any()) for value in tree.select(delta, groups, group).values()):
+            raise TrainingError(
+                f"client {client} took {trained.steps} steps and its {group} did not move; nothing would be learnt: "
+                "check the targets, the learning rate and the number of labelled examples"
+            )
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> Tree:
+    return {
+        f"{name}/{slot}": value.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], kept: Tree) -> None:
+    for key, value in kept.items():
+        name, slot = key.rsplit("/", 1)
+        place = parameters[name]
+        # step counters live on the CPU, moments with their parameter
+        optimizer.state[place][slot] = value.clone() if value.dim() == 0 else value.to(place.device, copy=True)

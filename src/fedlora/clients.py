@@ -1,0 +1,349 @@
+"""Who takes part: the population that a partition makes of a data set, and the cohort of a round."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedlora.component import STRICT
+from fedlora.errors import ConfigError, DataError
+from fedlora.partitions import (
+    PARTITIONS,
+    AnyPartition,
+    Deal,
+    Dirichlet,
+    Iid,
+    Natural,
+    Partition,
+    Pooled,
+    Rows,
+    Shards,
+    numbered,
+)
+
+__all__ = [
+    "PARTITIONS",
+    "AnyPartition",
+    "Clients",
+    "Deal",
+    "Dirichlet",
+    "Division",
+    "Iid",
+    "Natural",
+    "Partition",
+    "Partitioner",
+    "Pooled",
+    "Population",
+    "Rows",
+    "Shards",
+    "Summary",
+    "Table",
+    "build_population",
+    "draw_cohort",
+    "from_partitioner",
+    "summarise",
+]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Clients:
+    """The clients of an experiment: how rows are dealt to them and how many take part in a round.
+
+    Args:
+        partition: how rows are dealt.
+        num: number of clients (``Pooled`` makes one, ``Natural`` as many as the data have).
+        per_round: clients drawn for a round.
+        test_clients: share of the natural clients, in [0, 1), held out whole as the test set; ``Natural`` only.
+        allow_empty: leave clients without rows out of the population and count them, instead of raising.
+
+    Raises:
+        ConfigError: if ``test_clients`` is set without ``Natural``, or ``per_round`` exceeds the number of clients.
+    """
+
+    partition: AnyPartition = Dirichlet(alpha=0.1)
+    num: Annotated[int, Field(ge=1)] = 100
+    per_round: Annotated[int, Field(ge=1)] = 10
+    test_clients: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    allow_empty: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.partition, Natural):
+            return
+        if self.test_clients:
+            raise ConfigError(
+                f"clients.test_clients = {self.test_clients:g} holds whole users out for testing, which needs a "
+                f"natural partition, not '{self.partition.kind}': set it to 0 or use kind = \"natural\""
+            )
+        _check_per_round(self.per_round, 1 if isinstance(self.partition, Pooled) else self.num)
+
+    def column(self) -> str | None:
+        """The name of the data set's column that the partition reads, or None."""
+        return self.partition.column if isinstance(self.partition, Natural) else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Population:
+    """All clients, flat in memory: client i holds ``rows[offsets[i]:offsets[i + 1]]``.
+
+    Args:
+        names: the clients' names.
+        rows: (dealt,) int64, the row numbers of all clients one after the other.
+        offsets: (clients + 1,) int64.
+        dropped: rows of the data set that no client holds (and that are not test rows).
+        empty: clients left out because they had no rows.
+    """
+
+    names: tuple[str, ...]
+    rows: Rows
+    offsets: Rows
+    dropped: int = 0
+    empty: int = 0
+
+    def __len__(self) -> int:
+        """How many clients there are."""
+        return len(self.names)
+
+    def rows_of(self, client: int) -> Rows:
+        """The row numbers of one client, (rows,) int64, a read-only view."""
+        return self.rows[self.offsets[client] : self.offsets[client + 1]]
+
+    def sizes(self) -> Rows:
+        """The number of rows of each client, (clients,) int64."""
+        return np.diff(self.offsets)
+
+
+class Division(NamedTuple):
+    """A population, and the rows of the users held out for testing ((rows,) int64, ascending) or None."""
+
+    population: Population
+    test_rows: Rows | None
+
+
+def build_population(
+    clients: Clients, labels: NDArray[Any] | Sequence[int], column: NDArray[Any] | Sequence[Any] | None, seed: int
+) -> Division:
+    """Deal a data set to clients.
+
+    Args:
+        clients: the partition and its numbers.
+        labels: (rows,) class numbers, integer; any zeros where there are no classes and the partition reads none.
+        column: (rows,) values of ``clients.column()``, or None.
+        seed: the same seed deals the same rows.
+
+    Returns:
+        The population, and the rows of held-out test users where ``clients.test_clients`` is set.
+
+    Raises:
+        DataError: if there are no rows, fewer rows than clients, clients without rows, too few classes for a label
+            skew, labels that are no class numbers, or if the lengths differ.
+    """
+    labels = np.asarray(labels)
+    names = None if column is None else np.asarray(column)
+    _check(clients, labels, names)
+    rng = np.random.default_rng(seed)
+    deal = clients.partition.split(labels, names, clients.num, rng)
+    if not clients.test_clients:
+        return Division(_assemble(deal, len(labels), clients.allow_empty), None)
+    num = len(deal.groups)
+    if num < 2:
+        raise DataError(
+            f"there are {num} natural clients, but holding some out for testing needs 2 or more: set test_clients = 0"
+        )
+    num_test = min(max(round(clients.test_clients * num), 1), num - 1)
+    held_out = set(rng.permutation(num)[:num_test].tolist())
+    test_rows = np.sort(np.concatenate([deal.groups[index] for index in sorted(held_out)]))
+    kept = [index for index in range(num) if index not in held_out]
+    train = Deal([deal.groups[index] for index in kept], [deal.names[index] for index in kept])
+    return Division(_assemble(train, len(labels) - len(test_rows), clients.allow_empty), test_rows)
+
+
+def draw_cohort(population: Population, per_round: int, seed: int) -> tuple[int, ...]:
+    """Draw a round's clients uniformly without replacement.
+
+    Args:
+        population: whom to draw from.
+        per_round: how many.
+        seed: the same seed draws the same clients in the same order.
+
+    Returns:
+        Client numbers in the order they were drawn.
+
+    Raises:
+        ConfigError: if there are fewer clients than ``per_round``.
+    """
+    _check_per_round(per_round, len(population))
+    drawn = np.random.default_rng(seed).choice(len(population), size=per_round, replace=False)
+    return tuple(int(client) for client in drawn)
+
+
+class Partitioner(Protocol):
+    """What is asked of a foreign partitioner, the protocol of Flower Datasets' ``Partitioner``."""
+
+    dataset: Any
+    """Set once, to the data set with a column of row numbers added."""
+
+    @property
+    def num_partitions(self) -> int:
+        """How many clients it makes."""
+
+    def load_partition(self, partition_id: int) -> Any:
+        """The rows of one client, as a data set."""
+
+
+class Table(Protocol):
+    """What is asked of the data set given to a foreign partitioner; ``datasets.Dataset`` has it."""
+
+    def __len__(self) -> int:
+        """How many rows."""
+
+    def add_column(self, name: str, column: Any) -> Any:
+        """A copy with one more column."""
+
+
+ROW_COLUMN = "fedlora_row"
+"""The column of row numbers by which ``from_partitioner`` recognises rows."""
+
+
+def from_partitioner(partitioner: Partitioner, dataset: Table, allow_empty: bool = False) -> Population:
+    """The population that a foreign partitioner makes of a data set.
+
+    Args:
+        partitioner: an object as Flower Datasets defines it, with its data set not yet set.
+        dataset: the data set to deal.
+        allow_empty: leave clients without rows out and count them, instead of raising.
+
+    Returns:
+        Clients named by their partition number.
+
+    Raises:
+        DataError: if the partitioner already has a data set, deals a row twice, or makes an empty client.
+    """
+    with_rows = dataset.add_column(ROW_COLUMN, np.arange(len(dataset), dtype=np.int64))
+    try:
+        partitioner.dataset = with_rows
+    except ValueError as error:
+        raise DataError(f"the partitioner refused the data set ({error}): pass a partitioner without one") from error
+    loaded: Iterable[Any] = (partitioner.load_partition(index) for index in range(partitioner.num_partitions))
+    groups = [np.array(list(part[ROW_COLUMN]), dtype=np.int64) for part in loaded]
+    population = _assemble(numbered(groups), len(dataset), allow_empty)
+    repeated = len(population.rows) - len(np.unique(population.rows))
+    if repeated:
+        raise DataError(
+            f"the partitioner dealt {repeated} rows more than once, but a row belongs to one client: use another one"
+        )
+    return population
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How large and how skewed the clients of a population are.
+
+    Args:
+        num_clients: clients with rows.
+        num_examples: rows they hold together.
+        min_size: rows of the smallest client.
+        median_size: median rows of a client.
+        max_size: rows of the largest client.
+        top_class_share: median over clients of the share of the client's most frequent class, in [0, 1].
+        effective_classes: median over clients of exp(entropy of the client's classes), from 1 to ``num_classes``.
+        num_single_class: clients that see one class only.
+        num_empty: clients without rows.
+        dropped: rows that nobody holds.
+    """
+
+    num_clients: int
+    num_examples: int
+    min_size: int
+    median_size: float
+    max_size: int
+    top_class_share: float
+    effective_classes: float
+    num_single_class: int
+    num_empty: int
+    dropped: int
+
+    def as_dict(self) -> dict[str, int | float]:
+        """The figures by name."""
+        return dataclasses.asdict(self)
+
+
+def summarise(population: Population, labels: NDArray[Any] | Sequence[int], num_classes: int) -> Summary:
+    """Size and skew of a population's clients.
+
+    Args:
+        population: the clients.
+        labels: (rows,) class numbers of the whole data set, in [0, num_classes).
+        num_classes: number of classes.
+
+    Returns:
+        The figures; clients without rows count in ``num_empty`` alone.
+    """
+    sizes = population.sizes()
+    owner = np.repeat(np.arange(len(population)), sizes)
+    cells = owner * num_classes + np.asarray(labels)[population.rows]
+    counts = np.bincount(cells, minlength=len(population) * num_classes).reshape(-1, num_classes)[sizes > 0]
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(axis=1)
+    filled = sizes[sizes > 0]
+    return Summary(
+        num_clients=len(filled),
+        num_examples=int(filled.sum()),
+        min_size=int(filled.min()),
+        median_size=float(np.median(filled)),
+        max_size=int(filled.max()),
+        top_class_share=float(np.median(shares.max(axis=1))),
+        effective_classes=float(np.median(np.exp(entropy))),
+        num_single_class=int(((counts > 0).sum(axis=1) == 1).sum()),
+        num_empty=population.empty + int((sizes == 0).sum()),
+        dropped=population.dropped,
+    )
+
+
+def _check(clients: Clients, labels: NDArray[Any], column: NDArray[Any] | None) -> None:
+    if labels.ndim != 1 or not len(labels):
+        raise DataError(f"labels of shape {labels.shape} were given, but one per row of a non-empty data set is needed")
+    if column is not None and len(column) != len(labels):
+        raise DataError(f"the client column has {len(column)} rows and the labels {len(labels)}: they must agree")
+    partition = clients.partition
+    if not isinstance(partition, Natural | Pooled) and clients.num > len(labels):
+        raise DataError(
+            f"{clients.num} clients were asked for, but there are only {len(labels)} rows: use fewer clients"
+        )
+    if not isinstance(partition, Dirichlet | Shards):
+        return
+    if not np.issubdtype(labels.dtype, np.integer) or int(labels.min()) < 0:
+        raise DataError(f"the '{partition.kind}' partition needs class numbers from 0 for labels: use kind = \"iid\"")
+    if int(labels.min()) == int(labels.max()):
+        raise DataError(
+            f"all {len(labels)} rows have class {int(labels[0])}, but the '{partition.kind}' partition skews classes "
+            'and needs two or more: use kind = "iid"'
+        )
+
+
+def _check_per_round(per_round: int, num: int) -> None:
+    if per_round > num:
+        raise ConfigError(
+            f"clients.per_round = {per_round} exceeds the {num} client{'s' * (num != 1)} there are: set it to {num} "
+            "or less"
+        )
+
+
+def _assemble(deal: Deal, total: int, allow_empty: bool) -> Population:
+    kept = [index for index, group in enumerate(deal.groups) if len(group)]
+    empty = len(deal.groups) - len(kept)
+    if (empty and not allow_empty) or not kept:
+        raise DataError(
+            f"{empty} of {len(deal.groups)} clients got no rows, but each needs one at least: use fewer clients or a "
+            "larger alpha, or set clients.allow_empty = true to leave them out"
+        )
+    groups = [deal.groups[index] for index in kept]
+    rows = np.concatenate(groups).astype(np.int64)
+    offsets = np.cumsum([0, *map(len, groups)], dtype=np.int64)
+    rows.flags.writeable = offsets.flags.writeable = False
+    return Population(tuple(deal.names[index] for index in kept), rows, offsets, total - len(rows), empty)

@@ -1,0 +1,28 @@
+"""One client after another, in this process, on one resident model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fedlora.client import Job, Reply, run_job
+from fedlora.clients import Population
+from fedlora.engines.base import Engine
+from fedlora.workspace import Workspace
+
+
+class Serial(Engine):
+    """Runs every job with the process's own model; bytes are made and read all the same.
+
+    Args:
+        workspace: the resident model.
+        population: who holds which examples.
+    """
+
+    def __init__(self, workspace: Workspace, population: Population) -> None:
+        self.workspace = workspace
+        self.population = population
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
+        """See ``Engine.run``."""
+        for job in jobs:
+            yield run_job(job, self.workspace, self.population.rows_of(job.client))

@@ -1,0 +1,141 @@
+"""What a client does with its turn: optimiser, schedule, number of passes, number format."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedlora.component import STRICT
+
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ClientOptimizer(ABC):
+    """Builds the optimiser of one client's turn."""
+
+    @abstractmethod
+    def build(self, parameters: list[torch.nn.Parameter], factor: float) -> torch.optim.Optimizer:
+        """A fresh ``torch`` optimiser over ``parameters`` whose learning rate is multiplied by ``factor``."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sgd(ClientOptimizer):
+    """``torch.optim.SGD``: ``m = momentum * m + g;  x = x - lr * m``.
+
+    Args:
+        lr: learning rate.
+        momentum: 0.9 as in FLASC's code.
+        weight_decay: added to the gradient as ``weight_decay * x``.
+    """
+
+    kind: Literal["sgd"] = "sgd"
+    lr: Rate = 0.1
+    momentum: Decay = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    def build(self, parameters: list[torch.nn.Parameter], factor: float) -> torch.optim.Optimizer:
+        """See ``ClientOptimizer.build``."""
+        return torch.optim.SGD(
+            parameters,
+            lr=self.lr * factor,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            foreach=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdamW(ClientOptimizer):
+    """``torch.optim.AdamW`` (arXiv 1711.05101, Alg. 2).
+
+    Args:
+        lr: learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: zero by default, because under an SVD start decay would pull pre-trained knowledge to zero.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Rate = 1e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Rate = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    def build(self, parameters: list[torch.nn.Parameter], factor: float) -> torch.optim.Optimizer:
+        """See ``ClientOptimizer.build``."""
+        return torch.optim.AdamW(
+            parameters,
+            lr=self.lr * factor,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            foreach=True,
+        )
+
+
+CLIENT_OPTIMIZERS: dict[str, type[ClientOptimizer]] = {"sgd": Sgd, "adamw": AdamW}
+AnyClientOptimizer = Annotated[Sgd | AdamW, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Schedule:
+    """The learning rate's factor over the *whole run*: it never starts again with a round.
+
+    Args:
+        shape: ``constant``; ``linear`` to zero; ``cosine`` to zero.
+        warmup: share of the run's rounds in which the factor rises from zero.
+    """
+
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def factor(self, round: int, rounds: int) -> float:
+        """The factor of round ``round`` (from 0) of ``rounds``; above zero in every round."""
+        warm = self.warmup * rounds
+        if round < warm:
+            return (round + 1) / (warm + 1)
+        progress = (round - warm) / max(1.0, rounds - warm)
+        if self.shape == "linear":
+            return 1.0 - progress
+        if self.shape == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Local:
+    """A client's turn.
+
+    Args:
+        optimizer: the client's optimiser; its state starts anew in each round unless ``keep_optimizer``.
+        schedule: the learning rate over the run.
+        epochs: passes over the client's examples.
+        max_steps: at most so many optimiser steps in a turn; 0 trains nothing and answers with zeros.
+        shuffle: whether each pass takes the examples in a new order.
+        batch_size: examples in a step; the last batch of a pass may be smaller and is kept.
+        clip_norm: largest Euclidean norm of a step's gradient.
+        proximal: FedProx's mu (arXiv 1812.06127, Eq. 2): adds ``mu / 2 ||x - x_start||^2`` to the loss.
+        dropout: whether the pre-trained model's own dropout is on; FLASC's code has it off by an oversight.
+        compute: ``bf16`` keeps frozen weights in bfloat16 and what is trained in float32.
+        keep_optimizer: the client remembers its optimiser's state between rounds (centralised training needs it).
+    """
+
+    optimizer: AnyClientOptimizer = AdamW()
+    schedule: Schedule = Schedule()
+    epochs: Annotated[int, Field(ge=1)] = 1
+    max_steps: Annotated[int, Field(ge=0)] | None = None
+    shuffle: bool = True
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    clip_norm: Rate | None = None
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    dropout: bool = True
+    compute: Literal["fp32", "bf16"] = "fp32"
+    keep_optimizer: bool = False

@@ -1,0 +1,272 @@
+"""Methods from the papers, as values: each function returns the phases of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedlora.aggregate import AnyAggregator, Mean
+from fedlora.errors import ConfigError
+from fedlora.local import Local
+from fedlora.privacy import AnyPrivacy, NoPrivacy
+from fedlora.recipe import Phase, Recipe
+from fedlora.server_optim import AdamW as ServerAdamW
+from fedlora.server_optim import AnyServerOptimizer
+from fedlora.server_optim import Sgd as ServerSgd
+from fedlora.transport import AnyPrecision, Dense, Float32, Link, TopK
+from fedlora.tuning import AnyTuning, Full, LoRA, SparseMask, SvdOfDelta, SvdOfWeight
+
+Phases = tuple[Phase, ...]
+Rounds = Annotated[int, Field(ge=1)]
+Rank = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Memory = Literal["none", "init"]
+
+
+def fedavg(
+    *,
+    rounds: Rounds = 40,
+    tuning: AnyTuning = LoRA(),
+    down: Link = Link(),
+    up: Link = Link(),
+    aggregator: AnyAggregator = Mean(),
+    server: AnyServerOptimizer = ServerSgd(),
+    privacy: AnyPrivacy = NoPrivacy(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """Federated averaging (arXiv 1602.05629, Alg. 1) of whatever ``tuning`` trains; over LoRA it is FedIT.
+
+    FedProx is ``local.proximal > 0``; FedAdam, FedYogi and FedAdagrad are values of ``server``.
+    """
+    recipe = Recipe(
+        tuning=tuning,
+        down=down,
+        up=up,
+        aggregator=aggregator,
+        server=server,
+        privacy=privacy,
+        local=local,
+        memory=memory,
+    )
+    return (Phase(recipe=recipe, rounds=rounds),)
+
+
+def dense_lora(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    local: Local = Local(),
+) -> Phases:
+    """LoRA (arXiv 2106.09685) under federated averaging, every value sent: what the papers compare with."""
+    return fedavg(
+        rounds=rounds,
+        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
+        down=Link(precision=precision),
+        up=Link(precision=precision),
+        server=server,
+        local=local,
+    )
+
+
+def full(*, rounds: Rounds = 40, server: AnyServerOptimizer = ServerSgd(), local: Local = Local()) -> Phases:
+    """Full fine-tuning under federated averaging (FFT): the ceiling in accuracy and in bytes."""
+    return fedavg(rounds=rounds, tuning=Full(), server=server, local=local)
+
+
+def flasc(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    init: Literal["kaiming", "svd_of_weight"] = "kaiming",
+    down: Share = 0.25,
+    up: Share = 0.25,
+    decay: Share = 1.0,
+    decay_every: Annotated[int, Field(ge=1)] = 1,
+    scope: Literal["global", "tensor"] = "global",
+    head: Literal["included", "dense"] = "included",
+    reference: Literal["zero", "init"] = "zero",
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerAdamW(lr=5e-3),
+    privacy: AnyPrivacy = NoPrivacy(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """FLASC (arXiv 2406.05233, Alg. 1): dense local LoRA, only what is sent is sparse, down and up separately.
+
+    Down, the largest ``int(P * down)`` of all ``P`` trained entries by magnitude, head included; masked entries are zero
+    on the client. Up, the largest ``int(P * up)`` entries of each client's change. The defaults are the official
+    code's; ``head="dense"``, ``scope="tensor"`` and ``reference="init"`` mend what ``docs/methods.md`` tells of.
+    """
+    tuning = LoRA(
+        rank=rank,
+        alpha=alpha,
+        targets=targets,
+        dropout=dropout,
+        init=SvdOfWeight() if init == "svd_of_weight" else LoRA().init,
+    )
+
+    def link(density: float, reference: Literal["zero", "init"]) -> Link:
+        # the official code skips the top-k where the density is one
+        thin = TopK(density=density, scope=scope, head=head, decay=decay, decay_every=decay_every)
+        return Link(sparsify=thin if density < 1 or decay < 1 else Dense(), precision=precision, reference=reference)
+
+    return fedavg(
+        rounds=rounds,
+        tuning=tuning,
+        down=link(down, reference),
+        up=link(up, "zero"),
+        server=server,
+        privacy=privacy,
+        local=local,
+        memory=memory,
+    )
+
+
+def federa(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    split: Literal["symmetric", "left"] = "symmetric",
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """FeDeRA (arXiv 2404.18848, Sec. 3): LoRA starts at the SVD of the pre-trained weights, the residual is frozen.
+
+    The server makes the SVD once and announces the factors; every client derives the residual from what it received.
+    """
+    return fedavg(
+        rounds=rounds,
+        tuning=LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfWeight(split=split)),
+        down=Link(precision=precision),
+        up=Link(precision=precision),
+        server=server,
+        local=local,
+        memory=memory,
+    )
+
+
+def slora(
+    *,
+    rounds: Rounds = 40,
+    warm_rounds: Rounds = 10,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    density: Share = 0.01,
+    mask_targets: str | tuple[str, ...] = "all-linear",
+    biases: bool = False,
+    split: Literal["symmetric", "left"] = "symmetric",
+    fold: Literal["none", "biases", "rest"] | None = None,
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    warm_local: Local = Local(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """SLoRA (arXiv 2308.06522, Sec. 3): train a random sparse mask, then LoRA from the SVD of what was learnt.
+
+    ``rounds`` counts both phases. At the hand-over the base is reset to the pre-trained weights, the head is carried, and
+    ``fold`` says what else is (biases if they were trained; ``rest`` keeps everything the truncation would lose).
+
+    Raises:
+        ConfigError: the first phase would leave no round for the second.
+    """
+    return _two_phases(
+        SparseMask(density=density, targets=mask_targets, biases=biases),
+        LoRA(
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            init=SvdOfDelta(split=split, fold=fold or ("biases" if biases else "none")),
+        ),
+        rounds,
+        warm_rounds,
+        precision,
+        server,
+        warm_local,
+        local,
+        memory,
+    )
+
+
+def primed_lora(
+    *,
+    rounds: Rounds = 40,
+    warm_rounds: Rounds = 10,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    split: Literal["symmetric", "left"] = "symmetric",
+    fold: Literal["none", "biases", "rest"] = "none",
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    warm_local: Local = Local(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """Primed-LoRA, SLoRA's ablation: the first phase is full fine-tuning instead of a sparse mask.
+
+    Raises:
+        ConfigError: the first phase would leave no round for the second.
+    """
+    return _two_phases(
+        Full(),
+        LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfDelta(split=split, fold=fold)),
+        rounds,
+        warm_rounds,
+        precision,
+        server,
+        warm_local,
+        local,
+        memory,
+    )
+
+
+def _two_phases(
+    first: AnyTuning,
+    second: AnyTuning,
+    rounds: int,
+    warm_rounds: int,
+    precision: AnyPrecision,
+    server: AnyServerOptimizer,
+    warm_local: Local,
+    local: Local,
+    memory: Memory,
+) -> Phases:
+    if warm_rounds >= rounds:
+        raise ConfigError(
+            f"warm_rounds = {warm_rounds} leaves no round for LoRA out of rounds = {rounds}; make it smaller than that"
+        )
+    link = Link(precision=precision)
+    warm = fedavg(
+        rounds=warm_rounds, tuning=first, down=link, up=link, server=server, local=warm_local, memory=memory
+    )
+    return warm + fedavg(
+        rounds=rounds - warm_rounds, tuning=second, down=link, up=link, server=server, local=local, memory=memory
+    )
+
+
+METHODS: dict[str, Callable[..., Phases]] = {
+    "fedavg": fedavg,
+    "lora": dense_lora,
+    "full": full,
+    "flasc": flasc,
+    "federa": federa,
+    "slora": slora,
+    "primed_lora": primed_lora,
+}
+"""What ``[method] kind = ...`` names in a configuration."""

@@ -1,0 +1,228 @@
+"""The server's half of a round: read this first, ``client.py`` next.
+
+params -> down: sparsify -> round -> pack -> BYTES -> (client) -> BYTES -> unpack -> aggregate -> noise -> server step
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+from fedlora import tree
+from fedlora.client import REPORT, Job, Reply, join_groups, precisions, split_groups
+from fedlora.engines.base import Engine
+from fedlora.errors import TrainingError
+from fedlora.recipe import Recipe
+from fedlora.state import Carry, ClientState, ServerState, Update, generator, named_seed
+from fedlora.transport import wire
+from fedlora.tree import Tree
+from fedlora.workspace import Workspace, setup_parts
+
+Kinds = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A round in the ledger.
+
+    Args:
+        round: number of the round in the run, from 1.
+        phase: number of its phase, from 0.
+        cohort: the clients, in the order of their jobs.
+        examples: examples that the cohort trained on, passes counted.
+        steps: optimiser steps of the cohort.
+        loss: mean training loss over the cohort, clients weighing the same.
+        down_bytes: bytes sent to clients by kind: ``adapter``, ``head``, ``init``, ``fold``, ``seed``, ``envelope``.
+        up_bytes: bytes that came back by kind; ``report`` carries examples, steps and loss.
+        density_down: share of entries sent that are not zero.
+        density_up: the same for what came back, over all clients.
+        update_norm: Euclidean norm of the change the server applied.
+        seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
+        metrics: results of evaluations, if there was one after this round.
+        facts: figures of a phase's start, in its first row.
+        warnings: sentences about silently wrong results.
+    """
+
+    round: int
+    phase: int
+    cohort: tuple[int, ...]
+    examples: int
+    steps: int
+    loss: float
+    down_bytes: Kinds
+    up_bytes: Kinds
+    density_down: float
+    density_up: float
+    update_norm: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def open_phase(
+    workspace: Workspace, phase: int, recipe: Recipe, seed: int, rounds_done: int, carry: Carry | None
+) -> tuple[ServerState, dict[str, float]]:
+    """Starts a phase: the server chooses the first values and announces what clients need to know.
+
+    Args:
+        workspace: the resident model; it is loaded anew.
+        phase: number of the phase.
+        recipe: its recipe.
+        seed: seed of the run.
+        rounds_done: rounds finished in earlier phases.
+        carry: what the phase before learnt.
+
+    Returns:
+        The state before the phase's first round, and the start's figures.
+    """
+    installed = workspace.open(phase, recipe)
+    start = recipe.tuning.start(installed, named_seed(seed, "start", phase), carry)
+    parts = setup_parts(recipe, installed, start)
+    packet = wire.pack(parts, precisions(parts, recipe.down.precision)) if parts else wire.Packet(b"", {})
+    workspace.settle(phase, recipe, packet.raw)
+    state = ServerState(
+        phase=phase,
+        round=rounds_done,
+        params=start.params,
+        init=start.params,
+        groups=dict(installed.groups),
+        setup=packet.raw,
+        setup_bytes=packet.sizes,
+    )
+    return state, start.facts
+
+
+def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> Carry:
+    """What a finished phase hands to the next one."""
+    head = {name: value for name, value in state.params.items() if state.groups[name] == "head"}
+    return Carry(recipe.tuning.changes(workspace.installed, state.init, state.params), head)
+
+
+def view(recipe: Recipe, state: ServerState) -> Tree:
+    """The parameters as the downlink shows them to a client: masked and rounded, the reference added back."""
+    sent = recipe.down.prepare(_relative(recipe, state), state.groups, state.steps)
+    return tree.add(state.init, sent) if recipe.down.reference == "init" else sent
+
+
+def masked(recipe: Recipe, mask_of: ServerState, state: ServerState) -> Tree:
+    """``state``'s parameters under the mask that ``mask_of``'s round sent (FLASC's evaluation, its code's order).
+
+    Args:
+        recipe: for its downlink.
+        mask_of: the state before the round.
+        state: the state after it.
+    """
+    mask = recipe.down.sparsify.mask(_relative(recipe, mask_of), state.groups, mask_of.steps)
+    kept = {name: value * mask[name] for name, value in _relative(recipe, state).items()}
+    return tree.add(state.init, kept) if recipe.down.reference == "init" else kept
+
+
+def run_round(
+    recipe: Recipe, state: ServerState, cohort: tuple[int, ...], engine: Engine, seed: int, rounds: int
+) -> tuple[ServerState, Row]:
+    """One round.
+
+    Args:
+        recipe: what to do.
+        state: the state before it.
+        cohort: who takes part.
+        engine: where clients run.
+        seed: seed of the run.
+        rounds: rounds of the whole run, for schedules.
+
+    Returns:
+        The state after the round, and the round's row of the ledger.
+
+    Raises:
+        WireError: a reply is not of the expected form.
+        TrainingError: a client's training went wrong.
+    """
+    clock = time.perf_counter()
+    sent = recipe.down.prepare(_relative(recipe, state), state.groups, state.steps)
+    parts = split_groups(sent, state.groups)
+    packet = wire.pack(parts, precisions(parts, recipe.down.precision))
+    jobs: list[Job] = []
+    down: Kinds = {}
+    for client in cohort:
+        memory = state.clients.get(client, ClientState())
+        job = Job(
+            recipe=recipe,
+            client=client,
+            phase=state.phase,
+            round=state.steps,
+            progress=(state.round, rounds),
+            seed=named_seed(seed, "client", state.round, client),
+            payload=packet.raw,
+            setup=None if memory.has_setup else state.setup,
+            memory=memory,
+        )
+        jobs.append(job)
+        down = _sum(down, packet.sizes, {} if memory.has_setup else state.setup_bytes)
+    packed = time.perf_counter()
+
+    like = split_groups(state.params, state.groups) | {"report": {name: torch.zeros(()) for name in REPORT}}
+    answers: list[Answer] = []
+
+    def updates() -> Iterator[Update]:
+        for job, reply in zip(jobs, engine.run(jobs), strict=True):
+            received = wire.unpack(reply.packet.raw, like)
+            delta = join_groups(received, state.groups)
+            report = {name: float(value) for name, value in received["report"].items()}
+            answers.append(Answer(job.client, reply, report, tree.num_nonzero(delta)))
+            yield Update(sent, delta, report["examples"])
+
+    change = recipe.aggregator.combine(updates())
+    delta = recipe.privacy.noise(change.delta, len(jobs), generator(named_seed(seed, "noise", state.round)))
+    params, slots = recipe.server.step(state.params, delta, state.slots, state.steps)
+    if not tree.is_finite(params):
+        raise TrainingError("the server's parameters are not finite after this round; lower the server's lr")
+    clients = dict(state.clients)
+    for answer in answers:
+        # a client that remembers nothing takes no room
+        if answer.reply.memory != ClientState() or answer.client in clients:
+            clients[answer.client] = answer.reply.memory
+    after = replace(state, round=state.round + 1, steps=state.steps + 1, params=params, slots=slots, clients=clients)
+    done = time.perf_counter()
+    working = sum(answer.reply.seconds for answer in answers)
+    entries = tree.num_entries(sent)
+    row = Row(
+        round=after.round,
+        phase=state.phase,
+        cohort=cohort,
+        examples=int(sum(answer.report["examples"] for answer in answers)),
+        steps=int(sum(answer.report["steps"] for answer in answers)),
+        loss=sum(answer.report["loss"] for answer in answers) / len(answers),
+        down_bytes=down,
+        up_bytes=_sum(*(answer.reply.packet.sizes for answer in answers)),
+        density_down=tree.num_nonzero(sent) / entries,
+        density_up=sum(answer.nonzero for answer in answers) / entries / len(answers),
+        update_norm=tree.norm(delta),
+        seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
+    )
+    return after, row
+
+
+class Answer(NamedTuple):
+    """What the ledger keeps of one reply."""
+
+    client: int
+    reply: Reply
+    report: dict[str, float]
+    nonzero: int
+
+
+def _relative(recipe: Recipe, state: ServerState) -> Tree:
+    return tree.subtract(state.params, state.init) if recipe.down.reference == "init" else state.params
+
+
+def _sum(*sizes: Mapping[str, int]) -> Kinds:
+    total: Kinds = {}
+    for part in sizes:
+        for kind, size in part.items():
+            total[kind] = total.get(kind, 0) + size
+    return total

@@ -1,0 +1,234 @@
+"""How the server applies a change: the mean delta is read as a negative gradient, ``g = -delta``."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedlora import tree
+from fedlora.component import STRICT
+from fedlora.tree import Tree
+
+Slots = dict[str, Tree]
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ServerOptimizer(ABC):
+    """A pure function of parameters, change and state."""
+
+    @abstractmethod
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+        """Applies one change.
+
+        Args:
+            params: the parameters, float32.
+            delta: the change that the cohort asks for, with the same names and shapes.
+            slots: the optimiser's state, empty before the first step.
+            steps: how many steps were taken before this one.
+
+        Returns:
+            The new parameters and the new state; the arguments are left as they were.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sgd(ServerOptimizer):
+    """``m = momentum * m + g;  x = x - lr * m``, as ``torch.optim.SGD``; ``lr = 1`` without momentum is FedAvg.
+
+    Args:
+        lr: server learning rate.
+        momentum: 0.9 gives FedAvgM (arXiv 1909.06335).
+    """
+
+    kind: Literal["sgd"] = "sgd"
+    lr: Rate = 1.0
+    momentum: Decay = 0.0
+
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+        """One step; see ``ServerOptimizer.step``."""
+        if not self.momentum:
+            return tree.add(params, delta, self.lr), {}
+        momentum = tree.add(tree.scale(slots["m"], self.momentum), delta, -1.0) if slots else tree.scale(delta, -1.0)
+        return tree.add(params, momentum, -self.lr), {"m": momentum}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Adam(ServerOptimizer):
+    """Adam with bias correction (arXiv 1412.6980, Alg. 1), as ``torch.optim.Adam``.
+
+    Args:
+        lr: server learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    kind: Literal["adam"] = "adam"
+    lr: Rate = 1e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Rate = 1e-8
+
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+        """One step; see ``ServerOptimizer.step``."""
+        first, second = _moments(delta, slots, self.beta1, self.beta2)
+        return _adam(params, first, second, self.lr, self.beta1, self.beta2, self.eps, steps + 1), {
+            "m": first,
+            "v": second,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdamW(ServerOptimizer):
+    """Adam with decoupled weight decay (arXiv 1711.05101, Alg. 2), as ``torch.optim.AdamW``.
+
+    FLASC's code calls this "FedAdam", with PyTorch's default decay of 0.01 on everything trained, the head included.
+
+    Args:
+        lr: server learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: ``x = x - lr * weight_decay * x`` before the step.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Rate = 1e-3
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: Rate = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+        """One step; see ``ServerOptimizer.step``."""
+        first, second = _moments(delta, slots, self.beta1, self.beta2)
+        shrunk = tree.scale(params, 1.0 - self.lr * self.weight_decay)
+        return _adam(shrunk, first, second, self.lr, self.beta1, self.beta2, self.eps, steps + 1), {
+            "m": first,
+            "v": second,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FedAdam(ServerOptimizer):
+    """FedAdam of Reddi et al. (arXiv 2003.00295, Alg. 2): no bias correction, ``v`` starts at ``tau^2``.
+
+    Args:
+        lr: server learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        tau: adaptivity, added to the root of the second moment.
+    """
+
+    kind: Literal["fed_adam"] = "fed_adam"
+    lr: Rate = 1e-2
+    beta1: Decay = 0.9
+    beta2: Decay = 0.99
+    tau: Rate = 1e-3
+
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+        """One step; see ``ServerOptimizer.step``."""
+        first, second = _reddi(delta, slots, self.beta1, self.tau)
+        second = {
+            name: self.beta2 * value + (1 - self.beta2) * delta[name].square() for name, value in second.items()
+        }
+        return _reddi_apply(params, first, second, self.lr, self.tau), {"m": first, "v": second}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FedYogi(ServerOptimizer):
+    """FedYogi of Reddi et al. (arXiv 2003.00295, Alg. 2): ``v -= (1 - beta2) d^2 sign(v - d^2)``.
+
+    Args:
+        lr: server learning rate.
+        beta1: decay of the first moment.
+        beta2: how fast the second moment follows.
+        tau: adaptivity, added to the root of the second moment.
+    """
+
+    kind: Literal["fed_yogi"] = "fed_yogi"
+    lr: Rate = 1e-2
+    beta1: Decay = 0.9
+    beta2: Decay = 0.99
+    tau: Rate = 1e-3
+
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+        """One step; see ``ServerOptimizer.step``."""
+        first, second = _reddi(delta, slots, self.beta1, self.tau)
+        squares = {name: value.square() for name, value in delta.items()}
+        second = {
+            name: value - (1 - self.beta2) * squares[name] * torch.sign(value - squares[name])
+            for name, value in second.items()
+        }
+        return _reddi_apply(params, first, second, self.lr, self.tau), {"m": first, "v": second}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FedAdagrad(ServerOptimizer):
+    """FedAdagrad of Reddi et al. (arXiv 2003.00295, Alg. 2): ``v += d^2``.
+
+    Args:
+        lr: server learning rate.
+        beta1: decay of the first moment; the paper's experiments use 0.
+        tau: adaptivity, added to the root of the second moment.
+    """
+
+    kind: Literal["fed_adagrad"] = "fed_adagrad"
+    lr: Rate = 1e-2
+    beta1: Decay = 0.0
+    tau: Rate = 1e-3
+
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+        """One step; see ``ServerOptimizer.step``."""
+        first, second = _reddi(delta, slots, self.beta1, self.tau)
+        second = {name: value + delta[name].square() for name, value in second.items()}
+        return _reddi_apply(params, first, second, self.lr, self.tau), {"m": first, "v": second}
+
+
+def _moments(delta: Tree, slots: Slots, beta1: float, beta2: float) -> tuple[Tree, Tree]:
+    first = slots["m"] if slots else tree.zeros_like(delta)
+    second = slots["v"] if slots else tree.zeros_like(delta)
+    return (
+        {name: beta1 * value - (1 - beta1) * delta[name] for name, value in first.items()},
+        {name: beta2 * value + (1 - beta2) * delta[name].square() for name, value in second.items()},
+    )
+
+
+def _adam(
+    params: Tree, first: Tree, second: Tree, lr: float, beta1: float, beta2: float, eps: float, count: int
+) -> Tree:
+    step = lr / (1 - beta1**count)
+    root = math.sqrt(1 - beta2**count)
+    return {
+        name: value.addcdiv(first[name], second[name].sqrt() / root + eps, value=-step)
+        for name, value in params.items()
+    }
+
+
+def _reddi(delta: Tree, slots: Slots, beta1: float, tau: float) -> tuple[Tree, Tree]:
+    first = slots["m"] if slots else tree.zeros_like(delta)
+    second = slots["v"] if slots else {name: torch.full_like(value, tau**2) for name, value in delta.items()}
+    return {name: beta1 * value + (1 - beta1) * delta[name] for name, value in first.items()}, second
+
+
+def _reddi_apply(params: Tree, first: Tree, second: Tree, lr: float, tau: float) -> Tree:
+    return {
+        name: value.addcdiv(first[name], second[name].sqrt() + tau, value=lr) for name, value in params.items()
+    }
+
+
+SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
+    "sgd": Sgd,
+    "adam": Adam,
+    "adamw": AdamW,
+    "fed_adam": FedAdam,
+    "fed_yogi": FedYogi,
+    "fed_adagrad": FedAdagrad,
+}
+AnyServerOptimizer = Annotated[Sgd | Adam | AdamW | FedAdam | FedYogi | FedAdagrad, Field(discriminator="kind")]

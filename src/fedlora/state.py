@@ -1,0 +1,219 @@
+"""The values that change from round to round, the seeds they are drawn with, and how they are kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedlora.errors import CheckpointError
+from fedlora.tree import Tree
+
+SEED_BITS = 48
+
+
+def named_seed(run_seed: int, purpose: str, *numbers: int) -> int:
+    """A seed of its own for every purpose, so that one more draw here never moves a draw there.
+
+    Args:
+        run_seed: the seed of the run.
+        purpose: what the draw is for (``"cohort"``, ``"client"``, ``"noise"``).
+        numbers: round, client, and whatever else tells two draws apart.
+
+    Returns:
+        An integer in ``[0, 2**48)``.
+    """
+    text = "/".join([str(run_seed), purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=SEED_BITS // 8).digest(), "little")
+
+
+def generator(seed: int) -> torch.Generator:
+    """A CPU generator that starts at ``seed``."""
+    return torch.Generator().manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """An edit of frozen weights: ``W[m] += B @ A``, or ``W[m] += D`` where that is smaller.
+
+    Args:
+        factors: module name to ``(B, A)`` of shapes ``(out, r)`` and ``(r, in)``, the scale already in ``B``.
+        dense: parameter name to a tensor of the parameter's own shape.
+    """
+
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    dense: Tree = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.factors or self.dense)
+
+
+class Update(NamedTuple):
+    """What one client answered: where it started, what it changed, and how much its word weighs."""
+
+    start: Tree
+    delta: Tree
+    weight: float
+
+
+class Change(NamedTuple):
+    """What a cohort's updates become: a step of the trained parameters, and an edit of the frozen ones."""
+
+    delta: Tree
+    fold: Fold
+
+
+class Carry(NamedTuple):
+    """What a phase hands to the next one.
+
+    Args:
+        delta: name of a pre-trained parameter to its accumulated change, dense, in the parameter's shape.
+        head: the task head's trained values.
+    """
+
+    delta: Tree
+    head: Tree
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What a client remembers between rounds: whether it holds this phase's setup, and its optimiser's state."""
+
+    has_setup: bool = False
+    optimizer: Tree = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything the server knows between two rounds; saving it and loading it changes nothing.
+
+    Args:
+        phase: index of the running phase.
+        round: rounds finished in all phases together.
+        params: the trained parameters, dense, float32.
+        init: where this phase started; public.
+        groups: ``adapter`` or ``head`` for each parameter.
+        setup: the message that tells a client of the frozen part (residual, fold, mask seed).
+        setup_bytes: its size by kind.
+        slots: the server optimiser's state, a tree per slot.
+        steps: server steps taken in this phase.
+        clients: what clients remember, by client number; a simulation keeps it for them.
+    """
+
+    phase: int
+    round: int
+    params: Tree
+    init: Tree
+    groups: dict[str, str]
+    setup: bytes = b""
+    setup_bytes: dict[str, int] = field(default_factory=dict)
+    slots: dict[str, Tree] = field(default_factory=dict)
+    steps: int = 0
+    clients: Mapping[int, ClientState] = field(default_factory=dict)
+
+
+def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes ``state`` into ``folder`` so that a reader sees all of it or nothing.
+
+    The tensors go to ``state.safetensors`` and the rest to ``state.json`` in a new folder beside it, which is flushed
+    to the disk and then renamed.
+
+    Args:
+        state: what to save.
+        folder: where to; replaced if it exists.
+        facts: JSON values to keep with it, such as the configuration's digest.
+
+    Raises:
+        OSError: the disk refused; what was saved before is untouched.
+    """
+    tensors: Tree = {}
+    for part, tree in {"params": state.params, "init": state.init, **_prefixed("slots", state.slots)}.items():
+        tensors.update({f"{part}/{name}": value for name, value in tree.items()})
+    for client, memory in state.clients.items():
+        tensors.update({f"clients/{client}/{name}": value for name, value in memory.optimizer.items()})
+    if state.setup:
+        tensors["setup"] = torch.frombuffer(bytearray(state.setup), dtype=torch.uint8)
+    numbers = {"phase": state.phase, "round": state.round, "steps": state.steps}
+    order = {"groups": list(state.groups.items()), "slots": list(state.slots), "setup_bytes": state.setup_bytes}
+    clients = {str(client): memory.has_setup for client, memory in state.clients.items()}
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        # safetensors reports a full disk as an error of its own
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / "state.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"could not write {temporary}: {error}") from error
+    document = {"format": 1, **numbers, "order": order, "clients": clients, "facts": dict(facts)}
+    (temporary / "state.json").write_text(json.dumps(document, indent=1))
+    for path in (*temporary.iterdir(), temporary):
+        _flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    _flush(folder.parent)
+
+
+def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
+    """Reads what ``save_state`` wrote.
+
+    Returns:
+        The state, and the facts saved with it.
+
+    Raises:
+        CheckpointError: a file is missing, or is not what was written.
+    """
+    try:
+        document = json.loads((folder / "state.json").read_text())
+        tensors = load_file(folder / "state.safetensors")
+        groups = dict(document["order"]["groups"])
+        names = list(groups)
+        clients: dict[int, Tree] = {int(client): {} for client in document["clients"]}
+        for key, value in tensors.items():
+            if key.startswith("clients/"):
+                _, client, name = key.split("/", 2)
+                clients[int(client)][name] = value
+        state = ServerState(
+            phase=document["phase"],
+            round=document["round"],
+            steps=document["steps"],
+            params={name: tensors[f"params/{name}"] for name in names},
+            init={name: tensors[f"init/{name}"] for name in names},
+            groups=groups,
+            setup_bytes=document["order"]["setup_bytes"],
+            setup=tensors["setup"].numpy().tobytes() if "setup" in tensors else b"",
+            slots={
+                slot: {name: tensors[f"slots/{slot}/{name}"] for name in names} for slot in document["order"]["slots"]
+            },
+            clients={
+                client: ClientState(has_setup=document["clients"][str(client)], optimizer=memory)
+                for client, memory in clients.items()
+            },
+        )
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be read ({type(error).__name__}: {error}); "
+            "remove that folder to go on from the one before it"
+        ) from error
+    return state, document["facts"]
+
+
+def _prefixed(prefix: str, trees: Mapping[str, Tree]) -> dict[str, Tree]:
+    return {f"{prefix}/{name}": tree for name, tree in trees.items()}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,308 @@
+"""Where rows come from: docstrings of the standard library, local files, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import gzip
+import inspect
+import os
+import sysconfig
+import tempfile
+import warnings
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import xxhash
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedlora.component import STRICT
+from fedlora.errors import DataError
+from fedlora.tasks.columns import Columns, Splits, fingerprint, prepare, split_by_text
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["SOURCES", "AnySource", "Columns", "Docstrings", "Files", "Hub", "Source", "Splits", "fingerprint"]
+
+MIN_CHARACTERS = 20
+"""Shorter docstrings say too little to be classified."""
+
+SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"})
+"""Folders of the standard library that are tests, grammars or not part of it."""
+
+FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""The reader for each ending; each may be followed by ``.gz``."""
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Source(ABC):
+    """A place that rows come from."""
+
+    @abstractmethod
+    def load(self) -> Splits:
+        """Read the rows.
+
+        Returns:
+            Training and test rows. ``text`` (and ``text_pair``, if asked for) are strings without missing values,
+            ``label`` is a ``datasets.ClassLabel`` with the same names in both; all other columns are as they came.
+
+        Raises:
+            DataError: if the data are missing, empty or not of the stated form.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Docstrings(Source):
+    """Docstrings of the running Python's standard library, to be classified by the package they come from.
+
+    Needs no download. Files are parsed, never imported. A text that occurs twice is kept once, and its side is decided
+    by a hash of the text, so no test text is in the training rows. The further column ``file`` (path within the
+    library) is a natural client. Rows differ between Python versions; compare ``fingerprint``.
+
+    Args:
+        num_classes: the so many packages or modules with most docstrings are the classes.
+        test_fraction: share of test rows.
+        seed: of the hash that splits.
+    """
+
+    kind: Literal["docstrings"] = "docstrings"
+    num_classes: Annotated[int, Field(ge=2)] = 20
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+
+    def load(self) -> Splits:
+        """Read, clean and split; see ``Source.load``."""
+        import datasets
+
+        root = Path(sysconfig.get_path("stdlib"))
+        rows: dict[str, tuple[str, str]] = {}
+        for path in _library_files(root):
+            file = path.relative_to(root).as_posix()
+            name = file.split("/")[0].removesuffix(".py")
+            for text in _docstrings(path.read_bytes()):
+                rows.setdefault(text, (name, file))
+        counts = Counter(name for name, _ in rows.values())
+        names = sorted(sorted(counts, key=lambda name: (-counts[name], name))[: self.num_classes])
+        if len(names) < self.num_classes:
+            raise DataError(
+                f"the standard library has docstrings in {len(names)} packages, but num_classes = {self.num_classes} "
+                "were asked for: use fewer, or a Python that comes with its library's source files"
+            )
+        index = {name: position for position, name in enumerate(names)}
+        kept = [(text, index[name], file) for text, (name, file) in rows.items() if name in index]
+        features = datasets.Features(
+            text=datasets.Value("string"), label=datasets.ClassLabel(names=names), file=datasets.Value("string")
+        )
+        columns = zip(("text", "label", "file"), zip(*kept, strict=True), strict=True)
+        dataset = datasets.Dataset.from_dict({key: list(value) for key, value in columns}, features=features)
+        return split_by_text(dataset, "text", self.test_fraction, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Files(Source):
+    """Local csv, tsv, json, jsonl or parquet files, each also with ``.gz``.
+
+    Labels may be strings (classes are the sorted distinct strings), integers (classes are the sorted distinct numbers)
+    or a ``ClassLabel`` (kept). In csv and tsv only an empty field is a missing value, so the text "None" stays a text.
+
+    Args:
+        train: path of the training rows.
+        test: path of the test rows; where None, ``test_fraction`` of the training rows, chosen by a hash of the text,
+            so that equal texts fall on one side.
+        test_fraction: read only where ``test`` is None.
+        seed: of that hash.
+        text: column of the text.
+        text_pair: column of the second text of a pair, or None.
+        label: column of the class.
+        label_name: column of the class's name, one name per class, or None.
+    """
+
+    kind: Literal["files"] = "files"
+    train: str
+    test: str | None = None
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    label_name: str | None = None
+
+    def load(self) -> Splits:
+        """Read the files; see ``Source.load``."""
+        columns = Columns(self.text, self.text_pair, self.label, self.label_name)
+        train = _read(self.train)
+        test = None if self.test is None else _read(self.test)
+        return prepare(train, test, columns, self.test_fraction, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Hub(Source):
+    """A data set of the Hugging Face Hub, or a local folder laid out like one.
+
+    Args:
+        path: ``owner/name`` on the Hub, or a folder.
+        name: configuration, for data sets that have several.
+        revision: branch, tag or commit; give a commit to be sure of the same rows.
+        train_split: name of the training split.
+        test_split: name of the test split; None holds ``test_fraction`` of the training rows out, as ``Files`` does.
+        test_fraction: read only where ``test_split`` is None.
+        seed: of the hash that then splits.
+        text: column of the text.
+        text_pair: column of the second text of a pair, or None.
+        label: column of the class.
+        label_name: column of the class's name, or None.
+    """
+
+    kind: Literal["hub"] = "hub"
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str | None = "test"
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    label_name: str | None = None
+
+    def load(self) -> Splits:
+        """Fetch the splits, from the local cache where they are there; see ``Source.load``."""
+        columns = Columns(self.text, self.text_pair, self.label, self.label_name)
+        train = self._fetch(self.train_split)
+        test = None if self.test_split is None else self._fetch(self.test_split)
+        return prepare(train, test, columns, self.test_fraction, self.seed)
+
+    def _fetch(self, split: str) -> datasets.Dataset:
+        import datasets
+
+        try:
+            with _quiet():
+                return datasets.load_dataset(self.path, self.name, revision=self.revision, split=split)
+        except ConnectionError as error:
+            raise DataError(
+                f"'{self.path}' is neither a folder nor in the local cache, and the Hub cannot be reached: connect "
+                'once to fetch it, correct the path, or use kind = "files"'
+            ) from error
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(
+                f"split '{split}' of '{self.path}' cannot be loaded ({_first_line(error)}): correct source.path, name, "
+                "revision or the split's name"
+            ) from error
+
+
+AnySource = Annotated[Docstrings | Files | Hub, Field(discriminator="kind")]
+"""Any source, told apart by ``kind``."""
+
+SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub}
+"""The sources by ``kind``."""
+
+
+def _library_files(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
+        yield from (Path(folder, file) for file in sorted(files) if file.endswith(".py"))
+
+
+def _docstrings(source: bytes) -> Iterator[str]:
+    # most files without triple quotes are tables; skipping them halves the time
+    if b'"""' not in source and b"'''" not in source:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
+            # a lone surrogate is no text that a file or a tokenizer can hold
+            if len(text) >= MIN_CHARACTERS and text == text.encode("utf-8", "ignore").decode():
+                yield text
+
+
+def _read(path: str) -> datasets.Dataset:
+    import datasets
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, _names_in(file.parent), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "correct the path"
+        raise DataError(f"there is no file '{path}', but rows were to be read from it: {hint}")
+    zipped = file.suffix == ".gz"
+    suffix = Path(file.stem).suffix if zipped else file.suffix
+    if suffix not in FORMATS:
+        raise DataError(
+            f"'{path}' ends in '{file.suffix}', but files are read by their ending: use one of {', '.join(FORMATS)}, "
+            "each also with .gz"
+        )
+    options: dict[str, Any] = {}
+    if FORMATS[suffix] == "csv":
+        options = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
+    try:
+        source = _decompress(file, suffix) if zipped else file.resolve()
+        if not source.stat().st_size:
+            raise DataError(f"'{path}' is empty, but rows were to be read from it: fill it or name another file")
+        # load_dataset() would announce the reader's name to the Hub, and wait for an answer
+        readers = {
+            "csv": datasets.Dataset.from_csv,
+            "json": datasets.Dataset.from_json,
+            "parquet": datasets.Dataset.from_parquet,
+        }
+        with _quiet():
+            return readers[FORMATS[suffix]](str(source), **options)
+    except (OSError, EOFError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = _first_line(error.__cause__ or error)
+        if "corresponds to no data" in cause:
+            raise DataError(
+                f"'{path}' has no rows, but one at least is needed: fill it or name another file"
+            ) from error
+        raise DataError(
+            f"'{path}' cannot be read as {FORMATS[suffix]} ({cause}): mend the file or use the ending of its format"
+        ) from error
+
+
+def _decompress(file: Path, suffix: str) -> Path:
+    """A plain copy in the cache, named by content: the cache's own copies are named by path and can be out of date."""
+    import datasets
+
+    raw = file.read_bytes()
+    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "fedlora"
+    target = folder / f"{xxhash.xxh3_128_hexdigest(raw)}{suffix}"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
+            copy.write(gzip.decompress(raw))
+        os.replace(copy.name, target)
+    return target
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars within, and afterwards as they were."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

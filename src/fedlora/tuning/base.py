@@ -1,0 +1,170 @@
+"""The slot ``Tuning``: which weights move, and how they sit in the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.errors import ConfigError
+from fedlora.state import SEED_BITS, Carry, Fold
+from fedlora.tree import Tree
+
+
+class Start(NamedTuple):
+    """Where a phase starts.
+
+    Args:
+        params: the trained parameters' first values.
+        fold: an edit of the frozen weights that every client must make.
+        seed: what a client redraws random parts from.
+        facts: figures for the ledger, such as the energy that a hand-over kept.
+    """
+
+    params: Tree
+    fold: Fold
+    seed: int
+    facts: dict[str, float]
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass
+class Installed:
+    """A model with a tuning in it.
+
+    Args:
+        model: the model, changed in place; everything that is not in ``parameters`` is frozen.
+        parameters: what is trained, by name, in the model's order.
+        groups: ``adapter`` or ``head`` for each of those names.
+        places: for packed parameters, their positions in the flattened weight.
+        refresh: carries ``parameters`` into the weights that the forward pass reads, where they are not the same.
+    """
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    groups: dict[str, str]
+    places: dict[str, Tensor] = field(default_factory=dict)
+    refresh: Callable[[], None] = field(default=_nothing)
+
+    def read(self) -> Tree:
+        """A copy of the trained parameters, float32 on the CPU."""
+        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.parameters.items()}
+
+    def load(self, params: Mapping[str, Tensor]) -> None:
+        """Writes ``params`` into the model in place."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.parameters.values()), [params[name] for name in self.parameters])
+        self.refresh()
+
+
+class Tuning(ABC):
+    """Which weights are trained. A value of this slot holds settings only; the model holds the tensors."""
+
+    @property
+    def zero_is_neutral(self) -> bool:
+        """Whether a trained entry that a client gets as zero leaves the pre-trained function as it is."""
+        return False
+
+    @abstractmethod
+    def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
+        """Freezes ``model`` but for what is trained, adding modules where the method needs them.
+
+        Args:
+            model: a freshly loaded model in float32.
+            head: names of the parameters that belong to the task head, which is trained by every tuning.
+            seed: for random parts that are drawn while installing.
+
+        Raises:
+            ConfigError: nothing in the model matches.
+        """
+
+    def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
+        """The first values of the trained parameters; runs on the server alone.
+
+        Args:
+            installed: what ``install`` returned, the base weights untouched.
+            seed: for random starts.
+            carry: what the phase before learnt, if there was one.
+
+        Raises:
+            ConfigError: this tuning cannot take over what the phase before learnt.
+        """
+        params = installed.read()
+        if carry is None:
+            return Start(params, Fold(), seed, {})
+        for name, value in params.items():
+            if name in carry.head:
+                params[name] = carry.head[name]
+            elif name in carry.delta:
+                params[name] = value + carry.delta[name]
+        kept = sum(float(value.square().sum()) for name, value in carry.delta.items() if name in params)
+        total = sum(float(value.square().sum()) for value in carry.delta.values())
+        return Start(params, Fold(), seed, {"energy_kept": kept / total if total else 1.0})
+
+    def setup(self, installed: Installed, start: Start, reference: bool) -> dict[str, Tree]:
+        """What a client needs beside the parameters of a round, as the parts of a message.
+
+        Args:
+            installed: the model, for names and shapes.
+            start: what ``start`` returned; for a template, any start of the same shapes.
+            reference: whether a link counts from the init, so that the client must know it.
+        """
+        return {"init": start.params} if reference else {}
+
+    def settle(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
+        """Applies a received setup to the model, once.
+
+        Returns:
+            The init, as far as the client knows it; complete if ``setup`` was called with ``reference``.
+        """
+        return dict(parts.get("init", {}))
+
+    def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
+        """What training changed in the pre-trained weights, dense, by parameter name; the head is not in it.
+
+        Raises:
+            ConfigError: the change is no edit of pre-trained weights.
+        """
+        return {name: params[name] - init[name] for name, group in installed.groups.items() if group == "adapter"}
+
+
+def freeze_all_but(model: nn.Module, trained: list[str] | set[str]) -> dict[str, nn.Parameter]:
+    """Freezes ``model`` except the parameters named in ``trained`` and returns those, in the model's order."""
+    wanted = set(trained)
+    kept = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+        if name in wanted:
+            kept[name] = parameter
+    return kept
+
+
+def check_matched(matched: int, what: str, model: nn.Module) -> None:
+    """Refuses a tuning that would train nothing but the head.
+
+    Raises:
+        ConfigError: ``matched`` is zero.
+    """
+    if not matched:
+        names = sorted({name.rsplit(".", 1)[-1] for name, child in model.named_modules() if not list(child.children())})
+        raise ConfigError(
+            f"{what} matches nothing in {type(model).__name__}; its modules end in: {', '.join(filter(None, names))}"
+        )
+
+
+def seed_to_tree(seed: int) -> Tree:
+    """A seed as three float32 of 16 bits each: exact, and the wire needs no integers."""
+    mask = (1 << 16) - 1
+    return {"seed": torch.tensor([float(seed >> shift & mask) for shift in range(0, SEED_BITS, 16)])}
+
+
+def seed_from_tree(part: Mapping[str, Tensor]) -> int:
+    """The inverse of ``seed_to_tree``."""
+    return sum(int(piece) << 16 * place for place, piece in enumerate(part["seed"].tolist()))

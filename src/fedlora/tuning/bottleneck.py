@@ -1,0 +1,100 @@
+"""Bottleneck adapters: a small two-layer network added to the output of a block."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.component import STRICT
+from fedlora.errors import ConfigError
+from fedlora.state import Carry, Fold, generator, named_seed
+from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but
+from fedlora.tuning.targets import block_outputs, find, is_transposed, oriented, replace_module
+
+
+class BottleneckLinear(nn.Module):
+    """A matrix whose output ``h`` becomes ``h + U relu(D h + d) + u``; it keeps the old module's parameter names.
+
+    Args:
+        old: ``nn.Linear`` or ``Conv1D``.
+        width: rows of ``D``.
+    """
+
+    def __init__(self, old: nn.Module, width: int) -> None:
+        super().__init__()
+        size = oriented(old).shape[0]
+        self.weight = old.weight
+        self.bias = old.bias
+        self.transposed = is_transposed(old)
+        self.adapter_down = nn.Parameter(torch.zeros(width, size))
+        self.adapter_down_bias = nn.Parameter(torch.zeros(width))
+        self.adapter_up = nn.Parameter(torch.zeros(size, width))
+        self.adapter_up_bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The matrix, then the bottleneck with its own skip connection."""
+        weight, bias = self.weight, self.bias
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
+        output = functional.linear(inputs, weight.T if self.transposed else weight, bias)
+        narrow = functional.relu(functional.linear(output, self.adapter_down, self.adapter_down_bias))
+        return output + functional.linear(narrow, self.adapter_up, self.adapter_up_bias)
+
+
+_LEAVES = ("adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Bottleneck(Tuning):
+    """Bottleneck adapters, and the head.
+
+    Args:
+        width: size of the bottleneck.
+        style: ``houlsby`` (arXiv 1902.00751) after the attention block and after the feed-forward block; ``pfeiffer``
+            (arXiv 2005.00247) after the feed-forward block alone.
+        targets: a regular expression over module names, for families whose blocks are not known.
+    """
+
+    kind: Literal["bottleneck"] = "bottleneck"
+    width: Annotated[int, Field(ge=1)] = 16
+    style: Literal["houlsby", "pfeiffer"] = "pfeiffer"
+    targets: str | None = None
+
+    @property
+    def zero_is_neutral(self) -> bool:
+        """See ``Tuning.zero_is_neutral``."""
+        return True
+
+    def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
+        """See ``Tuning.install``."""
+        where = ("attention", "feed_forward") if self.style == "houlsby" else ("feed_forward",)
+        found = find(model, self.targets, head) if self.targets else block_outputs(model, where, head)
+        for name, module in found.items():
+            replace_module(model, name, BottleneckLinear(module, self.width))
+        parameters = freeze_all_but(model, {f"{name}.{leaf}" for name in found for leaf in _LEAVES} | head)
+        return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
+
+    def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
+        """See ``Tuning.start``: ``D ~ N(0, 0.01^2)``, everything else zero, so the function does not change."""
+        start = Tuning.start(self, installed, seed, carry)
+        for name, value in start.params.items():
+            if name.endswith(".adapter_down"):
+                noise = torch.randn(value.shape, generator=generator(named_seed(seed, name)))
+                start.params[name] = 0.01 * noise
+        return start._replace(fold=Fold())
+
+    def changes(self, installed: Installed, init: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See ``Tuning.changes``.
+
+        Raises:
+            ConfigError: always; a bottleneck is no edit of a matrix.
+        """
+        raise ConfigError(
+            "bottleneck adapters are not an edit of the pre-trained weights, so they cannot be merged or handed to a "
+            "next phase; use `lora` where that is needed"
+        )

@@ -1,0 +1,225 @@
+"""Low-rank adapters (arXiv 2106.09685): ``y = W x + b + scale * B A x`` with ``W`` frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.component import STRICT
+from fedlora.errors import ConfigError
+from fedlora.state import Carry, Fold, named_seed
+from fedlora.tree import Tree
+from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, seed_from_tree, seed_to_tree
+from fedlora.tuning.lora_init import AnyLoRAInit, Kaiming, SvdOfDelta
+from fedlora.tuning.targets import Targets, find, is_transposed, oriented, replace_module
+
+
+class LoRALinear(nn.Module):
+    """A matrix with a low-rank adapter beside it; it takes over the old module's parameters under their old names.
+
+    Args:
+        old: ``nn.Linear`` or ``Conv1D``.
+        rank: rank of the adapter.
+        scale: ``alpha / rank``.
+        dropout: on the adapter's input.
+    """
+
+    def __init__(self, old: nn.Module, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        weight = oriented(old)
+        self.weight = old.weight
+        self.bias = old.bias
+        self.transposed = is_transposed(old)
+        self.scale = scale
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(torch.zeros(rank, weight.shape[1]))
+        self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], rank))
+
+    def matrix(self) -> Tensor:
+        """The frozen weight as ``(out, in)``; a view."""
+        weight = self.weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self.transposed else weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``W x + b + scale * B A x``; the product with ``B`` adds into the result in one kernel."""
+        bias = self.bias
+        assert bias is None or isinstance(bias, Tensor)
+        result = functional.linear(inputs, self.matrix(), bias)
+        heard = functional.dropout(inputs, self.dropout, self.training) if self.dropout else inputs
+        low = functional.linear(heard, self.lora_A)
+        added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), self.lora_B.T, alpha=self.scale)
+        return added.view(result.shape)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoRA(Tuning):
+    """Low-rank adapters on chosen matrices, and the head.
+
+    Args:
+        rank: rank of every adapter.
+        alpha: ``scale = alpha / rank``.
+        targets: see ``tuning.targets.find``.
+        init: where the factors start.
+        dropout: on the adapters' input, while training.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    targets: Targets = "default"
+    init: AnyLoRAInit = Kaiming()
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank``."""
+        return self.alpha / self.rank
+
+    @property
+    def zero_is_neutral(self) -> bool:
+        """See ``Tuning.zero_is_neutral``: not where the factors start from an SVD."""
+        return not (self.init.residual or isinstance(self.init, SvdOfDelta))
+
+    @property
+    def folds(self) -> str:
+        """What is folded into the base at the start: ``none``, ``biases`` or ``rest``."""
+        return self.init.fold if isinstance(self.init, SvdOfDelta) else "none"
+
+    @property
+    def residual(self) -> bool:
+        """Whether the start's product is taken out of the frozen weight."""
+        return self.init.residual or self.folds == "rest"
+
+    def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
+        """See ``Tuning.install``; a rank above a matrix's smaller side is refused.
+
+        Raises:
+            ConfigError: nothing matches, or the rank is too large.
+        """
+        found = find(model, self.targets, head)
+        for name, module in found.items():
+            smaller = min(oriented(module).shape)
+            if self.rank > smaller:
+                raise ConfigError(
+                    f"rank = {self.rank} is above the smaller side of {name} ({smaller}); choose a rank up to {smaller}, "
+                    "or other targets"
+                )
+            replace_module(model, name, LoRALinear(module, self.rank, self.scale, self.dropout))
+        adapters = {f"{name}.{factor}" for name in found for factor in ("lora_A", "lora_B")}
+        parameters = freeze_all_but(model, adapters | head)
+        return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
+
+    def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
+        """See ``Tuning.start``. The ledger's ``energy_kept`` is ``||scale B A||^2 / ||delta||^2`` over all that was learnt."""
+        params = installed.read()
+        deltas = carry.delta if carry else {}
+        kept = 0.0
+        for name, layer in lora_layers(installed.model).items():
+            b, a = self._factors(name, layer, deltas.get(f"{name}.weight"), seed)
+            params[f"{name}.lora_A"], params[f"{name}.lora_B"] = a, b
+            if f"{name}.weight" in deltas:
+                kept += float((self.scale * b @ a).square().sum())
+        if carry is None:
+            return Start(params, Fold(), seed, {})
+        params.update({name: value for name, value in carry.head.items() if name in params})
+        if self.folds == "rest":
+            fold = Fold(dense=dict(deltas))
+        elif self.folds == "biases":
+            fold = Fold(dense={name: value for name, value in deltas.items() if value.dim() < 2})
+        else:
+            fold = Fold()
+        total = sum(float(value.square().sum()) for value in deltas.values())
+        return Start(params, fold, seed, {"energy_kept": kept / total if total else 1.0})
+
+    def setup(self, installed: Installed, start: Start, reference: bool) -> dict[str, Tree]:
+        """See ``Tuning.setup``: a seed where the start can be redrawn, its values where not; and the fold."""
+        head = {name: value for name, value in start.params.items() if installed.groups[name] == "head"}
+        parts: dict[str, Tree] = {}
+        if reference and self.init.from_seed:
+            parts = {"seed": seed_to_tree(start.seed), "init": head}
+        elif reference:
+            parts = {"init": start.params}
+        elif self.residual:
+            parts = {"init": {name: value for name, value in start.params.items() if name not in head}}
+        if self.folds != "none":
+            parts["fold"] = {
+                name: start.fold.dense.get(name, torch.zeros_like(value, dtype=torch.float32, device="cpu"))
+                for name, value in installed.model.named_parameters()
+                if name not in installed.parameters and (self.folds == "rest" or value.dim() < 2)
+            }
+        return parts
+
+    def settle(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
+        """See ``Tuning.settle``: the residual is derived from the factors *received*, never from an SVD made here."""
+        init = dict(parts.get("init", {}))
+        layers = lora_layers(installed.model)
+        if "seed" in parts:
+            seed = seed_from_tree(parts["seed"])
+            for name, layer in layers.items():
+                init[f"{name}.lora_B"], init[f"{name}.lora_A"] = self._factors(name, layer, None, seed)
+        named = dict(installed.model.named_parameters())
+        with torch.no_grad():
+            for name, value in parts.get("fold", {}).items():
+                named[name].add_(value.to(named[name].device))
+            if self.residual:
+                for name, layer in layers.items():
+                    product = self.scale * init[f"{name}.lora_B"] @ init[f"{name}.lora_A"]
+                    layer.matrix().sub_(product.to(layer.lora_A.device))
+        return {name: init[name] for name in installed.parameters if name in init}
+
+    def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
+        """See ``Tuning.changes``: ``scale (B A - B0 A0)`` per matrix, without ``B0 A0`` where the base kept it."""
+        result = {}
+        for name, layer in lora_layers(installed.model).items():
+            product = params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]
+            if self.residual:
+                product = product - init[f"{name}.lora_B"] @ init[f"{name}.lora_A"]
+            result[f"{name}.weight"] = self.scale * (product.T if layer.transposed else product)
+        return result
+
+    def _factors(self, name: str, layer: LoRALinear, delta: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+        weight = layer.matrix().detach().to("cpu", torch.float32)
+        delta = delta.T if delta is not None and layer.transposed else delta
+        return self.init.factors(weight, delta, self.rank, self.scale, named_seed(seed, name))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapters in ``model`` by module name, shared ones once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def from_peft(state: Mapping[str, Tensor]) -> Tree:
+    """A PEFT LoRA state dict under fedlora's names.
+
+    Args:
+        state: as in ``adapter_model.safetensors`` or ``PeftModel.state_dict()``: names such as
+            ``base_model.model.<module>.lora_A[.default].weight`` and ``...<head>.modules_to_save.default.weight``.
+
+    Raises:
+        ConfigError: a name is not one that PEFT gives to LoRA factors or saved modules.
+    """
+    result = {}
+    prefix = "base_model.model."
+    for key, value in state.items():
+        if not key.startswith(prefix):
+            raise ConfigError(f"{key!r} is not a name of a PEFT state dict: it should start with {prefix!r}")
+        name = key.removeprefix(prefix).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+        for factor in ("lora_A", "lora_B"):
+            name = name.replace(f".{factor}.default.weight", f".{factor}").replace(f".{factor}.weight", f".{factor}")
+        result[name] = value.to(torch.float32)
+    return result
+
+
+def to_peft(params: Mapping[str, Tensor]) -> Tree:
+    """The inverse of ``from_peft``, with the names of ``adapter_model.safetensors``."""
+    return {
+        f"base_model.model.{name}" + (".weight" if name.endswith((".lora_A", ".lora_B")) else ""): value
+        for name, value in params.items()
+    }

@@ -1,0 +1,157 @@
+"""Starts of LoRA's factors: pure functions of one matrix."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fedlora.component import STRICT
+
+Factors = tuple[Tensor, Tensor]
+Split = Literal["symmetric", "left"]
+
+
+class LoRAInit(ABC):
+    """The first values of ``B`` and ``A``."""
+
+    residual: ClassVar[bool]
+    """Whether ``scale * B @ A`` is taken out of the frozen weight, so that the function does not change."""
+    from_seed: ClassVar[bool]
+    """Whether the values follow from a seed and the shape alone, so that a client can redraw them."""
+
+    @abstractmethod
+    def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
+        """The factors for one matrix.
+
+        Args:
+            weight: the pre-trained matrix, ``(out, in)``, float32.
+            delta: what an earlier phase learnt for it, ``(out, in)``, or None.
+            rank: number of columns of ``B`` and rows of ``A``; may exceed ``min(out, in)``: the rest is zero.
+            scale: ``alpha / rank``, which the forward pass multiplies ``B @ A`` by.
+            seed: for random starts.
+
+        Returns:
+            ``B: (out, rank)`` and ``A: (rank, in)``, float32.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Kaiming(LoRAInit):
+    """LoRA's own start (arXiv 2106.09685): ``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0``, as PEFT draws it."""
+
+    kind: Literal["kaiming"] = "kaiming"
+    residual: ClassVar[bool] = False
+    from_seed: ClassVar[bool] = True
+
+    def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
+        """See ``LoRAInit.factors``."""
+        bound = 1.0 / math.sqrt(weight.shape[1])
+        generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand(rank, weight.shape[1], generator=generator)
+        return torch.zeros(weight.shape[0], rank), (2.0 * uniform - 1.0) * bound
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Orthogonal(LoRAInit):
+    """``A`` with orthonormal rows, ``B = 0``: every direction of the input is heard equally at the start."""
+
+    kind: Literal["orthogonal"] = "orthogonal"
+    residual: ClassVar[bool] = False
+    from_seed: ClassVar[bool] = False  # QR differs between machines in its last bits
+
+    def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
+        """See ``LoRAInit.factors``."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.zeros(rank, weight.shape[1])
+        useful = min(rank, weight.shape[1])
+        rows[:useful] = torch.linalg.qr(torch.randn(weight.shape[1], useful, generator=generator)).Q.T
+        return torch.zeros(weight.shape[0], rank), rows
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SvdOfWeight(LoRAInit):
+    """FeDeRA's start (arXiv 2404.18848, Sec. 3; PiSSA in centralised training, arXiv 2404.02948).
+
+    ``W = U S V^T``; ``B = U_r sqrt(S_r) / sqrt(scale)``, ``A = sqrt(S_r) V_r^T / sqrt(scale)``, and the frozen weight
+    becomes ``W - scale B A``, so that the start computes the pre-trained function.
+
+    Args:
+        split: ``symmetric`` gives both factors ``sqrt(S)``; ``left`` gives ``S`` to ``B`` and leaves ``A`` orthonormal.
+    """
+
+    kind: Literal["svd_of_weight"] = "svd_of_weight"
+    split: Split = "symmetric"
+    residual: ClassVar[bool] = True
+    from_seed: ClassVar[bool] = False
+
+    def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
+        """See ``LoRAInit.factors``."""
+        return truncated_svd(weight, rank, scale, self.split)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SvdOfDelta(LoRAInit):
+    """SLoRA's hand-over (arXiv 2308.06522, Sec. 3): LoRA starts at the best rank-``r`` part of what was learnt.
+
+    ``delta = U S V^T``; ``scale B A = U_r S_r V_r^T``, on the base as it was before the first phase. A matrix that the
+    first phase did not train starts as in ``Kaiming``.
+
+    Args:
+        split: ``symmetric`` gives both factors ``sqrt(S)``; ``left`` gives ``S`` to ``B`` and leaves ``A`` orthonormal.
+        fold: what of the rest goes into the frozen base: ``none`` of it (the paper), the ``biases``, or all the
+            ``rest`` (biases, matrices without an adapter, and what the truncation would lose).
+    """
+
+    kind: Literal["svd_of_delta"] = "svd_of_delta"
+    split: Split = "symmetric"
+    fold: Literal["none", "biases", "rest"] = "none"
+    residual: ClassVar[bool] = False
+    from_seed: ClassVar[bool] = False
+
+    def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
+        """See ``LoRAInit.factors``."""
+        if delta is None or not bool(delta.any()):
+            return Kaiming().factors(weight, None, rank, scale, seed)
+        return truncated_svd(delta, rank, scale, self.split)
+
+
+def truncated_svd(matrix: Tensor, rank: int, scale: float, split: Split) -> Factors:
+    """``B, A`` with ``scale * B @ A`` = the best approximation of ``matrix`` of rank ``rank``.
+
+    The sign of each pair of singular vectors is fixed by the largest entry of the left one, which is made positive.
+
+    Args:
+        matrix: ``(out, in)``.
+        rank: as in ``LoRAInit.factors``.
+        scale: divided out exactly once.
+        split: where the singular values go.
+
+    Returns:
+        ``B: (out, rank)`` and ``A: (rank, in)``, float32.
+    """
+    left, values, right = torch.linalg.svd(matrix.detach().to(torch.float32), full_matrices=False)
+    useful = min(rank, values.shape[0])
+    left, values, right = left[:, :useful], values[:useful] / scale, right[:useful]
+    largest = left.abs().argmax(dim=0)
+    sign = torch.where(left[largest, torch.arange(useful)] < 0, -1.0, 1.0)
+    low, high = (values.sqrt(), values.sqrt()) if split == "symmetric" else (values, torch.ones_like(values))
+    b = torch.zeros(matrix.shape[0], rank)
+    a = torch.zeros(rank, matrix.shape[1])
+    b[:, :useful] = left * (sign * low)
+    a[:useful] = (sign * high).unsqueeze(1) * right
+    return b, a
+
+
+LORA_INITS: dict[str, type[LoRAInit]] = {
+    "kaiming": Kaiming,
+    "orthogonal": Orthogonal,
+    "svd_of_weight": SvdOfWeight,
+    "svd_of_delta": SvdOfDelta,
+}
+AnyLoRAInit = Annotated[Kaiming | Orthogonal | SvdOfWeight | SvdOfDelta, Field(discriminator="kind")]

@@ -1,0 +1,182 @@
+"""Tunings that train weights the model already has: all, the biases, a random mask, or the head alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fedlora.component import STRICT
+from fedlora.state import Carry, Fold, generator, named_seed
+from fedlora.tree import Tree
+from fedlora.tuning.base import (
+    Installed,
+    Start,
+    Tuning,
+    check_matched,
+    freeze_all_but,
+    seed_from_tree,
+    seed_to_tree,
+)
+from fedlora.tuning.targets import Targets, find
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Full(Tuning):
+    """Full fine-tuning: every weight moves."""
+
+    kind: Literal["full"] = "full"
+
+    def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
+        """See ``Tuning.install``."""
+        return _installed(model, {name for name, _ in model.named_parameters()}, head)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HeadOnly(Tuning):
+    """Linear probe: the task head moves and nothing else."""
+
+    kind: Literal["head_only"] = "head_only"
+
+    def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
+        """See ``Tuning.install``."""
+        check_matched(len(head), "head_only", model)
+        return _installed(model, set(), head)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BitFit(Tuning):
+    """BitFit (arXiv 2106.10199): the bias terms move, and the head."""
+
+    kind: Literal["bitfit"] = "bitfit"
+
+    def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
+        """See ``Tuning.install``; a model without biases is refused."""
+        biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+        check_matched(len(biases - head), "bitfit (parameters named bias)", model)
+        return _installed(model, biases, head)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SparseMask(Tuning):
+    """SLoRA's first phase (arXiv 2308.06522, Sec. 3): a random, data-independent part of the weights moves.
+
+    Every client draws the same mask from a seed of a few bytes, so values travel packed and without indices. What is
+    trained *is* the packed vector: optimiser state, weight decay and proximal terms exist on the mask alone.
+
+    Args:
+        density: share of each matrix that moves; ``int(density * entries)``, at least one.
+        targets: see ``tuning.targets.find``.
+        biases: whether the targets' biases move too, all of them.
+    """
+
+    kind: Literal["sparse_mask"] = "sparse_mask"
+    density: Annotated[float, Field(gt=0, le=1)] = 0.01
+    targets: Targets = "all-linear"
+    biases: bool = False
+
+    def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
+        """See ``Tuning.install``; the mask itself comes with ``settle``."""
+        found = find(model, self.targets, head)
+        weights = {f"{name}.weight": module.weight for name, module in found.items()}
+        dense = set(head)
+        if self.biases:
+            dense |= {f"{name}.bias" for name, module in found.items() if getattr(module, "bias", None) is not None}
+        direct = freeze_all_but(model, dense)
+        packed: dict[str, nn.Parameter] = {}
+        for name, weight in weights.items():
+            assert isinstance(weight, nn.Parameter)
+            count = max(1, int(self.density * weight.numel()))
+            packed[name] = nn.Parameter(torch.zeros(count))
+        order = [name for name, _ in model.named_parameters() if name in packed or name in direct]
+        parameters = {name: packed[name] if name in packed else direct[name] for name in order}
+        return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
+
+    def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
+        """See ``Tuning.start``; a delta outside the mask is lost, and ``energy_kept`` says how much stayed."""
+        named = dict(installed.model.named_parameters())
+        places = self._places(installed, seed)
+        params = {name: _packed(named[name], places.get(name)) for name in installed.parameters}
+        if carry is None:
+            return Start(params, Fold(), seed, {})
+        kept = 0.0
+        for name in params:
+            if name in carry.head:
+                params[name] = carry.head[name]
+            elif name in carry.delta:
+                change = _packed(carry.delta[name], places.get(name))
+                params[name] = params[name] + change
+                kept += float(change.square().sum())
+        total = sum(float(value.square().sum()) for value in carry.delta.values())
+        return Start(params, Fold(), seed, {"energy_kept": kept / total if total else 1.0})
+
+    def setup(self, installed: Installed, start: Start, reference: bool) -> dict[str, Tree]:
+        """See ``Tuning.setup``: the mask is a seed."""
+        return {"seed": seed_to_tree(start.seed)} | ({"init": start.params} if reference else {})
+
+    def settle(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
+        """See ``Tuning.settle``: draws the mask and lets gradients flow to the packed values alone."""
+        named = dict(installed.model.named_parameters())
+        places = self._places(installed, seed_from_tree(parts["seed"]))
+        for name, index in places.items():
+            packed, weight = installed.parameters[name], named[name]
+            places[name] = index = index.to(weight.device)
+            packed.data = packed.data.to(weight.device)
+            weight.requires_grad_(True)
+            weight.register_post_accumulate_grad_hook(_gather(packed, index))
+
+        def refresh() -> None:
+            with torch.no_grad():
+                for name, index in places.items():
+                    weight = named[name]
+                    weight.view(-1).index_copy_(0, index, installed.parameters[name].to(weight.dtype))
+
+        installed.places = places
+        installed.refresh = refresh
+        return dict(parts.get("init", {}))
+
+    def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
+        """See ``Tuning.changes``: packed values put back at their places, zero elsewhere."""
+        named = dict(installed.model.named_parameters())
+        result = {}
+        for name, change in Tuning.changes(self, installed, init, params).items():
+            if name in installed.places:
+                dense = torch.zeros(named[name].numel())
+                dense[installed.places[name].to("cpu")] = change
+                change = dense.view(named[name].shape)
+            result[name] = change
+        return result
+
+    def _places(self, installed: Installed, seed: int) -> dict[str, Tensor]:
+        """Where the packed values sit: name to sorted positions in the flattened weight."""
+        named = dict(installed.model.named_parameters())
+        places = {}
+        for name, packed in installed.parameters.items():
+            if packed is not named[name]:
+                order = torch.randperm(named[name].numel(), generator=generator(named_seed(seed, f"mask/{name}")))
+                places[name] = order[: packed.numel()].sort().values
+        return places
+
+
+def _packed(value: Tensor, index: Tensor | None) -> Tensor:
+    flat = value.detach().to("cpu", torch.float32, copy=True)
+    return flat if index is None else flat.reshape(-1)[index]
+
+
+def _gather(packed: nn.Parameter, index: Tensor) -> Callable[[Tensor], None]:
+    def hook(weight: Tensor) -> None:
+        assert weight.grad is not None
+        values = weight.grad.reshape(-1)[index].to(torch.float32)
+        packed.grad = values if packed.grad is None else packed.grad + values
+        weight.grad = None  # the dense gradient lives no longer than one matrix
+
+    return hook
+
+
+def _installed(model: nn.Module, trained: set[str], head: frozenset[str]) -> Installed:
+    parameters = freeze_all_but(model, trained | head)
+    return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})

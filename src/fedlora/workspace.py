@@ -1,0 +1,104 @@
+"""The one resident model of a process: parameters are swapped in place, the model is never copied."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedlora.errors import TrainingError
+from fedlora.recipe import Recipe
+from fedlora.state import Fold, named_seed
+from fedlora.tasks.base import Prepared
+from fedlora.transport import wire
+from fedlora.tree import Tree
+from fedlora.tuning import Installed, Start
+
+
+class Workspace:
+    """A model, the tuning that sits in it, and what its frozen part was settled to.
+
+    Args:
+        task: what the model is for.
+        seed: seed of the head's first values.
+        device: where the model lives.
+    """
+
+    def __init__(self, task: Prepared, seed: int, device: torch.device) -> None:
+        self.task = task
+        self.device = device
+        self._seed = seed
+        self._phase: int | None = None
+        self._setup: bytes | None = None
+        self._installed: Installed | None = None
+        self.init: Tree = {}
+
+    @property
+    def installed(self) -> Installed:
+        """The model with its tuning."""
+        if self._installed is None:
+            raise TrainingError("no phase has been opened in this process yet")
+        return self._installed
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.installed.model
+
+    def open(self, phase: int, recipe: Recipe) -> Installed:
+        """Loads the pre-trained model and installs ``recipe``'s tuning; the base is what was published.
+
+        Args:
+            phase: number of the phase.
+            recipe: what to install.
+        """
+        self._installed = None  # free the old model first
+        model, head = self.task.load_model(named_seed(self._seed, "head"), recipe.local.compute, self.device)
+        self._installed = recipe.tuning.install(model, head, named_seed(self._seed, "install", phase))
+        self._phase, self._setup, self.init = phase, None, {}
+        return self._installed
+
+    def settle(self, phase: int, recipe: Recipe, setup: bytes | None) -> None:
+        """Brings the frozen part to what a server announced; does nothing if it is there already.
+
+        Args:
+            phase: number of the phase.
+            recipe: its recipe.
+            setup: the announcement as received; None if the client is to remember it.
+
+        Raises:
+            WireError: the announcement is not of the expected form.
+            TrainingError: there is nothing to remember.
+        """
+        if phase == self._phase and self._setup is not None and setup in (None, self._setup):
+            return
+        if setup is None:
+            raise TrainingError(f"phase {phase} was never announced to this client, and no announcement came with the job")
+        if phase != self._phase or self._setup is not None:
+            self.open(phase, recipe)
+        installed = self.installed
+        like = setup_parts(recipe, installed, Start(installed.read(), Fold(), 0, {}))
+        self.init = recipe.tuning.settle(installed, wire.unpack(setup, like) if like else {})
+        if recipe.local.compute == "bf16":
+            _to_bfloat16(installed)
+        self._setup = setup
+
+    def autocast(self, compute: str) -> torch.autocast:
+        """The number format of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=compute == "bf16")
+
+
+def setup_parts(recipe: Recipe, installed: Installed, start: Start) -> dict[str, Tree]:
+    """The parts of ``recipe``'s announcement; with any start of the right shapes, its template."""
+    return recipe.tuning.setup(installed, start, recipe.down.reference == "init")
+
+
+def _to_bfloat16(installed: Installed) -> None:
+    trained = {id(parameter) for parameter in installed.parameters.values()}
+    for module in installed.model.modules():
+        own = list(module.parameters(recurse=False))
+        # kernels of normalisation want one format for weight and bias
+        if isinstance(module, nn.LayerNorm) and any(id(parameter) in trained for parameter in own):
+            continue
+        for parameter in own:
+            if id(parameter) not in trained and parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
