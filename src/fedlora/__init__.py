@@ -1,1 +1,116 @@
-"""fedlora."""
+"""Federated fine-tuning of Hugging Face models with low-rank adapters, sending as few bytes as possible.
+
+Names are imported when they are first used, so that ``import fedlora`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedlora.clients import Clients, Dirichlet, Iid, Natural, Pooled, Shards
+    from fedlora.config import Evaluate, Experiment, load
+    from fedlora.errors import FedloraError
+    from fedlora.experiment import Result, run
+    from fedlora.inference import load_run
+    from fedlora.local import Local, Schedule
+    from fedlora.methods import dense_lora, fedavg, federa, flasc, full, primed_lora, slora
+    from fedlora.recipe import Phase, Recipe
+    from fedlora.tasks import Docstrings, Files, Hub, Model, TextClassification
+    from fedlora.transport import Link, TopK
+    from fedlora.tuning import BitFit, Bottleneck, Full, HeadOnly, LoRA, Peft, SparseMask
+
+_HOME = {
+    "BitFit": "tuning",
+    "Bottleneck": "tuning",
+    "Clients": "clients",
+    "Dirichlet": "clients",
+    "Docstrings": "tasks",
+    "Evaluate": "config",
+    "Experiment": "config",
+    "FedloraError": "errors",
+    "Files": "tasks",
+    "Full": "tuning",
+    "HeadOnly": "tuning",
+    "Hub": "tasks",
+    "Iid": "clients",
+    "Link": "transport",
+    "LoRA": "tuning",
+    "Local": "local",
+    "Model": "tasks",
+    "Natural": "clients",
+    "Peft": "tuning",
+    "Phase": "recipe",
+    "Pooled": "clients",
+    "Recipe": "recipe",
+    "Result": "experiment",
+    "Schedule": "local",
+    "Shards": "clients",
+    "SparseMask": "tuning",
+    "TextClassification": "tasks",
+    "TopK": "transport",
+    "dense_lora": "methods",
+    "fedavg": "methods",
+    "federa": "methods",
+    "flasc": "methods",
+    "full": "methods",
+    "load": "config",
+    "load_run": "inference",
+    "primed_lora": "methods",
+    "run": "experiment",
+    "slora": "methods",
+}
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BitFit",
+    "Bottleneck",
+    "Clients",
+    "Dirichlet",
+    "Docstrings",
+    "Evaluate",
+    "Experiment",
+    "FedloraError",
+    "Files",
+    "Full",
+    "HeadOnly",
+    "Hub",
+    "Iid",
+    "Link",
+    "LoRA",
+    "Local",
+    "Model",
+    "Natural",
+    "Peft",
+    "Phase",
+    "Pooled",
+    "Recipe",
+    "Result",
+    "Schedule",
+    "Shards",
+    "SparseMask",
+    "TextClassification",
+    "TopK",
+    "dense_lora",
+    "fedavg",
+    "federa",
+    "flasc",
+    "full",
+    "load",
+    "load_run",
+    "primed_lora",
+    "run",
+    "slora",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fedlora.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

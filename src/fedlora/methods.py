@@ -94,7 +94,7 @@ def flasc(
     decay_every: Annotated[int, Field(ge=1)] = 1,
     scope: Literal["global", "tensor"] = "global",
     head: Literal["included", "dense"] = "included",
-    reference: Literal["zero", "init"] = "zero",
+    reference: Literal["zero", "init"] | None = None,
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ServerAdamW(lr=5e-3),
     privacy: AnyPrivacy = NoPrivacy(),
@@ -105,7 +105,8 @@ def flasc(
 
     Down, the largest ``int(P * down)`` of all ``P`` trained entries by magnitude, head included; masked entries are zero
     on the client. Up, the largest ``int(P * up)`` entries of each client's change. The defaults are the official
-    code's; ``head="dense"``, ``scope="tensor"`` and ``reference="init"`` mend what ``docs/methods.md`` tells of.
+    code's; ``head="dense"``, ``scope="tensor"`` and ``reference="init"`` mend what ``docs/methods.md`` tells of. Over an
+    SVD start the reference is the init, because a zero there would take pre-trained knowledge away.
     """
     tuning = LoRA(
         rank=rank,
@@ -123,7 +124,7 @@ def flasc(
     return fedavg(
         rounds=rounds,
         tuning=tuning,
-        down=link(down, reference),
+        down=link(down, reference or ("zero" if init == "kaiming" else "init")),
         up=link(up, "zero"),
         server=server,
         privacy=privacy,

@@ -15,11 +15,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from xxhash import xxh3_64
 
 from fedlora.errors import CheckpointError
 from fedlora.tree import Tree
 
 SEED_BITS = 48
+
+FORMAT = 1
+"""The version of the checkpoint format."""
 
 
 def named_seed(run_seed: int, purpose: str, *numbers: int) -> int:
@@ -137,7 +141,9 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
         OSError: the disk refused; what was saved before is untouched.
     """
     tensors: Tree = {}
-    for part, tree in {"params": state.params, "init": state.init, **_prefixed("slots", state.slots)}.items():
+    # a phase starts at its init, and safetensors refuses tensors that share memory
+    init = {name: value.clone() for name, value in state.init.items()}
+    for part, tree in {"params": state.params, "init": init, **_prefixed("slots", state.slots)}.items():
         tensors.update({f"{part}/{name}": value for name, value in tree.items()})
     for client, memory in state.clients.items():
         tensors.update({f"clients/{client}/{name}": value for name, value in memory.optimizer.items()})
@@ -154,13 +160,19 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / "state.safetensors")
     except SafetensorError as error:
         raise OSError(f"could not write {temporary}: {error}") from error
-    document = {"format": 1, **numbers, "order": order, "clients": clients, "facts": dict(facts)}
+    digest = _digest(temporary / "state.safetensors")
+    document = {"format": FORMAT, "digest": digest, **numbers, "order": order, "clients": clients, "facts": dict(facts)}
     (temporary / "state.json").write_text(json.dumps(document, indent=1))
     for path in (*temporary.iterdir(), temporary):
         _flush(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    # a crash here leaves two whole folders rather than half of one
+    replaced = folder.with_name(folder.name + ".old.tmp")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
     temporary.rename(folder)
     _flush(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
@@ -174,6 +186,10 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
     """
     try:
         document = json.loads((folder / "state.json").read_text())
+        if document["format"] != FORMAT:
+            raise ValueError(f"its format is {document['format']}, and this version reads {FORMAT}")
+        if document["digest"] != _digest(folder / "state.safetensors"):
+            raise ValueError("state.safetensors is not the file that was written")
         tensors = load_file(folder / "state.safetensors")
         groups = dict(document["order"]["groups"])
         names = list(groups)
@@ -199,7 +215,7 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
                 for client, memory in clients.items()
             },
         )
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be read ({type(error).__name__}: {error}); "
             "remove that folder to go on from the one before it"
@@ -209,6 +225,14 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
 
 def _prefixed(prefix: str, trees: Mapping[str, Tree]) -> dict[str, Tree]:
     return {f"{prefix}/{name}": tree for name, tree in trees.items()}
+
+
+def _digest(path: Path) -> str:
+    digest = xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

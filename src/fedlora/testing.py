@@ -115,6 +115,14 @@ class TensorTask(Prepared):
         """See ``Prepared.num_examples``; both splits hold the same examples."""
         return len(self.targets)
 
+    def table(self) -> Any:
+        """See ``Prepared.table``."""
+        return None
+
+    def columns(self, split: Split) -> list[str]:
+        """See ``Prepared.columns``."""
+        return ["label"]
+
     def column(self, name: str, split: Split) -> Rows:
         """See ``Prepared.column``."""
         return self.labels
@@ -148,6 +156,14 @@ class TensorTask(Prepared):
             },
             (),
         )
+
+    def with_test(self, path: Path, text: str | None, label: str | None) -> Prepared:
+        """See ``Prepared.with_test``; there are no files here."""
+        return self
+
+    def predict(self, model: nn.Module, texts: list[str], device: torch.device) -> list[dict[str, float]]:
+        """See ``Prepared.predict``; there is no tokenizer."""
+        return []
 
     def save_pretrained(self, folder: Path) -> None:
         """See ``Prepared.save_pretrained``; there is no tokenizer."""

@@ -8,7 +8,7 @@ from torch import nn
 from fedlora.errors import TrainingError
 from fedlora.recipe import Recipe
 from fedlora.state import Fold, named_seed
-from fedlora.tasks.base import Prepared
+from fedlora.tasks.base import Evaluation, Prepared, Rows, Split
 from fedlora.transport import wire
 from fedlora.tree import Tree
 from fedlora.tuning import Installed, Start
@@ -81,6 +81,12 @@ class Workspace:
         if recipe.local.compute == "bf16":
             _to_bfloat16(installed)
         self._setup = setup
+
+    def evaluate(self, rows: Rows, split: Split, compute: str) -> Evaluation:
+        """Metrics of the model as it is now, in evaluation mode."""
+        self.model.eval()
+        with torch.inference_mode(), self.autocast(compute):
+            return self.task.evaluate(self.model, rows, split, self.device)
 
     def autocast(self, compute: str) -> torch.autocast:
         """The number format of a forward pass."""

@@ -101,6 +101,14 @@ class Prepared(ABC):
         """Number of examples in a split."""
 
     @abstractmethod
+    def table(self) -> Any:
+        """The training data as a ``datasets.Dataset``, for foreign partitioners."""
+
+    @abstractmethod
+    def columns(self, split: Split) -> list[str]:
+        """The names of the data's columns."""
+
+    @abstractmethod
     def column(self, name: str, split: Split) -> Rows:
         """A column of the data, for natural clients.
 
@@ -129,6 +137,18 @@ class Prepared(ABC):
         """Metrics of ``model``, in evaluation mode, on the examples ``rows`` of ``split``."""
 
     @abstractmethod
+    def with_test(self, path: Path, text: str | None, label: str | None) -> Prepared:
+        """The same task with the rows of a file as its test split, its labels read by name or number.
+
+        Raises:
+            DataError: the file cannot be read, or has a label that the model does not know.
+        """
+
+    @abstractmethod
+    def predict(self, model: nn.Module, texts: list[str], device: torch.device) -> list[dict[str, float]]:
+        """What the model says of each text."""
+
+    @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Writes what goes beside a model, such as the tokenizer."""
 
@@ -139,3 +159,7 @@ class Task(ABC):
     @abstractmethod
     def prepare(self, model: Model, source: Source) -> Prepared:
         """Loads and encodes the data for ``model``."""
+
+    @abstractmethod
+    def restore(self, model: Model, label_names: list[str]) -> Prepared:
+        """The task without data, for predictions where the data are not."""

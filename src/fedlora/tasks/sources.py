@@ -198,6 +198,39 @@ class Hub(Source):
             ) from error
 
 
+def read_labelled(path: Path, columns: dict[str, str], label_names: list[str]) -> datasets.Dataset:
+    """The rows of a file as a test split of classes that are known already.
+
+    Args:
+        path: a file in one of the formats of ``Files``.
+        columns: what ``text`` and ``label`` are called in it.
+        label_names: the classes; a label is one of them, or the number of one.
+
+    Returns:
+        The columns ``text`` and ``label``, and all others.
+
+    Raises:
+        DataError: the file cannot be read, lacks a column, or has a label that is not known.
+    """
+    import datasets
+
+    rows = _read(str(path))
+    for use, name in columns.items():
+        if name not in rows.column_names:
+            have = ", ".join(rows.column_names)
+            raise DataError(f"{path} has no column {name!r} for the {use}, only {have}: name it with --{use}")
+        if use != name:
+            rows = rows.rename_column(name, use)
+    numbers = {name: number for number, name in enumerate(label_names)}
+    known = {**{str(number): number for number in numbers.values()}, **numbers}
+    unknown = sorted({str(label) for label in rows["label"]} - known.keys())
+    if unknown:
+        raise DataError(f"{path} has labels that the model does not know: {', '.join(unknown[:5])}")
+    labels = [known[str(label)] for label in rows["label"]]
+    rows = rows.remove_columns("label").add_column("label", labels)
+    return rows.cast_column("label", datasets.ClassLabel(names=label_names))
+
+
 AnySource = Annotated[Docstrings | Files | Hub, Field(discriminator="kind")]
 """Any source, told apart by ``kind``."""
 

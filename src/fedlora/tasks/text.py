@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.sources import Source, fingerprint
+from fedlora.tasks.columns import fingerprint
+from fedlora.tasks.sources import Source, read_labelled
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -51,12 +52,12 @@ class TextClassification(Task):
             ConfigError: the model cannot be read.
         """
         splits = source.load()
-        tokenizer = load_tokenizer(model)
-        encoded = {
-            name: _encode(part, tokenizer, self.max_length)
-            for name, part in (("train", splits.train), ("test", splits.test))
-        }
-        return PreparedText(self, model, tokenizer, splits.train, splits.test, encoded)
+        data = {"train": splits.train, "test": splits.test}
+        return PreparedText(self, model, load_tokenizer(model), list(splits.train.features["label"].names), data)
+
+    def restore(self, model: Model, label_names: list[str]) -> Prepared:
+        """See ``Task.restore``."""
+        return PreparedText(self, model, load_tokenizer(model), label_names, {})
 
 
 class PreparedText(Prepared):
@@ -66,24 +67,25 @@ class PreparedText(Prepared):
         settings: the task.
         model: which model.
         tokenizer: its tokenizer.
-        train: the training split, with the columns ``label`` and whatever names natural clients.
-        test: the test split.
-        encoded: tokens and offsets of each split.
+        names: the classes' names.
+        splits: a data set per split, with the columns ``text``, maybe ``text_pair``, ``label``, and any others.
     """
 
     main_metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
     def __init__(
-        self, settings: TextClassification, model: Model, tokenizer: Any, train: Any, test: Any, encoded: dict[str, Any]
+        self, settings: TextClassification, model: Model, tokenizer: Any, names: list[str], splits: dict[Split, Any]
     ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
         self._model = model
-        self._splits = {"train": train, "test": test}
-        self._encoded = encoded
-        self._labels = {name: np.asarray(part["label"], dtype=np.int64) for name, part in self._splits.items()}
-        self._names = list(train.features["label"].names)
+        self._names = names
+        self._splits = splits
+        self._encoded = {name: _encode(part, tokenizer, settings.max_length) for name, part in splits.items()}
+        self._labels: dict[Split, Rows] = {
+            name: np.asarray(part["label"], dtype=np.int64) for name, part in splits.items()
+        }
 
     @property
     def labels(self) -> Rows:
@@ -98,11 +100,19 @@ class PreparedText(Prepared):
     @property
     def fingerprint(self) -> str:
         """See ``Prepared.fingerprint``."""
-        return xxhash.xxh3_128_hexdigest("/".join(fingerprint(self._splits[name]) for name in ("train", "test")))
+        return xxhash.xxh3_128_hexdigest("/".join(fingerprint(self._splits[name]) for name in ("train", "test")).encode())
 
     def num_examples(self, split: Split) -> int:
         """See ``Prepared.num_examples``."""
         return len(self._labels[split])
+
+    def table(self) -> Any:
+        """See ``Prepared.table``."""
+        return self._splits["train"]
+
+    def columns(self, split: Split) -> list[str]:
+        """See ``Prepared.columns``."""
+        return list(self._splits[split].column_names)
 
     def column(self, name: str, split: Split) -> Rows:
         """See ``Prepared.column``."""
@@ -151,9 +161,22 @@ class PreparedText(Prepared):
         return {name: value.to(device) for name, value in batch.items()}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See ``Prepared.loss``: cross entropy of the logits in float32."""
+        """See ``Prepared.loss``: cross entropy of the logits in float32.
+
+        On a CPU the texts go through the model in groups of like length, which spares most of the padding; the loss is
+        one mean over all of them, so it is the same but for rounding. A fixed ``pad_to`` is kept.
+        """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return functional.cross_entropy(model(**inputs).logits.float(), batch["labels"])
+        labels = batch["labels"]
+        if labels.device.type != "cpu" or self.settings.pad_to != "longest":
+            return functional.cross_entropy(model(**inputs).logits.float(), labels)
+        lengths, order = inputs["attention_mask"].sum(1).sort(stable=True)
+        logits = []
+        for first, last in group_lengths(lengths.tolist()):
+            chosen, width = order[first:last], int(lengths[last - 1])
+            part = {name: value[chosen, :width] for name, value in inputs.items()}
+            logits.append(model(**part).logits.float())
+        return functional.cross_entropy(torch.cat(logits), labels[order])
 
     def logits(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Tensor:
         """The logits of examples, ``(rows, classes)`` float32, in the order of ``rows``."""
@@ -182,9 +205,61 @@ class PreparedText(Prepared):
             return Evaluation(metrics, (f"the model predicts one class only, {name!r}: it has learnt nothing useful",))
         return Evaluation(metrics, ())
 
+    def with_test(self, path: Path, text: str | None, label: str | None) -> Prepared:
+        """See ``Prepared.with_test``."""
+        columns = {"text": text or "text", "label": label or "label"}
+        return PreparedText(
+            self.settings, self._model, self.tokenizer, self._names, {"test": read_labelled(path, columns, self._names)}
+        )
+
+    def predict(self, model: nn.Module, texts: list[str], device: torch.device) -> list[dict[str, float]]:
+        """See ``Prepared.predict``: each class's probability, the likeliest first."""
+        results = []
+        for first in range(0, len(texts), self.settings.eval_batch_size):
+            part = texts[first : first + self.settings.eval_batch_size]
+            batch = self.tokenizer(
+                part, truncation=True, max_length=self.settings.max_length, padding=True, return_tensors="pt"
+            )
+            shares = model(**{name: value.to(device) for name, value in batch.items()}).logits.float().softmax(1)
+            for row in shares.tolist():
+                ranked = sorted(zip(self._names, row, strict=True), key=lambda pair: -pair[1])
+                results.append(dict(ranked))
+        return results
+
     def save_pretrained(self, folder: Path) -> None:
         """See ``Prepared.save_pretrained``."""
         self.tokenizer.save_pretrained(str(folder))
+
+
+GROUP_COST = 64
+"""What a pass through the model costs beside its tokens, in tokens."""
+
+
+def group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
+    """Cuts ascending lengths into groups so that tokens, padding included, and passes cost least.
+
+    Args:
+        lengths: tokens of each text, ascending.
+
+    Returns:
+        First and last position (exclusive) of each group, in order.
+
+    >>> group_lengths([10, 10, 100, 100])
+    [(0, 2), (2, 4)]
+    >>> group_lengths([90, 95, 100, 100])
+    [(0, 4)]
+    """
+    best, cut = [0], [0]
+    for last in range(1, len(lengths) + 1):
+        costs = [best[first] + (last - first) * lengths[last - 1] + GROUP_COST for first in range(last)]
+        best.append(min(costs))
+        cut.append(costs.index(best[-1]))
+    groups: list[tuple[int, int]] = []
+    last = len(lengths)
+    while last:
+        groups.append((cut[last], last))
+        last = cut[last]
+    return groups[::-1]
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -259,7 +334,8 @@ def _encode(data: Any, tokenizer: Any, max_length: int) -> dict[str, np.ndarray[
     settings = json.dumps([tokenizer.__class__.__name__, max_length, texts, transformers.__version__])
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    key = xxhash.xxh3_128_hexdigest("/".join([fingerprint(data.select_columns(texts)), settings, vocabulary]))
+    parts = [fingerprint(data.select_columns(texts)), settings, vocabulary]
+    key = xxhash.xxh3_128_hexdigest("/".join(parts).encode())
     path = cache_folder() / "tokens" / f"{key}.safetensors"
     with contextlib.suppress(OSError, SafetensorError):
         return load_file(path)

@@ -44,6 +44,7 @@ class Installed:
         parameters: what is trained, by name, in the model's order.
         groups: ``adapter`` or ``head`` for each of those names.
         places: for packed parameters, their positions in the flattened weight.
+        folded: edits of frozen weights that were applied, dense, by parameter name.
         refresh: carries ``parameters`` into the weights that the forward pass reads, where they are not the same.
     """
 
@@ -51,6 +52,7 @@ class Installed:
     parameters: dict[str, nn.Parameter]
     groups: dict[str, str]
     places: dict[str, Tensor] = field(default_factory=dict)
+    folded: Tree = field(default_factory=dict)
     refresh: Callable[[], None] = field(default=_nothing)
 
     def read(self) -> Tree:

@@ -117,14 +117,17 @@ class LoRA(Tuning):
         return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
 
     def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
-        """See ``Tuning.start``. The ledger's ``energy_kept`` is ``||scale B A||^2 / ||delta||^2`` over all that was learnt."""
+        """See ``Tuning.start``. The ledger's ``energy_kept`` is ``||scale B A||^2 / ||delta||^2`` over all that was learnt.
+
+        It counts what the adapters took over, before any fold; a start that does not look at the delta keeps nothing.
+        """
         params = installed.read()
         deltas = carry.delta if carry else {}
         kept = 0.0
         for name, layer in lora_layers(installed.model).items():
             b, a = self._factors(name, layer, deltas.get(f"{name}.weight"), seed)
             params[f"{name}.lora_A"], params[f"{name}.lora_B"] = a, b
-            if f"{name}.weight" in deltas:
+            if isinstance(self.init, SvdOfDelta) and f"{name}.weight" in deltas:
                 kept += float((self.scale * b @ a).square().sum())
         if carry is None:
             return Start(params, Fold(), seed, {})
@@ -165,8 +168,9 @@ class LoRA(Tuning):
             for name, layer in layers.items():
                 init[f"{name}.lora_B"], init[f"{name}.lora_A"] = self._factors(name, layer, None, seed)
         named = dict(installed.model.named_parameters())
+        installed.folded = {name: value for name, value in parts.get("fold", {}).items() if bool(value.any())}
         with torch.no_grad():
-            for name, value in parts.get("fold", {}).items():
+            for name, value in installed.folded.items():
                 named[name].add_(value.to(named[name].device))
             if self.residual:
                 for name, layer in layers.items():
@@ -175,13 +179,14 @@ class LoRA(Tuning):
         return {name: init[name] for name in installed.parameters if name in init}
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
-        """See ``Tuning.changes``: ``scale (B A - B0 A0)`` per matrix, without ``B0 A0`` where the base kept it."""
-        result = {}
+        """See ``Tuning.changes``: what was folded, and ``scale (B A - B0 A0)``, without ``B0 A0`` where the base kept it."""
+        result = dict(installed.folded)
         for name, layer in lora_layers(installed.model).items():
             product = params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]
             if self.residual:
                 product = product - init[f"{name}.lora_B"] @ init[f"{name}.lora_A"]
-            result[f"{name}.weight"] = self.scale * (product.T if layer.transposed else product)
+            change = self.scale * (product.T if layer.transposed else product)
+            result[f"{name}.weight"] = result.get(f"{name}.weight", torch.zeros(())) + change
         return result
 
     def _factors(self, name: str, layer: LoRALinear, delta: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import peft
@@ -13,6 +14,10 @@ from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
+from fedlora.tuning.targets import saved_modules
+
+_SVD_INITS = ("pissa", "olora", "corda", "loftq", "eva", "mica", "lora_ga")
+_SVD_TYPES = ("ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -32,15 +37,20 @@ class Peft(Tuning):
         fields = {key: value for key, value in config.to_dict().items() if value is not None}
         return Peft(config={key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()})
 
-    def build(self, head: frozenset[str]) -> peft.PeftConfig:
-        """The ``peft`` config object, with the task head among the saved modules unless they are named.
+    def build(self, modules: list[str]) -> peft.PeftConfig:
+        """The ``peft`` config object.
+
+        Args:
+            modules: the saved modules, unless the configuration names its own.
 
         Raises:
-            ConfigError: ``peft`` refuses it, or it starts from an SVD on each client.
+            ConfigError: ``peft`` refuses it, or it starts from a decomposition on each client.
         """
-        if str(self.config.get("init_lora_weights", True)).startswith(("pissa", "olora", "corda", "loftq", "eva")):
+        init, kind = str(self.config.get("init_lora_weights", True)), str(self.config.get("peft_type", "")).upper()
+        if init.lower().startswith(_SVD_INITS) or kind in _SVD_TYPES:
+            what = f"peft_type = {kind!r}" if kind in _SVD_TYPES else f"init_lora_weights = {init!r}"
             raise ConfigError(
-                f"init_lora_weights = {self.config['init_lora_weights']!r} would let each client make its own SVD, and "
+                f"{what} would let each client decompose the weights by itself, and "
                 "machines disagree on signs and order; use the tuning `lora` with init = { kind = 'svd_of_weight' }"
             )
         try:
@@ -48,13 +58,15 @@ class Peft(Tuning):
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"peft refuses this configuration: {error}; `peft_type` and its fields are needed") from error
         if getattr(config, "modules_to_save", ...) is None:
-            config.modules_to_save = sorted({name.split(".")[0] for name in head})
+            config.modules_to_save = modules
         return config
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``."""
-        config = self.build(head)
-        with torch.random.fork_rng():
+        config = self.build(saved_modules(model, head))
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft reads a name that transformers 5 has changed
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             torch.manual_seed(seed)
             try:
                 wrapped = peft.get_peft_model(model, config)

@@ -116,10 +116,22 @@ def block_outputs(model: nn.Module, where: tuple[str, ...], head: frozenset[str]
     return find(model, "|".join(rf"(?:.*\.)?{patterns[place]}" for place in where), head)
 
 
+def saved_modules(model: nn.Module, head: frozenset[str]) -> list[str]:
+    """The modules that ``peft`` must train as a whole, so that the head moves and the backbone does not.
+
+    Args:
+        model: the model; a checkpoint may lack parts of its backbone, such as a pooler, which then belong to the head.
+        head: names of the head's parameters.
+    """
+    backbone = f"{getattr(model, 'base_model_prefix', '')}."
+    return sorted({name.rsplit(".", 1)[0] if name.startswith(backbone) else name.split(".", 1)[0] for name in head})
+
+
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts ``new`` where ``name`` is; a module that several places share is replaced in all of them."""
     old = model.get_submodule(name)
     for parent in model.modules():
-        for child, module in list(parent.named_children()):
+        # named_children() would pass over the second place in one list
+        for child, module in list(parent._modules.items()):
             if module is old:
                 setattr(parent, child, new)

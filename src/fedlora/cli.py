@@ -1,0 +1,350 @@
+"""The command line. Everything heavy is imported inside the commands, so that help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.errors import ConfigError, DataError, FedloraError
+
+if TYPE_CHECKING:
+    from fedlora.config import Experiment
+    from fedlora.experiment import Result
+    from fedlora.track import Tracker
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of Hugging Face models with low-rank adapters, in as few bytes as possible.",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    table = "table"
+    json = "json"
+
+
+ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, or the folder of a run.")]
+RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
+Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value, over what the file says.")]
+AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]
+
+
+@app.callback()
+def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works anywhere.")] = False) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; goes on if it holds a checkpoint.")] = None,
+    track: Annotated[list[str] | None, typer.Option(help="Also send figures to: tensorboard.")] = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Run an experiment, or go on with one."""
+    from fedlora.report import as_dict, result_table
+
+    experiment, folder = _experiment(config, set_, out)
+    result = _run(experiment, folder, track or [])
+    _show(format_, as_dict(result), result_table(result))
+
+
+@app.command()
+def show(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.table) -> None:
+    """Print the resolved configuration, what is trained, and which modules were matched."""
+    from fedlora.config import resolved, to_toml
+    from fedlora.describe import phase_facts
+
+    experiment, _ = _experiment(config, set_, None)
+    facts = phase_facts(experiment, _task(experiment))
+    if format_ is Format.json:
+        phases = [{"tuning": f.tuning, "trainable": f.trainable, "total": f.total, "tensors": f.tensors} for f in facts]
+        _out.print_json(json.dumps({"config": resolved(experiment), "phases": phases}))
+        return
+    print(to_toml(experiment))
+    for number, fact in enumerate(facts):
+        trained = sum(fact.trainable.values())
+        groups = ", ".join(f"{group} {count:,}" for group, count in fact.trainable.items())
+        _out.print(
+            f"[bold]phase {number}[/bold]: {fact.tuning}, {fact.rounds} rounds; {trained:,} of {fact.total:,} numbers "
+            f"are trained ({trained / fact.total:.2%}): {groups}"
+        )
+        for name, shape in fact.tensors.items():
+            _out.print(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}", highlight=False)
+
+
+@app.command()
+def cost(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.table) -> None:
+    """Tell the bytes of a run before it is trained, from real messages."""
+    from fedlora.describe import phase_facts
+    from fedlora.report import human_bytes
+
+    experiment, _ = _experiment(config, set_, None)
+    table = Table()
+    for name in ("phase", "rounds", "one client down", "one client up", "round down", "round up", "all down", "all up"):
+        table.add_column(name, justify="right")
+    phases, totals = [], [0, 0]
+    for number, fact in enumerate(phase_facts(experiment, _task(experiment))):
+        down, up = fact.round_bytes
+        totals = [totals[0] + down * fact.rounds, totals[1] + up * fact.rounds]
+        one = (sum(fact.down_bytes.values()), sum(fact.up_bytes.values()))
+        cells = [*one, down, up, down * fact.rounds, up * fact.rounds]
+        table.add_row(f"{number} {fact.tuning}", str(fact.rounds), *map(human_bytes, cells))
+        phases.append(
+            {
+                "tuning": fact.tuning,
+                "rounds": fact.rounds,
+                "clients": fact.clients,
+                "client_down_bytes": fact.down_bytes,
+                "client_up_bytes": fact.up_bytes,
+                "round_down_bytes": down,
+                "round_up_bytes": up,
+            }
+        )
+    if len(phases) > 1:
+        table.add_row("all", str(experiment.rounds), "", "", "", "", *map(human_bytes, totals))
+    _show(format_, {"phases": phases, "down_bytes": totals[0], "up_bytes": totals[1]}, table)
+
+
+@app.command("list")
+def list_(slot: Annotated[str | None, typer.Argument()] = None, format_: AsFormat = Format.table) -> None:
+    """List the slots, or the values of one slot with their settings."""
+    from fedlora.describe import SLOTS, choices
+
+    if slot is None:
+        table = Table("slot", "values")
+        for name, values in SLOTS.items():
+            table.add_row(name, ", ".join(values))
+        _show(format_, {name: list(values) for name, values in SLOTS.items()}, table)
+        return
+    rows = choices(slot)
+    table = Table(slot, "what it is", "settings")
+    for row in rows:
+        table.add_row(*row)
+    _show(format_, [dict(zip(("kind", "text", "settings"), row, strict=True)) for row in rows], table)
+
+
+@app.command()
+def new(method: Annotated[str, typer.Argument(help="A method; `fedlora list method` names them.")]) -> None:
+    """Print a configuration to start from: fedlora new flasc > run.toml."""
+    from fedlora.template import template
+
+    print(template(method), end="")
+
+
+@app.command()
+def partition(
+    config: ConfigPath,
+    set_: Overrides = None,
+    html: Annotated[Path | None, typer.Option(help="Also draw the labels of every client into this file.")] = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Show how the data are dealt: sizes, label skew, and a drawing."""
+    from fedlora.clients import summarise
+    from fedlora.experiment import in_mode, prepare
+    from fedlora.picture import partition_bars, partition_html
+
+    experiment, _ = _experiment(config, set_, None)
+    setting = prepare(in_mode(experiment))
+    names = setting.task.label_names
+    summary = summarise(setting.population, setting.task.labels, max(1, len(names))).as_dict()
+    if html is not None:
+        html.write_text(partition_html(setting.population, setting.task.labels, names), encoding="utf-8")
+    table = Table(show_header=False)
+    for key, value in summary.items():
+        table.add_row(key.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
+    _show(format_, summary, table)
+    if format_ is Format.table:
+        _out.print(partition_bars(setting.population, setting.task.labels, names))
+
+
+@app.command()
+def compare(runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")], format_: AsFormat = Format.table) -> None:
+    """Put finished runs side by side; seeds of a method are averaged."""
+    from fedlora.report import comparison, comparison_table, load_result
+
+    rows = comparison([load_result(path) for path in runs])
+    _show(format_, rows, comparison_table(rows))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="A whole model that needs no peft.")] = False,
+) -> None:
+    """Write a run's adapter for `peft`, or the merged model."""
+    from fedlora.inference import load_run
+
+    load_run(run).export(out, merge)
+    _out.print(f"written to {out}")
+
+
+@app.command()
+def predict(
+    run: RunPath,
+    text: Annotated[str, typer.Argument(help="A text, or a file with a text per line.")],
+    format_: AsFormat = Format.table,
+) -> None:
+    """Say what a run's model makes of a text."""
+    from fedlora.inference import load_run
+
+    file = Path(text)
+    try:
+        texts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else [text]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text; give a file with one text per line") from error
+    except OSError:  # a text too long for a file name is a text
+        texts = [text]
+    texts = [line for line in texts if line.strip()]
+    if not texts:
+        raise DataError("there is no text to predict; give a text, or a file with a text per line")
+    found = load_run(run).predict(texts)
+    table = Table("text", "likeliest", "probability", "next")
+    for one, shares in zip(texts, found, strict=True):
+        ranked = list(shares.items())
+        rest = ", ".join(f"{name} {share:.2f}" for name, share in ranked[1:3])
+        table.add_row(one if len(one) < 60 else one[:57] + "...", ranked[0][0], f"{ranked[0][1]:.2f}", rest)
+    _show(format_, [{"text": one, "classes": shares} for one, shares in zip(texts, found, strict=True)], table)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    data: Annotated[Path, typer.Option(help="A csv, tsv, json, jsonl or parquet file, maybe with .gz.")],
+    text: Annotated[str | None, typer.Option(help="Its column of texts.")] = None,
+    label: Annotated[str | None, typer.Option(help="Its column of labels, by name or number.")] = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Evaluate a run's model on the rows of a file."""
+    from fedlora.inference import load_run
+
+    found = load_run(run).evaluate(data, text, label)
+    table = Table("metric", "value")
+    for name, value in found.metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    _show(format_, {**found.metrics, "warnings": list(found.warnings)}, table)
+    for warning in found.warnings:
+        _err.print(f"[yellow]{warning}[/yellow]")
+
+
+@app.command()
+def env(format_: AsFormat = Format.table) -> None:
+    """Print versions, devices and folders, for a bug report."""
+    from fedlora.describe import environment
+
+    facts = environment()
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    _show(format_, facts, table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the run folders go; goes on where they hold checkpoints.")] = Path(
+        "runs/demo"
+    ),
+    set_: Overrides = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Train the embedded model with dense LoRA, FLASC, FeDeRA and SLoRA on one federation, and compare them."""
+    from fedlora.config import parse
+    from fedlora.demo import METHODS, configuration
+    from fedlora.experiment import prepare
+    from fedlora.report import as_dict, comparison, comparison_table
+
+    _err.print(
+        "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
+        "to tell apart; 100 clients with skewed labels.",
+        highlight=False,
+    )
+    setting, results = None, []
+    for method in METHODS:
+        experiment = parse(configuration(method, set_ or []))
+        setting = setting or prepare(experiment)
+        results.append(_run(experiment, out / method, [], setting))
+    rows = comparison([as_dict(result) for result in results])
+    _show(format_, rows, comparison_table(rows))
+    if format_ is Format.table:
+        _out.print("runs: " + "  ".join(str(result.folder) for result in results), soft_wrap=True, highlight=False)
+        _out.print(f'try:  fedlora predict {results[0].folder} "Parse a MIME message from a file."', highlight=False)
+
+
+def _experiment(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Experiment, Path | None]:
+    from fedlora.config import load
+
+    if path.is_dir() and not (path / "config.toml").exists():
+        raise ConfigError(f"{path} is a folder without config.toml; name a TOML file or the folder of a run")
+    return load(path, overrides or []), out or (path if path.is_dir() else None)
+
+
+def _task(experiment: Experiment) -> Any:
+    from fedlora.experiment import in_mode, prepare
+
+    return prepare(in_mode(experiment)).task
+
+
+def _run(experiment: Experiment, folder: Path | None, tracks: list[str], setting: Any = None) -> Result:
+    from fedlora import config
+    from fedlora.experiment import run as run_experiment
+    from fedlora.report import Live
+    from fedlora.track import TRACKERS
+
+    folder = folder or Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
+    unknown = [name for name in tracks if name not in TRACKERS]
+    if unknown:
+        raise ConfigError(f"there is no tracker {unknown[0]!r}; there are: {', '.join(TRACKERS)}")
+    watcher = Live(_err)
+    trackers: list[Tracker] = [TRACKERS[name](folder / name) for name in tracks]
+    try:
+        return run_experiment(experiment, folder, watcher=watcher, trackers=trackers, setting=setting)
+    finally:
+        watcher.close()
+        for tracker in trackers:
+            tracker.close()
+
+
+def _show(format_: Format, values: Any, table: Table) -> None:
+    if format_ is Format.json:
+        print(json.dumps(values, indent=1))
+    else:
+        _out.print(table)
+
+
+def main() -> None:
+    """Runs the command line: exit code 2 for what the user can mend, 1 for a fault of ours, 130 after Ctrl-C."""
+    debug = "--debug" in sys.argv
+    try:
+        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])
+    except FedloraError as error:
+        if debug:
+            raise
+        stopped = type(error).__name__ == "Stopped"
+        _err.print(f"{'' if stopped else 'error: '}{error}", style=None if stopped else "red", markup=False, soft_wrap=True, highlight=False)  # fmt: skip
+        sys.exit(130 if stopped else 2)
+    except Exception as error:
+        if debug:
+            raise
+        _err.print(
+            f"fedlora failed, and that is a fault of fedlora ({type(error).__name__}: {error}); "
+            "run the command again with --debug and report what it prints",
+            style="red",
+            markup=False,
+            highlight=False,
+        )
+        sys.exit(1)

@@ -1,0 +1,275 @@
+"""An experiment as a value, and as TOML: reading, overriding, explaining what is wrong, writing back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field, TypeAdapter, ValidationError, validate_call
+from pydantic.dataclasses import dataclass
+
+from fedlora.clients import Clients
+from fedlora.component import STRICT
+from fedlora.errors import ConfigError
+from fedlora.methods import METHODS
+from fedlora.recipe import Phase
+from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Evaluate:
+    """When and on what the server's model is evaluated.
+
+    Args:
+        every: rounds between two evaluations; the start and the end are always evaluated.
+        num_examples: size of the fixed subset of the test examples used between rounds; all of them if absent. The
+            end is always evaluated on all.
+        masked: under a sparse downlink, also evaluate the model as clients receive it (FLASC's own way).
+    """
+
+    every: Annotated[int, Field(ge=1)] = 5
+    num_examples: Annotated[int, Field(ge=1)] | None = None
+    masked: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Experiment:
+    """Everything that decides a run.
+
+    Args:
+        label: the method's name in tables.
+        seed: the run's seed; every draw has a named seed of its own that follows from it.
+        mode: ``federated``; ``centralised`` trains one client that holds everything, a round being a pass; ``local``
+            lets ``num_local`` clients train alone, and reports their mean. In the latter two nothing is sent.
+        num_local: clients that train alone in the mode ``local``.
+        model: the pre-trained model.
+        task: what it is trained for.
+        data: on what.
+        clients: how the data are dealt, and how many clients take part in a round.
+        phases: the method.
+        evaluate: when the model is evaluated.
+        checkpoint_every: rounds between two checkpoints.
+        device: where the model lives; ``auto`` takes a GPU if there is one.
+    """
+
+    label: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    mode: Literal["federated", "centralised", "local"] = "federated"
+    num_local: Annotated[int, Field(ge=1)] = 10
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1
+    model: Model = Model()
+    task: AnyTask = TextClassification()
+    data: AnySource = Docstrings()
+    clients: Clients = Clients()
+    evaluate: Evaluate = Evaluate()
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of all phases."""
+        return sum(phase.rounds for phase in self.phases)
+
+
+_ADAPTER = TypeAdapter(Experiment)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads an experiment from a TOML file.
+
+    Args:
+        path: the file, or a run folder with a ``config.toml``.
+        overrides: ``key.key=value`` each; the value is read as TOML, and as plain text where that fails.
+
+    Raises:
+        ConfigError: there is no such file, it is no TOML, or it asks for something that is not there.
+    """
+    file = path / "config.toml" if path.is_dir() else path
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    for assignment in overrides:
+        override(document, assignment)
+    return parse(document)
+
+
+def parse(document: Mapping[str, Any]) -> Experiment:
+    """An experiment from the content of a TOML file.
+
+    ``[method]`` with ``kind`` and that method's arguments is expanded into ``phases``; the resolved form has ``phases``
+    alone.
+
+    Raises:
+        ConfigError: with the offending key, the nearest known one, and all that are known there.
+    """
+    content = dict(document)
+    if "method" in content:
+        if "phases" in content:
+            raise ConfigError("a configuration has either [method] or [[phases]], not both; remove one of them")
+        method = content.pop("method")
+        if not isinstance(method, Mapping) or "kind" not in method:
+            raise ConfigError(f"[method] needs a kind, one of: {', '.join(METHODS)}")
+        arguments = {key: value for key, value in method.items() if key != "kind"}
+        content["phases"] = build_method(str(method["kind"]), arguments)
+        content.setdefault("label", method["kind"])
+    try:
+        return _ADAPTER.validate_python(content)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, Experiment, "")) from error
+
+
+def build_method(kind: str, arguments: Mapping[str, Any]) -> tuple[Phase, ...]:
+    """The phases of the method ``kind``.
+
+    Raises:
+        ConfigError: there is no such method, or it has no such argument.
+    """
+    if kind not in METHODS:
+        raise ConfigError(f"there is no method {kind!r}{_nearest(kind, list(METHODS))}; known: {', '.join(METHODS)}")
+    try:
+        phases: tuple[Phase, ...] = validate_call(METHODS[kind])(**arguments)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, METHODS[kind], "method")) from error
+    return phases
+
+
+def resolved(experiment: Experiment) -> dict[str, Any]:
+    """Every setting of ``experiment``, defaults included, as TOML values."""
+    values: dict[str, Any] = _ADAPTER.dump_python(experiment, mode="json", exclude_none=True)
+    return values
+
+
+def to_toml(experiment: Experiment) -> str:
+    """The resolved configuration as text; ``load`` gives the same experiment back."""
+    return tomli_w.dumps(resolved(experiment))
+
+
+def digest(experiment: Experiment) -> str:
+    """A name for everything that decides the run's numbers."""
+    values = resolved(experiment)
+    del values["checkpoint_every"]
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two resolved configurations differ, dotted, with both values."""
+    found = []
+    for key in sorted(left.keys() | right.keys()):
+        mine, other = left.get(key), right.get(key)
+        if isinstance(mine, list) and isinstance(other, list) and len(mine) == len(other):
+            mine, other = dict(enumerate(mine)), dict(enumerate(other))
+        if isinstance(mine, Mapping) and isinstance(other, Mapping):
+            found += differences(
+                {str(k): v for k, v in mine.items()}, {str(k): v for k, v in other.items()}, f"{prefix}{key}."
+            )
+        elif mine != other:
+            found.append(f"{prefix}{key}: {mine!r} against {other!r}")
+    return found
+
+
+def override(document: dict[str, Any], assignment: str) -> None:
+    """Sets one value of a TOML document in place.
+
+    Args:
+        document: what ``tomllib`` read.
+        assignment: ``key.key=value``.
+
+    Raises:
+        ConfigError: it is not of that form, or a key on the way is no table.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"-s {assignment!r} is not of the form key.key=value")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = path.strip().split(".")
+    place: Any = document
+    for key in parents:
+        place = place[int(key)] if isinstance(place, list) and key.isdigit() else place.setdefault(key, {})
+        if not isinstance(place, dict | list):
+            raise ConfigError(f"-s {assignment!r}: {key!r} is a value, not a table")
+    if isinstance(place, list):
+        raise ConfigError(f"-s {assignment!r}: name a field of one of its {len(place)} entries, such as {path}.0.rounds")
+    place[last] = value
+
+
+def _explain(error: ValidationError, root: Any, prefix: str) -> str:
+    sentences = []
+    for problem in error.errors(include_url=False)[:5]:
+        location = problem["loc"]
+        path, fields = _walk(root, location)
+        dotted = ".".join(filter(None, [prefix, *path]))
+        if problem["type"] == "unexpected_keyword_argument":
+            wrong = str(location[-1])
+            known = ", ".join(fields)
+            sentences.append(f"unknown key {dotted!r}{_nearest(wrong, fields)}; known here: {known}")
+        elif problem["type"] == "union_tag_invalid":
+            tags = str(problem["ctx"]["expected_tags"])
+            wrong = str(problem["ctx"]["tag"])
+            names = [tag.strip().strip("'") for tag in tags.split(",")]
+            sentences.append(f"{dotted}.kind = {wrong!r} is not known{_nearest(wrong, names)}; known: {', '.join(names)}")
+        elif problem["type"] == "union_tag_not_found":
+            sentences.append(f"{dotted} needs a kind")
+        else:
+            sentences.append(f"{dotted} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "; ".join(sentences)
+
+
+def _nearest(wrong: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}" if near else ""
+
+
+def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """The dotted path of an error, without the tags that unions put in, and the fields known at its last step."""
+    path: list[str] = []
+    fields = _fields(kind)
+    for step in location:
+        fields = _fields(kind)
+        members = _members(kind)
+        if members and not fields:
+            # a union of components puts the chosen one's tag into the path
+            chosen = [member for member in members if getattr(member, "kind", None) == step]
+            kind = chosen[0] if chosen else kind
+            continue
+        path.append(str(step))
+        kind = _plain(typing.get_args(kind)[0] if isinstance(step, int) else fields.get(step, Any))
+    return path, list(fields)
+
+
+def _plain(kind: Any) -> Any:
+    while typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    members = [member for member in _members(kind) if member is not type(None)]
+    return members[0] if len(members) == 1 else kind
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (UnionType, typing.Union) else ()
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    if inspect.isfunction(kind):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        return {name: hints[name] for name in inspect.signature(kind).parameters}
+    return {}

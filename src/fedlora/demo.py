@@ -1,0 +1,38 @@
+"""The main job on what every installation carries: a real model, real text, four methods on one federation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedlora.config import override
+
+ROUNDS = 20
+_LOCAL = {"optimizer": {"kind": "adamw", "lr": 2e-3}, "batch_size": 16, "compute": "bf16"}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "flasc": {"server": {"kind": "sgd", "lr": 1.0}},
+    "federa": {},
+    "slora": {"warm_rounds": 5, "warm_local": _LOCAL},
+}
+"""The methods of the demo, with what each needs beyond the common settings."""
+
+
+def configuration(method: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The configuration of one method of the demo.
+
+    Args:
+        method: a key of ``METHODS``.
+        overrides: as for ``config.load``.
+    """
+    document: dict[str, Any] = {
+        "label": method,
+        "seed": 0,
+        "task": {"kind": "text_classification", "max_length": 64},
+        "clients": {"num": 100, "per_round": 10, "partition": {"kind": "dirichlet", "alpha": 1.0}},
+        "evaluate": {"every": 5, "masked": False},
+        "method": {"kind": method, "rounds": ROUNDS, "local": _LOCAL, **METHODS[method]},
+    }
+    for one in overrides:
+        override(document, one)
+    return document

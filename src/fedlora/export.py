@@ -1,0 +1,133 @@
+"""What a run leaves behind: an adapter folder that ``peft`` loads, or a model folder, each with a model card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fedlora.config import Experiment
+from fedlora.errors import ConfigError
+from fedlora.recipe import Recipe
+from fedlora.round import close_phase
+from fedlora.state import ServerState, named_seed
+from fedlora.tasks import Prepared
+from fedlora.tuning import Bottleneck, LoRA, Peft
+from fedlora.tuning.export import save_lora, save_peft
+from fedlora.workspace import Workspace
+
+
+def export_run(
+    run: Path,
+    experiment: Experiment,
+    task: Prepared,
+    workspace: Workspace,
+    recipe: Recipe,
+    state: ServerState,
+    metrics: Mapping[str, float],
+) -> Path:
+    """Writes ``adapter`` into the run's folder, or ``model`` where the change is no adapter.
+
+    Returns:
+        The folder written.
+    """
+    merged = not isinstance(recipe.tuning, LoRA | Peft | Bottleneck) or bool(workspace.installed.folded)
+    folder = run / ("model" if merged else "adapter")
+    export(folder, experiment, task, workspace, recipe, state, metrics, merge=merged)
+    return folder
+
+
+def export(
+    folder: Path,
+    experiment: Experiment,
+    task: Prepared,
+    workspace: Workspace,
+    recipe: Recipe,
+    state: ServerState,
+    metrics: Mapping[str, float],
+    merge: bool,
+) -> None:
+    """Writes an adapter, or with ``merge`` a whole model that needs no ``peft``; the folder appears all at once.
+
+    Raises:
+        ConfigError: the tuning cannot be written in that form.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    tuning = recipe.tuning
+    if merge:
+        _save_merged(temporary, experiment, task, workspace, recipe, state)
+    elif isinstance(tuning, LoRA) and not workspace.installed.folded:
+        base = experiment.model.resolve()
+        save_lora(tuning, workspace.installed, state.init, state.params, base, temporary)
+    elif isinstance(tuning, Peft):
+        workspace.installed.load(state.params)
+        save_peft(workspace.installed, temporary)
+    elif isinstance(tuning, Bottleneck):
+        save_file(dict(state.params), temporary / "params.safetensors")
+    else:
+        raise ConfigError(
+            f"what `{tuning.kind}` learnt here is no low-rank adapter; use --merge to write the whole model"
+        )
+    (temporary / "README.md").write_text(model_card(experiment, tuning.kind, metrics, merge), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _save_merged(
+    folder: Path, experiment: Experiment, task: Prepared, workspace: Workspace, recipe: Recipe, state: ServerState
+) -> None:
+    if isinstance(recipe.tuning, Peft):
+        raise ConfigError("a `peft` tuning is merged by peft itself: load the adapter and call merge_and_unload()")
+    learnt = close_phase(workspace, recipe, state)
+    # the resident model may hold rounded weights, so the change goes onto a fresh base
+    model, _ = task.load_model(named_seed(experiment.seed, "head"), "fp32", torch.device("cpu"))
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in learnt.delta.items():
+            named[name].add_(value)
+        for name, value in learnt.head.items():
+            named[name].copy_(value)
+    model.save_pretrained(str(folder))  # type: ignore[operator]
+    task.save_pretrained(folder)
+
+
+def model_card(experiment: Experiment, tuning: str, metrics: Mapping[str, float], merged: bool) -> str:
+    """The README of an exported folder."""
+    base = experiment.model.path if experiment.model.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
+    found = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    if merged:
+        load = 'model = AutoModelForSequenceClassification.from_pretrained("THIS FOLDER")'
+    elif tuning == "bottleneck":
+        load = '# bottleneck adapters are no PEFT type: fedlora predict RUN "a text"'
+    else:
+        load = (
+            f'base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=NUM_LABELS)\n'
+            'model = PeftModel.from_pretrained(base, "THIS FOLDER")'
+        )
+    header = "" if merged else "library_name: peft\n"
+    return f"""---
+base_model: {base}
+{header}tags: [fedlora, federated-learning, {experiment.label}]
+---
+# {base}, fine-tuned by federated learning
+
+Method `{experiment.label}`, tuning `{tuning}`, {experiment.rounds} rounds, {experiment.clients.per_round} clients per round,
+partition `{experiment.clients.partition.kind}`, seed {experiment.seed}. The data stayed with their owners; what was sent
+is in the run's `ledger.jsonl`.
+
+| metric on all test examples | value |
+|---|---|
+{found}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+{load}
+```
+"""

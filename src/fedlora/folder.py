@@ -1,0 +1,150 @@
+"""A run on disk: configuration, manifest, ledger, checkpoints. Nothing is ever left half-written."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora import config
+from fedlora.config import Experiment
+from fedlora.errors import CheckpointError, ConfigError, DataError
+from fedlora.round import Row
+from fedlora.state import ServerState, load_state, save_state
+
+KEPT = 2
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        found = self.path.glob("checkpoints/round-*")
+        return sorted(folder for folder in found if not folder.name.endswith(".tmp"))
+
+    def claim(self, experiment: Experiment) -> None:
+        """Makes the folder this experiment's own, or finds that it is already.
+
+        Raises:
+            CheckpointError: it holds another experiment's run.
+            ConfigError: it holds something else.
+        """
+        file = self.path / "config.toml"
+        if file.exists():
+            try:
+                held = config.load(file)
+            except ConfigError as error:
+                raise CheckpointError(f"{file} cannot be read ({error}); choose another folder with --out") from error
+            if config.digest(held) != config.digest(experiment):
+                found = "; ".join(config.differences(config.resolved(held), config.resolved(experiment))[:4])
+                raise CheckpointError(
+                    f"{self.path} holds a run of another configuration ({found}); choose another folder with --out, or "
+                    "remove that one"
+                )
+            return
+        if self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"{self.path} is not empty and holds no run; choose another folder with --out")
+        self.write("config.toml", config.to_toml(experiment))
+
+    def write(self, name: str, text: str) -> None:
+        """Replaces a file of the folder, all at once."""
+        target = self.path / name
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replaces a JSON file of the folder, all at once."""
+        self.write(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder.
+
+        Raises:
+            ConfigError: it is not there, or not JSON.
+        """
+        try:
+            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path} is not the folder of a finished run: {name} cannot be read") from error
+        return value
+
+    def rows(self) -> list[Row]:
+        """The ledger; a torn last line, as a killed process leaves it, is not there."""
+        file = self.path / "ledger.jsonl"
+        if not file.exists():
+            return []
+        rows = []
+        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
+            values = json.loads(line)
+            rows.append(Row(**{**values, "cohort": tuple(values["cohort"]), "warnings": tuple(values["warnings"])}))
+        return rows
+
+    def append(self, row: Row) -> None:
+        """Adds a line to the ledger and flushes it to the disk."""
+        try:
+            with (self.path / "ledger.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def rewind(self, rounds: int) -> list[Row]:
+        """Drops the ledger's rows after ``rounds``, which a checkpoint does not cover, and returns the others."""
+        rows = [row for row in self.rows() if row.round <= rounds]
+        text = "".join(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows)
+        self.write("ledger.jsonl", text)
+        return rows
+
+    def save(self, state: ServerState, facts: Mapping[str, Any]) -> None:
+        """Writes a checkpoint and removes all but the last two.
+
+        Raises:
+            DataError: the disk refused; what was saved before is intact.
+        """
+        folder = self.path / "checkpoints" / f"round-{state.round:06d}"
+        try:
+            save_state(state, folder, facts)
+            for old in self.checkpoints[:-KEPT]:
+                shutil.rmtree(old)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def latest(self) -> tuple[ServerState, dict[str, Any]] | None:
+        """The newest checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return load_state(self.checkpoints[-1]) if self.checkpoints else None
+
+
+def cannot_write(path: Path, error: OSError) -> DataError:
+    """What to say when the disk refuses."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    what = "the disk is full" if full else f"the disk refused ({error.strerror or error})"
+    return DataError(
+        f"{what} while writing to {path}; what was saved before is intact: make room and run the same command to go on"
+    )

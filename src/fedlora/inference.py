@@ -1,0 +1,101 @@
+"""A finished run as a model: predictions, evaluation on other data, export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedlora import config
+from fedlora.config import Experiment
+from fedlora.errors import ConfigError
+from fedlora.experiment import in_mode, pick_device
+from fedlora.export import export
+from fedlora.folder import RunFolder
+from fedlora.recipe import Recipe
+from fedlora.state import ServerState
+from fedlora.tasks import Evaluation, Prepared
+from fedlora.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's model, ready for use; the training data are not needed.
+
+    Args:
+        experiment: its configuration.
+        recipe: the recipe of its last phase.
+        state: the newest checkpoint.
+        workspace: the model with the checkpoint's parameters in it.
+        metrics: metrics at the end of the run, empty if it has not ended.
+    """
+
+    experiment: Experiment
+    recipe: Recipe
+    state: ServerState
+    workspace: Workspace
+    metrics: dict[str, float]
+
+    @property
+    def task(self) -> Prepared:
+        """The task, without data."""
+        return self.workspace.task
+
+    def predict(self, texts: list[str]) -> list[dict[str, float]]:
+        """Each text's classes with their probabilities, the likeliest first."""
+        self.workspace.model.eval()
+        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+            return self.task.predict(self.workspace.model, texts, self.workspace.device)
+
+    def evaluate(self, path: Path, text: str | None = None, label: str | None = None) -> Evaluation:
+        """Metrics on the rows of a file.
+
+        Args:
+            path: csv, tsv, json, jsonl or parquet, maybe with ``.gz``.
+            text: its column of texts.
+            label: its column of labels, by name or number.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        task = self.task.with_test(path, text, label)
+        self.workspace.model.eval()
+        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+            rows = np.arange(task.num_examples("test"))
+            return task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
+
+    def export(self, folder: Path, merge: bool = False) -> None:
+        """Writes an adapter that ``peft`` loads, or with ``merge`` a model that needs no ``peft``.
+
+        Raises:
+            ConfigError: the folder is there already, or the tuning cannot be written in that form.
+        """
+        if folder.exists():
+            raise ConfigError(f"{folder} is there already; name a new folder")
+        export(folder, self.experiment, self.task, self.workspace, self.recipe, self.state, self.metrics, merge)
+
+
+def load_run(path: Path) -> Trained:
+    """The model of a run, from its newest checkpoint.
+
+    Raises:
+        ConfigError: ``path`` is not the folder of a run with a checkpoint.
+    """
+    files = RunFolder(path)
+    if not (path / "config.toml").exists():
+        raise ConfigError(f"{path} is not a run's folder: it has no config.toml")
+    latest = files.latest()
+    if latest is None:
+        raise ConfigError(f"the run in {path} has no checkpoint yet; go on with: fedlora run {path}")
+    experiment = in_mode(config.load(path))
+    state, _ = latest
+    recipe = experiment.phases[state.phase].recipe
+    names = list(files.read_json("manifest.json")["label_names"])
+    task = experiment.task.restore(experiment.model, names)
+    workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
+    workspace.settle(state.phase, recipe, state.setup)
+    workspace.installed.load(state.params)
+    metrics = files.read_json("result.json")["after"] if (path / "result.json").exists() else {}
+    return Trained(experiment, recipe, state, workspace, metrics)

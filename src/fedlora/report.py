@@ -1,0 +1,212 @@
+"""What a person sees: live progress, tables, comparisons."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedlora.config import Experiment
+from fedlora.experiment import Result, Setting
+from fedlora.folder import RunFolder
+from fedlora.round import Row
+from fedlora.watch import Watcher
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def human_bytes(count: float) -> str:
+    """``count`` bytes with a decimal unit: 1,234,567 is ``1.23 MB``."""
+    unit = 0
+    while count >= 1000 and unit < len(_UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.3g} {_UNITS[unit]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """``seconds`` as ``42 s`` or ``3 min 20 s``."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+class Live(Watcher):
+    """A progress bar of rounds with the last metric, the bytes so far and the time left; plain lines without a terminal.
+
+    Args:
+        console: where to show it.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._rounds = self._done = self._sent = 0
+        self._clock = 0.0
+        self._spent: list[float] = []
+        self._metric = ""
+
+    def started(self, experiment: Experiment, setting: Setting, rows: list[Row]) -> None:
+        """See ``Watcher.started``."""
+        self._rounds, self._spent = experiment.rounds, []
+        self._main = setting.task.main_metric
+        self._done = rows[-1].round if rows else 0
+        self._sent = sum(sum(row.down_bytes.values()) + sum(row.up_bytes.values()) for row in rows)
+        self._metric = ""
+        sizes = setting.population.sizes()
+        self._console.print(
+            f"[bold]{experiment.label}[/bold]: {len(setting.population)} clients with {sizes.min()} to {sizes.max()} "
+            f"examples, {experiment.clients.per_round} per round, {experiment.rounds} rounds on {setting.device}"
+            + (f"; going on after round {self._done}" if rows else "")
+        )
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("round"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.add_task("", total=self._rounds, completed=self._done)
+            self._progress.start()
+        self._clock = time.monotonic()
+
+    def finished_round(self, row: Row) -> None:
+        """See ``Watcher.finished_round``."""
+        now = time.monotonic()
+        self._spent.append(now - self._clock)
+        self._clock, self._done = now, row.round
+        self._sent += sum(row.down_bytes.values()) + sum(row.up_bytes.values())
+        if self._main in row.metrics:
+            self._metric = f"{self._main} {row.metrics[self._main]:.3f}"
+        recent = self._spent[1:][-10:] or self._spent
+        left = mean(recent) * (self._rounds - self._done)
+        text = f"{self._metric}  sent {human_bytes(self._sent)}  left {human_seconds(left)}"
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=self._done, description=text)
+        elif row.metrics:
+            self._console.print(f"  round {self._done}/{self._rounds}  loss {row.loss:.3f}  {text}")
+        for warning in row.warnings:
+            self._console.print(f"  [yellow]round {row.round}: {warning}[/yellow]")
+
+    def finished(self, result: Result) -> None:
+        """See ``Watcher.finished``."""
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar away; for the end, and for errors."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """The figures of a finished run, with its folder.
+
+    Raises:
+        ConfigError: the run is not finished.
+    """
+    return {**RunFolder(path).read_json("result.json"), "folder": str(path)}
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """A result as JSON values, without the ledger."""
+    return {
+        "label": result.label,
+        "seed": result.seed,
+        "rounds": result.rounds,
+        "main_metric": result.main_metric,
+        "before": result.before,
+        "after": result.after,
+        "down_bytes": result.down_bytes,
+        "up_bytes": result.up_bytes,
+        "seconds": result.seconds,
+        "folder": str(result.folder),
+        "adapter": str(result.adapter) if result.adapter else None,
+    }
+
+
+def comparison(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method over the runs given, seeds together.
+
+    Bytes are means over seeds; ``ratio`` is the reference's bytes over the method's, the reference being ``lora`` if it
+    is there, else the first method.
+
+    Args:
+        results: as ``load_result`` and ``as_dict`` give them.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(str(result["label"]), []).append(result)
+    rows = []
+    for label, group in groups.items():
+        main = str(group[0]["main_metric"])
+        after = [one["after"][main] for one in group]
+        rows.append(
+            {
+                "label": label,
+                "seeds": sorted(one["seed"] for one in group),
+                "metric": main,
+                "before": mean(one["before"][main] for one in group),
+                "after": mean(after),
+                "spread": stdev(after) if len(after) > 1 else None,
+                "down_bytes": mean(sum(one["down_bytes"].values()) for one in group),
+                "up_bytes": mean(sum(one["up_bytes"].values()) for one in group),
+                "seconds": mean(one["seconds"] for one in group),
+                "folders": [str(one["folder"]) for one in group],
+            }
+        )
+    reference = next((row for row in rows if row["label"] == "lora"), rows[0])
+    total = reference["down_bytes"] + reference["up_bytes"]
+    for row in rows:
+        sent = row["down_bytes"] + row["up_bytes"]
+        row["ratio"] = total / sent if sent else None
+        row["reference"] = reference["label"]
+    return rows
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """``comparison`` as a table."""
+    table = Table(title=None, title_justify="left")
+    metric = rows[0]["metric"]
+    for name in ("method", "seeds"):
+        table.add_column(name)
+    for name in (f"{metric} before", "after", "bytes down", "bytes up", f"fewer than {rows[0]['reference']}", "seconds"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
+        table.add_row(
+            row["label"],
+            ", ".join(map(str, row["seeds"])),
+            f"{row['before']:.3f}",
+            f"{row['after']:.3f}{spread}",
+            human_bytes(row["down_bytes"]),
+            human_bytes(row["up_bytes"]),
+            f"{row['ratio']:.2f}x" if row["ratio"] is not None else "nothing sent",
+            f"{row['seconds']:.0f}",
+        )
+    return table
+
+
+def result_table(result: Result) -> Table:
+    """One run's figures as a table."""
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in result.after.items():
+        before = f"{result.before[name]:.4f} -> " if name in result.before else ""
+        table.add_row(name, f"{before}{value:.4f}")
+    for direction, kinds in (("down", result.down_bytes), ("up", result.up_bytes)):
+        parts = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in kinds.items() if size)
+        table.add_row(f"bytes {direction}", f"{human_bytes(sum(kinds.values()))}  ({parts})" if kinds else "nothing sent")
+    table.add_row("seconds", f"{result.seconds:.0f}")
+    table.add_row("run", str(result.folder))
+    if result.adapter:
+        table.add_row("adapter", str(result.adapter))
+    return table

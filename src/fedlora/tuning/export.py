@@ -1,0 +1,69 @@
+"""Adapters in the form that ``peft`` loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import save_file
+
+from fedlora.tree import Tree
+from fedlora.tuning.base import Installed
+from fedlora.tuning.lora import LoRA, lora_layers, to_peft
+
+
+def save_lora(tuning: LoRA, installed: Installed, init: Tree, params: Tree, base: str, folder: Path) -> None:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Where the frozen weights lost ``scale B0 A0`` at the start, the adapter on the *original* base has twice the rank:
+    ``scale (B A - B0 A0) = scale [B, -B0] [A; A0]``.
+
+    Args:
+        tuning: the LoRA.
+        installed: the model it sits in.
+        init: where training started.
+        params: where it ended.
+        base: name or path of the base model.
+        folder: where to write.
+    """
+    layers = lora_layers(installed.model)
+    factors: Tree = {}
+    for name in layers:
+        a, b = params[f"{name}.lora_A"], params[f"{name}.lora_B"]
+        if tuning.residual:
+            a = torch.cat([a, init[f"{name}.lora_A"]], dim=0)
+            b = torch.cat([b, -init[f"{name}.lora_B"]], dim=1)
+        factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a, b
+    head = {name: value for name, value in params.items() if installed.groups[name] == "head"}
+    rank = tuning.rank * (2 if tuning.residual else 1)
+    settings = peft.LoraConfig(
+        r=rank,
+        lora_alpha=tuning.scale * rank,
+        lora_dropout=tuning.dropout,
+        target_modules=sorted(layers),
+        modules_to_save=saved_modules(installed, head),
+        fan_in_fan_out=any(layer.transposed for layer in layers.values()),
+        task_type="SEQ_CLS",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.save_pretrained(str(folder))
+    tensors = {name: value.contiguous() for name, value in to_peft(factors | head).items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def saved_modules(installed: Installed, head: Mapping[str, torch.Tensor]) -> list[str]:
+    """The modules that PEFT must replace as a whole: the head's, by their top-level names."""
+    backbone = f"{getattr(installed.model, 'base_model_prefix', '')}."
+    return sorted(
+        {name.rsplit(".", 1)[0] if name.startswith(backbone) else name.split(".", 1)[0] for name in head}
+    )
+
+
+def save_peft(installed: Installed, folder: Path) -> None:
+    """Writes what ``peft`` itself installed, with the values that are in the model now."""
+    assert isinstance(installed.model, peft.PeftModel)
+    installed.model.save_pretrained(str(folder))

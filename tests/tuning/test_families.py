@@ -1,0 +1,251 @@
+"""Every family of models with every tuning: the start, the gradients, and one round with bytes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.engines import Serial
+from fedlora.errors import ConfigError
+from fedlora.local import Local
+from fedlora.recipe import Recipe
+from fedlora.round import open_phase, run_round, view
+from fedlora.state import ServerState
+from fedlora.testing import FAMILIES, TensorTask, equal_population, toy_task
+from fedlora.tuning import BitFit, Bottleneck, Full, HeadOnly, LoRA, SparseMask, SvdOfWeight, Tuning
+from fedlora.tuning.lora import lora_layers
+from fedlora.tuning.targets import find, replace_module
+from fedlora.workspace import Workspace
+
+TUNINGS: dict[str, Tuning] = {
+    "lora": LoRA(rank=4, alpha=12.0),
+    "federa": LoRA(rank=4, alpha=12.0, init=SvdOfWeight()),
+    "sparse_mask": SparseMask(density=0.1, biases=True),
+    "bitfit": BitFit(),
+    "pfeiffer": Bottleneck(width=4, style="pfeiffer"),
+    "houlsby": Bottleneck(width=4, style="houlsby"),
+    "full": Full(),
+    "head_only": HeadOnly(),
+}
+WITHOUT_BIASES = ("llama", "qwen3")
+PAIRS = [(f, t) for f in FAMILIES for t in TUNINGS if not (t == "bitfit" and f in WITHOUT_BIASES)]
+CPU = torch.device("cpu")
+LOCAL = Local(batch_size=4, dropout=False)
+
+
+def make_task(family: str) -> TensorTask:
+    """A toy task whose biases and norms are not the ones and zeros of a fresh model."""
+    task = toy_task(family, num_examples=16)
+    fresh = task.make_model
+
+    def noisy() -> nn.Module:
+        model, generator = fresh(), torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() < 2:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    task.make_model = noisy
+    return task
+
+
+def opened(family: str, tuning: Tuning) -> tuple[Workspace, Recipe, ServerState]:
+    workspace, recipe = Workspace(make_task(family), 0, CPU), Recipe(tuning=tuning, local=LOCAL)
+    state, _ = open_phase(workspace, 0, recipe, seed=3, rounds_done=0, carry=None)
+    return workspace, recipe, state
+
+
+def logits(task: TensorTask, model: nn.Module) -> Tensor:
+    batch = task.batch(task.labels * 0 + range(16), CPU)
+    batch.pop("labels")
+    with torch.no_grad():
+        return model.eval()(**batch).logits  # type: ignore[no-any-return]
+
+
+def gradients(workspace: Workspace) -> None:
+    batch = workspace.task.batch(workspace.task.labels * 0 + range(16), CPU)  # type: ignore[attr-defined]
+    workspace.task.loss(workspace.model.eval(), batch).backward()  # type: ignore[no-untyped-call]
+
+
+def dense_gradients(family: str) -> dict[str, Tensor]:
+    workspace, _, _ = opened(family, Full())
+    gradients(workspace)
+    return {name: value.grad for name, value in workspace.installed.parameters.items() if value.grad is not None}
+
+
+@pytest.mark.parametrize(("family", "tuning"), PAIRS)
+def test_the_start_is_the_pre_trained_function(family: str, tuning: str) -> None:
+    workspace, recipe, state = opened(family, TUNINGS[tuning])
+    workspace.installed.load(view(recipe, state))
+    task = make_task(family)
+    torch.testing.assert_close(logits(task, workspace.model), logits(task, task.make_model()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "tuning"), PAIRS)
+def test_a_round_moves_what_is_trained_and_nothing_else(family: str, tuning: str) -> None:
+    workspace, recipe, state = opened(family, TUNINGS[tuning])
+    trained = set(workspace.installed.parameters)
+    touched = {*trained, *workspace.installed.places}
+    frozen = {n: v.detach().clone() for n, v in workspace.model.named_parameters() if n not in touched}
+    engine = Serial(workspace, equal_population(16, 2))
+    after, row = run_round(recipe, state, (0, 1), engine, seed=3, rounds=1)
+    assert math.isfinite(row.loss)
+    assert (row.steps, row.examples) == (4, 16)
+    assert all(size > 0 for size in (*row.down_bytes.values(), *row.up_bytes.values()))
+    for group in set(state.groups.values()):
+        assert any(
+            not torch.equal(after.params[n], v) for n, v in state.params.items() if state.groups[n] == group
+        )
+    now = dict(workspace.model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize("family", WITHOUT_BIASES)
+def test_bitfit_refuses_a_model_without_biases(family: str) -> None:
+    with pytest.raises(ConfigError, match="bias"):
+        opened(family, BitFit())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("init", ["lora", "federa"])
+def test_gradients_of_the_factors_are_those_of_the_matrix_projected(family: str, init: str) -> None:
+    """``dL/dB = scale (dL/dW) A^T`` and ``dL/dA = scale B^T (dL/dW)``, over all uses of a shared matrix."""
+    expected = dense_gradients(family)
+    workspace, recipe, state = opened(family, TUNINGS[init])
+    workspace.installed.load(view(recipe, state))
+    gradients(workspace)
+    for name, layer in lora_layers(workspace.model).items():
+        whole = expected[f"{name}.weight"].T if layer.transposed else expected[f"{name}.weight"]
+        torch.testing.assert_close(layer.lora_B.grad, 3.0 * whole @ layer.lora_A.T, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(layer.lora_A.grad, 3.0 * layer.lora_B.T @ whole, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_packed_values_are_those_of_the_matrix_at_their_places(family: str) -> None:
+    expected = dense_gradients(family)
+    workspace, recipe, state = opened(family, TUNINGS["sparse_mask"])
+    workspace.installed.load(view(recipe, state))
+    gradients(workspace)
+    for name, index in workspace.installed.places.items():
+        packed = workspace.installed.parameters[name].grad
+        torch.testing.assert_close(packed, expected[name].reshape(-1)[index], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "federa"])
+def test_albert_has_one_adapter_per_shared_matrix(tuning: str) -> None:
+    workspace, _, state = opened("albert", TUNINGS[tuning])
+    assert workspace.model.config.num_hidden_layers == 2  # type: ignore[union-attr]
+    endings = sorted(".".join(n.split(".")[-2:]) for n, g in state.groups.items() if g == "adapter")
+    assert endings == ["query.lora_A", "query.lora_B", "value.lora_A", "value.lora_B"]
+
+
+def test_albert_has_one_mask_per_shared_matrix() -> None:
+    workspace, _, _ = opened("albert", SparseMask(density=0.1, targets=("query", "ffn")))
+    assert sorted(name.split(".")[-2] for name in workspace.installed.places) == ["ffn", "query"]
+
+
+def test_gpt2_factors_have_the_orientation_of_the_product() -> None:
+    workspace, _, state = opened("gpt2", TUNINGS["lora"])
+    layer = workspace.model.get_submodule("transformer.h.0.attn.c_attn")
+    assert tuple(layer.weight.shape) == (32, 96)  # type: ignore[union-attr, operator]
+    assert state.params["transformer.h.0.attn.c_attn.lora_A"].shape == (4, 32)
+    assert state.params["transformer.h.0.attn.c_attn.lora_B"].shape == (96, 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_targets_are_one_kind_of_matrix_in_every_layer(family: str) -> None:
+    model = make_task(family).make_model()
+    found = find(model, "default", frozenset())
+    layers = 1 if family == "albert" else 2
+    assert len(found) == layers * len({name.rsplit(".", 1)[1] for name in found})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_finds_every_matrix_but_the_head(family: str) -> None:
+    task = make_task(family)
+    model, head = task.load_model(0, "fp32", CPU)
+    heads = {name.rsplit(".", 1)[0] for name in head}
+    every = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    assert set(find(model, "all-linear", head)) == every - heads
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("query",), ["query"]),
+        (("attention.output.dense",), ["dense"]),
+        (r".*\.layer\.1\.attention\.self\.(key|value)", ["key", "value"]),
+    ],
+)
+def test_targets_are_endings_or_a_whole_match(targets: str | tuple[str, ...], expected: list[str]) -> None:
+    found = find(make_task("bert").make_model(), targets, frozenset())
+    assert sorted({name.rsplit(".", 1)[1] for name in found}) == expected
+
+
+def test_an_ending_matches_whole_words_only() -> None:
+    with pytest.raises(ConfigError, match="matches nothing"):
+        find(make_task("bert").make_model(), ("uery",), frozenset())
+
+
+@pytest.mark.parametrize("targets", [("nothing",), "nothing"])
+def test_targets_that_match_nothing_are_refused_with_the_names_there_are(targets: str | tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"matches nothing in BertForSequenceClassification.*query"):
+        opened("bert", LoRA(rank=2, targets=targets))
+
+
+def test_a_broken_regular_expression_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no regular expression"):
+        opened("bert", LoRA(rank=2, targets="(query"))
+
+
+def test_a_rank_above_the_smaller_side_is_refused_with_the_largest_that_fits() -> None:
+    with pytest.raises(ConfigError, match="choose a rank up to 32"):
+        opened("bert", LoRA(rank=33))
+
+
+def test_bottleneck_in_an_unknown_family_asks_for_targets() -> None:
+    model = make_task("bert").make_model()
+    model.config.model_type = "unheard-of"  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="give `targets`"):
+        Bottleneck().install(model, frozenset(), 0)
+
+
+def test_bottleneck_takes_targets_for_unknown_families() -> None:
+    model = make_task("bert").make_model()
+    model.config.model_type = "unheard-of"  # type: ignore[union-attr]
+    installed = Bottleneck(width=2, targets=r".*\.layer\.\d+\.output\.dense").install(model, frozenset(), 0)
+    assert len(installed.parameters) == 2 * 4
+
+
+@pytest.mark.parametrize(("style", "places"), [("pfeiffer", 1), ("houlsby", 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bottlenecks_sit_once_or_twice_in_a_layer(family: str, style: str, places: int) -> None:
+    _, _, state = opened(family, TUNINGS[style])
+    layers = 1 if family == "albert" else 2
+    assert sum(name.endswith("adapter_down") for name in state.params) == places * layers
+
+
+def test_a_bottleneck_computes_its_formula() -> None:
+    workspace, _, _ = opened("bert", Bottleneck(width=2))
+    module = workspace.model.get_submodule("bert.encoder.layer.0.output.dense")
+    with torch.no_grad():
+        for leaf in ("down", "down_bias", "up", "up_bias"):
+            getattr(module, f"adapter_{leaf}").normal_(generator=torch.Generator().manual_seed(len(leaf)))
+    inputs = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    h = inputs @ module.weight.T + module.bias  # type: ignore[operator, union-attr]
+    narrow = (h @ module.adapter_down.T + module.adapter_down_bias).clamp(min=0)  # type: ignore[operator, union-attr]
+    expected = h + narrow @ module.adapter_up.T + module.adapter_up_bias  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(module(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_in_two_places_of_one_list_is_replaced_in_both() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    replace_module(model, "0", nn.Identity())
+    assert isinstance(model[0], nn.Identity)
+    assert model[0] is model[2]
