@@ -146,7 +146,9 @@ def test_no_privacy_changes_nothing() -> None:
     assert NoPrivacy().noise(NoPrivacy().clip(delta), 1, torch.Generator()) is delta
 
 
-@pytest.mark.parametrize("fields", [{"clip_norm": 0.0, "noise_multiplier": 1.0}, {"clip_norm": 1.0, "noise_multiplier": -1.0}])
+@pytest.mark.parametrize(
+    "fields", [{"clip_norm": 0.0, "noise_multiplier": 1.0}, {"clip_norm": 1.0, "noise_multiplier": -1.0}]
+)
 def test_impossible_settings_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         CentralGaussian(**fields)

@@ -54,7 +54,7 @@ def run(optimizer: ServerOptimizer) -> list[Tree]:
         (AdamW(lr=0.1), lambda p: torch.optim.AdamW(p, lr=0.1)),
         (AdamW(lr=0.1, weight_decay=0.5), lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5)),
     ],
-    ids=str,
+    ids=["sgd", "momentum", "adam", "adam settings", "adamw", "adamw decay"],
 )
 def test_every_step_is_that_of_torch_on_the_negative_change(ours: ServerOptimizer, theirs: Any) -> None:
     params = {name: torch.nn.Parameter(value) for name, value in tensors(0).items()}

@@ -313,7 +313,9 @@ def test_rounds_count_both_phases(make: Any) -> None:
 
 def test_a_start_that_does_not_look_at_the_delta_keeps_no_energy() -> None:
     for tuning in (LoRA(rank=3), LoRA(rank=3, init=SvdOfWeight()), HeadOnly()):
-        over = HandOver((phases_of()[0], phases_of()[1].__class__(recipe=phases_of()[1].recipe.__class__(tuning=tuning))))
+        over = HandOver(
+            (phases_of()[0], phases_of()[1].__class__(recipe=phases_of()[1].recipe.__class__(tuning=tuning)))
+        )
         assert over.facts == {"energy_kept": 0.0}
 
 

@@ -43,7 +43,9 @@ def make_state() -> ServerState:
         slots={"v": tensors(2), "m": tensors(3)},
         steps=5,
         clients={
-            7: ClientState(has_setup=True, optimizer={"z.weight/exp_avg": torch.ones(2, 3), "z.weight/step": torch.tensor(4.0)}),
+            7: ClientState(
+                has_setup=True, optimizer={"z.weight/exp_avg": torch.ones(2, 3), "z.weight/step": torch.tensor(4.0)}
+            ),
             3: ClientState(has_setup=False),
         },
     )
@@ -78,13 +80,19 @@ def test_seeds_are_those_of_every_earlier_run() -> None:
 
 def test_seeds_fit_their_bits() -> None:
     seeds = [named_seed(0, "noise", round) for round in range(2000)]
-    assert 0 <= min(seeds)
+    assert min(seeds) >= 0
     assert 2 ** (SEED_BITS - 1) < max(seeds) < 2**SEED_BITS
 
 
 def test_every_run_purpose_round_and_client_has_a_seed_of_its_own() -> None:
     purposes = ("cohort", "client", "noise", "start", "install", "head")
-    seeds = {named_seed(run, purpose, round, client) for run in (0, 1) for purpose in purposes for round in range(20) for client in range(20)}
+    seeds = {
+        named_seed(run, purpose, round, client)
+        for run in (0, 1)
+        for purpose in purposes
+        for round in range(20)
+        for client in range(20)
+    }
     assert len(seeds) == 2 * len(purposes) * 20 * 20
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -173,7 +174,9 @@ def partition(
 
 
 @app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")], format_: AsFormat = Format.table) -> None:
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")], format_: AsFormat = Format.table
+) -> None:
     """Put finished runs side by side; seeds of a method are averaged."""
     from fedlora.report import comparison, comparison_table, load_result
 
@@ -328,6 +331,8 @@ def _show(format_: Format, values: Any, table: Table) -> None:
 
 def main() -> None:
     """Runs the command line: exit code 2 for what the user can mend, 1 for a fault of ours, 130 after Ctrl-C."""
+    # threads that spin while they wait starve each other where several processes share the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"])
@@ -335,7 +340,8 @@ def main() -> None:
         if debug:
             raise
         stopped = type(error).__name__ == "Stopped"
-        _err.print(f"{'' if stopped else 'error: '}{error}", style=None if stopped else "red", markup=False, soft_wrap=True, highlight=False)  # fmt: skip
+        text, style = (str(error), None) if stopped else (f"error: {error}", "red")
+        _err.print(text, style=style, markup=False, soft_wrap=True, highlight=False)
         sys.exit(130 if stopped else 2)
     except Exception as error:
         if debug:

@@ -70,9 +70,7 @@ class Trained(NamedTuple):
 
 def split_groups(params: Tree, groups: Mapping[str, str]) -> dict[str, Tree]:
     """``params`` as the parts of a message, ``adapter`` and ``head``; a group without names is no part."""
-    return {
-        group: tree.select(params, groups, group) for group in ("adapter", "head") if group in set(groups.values())
-    }
+    return {group: tree.select(params, groups, group) for group in ("adapter", "head") if group in set(groups.values())}
 
 
 def join_groups(parts: Mapping[str, Tree], groups: Mapping[str, str]) -> Tree:
@@ -104,13 +102,10 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     recipe = job.recipe
     workspace.settle(job.phase, recipe, job.setup)
     installed, groups = workspace.installed, workspace.installed.groups
-    like = {name: value.detach() for name, value in installed.parameters.items()}
-    start = join_groups(wire.unpack(job.payload, split_groups(like, groups)), groups)
-    if recipe.down.reference == "init":
-        start = tree.add(workspace.init, start)
+    start = workspace.decode(job.payload, lambda: _received(job, workspace))
     installed.load(start)
     trained = train(workspace, rows, job, start)
-    delta = tree.subtract(installed.read(), start)
+    delta = installed.since(start)
     if trained.steps:
         _check_moved(job.client, trained, delta, groups)
     delta = recipe.up.sparsify(delta, groups, job.round, generator(named_seed(job.seed, "up")))
@@ -121,6 +116,13 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     packet = wire.pack(parts, precisions(parts, recipe.up.precision))
     memory = ClientState(has_setup=recipe.memory == "init", optimizer=trained.optimizer)
     return Reply(packet, memory, time.perf_counter() - clock)
+
+
+def _received(job: Job, workspace: Workspace) -> Tree:
+    installed, groups = workspace.installed, workspace.installed.groups
+    like = {name: value.detach() for name, value in installed.parameters.items()}
+    sent = join_groups(wire.unpack(job.payload, split_groups(like, groups)), groups)
+    return tree.add(workspace.init, sent) if job.recipe.down.reference == "init" else sent
 
 
 def train(workspace: Workspace, rows: Rows, job: Job, start: Tree) -> Trained:

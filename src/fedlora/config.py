@@ -98,7 +98,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from") from error
+        raise ConfigError(
+            f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not TOML: {error}") from error
     except OSError as error:
@@ -206,7 +208,9 @@ def override(document: dict[str, Any], assignment: str) -> None:
         if not isinstance(place, dict | list):
             raise ConfigError(f"-s {assignment!r}: {key!r} is a value, not a table")
     if isinstance(place, list):
-        raise ConfigError(f"-s {assignment!r}: name a field of one of its {len(place)} entries, such as {path}.0.rounds")
+        raise ConfigError(
+            f"-s {assignment!r}: name a field of one of its {len(place)} entries, such as {path}.0.rounds"
+        )
     place[last] = value
 
 
@@ -224,7 +228,9 @@ def _explain(error: ValidationError, root: Any, prefix: str) -> str:
             tags = str(problem["ctx"]["expected_tags"])
             wrong = str(problem["ctx"]["tag"])
             names = [tag.strip().strip("'") for tag in tags.split(",")]
-            sentences.append(f"{dotted}.kind = {wrong!r} is not known{_nearest(wrong, names)}; known: {', '.join(names)}")
+            sentences.append(
+                f"{dotted}.kind = {wrong!r} is not known{_nearest(wrong, names)}; known: {', '.join(names)}"
+            )
         elif problem["type"] == "union_tag_not_found":
             sentences.append(f"{dotted} needs a kind")
         else:

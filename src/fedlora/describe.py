@@ -87,8 +87,8 @@ class PhaseFacts:
 def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
     """Counts and bytes of each phase, from the real model and the real wire.
 
-    The parameters are moved at random as training would move them, thinned, rounded and encoded; so the figures are sizes
-    of messages, not estimates. With ``memory = "init"`` the setup is counted as if every turn were a client's first.
+    Parameters are moved at random as training would move them, thinned, rounded and encoded, so the figures are
+    sizes of messages, not estimates. With ``memory = "init"`` the setup is counted as if every turn were a first one.
 
     Args:
         experiment: the configuration.
@@ -109,9 +109,7 @@ def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
     return facts
 
 
-def _facts(
-    experiment: Experiment, rounds: int, recipe: Recipe, workspace: Workspace, state: ServerState
-) -> PhaseFacts:
+def _facts(experiment: Experiment, rounds: int, recipe: Recipe, workspace: Workspace, state: ServerState) -> PhaseFacts:
     sent = view(recipe, state)
     if recipe.down.reference == "init":
         sent = tree.subtract(sent, state.init)

@@ -313,9 +313,7 @@ def _resume(files: RunFolder, facts: dict[str, str]) -> tuple[ServerState | None
     return state, files.rewind(state.round)
 
 
-def _record(
-    row: Row, rows: list[Row], files: RunFolder, watcher: Watcher, trackers: Sequence[Tracker]
-) -> None:
+def _record(row: Row, rows: list[Row], files: RunFolder, watcher: Watcher, trackers: Sequence[Tracker]) -> None:
     files.append(row)
     rows.append(row)
     watcher.finished_round(row)

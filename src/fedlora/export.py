@@ -15,6 +15,7 @@ from fedlora.recipe import Recipe
 from fedlora.round import close_phase
 from fedlora.state import ServerState, named_seed
 from fedlora.tasks import Prepared
+from fedlora.tasks.text import quiet_transformers
 from fedlora.tuning import Bottleneck, LoRA, Peft
 from fedlora.tuning.export import save_lora, save_peft
 from fedlora.workspace import Workspace
@@ -92,7 +93,8 @@ def _save_merged(
             named[name].add_(value)
         for name, value in learnt.head.items():
             named[name].copy_(value)
-    model.save_pretrained(str(folder))  # type: ignore[operator]
+    with quiet_transformers():
+        model.save_pretrained(str(folder))  # type: ignore[operator]
     task.save_pretrained(folder)
 
 
@@ -116,9 +118,9 @@ base_model: {base}
 ---
 # {base}, fine-tuned by federated learning
 
-Method `{experiment.label}`, tuning `{tuning}`, {experiment.rounds} rounds, {experiment.clients.per_round} clients per round,
-partition `{experiment.clients.partition.kind}`, seed {experiment.seed}. The data stayed with their owners; what was sent
-is in the run's `ledger.jsonl`.
+Method `{experiment.label}`, tuning `{tuning}`, {experiment.rounds} rounds, {experiment.clients.per_round} clients per
+round, partition `{experiment.clients.partition.kind}`, seed {experiment.seed}. The data stayed with their owners; what
+was sent is in the run's `ledger.jsonl`.
 
 | metric on all test examples | value |
 |---|---|

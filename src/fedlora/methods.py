@@ -96,17 +96,17 @@ def flasc(
     head: Literal["included", "dense"] = "included",
     reference: Literal["zero", "init"] | None = None,
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerAdamW(lr=5e-3),
+    server: AnyServerOptimizer | None = None,
     privacy: AnyPrivacy = NoPrivacy(),
     local: Local = Local(),
     memory: Memory = "none",
 ) -> Phases:
     """FLASC (arXiv 2406.05233, Alg. 1): dense local LoRA, only what is sent is sparse, down and up separately.
 
-    Down, the largest ``int(P * down)`` of all ``P`` trained entries by magnitude, head included; masked entries are zero
-    on the client. Up, the largest ``int(P * up)`` entries of each client's change. The defaults are the official
-    code's; ``head="dense"``, ``scope="tensor"`` and ``reference="init"`` mend what ``docs/methods.md`` tells of. Over an
-    SVD start the reference is the init, because a zero there would take pre-trained knowledge away.
+    Down, the largest ``int(P * down)`` of all ``P`` trained entries by magnitude, head included; masked entries are
+    zero on the client. Up, the largest ``int(P * up)`` entries of each client's change. The defaults are the official
+    code's; ``head="dense"``, ``scope="tensor"`` and ``reference="init"`` mend what ``docs/methods.md`` tells of. Over
+    an SVD start the reference is the init and the server's decay zero, so that no pre-trained knowledge is taken away.
     """
     tuning = LoRA(
         rank=rank,
@@ -126,7 +126,7 @@ def flasc(
         tuning=tuning,
         down=link(down, reference or ("zero" if init == "kaiming" else "init")),
         up=link(up, "zero"),
-        server=server,
+        server=server or ServerAdamW(lr=5e-3, weight_decay=0.01 if init == "kaiming" else 0.0),
         privacy=privacy,
         local=local,
         memory=memory,
@@ -180,8 +180,8 @@ def slora(
 ) -> Phases:
     """SLoRA (arXiv 2308.06522, Sec. 3): train a random sparse mask, then LoRA from the SVD of what was learnt.
 
-    ``rounds`` counts both phases. At the hand-over the base is reset to the pre-trained weights, the head is carried, and
-    ``fold`` says what else is (biases if they were trained; ``rest`` keeps everything the truncation would lose).
+    ``rounds`` counts both phases. At the hand-over the base is reset to the pre-trained weights, the head is carried,
+    and ``fold`` says what else is (biases if they were trained; ``rest`` keeps everything the truncation would lose).
 
     Raises:
         ConfigError: the first phase would leave no round for the second.
@@ -253,9 +253,7 @@ def _two_phases(
             f"warm_rounds = {warm_rounds} leaves no round for LoRA out of rounds = {rounds}; make it smaller than that"
         )
     link = Link(precision=precision)
-    warm = fedavg(
-        rounds=warm_rounds, tuning=first, down=link, up=link, server=server, local=warm_local, memory=memory
-    )
+    warm = fedavg(rounds=warm_rounds, tuning=first, down=link, up=link, server=server, local=warm_local, memory=memory)
     return warm + fedavg(
         rounds=rounds - warm_rounds, tuning=second, down=link, up=link, server=server, local=local, memory=memory
     )

@@ -23,7 +23,9 @@ def label_counts(population: Population, labels: Rows, num_classes: int) -> Rows
     )
 
 
-def partition_bars(population: Population, labels: Rows, names: list[str], num_clients: int = 20, width: int = 60) -> Text:
+def partition_bars(
+    population: Population, labels: Rows, names: list[str], num_clients: int = 20, width: int = 60
+) -> Text:
     """One bar per client, as long as its examples and coloured by label, for a terminal.
 
     Args:

@@ -13,7 +13,7 @@ from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.server_optim import AnyServerOptimizer, Sgd
-from fedlora.transport import Dense, Link
+from fedlora.transport import Dense, Float32, Link
 from fedlora.tuning import AnyTuning, LoRA
 
 
@@ -45,13 +45,28 @@ class Recipe:
     memory: Literal["none", "init"] = "none"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.down.sparsify, Dense) and self.down.reference == "zero" and not self.tuning.zero_is_neutral:
+        if (
+            not isinstance(self.down.sparsify, Dense)
+            and self.down.reference == "zero"
+            and not self.tuning.zero_is_neutral
+        ):
             raise ConfigError(
                 "a sparse downlink would set weights to zero that carry pre-trained knowledge; "
                 "set down.reference = 'init' so that only the difference from the public start is thinned"
             )
         if self.up.reference == "init":
             raise ConfigError("the uplink carries a difference already; leave up.reference at 'zero'")
+        if isinstance(self.tuning, LoRA) and not self.tuning.zero_is_neutral:
+            decays = (self.local.optimizer.weight_decay, getattr(self.server, "weight_decay", 0.0))
+            if any(decays):
+                raise ConfigError(
+                    "weight decay pulls factors to zero, and after an SVD start they carry knowledge; "
+                    "set weight_decay = 0 in local.optimizer and in the server's optimiser"
+                )
+        if not isinstance(self.privacy, NoPrivacy) and not isinstance(self.up.precision, Float32):
+            raise ConfigError(
+                "rounding after the clip may lengthen an update beyond clip_norm; set up.precision to float32"
+            )
         if self.privacy.needs_uniform_mean and self.aggregator.weighting != "uniform":
             raise ConfigError(
                 "noise is calibrated for clients that all weigh the same; set aggregator.weighting = 'uniform'"

@@ -36,7 +36,7 @@ def human_seconds(seconds: float) -> str:
 
 
 class Live(Watcher):
-    """A progress bar of rounds with the last metric, the bytes so far and the time left; plain lines without a terminal.
+    """A bar of rounds with the last metric, the bytes so far and the time left; plain lines without a terminal.
 
     Args:
         console: where to show it.
@@ -177,7 +177,14 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     metric = rows[0]["metric"]
     for name in ("method", "seeds"):
         table.add_column(name)
-    for name in (f"{metric} before", "after", "bytes down", "bytes up", f"fewer than {rows[0]['reference']}", "seconds"):
+    for name in (
+        f"{metric} before",
+        "after",
+        "bytes down",
+        "bytes up",
+        f"fewer than {rows[0]['reference']}",
+        "seconds",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
@@ -204,7 +211,9 @@ def result_table(result: Result) -> Table:
         table.add_row(name, f"{before}{value:.4f}")
     for direction, kinds in (("down", result.down_bytes), ("up", result.up_bytes)):
         parts = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in kinds.items() if size)
-        table.add_row(f"bytes {direction}", f"{human_bytes(sum(kinds.values()))}  ({parts})" if kinds else "nothing sent")
+        table.add_row(
+            f"bytes {direction}", f"{human_bytes(sum(kinds.values()))}  ({parts})" if kinds else "nothing sent"
+        )
     table.add_row("seconds", f"{result.seconds:.0f}")
     table.add_row("run", str(result.folder))
     if result.adapter:

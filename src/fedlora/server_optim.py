@@ -135,9 +135,7 @@ class FedAdam(ServerOptimizer):
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
         """One step; see ``ServerOptimizer.step``."""
         first, second = _reddi(delta, slots, self.beta1, self.tau)
-        second = {
-            name: self.beta2 * value + (1 - self.beta2) * delta[name].square() for name, value in second.items()
-        }
+        second = {name: self.beta2 * value + (1 - self.beta2) * delta[name].square() for name, value in second.items()}
         return _reddi_apply(params, first, second, self.lr, self.tau), {"m": first, "v": second}
 
 
@@ -218,9 +216,7 @@ def _reddi(delta: Tree, slots: Slots, beta1: float, tau: float) -> tuple[Tree, T
 
 
 def _reddi_apply(params: Tree, first: Tree, second: Tree, lr: float, tau: float) -> Tree:
-    return {
-        name: value.addcdiv(first[name], second[name].sqrt() + tau, value=lr) for name, value in params.items()
-    }
+    return {name: value.addcdiv(first[name], second[name].sqrt() + tau, value=lr) for name, value in params.items()}
 
 
 SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {

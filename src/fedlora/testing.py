@@ -66,7 +66,8 @@ def tiny_model(family: str = "bert", seed: int = 0, num_labels: int = 3) -> tran
     """A sequence classifier with random weights; its singular values fall off as those of trained ones do."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForSequenceClassification.from_config(tiny_config(family, num_labels=num_labels))
+        config = tiny_config(family, num_labels=num_labels)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -37,7 +37,7 @@ class TensorBoard(Tracker):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError("TensorBoard is not installed: pip install 'fedlora[tensorboard]'") from error
-        self._writer = SummaryWriter(str(folder), purge_step=rounds_done + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=rounds_done + 1)
         self._down = self._up = 0
 
     def log(self, row: Row) -> None:
@@ -54,11 +54,11 @@ class TensorBoard(Tracker):
                 "density/up": row.density_up,
             }
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, row.round)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, row.round)
 
     def close(self) -> None:
         """See ``Tracker.close``."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 TRACKERS: dict[str, type[TensorBoard]] = {"tensorboard": TensorBoard}

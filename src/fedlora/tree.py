@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 Tree = dict[str, Tensor]
 
@@ -69,8 +70,15 @@ def flatten(tree: Mapping[str, Tensor]) -> Tensor:
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
     """The inverse of ``flatten``: views of ``vector`` with ``like``'s names and shapes."""
-    parts = torch.split(vector, [value.numel() for value in like.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
+    values = list(like.values())
+    if vector.numel() != num_entries(like):
+        raise ValueError(f"a vector of {vector.numel()} entries does not fill a tree of {num_entries(like)}")
+    # one call into torch; it forgets the shape of what is empty
+    parts = _unflatten_dense_tensors(vector, values)
+    return {
+        name: part if part.numel() else part.view(value.shape)
+        for (name, value), part in zip(like.items(), parts, strict=True)
+    }
 
 
 def select(tree: Mapping[str, Tensor], groups: Mapping[str, str], group: str) -> Tree:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -30,6 +32,7 @@ class Workspace:
         self._phase: int | None = None
         self._setup: bytes | None = None
         self._installed: Installed | None = None
+        self._decoded: tuple[bytes, Tree] | None = None
         self.init: Tree = {}
 
     @property
@@ -51,7 +54,7 @@ class Workspace:
             phase: number of the phase.
             recipe: what to install.
         """
-        self._installed = None  # free the old model first
+        self._installed = self._decoded = None  # free the old model first
         model, head = self.task.load_model(named_seed(self._seed, "head"), recipe.local.compute, self.device)
         self._installed = recipe.tuning.install(model, head, named_seed(self._seed, "install", phase))
         self._phase, self._setup, self.init = phase, None, {}
@@ -72,7 +75,9 @@ class Workspace:
         if phase == self._phase and self._setup is not None and setup in (None, self._setup):
             return
         if setup is None:
-            raise TrainingError(f"phase {phase} was never announced to this client, and no announcement came with the job")
+            raise TrainingError(
+                f"phase {phase} was never announced to this client, and no announcement came with the job"
+            )
         if phase != self._phase or self._setup is not None:
             self.open(phase, recipe)
         installed = self.installed
@@ -87,6 +92,21 @@ class Workspace:
         self.model.eval()
         with torch.inference_mode(), self.autocast(compute):
             return self.task.evaluate(self.model, rows, split, self.device)
+
+    def decode(self, payload: bytes, read: Callable[[], Tree]) -> Tree:
+        """What ``payload`` says, kept until other bytes come: a cohort gets the same ones.
+
+        Args:
+            payload: the parameters of a round.
+            read: decodes it; called if the bytes are new.
+
+        Returns:
+            A tree that must not be written to.
+        """
+        if self._decoded is None or self._decoded[0] != payload:
+            self._decoded = None  # free the old tree first
+            self._decoded = payload, read()
+        return self._decoded[1]
 
     def autocast(self, compute: str) -> torch.autocast:
         """The number format of a forward pass."""

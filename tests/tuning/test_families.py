@@ -98,9 +98,7 @@ def test_a_round_moves_what_is_trained_and_nothing_else(family: str, tuning: str
     assert (row.steps, row.examples) == (4, 16)
     assert all(size > 0 for size in (*row.down_bytes.values(), *row.up_bytes.values()))
     for group in set(state.groups.values()):
-        assert any(
-            not torch.equal(after.params[n], v) for n, v in state.params.items() if state.groups[n] == group
-        )
+        assert any(not torch.equal(after.params[n], v) for n, v in state.params.items() if state.groups[n] == group)
     now = dict(workspace.model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
 

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
@@ -52,7 +52,7 @@ class TextClassification(Task):
             ConfigError: the model cannot be read.
         """
         splits = source.load()
-        data = {"train": splits.train, "test": splits.test}
+        data: dict[Split, Any] = {"train": splits.train, "test": splits.test}
         return PreparedText(self, model, load_tokenizer(model), list(splits.train.features["label"].names), data)
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
@@ -100,7 +100,9 @@ class PreparedText(Prepared):
     @property
     def fingerprint(self) -> str:
         """See ``Prepared.fingerprint``."""
-        return xxhash.xxh3_128_hexdigest("/".join(fingerprint(self._splits[name]) for name in ("train", "test")).encode())
+        return xxhash.xxh3_128_hexdigest(
+            "/".join(fingerprint(self._splits[name]) for name in ("train", "test")).encode()
+        )
 
     def num_examples(self, split: Split) -> int:
         """See ``Prepared.num_examples``."""
@@ -286,9 +288,7 @@ def head_names(model: nn.Module, missing: set[str]) -> frozenset[str]:
         missing: names that the checkpoint lacked.
     """
     backbone = f"{getattr(model, 'base_model_prefix', '')}."
-    return frozenset(
-        name for name, _ in model.named_parameters() if name in missing or not name.startswith(backbone)
-    )
+    return frozenset(name for name, _ in model.named_parameters() if name in missing or not name.startswith(backbone))
 
 
 @contextlib.contextmanager
@@ -296,14 +296,14 @@ def quiet_transformers() -> Iterator[None]:
     """Keeps reports and bars of ``transformers`` off the screen, and puts its settings back afterwards."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
         if bars:
-            transformers.logging.enable_progress_bar()
+            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -341,7 +341,7 @@ def _encode(data: Any, tokenizer: Any, max_length: int) -> dict[str, np.ndarray[
         return load_file(path)
     encoded = tokenizer(*(list(data[name]) for name in texts), truncation=True, max_length=max_length)
     lengths = [len(tokens) for tokens in encoded["input_ids"]]
-    result = {
+    result: dict[str, np.ndarray[Any, Any]] = {
         "tokens": np.fromiter((t for tokens in encoded["input_ids"] for t in tokens), np.int32, sum(lengths)),
         "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
     }

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedlora import tree
 from fedlora.errors import ConfigError
 from fedlora.state import SEED_BITS, Carry, Fold
 from fedlora.tree import Tree
@@ -58,6 +59,11 @@ class Installed:
     def read(self) -> Tree:
         """A copy of the trained parameters, float32 on the CPU."""
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.parameters.items()}
+
+    def since(self, start: Mapping[str, Tensor]) -> Tree:
+        """What the trained parameters are now, less ``start``; float32 on the CPU, in memory of its own."""
+        now = {name: value.detach().to("cpu", torch.float32) for name, value in self.parameters.items()}
+        return tree.subtract(now, start)
 
     def load(self, params: Mapping[str, Tensor]) -> None:
         """Writes ``params`` into the model in place."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import peft
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from fedlora.tree import Tree
 from fedlora.tuning.base import Installed
 from fedlora.tuning.lora import LoRA, lora_layers, to_peft
+from fedlora.tuning.targets import saved_modules
 
 
 def save_lora(tuning: LoRA, installed: Installed, init: Tree, params: Tree, base: str, folder: Path) -> None:
@@ -40,10 +40,10 @@ def save_lora(tuning: LoRA, installed: Installed, init: Tree, params: Tree, base
     rank = tuning.rank * (2 if tuning.residual else 1)
     settings = peft.LoraConfig(
         r=rank,
-        lora_alpha=tuning.scale * rank,
+        lora_alpha=tuning.scale * rank,  # type: ignore[arg-type]
         lora_dropout=tuning.dropout,
         target_modules=sorted(layers),
-        modules_to_save=saved_modules(installed, head),
+        modules_to_save=saved_modules(installed.model, frozenset(head)),
         fan_in_fan_out=any(layer.transposed for layer in layers.values()),
         task_type="SEQ_CLS",
         base_model_name_or_path=base,
@@ -53,14 +53,6 @@ def save_lora(tuning: LoRA, installed: Installed, init: Tree, params: Tree, base
     settings.save_pretrained(str(folder))
     tensors = {name: value.contiguous() for name, value in to_peft(factors | head).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def saved_modules(installed: Installed, head: Mapping[str, torch.Tensor]) -> list[str]:
-    """The modules that PEFT must replace as a whole: the head's, by their top-level names."""
-    backbone = f"{getattr(installed.model, 'base_model_prefix', '')}."
-    return sorted(
-        {name.rsplit(".", 1)[0] if name.startswith(backbone) else name.split(".", 1)[0] for name in head}
-    )
 
 
 def save_peft(installed: Installed, folder: Path) -> None:

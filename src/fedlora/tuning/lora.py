@@ -108,8 +108,8 @@ class LoRA(Tuning):
             smaller = min(oriented(module).shape)
             if self.rank > smaller:
                 raise ConfigError(
-                    f"rank = {self.rank} is above the smaller side of {name} ({smaller}); choose a rank up to {smaller}, "
-                    "or other targets"
+                    f"rank = {self.rank} is above the smaller side of {name} ({smaller}); "
+                    f"choose a rank up to {smaller}, or other targets"
                 )
             replace_module(model, name, LoRALinear(module, self.rank, self.scale, self.dropout))
         adapters = {f"{name}.{factor}" for name in found for factor in ("lora_A", "lora_B")}
@@ -117,9 +117,10 @@ class LoRA(Tuning):
         return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
 
     def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
-        """See ``Tuning.start``. The ledger's ``energy_kept`` is ``||scale B A||^2 / ||delta||^2`` over all that was learnt.
+        """See ``Tuning.start``.
 
-        It counts what the adapters took over, before any fold; a start that does not look at the delta keeps nothing.
+        The ledger's ``energy_kept`` is ``||scale B A||^2 / ||delta||^2`` over all that was learnt: what the adapters
+        took over, before any fold. A start that does not look at the delta keeps nothing.
         """
         params = installed.read()
         deltas = carry.delta if carry else {}
@@ -179,7 +180,7 @@ class LoRA(Tuning):
         return {name: init[name] for name in installed.parameters if name in init}
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
-        """See ``Tuning.changes``: what was folded, and ``scale (B A - B0 A0)``, without ``B0 A0`` where the base kept it."""
+        """See ``Tuning.changes``: what was folded, and ``scale (B A - B0 A0)``; no ``B0 A0`` where the base kept it."""
         result = dict(installed.folded)
         for name, layer in lora_layers(installed.model).items():
             product = params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]

@@ -54,11 +54,14 @@ class Peft(Tuning):
                 "machines disagree on signs and order; use the tuning `lora` with init = { kind = 'svd_of_weight' }"
             )
         try:
-            config = peft.get_peft_config(dict(self.config))
+            config: Any = peft.get_peft_config(dict(self.config))
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"peft refuses this configuration: {error}; `peft_type` and its fields are needed") from error
+            raise ConfigError(
+                f"peft refuses this configuration: {error}; `peft_type` and its fields are needed"
+            ) from error
         if getattr(config, "modules_to_save", ...) is None:
             config.modules_to_save = modules
+        assert isinstance(config, peft.PeftConfig)
         return config
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:

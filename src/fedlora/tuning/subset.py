@@ -127,7 +127,7 @@ class SparseMask(Tuning):
             places[name] = index = index.to(weight.device)
             packed.data = packed.data.to(weight.device)
             weight.requires_grad_(True)
-            weight.register_post_accumulate_grad_hook(_gather(packed, index))
+            weight.register_post_accumulate_grad_hook(_gather(packed, index))  # type: ignore[no-untyped-call]
 
         def refresh() -> None:
             with torch.no_grad():

@@ -75,7 +75,7 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
         names = _MORE_DEFAULTS.get(family(model)) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
             family(model), "all-linear"
         )
-        targets = tuple(names) if isinstance(names, list) else names
+        targets = names if isinstance(names, str) else tuple(names)
     matrices = {
         name: module
         for name, module in model.named_modules()
@@ -109,7 +109,7 @@ def block_outputs(model: nn.Module, where: tuple[str, ...], head: frozenset[str]
     """
     if family(model) not in _OUTPUTS:
         raise ConfigError(
-            f"where bottleneck adapters go is not known for {family(model)!r}; known are {', '.join(sorted(_OUTPUTS))}; "
+            f"where bottleneck adapters go is not known for {family(model)!r}, only for {', '.join(sorted(_OUTPUTS))}; "
             "give `targets` as a regular expression over module names"
         )
     patterns = dict(zip(("attention", "feed_forward"), _OUTPUTS[family(model)], strict=True))

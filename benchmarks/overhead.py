@@ -1,0 +1,76 @@
+"""What fedlora adds to a client's turn: a round of clients that compute nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from benchmarks.common import Figure, Settings, docstrings, figure, opened, ratios, side_by_side, spread_rows
+from fedlora import tree
+from fedlora.local import Local
+from fedlora.recipe import Recipe
+from fedlora.round import run_round
+from fedlora.transport import BFloat16, Link, TopK
+from fedlora.tuning import LoRA
+
+TARGETS = ("query", "key", "value", "attention.output.dense")
+COHORT = 20
+
+
+def measure(settings: Settings) -> list[Figure]:
+    """Milliseconds per client, server's share included, and how many plain copies and sums that is.
+
+    A client that trains nothing would answer with zeros, which cost no bytes, so every client's values are nudged as
+    they are loaded: all entries travel, down and up. The nudge is timed apart and taken off.
+    """
+    nothing = Local(max_steps=0)
+    links = {
+        "dense float32": Link(),
+        "dense bfloat16": Link(precision=BFloat16()),
+        "top-k, density 1/4": Link(sparsify=TopK(density=0.25)),
+    }
+    rounds: dict[str, Callable[[], object]] = {}
+    for name, link in links.items():
+        recipe = Recipe(tuning=LoRA(rank=16, targets=TARGETS), local=nothing, down=link, up=link)
+        rounds[name], params, nudge = _round(recipe)
+    arrays = [value.numpy() for value in params.values()]
+    sums = [array.copy() for array in arrays]
+
+    def plain() -> None:
+        for _ in range(COHORT):
+            for total, array in zip(sums, [array.copy() for array in arrays], strict=True):
+                total += array
+
+    def nudges() -> None:
+        for _ in range(COHORT):
+            nudge()
+
+    times = side_by_side(settings, {"plain": plain, "nudges": nudges, **rounds}, 5 if settings.quick else 25)
+    for name in rounds:
+        times[name] = [value - own for value, own in zip(times[name], times["nudges"], strict=True)]
+    each = {name: [1e3 * value / COHORT for value in values] for name, values in times.items()}
+    size = f"{tree.num_entries(params):,} float32 in {len(params)} tensors, {COHORT} clients a round"
+    figures = [figure("NumPy copy and sum of the same arrays", each["plain"], "ms/client", note=size)]
+    for name in links:
+        goal = "<= 1" if name == "dense float32" else ""
+        figures.append(figure(f"no-op client, {name}", each[name], "ms/client", goal))
+        figures.append(figure(f"no-op client, {name} / NumPy", ratios(times[name], times["plain"]), "x"))
+    return figures
+
+
+def _round(recipe: Recipe) -> tuple[Callable[[], object], tree.Tree, Callable[[], None]]:
+    task = docstrings()
+    workspace, state, engine = opened(task, recipe, spread_rows(task.num_examples("train"), COHORT, 16))
+    values = list(workspace.installed.parameters.values())
+    draws = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(value.shape, generator=draws) for name, value in state.params.items()}
+    state = replace(state, params=params)  # as in the middle of a run, where no factor is zero
+
+    def nudge() -> None:
+        with torch.no_grad():
+            torch._foreach_add_(values, 1e-3)
+
+    workspace.installed.refresh = nudge
+    return lambda: run_round(recipe, state, tuple(range(COHORT)), engine, seed=0, rounds=1), state.params, nudge
