@@ -20,11 +20,12 @@ from fedlora.tuning import LoRA
 
 POPULATIONS = (10, 1_000, 10_000)
 PER_ROUND = 10
+LENGTH = 128
 
 
 def measure(settings: Settings) -> list[Figure]:
     """Peak resident memory of a run with 10 clients a round; it should not depend on how many there are."""
-    docstrings()  # so that the first process does not encode the data for the others
+    docstrings(LENGTH)  # so that the first process does not encode the data for the others
     rounds = 2 if settings.quick else 5
     repeats = 1 if settings.quick else 3
     peaks: dict[int, list[float]] = {number: [] for number in POPULATIONS}
@@ -47,7 +48,7 @@ def measure(settings: Settings) -> list[Figure]:
 def child(num_clients: int, rounds: int, threads: int) -> float:
     """Runs some rounds and returns this process's peak resident memory in megabytes."""
     torch.set_num_threads(threads)
-    task = docstrings()
+    task = docstrings(LENGTH)  # so that all batches take the same room
     recipe = Recipe(tuning=LoRA(rank=16), local=Local(max_steps=1, compute="bf16"))
     population = spread_rows(task.num_examples("train"), num_clients, 8)
     _, state, engine = opened(task, recipe, population)

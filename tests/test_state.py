@@ -161,7 +161,7 @@ def test_parameters_that_are_views_of_one_vector_can_be_saved(tmp_path: Path) ->
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
     recipe = Recipe(
         tuning=LoRA(rank=2, init=SvdOfWeight()),
-        server=AdamW(lr=1e-2),
+        server=AdamW(lr=1e-2, weight_decay=0.0),
         local=Local(batch_size=4, keep_optimizer=True),
         memory="init",
     )

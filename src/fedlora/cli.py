@@ -156,8 +156,8 @@ def partition(
 ) -> None:
     """Show how the data are dealt: sizes, label skew, and a drawing."""
     from fedlora.clients import summarise
-    from fedlora.experiment import in_mode, prepare
     from fedlora.picture import partition_bars, partition_html
+    from fedlora.setting import in_mode, prepare
 
     experiment, _ = _experiment(config, set_, None)
     setting = prepare(in_mode(experiment))
@@ -268,8 +268,8 @@ def demo(
     """Train the embedded model with dense LoRA, FLASC, FeDeRA and SLoRA on one federation, and compare them."""
     from fedlora.config import parse
     from fedlora.demo import METHODS, configuration
-    from fedlora.experiment import prepare
     from fedlora.report import as_dict, comparison, comparison_table
+    from fedlora.setting import prepare
 
     _err.print(
         "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
@@ -297,7 +297,7 @@ def _experiment(path: Path, overrides: list[str] | None, out: Path | None) -> tu
 
 
 def _task(experiment: Experiment) -> Any:
-    from fedlora.experiment import in_mode, prepare
+    from fedlora.setting import in_mode, prepare
 
     return prepare(in_mode(experiment)).task
 

@@ -20,13 +20,13 @@ from fedlora.clients import PARTITIONS
 from fedlora.config import Experiment
 from fedlora.engines import ENGINES
 from fedlora.errors import ConfigError
-from fedlora.experiment import VERSIONED, pick_device
 from fedlora.local import CLIENT_OPTIMIZERS
 from fedlora.methods import METHODS
 from fedlora.privacy import PRIVACY
 from fedlora.recipe import Recipe
 from fedlora.round import Kinds, close_phase, open_phase, view
 from fedlora.server_optim import SERVER_OPTIMIZERS
+from fedlora.setting import VERSIONED, pick_device
 from fedlora.state import ServerState, generator, named_seed
 from fedlora.tasks import SOURCES, TASKS, Prepared
 from fedlora.tasks.text import cache_folder

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedlora import config
 from fedlora.clients import (
     Clients,
-    Division,
     Partitioner,
     Pooled,
     Population,
-    build_population,
     draw_cohort,
-    from_partitioner,
-    summarise,
 )
 from fedlora.config import Experiment
 from fedlora.engines import Serial
-from fedlora.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError
+from fedlora.errors import CheckpointError, FedloraError, TrainingError
 from fedlora.export import export_run
 from fedlora.folder import RunFolder
-from fedlora.recipe import Phase, Recipe
+from fedlora.recipe import Recipe
 from fedlora.round import Kinds, Row, close_phase, masked, open_phase, run_round
-from fedlora.server_optim import Sgd
+from fedlora.setting import Setting, in_mode, manifest, prepare
 from fedlora.state import ServerState, named_seed
-from fedlora.tasks import Prepared
-from fedlora.tasks.base import Rows, Split
 from fedlora.track import Tracker
-from fedlora.transport import Dense, Link
+from fedlora.transport import Dense
 from fedlora.tree import Tree
 from fedlora.watch import Silent, Watcher
 from fedlora.workspace import Workspace
-
-VERSIONED = ("fedlora", "torch", "transformers", "peft", "datasets", "numpy", "safetensors", "constriction", "pydantic")
 
 
 class Stopped(FedloraError):
@@ -83,70 +72,6 @@ class Result:
     adapter: Path | None = None
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all runs of an experiment share: the encoded data, and who holds them.
-
-    Args:
-        task: model and data.
-        population: the clients.
-        test_rows: the examples that evaluations use.
-        split: the split they lie in.
-        device: where the model lives.
-    """
-
-    task: Prepared
-    population: Population
-    test_rows: Rows
-    split: Split
-    device: torch.device
-
-
-def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> Setting:
-    """Loads and encodes the data and deals them to clients.
-
-    Args:
-        experiment: the configuration.
-        partitioner: deals instead of ``experiment.clients.partition``, if given (Flower Datasets' protocol).
-
-    Raises:
-        DataError: the data cannot be read, or not be dealt as asked.
-    """
-    task = experiment.task.prepare(experiment.model, experiment.data)
-    clients = experiment.clients
-    seed = named_seed(experiment.seed, "partition")
-    name = clients.column()
-    if partitioner is not None:
-        division = Division(from_partitioner(partitioner, task.table()), None)
-    else:
-        division = build_population(clients, task.labels, task.column(name, "train") if name else None, seed)
-    test_rows = np.arange(task.num_examples("test"))
-    split: Split = "test"
-    if division.test_rows is not None:
-        test_rows, split = division.test_rows, "train"
-    elif name is not None and name in task.columns("test"):
-        shared = set(task.column(name, "test").tolist()) & set(task.column(name, "train").tolist())
-        if shared:
-            raise DataError(
-                f"{len(shared)} values of {name!r} are in both the training and the test data, so test users would be "
-                "trained on; set clients.test_clients = 0.2 to hold out whole clients instead"
-            )
-    return Setting(task, division.population, test_rows, split, pick_device(experiment.device))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device for ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda' but this PyTorch sees no GPU; use 'cpu' or 'auto'")
-    return torch.device(name)
-
-
 def run(
     experiment: Experiment,
     folder: Path | str | None = None,
@@ -163,7 +88,7 @@ def run(
         folder: where to keep the run; ``runs/<label>-<digest>`` if absent.
         partitioner: deals the data instead of the configuration's partition.
         watcher: is told of every round.
-        trackers: get every row of the ledger.
+        trackers: get every row of the ledger; not in the mode ``local``, where there is a ledger per client.
         setting: data that ``prepare`` gave for the same experiment, to share among runs.
 
     Returns:
@@ -181,42 +106,8 @@ def run(
     setting = setting or prepare(effective, partitioner)
     files.write_json("manifest.json", manifest(effective, setting))
     if experiment.mode == "local":
-        return _run_local(experiment, effective, setting, files, watcher, trackers)
+        return _run_local(experiment, effective, setting, files, watcher)
     return _run_phases(effective, setting, files, watcher, trackers, sent=experiment.mode == "federated")
-
-
-def in_mode(experiment: Experiment) -> Experiment:
-    """The experiment with what its mode implies put in: alone, a client sends nothing and keeps its optimiser."""
-    if experiment.mode == "federated":
-        return experiment
-
-    def alone(recipe: Recipe) -> Recipe:
-        local = dataclasses.replace(recipe.local, keep_optimizer=True)
-        return dataclasses.replace(recipe, down=Link(), up=Link(), server=Sgd(), local=local, memory="init")
-
-    phases = tuple(Phase(recipe=alone(phase.recipe), rounds=phase.rounds) for phase in experiment.phases)
-    pooled = Clients(partition=Pooled(), num=1, per_round=1)
-    clients = pooled if experiment.mode == "centralised" else experiment.clients
-    return dataclasses.replace(experiment, phases=phases, clients=clients)
-
-
-def manifest(experiment: Experiment, setting: Setting) -> dict[str, Any]:
-    """What a reader needs to know about how a run was made."""
-    labels = setting.task.labels
-    summary = summarise(setting.population, labels, max(1, len(setting.task.label_names)))
-    return {
-        "versions": {name: metadata.version(name) for name in VERSIONED},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(setting.device),
-        "threads": torch.get_num_threads(),
-        "seed": experiment.seed,
-        "config_digest": config.digest(experiment),
-        "data_fingerprint": setting.task.fingerprint,
-        "label_names": setting.task.label_names,
-        "num_test": len(setting.test_rows),
-        "partition": summary.as_dict(),
-    }
 
 
 def _run_phases(
@@ -232,6 +123,8 @@ def _run_phases(
     facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
     state, rows = _resume(files, facts)
     watcher.started(experiment, setting, rows)
+    for tracker in trackers:
+        tracker.started(rows)
     phase = state.phase if state else 0
     recipe = experiment.phases[phase].recipe
     pending: dict[str, float] = {}
@@ -395,7 +288,6 @@ def _run_local(
     setting: Setting,
     files: RunFolder,
     watcher: Watcher,
-    trackers: Sequence[Tracker],
 ) -> Result:
     count = min(asked.num_local, len(setting.population))
     chosen = draw_cohort(setting.population, count, named_seed(asked.seed, "local"))
@@ -407,7 +299,7 @@ def _run_local(
         own = dataclasses.replace(setting, population=single)
         inner = RunFolder(files.path / "clients" / str(client))
         inner.path.mkdir(parents=True, exist_ok=True)
-        results.append(_run_phases(alone, own, inner, watcher, trackers, sent=False))
+        results.append(_run_phases(alone, own, inner, watcher, (), sent=False))
     first = results[0]
     result = dataclasses.replace(
         first,

@@ -11,10 +11,10 @@ import torch
 from fedlora import config
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError
-from fedlora.experiment import in_mode, pick_device
 from fedlora.export import export
 from fedlora.folder import RunFolder
 from fedlora.recipe import Recipe
+from fedlora.setting import in_mode, pick_device
 from fedlora.state import ServerState
 from fedlora.tasks import Evaluation, Prepared
 from fedlora.workspace import Workspace

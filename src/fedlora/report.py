@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedlora.config import Experiment
-from fedlora.experiment import Result, Setting
+from fedlora.experiment import Result
 from fedlora.folder import RunFolder
 from fedlora.round import Row
+from fedlora.setting import Setting
 from fedlora.watch import Watcher
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")

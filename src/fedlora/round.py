@@ -144,6 +144,7 @@ def run_round(
     """
     clock = time.perf_counter()
     sent = recipe.down.prepare(_relative(recipe, state), state.groups, state.steps)
+    start = tree.add(state.init, sent) if recipe.down.reference == "init" else sent
     parts = split_groups(sent, state.groups)
     packet = wire.pack(parts, precisions(parts, recipe.down.precision))
     jobs: list[Job] = []
@@ -174,7 +175,7 @@ def run_round(
             delta = join_groups(received, state.groups)
             report = {name: float(value) for name, value in received["report"].items()}
             answers.append(Answer(job.client, reply, report, tree.num_nonzero(delta)))
-            yield Update(sent, delta, report["examples"])
+            yield Update(start, delta, report["examples"])
 
     change = recipe.aggregator.combine(updates())
     delta = recipe.privacy.noise(change.delta, len(jobs), generator(named_seed(seed, "noise", state.round)))

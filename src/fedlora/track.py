@@ -13,6 +13,10 @@ class Tracker(ABC):
     """Gets every row of the ledger."""
 
     @abstractmethod
+    def started(self, rows: list[Row]) -> None:
+        """A run begins, or goes on after ``rows``, which were recorded before."""
+
+    @abstractmethod
     def log(self, row: Row) -> None:
         """Records one row."""
 
@@ -26,19 +30,26 @@ class TensorBoard(Tracker):
 
     Args:
         folder: where the events go.
-        rounds_done: rounds that an earlier session recorded for good; later events of it are dropped.
 
     Raises:
         ConfigError: TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, rounds_done: int = 0) -> None:
+    def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError("TensorBoard is not installed: pip install 'fedlora[tensorboard]'") from error
-        self._writer = SummaryWriter(str(folder), purge_step=rounds_done + 1)
+        self._make = SummaryWriter
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
         self._down = self._up = 0
+
+    def started(self, rows: list[Row]) -> None:
+        """See ``Tracker.started``: events after the rows that the ledger kept are dropped."""
+        self._down = sum(sum(row.down_bytes.values()) for row in rows)
+        self._up = sum(sum(row.up_bytes.values()) for row in rows)
+        self._writer = self._make(str(self._folder), purge_step=rows[-1].round + 1 if rows else 0)
 
     def log(self, row: Row) -> None:
         """See ``Tracker.log``: loss, metrics, bytes so far, densities."""
@@ -53,12 +64,14 @@ class TensorBoard(Tracker):
                 "density/down": row.density_down,
                 "density/up": row.density_up,
             }
+        assert self._writer is not None
         for name, value in figures.items():
             self._writer.add_scalar(name, value, row.round)
 
     def close(self) -> None:
         """See ``Tracker.close``."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 TRACKERS: dict[str, type[TensorBoard]] = {"tensorboard": TensorBoard}

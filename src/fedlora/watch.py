@@ -9,7 +9,8 @@ from fedlora.config import Experiment
 from fedlora.round import Row
 
 if TYPE_CHECKING:
-    from fedlora.experiment import Result, Setting
+    from fedlora.experiment import Result
+    from fedlora.setting import Setting
 
 
 class Watcher(ABC):
