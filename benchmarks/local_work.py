@@ -12,6 +12,7 @@ from fedlora.state import generator, named_seed
 from fedlora.tuning import LoRA
 
 SIZE = 48
+NUM_CLIENTS = 2
 
 
 def measure(settings: Settings) -> list[Figure]:
@@ -27,7 +28,7 @@ def measure(settings: Settings) -> list[Figure]:
 
 def _one(settings: Settings, recipe: Recipe, compute: str) -> list[Figure]:
     task = docstrings()
-    cohort = tuple(range(2 if settings.quick else 4))
+    cohort = tuple(range(1 if settings.quick else NUM_CLIENTS))
     population = spread_rows(task.num_examples("train"), len(cohort), SIZE)
     _, state, engine = opened(task, recipe, population)
     other, _, _ = opened(task, recipe, population)
@@ -53,7 +54,7 @@ def _one(settings: Settings, recipe: Recipe, compute: str) -> list[Figure]:
     def federated() -> None:
         run_round(recipe, state, cohort, engine, seed=0, rounds=1)
 
-    times = side_by_side(settings, {"plain": plain, "federated": federated}, 4 if settings.quick else 10)
+    times = side_by_side(settings, {"plain": plain, "federated": federated}, 3 if settings.quick else 8)
     examples = SIZE * len(cohort)
     return [
         figure(f"plain loop, {compute}", [examples / value for value in times["plain"]], "examples/s"),

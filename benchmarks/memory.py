@@ -26,8 +26,8 @@ LENGTH = 128
 def measure(settings: Settings) -> list[Figure]:
     """Peak resident memory of a run with 10 clients a round; it should not depend on how many there are."""
     docstrings(LENGTH)  # so that the first process does not encode the data for the others
-    rounds = 2 if settings.quick else 5
-    repeats = 1 if settings.quick else 3
+    rounds = 2 if settings.quick else 4
+    repeats = 1 if settings.quick else 2
     peaks: dict[int, list[float]] = {number: [] for number in POPULATIONS}
     for _ in range(repeats):
         for number in POPULATIONS:

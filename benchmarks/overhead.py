@@ -73,4 +73,9 @@ def _round(recipe: Recipe) -> tuple[Callable[[], object], tree.Tree, Callable[[]
             torch._foreach_add_(values, 1e-3)
 
     workspace.installed.refresh = nudge
-    return lambda: run_round(recipe, state, tuple(range(COHORT)), engine, seed=0, rounds=1), state.params, nudge
+
+    def one_round() -> None:
+        nonlocal state  # every round sends new bytes, as in a run
+        state, _ = run_round(recipe, state, tuple(range(COHORT)), engine, seed=0, rounds=1)
+
+    return one_round, params, nudge

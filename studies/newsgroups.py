@@ -19,7 +19,7 @@ from fedlora.setting import Setting, prepare
 
 RUNS = Path("runs/newsgroups")
 TABLE = Path("docs/results/newsgroups.json")
-SHOWN = (10, 20, 40, 60, 80, 100)
+SHOWN = (10, 20, 30, 40, 50, 60)
 GRIDS: dict[str, tuple[float, ...]] = {
     "lora": (3e-3, 1e-2, 3e-2),
     "flasc": (3e-3, 1e-2, 3e-2),
@@ -31,7 +31,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
 """Client learning rates tried for each method; AdamW on clients, plain averaging on the server."""
 CHOSEN: dict[str, float] = {}
 """The best of each grid by accuracy on the held-out tenth after 20 rounds, seed 0."""
-TUNING_ROUNDS, ROUNDS = 20, 100
+TUNING_ROUNDS, ROUNDS = 20, 60
 
 
 def method(label: str, rate: float, rounds: int) -> dict[str, Any]:

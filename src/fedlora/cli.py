@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedlora.errors import ConfigError, DataError, FedloraError
 
@@ -101,15 +102,17 @@ def cost(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.
     phases, totals = [], [0, 0]
     for number, fact in enumerate(phase_facts(experiment, _task(experiment))):
         down, up = fact.round_bytes
-        totals = [totals[0] + down * fact.rounds, totals[1] + up * fact.rounds]
+        all_down, all_up = fact.all_bytes
+        totals = [totals[0] + all_down, totals[1] + all_up]
         one = (sum(fact.down_bytes.values()), sum(fact.up_bytes.values()))
-        cells = [*one, down, up, down * fact.rounds, up * fact.rounds]
+        cells = [*one, down, up, all_down, all_up]
         table.add_row(f"{number} {fact.tuning}", str(fact.rounds), *map(human_bytes, cells))
         phases.append(
             {
                 "tuning": fact.tuning,
                 "rounds": fact.rounds,
                 "clients": fact.clients,
+                "first_client_down_bytes": fact.first_bytes,
                 "client_down_bytes": fact.down_bytes,
                 "client_up_bytes": fact.up_bytes,
                 "round_down_bytes": down,
@@ -135,7 +138,7 @@ def list_(slot: Annotated[str | None, typer.Argument()] = None, format_: AsForma
     rows = choices(slot)
     table = Table(slot, "what it is", "settings")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     _show(format_, [dict(zip(("kind", "text", "settings"), row, strict=True)) for row in rows], table)
 
 
@@ -164,7 +167,13 @@ def partition(
     names = setting.task.label_names
     summary = summarise(setting.population, setting.task.labels, max(1, len(names))).as_dict()
     if html is not None:
-        html.write_text(partition_html(setting.population, setting.task.labels, names), encoding="utf-8")
+        page = partition_html(setting.population, setting.task.labels, names)
+        try:
+            html.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{html} cannot be written ({error.strerror}); name a file in a folder there is"
+            ) from error
     table = Table(show_header=False)
     for key, value in summary.items():
         table.add_row(key.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
@@ -194,7 +203,7 @@ def export(
     from fedlora.inference import load_run
 
     load_run(run).export(out, merge)
-    _out.print(f"written to {out}")
+    _out.print(f"written to {out}", markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -221,7 +230,8 @@ def predict(
     for one, shares in zip(texts, found, strict=True):
         ranked = list(shares.items())
         rest = ", ".join(f"{name} {share:.2f}" for name, share in ranked[1:3])
-        table.add_row(one if len(one) < 60 else one[:57] + "...", ranked[0][0], f"{ranked[0][1]:.2f}", rest)
+        cells = (one if len(one) < 60 else one[:57] + "...", ranked[0][0], f"{ranked[0][1]:.2f}", rest)
+        table.add_row(*map(Text, cells))
     _show(format_, [{"text": one, "classes": shares} for one, shares in zip(texts, found, strict=True)], table)
 
 
@@ -242,7 +252,7 @@ def evaluate(
         table.add_row(name, f"{value:.4f}")
     _show(format_, {**found.metrics, "warnings": list(found.warnings)}, table)
     for warning in found.warnings:
-        _err.print(f"[yellow]{warning}[/yellow]")
+        _err.print(warning, style="yellow", markup=False)
 
 
 @app.command()
@@ -253,7 +263,7 @@ def env(format_: AsFormat = Format.table) -> None:
     facts = environment()
     table = Table(show_header=False)
     for name, value in facts.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     _show(format_, facts, table)
 
 
@@ -351,6 +361,7 @@ def main() -> None:
             "run the command again with --debug and report what it prints",
             style="red",
             markup=False,
+            soft_wrap=True,
             highlight=False,
         )
         sys.exit(1)

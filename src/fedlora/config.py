@@ -204,21 +204,29 @@ def override(document: dict[str, Any], assignment: str) -> None:
     *parents, last = path.strip().split(".")
     place: Any = document
     for key in parents:
-        place = place[int(key)] if isinstance(place, list) and key.isdigit() else place.setdefault(key, {})
+        place = place[_entry(assignment, key, place)] if isinstance(place, list) else place.setdefault(key, {})
         if not isinstance(place, dict | list):
             raise ConfigError(f"-s {assignment!r}: {key!r} is a value, not a table")
-    if isinstance(place, list):
+    place[_entry(assignment, last, place) if isinstance(place, list) else last] = value
+
+
+def _entry(assignment: str, key: str, place: list[Any]) -> int:
+    if not key.isdigit() or int(key) >= len(place):
         raise ConfigError(
-            f"-s {assignment!r}: name a field of one of its {len(place)} entries, such as {path}.0.rounds"
+            f"-s {assignment!r}: {key!r} should be the number of one of the {len(place)} entries there, from 0, as in "
+            "phases.0.rounds"
         )
-    place[last] = value
+    return int(key)
 
 
 def _explain(error: ValidationError, root: Any, prefix: str) -> str:
     sentences = []
-    for problem in error.errors(include_url=False)[:5]:
+    problems = error.errors(include_url=False)
+    # entries that were refused count as absent, which is no second mistake
+    problems = [one for one in problems if one["type"] != "too_short"] or problems
+    for problem in problems[:5]:
         location = problem["loc"]
-        path, fields = _walk(root, location)
+        path, fields, kind = _walk(root, location)
         dotted = ".".join(filter(None, [prefix, *path]))
         if problem["type"] == "unexpected_keyword_argument":
             wrong = str(location[-1])
@@ -232,7 +240,10 @@ def _explain(error: ValidationError, root: Any, prefix: str) -> str:
                 f"{dotted}.kind = {wrong!r} is not known{_nearest(wrong, names)}; known: {', '.join(names)}"
             )
         elif problem["type"] == "union_tag_not_found":
-            sentences.append(f"{dotted} needs a kind")
+            kinds = ", ".join(member.kind for member in _members(kind))
+            sentences.append(f"{dotted} needs a kind, one of: {kinds}")
+        elif problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            sentences.append(f"{dotted} is missing")
         else:
             sentences.append(f"{dotted} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
     return "; ".join(sentences)
@@ -243,8 +254,8 @@ def _nearest(wrong: str, known: Sequence[str]) -> str:
     return f", did you mean {near[0]!r}" if near else ""
 
 
-def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str]]:
-    """The dotted path of an error, without the tags that unions put in, and the fields known at its last step."""
+def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
+    """An error's dotted path without the tags that unions put in, the fields known at its last step, its type."""
     path: list[str] = []
     fields = _fields(kind)
     for step in location:
@@ -257,7 +268,7 @@ def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str
             continue
         path.append(str(step))
         kind = _plain(typing.get_args(kind)[0] if isinstance(step, int) else fields.get(step, Any))
-    return path, list(fields)
+    return path, list(fields), kind
 
 
 def _plain(kind: Any) -> Any:

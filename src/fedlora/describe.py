@@ -24,7 +24,7 @@ from fedlora.local import CLIENT_OPTIMIZERS
 from fedlora.methods import METHODS
 from fedlora.privacy import PRIVACY
 from fedlora.recipe import Recipe
-from fedlora.round import Kinds, close_phase, open_phase, view
+from fedlora.round import Kinds, close_phase, open_phase
 from fedlora.server_optim import SERVER_OPTIMIZERS
 from fedlora.setting import VERSIONED, pick_device
 from fedlora.state import ServerState, generator, named_seed
@@ -64,9 +64,10 @@ class PhaseFacts:
         trainable: trained numbers by group.
         total: numbers in the whole model.
         tensors: names of what is trained, with shapes.
-        down_bytes: bytes to one client in a round, by kind.
+        first_bytes: bytes to one client in the first round, by kind; fewer where much still is zero.
+        down_bytes: bytes to one client in every later round, by kind.
         up_bytes: bytes from one client in a round, by kind.
-        clients: clients per round.
+        clients: clients per round that messages go to; none where nothing is sent.
     """
 
     rounds: int
@@ -74,6 +75,7 @@ class PhaseFacts:
     trainable: dict[str, int]
     total: int
     tensors: dict[str, tuple[int, ...]]
+    first_bytes: Kinds
     down_bytes: Kinds
     up_bytes: Kinds
     clients: int
@@ -82,6 +84,12 @@ class PhaseFacts:
     def round_bytes(self) -> tuple[int, int]:
         """Bytes of one round over all clients, down and up."""
         return self.clients * sum(self.down_bytes.values()), self.clients * sum(self.up_bytes.values())
+
+    @property
+    def all_bytes(self) -> tuple[int, int]:
+        """Bytes of all rounds over all clients, down and up."""
+        down, up = self.round_bytes
+        return down * (self.rounds - 1) + self.clients * sum(self.first_bytes.values()), up * self.rounds
 
 
 def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
@@ -101,35 +109,41 @@ def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
         state, _ = open_phase(workspace, number, recipe, experiment.seed, done, carry)
         noise = generator(named_seed(experiment.seed, "cost", number))
         moved = {name: value + 1e-3 * torch.randn(value.shape, generator=noise) for name, value in state.params.items()}
-        state = dataclasses.replace(state, params=moved)
         done += phase.rounds
-        facts.append(_facts(experiment, phase.rounds, recipe, workspace, state))
+        first = _down_bytes(recipe, state)
+        state = dataclasses.replace(state, params=moved)
+        facts.append(_facts(experiment, phase.rounds, recipe, workspace, state, first))
         if number + 1 < len(experiment.phases):
             carry = close_phase(workspace, recipe, state)
     return facts
 
 
-def _facts(experiment: Experiment, rounds: int, recipe: Recipe, workspace: Workspace, state: ServerState) -> PhaseFacts:
-    sent = view(recipe, state)
-    if recipe.down.reference == "init":
-        sent = tree.subtract(sent, state.init)
-    down = split_groups(sent, state.groups)
+def _down_bytes(recipe: Recipe, state: ServerState) -> Kinds:
+    relative = tree.subtract(state.params, state.init) if recipe.down.reference == "init" else state.params
+    parts = split_groups(recipe.down.prepare(relative, state.groups, 0), state.groups)
+    sizes = dict(wire.pack(parts, precisions(parts, recipe.down.precision)).sizes)
+    for kind, size in state.setup_bytes.items():
+        sizes[kind] = sizes.get(kind, 0) + size
+    return sizes
+
+
+def _facts(
+    experiment: Experiment, rounds: int, recipe: Recipe, workspace: Workspace, state: ServerState, first: Kinds
+) -> PhaseFacts:
     delta = tree.subtract(state.params, state.init)
     up = split_groups(recipe.up.prepare(delta, state.groups, 0), state.groups)
     up["report"] = {name: torch.ones(()) for name in REPORT}
-    sizes = dict(wire.pack(down, precisions(down, recipe.down.precision)).sizes)
-    for kind, size in state.setup_bytes.items():
-        sizes[kind] = sizes.get(kind, 0) + size
-    trainable = {group: tree.num_entries(tree.select(state.params, state.groups, group)) for group in down}
+    trainable = {group: tree.num_entries(part) for group, part in split_groups(state.params, state.groups).items()}
     return PhaseFacts(
         rounds=rounds,
         tuning=recipe.tuning.kind,
         trainable=trainable,
         total=sum(parameter.numel() for parameter in workspace.model.parameters()),
         tensors={name: tuple(value.shape) for name, value in state.params.items()},
-        down_bytes=sizes,
+        first_bytes=first,
+        down_bytes=_down_bytes(recipe, state),
         up_bytes=wire.pack(up, precisions(up, recipe.up.precision)).sizes,
-        clients=experiment.clients.per_round,
+        clients=experiment.clients.per_round if experiment.mode == "federated" else 0,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,11 +104,15 @@ def run(
     files = RunFolder(path)
     files.claim(experiment)
     effective = in_mode(experiment)
-    setting = setting or prepare(effective, partitioner)
-    files.write_json("manifest.json", manifest(effective, setting))
-    if experiment.mode == "local":
-        return _run_local(experiment, effective, setting, files, watcher)
-    return _run_phases(effective, setting, files, watcher, trackers, sent=experiment.mode == "federated")
+    try:
+        setting = setting or prepare(effective, partitioner)
+        if experiment.mode == "local":
+            return _run_local(experiment, effective, setting, files, watcher)
+        return _run_phases(effective, setting, files, watcher, trackers, sent=experiment.mode == "federated")
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"stopped; every finished round is saved. Go on with: fedlora run {shlex.quote(str(path))}"
+        ) from None
 
 
 def _run_phases(
@@ -122,6 +127,7 @@ def _run_phases(
     engine = Serial(workspace, setting.population)
     facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
     state, rows = _resume(files, facts)
+    files.write_json("manifest.json", manifest(experiment, setting))
     watcher.started(experiment, setting, rows)
     for tracker in trackers:
         tracker.started(rows)
@@ -141,7 +147,8 @@ def _run_phases(
         _record(first, rows, files, watcher, trackers)
     else:
         workspace.settle(phase, recipe, state.setup)
-    saved = state.round if files.checkpoints else -1
+    # `recorded` is the last state whose row is in the ledger, `saved` the round of the newest checkpoint
+    recorded, saved = state, state.round if files.checkpoints else 0
     try:
         while True:
             if state.steps == experiment.phases[phase].rounds:
@@ -178,16 +185,14 @@ def _run_phases(
             )
             pending = {}
             _record(row, rows, files, watcher, trackers)
+            recorded = state
             if last or state.round % experiment.checkpoint_every == 0:
                 files.save(state, facts)
                 saved = state.round
     except KeyboardInterrupt:
-        if state.round > max(saved, 0):
-            files.save(state, facts)
-        raise Stopped(
-            f"stopped after round {state.round} of {experiment.rounds}; everything is saved. "
-            f"Go on with: fedlora run {files.path}"
-        ) from None
+        if recorded.round > saved:
+            files.save(recorded, facts)
+        raise
     return _finish(experiment, setting, workspace, recipe, state, rows, files, watcher)
 
 
@@ -203,7 +208,13 @@ def _resume(files: RunFolder, facts: dict[str, str]) -> tuple[ServerState | None
             f"the data have changed since the checkpoint in {files.path} was made; put the old data back, or start in "
             "another folder with --out"
         )
-    return state, files.rewind(state.round)
+    rows = files.rewind(state.round)
+    if [row.round for row in rows] != list(range(state.round + 1)):
+        raise CheckpointError(
+            f"{files.path / 'ledger.jsonl'} lacks rounds that its checkpoint has; put the old file back, or start in "
+            "another folder with --out"
+        )
+    return state, rows
 
 
 def _record(row: Row, rows: list[Row], files: RunFolder, watcher: Watcher, trackers: Sequence[Tracker]) -> None:
@@ -244,19 +255,20 @@ def _finish(
     files: RunFolder,
     watcher: Watcher,
 ) -> Result:
-    done = (files.path / "result.json").exists()
-    if done:
-        after = files.read_json("result.json")["after"]
+    held = files.read_json("result.json") if (files.path / "result.json").exists() else None
+    adapter: Path | None = None
+    if held:
+        after, seconds, adapter = held["after"], held["seconds"], files.path / held["adapter"]
     else:
         clock = time.perf_counter()
         after, _ = _evaluate(experiment, setting, workspace, recipe, {"": state.params}, full=True)
-        evaluated = time.perf_counter() - clock
-    adapter = export_run(files.path, experiment, setting.task, workspace, recipe, state, after)
+        seconds = sum(sum(row.seconds.values()) for row in rows) + time.perf_counter() - clock
+    if adapter is None or not adapter.exists():
+        adapter = export_run(files.path, experiment, setting.task, workspace, recipe, state, after)
     kinds = {
         "down_bytes": _total(row.down_bytes for row in rows),
         "up_bytes": _total(row.up_bytes for row in rows),
     }
-    seconds = sum(sum(row.seconds.values()) for row in rows) + (0.0 if done else evaluated)
     figures = {
         "label": experiment.label,
         "seed": experiment.seed,
@@ -267,8 +279,8 @@ def _finish(
         **kinds,
         "seconds": seconds,
     }
-    if not done:
-        files.write_json("result.json", {**figures, "adapter": adapter.name if adapter else None})
+    if not held:
+        files.write_json("result.json", {**figures, "adapter": adapter.name})
     result = Result(folder=files.path, rows=tuple(rows), adapter=adapter, **figures)
     watcher.finished(result)
     return result
@@ -310,6 +322,7 @@ def _run_local(
         adapter=None,
     )
     document = {key: getattr(result, key) for key in ("label", "seed", "rounds", "main_metric", "before", "after")}
+    files.write_json("manifest.json", manifest(asked, setting))
     files.write_json(
         "result.json", {**document, "down_bytes": {}, "up_bytes": {}, "seconds": result.seconds, "adapter": None}
     )

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError
+from fedlora.folder import cannot_write
 from fedlora.recipe import Recipe
 from fedlora.round import close_phase
 from fedlora.state import ServerState, named_seed
@@ -55,10 +57,31 @@ def export(
 
     Raises:
         ConfigError: the tuning cannot be written in that form.
+        DataError: the disk refused.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, experiment, task, workspace, recipe, state, metrics, merge)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    temporary: Path,
+    experiment: Experiment,
+    task: Prepared,
+    workspace: Workspace,
+    recipe: Recipe,
+    state: ServerState,
+    metrics: Mapping[str, float],
+    merge: bool,
+) -> None:
     tuning = recipe.tuning
     if merge:
         _save_merged(temporary, experiment, task, workspace, recipe, state)
@@ -75,8 +98,6 @@ def export(
             f"what `{tuning.kind}` learnt here is no low-rank adapter; use --merge to write the whole model"
         )
     (temporary / "README.md").write_text(model_card(experiment, tuning.kind, metrics, merge), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def _save_merged(

@@ -49,14 +49,18 @@ class RunFolder:
                 held = config.load(file)
             except ConfigError as error:
                 raise CheckpointError(f"{file} cannot be read ({error}); choose another folder with --out") from error
-            if config.digest(held) != config.digest(experiment):
+            if config.digest(held) == config.digest(experiment):
+                return
+            # a run that failed before it began has nothing to lose
+            if any(self.path.rglob("ledger.jsonl")):
                 found = "; ".join(config.differences(config.resolved(held), config.resolved(experiment))[:4])
                 raise CheckpointError(
                     f"{self.path} holds a run of another configuration ({found}); choose another folder with --out, or "
                     "remove that one"
                 )
-            return
-        if self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, not a folder; choose another folder with --out")
+        elif self.path.exists() and any(self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no run; choose another folder with --out")
         self.write("config.toml", config.to_toml(experiment))
 
@@ -91,15 +95,20 @@ class RunFolder:
         return value
 
     def rows(self) -> list[Row]:
-        """The ledger; a torn last line, as a killed process leaves it, is not there."""
+        """The ledger; a torn last line, as a killed process leaves it, is not there.
+
+        Raises:
+            CheckpointError: it holds something else.
+        """
         file = self.path / "ledger.jsonl"
         if not file.exists():
             return []
-        rows = []
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-            values = json.loads(line)
-            rows.append(Row(**{**values, "cohort": tuple(values["cohort"]), "warnings": tuple(values["warnings"])}))
-        return rows
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+            rows = [json.loads(line) for line in lines]
+            return [Row(**{**row, "cohort": tuple(row["cohort"]), "warnings": tuple(row["warnings"])}) for row in rows]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{file} is no ledger of this version ({error}); put the old file back") from error
 
     def append(self, row: Row) -> None:
         """Adds a line to the ledger and flushes it to the disk."""
@@ -141,10 +150,10 @@ class RunFolder:
         return load_state(self.checkpoints[-1]) if self.checkpoints else None
 
 
-def cannot_write(path: Path, error: OSError) -> DataError:
+def cannot_write(path: Path, error: Exception) -> DataError:
     """What to say when the disk refuses."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    what = "the disk is full" if full else f"the disk refused ({error.strerror or error})"
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    what = "the disk is full" if full else f"the disk refused ({getattr(error, 'strerror', None) or error})"
     return DataError(
         f"{what} while writing to {path}; what was saved before is intact: make room and run the same command to go on"
     )

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -60,9 +61,9 @@ class Live(Watcher):
         self._metric = ""
         sizes = setting.population.sizes()
         self._console.print(
-            f"[bold]{experiment.label}[/bold]: {len(setting.population)} clients with {sizes.min()} to {sizes.max()} "
-            f"examples, {experiment.clients.per_round} per round, {experiment.rounds} rounds on {setting.device}"
-            + (f"; going on after round {self._done}" if rows else "")
+            f"[bold]{escape(experiment.label)}[/bold]: {len(setting.population)} clients with {sizes.min()} to "
+            f"{sizes.max()} examples, {experiment.clients.per_round} per round, {experiment.rounds} rounds on "
+            f"{setting.device}" + (f"; going on after round {self._done}" if rows else "")
         )
         if self._console.is_terminal:
             self._progress = Progress(
@@ -94,7 +95,7 @@ class Live(Watcher):
         elif row.metrics:
             self._console.print(f"  round {self._done}/{self._rounds}  loss {row.loss:.3f}  {text}")
         for warning in row.warnings:
-            self._console.print(f"  [yellow]round {row.round}: {warning}[/yellow]")
+            self._console.print(f"  round {row.round}: {warning}", style="yellow", markup=False)
 
     def finished(self, result: Result) -> None:
         """See ``Watcher.finished``."""
@@ -190,7 +191,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
         table.add_row(
-            row["label"],
+            escape(row["label"]),
             ", ".join(map(str, row["seeds"])),
             f"{row['before']:.3f}",
             f"{row['after']:.3f}{spread}",
@@ -216,7 +217,7 @@ def result_table(result: Result) -> Table:
             f"bytes {direction}", f"{human_bytes(sum(kinds.values()))}  ({parts})" if kinds else "nothing sent"
         )
     table.add_row("seconds", f"{result.seconds:.0f}")
-    table.add_row("run", str(result.folder))
+    table.add_row("run", escape(str(result.folder)))
     if result.adapter:
-        table.add_row("adapter", str(result.adapter))
+        table.add_row("adapter", escape(str(result.adapter)))
     return table

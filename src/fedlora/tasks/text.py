@@ -37,12 +37,22 @@ class TextClassification(Task):
         max_length: tokens after which a text is cut.
         pad_to: ``longest`` pads a batch to its longest text; a number pads every batch to that length.
         eval_batch_size: examples in an evaluation batch; they are sorted by length.
+
+    Raises:
+        ConfigError: ``pad_to`` is below ``max_length``.
     """
 
     kind: Literal["text_classification"] = "text_classification"
     max_length: Annotated[int, Field(ge=2)] = 128
     pad_to: Literal["longest"] | Annotated[int, Field(ge=2)] = "longest"
     eval_batch_size: Annotated[int, Field(ge=1)] = 64
+
+    def __post_init__(self) -> None:
+        if self.pad_to != "longest" and self.pad_to < self.max_length:
+            raise ConfigError(
+                f"task.pad_to = {self.pad_to} has no room for texts of up to max_length = {self.max_length} tokens; "
+                "make max_length as small, or pad_to as large"
+            )
 
     def prepare(self, model: Model, source: Source) -> Prepared:
         """See ``Task.prepare``: reads the data, tokenises once, keeps the tokens on disk.
@@ -144,15 +154,17 @@ class PreparedText(Prepared):
                 label2id={name: number for number, name in enumerate(self._names)},
                 ignore_mismatched_sizes=True,
             )
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        # decoders find a text's last token by it
+        model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(device), head_names(model, set(report["missing_keys"]))
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``."""
         tokens, offsets = self._encoded[split]["tokens"], self._encoded[split]["offsets"]
         lengths = offsets[rows + 1] - offsets[rows]
-        width = int(lengths.max()) if self.settings.pad_to == "longest" else self.settings.pad_to
+        # kernels are made once for each width, so widths are few: multiples of eight
+        full = min(-8 * (int(lengths.max()) // -8), self.settings.max_length)
+        width = full if self.settings.pad_to == "longest" else self.settings.pad_to
         mask = np.arange(width) < lengths[:, None]
         places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
         batch = {"input_ids": _scatter(mask, tokens[places], self.tokenizer.pad_token_id)}
@@ -222,6 +234,8 @@ class PreparedText(Prepared):
             batch = self.tokenizer(
                 part, truncation=True, max_length=self.settings.max_length, padding=True, return_tensors="pt"
             )
+            # a single text has one type, which is what models take where they are told none
+            batch.pop("token_type_ids", None)
             shares = model(**{name: value.to(device) for name, value in batch.items()}).logits.float().softmax(1)
             for row in shares.tolist():
                 ranked = sorted(zip(self._names, row, strict=True), key=lambda pair: -pair[1])
@@ -277,6 +291,8 @@ def load_tokenizer(model: Model) -> Any:
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"the tokenizer of {model.path!r} has no token to pad with; give it a pad_token")
     return tokenizer
 
 
@@ -333,6 +349,10 @@ def _encode(data: Any, tokenizer: Any, max_length: int) -> dict[str, np.ndarray[
     texts = [name for name in ("text", "text_pair") if name in data.column_names]
     settings = json.dumps([tokenizer.__class__.__name__, max_length, texts, transformers.__version__])
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # what the last call left here is no part of the vocabulary
+        backend.no_truncation()
+        backend.no_padding()
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [fingerprint(data.select_columns(texts)), settings, vocabulary]
     key = xxhash.xxh3_128_hexdigest("/".join(parts).encode())
