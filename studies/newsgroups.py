@@ -22,14 +22,15 @@ TABLE = Path("docs/results/newsgroups.json")
 SHOWN = (10, 20, 30, 40, 50, 60)
 GRIDS: dict[str, tuple[float, ...]] = {
     "lora": (3e-3, 1e-2, 3e-2),
-    "flasc": (3e-3, 1e-2, 3e-2),
-    "flasc_init": (3e-3, 1e-2, 3e-2),
+    "flasc": (3e-3, 1e-2),
+    "flasc_adamw": (3e-3, 1e-2),
+    "flasc_init": (3e-3, 1e-2),
     "federa": (1e-3, 3e-3, 1e-2),
-    "slora": (3e-3, 1e-2, 3e-2),
-    "full": (1e-4, 3e-4, 1e-3),
+    "slora": (3e-3, 1e-2),
+    "full": (1e-4, 3e-4),
 }
-"""Client learning rates tried for each method; AdamW on clients, plain averaging on the server."""
-CHOSEN: dict[str, float] = {}
+"""Client learning rates tried for each method; AdamW on clients."""
+CHOSEN = {"lora": 1e-2, "flasc": 1e-2, "flasc_init": 1e-2, "federa": 1e-2, "slora": 1e-2, "full": 3e-4}
 """The best of each grid by accuracy on the held-out tenth after 20 rounds, seed 0."""
 TUNING_ROUNDS, ROUNDS = 20, 60
 
@@ -38,7 +39,8 @@ def method(label: str, rate: float, rounds: int) -> dict[str, Any]:
     """The ``[method]`` table of a label at a learning rate."""
     local = {"optimizer": {"kind": "adamw", "lr": rate}, "batch_size": 16, "compute": "bf16"}
     table: dict[str, Any] = {"kind": label.split("_")[0], "rounds": rounds, "local": local}
-    if label.startswith("flasc"):
+    # `flasc_adamw` keeps the official code's server, AdamW at 5e-3; the others average plainly, as all methods do here
+    if label in ("flasc", "flasc_init"):
         table["server"] = {"kind": "sgd", "lr": 1.0}
     if label == "flasc_init":
         table |= {"reference": "init", "memory": "init"}
@@ -58,7 +60,7 @@ def document(label: str, rate: float, rounds: int, seed: int, data: Path, tuning
         "task": {"kind": "text_classification", "max_length": 64},
         "data": source,
         "clients": {"num": 350, "per_round": 10, "partition": {"kind": "dirichlet", "scheme": "flasc", "alpha": 0.1}},
-        "evaluate": {"every": 10, "num_examples": 1000, "masked": True},
+        "evaluate": {"every": 10, "num_examples": 1000, "dense": True},
         "method": method(label, rate, rounds),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -88,6 +89,8 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(root / "datasets"))
         patch.setenv("FEDLORA_CACHE", str(root / "cache"))
+        # only a power cut would tell the difference, and on a busy disk it is most of the time
+        patch.setattr(os, "fsync", lambda handle: None)
         save_model(root / "bert")
         write_rows(root / "train.jsonl", make_rows(72, 0))
         write_rows(root / "test.jsonl", [{**row, "user": "other"} for row in make_rows(24, 1)])
@@ -287,7 +290,7 @@ def test_cohorts_do_not_depend_on_the_method(ran: Ran) -> None:
 
 
 def test_the_head_starts_alike_under_every_method(ran: Ran) -> None:
-    assert len({ran(method).before["loss"] for method in ("lora", "flasc", "full", "bitfit", "head_only")}) == 1
+    assert len({ran(method).before["loss"] for method in ("lora", "full", "bitfit", "head_only")}) == 1
 
 
 # ---- modes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -32,7 +33,7 @@ from fedlora.setting import Setting
 from fedlora.tuning import export as adapters
 from fedlora.watch import Watcher
 
-PHASES = ("method.warm_rounds=8", "method.fold='rest'")
+PHASES = ("method.warm_rounds=5", "method.fold='rest'")
 """SLoRA with both phases long enough to be killed in."""
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -82,7 +83,7 @@ def start(arguments: list[str], output: Path) -> BaseProcess:
 
 
 def wait_for_rows(process: BaseProcess, folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.is_alive():
         if (folder / "ledger.jsonl").exists() and (folder / "ledger.jsonl").read_bytes().count(b"\n") >= count:
             return
@@ -93,13 +94,13 @@ def wait_for_rows(process: BaseProcess, folder: Path, count: int) -> None:
 @pytest.fixture(scope="module")
 def whole(world: Path) -> Result:
     """The run that nobody disturbed."""
-    return fedlora.run(experiment(world, "slora", *PHASES, rounds=20), world / "runs" / "whole")
+    return fedlora.run(experiment(world, "slora", *PHASES, rounds=12), world / "runs" / "whole")
 
 
 @pytest.fixture
 def run_toml(world: Path, tmp_path: Path) -> Path:
     file = tmp_path / "run.toml"
-    file.write_text(config.to_toml(experiment(world, "slora", *PHASES, rounds=20)))
+    file.write_text(config.to_toml(experiment(world, "slora", *PHASES, rounds=12)))
     return file
 
 
@@ -117,8 +118,8 @@ def test_a_run_killed_in_both_phases_ends_as_if_nothing_had_happened(
 ) -> None:
     folder = tmp_path / "run"
     arguments = ["run", str(run_toml), "--out", str(folder)]
-    # rows 9 and 10 stand on both sides of the hand-over; later than a row, a checkpoint is being written
-    for rows, later in ((3, 0.0), (6, 0.004), (9, 0.0), (10, 0.008), (15, 0.002)):
+    # the hand-over is between rows 6 and 7; later than a row, a checkpoint is being written
+    for rows, later in ((3, 0.001), (6, 0.0), (7, 0.004), (10, 0.002)):
         process = start(arguments, tmp_path / "output")
         wait_for_rows(process, folder, rows)
         time.sleep(later)
@@ -154,54 +155,55 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run_toml: Path, tmp_p
 
 
 @pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("round", [0, 1, 7, 8, 9, 20])
+@pytest.mark.parametrize("round", [0, 1, 4, 5, 6, 12])
 def test_an_interrupt_after_any_row_loses_nothing(
     world: Path, tmp_path: Path, whole: Result, round: int, every: int
 ) -> None:
-    chosen = experiment(world, "slora", *PHASES, f"checkpoint_every={every}", rounds=20)
+    chosen = experiment(world, "slora", *PHASES, f"checkpoint_every={every}", rounds=12)
     with pytest.raises(Stopped):
         fedlora.run(chosen, tmp_path / "run", watcher=Deed(round, interrupt))
     fedlora.run(chosen, tmp_path / "run")
     assert_same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("where", ["masked", "_evaluate", "open_phase", "close_phase", "export_run"])
+@pytest.mark.parametrize("where", ["view", "_evaluate", "open_phase", "close_phase", "export_run"])
 def test_an_interrupt_between_a_round_and_its_row_loses_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    method = "flasc" if where == "masked" else "slora"
+    method = "flasc" if where == "view" else "slora"
     chosen = experiment(world, method, "checkpoint_every=2", "evaluate.every=1", rounds=4)
     undisturbed = fedlora.run(chosen, tmp_path / "whole")
     original, calls = getattr(experiments, where), []
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         calls.append(1)
-        if len(calls) == (2 if where in ("open_phase", "_evaluate", "masked") else 1):
+        if len(calls) == (2 if where in ("open_phase", "_evaluate", "view") else 1):
             interrupt()
         return original(*arguments, **settings)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(experiments, where, interrupted)
-        fedlora.run(chosen, tmp_path / "run")
+        with pytest.raises(Stopped):
+            fedlora.run(chosen, tmp_path / "run")
     fedlora.run(chosen, tmp_path / "run")
     assert_same(tmp_path / "run", undisturbed)
 
 
 def test_a_torn_last_line_of_the_ledger_is_written_again(world: Path, tmp_path: Path, whole: Result) -> None:
-    chosen, folder = experiment(world, "slora", *PHASES, rounds=20), tmp_path / "run"
+    chosen, folder = experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run"
     with pytest.raises(Stopped):
-        fedlora.run(chosen, folder, watcher=Deed(12, interrupt))
+        fedlora.run(chosen, folder, watcher=Deed(9, interrupt))
     with (folder / "ledger.jsonl").open("a") as file:
-        file.write('{"round": 13, "phase": 1, "coh')
+        file.write('{"round": 10, "phase": 1, "coh')
     fedlora.run(chosen, folder)
     assert_same(folder, whole)
 
 
 def test_rows_that_no_checkpoint_covers_are_dropped_and_made_again(world: Path, tmp_path: Path, whole: Result) -> None:
-    chosen, folder = experiment(world, "slora", *PHASES, rounds=20), tmp_path / "run"
+    chosen, folder = experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run"
     shutil.copytree(whole.folder, folder)
     (folder / "result.json").unlink()
-    shutil.rmtree(folder / "checkpoints" / "round-000020")
+    shutil.rmtree(folder / "checkpoints" / "round-000012")
     fedlora.run(chosen, folder)
     assert_same(folder, whole)
 
@@ -209,7 +211,7 @@ def test_rows_that_no_checkpoint_covers_are_dropped_and_made_again(world: Path, 
 def test_going_on_with_a_finished_run_changes_no_file(world: Path, whole: Result) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("adapter/*")}
     files = contents(whole.folder)
-    again = fedlora.run(experiment(world, "slora", *PHASES, rounds=20), whole.folder)
+    again = fedlora.run(experiment(world, "slora", *PHASES, rounds=12), whole.folder)
     assert contents(whole.folder) == files
     assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("adapter/*")} == before
     assert (again.after, again.seconds, again.adapter) == (whole.after, whole.seconds, whole.adapter)
@@ -218,7 +220,7 @@ def test_going_on_with_a_finished_run_changes_no_file(world: Path, whole: Result
 def test_a_finished_run_whose_adapter_was_removed_writes_it_again(world: Path, tmp_path: Path, whole: Result) -> None:
     shutil.copytree(whole.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / str(whole.adapter and whole.adapter.name))
-    fedlora.run(experiment(world, "slora", *PHASES, rounds=20), tmp_path / "run")
+    fedlora.run(experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run")
     assert_same(tmp_path / "run", whole)
 
 
@@ -227,9 +229,9 @@ def test_a_finished_run_whose_adapter_was_removed_writes_it_again(world: Path, t
 
 @pytest.fixture
 def stopped(world: Path, tmp_path: Path) -> Path:
-    """A run that was stopped after its second round."""
+    """A run that was stopped in its third round."""
     with pytest.raises(Stopped):
-        fedlora.run(experiment(world), tmp_path / "run", watcher=Deed(2, interrupt))
+        fedlora.run(experiment(world), tmp_path / "run", watcher=Deed(3, interrupt))
     return tmp_path / "run"
 
 
@@ -295,20 +297,30 @@ def full_for_safetensors(*arguments: Any, **settings: Any) -> None:
         (state, "save_file", full_for_safetensors),
         (state, "save_file", full_disk),
         (os, "fsync", full_disk),
-        (adapters, "save_file", full_for_safetensors),
     ],
-    ids=["tensors", "checkpoint", "flush", "adapter"],
+    ids=["tensors", "checkpoint", "flush"],
 )
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_goes_on(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Result, module: Any, name: str, failure: Any
 ) -> None:
-    chosen, folder = experiment(world, "slora", *PHASES, rounds=20), tmp_path / "run"
+    chosen, folder = experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(DataError, match="the disk is full while writing to"):
-        fedlora.run(chosen, folder, watcher=Deed(10, lambda: patch.setattr(module, name, failure)))
+        fedlora.run(chosen, folder, watcher=Deed(8, lambda: patch.setattr(module, name, failure)))
     assert len(list((folder / "checkpoints").glob("round-??????"))) == 2
     assert not list(folder.glob("adapter*"))
     fedlora.run(chosen, folder)
     assert_same(folder, whole)
+
+
+def test_a_full_disk_while_the_adapter_is_written_leaves_no_half_of_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "save_file", full_for_safetensors)
+    with pytest.raises(DataError, match="the disk is full while writing to"):
+        fedlora.run(experiment(world), tmp_path / "run")
+    monkeypatch.undo()
+    assert not list((tmp_path / "run").glob("adapter*"))
+    assert fedlora.run(experiment(world), tmp_path / "run").adapter == tmp_path / "run" / "adapter"
 
 
 @pytest.fixture
@@ -329,18 +341,18 @@ def test_a_disk_that_really_is_full_exits_with_2_and_room_mends_it(
     rest = small_disk / "rest"
 
     def fill() -> None:
-        with rest.open("wb") as file, pytest.raises(OSError, match="No space left"):
-            while True:
-                file.write(b"0" * 4096)
-                file.flush()
+        with rest.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"0" * 4096):
+                pass
 
     file = tmp_path / "run.toml"
     file.write_text(config.to_toml(config.parse(document(world))))
     arguments = ["fedlora", "run", str(file), "--out", str(small_disk / "run")]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+    with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         patch.setattr(report, "Live", lambda console: Deed(2, fill))
-        cli.main()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
     assert exit.value.code == 2
     assert "the disk is full while writing to" in capsys.readouterr().err
     rest.unlink()

@@ -28,18 +28,19 @@ from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassificat
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Evaluate:
-    """When and on what the server's model is evaluated.
+    """When and on what the model is evaluated, in the form in which clients would receive it next (as FLASC does).
 
     Args:
         every: rounds between two evaluations; the start and the end are always evaluated.
         num_examples: size of the fixed subset of the test examples used between rounds; all of them if absent. The
             end is always evaluated on all.
-        masked: under a sparse downlink, also evaluate the model as clients receive it (FLASC's own way).
+        dense: where clients receive the model thinned or rounded, also evaluate the server's own; its metrics are
+            named ``dense_...``.
     """
 
     every: Annotated[int, Field(ge=1)] = 5
     num_examples: Annotated[int, Field(ge=1)] | None = None
-    masked: bool = True
+    dense: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -26,12 +26,10 @@ from fedlora.errors import CheckpointError, FedloraError, TrainingError
 from fedlora.export import export_run
 from fedlora.folder import RunFolder
 from fedlora.recipe import Recipe
-from fedlora.round import Kinds, Row, close_phase, masked, open_phase, run_round
+from fedlora.round import Kinds, Row, close_phase, open_phase, run_round, view
 from fedlora.setting import Setting, in_mode, manifest, prepare
 from fedlora.state import ServerState, named_seed
 from fedlora.track import Tracker
-from fedlora.transport import Dense
-from fedlora.tree import Tree
 from fedlora.watch import Silent, Watcher
 from fedlora.workspace import Workspace
 
@@ -137,7 +135,7 @@ def _run_phases(
     if state is None:
         state, pending = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
         clock = time.perf_counter()
-        metrics, warnings = _evaluate(experiment, setting, workspace, recipe, {"": state.params}, full=False)
+        metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, full=False)
         first = Row(
             round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
             density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=pending, warnings=warnings,
@@ -163,16 +161,12 @@ def _run_phases(
                 min(experiment.clients.per_round, len(setting.population)),
                 named_seed(experiment.seed, "cohort", state.round),
             )
-            before = state
-            state, row = run_round(recipe, before, cohort, engine, experiment.seed, experiment.rounds)
+            state, row = run_round(recipe, state, cohort, engine, experiment.seed, experiment.rounds)
             last = state.round == experiment.rounds
             metrics, warnings, seconds = {}, (), 0.0
             if last or state.round % experiment.evaluate.every == 0:
                 clock = time.perf_counter()
-                views = {"": state.params}
-                if experiment.evaluate.masked and not isinstance(recipe.down.sparsify, Dense):
-                    views["masked_"] = masked(recipe, before, state)
-                metrics, warnings = _evaluate(experiment, setting, workspace, recipe, views, full=False)
+                metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, full=False)
                 seconds = time.perf_counter() - clock
             row = dataclasses.replace(
                 row,
@@ -226,13 +220,16 @@ def _record(row: Row, rows: list[Row], files: RunFolder, watcher: Watcher, track
 
 
 def _evaluate(
-    experiment: Experiment, setting: Setting, workspace: Workspace, recipe: Recipe, views: dict[str, Tree], full: bool
+    experiment: Experiment, setting: Setting, workspace: Workspace, recipe: Recipe, state: ServerState, full: bool
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     rows = setting.test_rows
     limit = experiment.evaluate.num_examples
     if limit is not None and limit < len(rows) and not full:
         rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
         rows = np.sort(rng.choice(rows, limit, replace=False))
+    views = {"": view(recipe, state)}
+    if experiment.evaluate.dense and recipe.down.lossy:
+        views["dense_"] = state.params
     metrics: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
     for prefix, params in views.items():
@@ -261,7 +258,7 @@ def _finish(
         after, seconds, adapter = held["after"], held["seconds"], files.path / held["adapter"]
     else:
         clock = time.perf_counter()
-        after, _ = _evaluate(experiment, setting, workspace, recipe, {"": state.params}, full=True)
+        after, _ = _evaluate(experiment, setting, workspace, recipe, state, full=True)
         seconds = sum(sum(row.seconds.values()) for row in rows) + time.perf_counter() - clock
     if adapter is None or not adapter.exists():
         adapter = export_run(files.path, experiment, setting.task, workspace, recipe, state, after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from fedlora.config import Experiment
 from fedlora.errors import ConfigError
 from fedlora.folder import cannot_write
 from fedlora.recipe import Recipe
-from fedlora.round import close_phase
+from fedlora.round import close_phase, view
 from fedlora.state import ServerState, named_seed
 from fedlora.tasks import Prepared
 from fedlora.tasks.text import quiet_transformers
@@ -39,7 +40,8 @@ def export_run(
     """
     merged = not isinstance(recipe.tuning, LoRA | Peft | Bottleneck) or bool(workspace.installed.folded)
     folder = run / ("model" if merged else "adapter")
-    export(folder, experiment, task, workspace, recipe, state, metrics, merge=merged)
+    received = dataclasses.replace(state, params=view(recipe, state))
+    export(folder, experiment, task, workspace, recipe, received, metrics, merge=merged)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedlora.errors import ConfigError
 from fedlora.export import export
 from fedlora.folder import RunFolder
 from fedlora.recipe import Recipe
+from fedlora.round import view
 from fedlora.setting import in_mode, pick_device
 from fedlora.state import ServerState
 from fedlora.tasks import Evaluation, Prepared
@@ -27,7 +29,7 @@ class Trained:
     Args:
         experiment: its configuration.
         recipe: the recipe of its last phase.
-        state: the newest checkpoint.
+        state: the newest checkpoint, its parameters as a client would receive them.
         workspace: the model with the checkpoint's parameters in it.
         metrics: metrics at the end of the run, empty if it has not ended.
     """
@@ -96,6 +98,7 @@ def load_run(path: Path) -> Trained:
     task = experiment.task.restore(experiment.model, names)
     workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
     workspace.settle(state.phase, recipe, state.setup)
+    state = dataclasses.replace(state, params=view(recipe, state))
     workspace.installed.load(state.params)
     metrics = files.read_json("result.json")["after"] if (path / "result.json").exists() else {}
     return Trained(experiment, recipe, state, workspace, metrics)

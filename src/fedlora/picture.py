@@ -24,7 +24,7 @@ def label_counts(population: Population, labels: Rows, num_classes: int) -> Rows
 
 
 def partition_bars(
-    population: Population, labels: Rows, names: list[str], num_clients: int = 20, width: int = 60
+    population: Population, labels: Rows, names: list[str], num_clients: int = 20, width: int = 55
 ) -> Text:
     """One bar per client, as long as its examples and coloured by label, for a terminal.
 

@@ -63,7 +63,8 @@ class Live(Watcher):
         self._console.print(
             f"[bold]{escape(experiment.label)}[/bold]: {len(setting.population)} clients with {sizes.min()} to "
             f"{sizes.max()} examples, {experiment.clients.per_round} per round, {experiment.rounds} rounds on "
-            f"{setting.device}" + (f"; going on after round {self._done}" if rows else "")
+            f"{setting.device}" + (f"; going on after round {self._done}" if rows else ""),
+            soft_wrap=True,
         )
         if self._console.is_terminal:
             self._progress = Progress(
@@ -95,7 +96,7 @@ class Live(Watcher):
         elif row.metrics:
             self._console.print(f"  round {self._done}/{self._rounds}  loss {row.loss:.3f}  {text}")
         for warning in row.warnings:
-            self._console.print(f"  round {row.round}: {warning}", style="yellow", markup=False)
+            self._console.print(f"  round {row.round}: {warning}", style="yellow", markup=False, soft_wrap=True)
 
     def finished(self, result: Result) -> None:
         """See ``Watcher.finished``."""

@@ -104,22 +104,13 @@ def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> Car
 
 
 def view(recipe: Recipe, state: ServerState) -> Tree:
-    """The parameters as the downlink shows them to a client: masked and rounded, the reference added back."""
+    """The parameters as a client would receive them now: thinned, rounded, the reference added back.
+
+    This is the model that clients hold and that a run leaves behind. FLASC's code evaluates it too, with a mask that is
+    one server step older.
+    """
     sent = recipe.down.prepare(_relative(recipe, state), state.groups, state.steps)
     return tree.add(state.init, sent) if recipe.down.reference == "init" else sent
-
-
-def masked(recipe: Recipe, mask_of: ServerState, state: ServerState) -> Tree:
-    """``state``'s parameters under the mask that ``mask_of``'s round sent (FLASC's evaluation, its code's order).
-
-    Args:
-        recipe: for its downlink.
-        mask_of: the state before the round.
-        state: the state after it.
-    """
-    mask = recipe.down.sparsify.mask(_relative(recipe, mask_of), state.groups, mask_of.steps)
-    kept = {name: value * mask[name] for name, value in _relative(recipe, state).items()}
-    return tree.add(state.init, kept) if recipe.down.reference == "init" else kept
 
 
 def run_round(

@@ -74,7 +74,7 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
     if vector.numel() != num_entries(like):
         raise ValueError(f"a vector of {vector.numel()} entries does not fill a tree of {num_entries(like)}")
     # one call into torch; it forgets the shape of what is empty
-    parts = _unflatten_dense_tensors(vector, values)
+    parts = _unflatten_dense_tensors(vector, values)  # type: ignore[no-untyped-call]
     return {
         name: part if part.numel() else part.view(value.shape)
         for (name, value), part in zip(like.items(), parts, strict=True)

@@ -58,12 +58,15 @@ class TextClassification(Task):
         """See ``Task.prepare``: reads the data, tokenises once, keeps the tokens on disk.
 
         Raises:
-            DataError: the data cannot be read.
+            DataError: the data cannot be read, or have one class only.
             ConfigError: the model cannot be read.
         """
         splits = source.load()
+        names = list(splits.train.features["label"].names)
+        if len(names) < 2:
+            raise DataError(f"all rows have the class {names[0]!r}, but there must be two or more to tell apart")
         data: dict[Split, Any] = {"train": splits.train, "test": splits.test}
-        return PreparedText(self, model, load_tokenizer(model), list(splits.train.features["label"].names), data)
+        return PreparedText(self, model, load_tokenizer(model), names, data)
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
         """See ``Task.restore``."""
@@ -244,6 +247,9 @@ class PreparedText(Prepared):
 
     def save_pretrained(self, folder: Path) -> None:
         """See ``Prepared.save_pretrained``."""
+        _forget_last_call(self.tokenizer)
+        # whether the Hub could be reached here is no property of the tokenizer
+        self.tokenizer.init_kwargs.pop("local_files_only", None)
         self.tokenizer.save_pretrained(str(folder))
 
 
@@ -345,14 +351,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FEDLORA_CACHE") or Path.home() / ".cache" / "fedlora")
 
 
+def _forget_last_call(tokenizer: Any) -> None:
+    """A fast tokenizer keeps truncation and padding of its last call, and would save them as its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+
+
 def _encode(data: Any, tokenizer: Any, max_length: int) -> dict[str, np.ndarray[Any, Any]]:
     texts = [name for name in ("text", "text_pair") if name in data.column_names]
     settings = json.dumps([tokenizer.__class__.__name__, max_length, texts, transformers.__version__])
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # what the last call left here is no part of the vocabulary
-        backend.no_truncation()
-        backend.no_padding()
+    _forget_last_call(tokenizer)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [fingerprint(data.select_columns(texts)), settings, vocabulary]
     key = xxhash.xxh3_128_hexdigest("/".join(parts).encode())

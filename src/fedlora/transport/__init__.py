@@ -57,6 +57,11 @@ class Link:
     precision: AnyPrecision = Float32()
     reference: Literal["zero", "init"] = "zero"
 
+    @property
+    def lossy(self) -> bool:
+        """Whether what arrives may differ from what was there."""
+        return not (isinstance(self.sparsify, Dense) and isinstance(self.precision, Float32))
+
     def prepare(
         self, tree: Tree, groups: Mapping[str, str], round: int, generator: torch.Generator | None = None
     ) -> Tree:

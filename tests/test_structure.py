@@ -1,0 +1,223 @@
+"""The shape of the package: who may import what, how long files are, and what a class may be."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import fedlora
+from fedlora import config, describe
+
+SOURCE = Path(fedlora.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+MODULES = sorted(
+    info.name for info in pkgutil.walk_packages([str(SOURCE)], "fedlora.") if info.name != "fedlora.__main__"
+)
+DOORS = {
+    "peft": ("tuning/",),
+    "transformers": ("tasks/", "tuning/", "testing.py"),
+    "datasets": ("tasks/", "tuning/", "testing.py"),
+    "flwr": ("engines/flower.py",),
+    "typer": ("cli.py",),
+    "constriction": ("transport/",),
+}
+LAYERS = (
+    ("tree", "errors", "component"),
+    ("state",),
+    ("transport", "aggregate", "server_optim", "privacy", "tuning", "local"),
+    ("recipe",),
+    ("methods",),
+    ("client",),
+    ("round",),
+    ("engines",),
+    ("experiment",),
+    ("report",),
+    ("cli",),
+)
+NEEDED = {
+    "natural": {"column"},
+    "files": {"train"},
+    "hub": {"path"},
+    "peft": {"config"},
+    "central_gaussian": {"clip_norm", "noise_multiplier"},
+    "top_k": {"density"},
+}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(SOURCE).as_posix()
+
+
+def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every module that a file imports anywhere, with the names taken from it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", [alias.name for alias in node.names]
+
+
+def top_level(path: Path) -> Iterator[str]:
+    """The fedlora modules that a file needs in order to be imported."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "fedlora":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedlora."):
+            yield str(node.module).split(".")[1]
+
+
+def classes() -> dict[str, type]:
+    found = {}
+    for name in MODULES:
+        for value in vars(importlib.import_module(name)).values():
+            if inspect.isclass(value) and value.__module__.startswith("fedlora"):
+                found[f"{value.__module__}.{value.__qualname__}"] = value
+    return found
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_library_comes_in_by_its_door_alone(library: str) -> None:
+    users = {name_of(path) for path in FILES if any(module.split(".")[0] == library for module, _ in imports(path))}
+    assert [user for user in users if not user.startswith(DOORS[library])] == []
+
+
+def test_imports_go_one_way() -> None:
+    place = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    wrong = [
+        f"{name_of(path)} imports {needed}"
+        for path in FILES
+        for needed in top_level(path)
+        if place.get(name_of(path).split("/")[0].removesuffix(".py"), 99) < place.get(needed, -1)
+    ]
+    # an engine's contract is made of jobs and replies, and a round speaks to engines by it
+    assert [one for one in wrong if one != "round.py imports engines"] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_file_is_longer_than_400_lines(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").count("\n") <= 400
+
+
+def test_the_two_halves_of_a_round_are_read_in_one_sitting() -> None:
+    def code(name: str) -> int:
+        tree = ast.parse((SOURCE / name).read_text(encoding="utf-8"))
+        return len(ast.unparse(_without_docstrings(tree)).splitlines())
+
+    assert code("round.py") + code("client.py") < 300
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_is_imported_wholesale_or_unpickled(path: Path) -> None:
+    assert all("*" not in names for _, names in imports(path))
+    assert not {module for module, _ in imports(path)} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    assert not calls & {"torch.load", "torch.save", "numpy.load", "np.load", "eval", "exec", "super", "hasattr"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_methods_know_the_names_of_methods(path: Path) -> None:
+    compared = {
+        operand.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        for operand in node.comparators
+        if isinstance(operand, ast.Constant)
+    }
+    assert name_of(path) == "methods.py" or not compared & {"flasc", "federa", "slora", "primed_lora"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_public_list_is_sorted_and_true(name: str) -> None:
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", [])
+    assert public == sorted(public, key=_constants_first) or public == sorted(public)
+    assert [one for one in public if not hasattr(module, one)] == []
+
+
+def _constants_first(name: str) -> tuple[int, str]:
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+
+def test_the_package_gives_what_it_promises() -> None:
+    assert fedlora.__all__ == sorted(fedlora.__all__, key=_constants_first)
+    assert set(fedlora.__all__) == set(fedlora._HOME)
+    for name in fedlora.__all__:
+        assert getattr(fedlora, name).__name__ == name
+    assert set(dir(fedlora)) >= set(fedlora.__all__)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fedlora' has no attribute 'nonsense'"):
+        fedlora.nonsense  # noqa: B018
+
+
+def test_a_class_is_abstract_or_final() -> None:
+    found = classes()
+    assert len(found) > 60
+    bases = {base for cls in found.values() for base in cls.__bases__ if base.__module__.startswith("fedlora")}
+    assert [
+        base.__qualname__ for base in bases if not inspect.isabstract(base) and base is not fedlora.FedloraError
+    ] == []
+
+
+def test_what_stands_in_a_slot_is_a_frozen_value_with_its_name() -> None:
+    for slot, table in describe.SLOTS.items():
+        for kind, value in table.items():
+            if slot in ("method", "engine", "track"):
+                continue
+            assert dataclasses.is_dataclass(value), kind
+            assert value.__dataclass_params__.frozen, kind  # type: ignore[attr-defined]
+            assert value.kind == kind
+
+
+@pytest.mark.parametrize(("slot", "kind"), [(slot, kind) for slot, table in describe.SLOTS.items() for kind in table])
+def test_a_value_of_a_slot_needs_the_fields_stated_and_no_others(slot: str, kind: str) -> None:
+    value: Any = describe.SLOTS[slot][kind]
+    if slot in ("engine", "track"):
+        assert inspect.getdoc(value)
+        return
+    try:
+        value()
+        missing = set()
+    except ValidationError as error:
+        missing = {str(one["loc"][0]) for one in error.errors() if one["type"].startswith("missing")}
+    assert missing == NEEDED.get(kind, set())
+
+
+def test_every_component_of_the_configuration_is_in_a_table() -> None:
+    listed = {value for table in describe.SLOTS.values() for value in table.values()}
+    kinds = {cls for cls in classes().values() if isinstance(getattr(cls, "kind", None), str)}
+    assert kinds - listed == set()
+
+
+def test_every_public_function_and_class_has_a_docstring() -> None:
+    silent = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in FILES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+        if ast.get_docstring(node) is None
+    ]
+    assert silent == []
+
+
+def test_the_help_of_a_method_is_its_settings() -> None:
+    rows = {kind: settings for kind, _, settings in describe.choices("method")}
+    assert rows["full"] == "rounds, server, local"
+    assert config.METHODS.keys() == rows.keys()
