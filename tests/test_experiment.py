@@ -62,7 +62,9 @@ def save_model(folder: Path, family: str = "bert") -> Path:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), SPECIAL, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(str(folder))
+    inputs = ["input_ids", "attention_mask", *["token_type_ids"] * (family in ("bert", "albert"))]
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names)
+    fast.save_pretrained(str(folder))
     tiny_model(family).save_pretrained(str(folder))
     return folder
 

@@ -127,7 +127,7 @@ def test_nothing_is_imported_wholesale_or_unpickled(path: Path) -> None:
     assert all("*" not in names for _, names in imports(path))
     assert not {module for module, _ in imports(path)} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
     calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
-    assert not calls & {"torch.load", "torch.save", "numpy.load", "np.load", "eval", "exec", "super", "hasattr"}
+    assert not calls & {"torch.load", "torch.save", "numpy.load", "np.load", "eval", "exec", "hasattr"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -139,7 +139,9 @@ def test_only_methods_know_the_names_of_methods(path: Path) -> None:
         for operand in node.comparators
         if isinstance(operand, ast.Constant)
     }
-    assert name_of(path) == "methods.py" or not compared & {"flasc", "federa", "slora", "primed_lora"}
+    # a scheme of partition is called after FLASC's authors too, and tables compare with dense LoRA
+    allowed = {"partitions.py": {"flasc"}, "report.py": {"lora"}}.get(name_of(path), set())
+    assert compared & set(config.METHODS) <= allowed
 
 
 @pytest.mark.parametrize("name", MODULES)

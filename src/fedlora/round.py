@@ -83,7 +83,7 @@ def open_phase(
     installed = workspace.open(phase, recipe)
     start = recipe.tuning.start(installed, named_seed(seed, "start", phase), carry)
     parts = setup_parts(recipe, installed, start)
-    packet = wire.pack(parts, precisions(parts, recipe.down.precision)) if parts else wire.Packet(b"", {})
+    packet = wire.pack(parts, precisions(parts, recipe.down.precision)) if parts else wire.Packet(b"", {}, {})
     workspace.settle(phase, recipe, packet.raw)
     state = ServerState(
         phase=phase,
@@ -165,7 +165,8 @@ def run_round(
             received = wire.unpack(reply.packet.raw, like)
             delta = join_groups(received, state.groups)
             report = {name: float(value) for name, value in received["report"].items()}
-            answers.append(Answer(job.client, reply, report, tree.num_nonzero(delta)))
+            light = reply._replace(packet=reply.packet._replace(raw=b""))  # a cohort's bytes are never held together
+            answers.append(Answer(job.client, light, report))
             yield Update(start, delta, report["examples"])
 
     change = recipe.aggregator.combine(updates())
@@ -191,8 +192,8 @@ def run_round(
         loss=sum(answer.report["loss"] for answer in answers) / len(answers),
         down_bytes=down,
         up_bytes=_sum(*(answer.reply.packet.sizes for answer in answers)),
-        density_down=tree.num_nonzero(sent) / entries,
-        density_up=sum(answer.nonzero for answer in answers) / entries / len(answers),
+        density_down=sum(packet.kept.values()) / entries,
+        density_up=sum(_kept(answer.reply) for answer in answers) / entries / len(answers),
         update_norm=tree.norm(delta),
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
     )
@@ -200,12 +201,15 @@ def run_round(
 
 
 class Answer(NamedTuple):
-    """What the ledger keeps of one reply."""
+    """What the ledger keeps of one reply, which is all but its bytes."""
 
     client: int
     reply: Reply
     report: dict[str, float]
-    nonzero: int
+
+
+def _kept(reply: Reply) -> int:
+    return sum(count for part, count in reply.packet.kept.items() if part != "report")
 
 
 def _relative(recipe: Recipe, state: ServerState) -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "primed_lora": {"rank": 4, "warm_rounds": 2, "warm_local": LOCAL},
 }
 """What methods want beyond rounds and a local turn on a tiny model; nothing if they are not here."""
+
+
+@pytest.fixture(autouse=True)
+def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def phases_of(method: str) -> Phases:

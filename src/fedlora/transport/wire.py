@@ -38,10 +38,12 @@ class Packet(NamedTuple):
     Attributes:
         raw: the bytes that travel.
         sizes: their number by part, and under ``envelope`` what belongs to none; the sum is ``len(raw)``.
+        kept: how many entries of each part are not zero.
     """
 
     raw: bytes
     sizes: dict[str, int]
+    kept: dict[str, int]
 
 
 class _Segment(NamedTuple):
@@ -74,14 +76,15 @@ def pack(parts: Mapping[str, Tree], precision: Mapping[str, Precision]) -> Packe
     checksum = xxh3_64(seed=template)
     chunks: list[bytes | memoryview] = [b""]
     sizes = {"envelope": _ENVELOPE.size}
+    kept = {}
     for part, tree in parts.items():
-        section = _pack_section(part, tree, precision[part])
+        section, kept[part] = _pack_section(part, tree, precision[part])
         sizes[part] = sum(map(len, section))
         chunks += section
         for chunk in section:
             checksum.update(chunk)
     chunks[0] = _ENVELOPE.pack(MAGIC, VERSION, template, checksum.intdigest())
-    return Packet(b"".join(chunks), sizes)
+    return Packet(b"".join(chunks), sizes, kept)
 
 
 def unpack(raw: bytes, like: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -128,8 +131,8 @@ def _fingerprint(parts: Mapping[str, Tree]) -> int:
     return xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) & 0xFFFFFFFF
 
 
-def _pack_section(part: str, tree: Tree, precision: Precision) -> list[bytes | memoryview]:
-    """One part: header, counts, positions, values."""
+def _pack_section(part: str, tree: Tree, precision: Precision) -> tuple[list[bytes | memoryview], int]:
+    """One part: header, counts, positions, values; and how many values are not zero."""
     if wrong := [name for name, value in tree.items() if value.dtype != torch.float32]:
         raise WireError(f"Tensor {wrong[0]!r} of part {part!r} is {tree[wrong[0]].dtype}; convert it to float32.")
     vector = precision.round_values(flatten(tree).detach().cpu())
@@ -144,7 +147,7 @@ def _pack_section(part: str, tree: Tree, precision: Precision) -> list[bytes | m
     nonzero: NDArray[np.bool_] = values != 0
     kept = int(np.count_nonzero(nonzero))
     if kept == 0:
-        return [_SECTION.pack(precision.code, _EMPTY)]
+        return [_SECTION.pack(precision.code, _EMPTY)], 0
     saved = precision.num_bytes(values.size) - precision.num_bytes(kept)
     if saved > _SMALLEST_SPARSE:
         layout, segments, least = _choose_sparse(nonzero, kept, [value.numel() for value in tree.values()])
@@ -154,8 +157,8 @@ def _pack_section(part: str, tree: Tree, precision: Precision) -> list[bytes | m
             if saved > len(counts) + len(positions):
                 nonzero_values = torch.from_numpy(values[np.flatnonzero(nonzero)])
                 header = _SECTION.pack(precision.code, layout) + counts
-                return [header, positions, precision.to_bytes(nonzero_values)]
-    return [_SECTION.pack(precision.code, _DENSE), precision.to_bytes(vector)]
+                return [header, positions, precision.to_bytes(nonzero_values)], kept
+    return [_SECTION.pack(precision.code, _DENSE), precision.to_bytes(vector)], kept
 
 
 def _choose_sparse(nonzero: NDArray[np.bool_], kept: int, sizes: Sequence[int]) -> tuple[int, list[_Segment], float]:

@@ -1,0 +1,54 @@
+"""A client's turn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedlora.local import Local, Schedule
+from fedlora.recipe import Recipe
+from fedlora.round import open_phase
+from fedlora.testing import toy_task
+from fedlora.tree import flatten
+from fedlora.tuning import BitFit, Bottleneck, Full, LoRA, SparseMask
+from fedlora.workspace import Workspace
+
+
+@pytest.mark.parametrize("tuning", [LoRA(rank=4), Full(), BitFit(), SparseMask(density=0.2), Bottleneck(width=4)])
+def test_gradients_in_bfloat16_point_where_those_in_float32_do(tuning: LoRA) -> None:
+    gradients = {}
+    for compute in ("fp32", "bf16"):
+        task = toy_task(num_examples=12)
+        workspace = Workspace(task, 0, torch.device("cpu"))
+        recipe = Recipe(tuning=tuning, local=Local(compute=compute))
+        state, _ = open_phase(workspace, 0, recipe, seed=0, rounds_done=0, carry=None)
+        noise = torch.Generator().manual_seed(1)
+        workspace.installed.load({k: v + 0.05 * torch.randn(v.shape, generator=noise) for k, v in state.params.items()})
+        workspace.model.eval()
+        with workspace.autocast(compute):
+            loss = task.loss(workspace.model, task.batch(task.labels.argsort(), workspace.device))
+        loss.backward()
+        parameters = workspace.installed.parameters
+        gradients[compute] = flatten(
+            {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in parameters.items()}
+        )
+    assert float(torch.cosine_similarity(gradients["fp32"], gradients["bf16"], dim=0)) > 0.99
+
+
+def test_what_is_trained_stays_in_float32_and_what_is_frozen_does_not() -> None:
+    workspace = Workspace(toy_task(), 0, torch.device("cpu"))
+    open_phase(workspace, 0, Recipe(tuning=LoRA(rank=2), local=Local(compute="bf16")), 0, 0, None)
+    dtypes = {name: value.dtype for name, value in workspace.model.named_parameters()}
+    trained = workspace.installed.parameters
+    assert {dtypes[name] for name in trained} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if name not in trained} == {torch.bfloat16}
+
+
+def test_a_schedule_runs_over_the_whole_run_and_never_starts_again() -> None:
+    cosine = [Schedule(shape="cosine").factor(done, 10) for done in range(10)]
+    assert cosine[0] == 1.0
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[-1] > 0
+    assert [round(Schedule(shape="linear").factor(done, 4), 2) for done in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert Schedule(warmup=0.5).factor(0, 4) == pytest.approx(1 / 3)
+    assert Schedule(warmup=0.5).factor(2, 4) == 1.0
