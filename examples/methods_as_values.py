@@ -1,24 +1,24 @@
 """Three methods on one federation, from Python; the last one is put together here.
 
-    python examples/methods_as_values.py [ROUNDS]
+python examples/methods_as_values.py [ROUNDS]
 """
 
 import dataclasses
 import sys
 
 import fedlora
-from fedlora.experiment import prepare
 from fedlora.local import AdamW
 from fedlora.server_optim import Sgd
+from fedlora.setting import prepare
 from fedlora.tuning import SvdOfWeight
 
-rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-local = fedlora.Local(optimizer=AdamW(lr=2e-3), compute="bf16")
+rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+local = fedlora.Local(optimizer=AdamW(lr=1e-2), compute="bf16")
 
 # A method is a value: a tuple of phases, each a recipe and a number of rounds.
 methods = {
     "lora": fedlora.dense_lora(rounds=rounds, local=local),
-    "flasc": fedlora.flasc(rounds=rounds, local=local, server=Sgd(lr=1.0)),
+    "flasc": fedlora.flasc(rounds=rounds, local=local, server=Sgd(lr=1.0), reference="init", memory="init"),
     # FeDeRA's start over FLASC's links: the difference from the start is thinned, not the factors
     "both": (
         fedlora.Phase(
@@ -47,7 +47,8 @@ for label, phases in methods.items():
     down, up = sum(result.down_bytes.values()), sum(result.up_bytes.values())
     print(
         f"{label:6}  accuracy {result.before['accuracy']:.3f} -> {result.after['accuracy']:.3f}"
-        f"   down {down / 1e6:6.2f} MB   up {up / 1e6:6.2f} MB   {result.adapter}"
+        f"   down {down / 1e6:6.2f} MB   up {up / 1e6:6.2f} MB   {result.adapter}",
+        flush=True,
     )
 
 trained = fedlora.load_run(result.folder)

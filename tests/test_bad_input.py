@@ -195,7 +195,10 @@ def test_a_gpu_that_is_not_there(
 def test_a_fault_of_ours_exits_with_1_and_asks_for_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(describe, "environment", lambda: {}["gone"])
+    def broken() -> None:
+        raise KeyError("gone")
+
+    monkeypatch.setattr(describe, "environment", broken)
     assert fedlora(monkeypatch, "env") == 1
     said = capsys.readouterr().err
     assert "that is a fault of fedlora (KeyError: 'gone'); run the command again with --debug" in said

@@ -91,7 +91,7 @@ def test_overrides_reach_the_run(run_toml: Path, tmp_path: Path) -> None:
 
 def test_tensorboard_gets_what_the_ledger_has(run_toml: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     for _ in range(2):
         invoke("run", run_toml, "--out", tmp_path / "run", "--track", "tensorboard")

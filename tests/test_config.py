@@ -65,8 +65,9 @@ def all_experiments() -> dict[str, Experiment]:
     for kind, privacy in PRIVACY.items():
         found[f"privacy-{kind}"] = over(Recipe(privacy=make(privacy, kind)))
     for kind, partition in PARTITIONS.items():
-        num = {"num": 1, "per_round": 1} if partition is Pooled else {}
-        found[f"partition-{kind}"] = Experiment(clients=Clients(partition=make(partition, kind), **num))
+        num = 1 if partition is Pooled else 20
+        clients = Clients(partition=make(partition, kind), num=num, per_round=1)
+        found[f"partition-{kind}"] = Experiment(clients=clients)
     for kind, source in SOURCES.items():
         found[f"data-{kind}"] = Experiment(data=make(source, kind))
     for kind, task in TASKS.items():

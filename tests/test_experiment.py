@@ -63,7 +63,9 @@ def save_model(folder: Path, family: str = "bert") -> Path:
     )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), SPECIAL, strict=True))
     inputs = ["input_ids", "attention_mask", *["token_type_ids"] * (family in ("bert", "albert"))]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **names)
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, model_input_names=inputs, **names
+    )
     fast.save_pretrained(str(folder))
     tiny_model(family).save_pretrained(str(folder))
     return folder
@@ -318,7 +320,7 @@ def test_centralised_training_is_one_plain_loop_with_one_optimiser(world: Path, 
         for first in range(0, 72, 8):
             loss = task.loss(model, task.batch(np.arange(first, first + 8), torch.device("cpu")))
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     with torch.no_grad():
         expected = task.evaluate(model, np.arange(24), "test", torch.device("cpu")).metrics

@@ -44,12 +44,12 @@ def model_of(task: PreparedText) -> nn.Module:
 # ---- batches
 
 
-def test_a_batch_is_padded_to_its_longest_text(world: Path) -> None:
+def test_a_batch_is_padded_to_its_longest_text_and_a_multiple_of_eight(world: Path) -> None:
     task = prepare(world)
     tokenizer = AutoTokenizer.from_pretrained(world / "bert")
     for rows in (np.array([0, 1, 2]), np.array([5]), np.arange(20)):
         texts = [task.table()["text"][int(row)] for row in rows]
-        expected = tokenizer(texts, padding="longest", return_tensors="pt")
+        expected = tokenizer(texts, padding="longest", pad_to_multiple_of=8, return_tensors="pt")
         batch = task.batch(rows, CPU)
         assert torch.equal(batch["input_ids"], expected["input_ids"])
         assert torch.equal(batch["attention_mask"], expected["attention_mask"])
@@ -80,7 +80,11 @@ def test_pairs_carry_the_types_of_their_tokens(world: Path, pairs: Path) -> None
     rows = np.array([3, 4, 11])
     first, second = (task.table()[name] for name in ("text", "text_pair"))
     expected = AutoTokenizer.from_pretrained(world / "bert")(
-        [first[int(row)] for row in rows], [second[int(row)] for row in rows], padding="longest", return_tensors="pt"
+        [first[int(row)] for row in rows],
+        [second[int(row)] for row in rows],
+        padding="longest",
+        pad_to_multiple_of=8,
+        return_tensors="pt",
     )
     batch = task.batch(rows, CPU)
     assert int(expected["token_type_ids"].sum()) > 0
@@ -167,7 +171,7 @@ def test_what_the_checkpoint_lacks_belongs_to_the_head(world: Path, tmp_path: Pa
 
 def test_a_head_of_another_size_starts_anew_from_the_seed(world: Path) -> None:
     task = TextClassification().restore(Model(path=str(world / "bert")), ["a", "b", "c", "d", "e"])
-    weights = [task.load_model(seed, "fp32", CPU)[0].classifier.weight for seed in (0, 0, 1)]
+    weights = [task.load_model(seed, "fp32", CPU)[0].get_parameter("classifier.weight") for seed in (0, 0, 1)]
     assert weights[0].shape == (5, 32)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
