@@ -20,6 +20,7 @@ from fedlora.setting import Setting, prepare
 RUNS = Path("runs/newsgroups")
 TABLE = Path("docs/results/newsgroups.json")
 SHOWN = (10, 20, 30, 40, 50, 60)
+BUDGETS = (100, 210, 370, 750, 1100)
 GRIDS: dict[str, tuple[float, ...]] = {
     "lora": (3e-3, 1e-2, 3e-2),
     "flasc": (3e-3, 1e-2),
@@ -119,6 +120,17 @@ def table() -> None:
             cells = [f"{result['curve'][r]['accuracy']:.3f}" if r in result["curve"] else "" for r in SHOWN]
             cells.append(f"{result['after']['accuracy']:.3f}")
             print(f"| {label} | {seed} | {down:.1f} | {up:.1f} | {' | '.join(cells)} |")
+    print("\n| method | seed | " + " | ".join(f"{limit} MB" for limit in BUDGETS) + " |")
+    print("|---" * (2 + len(BUDGETS)) + "|")
+    for label, seeds in gathered["final"].items():
+        for seed, result in seeds.items():
+            print(f"| {label} | {seed} | {' | '.join(_within(result['curve'], limit) for limit in BUDGETS)} |")
+
+
+def _within(curve: dict[int, dict[str, float]], limit: int) -> str:
+    """The accuracy at the last evaluation before ``limit`` megabytes were sent, with its round."""
+    reached = [done for done, row in curve.items() if done and row["megabytes"] <= limit]
+    return f"{curve[reached[-1]]['accuracy']:.3f} ({reached[-1]})" if reached else ""
 
 
 def main() -> None:
