@@ -35,9 +35,9 @@ methods = {
 }
 
 shared = fedlora.Experiment(
-    data=fedlora.Docstrings(num_classes=10),
+    data=fedlora.Docstrings(num_classes=4),
     task=fedlora.TextClassification(max_length=64),
-    clients=fedlora.Clients(num=30, per_round=5, partition=fedlora.Dirichlet(scheme="flasc", alpha=1.0)),
+    clients=fedlora.Clients(num=40, per_round=4, partition=fedlora.Dirichlet(scheme="flasc", alpha=1.0)),
 )
 setting = prepare(shared)  # read, tokenise and deal once, for all three
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -111,6 +112,7 @@ def document(root: Path, method: str = "lora", *overrides: str, rounds: int = 3)
         "evaluate": {"every": 2},
         "method": {"rounds": rounds, "local": LOCAL, **METHODS[method]},
     }
+    values = copy.deepcopy(values)  # overrides must not reach the tables above
     for one in overrides:
         config.override(values, one)
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def configuration(method: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "evaluate": {"every": 5, "dense": False},
         "method": {"kind": method, "rounds": ROUNDS, "local": _LOCAL, **METHODS[method]},
     }
+    document = copy.deepcopy(document)  # overrides must not reach the tables above
     for one in overrides:
         override(document, one)
     return document
