@@ -52,4 +52,4 @@ for label, phases in methods.items():
     )
 
 trained = fedlora.load_run(result.folder)
-print(list(trained.predict(["Parse a MIME message from a file."])[0].items())[:2])
+print(list(trained.predict(["A coroutine that waits for a future."])[0].items())[:2])

@@ -8,14 +8,14 @@ from typing import Any
 
 from fedlora.config import override
 
-ROUNDS = 20
-_LOCAL = {"optimizer": {"kind": "adamw", "lr": 1e-2}, "batch_size": 16, "compute": "bf16"}
+ROUNDS = 16
+_LOCAL = {"optimizer": {"kind": "adamw", "lr": 1e-2}, "batch_size": 16, "compute": "bf16", "dropout": False}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     # plain averaging and a mask of what changed: the official code's server needs more rounds than a demo has
     "flasc": {"server": {"kind": "sgd", "lr": 1.0}, "reference": "init", "memory": "init"},
     "federa": {},
-    "slora": {"warm_rounds": 5, "warm_local": _LOCAL},
+    "slora": {"warm_rounds": 4, "warm_local": _LOCAL},
 }
 """The methods of the demo, with what each needs beyond the common settings."""
 
@@ -32,7 +32,7 @@ def configuration(method: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         "seed": 0,
         "task": {"kind": "text_classification", "max_length": 64},
         "clients": {"num": 100, "per_round": 10, "partition": {"kind": "dirichlet", "alpha": 1.0}},
-        "evaluate": {"every": 5, "dense": False},
+        "evaluate": {"every": 4, "dense": False},
         "method": {"kind": method, "rounds": ROUNDS, "local": _LOCAL, **METHODS[method]},
     }
     document = copy.deepcopy(document)  # overrides must not reach the tables above
