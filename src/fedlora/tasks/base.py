@@ -40,7 +40,8 @@ class Model:
         path: a hub id, a local folder, or ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs.
         revision: a hub revision.
         trust_remote_code: whether code that comes with a model may run here.
-        attention: the attention kernel; ``auto`` takes eager for bfloat16 on a CPU, where it is fastest, else sdpa.
+        attention: the attention kernel; ``auto`` takes fedlora's own on a CPU (see ``cpu.attend``), else the one that
+            ``transformers`` prefers.
     """
 
     path: str = "embedded"
@@ -63,12 +64,6 @@ class Model:
                 "the embedded model is not installed: pip install 'fedlora[demo]', or give model.path"
             ) from error
         return str(get_model_path())
-
-    def kernel(self, compute: str, device: torch.device) -> str:
-        """The attention implementation to load with."""
-        if self.attention != "auto":
-            return self.attention
-        return "eager" if compute == "bf16" and device.type == "cpu" else "sdpa"
 
 
 class Prepared(ABC):

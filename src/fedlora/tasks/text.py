@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from fedlora import cpu
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
@@ -150,13 +151,15 @@ class PreparedText(Prepared):
                 self._model.resolve(),
                 revision=self._model.revision,
                 trust_remote_code=self._model.trust_remote_code,
-                attn_implementation=self._model.kernel(compute, device),
+                attn_implementation=None if self._model.attention == "auto" else self._model.attention,
                 dtype=torch.float32,
                 output_loading_info=True,
                 id2label=dict(enumerate(self._names)),
                 label2id={name: number for number, name in enumerate(self._names)},
                 ignore_mismatched_sizes=True,
             )
+        if device.type == "cpu":
+            cpu.speed_up(model, self._model.attention == "auto")
         # decoders find a text's last token by it
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(device), head_names(model, set(report["missing_keys"]))
