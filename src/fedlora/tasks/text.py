@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedlora import cpu
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
+from fedlora.tasks import cpu
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
 from fedlora.tasks.columns import fingerprint
 from fedlora.tasks.sources import Source, read_labelled
