@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
-from test_experiment import contents, document, make_rows, save_model, tiny_world, write_rows
+from tiny import contents, document, make_rows, save_model, tiny_world, write_rows
 
 from fedlora import cli, describe
 from fedlora.errors import ConfigError
@@ -32,6 +32,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "method": (("method.kind='flask'",), "there is no method 'flask', did you mean 'flasc'; known: fedavg, lora"),
     "kind": (("clients.partition.kind='irichlet'",), "did you mean 'dirichlet'; known: iid, pooled, dirichlet"),
     "no kind": (("data={path='x'}",), "data needs a kind, one of: docstrings, files, hub"),
+    "no kind of task": (("task.max_length=8",), "task needs a kind, one of: "),
     "no field": (("data={kind='files'}",), "data.train is missing"),
     "type": (("clients.num='many'",), "clients.num = 'many': input should be a valid integer"),
     "range": (("method.rounds=0",), "method.rounds = 0: input should be greater than or equal to 1"),
@@ -41,11 +42,34 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "rank": (("method.rank=33",), "rank = 33 is above the smaller side of bert.encoder.layer.0"),
     "targets": (("method.targets='nothing'",), "targets = 'nothing' matches nothing in BertForSequenceClassification"),
     "pattern": (("method.targets='('",), "is no regular expression"),
-    "padding": (("task.pad_to=16",), "task.pad_to = 16 has no room for texts of up to max_length = 128 tokens"),
+    "padding": (
+        ("task={kind='text_classification', pad_to=16}",),
+        "task.pad_to = 16 has no room for texts of up to max_length = 128 tokens",
+    ),
     "model": (("model.path='no/such/model'",), "the model 'no/such/model' cannot be loaded"),
     "file": (("data.train='trian.jsonl'",), "there is no file 'trian.jsonl'"),
-    "column": (("data.text='body'",), "body"),
-    "column of clients": (("clients.partition={kind='natural', column='usr'}",), "the data have no column 'usr'"),
+    "column": (("data.columns.text='body'",), "the training rows have no column 'body', only text, label, user: "),
+    "near column": (("data.columns={text='txt'}",), "no column 'txt', only text, label, user: did you mean 'text'?"),
+    "column twice": (("data.columns={text='user', label='user'}",), "names one column twice, but each has its own use"),
+    "column over another": (("data.columns.text='user'",), "column 'user' is to become 'text', but the training rows"),
+    "key of the old version": (("data.text='body'",), "unknown key 'data.text'"),
+    "column of clients": (
+        ("clients.partition={kind='natural', column='usr'}",),
+        "rows have no column 'usr', only text, user, label: did you mean 'user'?",
+    ),
+    "lists": (
+        ("task={kind='text_classification', problem='multi'}",),
+        "column 'label' of the training rows holds no lists",
+    ),
+    "numbers": (
+        ("task={kind='text_classification', problem='regression'}",),
+        'is not all finite numbers, which problem = "regression" needs',
+    ),
+    "precision": (("model.load='8bit'",), "model.load = '8bit' needs the package bitsandbytes"),
+    "kernel": (
+        ("model.attention='flash_attention_2'",),
+        "cannot be loaded as asked (the package for FlashAttention2 ",
+    ),
     "users in both splits": ((NATURAL, "data.test={root}/train.jsonl"), "are in both the training and the test data"),
     "clients": (("clients.num=1000",), "1000 clients were asked for, but there are only 72 rows"),
     "cohort": (("clients.per_round=10",), "clients.per_round = 10 exceeds the 9 clients there are"),

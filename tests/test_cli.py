@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import tomli_w
-from test_experiment import COLOURS, METHODS, contents, document, ledger, make_rows, tiny_world, write_rows
+from tiny import COLOURS, METHODS, contents, document, ledger, make_rows, tiny_world, write_rows
 from typer.testing import CliRunner, Result
 
 from fedlora import config
 from fedlora.cli import app
 from fedlora.describe import SLOTS
+from fedlora.inference import Trained
 
 world = pytest.fixture(scope="module")(tiny_world)
 
@@ -202,18 +203,50 @@ def test_compare_puts_runs_side_by_side(run_folder: Path, run_toml: Path, tmp_pa
 
 def test_predict_gives_every_class_its_probability(run_folder: Path) -> None:
     (found,) = printed("predict", run_folder, "w1 red red")
-    assert found["text"] == "w1 red red"
-    assert set(found["classes"]) == set(COLOURS)
-    assert sum(found["classes"].values()) == pytest.approx(1)
-    assert list(found["classes"].values()) == sorted(found["classes"].values(), reverse=True)
+    assert found.keys() == {"input", "answer"}
+    assert found["input"] == "w1 red red"
+    assert set(found["answer"]) == set(COLOURS)
+    assert sum(found["answer"].values()) == pytest.approx(1)
+    assert list(found["answer"].values()) == sorted(found["answer"].values(), reverse=True)
+
+
+def test_predict_prints_the_likeliest_class_and_those_after_it(run_folder: Path) -> None:
+    (found,) = printed("predict", run_folder, "w1 red red")
+    said = invoke("predict", run_folder, "w1 red red").stdout
+    (line,) = [line for line in said.splitlines() if "w1 red red" in line]
+    ranked = [f"{name} {value:.3g}" for name, value in found["answer"].items()]
+    assert [cell.strip() for cell in line.strip("│").split("│")] == [
+        "w1 red red",
+        *ranked[0].split(),
+        ", ".join(ranked[1:]),
+    ]
+
+
+def test_predict_shows_an_answer_of_any_length(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [{}, {"entities": []}, {"answer": "[bold]all[/bold]", "score": 0.5, "start": 3, "end": 5}]
+    monkeypatch.setattr(Trained, "predict", lambda self, inputs: answers[: len(inputs)])
+    (run_folder.parent / "inputs").write_text("one\ntwo\nthree\n")
+    assert [one["answer"] for one in printed("predict", run_folder, run_folder.parent / "inputs")] == answers
+    said = invoke("predict", run_folder, run_folder.parent / "inputs").stdout
+    assert "one" in said
+    assert "entities" in said
+    assert "[bold]all[/bold]" in said
+    assert "score 0.5, start 3" in said
+
+
+def test_predict_takes_pairs_as_json(run_folder: Path) -> None:
+    (pair,) = printed("predict", run_folder, '["w1 red", "blue w2"]')
+    (text,) = printed("predict", run_folder, "w1 red")
+    assert pair["input"] == '["w1 red", "blue w2"]'
+    assert pair["answer"] != pytest.approx(text["answer"], abs=1e-4)
 
 
 def test_predict_reads_a_file_of_texts(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "texts").write_text("w1 red\n\nblue w2 w3 w4\n")
     found = printed("predict", run_folder, tmp_path / "texts")
-    assert [one["text"] for one in found] == ["w1 red", "blue w2 w3 w4"]
+    assert [one["input"] for one in found] == ["w1 red", "blue w2 w3 w4"]
     (alone,) = printed("predict", run_folder, "w1 red")
-    assert found[0]["classes"] == pytest.approx(alone["classes"], abs=1e-5)
+    assert found[0]["answer"] == pytest.approx(alone["answer"], abs=1e-5)
 
 
 @pytest.mark.parametrize("text", ["see [/b] there", "[bold]red[/bold]", "x" * 5000])
@@ -231,7 +264,7 @@ def test_evaluate_finds_what_the_run_found(run_folder: Path) -> None:
 def test_evaluate_takes_other_columns_and_label_numbers(run_folder: Path, tmp_path: Path) -> None:
     rows = [{"body": row["text"], "class": COLOURS.index(row["label"])} for row in make_rows(24, 1)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    found = printed("evaluate", run_folder, "--data", file, "--text", "body", "--label", "class")
+    found = printed("evaluate", run_folder, "--data", file, "-c", "text=body", "--column", "label=class")
     assert found["accuracy"] == pytest.approx(json.loads((run_folder / "result.json").read_text())["after"]["accuracy"])
 
 

@@ -23,17 +23,22 @@ from fedlora.clients import (
     Partition,
     Pooled,
     Population,
+    Quantity,
     Shards,
     build_population,
     draw_cohort,
-    from_partitioner,
+    hold_out,
+    over_clients,
     summarise,
 )
 from fedlora.errors import ConfigError, DataError
 
 NEWS = Path(__file__).parents[2] / "shared" / "data" / "20news.train.jsonl.gz"
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2])
-ALL: list[Partition] = [Iid(), Pooled(), Shards(), *(Dirichlet(alpha=1, scheme=s) for s in ("flasc", "fednlp"))]
+ALL: list[Partition] = [
+    *(Iid(), Pooled(), Shards(), Quantity(beta=2, min_examples=1)),
+    *(Dirichlet(alpha=1, scheme=s) for s in ("flasc", "fednlp")),
+]
 
 
 def build(partition: Any, num: int = 3, labels: Any = LABELS, column: Any = None, seed: int = 0, **more: Any) -> Any:
@@ -97,6 +102,59 @@ def test_hsu_scheme_keeps_the_minimum() -> None:
         build(Dirichlet(alpha=0.01, scheme="hsu", min_examples=16), num=120, labels=labels)
     with pytest.raises(DataError, match="which needs 2100"):
         build(Dirichlet(alpha=0.3, scheme="hsu", min_examples=21), num=100, labels=labels)
+
+
+def test_a_minimum_makes_flasc_draw_anew_and_leaves_a_good_draw_alone() -> None:
+    labels = np.arange(400) % 4
+    first = build(Dirichlet(alpha=0.5), num=16, labels=labels)
+    least = int(first.sizes().min())
+    assert rows(build(Dirichlet(alpha=0.5, min_examples=least), num=16, labels=labels)) == rows(first)
+    again = build(Dirichlet(alpha=0.5, min_examples=least + 1), num=16, labels=labels)
+    assert again.sizes().min() > least
+    with pytest.raises(DataError, match="min_examples = 26 of 400 rows, which needs 416: use fewer clients, a larger"):
+        build(Dirichlet(alpha=0.5, min_examples=26), num=16, labels=labels)
+    # sizes of fednlp are alike, so it has the minimum at once or never
+    assert build(Dirichlet(scheme="fednlp", min_examples=25), num=16, labels=labels).sizes().min() == 25
+
+
+def test_hsu_has_a_minimum_of_ten_unless_told() -> None:
+    labels = np.arange(60) % 3
+    assert (
+        min(build(Dirichlet(alpha=5, scheme="hsu"), num=4, labels=labels, seed=s).sizes().min() for s in range(9)) >= 10
+    )
+    loose = Dirichlet(alpha=0.5, scheme="hsu", min_examples=1)
+    assert min(build(loose, num=4, labels=labels, seed=s).sizes().min() for s in range(9)) < 10
+
+
+def test_quantity_is_its_formula() -> None:
+    population = build(Quantity(beta=0.5, min_examples=1), num=4, labels=np.zeros(100, int), seed=7)
+    shares = np.random.default_rng(7).dirichlet([0.5] * 4)
+    ends = [int(100 * sum(shares[: client + 1])) for client in range(3)]
+    assert population.sizes().tolist() == np.diff([0, *ends, 100]).tolist()
+    assert sorted(population.rows.tolist()) == list(range(100))
+    assert population.rows.tolist() != list(range(100))
+
+
+def test_quantity_ignores_labels_and_differs_in_size_as_beta_says() -> None:
+    labels = np.arange(40_000) % 4
+    for beta in (2.0, 8.0):
+        partition = Quantity(beta=beta, min_examples=1)
+        populations = [build(partition, num=40, labels=labels, seed=seed) for seed in range(20)]
+        # the variance of a Dirichlet's shares, over their squared mean
+        spread = np.mean([np.var(one.sizes()) / np.mean(one.sizes()) ** 2 for one in populations])
+        assert spread == pytest.approx(39 / (40 * beta + 1), rel=0.15)
+        assert all(summarise(one, labels, 4).effective_classes > 3.9 for one in populations)
+    assert rows(build(partition, num=40, labels=labels[::-1])) == rows(build(partition, num=40, labels=labels))
+
+
+def test_quantity_keeps_the_minimum_or_says_that_it_cannot() -> None:
+    labels = np.zeros(400, int)
+    assert build(Quantity(beta=1, min_examples=1), num=8, labels=labels).sizes().min() < 15
+    assert build(Quantity(beta=1, min_examples=15), num=8, labels=labels).sizes().min() >= 15
+    with pytest.raises(DataError, match="which needs 408: use fewer clients, a larger beta or a smaller min_examples"):
+        build(Quantity(min_examples=51), num=8, labels=labels)
+    with pytest.raises(DataError, match=r"at beta = 0\.01 in 1000 draws"):
+        build(Quantity(beta=0.01, min_examples=49), num=8, labels=labels)
 
 
 def test_natural_is_sorted_and_drops_small_clients() -> None:
@@ -177,7 +235,7 @@ def test_empty_clients_raise_or_are_left_out() -> None:
         (Iid(), 1, np.zeros((3, 2), int), "one per row"),
         (Shards(shards_per_client=5), 3, LABELS, "need 15 rows"),
         (Shards(), 2, np.full(9, 4), "all 9 rows have class 4"),
-        (Dirichlet(), 2, np.full(9, 4), "all 9 rows have class 4"),
+        (Dirichlet(), 2, np.full(9, 4), "all 9 rows have class 4.* set clients.skew to"),
         (Dirichlet(), 2, np.array([0, -1, 1]), "class numbers from 0"),
         (Dirichlet(), 2, np.array([0.5, 1.0]), "class numbers from 0"),
         (Dirichlet(alpha=1e-5), 1, np.array([0, 1]), "larger alpha"),
@@ -249,42 +307,65 @@ def test_many_clients_are_flat_in_memory() -> None:
         population.rows_of(0)[0] = 1
 
 
-class Thirds:
-    """The smallest partitioner of the foreign protocol; its data set is set once."""
-
-    num_partitions = 3
-
-    def __init__(self, repeat: bool = False) -> None:
-        self._dataset: Any = None
-        self._repeat = repeat
-
-    @property
-    def dataset(self) -> Any:
-        return self._dataset
-
-    @dataset.setter
-    def dataset(self, dataset: Any) -> None:
-        if self._dataset is not None:
-            raise ValueError("The dataset should be assigned only once.")
-        self._dataset = dataset
-
-    def load_partition(self, partition_id: int) -> Any:
-        return self._dataset.select(range(0 if self._repeat else partition_id, len(self._dataset), 3))
+# ---- what clients keep away from training
 
 
-def test_a_foreign_partitioner() -> None:
-    datasets = pytest.importorskip("datasets")
-    dataset = datasets.Dataset.from_dict({"text": list("abcdefg")})
-    partitioner = Thirds()
-    assert rows(from_partitioner(partitioner, dataset)) == [[0, 3, 6], [1, 4], [2, 5]]
-    with pytest.raises(DataError, match="pass a partitioner without one"):
-        from_partitioner(partitioner, dataset)
-    with pytest.raises(DataError, match="more than once"):
-        from_partitioner(Thirds(repeat=True), dataset)
-    two = dataset.select([0, 1])
-    with pytest.raises(DataError, match="1 of 3 clients got no rows"):
-        from_partitioner(Thirds(), two)
-    assert from_partitioner(Thirds(), two, allow_empty=True).empty == 1
+def test_a_client_keeps_a_share_of_its_rows_and_at_least_one_and_never_all() -> None:
+    population = Population(
+        tuple("abcde"), np.arange(20), np.array([0, 1, 3, 8, 18, 20]), dropped=3, empty=2
+    )  # of 1, 2, 5, 10 and 2 rows
+    train, held = hold_out(population, 0.3, seed=5)
+    assert {client: len(kept) for client, kept in held.items()} == {1: 1, 2: 2, 3: 3, 4: 1}
+    assert train.sizes().tolist() == [1, 1, 3, 7, 1]
+    assert (train.names, train.dropped, train.empty, train.held_out) == (population.names, 3, 2, 7)
+    for client in range(5):
+        kept = held.get(client, np.zeros(0, int)).tolist()
+        assert kept == sorted(kept)
+        assert sorted([*kept, *train.rows_of(client).tolist()]) == population.rows_of(client).tolist()
+    assert {client: len(kept) for client, kept in hold_out(population, 0.99, seed=5)[1].items()} == {
+        1: 1,
+        2: 4,
+        3: 9,
+        4: 1,
+    }
+    assert summarise(train, np.zeros(20, int), 1).held_out == 7
+
+
+def test_nothing_is_kept_where_the_share_is_nought() -> None:
+    population = build(Iid())
+    assert hold_out(population, 0.0, seed=1) == (population, {})
+
+
+def test_what_a_client_keeps_follows_from_the_seed_and_its_number_alone() -> None:
+    one = Population(("a", "b"), np.arange(30), np.array([0, 10, 30]))
+    other = Population(("a", "b"), np.arange(5, 35), np.array([0, 10, 30]))
+    assert hold_out(one, 0.2, 3)[1][1].tolist() == hold_out(one, 0.2, 3)[1][1].tolist()
+    assert (hold_out(other, 0.2, 3)[1][0] - 5).tolist() == hold_out(one, 0.2, 3)[1][0].tolist()
+    assert hold_out(one, 0.2, 4)[1][1].tolist() != hold_out(one, 0.2, 3)[1][1].tolist()
+    twins = hold_out(Population(("a", "b"), np.arange(40), np.array([0, 20, 40])), 0.2, 3)[1]
+    assert (twins[1] - 20).tolist() != twins[0].tolist()
+
+
+def test_every_row_is_kept_equally_often() -> None:
+    population = Population(("a",), np.arange(10), np.array([0, 10]))
+    counts = np.bincount([row for seed in range(1000) for row in hold_out(population, 0.3, seed)[1][0]], minlength=10)
+    # 1000 draws with chance 0.3: mean 300, standard deviation 14.5
+    assert abs(counts - 300).max() < 60
+
+
+def test_a_metric_over_clients_by_hand() -> None:
+    values = [0.9, 0.1, 0.5, 0.7]
+    assert over_clients("f1", values, higher_is_better=True) == {
+        "client_mean_f1": pytest.approx(0.55),
+        "client_worst_tenth_f1": 0.1,
+        "client_spread_f1": pytest.approx(np.sqrt((0.35**2 + 0.45**2 + 0.05**2 + 0.15**2) / 4)),
+    }
+    assert over_clients("loss", values, higher_is_better=False)["client_worst_tenth_loss"] == 0.9
+    # of 29 clients, two are a tenth
+    many = [float(number) for number in range(29)]
+    assert over_clients("f1", many, higher_is_better=True)["client_worst_tenth_f1"] == 0.5
+    assert over_clients("loss", many, higher_is_better=False)["client_worst_tenth_loss"] == 27.5
+    assert over_clients("loss", [], higher_is_better=False) == {}
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,9 @@ from fedlora.tuning import LORA_INITS, TUNINGS, LoRA
 
 STATED: dict[str, dict[str, Any]] = {
     "natural": {"column": "user"},
-    "files": {"train": "rows.csv", "text_pair": "second"},
-    "hub": {"path": "owner/name", "revision": "abc"},
+    "files": {"train": "rows.csv", "columns": {"text_pair": "second", "label": "the label"}},
+    "hub": {"path": "owner/name", "revision": "abc", "test_split": ""},
+    "image_folder": {"path": "pictures"},
     "peft": {"config": {"peft_type": "IA3", "target_modules": ["query"]}},
     "central_gaussian": {"clip_norm": 0.5, "noise_multiplier": 1.0},
     "top_k": {"density": 0.25},

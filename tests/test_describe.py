@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_experiment import METHODS, experiment, tiny_world
+from tiny import METHODS, experiment, tiny_world
 
 import fedlora
 from fedlora.describe import SLOTS, choices, environment, phase_facts

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_experiment import COLOURS, contents, experiment, save_model, tiny_world
+from tiny import COLOURS, contents, experiment, save_model, tiny_world
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from test_experiment import contents, document, experiment, ledger, tiny_world, write_rows
+from tiny import contents, document, experiment, ledger, tiny_world, write_rows
 
 import fedlora
 from fedlora import cli, config, report, state

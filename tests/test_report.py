@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from test_experiment import experiment, tiny_world
+from tiny import experiment, tiny_world
 
 import fedlora
 from fedlora.clients import Population

@@ -48,6 +48,7 @@ NEEDED = {
     "natural": {"column"},
     "files": {"train"},
     "hub": {"path"},
+    "image_folder": {"path"},
     "peft": {"config"},
     "central_gaussian": {"clip_norm", "noise_multiplier"},
     "top_k": {"density"},

@@ -17,13 +17,26 @@ if TYPE_CHECKING:
     from fedlora.local import Local, Schedule
     from fedlora.methods import dense_lora, fedavg, federa, flasc, full, primed_lora, slora
     from fedlora.recipe import Phase, Recipe
-    from fedlora.tasks import Docstrings, Files, Hub, Model, TextClassification
+    from fedlora.tasks import (
+        CausalLM,
+        Docstrings,
+        Files,
+        Hub,
+        ImageClassification,
+        ImageFolder,
+        Instruction,
+        Model,
+        QuestionAnswering,
+        TextClassification,
+        TokenClassification,
+    )
     from fedlora.transport import Link, TopK
     from fedlora.tuning import BitFit, Bottleneck, Full, HeadOnly, LoRA, Peft, SparseMask
 
 _HOME = {
     "BitFit": "tuning",
     "Bottleneck": "tuning",
+    "CausalLM": "tasks",
     "Clients": "clients",
     "Dirichlet": "clients",
     "Docstrings": "tasks",
@@ -35,6 +48,9 @@ _HOME = {
     "HeadOnly": "tuning",
     "Hub": "tasks",
     "Iid": "clients",
+    "ImageClassification": "tasks",
+    "ImageFolder": "tasks",
+    "Instruction": "tasks",
     "Link": "transport",
     "LoRA": "tuning",
     "Local": "local",
@@ -43,12 +59,14 @@ _HOME = {
     "Peft": "tuning",
     "Phase": "recipe",
     "Pooled": "clients",
+    "QuestionAnswering": "tasks",
     "Recipe": "recipe",
     "Result": "experiment",
     "Schedule": "local",
     "Shards": "clients",
     "SparseMask": "tuning",
     "TextClassification": "tasks",
+    "TokenClassification": "tasks",
     "TopK": "transport",
     "dense_lora": "methods",
     "fedavg": "methods",
@@ -67,6 +85,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BitFit",
     "Bottleneck",
+    "CausalLM",
     "Clients",
     "Dirichlet",
     "Docstrings",
@@ -78,6 +97,9 @@ __all__ = [
     "HeadOnly",
     "Hub",
     "Iid",
+    "ImageClassification",
+    "ImageFolder",
+    "Instruction",
     "Link",
     "LoRA",
     "Local",
@@ -86,12 +108,14 @@ __all__ = [
     "Peft",
     "Phase",
     "Pooled",
+    "QuestionAnswering",
     "Recipe",
     "Result",
     "Schedule",
     "Shards",
     "SparseMask",
     "TextClassification",
+    "TokenClassification",
     "TopK",
     "dense_lora",
     "fedavg",

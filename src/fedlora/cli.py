@@ -27,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated fine-tuning of Hugging Face models with low-rank adapters, in as few bytes as possible.",
 )
+PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+"""Endings of files that are an input, not a list of inputs."""
 _out = Console()
 _err = Console(stderr=True)
 
@@ -154,20 +156,19 @@ def new(method: Annotated[str, typer.Argument(help="A method; `fedlora list meth
 def partition(
     config: ConfigPath,
     set_: Overrides = None,
-    html: Annotated[Path | None, typer.Option(help="Also draw the labels of every client into this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also draw the classes of every client into this file.")] = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Show how the data are dealt: sizes, label skew, and a drawing."""
-    from fedlora.clients import summarise
+    """Show how the data are dealt: sizes, skew, and a drawing by what clients.skew looks at."""
     from fedlora.picture import partition_bars, partition_html
     from fedlora.setting import in_mode, prepare
 
     experiment, _ = _experiment(config, set_, None)
     setting = prepare(in_mode(experiment))
-    names = setting.task.label_names
-    summary = summarise(setting.population, setting.task.labels, max(1, len(names))).as_dict()
+    labels, names = setting.classes
+    summary = setting.summary().as_dict()
     if html is not None:
-        page = partition_html(setting.population, setting.task.labels, names)
+        page = partition_html(setting.population, labels, names)
         try:
             html.write_text(page, encoding="utf-8")
         except OSError as error:
@@ -179,7 +180,7 @@ def partition(
         table.add_row(key.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
     _show(format_, summary, table)
     if format_ is Format.table:
-        _out.print(partition_bars(setting.population, setting.task.labels, names))
+        _out.print(partition_bars(setting.population, labels, names))
 
 
 @app.command()
@@ -209,44 +210,50 @@ def export(
 @app.command()
 def predict(
     run: RunPath,
-    text: Annotated[str, typer.Argument(help="A text, or a file with a text per line.")],
+    text: Annotated[str, typer.Argument(help="An input (a text, for most tasks), or a file with one per line.")],
     format_: AsFormat = Format.table,
 ) -> None:
-    """Say what a run's model makes of a text."""
+    """Say what a run's model makes of a text, or of what else its task takes."""
     from fedlora.inference import load_run
 
     file = Path(text)
     try:
-        texts = file.read_text(encoding="utf-8").splitlines() if file.is_file() else [text]
+        by_line = file.is_file() and file.suffix.lower() not in PICTURES
+        inputs = file.read_text(encoding="utf-8").splitlines() if by_line else [text]
     except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text; give a file with one text per line") from error
+        raise DataError(f"{file} is not UTF-8 text; give a file with one input per line") from error
     except OSError:  # a text too long for a file name is a text
-        texts = [text]
-    texts = [line for line in texts if line.strip()]
-    if not texts:
+        inputs = [text]
+    inputs = [line for line in inputs if line.strip()]
+    if not inputs:
         raise DataError("there is no text to predict; give a text, or a file with a text per line")
-    found = load_run(run).predict(texts)
-    table = Table("text", "likeliest", "probability", "next")
-    for one, shares in zip(texts, found, strict=True):
-        ranked = list(shares.items())
-        rest = ", ".join(f"{name} {share:.2f}" for name, share in ranked[1:3])
-        cells = (one if len(one) < 60 else one[:57] + "...", ranked[0][0], f"{ranked[0][1]:.2f}", rest)
+    found = load_run(run).predict(inputs)
+    table = Table("input", "answer", "", "next")
+    for one, answer in zip(inputs, found, strict=True):
+        first, *rest = [
+            (name, f"{value:.3g}" if isinstance(value, float) else str(value)) for name, value in answer.items()
+        ] or [("", "")]
+        cells = (one if len(one) < 60 else one[:57] + "...", *first, ", ".join(" ".join(pair) for pair in rest[:2]))
         table.add_row(*map(Text, cells))
-    _show(format_, [{"text": one, "classes": shares} for one, shares in zip(texts, found, strict=True)], table)
+    _show(format_, [{"input": one, "answer": answer} for one, answer in zip(inputs, found, strict=True)], table)
 
 
 @app.command()
 def evaluate(
     run: RunPath,
     data: Annotated[Path, typer.Option(help="A csv, tsv, json, jsonl or parquet file, maybe with .gz.")],
-    text: Annotated[str | None, typer.Option(help="Its column of texts.")] = None,
-    label: Annotated[str | None, typer.Option(help="Its column of labels, by name or number.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("-c", "--column", help="use=name: what a column of the task is called there.")
+    ] = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Evaluate a run's model on the rows of a file."""
     from fedlora.inference import load_run
 
-    found = load_run(run).evaluate(data, text, label)
+    wrong = [one for one in column or [] if "=" not in one]
+    if wrong:
+        raise ConfigError(f"--column {wrong[0]!r} is not of the form use=name, as in --column text=body")
+    found = load_run(run).evaluate(data, dict(one.split("=", 1) for one in column or []))
     table = Table("metric", "value")
     for name, value in found.metrics.items():
         table.add_row(name, f"{value:.4f}")

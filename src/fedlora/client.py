@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedlora import tree
 from fedlora.errors import TrainingError
@@ -146,6 +147,9 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree) -> Trained:
     model.train(local.dropout)
     for layer in lora_layers(model).values():
         layer.train()
+    # one model serves all clients, so statistics of a client's batches must not stay in it
+    for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
+        norm.eval()
     values = list(parameters.values())
     anchors = [start[name].to(device) for name in parameters] if local.proximal else []
     optimizer = local.optimizer.build(values, local.schedule.factor(*job.progress))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,31 +22,41 @@ from fedlora.partitions import (
     Natural,
     Partition,
     Pooled,
+    Quantity,
     Rows,
     Shards,
-    numbered,
 )
+from fedlora.skew import SKEWS, AnySkew, Classes, Clusters, Column, Label, Skew
 
 __all__ = [
     "PARTITIONS",
+    "SKEWS",
     "AnyPartition",
+    "AnySkew",
+    "Classes",
     "Clients",
+    "Clusters",
+    "Column",
     "Deal",
     "Dirichlet",
     "Division",
     "Iid",
+    "Label",
     "Natural",
     "Partition",
-    "Partitioner",
     "Pooled",
     "Population",
+    "Quantity",
     "Rows",
     "Shards",
+    "Skew",
     "Summary",
-    "Table",
+    "assemble",
     "build_population",
+    "check_per_round",
     "draw_cohort",
-    "from_partitioner",
+    "hold_out",
+    "over_clients",
     "summarise",
 ]
 
@@ -61,6 +71,8 @@ class Clients:
         per_round: clients drawn for a round.
         test_clients: share of the natural clients, in [0, 1), held out whole as the test set; ``Natural`` only.
         allow_empty: leave clients without rows out of the population and count them, instead of raising.
+        skew: what counts as a row's class; ``Dirichlet`` and ``Shards`` deal by it, summaries and drawings show it.
+        holdout: share of each client's rows, in [0, 1), that it keeps away from training as a test set of its own.
 
     Raises:
         ConfigError: if ``test_clients`` is set without ``Natural``, or ``per_round`` exceeds the number of clients.
@@ -71,6 +83,8 @@ class Clients:
     per_round: Annotated[int, Field(ge=1)] = 10
     test_clients: Annotated[float, Field(ge=0, lt=1)] = 0.0
     allow_empty: bool = False
+    skew: AnySkew = Label()
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.partition, Natural):
@@ -80,7 +94,7 @@ class Clients:
                 f"clients.test_clients = {self.test_clients:g} holds whole users out for testing, which needs a "
                 f"natural partition, not '{self.partition.kind}': set it to 0 or use kind = \"natural\""
             )
-        _check_per_round(self.per_round, 1 if isinstance(self.partition, Pooled) else self.num)
+        check_per_round(self.per_round, 1 if isinstance(self.partition, Pooled) else self.num)
 
     def column(self) -> str | None:
         """The name of the data set's column that the partition reads, or None."""
@@ -97,6 +111,7 @@ class Population:
         offsets: (clients + 1,) int64.
         dropped: rows of the data set that no client holds (and that are not test rows).
         empty: clients left out because they had no rows.
+        held_out: rows that clients keep away from training, see ``hold_out``.
     """
 
     names: tuple[str, ...]
@@ -104,6 +119,7 @@ class Population:
     offsets: Rows
     dropped: int = 0
     empty: int = 0
+    held_out: int = 0
 
     def __len__(self) -> int:
         """How many clients there are."""
@@ -132,7 +148,7 @@ def build_population(
 
     Args:
         clients: the partition and its numbers.
-        labels: (rows,) class numbers, integer; any zeros where there are no classes and the partition reads none.
+        labels: (rows,) class numbers, integer, of what ``clients.skew`` looks at; zeros where there are no classes.
         column: (rows,) values of ``clients.column()``, or None.
         seed: the same seed deals the same rows.
 
@@ -149,7 +165,7 @@ def build_population(
     rng = np.random.default_rng(seed)
     deal = clients.partition.split(labels, names, clients.num, rng)
     if not clients.test_clients:
-        return Division(_assemble(deal, len(labels), clients.allow_empty), None)
+        return Division(assemble(deal, len(labels), clients.allow_empty), None)
     num = len(deal.groups)
     if num < 2:
         raise DataError(
@@ -160,7 +176,37 @@ def build_population(
     test_rows = np.sort(np.concatenate([deal.groups[index] for index in sorted(held_out)]))
     kept = [index for index in range(num) if index not in held_out]
     train = Deal([deal.groups[index] for index in kept], [deal.names[index] for index in kept])
-    return Division(_assemble(train, len(labels) - len(test_rows), clients.allow_empty), test_rows)
+    return Division(assemble(train, len(labels) - len(test_rows), clients.allow_empty), test_rows)
+
+
+def hold_out(population: Population, share: float, seed: int) -> tuple[Population, dict[int, Rows]]:
+    """Lets every client keep a share of its rows away from training, one at least and not all.
+
+    Args:
+        population: the clients.
+        share: in [0, 1); with 0 nothing is kept away.
+        seed: together with a client's number it decides which of its rows.
+
+    Returns:
+        The clients with what they train on, and the rows ((rows,) int64, ascending) that each client keeps away; a
+        client with one row trains on it and keeps none.
+    """
+    if not share:
+        return population, {}
+    trained, held = [], {}
+    for client in range(len(population)):
+        rows = population.rows_of(client)
+        num = min(max(round(share * len(rows)), 1), len(rows) - 1)
+        chosen = np.zeros(len(rows), dtype=bool)
+        chosen[np.random.default_rng([seed, client]).choice(len(rows), num, replace=False)] = True
+        trained.append(rows[~chosen])
+        if num:
+            held[client] = np.sort(rows[chosen])
+    # clients without rows are gone already, and whoever has one keeps one
+    left = assemble(Deal(trained, list(population.names)), len(population.rows), allow_empty=False)
+    return dataclasses.replace(
+        left, dropped=population.dropped, empty=population.empty, held_out=sum(map(len, held.values()))
+    ), held
 
 
 def draw_cohort(population: Population, per_round: int, seed: int) -> tuple[int, ...]:
@@ -177,67 +223,9 @@ def draw_cohort(population: Population, per_round: int, seed: int) -> tuple[int,
     Raises:
         ConfigError: if there are fewer clients than ``per_round``.
     """
-    _check_per_round(per_round, len(population))
+    check_per_round(per_round, len(population))
     drawn = np.random.default_rng(seed).choice(len(population), size=per_round, replace=False)
     return tuple(int(client) for client in drawn)
-
-
-class Partitioner(Protocol):
-    """What is asked of a foreign partitioner, the protocol of Flower Datasets' ``Partitioner``."""
-
-    dataset: Any
-    """Set once, to the data set with a column of row numbers added."""
-
-    @property
-    def num_partitions(self) -> int:
-        """How many clients it makes."""
-
-    def load_partition(self, partition_id: int) -> Any:
-        """The rows of one client, as a data set."""
-
-
-class Table(Protocol):
-    """What is asked of the data set given to a foreign partitioner; ``datasets.Dataset`` has it."""
-
-    def __len__(self) -> int:
-        """How many rows."""
-
-    def add_column(self, name: str, column: Any) -> Any:
-        """A copy with one more column."""
-
-
-ROW_COLUMN = "fedlora_row"
-"""The column of row numbers by which ``from_partitioner`` recognises rows."""
-
-
-def from_partitioner(partitioner: Partitioner, dataset: Table, allow_empty: bool = False) -> Population:
-    """The population that a foreign partitioner makes of a data set.
-
-    Args:
-        partitioner: an object as Flower Datasets defines it, with its data set not yet set.
-        dataset: the data set to deal.
-        allow_empty: leave clients without rows out and count them, instead of raising.
-
-    Returns:
-        Clients named by their partition number.
-
-    Raises:
-        DataError: if the partitioner already has a data set, deals a row twice, or makes an empty client.
-    """
-    with_rows = dataset.add_column(ROW_COLUMN, np.arange(len(dataset), dtype=np.int64))
-    try:
-        partitioner.dataset = with_rows
-    except ValueError as error:
-        raise DataError(f"the partitioner refused the data set ({error}): pass a partitioner without one") from error
-    loaded: Iterable[Any] = (partitioner.load_partition(index) for index in range(partitioner.num_partitions))
-    groups = [np.array(list(part[ROW_COLUMN]), dtype=np.int64) for part in loaded]
-    population = _assemble(numbered(groups), len(dataset), allow_empty)
-    repeated = len(population.rows) - len(np.unique(population.rows))
-    if repeated:
-        raise DataError(
-            f"the partitioner dealt {repeated} rows more than once, but a row belongs to one client: use another one"
-        )
-    return population
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +243,7 @@ class Summary:
         num_single_class: clients that see one class only.
         num_empty: clients without rows.
         dropped: rows that nobody holds.
+        held_out: rows that clients keep away from training; the other figures are of what they train on.
     """
 
     num_clients: int
@@ -267,6 +256,7 @@ class Summary:
     num_single_class: int
     num_empty: int
     dropped: int
+    held_out: int
 
     def as_dict(self) -> dict[str, int | float]:
         """The figures by name."""
@@ -302,31 +292,41 @@ def summarise(population: Population, labels: NDArray[Any] | Sequence[int], num_
         num_single_class=int(((counts > 0).sum(axis=1) == 1).sum()),
         num_empty=population.empty + int((sizes == 0).sum()),
         dropped=population.dropped,
+        held_out=population.held_out,
     )
 
 
-def _check(clients: Clients, labels: NDArray[Any], column: NDArray[Any] | None) -> None:
-    if labels.ndim != 1 or not len(labels):
-        raise DataError(f"labels of shape {labels.shape} were given, but one per row of a non-empty data set is needed")
-    if column is not None and len(column) != len(labels):
-        raise DataError(f"the client column has {len(column)} rows and the labels {len(labels)}: they must agree")
-    partition = clients.partition
-    if not isinstance(partition, Natural | Pooled) and clients.num > len(labels):
-        raise DataError(
-            f"{clients.num} clients were asked for, but there are only {len(labels)} rows: use fewer clients"
-        )
-    if not isinstance(partition, Dirichlet | Shards):
-        return
-    if not np.issubdtype(labels.dtype, np.integer) or int(labels.min()) < 0:
-        raise DataError(f"the '{partition.kind}' partition needs class numbers from 0 for labels: use kind = \"iid\"")
-    if int(labels.min()) == int(labels.max()):
-        raise DataError(
-            f"all {len(labels)} rows have class {int(labels[0])}, but the '{partition.kind}' partition skews classes "
-            'and needs two or more: use kind = "iid"'
-        )
+def over_clients(name: str, values: Sequence[float], higher_is_better: bool) -> dict[str, float]:
+    """What a metric is over clients, each on rows of its own; every client counts the same.
+
+    Args:
+        name: the metric.
+        values: its value for each client, finite.
+        higher_is_better: which clients are the worst.
+
+    Returns:
+        ``client_mean_``, ``client_worst_tenth_`` (the mean of the worst tenth of clients, rounded down, one at least)
+        and ``client_spread_`` (the standard deviation, divided by their number), by name; nothing without values.
+
+    >>> over_clients("loss", [1.0, 3.0], higher_is_better=False)
+    {'client_mean_loss': 2.0, 'client_worst_tenth_loss': 3.0, 'client_spread_loss': 1.0}
+    """
+    if not values:
+        return {}
+    ranked = np.sort(values) if higher_is_better else np.sort(values)[::-1]
+    return {
+        f"client_mean_{name}": float(np.mean(ranked)),
+        f"client_worst_tenth_{name}": float(np.mean(ranked[: max(1, len(ranked) // 10)])),
+        f"client_spread_{name}": float(np.std(ranked)),
+    }
 
 
-def _check_per_round(per_round: int, num: int) -> None:
+def check_per_round(per_round: int, num: int) -> None:
+    """Refuses rounds with more clients than there are.
+
+    Raises:
+        ConfigError: ``per_round`` exceeds ``num``.
+    """
     if per_round > num:
         raise ConfigError(
             f"clients.per_round = {per_round} exceeds the {num} client{'s' * (num != 1)} there are: set it to {num} "
@@ -334,7 +334,17 @@ def _check_per_round(per_round: int, num: int) -> None:
         )
 
 
-def _assemble(deal: Deal, total: int, allow_empty: bool) -> Population:
+def assemble(deal: Deal, total: int, allow_empty: bool) -> Population:
+    """The population of a deal.
+
+    Args:
+        deal: rows by client.
+        total: rows there were to deal.
+        allow_empty: leave clients without rows out and count them, instead of raising.
+
+    Raises:
+        DataError: a client has no rows and may not be without, or none has any.
+    """
     kept = [index for index, group in enumerate(deal.groups) if len(group)]
     empty = len(deal.groups) - len(kept)
     if (empty and not allow_empty) or not kept:
@@ -347,3 +357,24 @@ def _assemble(deal: Deal, total: int, allow_empty: bool) -> Population:
     offsets = np.cumsum([0, *map(len, groups)], dtype=np.int64)
     rows.flags.writeable = offsets.flags.writeable = False
     return Population(tuple(deal.names[index] for index in kept), rows, offsets, total - len(rows), empty)
+
+
+def _check(clients: Clients, labels: NDArray[Any], column: NDArray[Any] | None) -> None:
+    if labels.ndim != 1 or not len(labels):
+        raise DataError(f"labels of shape {labels.shape} were given, but one per row of a non-empty data set is needed")
+    if column is not None and len(column) != len(labels):
+        raise DataError(f"the client column has {len(column)} rows and the labels {len(labels)}: they must agree")
+    partition = clients.partition
+    if not isinstance(partition, Natural | Pooled) and clients.num > len(labels):
+        raise DataError(
+            f"{clients.num} clients were asked for, but there are only {len(labels)} rows: use fewer clients"
+        )
+    if not partition.skewed:
+        return
+    if not np.issubdtype(labels.dtype, np.integer) or int(labels.min()) < 0:
+        raise DataError(f"the '{partition.kind}' partition needs class numbers from 0 for labels: use kind = \"iid\"")
+    if int(labels.min()) == int(labels.max()):
+        raise DataError(
+            f"all {len(labels)} rows have class {int(labels[0])}, but the '{partition.kind}' partition skews classes "
+            'and needs two or more: set clients.skew to { kind = "clusters" } or to a column, or use kind = "iid"'
+        )

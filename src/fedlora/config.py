@@ -36,11 +36,28 @@ class Evaluate:
             end is always evaluated on all.
         dense: where clients receive the model thinned or rounded, also evaluate the server's own; its metrics are
             named ``dense_...``.
+        clients: when to evaluate on what each client keeps away from training as well (``clients.holdout``): ``end``
+            is after the last round, ``always`` whenever the model is evaluated. The main metric over clients is named
+            ``client_mean_...``, ``client_worst_tenth_...`` and ``client_spread_...``, see ``over_clients``.
+        num_clients: size of the fixed subset of clients used between rounds; all of them if absent. The end is always
+            evaluated on all.
+
+    Raises:
+        ConfigError: ``num_clients`` is set, but clients are never evaluated.
     """
 
     every: Annotated[int, Field(ge=1)] = 5
     num_examples: Annotated[int, Field(ge=1)] | None = None
     dense: bool = True
+    clients: Literal["never", "end", "always"] = "never"
+    num_clients: Annotated[int, Field(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_clients is not None and self.clients == "never":
+            raise ConfigError(
+                f"evaluate.num_clients = {self.num_clients} has no effect with evaluate.clients = 'never': remove it, "
+                "or set evaluate.clients to always"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

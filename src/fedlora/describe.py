@@ -16,7 +16,7 @@ import torch
 from fedlora import tree
 from fedlora.aggregate import AGGREGATORS
 from fedlora.client import REPORT, precisions, split_groups
-from fedlora.clients import PARTITIONS
+from fedlora.clients import PARTITIONS, SKEWS
 from fedlora.config import Experiment
 from fedlora.engines import ENGINES
 from fedlora.errors import ConfigError
@@ -29,7 +29,7 @@ from fedlora.server_optim import SERVER_OPTIMIZERS
 from fedlora.setting import VERSIONED, pick_device
 from fedlora.state import ServerState, generator, named_seed
 from fedlora.tasks import SOURCES, TASKS, Prepared
-from fedlora.tasks.text import cache_folder
+from fedlora.tasks.encoded import cache_folder
 from fedlora.track import TRACKERS
 from fedlora.transport import PRECISIONS, SPARSIFIERS, wire
 from fedlora.tuning import LORA_INITS, TUNINGS
@@ -46,6 +46,7 @@ SLOTS: dict[str, Mapping[str, Any]] = {
     "client_optimizer": CLIENT_OPTIMIZERS,
     "privacy": PRIVACY,
     "partition": PARTITIONS,
+    "skew": SKEWS,
     "task": TASKS,
     "data": SOURCES,
     "engine": ENGINES,

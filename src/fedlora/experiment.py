@@ -13,18 +13,13 @@ from typing import Any
 import numpy as np
 
 from fedlora import config
-from fedlora.clients import (
-    Clients,
-    Partitioner,
-    Pooled,
-    Population,
-    draw_cohort,
-)
+from fedlora.clients import Population, draw_cohort, over_clients
 from fedlora.config import Experiment
 from fedlora.engines import Serial
 from fedlora.errors import CheckpointError, FedloraError, TrainingError
 from fedlora.export import export_run
 from fedlora.folder import RunFolder
+from fedlora.foreign import Partitioner
 from fedlora.recipe import Recipe
 from fedlora.round import Kinds, Row, close_phase, open_phase, run_round, view
 from fedlora.setting import Setting, in_mode, manifest, prepare
@@ -135,7 +130,8 @@ def _run_phases(
     if state is None:
         state, pending = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
         clock = time.perf_counter()
-        metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, full=False)
+        tested = _tested_clients(experiment, setting, last=False)
+        metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, tested)
         first = Row(
             round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
             density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=pending, warnings=warnings,
@@ -156,17 +152,15 @@ def _run_phases(
                 phase += 1
                 recipe = experiment.phases[phase].recipe
                 state, pending = open_phase(workspace, phase, recipe, experiment.seed, state.round, carry)
-            cohort = draw_cohort(
-                setting.population,
-                min(experiment.clients.per_round, len(setting.population)),
-                named_seed(experiment.seed, "cohort", state.round),
-            )
+            seed = named_seed(experiment.seed, "cohort", state.round)
+            cohort = draw_cohort(setting.population, experiment.clients.per_round, seed)
             state, row = run_round(recipe, state, cohort, engine, experiment.seed, experiment.rounds)
             last = state.round == experiment.rounds
             metrics, warnings, seconds = {}, (), 0.0
             if last or state.round % experiment.evaluate.every == 0:
                 clock = time.perf_counter()
-                metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, full=False)
+                tested = _tested_clients(experiment, setting, last)
+                metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, tested)
                 seconds = time.perf_counter() - clock
             row = dataclasses.replace(
                 row,
@@ -219,12 +213,29 @@ def _record(row: Row, rows: list[Row], files: RunFolder, watcher: Watcher, track
         tracker.log(row)
 
 
+def _tested_clients(experiment: Experiment, setting: Setting, last: bool) -> list[int]:
+    """The clients whose own test rows an evaluation uses."""
+    settings, clients = experiment.evaluate, sorted(setting.holdout)
+    if settings.clients == "never" or (settings.clients == "end" and not last):
+        return []
+    if last or settings.num_clients is None or settings.num_clients >= len(clients):
+        return clients
+    rng = np.random.default_rng(named_seed(experiment.seed, "evaluate_clients"))
+    return sorted(rng.choice(clients, settings.num_clients, replace=False).tolist())
+
+
 def _evaluate(
-    experiment: Experiment, setting: Setting, workspace: Workspace, recipe: Recipe, state: ServerState, full: bool
+    experiment: Experiment,
+    setting: Setting,
+    workspace: Workspace,
+    recipe: Recipe,
+    state: ServerState,
+    clients: Sequence[int] | None = None,
 ) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Metrics and warnings, on all test examples unless it is told which ``clients`` to test as well."""
     rows = setting.test_rows
     limit = experiment.evaluate.num_examples
-    if limit is not None and limit < len(rows) and not full:
+    if clients is not None and limit is not None and limit < len(rows):
         rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
         rows = np.sort(rng.choice(rows, limit, replace=False))
     views = {"": view(recipe, state)}
@@ -232,14 +243,30 @@ def _evaluate(
         views["dense_"] = state.params
     metrics: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
+    main = setting.task.main_metric
     for prefix, params in views.items():
         workspace.installed.load(params)
         found = workspace.evaluate(rows, setting.split, recipe.local.compute)
         metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
-        warnings += found.warnings if not prefix else ()
-    if not all(np.isfinite(value) for value in metrics.values()):
-        raise TrainingError(f"the evaluation gave values that are not finite: {metrics}; lower the learning rate")
+        if prefix:
+            continue
+        warnings += found.warnings
+        own = {
+            f"{main} of client {client}": workspace.evaluate(
+                setting.holdout[client], "train", recipe.local.compute
+            ).metrics[main]
+            for client in clients or ()
+        }
+        _check_finite(own)
+        metrics |= over_clients(main, list(own.values()), setting.task.higher_is_better)
+    _check_finite(metrics)
     return metrics, warnings
+
+
+def _check_finite(metrics: dict[str, float]) -> None:
+    wrong = {name: value for name, value in metrics.items() if not np.isfinite(value)}
+    if wrong:
+        raise TrainingError(f"the evaluation gave values that are not finite: {wrong}; lower the learning rate")
 
 
 def _finish(
@@ -258,7 +285,9 @@ def _finish(
         after, seconds, adapter = held["after"], held["seconds"], files.path / held["adapter"]
     else:
         clock = time.perf_counter()
-        after, _ = _evaluate(experiment, setting, workspace, recipe, state, full=True)
+        after, _ = _evaluate(experiment, setting, workspace, recipe, state)
+        # the last round has tested all clients already
+        after |= {name: value for name, value in rows[-1].metrics.items() if name.startswith("client_")}
         seconds = sum(sum(row.seconds.values()) for row in rows) + time.perf_counter() - clock
     if adapter is None or not adapter.exists():
         adapter = export_run(files.path, experiment, setting.task, workspace, recipe, state, after)
@@ -300,21 +329,21 @@ def _run_local(
 ) -> Result:
     count = min(asked.num_local, len(setting.population))
     chosen = draw_cohort(setting.population, count, named_seed(asked.seed, "local"))
-    alone = dataclasses.replace(experiment, clients=Clients(partition=Pooled(), num=1, per_round=1))
     results = []
     for client in chosen:
         rows = setting.population.rows_of(client)
         single = Population((setting.population.names[client],), rows, np.array([0, len(rows)]))
-        own = dataclasses.replace(setting, population=single)
+        kept = {0: setting.holdout[client]} if client in setting.holdout else {}
+        own = dataclasses.replace(setting, population=single, holdout=kept)
         inner = RunFolder(files.path / "clients" / str(client))
         inner.path.mkdir(parents=True, exist_ok=True)
-        results.append(_run_phases(alone, own, inner, watcher, (), sent=False))
+        results.append(_run_phases(experiment, own, inner, watcher, (), sent=False))
     first = results[0]
     result = dataclasses.replace(
         first,
         folder=files.path,
-        before=_mean([one.before for one in results]),
-        after=_mean([one.after for one in results]),
+        before=_over_local([one.before for one in results], setting),
+        after=_over_local([one.after for one in results], setting),
         seconds=sum(one.seconds for one in results),
         adapter=None,
     )
@@ -326,5 +355,11 @@ def _run_local(
     return result
 
 
-def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([one[name] for one in metrics])) for name in metrics[0]}
+def _over_local(metrics: list[dict[str, float]], setting: Setting) -> dict[str, float]:
+    """The mean over clients that trained alone; what they reached on rows of their own as ``over_clients`` has it."""
+    main = setting.task.main_metric
+    means = {
+        name: float(np.mean([one[name] for one in metrics])) for name in metrics[0] if not name.startswith("client_")
+    }
+    own = [one[f"client_mean_{main}"] for one in metrics if f"client_mean_{main}" in one]
+    return means | over_clients(main, own, setting.task.higher_is_better)

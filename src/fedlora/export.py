@@ -18,9 +18,9 @@ from fedlora.recipe import Recipe
 from fedlora.round import close_phase, view
 from fedlora.state import ServerState, named_seed
 from fedlora.tasks import Prepared
-from fedlora.tasks.text import quiet_transformers
+from fedlora.tasks.loading import quiet_transformers
 from fedlora.tuning import Bottleneck, LoRA, Peft
-from fedlora.tuning.export import save_lora, save_peft
+from fedlora.tuning.export import dilated, save_lora, save_peft
 from fedlora.workspace import Workspace
 
 
@@ -38,7 +38,8 @@ def export_run(
     Returns:
         The folder written.
     """
-    merged = not isinstance(recipe.tuning, LoRA | Peft | Bottleneck) or bool(workspace.installed.folded)
+    installed = workspace.installed
+    merged = not isinstance(recipe.tuning, LoRA | Peft | Bottleneck) or bool(installed.folded or dilated(installed))
     folder = run / ("model" if merged else "adapter")
     received = dataclasses.replace(state, params=view(recipe, state))
     export(folder, experiment, task, workspace, recipe, received, metrics, merge=merged)
@@ -89,7 +90,7 @@ def _write(
         _save_merged(temporary, experiment, task, workspace, recipe, state)
     elif isinstance(tuning, LoRA) and not workspace.installed.folded:
         base = experiment.model.resolve()
-        save_lora(tuning, workspace.installed, state.init, state.params, base, temporary)
+        save_lora(tuning, workspace.installed, state.init, state.params, base, temporary, task.peft_task)
     elif isinstance(tuning, Peft):
         workspace.installed.load(state.params)
         save_peft(workspace.installed, temporary)
@@ -99,7 +100,9 @@ def _write(
         raise ConfigError(
             f"what `{tuning.kind}` learnt here is no low-rank adapter; use --merge to write the whole model"
         )
-    (temporary / "README.md").write_text(model_card(experiment, tuning.kind, metrics, merge), encoding="utf-8")
+    (temporary / "README.md").write_text(
+        model_card(experiment, task.auto_class, tuning.kind, metrics, merge), encoding="utf-8"
+    )
 
 
 def _save_merged(
@@ -121,17 +124,18 @@ def _save_merged(
     task.save_pretrained(folder)
 
 
-def model_card(experiment: Experiment, tuning: str, metrics: Mapping[str, float], merged: bool) -> str:
+def model_card(experiment: Experiment, auto_class: str, tuning: str, metrics: Mapping[str, float], merged: bool) -> str:
     """The README of an exported folder."""
     base = experiment.model.path if experiment.model.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
     found = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    labels = ", num_labels=NUM_LABELS" if auto_class.endswith("Classification") else ""
     if merged:
-        load = 'model = AutoModelForSequenceClassification.from_pretrained("THIS FOLDER")'
+        load = f'model = {auto_class}.from_pretrained("THIS FOLDER")'
     elif tuning == "bottleneck":
         load = '# bottleneck adapters are no PEFT type: fedlora predict RUN "a text"'
     else:
         load = (
-            f'base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=NUM_LABELS)\n'
+            f'base = {auto_class}.from_pretrained("{base}"{labels})\n'
             'model = PeftModel.from_pretrained(base, "THIS FOLDER")'
         )
     header = "" if merged else "library_name: peft\n"
@@ -151,7 +155,7 @@ was sent is in the run's `ledger.jsonl`.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import {auto_class}
 
 {load}
 ```

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,24 +47,23 @@ class Trained:
         """The task, without data."""
         return self.workspace.task
 
-    def predict(self, texts: list[str]) -> list[dict[str, float]]:
-        """Each text's classes with their probabilities, the likeliest first."""
+    def predict(self, inputs: list[str]) -> list[dict[str, Any]]:
+        """What the model says of each input; see the task's ``predict``."""
         self.workspace.model.eval()
         with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
-            return self.task.predict(self.workspace.model, texts, self.workspace.device)
+            return self.task.predict(self.workspace.model, inputs, self.workspace.device)
 
-    def evaluate(self, path: Path, text: str | None = None, label: str | None = None) -> Evaluation:
+    def evaluate(self, path: Path, columns: Mapping[str, str] | None = None) -> Evaluation:
         """Metrics on the rows of a file.
 
         Args:
             path: csv, tsv, json, jsonl or parquet, maybe with ``.gz``.
-            text: its column of texts.
-            label: its column of labels, by name or number.
+            columns: name that the task uses -> name in the file, where it differs.
 
         Raises:
             DataError: the file cannot be read.
         """
-        task = self.task.with_test(path, text, label)
+        task = self.task.with_test(path, columns or {})
         self.workspace.model.eval()
         with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
             rows = np.arange(task.num_examples("test"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,9 @@ class Deal(NamedTuple):
 class Partition(ABC):
     """How the rows of a data set are dealt to clients; every row goes to one client at most."""
 
+    skewed: ClassVar[bool] = False
+    """Whether rows are dealt by class, so that two classes or more are needed."""
+
     @abstractmethod
     def split(
         self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
@@ -37,7 +41,7 @@ class Partition(ABC):
         """Deal the rows.
 
         Args:
-            labels: (rows,) class numbers, integer.
+            labels: (rows,) class numbers, integer, of what ``clients.skew`` looks at.
             column: (rows,) the values that name each row's natural client, or None; only ``Natural`` reads it.
             num_clients: how many clients to make.
             rng: the only source of chance.
@@ -87,22 +91,25 @@ class Dirichlet(Partition):
       q; where a class has run out, the rest is filled from those of its classes that have not. The last client takes
       what is over. Concentration per class is alpha / C, so its alpha is about C times that of ``flasc``.
     - ``hsu`` (class over clients, as in most later code): ``q_c ~ Dir(alpha 1_K)`` cuts class c over the clients that
-      hold fewer than N / K rows yet; drawn anew until each holds ``min_examples``. Sizes vary widely.
+      hold fewer than N / K rows yet. Sizes vary widely.
 
     Args:
         alpha: concentration, > 0; small is skewed. Its meaning differs between schemes, so always state both.
         scheme: which of the three.
-        min_examples: rows every client must have, read by ``hsu`` alone.
+        min_examples: rows every client must have; ``flasc`` and ``hsu`` draw anew until it is so, the sizes of
+            ``fednlp`` are all alike. Absent: 10 for ``hsu``, as its code has it, and no minimum for the others.
 
     References:
         Hsu, Qi and Brown, "Measuring the effects of non-identical data distribution" (arXiv 1909.06335);
         Lin et al., FedNLP (arXiv 2104.08815); Kuo et al., FLASC (arXiv 2406.05233).
     """
 
+    skewed: ClassVar[bool] = True
+
     kind: Literal["dirichlet"] = "dirichlet"
     alpha: Annotated[float, Field(gt=0)] = 0.1
     scheme: Literal["flasc", "fednlp", "hsu"] = "flasc"
-    min_examples: Annotated[int, Field(ge=1)] = 10
+    min_examples: Annotated[int, Field(ge=1)] | None = None
 
     def split(
         self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
@@ -110,20 +117,19 @@ class Dirichlet(Partition):
         """Draw shares and deal by them; see ``Partition.split``."""
         classes = _by_class(labels)
         counts = np.array([len(rows) for rows in classes], dtype=np.int64)
-        if self.scheme == "flasc":
-            table = self._flasc(counts, num_clients, rng)
-        elif self.scheme == "fednlp":
-            table = self._fednlp(counts, num_clients, rng)
-        else:
-            table = self._hsu(counts, num_clients, rng)
+        draw = {"flasc": self._flasc, "fednlp": self._fednlp, "hsu": self._hsu}[self.scheme]
+        least = self.min_examples or (10 if self.scheme == "hsu" else 0)
+        table = _redraw(
+            lambda: draw(counts, num_clients, rng), least, num_clients, int(counts.sum()), f"alpha = {self.alpha:g}"
+        )
         if self.scheme != "flasc":
             classes = [rng.permutation(rows) for rows in classes]
         # owner[j] is the client of the j-th row in class order; -1 is nobody
         clients = np.arange(num_clients)
         owner = np.full(int(counts.sum()), -1, dtype=np.int64)
         starts = np.cumsum(counts) - counts
-        for index, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            dealt = np.repeat(clients, table[:, index])[:count]
+        for index, start in enumerate(starts):
+            dealt = np.repeat(clients, table[:, index])
             owner[start : start + len(dealt)] = dealt
         return numbered(_gather(np.concatenate(classes), owner, num_clients))
 
@@ -135,7 +141,9 @@ class Dirichlet(Partition):
                 f"with alpha = {self.alpha:g} no client drew any of {int((totals == 0).sum())} classes, but every "
                 "class must be dealt: use a larger alpha or more clients"
             )
-        table: Rows = np.round(shares / totals * counts).astype(np.int64)
+        rounded = np.round(shares / totals * counts).astype(np.int64)
+        # what is rounded up finds no rows at the end of its class
+        table: Rows = np.diff(np.minimum(np.cumsum(rounded, axis=0), counts), axis=0, prepend=0)
         return table
 
     def _fednlp(self, counts: Rows, num_clients: int, rng: np.random.Generator) -> Rows:
@@ -149,24 +157,43 @@ class Dirichlet(Partition):
         return table
 
     def _hsu(self, counts: Rows, num_clients: int, rng: np.random.Generator) -> Rows:
-        total = int(counts.sum())
-        problem = f"{num_clients} clients cannot each have min_examples = {self.min_examples} of {total} rows"
-        mend = "use fewer clients, a larger alpha or a smaller min_examples"
-        if self.min_examples * num_clients > total:
-            raise DataError(f"{problem}, which needs {self.min_examples * num_clients}: {mend}")
-        for _ in range(MAX_DRAWS):
-            table = np.zeros((num_clients, len(counts)), dtype=np.int64)
-            sizes = np.zeros(num_clients, dtype=np.int64)
-            for index, count in enumerate(counts):
-                hungry = sizes < total / num_clients
-                shares = rng.dirichlet(np.full(num_clients, self.alpha)) * hungry
-                shares = shares if shares.sum() > 0 else hungry.astype(float)
-                cuts = (np.cumsum(shares / shares.sum())[:-1] * count).astype(np.int64)
-                table[:, index] = np.diff(cuts, prepend=0, append=count)
-                sizes += table[:, index]
-            if sizes.min() >= self.min_examples:
-                return table
-        raise DataError(f"{problem} at alpha = {self.alpha:g} in {MAX_DRAWS} draws: {mend}")
+        table = np.zeros((num_clients, len(counts)), dtype=np.int64)
+        sizes = np.zeros(num_clients, dtype=np.int64)
+        for index, count in enumerate(counts):
+            hungry = sizes < counts.sum() / num_clients
+            shares = rng.dirichlet(np.full(num_clients, self.alpha)) * hungry
+            shares = shares if shares.sum() > 0 else hungry.astype(float)
+            table[:, index] = _cut(shares / shares.sum(), int(count))
+            sizes += table[:, index]
+        return table
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Quantity(Partition):
+    """Sizes ``~ Dir(beta 1_K)`` of all rows, classes ignored: clients differ in how much they hold, not in what.
+
+    Args:
+        beta: concentration, > 0; small is unequal.
+        min_examples: rows every client must have; sizes are drawn anew until it is so.
+
+    References:
+        Li et al., "Federated learning on non-IID data silos" (arXiv 2102.02079).
+    """
+
+    kind: Literal["quantity"] = "quantity"
+    beta: Annotated[float, Field(gt=0)] = 0.5
+    min_examples: Annotated[int, Field(ge=1)] = 10
+
+    def split(
+        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
+    ) -> Deal:
+        """Draw sizes, shuffle, cut; see ``Partition.split``."""
+
+        def draw() -> Rows:
+            return _cut(rng.dirichlet(np.full(num_clients, self.beta)), len(labels))[:, None]
+
+        table = _redraw(draw, self.min_examples, num_clients, len(labels), f"beta = {self.beta:g}")
+        return numbered(np.split(rng.permutation(len(labels)), np.cumsum(table[:-1, 0])))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -179,6 +206,8 @@ class Shards(Partition):
     References:
         McMahan et al., "Communication-efficient learning of deep networks" (arXiv 1602.05629), section 3.
     """
+
+    skewed: ClassVar[bool] = True
 
     kind: Literal["shards"] = "shards"
     shards_per_client: Annotated[int, Field(ge=1)] = 2
@@ -239,13 +268,14 @@ class Natural(Partition):
         return Deal([groups[index] for index in kept], [str(distinct[index]) for index in kept])
 
 
-AnyPartition = Annotated[Iid | Pooled | Dirichlet | Shards | Natural, Field(discriminator="kind")]
+AnyPartition = Annotated[Iid | Pooled | Dirichlet | Quantity | Shards | Natural, Field(discriminator="kind")]
 """Any partition, told apart by ``kind``."""
 
 PARTITIONS: dict[str, type[Partition]] = {
     "iid": Iid,
     "pooled": Pooled,
     "dirichlet": Dirichlet,
+    "quantity": Quantity,
     "shards": Shards,
     "natural": Natural,
 }
@@ -255,6 +285,25 @@ PARTITIONS: dict[str, type[Partition]] = {
 def numbered(groups: list[Rows]) -> Deal:
     """A deal to clients called ``"0"``, ``"1"`` and so on."""
     return Deal(groups, [str(index) for index in range(len(groups))])
+
+
+def _redraw(draw: Callable[[], Rows], least: int, num_clients: int, total: int, setting: str) -> Rows:
+    """A ``(clients, classes)`` table of counts that gives each client ``least`` rows; 0 takes the first draw."""
+    problem = f"{num_clients} clients cannot each have min_examples = {least} of {total} rows"
+    mend = f"use fewer clients, a larger {setting.split()[0]} or a smaller min_examples"
+    if least * num_clients > total:
+        raise DataError(f"{problem}, which needs {least * num_clients}: {mend}")
+    for _ in range(MAX_DRAWS):
+        table = draw()
+        if table.sum(axis=1).min() >= least:
+            return table
+    raise DataError(f"{problem} at {setting} in {MAX_DRAWS} draws: {mend}")
+
+
+def _cut(shares: NDArray[np.float64], count: int) -> Rows:
+    """``count`` rows cut at the cumulated ``shares``, (clients,) int64."""
+    cuts = (np.cumsum(shares)[:-1] * count).astype(np.int64)
+    return np.diff(cuts, prepend=0, append=count)
 
 
 def _by_class(labels: NDArray[Any]) -> list[Rows]:

@@ -1,4 +1,4 @@
-"""Drawings: who holds which labels."""
+"""Drawings: who holds which classes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def label_counts(population: Population, labels: Rows, num_classes: int) -> Rows
 def partition_bars(
     population: Population, labels: Rows, names: list[str], num_clients: int = 20, width: int = 55
 ) -> Text:
-    """One bar per client, as long as its examples and coloured by label, for a terminal.
+    """One bar per client, as long as its examples and coloured by class, for a terminal.
 
     Args:
         population: the clients.
-        labels: label of each training example.
-        names: the classes' names.
+        labels: class number of each training example.
+        names: the classes' names; none where there are no classes.
         num_clients: clients drawn, evenly spaced among all.
         width: characters of the longest bar.
     """
@@ -54,6 +54,11 @@ def partition_bars(
 def partition_html(population: Population, labels: Rows, names: list[str]) -> str:
     """A page with one stacked bar per client.
 
+    Args:
+        population: the clients.
+        labels: class number of each training example.
+        names: the classes' names; none where there are no classes.
+
     Raises:
         ConfigError: plotly is not installed.
     """
@@ -61,7 +66,8 @@ def partition_html(population: Population, labels: Rows, names: list[str]) -> st
         import plotly.graph_objects as go
     except ImportError as error:
         raise ConfigError("drawings need plotly: pip install 'fedlora[plot]'") from error
-    counts = label_counts(population, labels, max(1, len(names)))
+    names = names or ["examples"]
+    counts = label_counts(population, labels, len(names))
     figure = go.Figure([go.Bar(name=name, x=list(population.names), y=counts[:, k]) for k, name in enumerate(names)])
-    figure.update_layout(barmode="stack", title="Examples of each client, by label", yaxis_title="examples")
+    figure.update_layout(barmode="stack", title="Examples of each client, by class", yaxis_title="examples")
     return str(figure.to_html(include_plotlyjs=True))

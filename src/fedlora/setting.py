@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -13,17 +14,22 @@ import torch
 
 from fedlora import config
 from fedlora.clients import (
+    Classes,
     Clients,
+    Deal,
     Division,
-    Partitioner,
     Pooled,
     Population,
+    Summary,
+    assemble,
     build_population,
-    from_partitioner,
+    check_per_round,
+    hold_out,
     summarise,
 )
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError, DataError
+from fedlora.foreign import Partitioner, from_partitioner
 from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import Sgd
 from fedlora.state import named_seed
@@ -44,6 +50,9 @@ class Setting:
         test_rows: the examples that evaluations use.
         split: the split they lie in.
         device: where the model lives.
+        classes: what the clients' skew looks at, of each training example.
+        holdout: the training examples ((rows,) int64, ascending) that a client keeps away from training, by client.
+            In the mode ``centralised`` they are those of the clients that a federation would have.
     """
 
     task: Prepared
@@ -51,6 +60,12 @@ class Setting:
     test_rows: Rows
     split: Split
     device: torch.device
+    classes: Classes
+    holdout: Mapping[int, Rows] = field(default_factory=dict)
+
+    def summary(self) -> Summary:
+        """How large and how skewed the clients are."""
+        return summarise(self.population, self.classes.numbers, max(1, len(self.classes.names)))
 
 
 def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> Setting:
@@ -62,27 +77,63 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
 
     Raises:
         DataError: the data cannot be read, or not be dealt as asked.
+        ConfigError: a round has more clients than there are, or clients are to be evaluated on no rows.
     """
-    task = experiment.task.prepare(experiment.model, experiment.data)
     clients = experiment.clients
-    seed = named_seed(experiment.seed, "partition")
-    name = clients.column()
-    if partitioner is not None:
-        division = Division(from_partitioner(partitioner, task.table()), None)
-    else:
-        division = build_population(clients, task.labels, task.column(name, "train") if name else None, seed)
+    if experiment.evaluate.clients != "never" and not clients.holdout:
+        raise ConfigError(
+            f"evaluate.clients = '{experiment.evaluate.clients}' tests each client on rows of its own, but "
+            "clients.holdout = 0 keeps none: set clients.holdout to 0.2, or evaluate.clients to never"
+        )
+    task = experiment.task.prepare(experiment.model, experiment.data)
+    device = pick_device(experiment.device)
+    classes = clients.skew.classes(task, named_seed(experiment.seed, "skew"), device)
+    pooled = experiment.mode == "centralised"
+    if pooled and not (clients.holdout or clients.test_clients):
+        clients, partitioner = Clients(partition=Pooled(), num=1, per_round=1), None
+    division = _divide(clients, task, classes, named_seed(experiment.seed, "partition"), partitioner)
+    if experiment.mode == "federated":
+        check_per_round(clients.per_round, len(division.population))
+    population, holdout = hold_out(division.population, clients.holdout, named_seed(experiment.seed, "holdout"))
+    if clients.holdout and not holdout:
+        raise DataError(
+            f"none of the {len(population)} clients has two rows, so clients.holdout = {clients.holdout:g} keeps "
+            "nothing: use fewer clients, or set it to 0"
+        )
     test_rows = np.arange(task.num_examples("test"))
     split: Split = "test"
     if division.test_rows is not None:
         test_rows, split = division.test_rows, "train"
-    elif name is not None and name in task.columns("test"):
+    if pooled:
+        away = [*holdout.values(), *([] if division.test_rows is None else [division.test_rows])]
+        population = _pool(task.num_examples("train"), away, population.held_out)
+    return Setting(task, population, test_rows, split, device, classes, holdout)
+
+
+def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, partitioner: Partitioner | None) -> Division:
+    if partitioner is not None:
+        return Division(from_partitioner(partitioner, task.table(), clients.allow_empty), None)
+    if clients.partition.skewed and not classes.names:
+        raise DataError(
+            f"the task has no classes, which the '{clients.partition.kind}' partition skews: set clients.skew to "
+            '{ kind = "clusters" } or { kind = "column", name = "..." }, or clients.partition to { kind = "iid" }'
+        )
+    name = clients.column()
+    division = build_population(clients, classes.numbers, task.column(name, "train") if name else None, seed)
+    if division.test_rows is None and name is not None and name in task.columns("test"):
         shared = set(task.column(name, "test").tolist()) & set(task.column(name, "train").tolist())
         if shared:
             raise DataError(
                 f"{len(shared)} values of {name!r} are in both the training and the test data, so test users would be "
                 "trained on; set clients.test_clients = 0.2 to hold out whole clients instead"
             )
-    return Setting(task, division.population, test_rows, split, pick_device(experiment.device))
+    return division
+
+
+def _pool(total: int, kept_away: list[Rows], held_out: int) -> Population:
+    """One client that holds all rows but those."""
+    rows = np.setdiff1d(np.arange(total), np.concatenate([np.zeros(0, dtype=np.int64), *kept_away]))
+    return dataclasses.replace(assemble(Deal([rows], ["0"]), len(rows), allow_empty=False), held_out=held_out)
 
 
 def pick_device(name: str) -> torch.device:
@@ -108,15 +159,12 @@ def in_mode(experiment: Experiment) -> Experiment:
         return dataclasses.replace(recipe, down=Link(), up=Link(), server=Sgd(), local=local, memory="init")
 
     phases = tuple(Phase(recipe=alone(phase.recipe), rounds=phase.rounds) for phase in experiment.phases)
-    pooled = Clients(partition=Pooled(), num=1, per_round=1)
-    clients = pooled if experiment.mode == "centralised" else experiment.clients
+    clients = dataclasses.replace(experiment.clients, per_round=1)
     return dataclasses.replace(experiment, phases=phases, clients=clients)
 
 
 def manifest(experiment: Experiment, setting: Setting) -> dict[str, Any]:
     """What a reader needs to know about how a run was made."""
-    labels = setting.task.labels
-    summary = summarise(setting.population, labels, max(1, len(setting.task.label_names)))
     return {
         "versions": {name: metadata.version(name) for name in VERSIONED},
         "python": platform.python_version(),
@@ -128,5 +176,5 @@ def manifest(experiment: Experiment, setting: Setting) -> dict[str, Any]:
         "data_fingerprint": setting.task.fingerprint,
         "label_names": setting.task.label_names,
         "num_test": len(setting.test_rows),
-        "partition": summary.as_dict(),
+        "partition": setting.summary().as_dict(),
     }

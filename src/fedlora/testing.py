@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from fedlora.clients import Population
 from fedlora.tasks.base import Batch, Evaluation, Prepared, Rows, Split
-from fedlora.tasks.text import head_names
+from fedlora.tasks.loading import head_names
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 _DECODER = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 32, "head_dim": 8}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", _SMALL),
@@ -39,55 +40,117 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 32,
         },
     ),
-    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, **_ENDS}),
     "llama": ("LlamaConfig", _DECODER),
     "qwen2": ("Qwen2Config", _DECODER),
     "qwen3": ("Qwen3Config", _DECODER),
+    "gemma": ("GemmaConfig", _DECODER),
+    "gemma3": ("Gemma3TextConfig", {**_DECODER, "sliding_window": 8}),
+    "modernbert": (
+        "ModernBertConfig",
+        {
+            **_SMALL,
+            **_ENDS,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "max_position_embeddings": 32,
+            "local_attention": 8,
+        },
+    ),
+    "t5": (
+        "T5Config",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "initializer_factor": 0.3},
+    ),
+}
+_IMAGE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("ViTConfig", {**_SMALL, "patch_size": 8}),
+    "dinov2": (
+        "Dinov2Config",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "patch_size": 8},
+    ),
+    "mobilenet_v1": ("MobileNetV1Config", {"depth_multiplier": 0.05, "min_depth": 4, "classifier_dropout_prob": 0.1}),
+    "mobilenet_v2": (
+        "MobileNetV2Config",
+        {"depth_multiplier": 0.05, "min_depth": 4, "depth_divisible_by": 4, "finegrained_output": False},
+    ),
 }
 FAMILIES = tuple(_CONFIGS)
-"""Families of which a tiny model can be made."""
+"""Families of which a tiny model over token ids can be made."""
+IMAGE_FAMILIES = tuple(_IMAGE_CONFIGS)
+"""Families of which a tiny model over images of 16 by 16 pixels can be made."""
+Head = Literal["SequenceClassification", "TokenClassification", "QuestionAnswering", "CausalLM", "ImageClassification"]
 
 
 def tiny_config(family: str, vocabulary: int = 64, num_labels: int = 3) -> transformers.PretrainedConfig:
-    """The configuration of a sequence classifier of two layers and 32 dimensions.
+    """The configuration of a model of two layers and 32 dimensions; convolutional ones have all their layers.
 
     Args:
-        family: one of ``FAMILIES``.
+        family: one of ``FAMILIES`` or ``IMAGE_FAMILIES``.
         vocabulary: number of token ids.
         num_labels: classes.
     """
-    name, settings = _CONFIGS[family]
-    config = getattr(transformers, name)(vocab_size=vocabulary, pad_token_id=0, num_labels=num_labels, **settings)
+    if family in IMAGE_FAMILIES:
+        name, settings = _IMAGE_CONFIGS[family]
+        config = getattr(transformers, name)(image_size=16, num_labels=num_labels, **settings)
+    else:
+        name, settings = _CONFIGS[family]
+        config = getattr(transformers, name)(vocab_size=vocabulary, pad_token_id=0, num_labels=num_labels, **settings)
     assert isinstance(config, transformers.PretrainedConfig)
     return config
 
 
-def tiny_model(family: str = "bert", seed: int = 0, num_labels: int = 3) -> transformers.PreTrainedModel:
-    """A sequence classifier with random weights; its singular values fall off as those of trained ones do."""
+def default_head(family: str) -> Head:
+    """The head that a family gets if none is asked for: T5's encoder alone bears none but that of single tokens."""
+    if family in IMAGE_FAMILIES:
+        return "ImageClassification"
+    return "TokenClassification" if family == "t5" else "SequenceClassification"
+
+
+def tiny_model(
+    family: str = "bert", seed: int = 0, num_labels: int = 3, head: Head | None = None
+) -> transformers.PreTrainedModel:
+    """A model with random weights; its singular values fall off as those of trained ones do.
+
+    Args:
+        family: one of ``FAMILIES`` or ``IMAGE_FAMILIES``.
+        seed: of the weights.
+        num_labels: classes.
+        head: what ``AutoModelFor...`` of ``transformers`` makes it; see ``default_head``.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = tiny_config(family, num_labels=num_labels)
-        model = transformers.AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(3.0)
+        auto = getattr(transformers, f"AutoModelFor{head or default_head(family)}")
+        # an answer is a start and an end
+        labels = 2 if head == "QuestionAnswering" else num_labels
+        model = auto.from_config(tiny_config(family, num_labels=labels))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() in (2, 4):
+                    parameter.mul_(3.0 if parameter.dim() == 2 else 8.0)
+            if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+                # statistics of random images, or signals would fade from layer to layer
+                model.train()(pixel_values=torch.randn(16, 3, 16, 16))
+                model.eval()
     assert isinstance(model, transformers.PreTrainedModel)
     return model
 
 
 class TensorTask(Prepared):
-    """A classification task over token ids that are held in memory.
+    """A classification task over token ids or images that are held in memory.
+
+    A model that speaks of each token is judged by the mean of what it says.
 
     Args:
         make_model: gives the pre-trained model, the same one each time.
-        tokens: ``(examples, length)`` integers; zero is padding.
+        tokens: ``(examples, length)`` integers, zero is padding; or ``(examples, 3, height, width)`` pixels.
         labels: ``(examples,)`` integers.
-        attention: whether the model gets an attention mask.
+        attention: whether a model over tokens gets an attention mask.
     """
 
-    main_metric: ClassVar[str] = "accuracy"
-    higher_is_better: ClassVar[bool] = True
+    main_metric = "accuracy"
+    higher_is_better = True
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task = "SEQ_CLS"
 
     def __init__(
         self, make_model: Callable[[], nn.Module], tokens: Tensor, labels: Tensor, attention: bool = True
@@ -96,6 +159,11 @@ class TensorTask(Prepared):
         self.tokens = tokens
         self.targets = labels
         self.attention = attention
+
+    @property
+    def data(self) -> Mapping[Split, Any]:
+        """See ``Prepared.data``; the tensors are no data set."""
+        return {}
 
     @property
     def labels(self) -> Rows:
@@ -135,21 +203,26 @@ class TensorTask(Prepared):
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``."""
-        batch = {"input_ids": self.tokens[rows].to(device), "labels": self.targets[rows].to(device)}
-        if self.attention:
+        name = "input_ids" if self.tokens.dim() == 2 else "pixel_values"
+        batch = {name: self.tokens[rows].to(device), "labels": self.targets[rows].to(device)}
+        if self.attention and name == "input_ids":
             batch["attention_mask"] = (batch["input_ids"] != 0).long()
         return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``."""
+        return functional.cross_entropy(self.logits(model, batch), batch["labels"])
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What ``model`` says of each example, ``(examples, classes)`` float32."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return functional.cross_entropy(model(**inputs).logits.float(), batch["labels"])
+        logits: Tensor = model(**inputs).logits.float()
+        return logits.mean(1) if logits.dim() == 3 else logits
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``."""
         batch = self.batch(rows, device)
-        labels = batch.pop("labels")
-        logits = model(**batch).logits.float()
+        labels, logits = batch["labels"], self.logits(model, batch)
         return Evaluation(
             {
                 "accuracy": float((logits.argmax(1) == labels).float().mean()),
@@ -158,11 +231,11 @@ class TensorTask(Prepared):
             (),
         )
 
-    def with_test(self, path: Path, text: str | None, label: str | None) -> Prepared:
+    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
         """See ``Prepared.with_test``; there are no files here."""
         return self
 
-    def predict(self, model: nn.Module, texts: list[str], device: torch.device) -> list[dict[str, float]]:
+    def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``; there is no tokenizer."""
         return []
 
@@ -171,18 +244,21 @@ class TensorTask(Prepared):
 
 
 def toy_task(family: str = "bert", num_examples: int = 48, num_labels: int = 3, seed: int = 0) -> TensorTask:
-    """A task that a tiny model can learn: the label is the residue of a token that is repeated in the text.
+    """A task that a tiny model can learn: the label shows in a token that is repeated, or in an image's brightness.
 
     Args:
-        family: one of ``FAMILIES``.
+        family: one of ``FAMILIES`` or ``IMAGE_FAMILIES``.
         num_examples: examples.
         num_labels: classes.
         seed: for data and weights.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_examples) % num_labels
-    tokens = torch.randint(10, 60, (num_examples, 8), generator=generator)
-    tokens[:, 1::2] = (labels + 1).unsqueeze(1)
+    if family in IMAGE_FAMILIES:
+        tokens = torch.randn((num_examples, 3, 16, 16), generator=generator) + labels.view(-1, 1, 1, 1)
+    else:
+        tokens = torch.randint(10, 60, (num_examples, 8), generator=generator)
+        tokens[:, 1::2] = (labels + 1).unsqueeze(1)
     return TensorTask(lambda: tiny_model(family, seed, num_labels), tokens, labels)
 
 

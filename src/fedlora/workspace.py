@@ -122,6 +122,9 @@ def _to_bfloat16(installed: Installed) -> None:
     trained = {id(parameter) for parameter in installed.parameters.values()}
     for module in installed.model.modules():
         own = list(module.parameters(recurse=False))
+        # statistics that run along are float32, and their kernel wants one format
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
         # kernels of normalisation want one format for weight and bias
         if isinstance(module, nn.LayerNorm) and any(id(parameter) in trained for parameter in own):
             continue

@@ -15,7 +15,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from fedlora.errors import ConfigError, DataError
-from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, Splits, fingerprint
+from fedlora.tasks import TextClassification
+from fedlora.tasks.columns import Raw, Splits, fingerprint, split
+from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, Source
 
 TEXTS = ["none of it", "two, three", 'say "hi"', "a\tb", "five", "sechs äöü"]
 ROWS = [{"text": text, "label": label, "user": index // 2} for index, (text, label) in enumerate(zip(TEXTS, "baabba"))]  # noqa: B905
@@ -44,17 +46,28 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def load(tmp_path: Path, train: list[dict[str, Any]], test: list[dict[str, Any]] | None = None, **more: Any) -> Splits:
+def read(source: Source) -> Splits:
+    """The rows as text classification wants them: checked, labels as classes, held out."""
+    return TextClassification().read(source)[0]
+
+
+def load(
+    tmp_path: Path, train: list[dict[str, Any]], test: list[dict[str, Any]] | None = None, **columns: str
+) -> Splits:
     test_path = write(tmp_path / "test.jsonl", train if test is None else test)
-    return Files(train=write(tmp_path / "train.jsonl", train), test=test_path, **more).load()
+    return read(Files(train=write(tmp_path / "train.jsonl", train), test=test_path, columns=columns))
 
 
 @pytest.mark.parametrize("zipped", ["", ".gz"])
 @pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl", "parquet"])
 def test_every_format_reads_the_same(tmp_path: Path, ending: str, zipped: str) -> None:
     path = write(tmp_path / f"rows.{ending}{zipped}", ROWS)
-    train, test = Files(train=path, test=path).load()
-    assert train.column_names == ["text", "label", "user"]
+    raw = Files(train=path, test=path).load()
+    assert raw.test is not None
+    assert raw.train.column_names == raw.test.column_names == ["text", "label", "user"]
+    assert raw.train["label"][:] == list("baabba")
+    train, test = read(Files(train=path, test=path))
+    assert set(train.column_names) == {"text", "label", "user"}
     assert train["text"][:] == TEXTS
     assert train["label"][:] == [1, 0, 0, 1, 1, 0]
     assert train["user"][:] == [0, 0, 1, 1, 2, 2]
@@ -94,7 +107,7 @@ def test_progress_bars_are_left_as_they_were(tmp_path: Path, capsys: pytest.Capt
 def test_words_that_look_missing_are_texts_in_csv(tmp_path: Path) -> None:
     rows = [{"text": "None", "label": "NA"}, {"text": "null", "label": "nan"}]
     path = write(tmp_path / "rows.csv", rows)
-    train = Files(train=path, test=path).load().train
+    train = read(Files(train=path, test=path)).train
     assert train["text"][:] == ["None", "null"]
     assert train.features["label"].names == ["NA", "nan"]
 
@@ -102,7 +115,7 @@ def test_words_that_look_missing_are_texts_in_csv(tmp_path: Path) -> None:
 def test_columns_are_renamed_and_pairs_kept(tmp_path: Path) -> None:
     rows = [{"id": 1, "y": "no", "a": "x", "b": "y"}, {"id": 2, "y": "yes", "a": "z", "b": "w"}]
     train = load(tmp_path, rows, text="a", text_pair="b", label="y").train
-    assert train.column_names == ["text", "text_pair", "label", "id"]
+    assert sorted(train.column_names) == ["id", "label", "text", "text_pair"]
     assert train[1] == {"text": "z", "text_pair": "w", "label": 1, "id": 2}
 
 
@@ -113,7 +126,7 @@ def test_integer_labels_and_their_names(tmp_path: Path) -> None:
     assert plain["label"][:] == [1, 0, 1, 0]
     named = load(tmp_path, rows, label_name="name").train
     assert named.features["label"].names == ["minus", "seven"]
-    assert named["name"][:] == ["seven", "minus", "seven", "minus"]
+    assert named["label_name"][:] == ["seven", "minus", "seven", "minus"]
     with pytest.raises(DataError, match=r"\(2 classes, 2 names, 3 pairs\)"):
         load(tmp_path, [*rows, {"text": "x", "label": 7, "name": "minus"}], label_name="name")
 
@@ -130,25 +143,25 @@ def test_declared_classes_are_kept(tmp_path: Path) -> None:
         rows = datasets.Dataset.from_dict({"text": ["p", "q"], "label": labels}, features=features)
         paths.append(str(tmp_path / f"{len(paths)}.parquet"))
         rows.to_parquet(paths[-1])
-    train, test = Files(train=paths[0], test=paths[1]).load()
+    train, test = read(Files(train=paths[0], test=paths[1]))
     assert train.features["label"].names == ["z", "y", "x"]
     assert test["label"][:] == [0, 1]
     with pytest.raises(DataError, match="1 of 2 test rows carry the label -1"):
-        Files(train=paths[0], test=paths[2]).load()
+        read(Files(train=paths[0], test=paths[2]))
 
 
 def test_without_a_test_file_equal_texts_fall_on_one_side(tmp_path: Path) -> None:
     rows = [{"text": f"text {i % 100}", "label": i % 2} for i in range(400)]
     path = write(tmp_path / "rows.csv", rows)
-    train, test = Files(train=path, test_fraction=0.25).load()
+    train, test = read(Files(train=path, test_fraction=0.25))
     assert len(train) + len(test) == 400
     assert not set(train["text"][:]) & set(test["text"][:])
     assert 40 <= len(test) <= 160
-    backwards = Files(train=write(tmp_path / "back.csv", rows[::-1]), test_fraction=0.25).load().test
+    backwards = read(Files(train=write(tmp_path / "back.csv", rows[::-1]), test_fraction=0.25)).test
     assert set(backwards["text"][:]) == set(test["text"][:])
-    assert set(Files(train=path, test_fraction=0.25, seed=1).load().test["text"][:]) != set(test["text"][:])
+    assert set(read(Files(train=path, test_fraction=0.25, seed=1)).test["text"][:]) != set(test["text"][:])
     with pytest.raises(DataError, match=r"holding out 0\.0001 of 2 rows"):
-        Files(train=write(tmp_path / "two.csv", rows[:2]), test_fraction=0.0001).load()
+        read(Files(train=write(tmp_path / "two.csv", rows[:2]), test_fraction=0.0001))
 
 
 @pytest.mark.parametrize(
@@ -159,8 +172,15 @@ def test_without_a_test_file_equal_texts_fall_on_one_side(tmp_path: Path) -> Non
         (ROWS, [{"text": "x"}], {}, "the test rows have no column 'label'"),
         ([*ROWS, {"text": None, "label": "a", "user": 0}], ROWS, {}, r"'text' has no value in 1 of 7 .*row 6"),
         ([*ROWS, {"text": "x", "label": None, "user": 0}], ROWS, {}, "'label' has no value in 1 of 7"),
-        (ROWS, None, {"text": "user"}, "column 'user' of the training rows holds int64"),
-        (ROWS, None, {"label": "user", "text": "label"}, "'user' is to become 'label'|'label' is to become 'text'"),
+        (ROWS, None, {"text": "user"}, "'user' is to become 'text', but the training rows have another"),
+        (ROWS, None, {"label": "text"}, "'text' is to become 'label', but the training rows have another"),
+        ([{"user": 1, "label": "a"}], None, {"text": "user"}, "column 'text' of the training rows holds int64"),
+        ([{"a": "x", "label": "a"}], None, {}, "no column 'text', only a, label: data.columns = { text = "),
+        ([{"text": "x"}], None, {"label": "text"}, "no column 'text', only label"),
+        (ROWS, None, {"label": "user", "text": "label"}, "'label' is to become 'text', but the training rows have"),
+        (ROWS, None, {"text_pair": "user"}, "column 'text_pair' of the training rows holds int64"),
+        (ROWS, [{"text": "x", "label": "a", "text_pair": "y"}], {}, "the training rows have no column 'text_pair'"),
+        ([{"text": "x", "label": "a", "text_pair": "y"}], ROWS, {}, "the test rows have no column 'text_pair'"),
         ([{"text": "x", "label": 0.5}], None, {}, "holds float, but labels are"),
     ],
 )
@@ -170,22 +190,40 @@ def test_rows_that_are_refused(tmp_path: Path, train: Any, test: Any, more: dict
 
 
 def test_one_column_for_two_uses(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="name one column twice"):
-        load(tmp_path, ROWS, label="text")
+    with pytest.raises(ConfigError, match="names one column twice"):
+        load(tmp_path, ROWS, label="user", text_pair="user")
+
+
+def test_names_may_be_swapped(tmp_path: Path) -> None:
+    rows = [{"text": row["label"], "label": row["text"]} for row in ROWS]
+    train = load(tmp_path, rows, text="label", label="text").train
+    assert train["text"][:] == TEXTS
+    assert train["label"][:] == [1, 0, 0, 1, 1, 0]
+
+
+def test_rows_are_held_out_by_any_content(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"words": [[f"w{i % 50}", "x"] for i in range(200)], "row": list(range(200))})
+    train, test = split(Raw(rows, None, 0.3, 0), "words")
+    sides = [{words[0] for words in part["words"]} for part in (train, test)]
+    assert not sides[0] & sides[1]
+    assert len(train) + len(test) == 200
+    assert 5 <= len(sides[1]) <= 25
+    assert train["row"][:] == sorted(train["row"][:])
+    assert split(Raw(train, test, 0.3, 0), "words") == (train, test)
 
 
 def test_nan_labels_are_missing(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\na,1\nb,\nc,2\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"'label' has no value in 1 of 3 training rows \(first: row 1\)"):
-        Files(train=str(path)).load()
+        read(Files(train=str(path)))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
         ("rows.csv", b"", "is empty"),
-        ("rows.csv.gz", gzip.compress(b""), "is empty"),
+        ("rows.csv.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("rows.csv", b"text,label\n", "has no rows"),
         ("rows.jsonl", b'{"text": \n', "cannot be read as json"),
         ("rows.jsonl.gz", b"not gzip", "cannot be read as json"),
@@ -210,11 +248,16 @@ def test_hub_reads_a_local_folder(tmp_path: Path) -> None:
     folder.mkdir()
     write(folder / "train.csv", ROWS)
     write(folder / "test.csv", ROWS[:3])
-    train, test = Hub(path=str(folder)).load()
+    train, test = read(Hub(path=str(folder)))
     assert (len(train), len(test)) == (6, 3)
     assert train.features["label"].names == ["a", "b"]
-    one = Hub(path=str(folder), test_split=None, test_fraction=0.5).load()
+    one = read(Hub(path=str(folder), test_split="", test_fraction=0.5))
     assert len(one.train) + len(one.test) == 6
+    assert not set(one.train["text"][:]) & set(one.test["text"][:])
+    renamed = Hub(path=str(folder), columns={"body": "text"}).load()
+    assert renamed.test is not None
+    assert renamed.train["body"][:] == TEXTS
+    assert renamed.test.column_names == ["body", "label", "user"]
     with pytest.raises(DataError, match=r"split 'validation' of .* cannot be loaded"):
         Hub(path=str(folder), test_split="validation").load()
 
@@ -230,7 +273,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def docstrings() -> Splits:
-    return Docstrings().load()
+    return read(Docstrings())
 
 
 def test_docstrings_are_many_distinct_and_split(docstrings: Splits) -> None:
@@ -250,7 +293,7 @@ def test_docstrings_are_many_distinct_and_split(docstrings: Splits) -> None:
 
 
 def test_docstrings_repeat(docstrings: Splits) -> None:
-    again = Docstrings().load()
+    again = read(Docstrings())
     assert fingerprint(again.train) == fingerprint(docstrings.train)
     assert fingerprint(again.test) == fingerprint(docstrings.test)
 
@@ -270,7 +313,9 @@ def test_docstrings_of_a_small_library(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content, encoding="utf-8")
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
-    train, test = Docstrings(num_classes=2, test_fraction=0.5, seed=1).load()
+    raw = Docstrings(num_classes=2, test_fraction=0.5, seed=1).load()
+    assert raw[1:] == (None, 0.5, 1)
+    train, test = read(Docstrings(num_classes=2, test_fraction=0.5, seed=1))
     assert sorted((row["text"], row["label"], row["file"]) for part in (train, test) for row in part) == [
         ("A class within a package.", 1, "two/__init__.py"),
         ("Indented text,\n  kept.", 0, "one.py"),
@@ -302,6 +347,11 @@ def test_fingerprint_sees_content_order_and_names_alone() -> None:
 
 def test_the_table_and_the_union_agree() -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(AnySource)
-    needed = {"docstrings": {}, "files": {"train": "a.csv"}, "hub": {"path": "owner/name"}}
+    needed = {
+        "docstrings": {},
+        "files": {"train": "a.csv"},
+        "hub": {"path": "owner/name"},
+        "image_folder": {"path": "pictures"},
+    }
     for kind, cls in SOURCES.items():
         assert type(adapter.validate_python({"kind": kind, **needed[kind]})) is cls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_experiment import COLOURS, make_rows, save_model, tiny_world, write_rows
+from tiny import COLOURS, make_rows, save_model, tiny_world, write_rows
 from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer
 
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import Files, Model, TextClassification
-from fedlora.tasks.text import PreparedText, group_lengths, head_names, load_tokenizer
+from fedlora.tasks.encoded import group_lengths
+from fedlora.tasks.loading import head_names, load_tokenizer
+from fedlora.tasks.text import PreparedText
 from fedlora.testing import tiny_model
 
 CPU = torch.device("cpu")
+SECOND = {"text_pair": "second"}
 world = pytest.fixture(scope="module")(tiny_world)
 
 
@@ -76,7 +80,7 @@ def test_a_fixed_length_below_max_length_is_refused() -> None:
 
 
 def test_pairs_carry_the_types_of_their_tokens(world: Path, pairs: Path) -> None:
-    task = prepare(world, train=str(pairs), test=str(pairs), text_pair="second")
+    task = prepare(world, train=str(pairs), test=str(pairs), columns=SECOND)
     rows = np.array([3, 4, 11])
     first, second = (task.table()[name] for name in ("text", "text_pair"))
     expected = AutoTokenizer.from_pretrained(world / "bert")(
@@ -293,7 +297,46 @@ def test_models_that_know_no_types_can_predict(tmp_path: Path, family: str) -> N
 def test_a_label_that_the_model_does_not_know_is_refused(world: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "w1", "label": "violet"}])
     with pytest.raises(DataError, match="labels that the model does not know: violet"):
-        prepare(world).with_test(file, None, None)
+        prepare(world).with_test(file, {})
+
+
+def test_other_rows_may_call_their_columns_otherwise(world: Path, tmp_path: Path) -> None:
+    rows = [{"body": row["text"], "kind": COLOURS.index(row["label"])} for row in make_rows(24, 1)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    task = TextClassification().restore(Model(path=str(world / "bert")), list(COLOURS))
+    found = task.with_test(file, {"text": "body", "label": "kind"})
+    model = model_of(prepare(world))
+    with torch.no_grad():
+        expected = prepare(world).evaluate(model, np.arange(24), "test", CPU)
+        assert found.evaluate(model, np.arange(24), "test", CPU) == expected
+    with pytest.raises(DataError, match=r"rows.jsonl rows have no column 'text', only body, kind: .*-c text="):
+        task.with_test(file, {})
+    with pytest.raises(DataError, match="no column 'bdy', only body, kind: did you mean 'body'"):
+        task.with_test(file, {"text": "bdy"})
+
+
+def test_texts_are_what_is_read(world: Path, pairs: Path) -> None:
+    rows = make_rows(24, 1)
+    assert prepare(world).texts("test") == [row["text"] for row in rows]
+    task = prepare(world, train=str(pairs), test=str(pairs), columns=SECOND)
+    assert task.texts("train")[7] == f"{make_rows(30, 3)[7]['text']} w7 red"
+
+
+def test_pairs_in_json_are_predicted_as_pairs(world: Path, pairs: Path) -> None:
+    task = prepare(world, TextClassification(eval_batch_size=4), train=str(pairs), test=str(pairs), columns=SECOND)
+    model = model_of(task)
+    rows = list(zip(*(task.data["test"][name] for name in ("text", "text_pair")), strict=True))
+    with torch.no_grad():
+        expected = task.logits(model, np.arange(30), "test", CPU).softmax(1)
+        found = task.predict(model, [json.dumps(pair) for pair in rows], CPU)
+        mixed = task.predict(model, [rows[0][0], json.dumps(rows[0]), "[1, 2]", '["red"]', "[red", "w1"], CPU)
+        alone = [task.predict(model, [text], CPU)[0] for text in (rows[0][0], "[1, 2]", '["red"]', "[red", "w1")]
+    shares = torch.tensor([[one[name] for name in COLOURS] for one in found])
+    torch.testing.assert_close(shares, expected, atol=1e-5, rtol=0)
+    assert mixed[1] == pytest.approx(found[0], abs=1e-5)
+    for one, other in zip(mixed[:1] + mixed[2:], alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    assert mixed[0] != pytest.approx(mixed[1], abs=1e-4)
 
 
 def test_one_class_is_nothing_to_tell_apart(world: Path, tmp_path: Path) -> None:

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
-from fedlora.tasks.base import Evaluation, Model, Prepared, Task
-from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, Source
-from fedlora.tasks.text import TextClassification
+from typing import Annotated
 
-TASKS: dict[str, type[Task]] = {"text_classification": TextClassification}
-AnyTask = TextClassification
+from pydantic import Field
+
+from fedlora.tasks.base import Evaluation, Model, Prepared, Task
+from fedlora.tasks.images import ImageClassification
+from fedlora.tasks.instruction import Instruction
+from fedlora.tasks.language import CausalLM
+from fedlora.tasks.questions import QuestionAnswering
+from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, ImageFolder, Source
+from fedlora.tasks.text import TextClassification
+from fedlora.tasks.tokens import TokenClassification
+
+AnyTask = Annotated[
+    CausalLM | ImageClassification | Instruction | QuestionAnswering | TextClassification | TokenClassification,
+    Field(discriminator="kind"),
+]
+"""Any task, told apart by ``kind``."""
+
+TASKS: dict[str, type[Task]] = {
+    "causal_lm": CausalLM,
+    "image_classification": ImageClassification,
+    "instruction": Instruction,
+    "question_answering": QuestionAnswering,
+    "text_classification": TextClassification,
+    "token_classification": TokenClassification,
+}
+"""The tasks by ``kind``."""
 
 __all__ = [
     "SOURCES",
     "TASKS",
     "AnySource",
     "AnyTask",
+    "CausalLM",
     "Docstrings",
     "Evaluation",
     "Files",
     "Hub",
+    "ImageClassification",
+    "ImageFolder",
+    "Instruction",
     "Model",
     "Prepared",
+    "QuestionAnswering",
     "Source",
     "Task",
     "TextClassification",
+    "TokenClassification",
 ]

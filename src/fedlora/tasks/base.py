@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedlora.component import STRICT
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, DataError
+from fedlora.tasks.columns import check_column, fingerprint, values_of
 from fedlora.tasks.sources import Source
+
+if TYPE_CHECKING:
+    import datasets
 
 Batch = dict[str, Tensor]
 Rows = NDArray[Any]
@@ -34,20 +41,24 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Model:
-    """Which pre-trained model.
+    """Which pre-trained model, and how it is held.
 
     Args:
         path: a hub id, a local folder, or ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs.
         revision: a hub revision.
         trust_remote_code: whether code that comes with a model may run here.
-        attention: the attention kernel; ``auto`` takes fedlora's own on a CPU (see ``cpu.attend``), else the one that
-            ``transformers`` prefers.
+        attention: the attention kernel; ``auto`` takes fedlora's own on a CPU (see ``tasks.cpu.attend``), else the one
+            that ``transformers`` prefers.
+        load: ``full`` precision, or frozen matrices in ``8bit`` or ``4bit`` by ``bitsandbytes``.
+        gradient_checkpointing: compute activations twice and keep few of them.
     """
 
     path: str = "embedded"
     revision: str | None = None
     trust_remote_code: bool = False
-    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    load: Literal["full", "8bit", "4bit"] = "full"
+    gradient_checkpointing: bool = False
 
     def resolve(self) -> str:
         """The path or hub id to load from.
@@ -72,44 +83,29 @@ class Prepared(ABC):
     Rows are integer arrays of positions in a split, ``train`` or ``test``.
     """
 
-    main_metric: ClassVar[str]
+    main_metric: str
     """The metric that tables show and comparisons rank by."""
-    higher_is_better: ClassVar[bool]
+    higher_is_better: bool
+    """Whether more of the main metric is better."""
+    auto_class: str
+    """The class of ``transformers`` that loads the model, for model cards."""
+    peft_task: str | None
+    """What ``peft`` calls the task; None where it has no word for it."""
+
+    @property
+    @abstractmethod
+    def data(self) -> Mapping[Split, datasets.Dataset]:
+        """The rows of each split there is."""
 
     @property
     @abstractmethod
     def labels(self) -> Rows:
-        """The label of each training example, ``(num_train,)`` integers, for partitions by label."""
+        """The class of each training example, ``(num_train,)`` integers, for partitions by label; zeros without any."""
 
     @property
     @abstractmethod
     def label_names(self) -> list[str]:
-        """The classes' names; an empty list if the task has none."""
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A digest of the data, the same on every machine."""
-
-    @abstractmethod
-    def num_examples(self, split: Split) -> int:
-        """Number of examples in a split."""
-
-    @abstractmethod
-    def table(self) -> Any:
-        """The training data as a ``datasets.Dataset``, for foreign partitioners."""
-
-    @abstractmethod
-    def columns(self, split: Split) -> list[str]:
-        """The names of the data's columns."""
-
-    @abstractmethod
-    def column(self, name: str, split: Split) -> Rows:
-        """A column of the data, for natural clients.
-
-        Raises:
-            DataError: there is no such column.
-        """
+        """What the model was told about its outputs: the classes' names; an empty list if the task has none."""
 
     @abstractmethod
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
@@ -132,20 +128,78 @@ class Prepared(ABC):
         """Metrics of ``model``, in evaluation mode, on the examples ``rows`` of ``split``."""
 
     @abstractmethod
-    def with_test(self, path: Path, text: str | None, label: str | None) -> Prepared:
-        """The same task with the rows of a file as its test split, its labels read by name or number.
+    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
+        """The same task with the rows of a file as its test split, classes read by name or number.
+
+        Args:
+            path: csv, tsv, json, jsonl or parquet, maybe with ``.gz``.
+            columns: name that the task uses -> name in the file, where it differs.
 
         Raises:
-            DataError: the file cannot be read, or has a label that the model does not know.
+            DataError: the file cannot be read, or has a class that the model does not know.
         """
 
     @abstractmethod
-    def predict(self, model: nn.Module, texts: list[str], device: torch.device) -> list[dict[str, float]]:
-        """What the model says of each text."""
+    def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
+        """What the model says of each input, as JSON values, the most telling first.
+
+        Args:
+            model: in evaluation mode.
+            inputs: what the task's documentation says an input is; a text, for most.
+            device: where the model is.
+
+        Raises:
+            DataError: an input is not of that form.
+        """
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Writes what goes beside a model, such as the tokenizer."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the data, the same on every machine."""
+        digests = (fingerprint(self.data[name]) for name in ("train", "test"))
+        return xxhash.xxh3_128_hexdigest("/".join(digests).encode())
+
+    def num_examples(self, split: Split) -> int:
+        """Number of examples in a split."""
+        return len(self.data[split])
+
+    def table(self) -> Any:
+        """The training data as a ``datasets.Dataset``, for foreign partitioners."""
+        return self.data["train"]
+
+    def columns(self, split: Split) -> list[str]:
+        """The names of the data's columns."""
+        return list(self.data[split].column_names)
+
+    def column(self, name: str, split: Split) -> Rows:
+        """A column of the data, for natural clients and skews; values that are no scalars as text.
+
+        Raises:
+            DataError: there is no such column.
+        """
+        check_column(self.data[split], name, split)
+        values = values_of(self.data[split], name)
+        return np.asarray([repr(value) if isinstance(value, list | dict) else value for value in values])
+
+    def texts(self, split: Split) -> list[str]:
+        """What an example says, for clusters of like texts.
+
+        Raises:
+            DataError: the task has no texts.
+        """
+        raise DataError('this task has no texts to cluster: use features = "embeddings"')
+
+    def embeddings(self, split: Split, device: torch.device) -> NDArray[np.float32]:
+        """The mean of the pre-trained backbone's last hidden state over each example, ``(examples, size)`` float32.
+
+        Examples that make several sequences are the mean of these.
+        """
+        from fedlora.tasks.embeddings import embed
+
+        return embed(self, split, device)
 
 
 class Task(ABC):

@@ -1,9 +1,10 @@
-"""The form in which every source hands its rows over: ``text``, maybe ``text_pair``, ``label``, and the rest."""
+"""Rows as every task wants them: columns under the names that tasks use, checked, and held out by content."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
@@ -14,78 +15,188 @@ if TYPE_CHECKING:
     import datasets
 
 
+class Raw(NamedTuple):
+    """Rows as a source gives them.
+
+    Args:
+        train: training rows.
+        test: test rows, or None to hold a part of the training rows out.
+        test_fraction: the part to hold out.
+        seed: of the hash that holds out.
+    """
+
+    train: datasets.Dataset
+    test: datasets.Dataset | None
+    test_fraction: float
+    seed: int
+
+
 class Splits(NamedTuple):
-    """Training and test rows with the columns ``text``, maybe ``text_pair``, ``label``, and all others untouched."""
+    """Training and test rows in the form that a task asked for."""
 
     train: datasets.Dataset
     test: datasets.Dataset
 
 
-class Columns(NamedTuple):
-    """What the needed columns are called in the data at hand."""
-
-    text: str
-    text_pair: str | None
-    label: str
-    label_name: str | None
-
-
-def prepare(
-    train: datasets.Dataset, test: datasets.Dataset | None, columns: Columns, test_fraction: float, seed: int
-) -> Splits:
-    """Check rows as they came and give them the columns ``text``, maybe ``text_pair``, and ``label``.
+def rename(rows: datasets.Dataset, columns: Mapping[str, str], which: str) -> datasets.Dataset:
+    """Gives columns the names that tasks use.
 
     Args:
-        train: training rows.
-        test: test rows, or None to hold a part of the training rows out.
-        columns: what the needed columns are called in both.
-        test_fraction: the part to hold out.
-        seed: of the hash that holds out.
-
-    Returns:
-        Both sides with the same classes.
+        rows: the rows as they came.
+        columns: name that the task uses -> name in the data.
+        which: what the rows are, for messages.
 
     Raises:
-        DataError: for missing columns, values or classes.
-        ConfigError: if one column is named for two uses.
+        DataError: there is no such column, or another one has the new name.
+        ConfigError: one column is named for two uses.
     """
-    for rows, which in ((train, "training"), (test, "test")):
-        if rows is not None:
-            _check(rows, columns, which)
-    names = _label_names(train, columns)
-    train = _encode(train, columns, names, "training")
-    if test is None:
-        return split_by_text(train, "text", test_fraction, seed)
-    return Splits(train, _encode(test, columns, names, "test"))
+    if len(set(columns.values())) < len(columns):
+        raise ConfigError(
+            f"columns = {dict(columns)} names one column twice, but each has its own use: name different ones"
+        )
+    for use, given in columns.items():
+        check_column(rows, given, which)
+        if use != given and use in rows.column_names and use not in columns.values():
+            raise DataError(
+                f"column '{given}' is to become '{use}', but the {which} rows have another column of that name: "
+                "rename one of them"
+            )
+    return rows.rename_columns({given: use for use, given in columns.items() if use != given})
 
 
-def split_by_text(dataset: datasets.Dataset, text: str, test_fraction: float, seed: int) -> Splits:
-    """Hold out the rows whose text's hash is small, so that equal texts fall on one side, whatever their order.
+def check_column(rows: datasets.Dataset, name: str, which: str) -> None:
+    """Refuses rows without a column.
+
+    Raises:
+        DataError: with the nearest name there is.
+    """
+    if name not in rows.column_names:
+        near = difflib.get_close_matches(name, rows.column_names, n=1)
+        other = f'data.columns = {{ {name} = "..." }}, or `evaluate -c {name}=...`, names another'
+        hint = f"did you mean '{near[0]}'?" if near else other
+        raise DataError(f"the {which} rows have no column '{name}', only {', '.join(rows.column_names)}: {hint}")
+
+
+def check_rows(rows: datasets.Dataset, needed: Sequence[str], which: str) -> None:
+    """Refuses an empty table, and columns that are absent or have gaps.
+
+    Raises:
+        DataError: with the first row at fault.
+    """
+    if not len(rows):
+        raise DataError(f"there are no {which} rows, but one at least is needed: give a file or split with rows")
+    for name in needed:
+        check_column(rows, name, which)
+        missing = [row for row, bad in enumerate(_arrow(rows, name).is_null(nan_is_null=True).to_pylist()) if bad]
+        if missing:
+            raise DataError(
+                f"column '{name}' has no value in {len(missing)} of {len(rows)} {which} rows (first: row {missing[0]})"
+                ", but every row needs one: fill or remove them"
+            )
+
+
+def check_texts(rows: datasets.Dataset, names: Sequence[str], which: str) -> None:
+    """Refuses columns that hold anything but text.
+
+    Raises:
+        DataError: a column holds something else.
+    """
+    for name in names:
+        found = _arrow(rows, name).type
+        if str(found) not in ("string", "large_string"):
+            raise DataError(f"column '{name}' of the {which} rows holds {found}, not text: name a column of text")
+
+
+def split_by_content(rows: datasets.Dataset, key: str, test_fraction: float, seed: int) -> Splits:
+    """Hold out the rows whose content's hash is small, so that equal contents fall on one side, whatever their order.
 
     Args:
-        dataset: all rows.
-        text: the column to hash.
-        test_fraction: share of texts to hold out.
+        rows: all rows.
+        key: the column to hash: text, or anything that JSON can hold.
+        test_fraction: share of contents to hold out.
         seed: of the hash.
 
     Returns:
-        Both sides, in the order of ``dataset``.
+        Both sides, in the order of ``rows``.
 
     Raises:
         DataError: if a side is left without rows.
     """
     limit = test_fraction * 2.0**64
-    is_test = [
-        xxhash.xxh3_64_intdigest(f"{seed}:{value}".encode()) < limit for value in _arrow(dataset, text).to_pylist()
-    ]
+    values = (value if isinstance(value, str) else json.dumps(value, default=repr) for value in values_of(rows, key))
+    is_test = [xxhash.xxh3_64_intdigest(f"{seed}:{value}".encode()) < limit for value in values]
     train = [row for row, held_out in enumerate(is_test) if not held_out]
     test = [row for row, held_out in enumerate(is_test) if held_out]
     if not train or not test:
         raise DataError(
-            f"holding out {test_fraction:g} of {len(dataset)} rows leaves {len(train)} for training and {len(test)} "
+            f"holding out {test_fraction:g} of {len(rows)} rows leaves {len(train)} for training and {len(test)} "
             "for testing, but both need one at least: give more rows, another test_fraction, or test rows of their own"
         )
-    return Splits(dataset.select(train), dataset.select(test))
+    return Splits(rows.select(train), rows.select(test))
+
+
+def split(raw: Raw, key: str) -> Splits:
+    """The two sides of ``raw``; rows are held out by ``key`` where there are no test rows."""
+    if raw.test is None:
+        return split_by_content(raw.train, key, raw.test_fraction, raw.seed)
+    return Splits(raw.train, raw.test)
+
+
+def with_classes(raw: Raw, label: str, label_name: str | None) -> Raw:
+    """The same rows with ``label`` as a ``datasets.ClassLabel`` of the same classes on both sides.
+
+    Labels may be strings (classes are the sorted distinct strings), integers (classes are the sorted distinct numbers)
+    or a ``ClassLabel`` (kept).
+
+    Args:
+        raw: the rows.
+        label: the column of classes.
+        label_name: a column with a name for each class, or None.
+
+    Raises:
+        DataError: labels are of another type, or unknown, or their names disagree.
+    """
+    names = _label_names(raw.train, label, label_name)
+    train = _encode(raw.train, label, names, "training")
+    return raw._replace(train=train, test=None if raw.test is None else _encode(raw.test, label, names, "test"))
+
+
+def known_classes(rows: datasets.Dataset, label: str, names: Sequence[str]) -> datasets.Dataset:
+    """``rows`` with ``label`` as classes that are known already, given by name or number.
+
+    Raises:
+        DataError: a label is neither.
+    """
+    import datasets
+
+    declared = class_names(rows, label)
+    known = class_numbers(names, declared, by_number=True)
+    values = _labels(rows, label) if declared is not None else [str(value) for value in _labels(rows, label)]
+    unknown = sorted({str(value) for value in values if value not in known})
+    if unknown:
+        raise DataError(
+            f"the rows have labels that the model does not know: {', '.join(unknown[:5])}; it knows "
+            f"{', '.join(names[:20])}: mend or remove them"
+        )
+    rows = rows.remove_columns(label)
+    return rows.add_column(label, [known[value] for value in values], feature=datasets.ClassLabel(names=list(names)))
+
+
+def class_numbers(names: Sequence[str], declared: Sequence[str] | None, by_number: bool = False) -> dict[Any, int]:
+    """The class that a value stands for, by value.
+
+    Args:
+        names: the classes that are known, in order.
+        declared: the classes of a column that declares its own: values are numbers of these. None for a column of words
+            or numbers, whose values are looked up as text.
+        by_number: whether the number of a class stands for it too; no number does where the names are numbers.
+    """
+    known = {name: number for number, name in enumerate(names)}
+    if declared is not None:
+        return {number: known[name] for number, name in enumerate(declared) if name in known}
+    if not by_number or all(name.removeprefix("-").isdigit() for name in names):
+        return dict(known)
+    return {str(number): number for number in range(len(names))} | known
 
 
 def fingerprint(dataset: datasets.Dataset, columns: Sequence[str] | None = None) -> str:
@@ -100,7 +211,7 @@ def fingerprint(dataset: datasets.Dataset, columns: Sequence[str] | None = None)
     """
     digest = xxhash.xxh3_128()
     for name in sorted(columns or dataset.column_names):
-        digest.update(ascii((name, _class_names(dataset, name), len(dataset))).encode())
+        digest.update(ascii((name, class_names(dataset, name), len(dataset))).encode())
         for chunk in _arrow(dataset, name).chunks:
             for start in range(0, len(chunk), 1000):
                 values = chunk.slice(start, 1000).to_pylist()
@@ -108,61 +219,46 @@ def fingerprint(dataset: datasets.Dataset, columns: Sequence[str] | None = None)
     return digest.hexdigest()
 
 
-def _check(rows: datasets.Dataset, columns: Columns, which: str) -> None:
-    if not len(rows):
-        raise DataError(f"there are no {which} rows, but one at least is needed: give a file or split with rows")
-    wanted = [name for name in columns if name is not None]
-    if len(set(wanted)) < len(wanted):
-        raise ConfigError(f"the columns {wanted} name one column twice, but each has its own use: name different ones")
-    for name in wanted:
-        if name not in rows.column_names:
-            near = difflib.get_close_matches(name, rows.column_names, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "name one of these"
-            have = ", ".join(rows.column_names)
-            raise DataError(f"the {which} rows have no column '{name}', only {have}: {hint}")
-        values = _arrow(rows, name)
-        missing = [row for row, bad in enumerate(values.is_null(nan_is_null=True).to_pylist()) if bad]
-        if missing:
-            raise DataError(
-                f"column '{name}' has no value in {len(missing)} of {len(rows)} {which} rows (first: row {missing[0]})"
-                ", but every row needs one: fill or remove them"
-            )
-        is_text = str(values.type) in ("string", "large_string")
-        if name in (columns.text, columns.text_pair) and not is_text:
-            raise DataError(f"column '{name}' of the {which} rows holds {values.type}, not text: name a column of text")
-    for given, target in ((columns.text, "text"), (columns.text_pair, "text_pair"), (columns.label, "label")):
-        if given not in (None, target) and target in set(rows.column_names) - set(wanted):
-            raise DataError(
-                f"column '{given}' is to become '{target}', but the {which} rows have another column of that name: "
-                "rename one of them"
-            )
+def class_names(rows: datasets.Dataset, name: str) -> list[str] | None:
+    """The names of a column's declared classes; of the entries' classes where it holds lists; None without any."""
+    import datasets
+
+    feature = rows.features[name]
+    feature = getattr(feature, "feature", feature)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _label_names(rows: datasets.Dataset, columns: Columns) -> dict[Any, str]:
+def values_of(rows: datasets.Dataset, name: str) -> list[Any]:
+    """A column as Python values, nothing decoded."""
+    values: list[Any] = _arrow(rows, name).to_pylist()
+    return values
+
+
+def _label_names(rows: datasets.Dataset, label: str, label_name: str | None) -> dict[Any, str]:
     """The name of each value of the label column, in the order of the class numbers."""
-    declared = _class_names(rows, columns.label)
+    declared = class_names(rows, label)
     if declared is not None:
         return dict(enumerate(declared))
-    values = _values(rows, columns.label)
-    if columns.label_name is None:
+    values = _labels(rows, label)
+    if label_name is None:
         return {value: str(value) for value in sorted(set(values))}
-    pairs = sorted({*zip(values, map(str, _values(rows, columns.label_name)), strict=True)})
+    pairs = sorted({*zip(values, map(str, _labels(rows, label_name)), strict=True)})
     names = dict(pairs)
     if not len(pairs) == len(names) == len(set(names.values())):
         raise DataError(
-            f"columns '{columns.label}' and '{columns.label_name}' disagree ({len(names)} classes, "
+            f"columns '{label}' and '{label_name}' disagree ({len(names)} classes, "
             f"{len(set(names.values()))} names, {len(pairs)} pairs), but each class needs one name: mend the names"
         )
     return names
 
 
-def _encode(rows: datasets.Dataset, columns: Columns, names: dict[Any, str], which: str) -> datasets.Dataset:
+def _encode(rows: datasets.Dataset, label: str, names: dict[Any, str], which: str) -> datasets.Dataset:
     import datasets
 
-    declared = _class_names(rows, columns.label)
+    declared = class_names(rows, label)
     if declared is not None and declared != list(names.values()):
         raise DataError(f"the {which} rows declare other classes than the training rows: use files of one data set")
-    values = _values(rows, columns.label)
+    values = _labels(rows, label)
     unknown = sorted({value for value in values if value not in names})
     if unknown and declared is not None:
         raise DataError(
@@ -176,15 +272,12 @@ def _encode(rows: datasets.Dataset, columns: Columns, names: dict[Any, str], whi
         )
     index = {value: position for position, value in enumerate(names)}
     feature = datasets.ClassLabel(names=list(names.values()))
-    rest = [name for name in rows.column_names if name not in (columns.text, columns.text_pair, columns.label)]
-    rows = rows.remove_columns(columns.label).add_column("label", [index[value] for value in values], feature=feature)
-    renames = {columns.text: "text"} | ({columns.text_pair: "text_pair"} if columns.text_pair else {})
-    return rows.rename_columns(renames).select_columns([*renames.values(), "label", *rest])
+    return rows.remove_columns(label).add_column(label, [index[value] for value in values], feature=feature)
 
 
-def _values(rows: datasets.Dataset, name: str) -> list[Any]:
+def _labels(rows: datasets.Dataset, name: str) -> list[Any]:
     """The values of a label column: strings or integers."""
-    values: list[Any] = _arrow(rows, name).to_pylist()
+    values = values_of(rows, name)
     kinds = {type(value) for value in values}
     if kinds == {float} and all(value.is_integer() for value in values):
         return [int(value) for value in values]
@@ -198,10 +291,3 @@ def _values(rows: datasets.Dataset, name: str) -> list[Any]:
 
 def _arrow(rows: datasets.Dataset, name: str) -> Any:
     return rows.select_columns([name]).with_format("arrow")[:].column(name)
-
-
-def _class_names(rows: datasets.Dataset, name: str) -> list[str] | None:
-    import datasets
-
-    feature = rows.features[name]
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,12 +24,11 @@ from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
 from fedlora.errors import DataError
-from fedlora.tasks.columns import Columns, Splits, fingerprint, prepare, split_by_text
+from fedlora.tasks.columns import Raw, rename
+from fedlora.tasks.folders import picture_folders, read_folder
 
 if TYPE_CHECKING:
     import datasets
-
-__all__ = ["SOURCES", "AnySource", "Columns", "Docstrings", "Files", "Hub", "Source", "Splits", "fingerprint"]
 
 MIN_CHARACTERS = 20
 """Shorter docstrings say too little to be classified."""
@@ -46,12 +46,11 @@ class Source(ABC):
     """A place that rows come from."""
 
     @abstractmethod
-    def load(self) -> Splits:
+    def load(self) -> Raw:
         """Read the rows.
 
         Returns:
-            Training and test rows. ``text`` (and ``text_pair``, if asked for) are strings without missing values,
-            ``label`` is a ``datasets.ClassLabel`` with the same names in both; all other columns are as they came.
+            The rows as they came, columns under the names that tasks use.
 
         Raises:
             DataError: if the data are missing, empty or not of the stated form.
@@ -77,8 +76,8 @@ class Docstrings(Source):
     test_fraction: Fraction = 0.2
     seed: int = 0
 
-    def load(self) -> Splits:
-        """Read, clean and split; see ``Source.load``."""
+    def load(self) -> Raw:
+        """Read and clean; see ``Source.load``."""
         import datasets
 
         root = Path(sysconfig.get_path("stdlib"))
@@ -102,26 +101,22 @@ class Docstrings(Source):
         )
         columns = zip(("text", "label", "file"), zip(*kept, strict=True), strict=True)
         dataset = datasets.Dataset.from_dict({key: list(value) for key, value in columns}, features=features)
-        return split_by_text(dataset, "text", self.test_fraction, self.seed)
+        return Raw(dataset, None, self.test_fraction, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Files(Source):
     """Local csv, tsv, json, jsonl or parquet files, each also with ``.gz``.
 
-    Labels may be strings (classes are the sorted distinct strings), integers (classes are the sorted distinct numbers)
-    or a ``ClassLabel`` (kept). In csv and tsv only an empty field is a missing value, so the text "None" stays a text.
+    In csv and tsv only an empty field is a missing value, so the text "None" stays a text.
 
     Args:
         train: path of the training rows.
-        test: path of the test rows; where None, ``test_fraction`` of the training rows, chosen by a hash of the text,
-            so that equal texts fall on one side.
+        test: path of the test rows; where None, ``test_fraction`` of the training rows, chosen by a hash of their
+            content, so that equal contents fall on one side.
         test_fraction: read only where ``test`` is None.
         seed: of that hash.
-        text: column of the text.
-        text_pair: column of the second text of a pair, or None.
-        label: column of the class.
-        label_name: column of the class's name, one name per class, or None.
+        columns: name that the task uses -> name in the data, for columns that are called otherwise.
     """
 
     kind: Literal["files"] = "files"
@@ -129,17 +124,13 @@ class Files(Source):
     test: str | None = None
     test_fraction: Fraction = 0.2
     seed: int = 0
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    label_name: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
-    def load(self) -> Splits:
+    def load(self) -> Raw:
         """Read the files; see ``Source.load``."""
-        columns = Columns(self.text, self.text_pair, self.label, self.label_name)
-        train = _read(self.train)
-        test = None if self.test is None else _read(self.test)
-        return prepare(train, test, columns, self.test_fraction, self.seed)
+        train = rename(read_rows(self.train), self.columns, "training")
+        test = None if self.test is None else rename(read_rows(self.test), self.columns, "test")
+        return Raw(train, test, self.test_fraction, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -151,13 +142,10 @@ class Hub(Source):
         name: configuration, for data sets that have several.
         revision: branch, tag or commit; give a commit to be sure of the same rows.
         train_split: name of the training split.
-        test_split: name of the test split; None holds ``test_fraction`` of the training rows out, as ``Files`` does.
-        test_fraction: read only where ``test_split`` is None.
+        test_split: name of the test split; an empty one holds ``test_fraction`` of the training rows out, as ``Files``.
+        test_fraction: read only where ``test_split`` is empty.
         seed: of the hash that then splits.
-        text: column of the text.
-        text_pair: column of the second text of a pair, or None.
-        label: column of the class.
-        label_name: column of the class's name, or None.
+        columns: name that the task uses -> name in the data, for columns that are called otherwise.
     """
 
     kind: Literal["hub"] = "hub"
@@ -165,20 +153,16 @@ class Hub(Source):
     name: str | None = None
     revision: str | None = None
     train_split: str = "train"
-    test_split: str | None = "test"
+    test_split: str = "test"
     test_fraction: Fraction = 0.2
     seed: int = 0
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    label_name: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
-    def load(self) -> Splits:
+    def load(self) -> Raw:
         """Fetch the splits, from the local cache where they are there; see ``Source.load``."""
-        columns = Columns(self.text, self.text_pair, self.label, self.label_name)
-        train = self._fetch(self.train_split)
-        test = None if self.test_split is None else self._fetch(self.test_split)
-        return prepare(train, test, columns, self.test_fraction, self.seed)
+        train = rename(self._fetch(self.train_split), self.columns, "training")
+        test = None if not self.test_split else rename(self._fetch(self.test_split), self.columns, "test")
+        return Raw(train, test, self.test_fraction, self.seed)
 
     def _fetch(self, split: str) -> datasets.Dataset:
         import datasets
@@ -193,48 +177,45 @@ class Hub(Source):
             ) from error
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
-                f"split '{split}' of '{self.path}' cannot be loaded ({_first_line(error)}): correct source.path, name, "
+                f"split '{split}' of '{self.path}' cannot be loaded ({_first_line(error)}): correct data.path, name, "
                 "revision or the split's name"
             ) from error
 
 
-def read_labelled(path: Path, columns: dict[str, str], label_names: list[str]) -> datasets.Dataset:
-    """The rows of a file as a test split of classes that are known already.
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageFolder(Source):
+    """Pictures in folders that are called as their classes: ``path/CLASS/...``, or ``path/train/CLASS/...``.
+
+    The further column ``file`` is a picture's path within its folder.
 
     Args:
-        path: a file in one of the formats of ``Files``.
-        columns: what ``text`` and ``label`` are called in it.
-        label_names: the classes; a label is one of them, or the number of one.
-
-    Returns:
-        The columns ``text`` and ``label``, and all others.
-
-    Raises:
-        DataError: the file cannot be read, lacks a column, or has a label that is not known.
+        path: the folder of classes; or of ``train``, and maybe ``test``, that are folders of classes.
+        test: the folder of classes to test on; where None, ``path/test`` if it is beside ``path/train``, else
+            ``test_fraction`` of the pictures, chosen by a hash of their content.
+        test_fraction: read only where there is no test folder.
+        seed: of that hash.
     """
-    import datasets
 
-    rows = _read(str(path))
-    for use, name in columns.items():
-        if name not in rows.column_names:
-            have = ", ".join(rows.column_names)
-            raise DataError(f"{path} has no column {name!r} for the {use}, only {have}: name it with --{use}")
-        if use != name:
-            rows = rows.rename_column(name, use)
-    numbers = {name: number for number, name in enumerate(label_names)}
-    known = {**{str(number): number for number in numbers.values()}, **numbers}
-    unknown = sorted({str(label) for label in rows["label"]} - known.keys())
-    if unknown:
-        raise DataError(f"{path} has labels that the model does not know: {', '.join(unknown[:5])}")
-    labels = [known[str(label)] for label in rows["label"]]
-    rows = rows.remove_columns("label").add_column("label", labels)
-    return rows.cast_column("label", datasets.ClassLabel(names=label_names))
+    kind: Literal["image_folder"] = "image_folder"
+    path: str
+    test: str | None = None
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+
+    def load(self) -> Raw:
+        """Read the folders' lists of files; see ``Source.load``."""
+        train_folder, test_folder = picture_folders(Path(self.path).expanduser())
+        if self.test is not None:
+            test_folder = Path(self.test).expanduser()
+        train = read_folder(train_folder)
+        test = None if test_folder is None else read_folder(test_folder, train.features["label"].names)
+        return Raw(train, test, self.test_fraction, self.seed)
 
 
-AnySource = Annotated[Docstrings | Files | Hub, Field(discriminator="kind")]
+AnySource = Annotated[Docstrings | Files | Hub | ImageFolder, Field(discriminator="kind")]
 """Any source, told apart by ``kind``."""
 
-SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub}
+SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub, "image_folder": ImageFolder}
 """The sources by ``kind``."""
 
 
@@ -262,7 +243,12 @@ def _docstrings(source: bytes) -> Iterator[str]:
                 yield text
 
 
-def _read(path: str) -> datasets.Dataset:
+def read_rows(path: str) -> datasets.Dataset:
+    """The rows of a file in one of ``FORMATS``.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
     import datasets
 
     file = Path(path).expanduser()

@@ -1,40 +1,57 @@
-"""Text classification: one label for a text or a pair of texts."""
+"""Text classification: one class, several classes, or a number for a text or a pair of texts."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import transformers
-import xxhash
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
-from fedlora.tasks import cpu
+from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.columns import fingerprint
-from fedlora.tasks.sources import Source, read_labelled
+from fedlora.tasks.columns import (
+    Raw,
+    Splits,
+    check_rows,
+    check_texts,
+    fingerprint,
+    known_classes,
+    rename,
+    split,
+    values_of,
+    with_classes,
+)
+from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, cached, width_of
+from fedlora.tasks.labels import class_sets, class_sets_of, class_table
+from fedlora.tasks.loading import class_settings, load_pretrained, load_tokenizer, save_tokenizer
+from fedlora.tasks.sources import Source, read_rows
+
+PROBLEM_TYPES: dict[scores.Problem, str] = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "regression": "regression",
+}
+"""What ``transformers`` calls the problems, so that others' code reads an exported model right."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TextClassification(Task):
-    """One class for a text, or for a pair of texts.
+    """A class for a text, or for a pair of texts; or several classes, or a number.
+
+    Columns: ``text``, ``label``, and where they are there ``text_pair`` and ``label_name``. A label is a word or whole
+    number; with ``multi`` a list of these; with ``regression`` a number.
 
     Args:
+        problem: ``single`` class, ``multi`` (any number of classes), or ``regression``.
         max_length: tokens after which a text is cut.
         pad_to: ``longest`` pads a batch to its longest text; a number pads every batch to that length.
         eval_batch_size: examples in an evaluation batch; they are sorted by length.
@@ -44,6 +61,7 @@ class TextClassification(Task):
     """
 
     kind: Literal["text_classification"] = "text_classification"
+    problem: scores.Problem = "single"
     max_length: Annotated[int, Field(ge=2)] = 128
     pad_to: Literal["longest"] | Annotated[int, Field(ge=2)] = "longest"
     eval_batch_size: Annotated[int, Field(ge=1)] = 64
@@ -62,16 +80,43 @@ class TextClassification(Task):
             DataError: the data cannot be read, or have one class only.
             ConfigError: the model cannot be read.
         """
-        splits = source.load()
-        names = list(splits.train.features["label"].names)
-        if len(names) < 2:
-            raise DataError(f"all rows have the class {names[0]!r}, but there must be two or more to tell apart")
-        data: dict[Split, Any] = {"train": splits.train, "test": splits.test}
-        return PreparedText(self, model, load_tokenizer(model), names, data)
+        splits, names = self.read(source)
+        return PreparedText(self, model, load_tokenizer(model), names, {"train": splits.train, "test": splits.test})
+
+    def read(self, source: Source) -> tuple[Splits, list[str]]:
+        """Training and test rows with labels as class numbers, and the classes' names.
+
+        Raises:
+            DataError: the data cannot be read, or are not of the form that the task needs.
+        """
+        raw = source.load()
+        sides = [(rows, which) for rows, which in ((raw.train, "training"), (raw.test, "test")) if rows is not None]
+        # pairs on one side alone would be told apart by that, not by what they say
+        texts = max((_texts(rows) for rows, _ in sides), key=len)
+        for rows, which in sides:
+            check_rows(rows, [*texts, "label"], which)
+            check_texts(rows, texts, which)
+        raw, names = self._labelled(raw)
+        if self.problem != "regression" and len(names) < 2:
+            found = f"all rows have the class {names[0]!r}" if names else "no row has a class"
+            raise DataError(f"{found}, but there must be two or more to tell apart")
+        return split(raw, "text"), names
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
         """See ``Task.restore``."""
         return PreparedText(self, model, load_tokenizer(model), label_names, {})
+
+    def _labelled(self, raw: Raw) -> tuple[Raw, list[str]]:
+        if self.problem == "single":
+            name = "label_name" if "label_name" in raw.train.column_names else None
+            raw = with_classes(raw, "label", name)
+            return raw, list(raw.train.features["label"].names)
+        if self.problem == "multi":
+            return class_sets(raw, "label")
+        for rows, which in ((raw.train, "training"), (raw.test, "test")):
+            if rows is not None:
+                _check_numbers(rows, which)
+        return raw, []
 
 
 class PreparedText(Prepared):
@@ -81,128 +126,93 @@ class PreparedText(Prepared):
         settings: the task.
         model: which model.
         tokenizer: its tokenizer.
-        names: the classes' names.
-        splits: a data set per split, with the columns ``text``, maybe ``text_pair``, ``label``, and any others.
+        names: the classes' names; none for a number.
+        data: a data set per split, with the columns ``text``, maybe ``text_pair``, ``label``, and any others.
     """
 
-    main_metric: ClassVar[str] = "accuracy"
-    higher_is_better: ClassVar[bool] = True
+    auto_class = "AutoModelForSequenceClassification"
+    peft_task = "SEQ_CLS"
 
     def __init__(
-        self, settings: TextClassification, model: Model, tokenizer: Any, names: list[str], splits: dict[Split, Any]
+        self, settings: TextClassification, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]
     ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
+        self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
         self._model = model
         self._names = names
-        self._splits = splits
-        self._encoded = {name: _encode(part, tokenizer, settings.max_length) for name, part in splits.items()}
-        self._labels: dict[Split, Rows] = {
-            name: np.asarray(part["label"], dtype=np.int64) for name, part in splits.items()
-        }
+        self._data = dict(data)
+        arrays = {name: _encode(part, tokenizer, settings.max_length) for name, part in data.items()}
+        self._tokens = {name: Ragged(part["tokens"], part["offsets"]) for name, part in arrays.items()}
+        self._types = {name: Ragged(part["types"], part["offsets"]) for name, part in arrays.items() if "types" in part}
+        self._labels = {name: self._read_labels(part) for name, part in data.items()}
+
+    @property
+    def data(self) -> Mapping[Split, Any]:
+        """See ``Prepared.data``."""
+        return self._data
 
     @property
     def labels(self) -> Rows:
-        """See ``Prepared.labels``."""
-        return self._labels["train"]
+        """See ``Prepared.labels``; of several classes the first one."""
+        labels = self._labels["train"]
+        if self.settings.problem == "single":
+            return labels
+        return labels.argmax(1) if self.settings.problem == "multi" else np.zeros(len(labels), np.int64)
 
     @property
     def label_names(self) -> list[str]:
         """See ``Prepared.label_names``."""
         return self._names
 
-    @property
-    def fingerprint(self) -> str:
-        """See ``Prepared.fingerprint``."""
-        return xxhash.xxh3_128_hexdigest(
-            "/".join(fingerprint(self._splits[name]) for name in ("train", "test")).encode()
-        )
-
-    def num_examples(self, split: Split) -> int:
-        """See ``Prepared.num_examples``."""
-        return len(self._labels[split])
-
-    def table(self) -> Any:
-        """See ``Prepared.table``."""
-        return self._splits["train"]
-
-    def columns(self, split: Split) -> list[str]:
-        """See ``Prepared.columns``."""
-        return list(self._splits[split].column_names)
-
-    def column(self, name: str, split: Split) -> Rows:
-        """See ``Prepared.column``."""
-        part = self._splits[split]
-        if name not in part.column_names:
-            raise DataError(f"the data have no column {name!r}; they have {', '.join(sorted(part.column_names))}")
-        return np.asarray(part[name])
+    def texts(self, split: Split) -> list[str]:
+        """See ``Prepared.texts``."""
+        parts = [values_of(self._data[split], name) for name in _texts(self._data[split])]
+        return [" ".join(row) for row in zip(*parts, strict=True)]
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         """See ``Prepared.load_model``.
 
-        Whatever the checkpoint lacks starts at random, so it counts as head even where it sits in the backbone.
-
         Raises:
             ConfigError: there is no such model.
         """
-        with torch.random.fork_rng(devices=[]), quiet_transformers(), _readable(self._model):
-            torch.manual_seed(seed)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                self._model.resolve(),
-                revision=self._model.revision,
-                trust_remote_code=self._model.trust_remote_code,
-                attn_implementation=None if self._model.attention == "auto" else self._model.attention,
-                dtype=torch.float32,
-                output_loading_info=True,
-                id2label=dict(enumerate(self._names)),
-                label2id={name: number for number, name in enumerate(self._names)},
-                ignore_mismatched_sizes=True,
-            )
-        if device.type == "cpu":
-            cpu.speed_up(model, self._model.attention == "auto")
+        settings: dict[str, Any] = {"problem_type": PROBLEM_TYPES[self.settings.problem]}
+        settings |= class_settings(self._names) if self._names else {"num_labels": 1}
+        model, head = load_pretrained(self.auto_class, self._model, seed, device, settings)
         # decoders find a text's last token by it
-        model.config.pad_token_id = self.tokenizer.pad_token_id
-        return model.to(device), head_names(model, set(report["missing_keys"]))
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
+        return model, head
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``."""
-        tokens, offsets = self._encoded[split]["tokens"], self._encoded[split]["offsets"]
-        lengths = offsets[rows + 1] - offsets[rows]
-        # kernels are made once for each width, so widths are few: multiples of eight
-        full = min(-8 * (int(lengths.max()) // -8), self.settings.max_length)
-        width = full if self.settings.pad_to == "longest" else self.settings.pad_to
-        mask = np.arange(width) < lengths[:, None]
-        places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
-        batch = {"input_ids": _scatter(mask, tokens[places], self.tokenizer.pad_token_id)}
-        batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-        if "types" in self._encoded[split]:
-            batch["token_type_ids"] = _scatter(mask, self._encoded[split]["types"][places], 0)
+        tokens, pad_to = self._tokens[split], self.settings.pad_to
+        longest = int(tokens.lengths(rows).max())
+        width = width_of(longest, self.settings.max_length, None if pad_to == "longest" else pad_to)
+        batch = {
+            "input_ids": tokens.padded(rows, width, self.tokenizer.pad_token_id),
+            "attention_mask": attention_mask(tokens, rows, width),
+        }
+        if split in self._types:
+            batch["token_type_ids"] = self._types[split].padded(rows, width, 0)
         batch["labels"] = torch.from_numpy(self._labels[split][rows])
         return {name: value.to(device) for name, value in batch.items()}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See ``Prepared.loss``: cross entropy of the logits in float32.
+        """See ``Prepared.loss``: that of ``scores.loss``.
 
-        On a CPU the texts go through the model in groups of like length, which spares most of the padding; the loss is
-        one mean over all of them, so it is the same but for rounding. A fixed ``pad_to`` is kept.
+        On a CPU the texts go through the model in groups of like length; a fixed ``pad_to`` is kept.
         """
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        labels = batch["labels"]
-        if labels.device.type != "cpu" or self.settings.pad_to != "longest":
-            return functional.cross_entropy(model(**inputs).logits.float(), labels)
-        lengths, order = inputs["attention_mask"].sum(1).sort(stable=True)
-        logits = []
-        for first, last in group_lengths(lengths.tolist()):
-            chosen, width = order[first:last], int(lengths[last - 1])
-            part = {name: value[chosen, :width] for name, value in inputs.items()}
-            logits.append(model(**part).logits.float())
-        return functional.cross_entropy(torch.cat(logits), labels[order])
+        parts = by_length(batch) if self.settings.pad_to == "longest" else [batch]
+        logits, labels = [], []
+        for part in parts:
+            labels.append(part["labels"])
+            logits.append(model(**{name: value for name, value in part.items() if name != "labels"}).logits.float())
+        return scores.loss(torch.cat(logits), torch.cat(labels), self.settings.problem)
 
     def logits(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Tensor:
-        """The logits of examples, ``(rows, classes)`` float32, in the order of ``rows``."""
-        offsets = self._encoded[split]["offsets"]
-        order = np.argsort(offsets[rows + 1] - offsets[rows], kind="stable")
-        result = torch.empty(len(rows), len(self._names))
+        """The outputs for examples, ``(rows, outputs)`` float32, in the order of ``rows``."""
+        order = np.argsort(self._tokens[split].lengths(rows), kind="stable")
+        result = torch.empty(len(rows), max(1, len(self._names)))
         for first in range(0, len(rows), self.settings.eval_batch_size):
             chosen = order[first : first + self.settings.eval_batch_size]
             batch = self.batch(rows[chosen], device, split)
@@ -211,179 +221,88 @@ class PreparedText(Prepared):
         return result
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
-        """See ``Prepared.evaluate``: accuracy, macro F1 and loss."""
-        logits = self.logits(model, rows, split, device)
+        """See ``Prepared.evaluate``: the metrics of ``scores.score``."""
         labels = torch.from_numpy(self._labels[split][rows])
-        predicted = logits.argmax(1)
-        metrics = {
-            "accuracy": float((predicted == labels).float().mean()),
-            "macro_f1": float(f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0.0)),
-            "loss": float(functional.cross_entropy(logits, labels)),
-        }
-        if len(torch.unique(predicted)) == 1 and len(torch.unique(labels)) > 1:
-            name = self._names[int(predicted[0])]
-            return Evaluation(metrics, (f"the model predicts one class only, {name!r}: it has learnt nothing useful",))
-        return Evaluation(metrics, ())
+        return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)
 
-    def with_test(self, path: Path, text: str | None, label: str | None) -> Prepared:
+    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
         """See ``Prepared.with_test``."""
-        columns = {"text": text or "text", "label": label or "label"}
-        return PreparedText(
-            self.settings, self._model, self.tokenizer, self._names, {"test": read_labelled(path, columns, self._names)}
-        )
+        rows = rename(read_rows(str(path)), columns, str(path))
+        check_rows(rows, [*_texts(rows), "label"], str(path))
+        check_texts(rows, _texts(rows), str(path))
+        if self.settings.problem == "single":
+            rows = known_classes(rows, "label", self._names)
+        elif self.settings.problem == "multi":
+            rows = class_sets_of(rows, "label", self._names, str(path), by_number=True)
+        else:
+            _check_numbers(rows, str(path))
+        return PreparedText(self.settings, self._model, self.tokenizer, self._names, {"test": rows})
 
-    def predict(self, model: nn.Module, texts: list[str], device: torch.device) -> list[dict[str, float]]:
-        """See ``Prepared.predict``: each class's probability, the likeliest first."""
-        results = []
-        for first in range(0, len(texts), self.settings.eval_batch_size):
-            part = texts[first : first + self.settings.eval_batch_size]
+    def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
+        """See ``Prepared.predict``: each class's probability, the likeliest first; or ``{"value": number}``.
+
+        An input is a text, or a pair of texts as JSON: ``["a text", "another"]``.
+        """
+        results: list[dict[str, Any]] = []
+        for first in range(0, len(inputs), self.settings.eval_batch_size):
+            part = [_text_or_pair(one) for one in inputs[first : first + self.settings.eval_batch_size]]
             batch = self.tokenizer(
                 part, truncation=True, max_length=self.settings.max_length, padding=True, return_tensors="pt"
             )
             # a single text has one type, which is what models take where they are told none
-            batch.pop("token_type_ids", None)
-            shares = model(**{name: value.to(device) for name, value in batch.items()}).logits.float().softmax(1)
+            if all(isinstance(one, str) for one in part):
+                batch.pop("token_type_ids", None)
+            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits.float()
+            if self.settings.problem == "regression":
+                results += [{"value": value} for value in logits.squeeze(-1).tolist()]
+                continue
+            shares = logits.softmax(1) if self.settings.problem == "single" else logits.sigmoid()
             for row in shares.tolist():
-                ranked = sorted(zip(self._names, row, strict=True), key=lambda pair: -pair[1])
-                results.append(dict(ranked))
+                results.append(dict(sorted(zip(self._names, row, strict=True), key=lambda pair: -pair[1])))
         return results
 
     def save_pretrained(self, folder: Path) -> None:
         """See ``Prepared.save_pretrained``."""
-        _forget_last_call(self.tokenizer)
-        # whether the Hub could be reached here is no property of the tokenizer
-        self.tokenizer.init_kwargs.pop("local_files_only", None)
-        self.tokenizer.save_pretrained(str(folder))
+        save_tokenizer(self.tokenizer, folder)
+
+    def _read_labels(self, rows: Any) -> Rows:
+        if self.settings.problem == "multi":
+            return class_table(rows, "label", len(self._names))
+        return np.asarray(values_of(rows, "label"), dtype=np.int64 if self.settings.problem == "single" else np.float32)
 
 
-GROUP_COST = 64
-"""What a pass through the model costs beside its tokens, in tokens."""
+def _texts(rows: Any) -> list[str]:
+    return [name for name in ("text", "text_pair") if name == "text" or name in rows.column_names]
 
 
-def group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
-    """Cuts ascending lengths into groups so that tokens, padding included, and passes cost least.
-
-    Args:
-        lengths: tokens of each text, ascending.
-
-    Returns:
-        First and last position (exclusive) of each group, in order.
-
-    >>> group_lengths([10, 10, 100, 100])
-    [(0, 2), (2, 4)]
-    >>> group_lengths([90, 95, 100, 100])
-    [(0, 4)]
-    """
-    best, cut = [0], [0]
-    for last in range(1, len(lengths) + 1):
-        costs = [best[first] + (last - first) * lengths[last - 1] + GROUP_COST for first in range(last)]
-        best.append(min(costs))
-        cut.append(costs.index(best[-1]))
-    groups: list[tuple[int, int]] = []
-    last = len(lengths)
-    while last:
-        groups.append((cut[last], last))
-        last = cut[last]
-    return groups[::-1]
+def _text_or_pair(given: str) -> str | tuple[str, str]:
+    if given.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            match json.loads(given):
+                case [str(first), str(second)]:
+                    return first, second
+    return given
 
 
-def load_tokenizer(model: Model) -> Any:
-    """The model's tokenizer, padding on the right, with a padding token even where the model has none.
-
-    Raises:
-        ConfigError: there is no such model.
-    """
-    with quiet_transformers(), _readable(model):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.resolve(), revision=model.revision, trust_remote_code=model.trust_remote_code
+def _check_numbers(rows: Any, which: str) -> None:
+    values = values_of(rows, "label")
+    if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
+        raise DataError(
+            f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs: mend "
+            'the column, or set task.problem = "single"'
         )
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise ConfigError(f"the tokenizer of {model.path!r} has no token to pad with; give it a pad_token")
-    return tokenizer
 
 
-def head_names(model: nn.Module, missing: set[str]) -> frozenset[str]:
-    """The parameters of the task head: outside the backbone, or not in the checkpoint.
+def _encode(rows: Any, tokenizer: Any, max_length: int) -> Arrays:
+    texts = _texts(rows)
 
-    Args:
-        model: a Hugging Face model with a head.
-        missing: names that the checkpoint lacked.
-    """
-    backbone = f"{getattr(model, 'base_model_prefix', '')}."
-    return frozenset(name for name, _ in model.named_parameters() if name in missing or not name.startswith(backbone))
+    def make() -> Arrays:
+        encoded = tokenizer(*(list(rows[name]) for name in texts), truncation=True, max_length=max_length)
+        tokens = Ragged.of(encoded["input_ids"])
+        arrays: Arrays = {"tokens": tokens.values, "offsets": tokens.offsets}
+        if len(texts) == 2 and "token_type_ids" in encoded:
+            arrays["types"] = Ragged.of(encoded["token_type_ids"], np.int8).values
+        return arrays
 
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keeps reports and bars of ``transformers`` off the screen, and puts its settings back afterwards."""
-    level = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _readable(model: Model) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"the model {model.path!r} cannot be loaded ({reason}); model.path should be a folder with config.json and "
-            "model.safetensors, a hub id that can be reached, or 'embedded'"
-        ) from error
-
-
-def _scatter(mask: np.ndarray[Any, Any], values: np.ndarray[Any, Any], fill: int) -> Tensor:
-    result = np.full(mask.shape, fill, dtype=np.int64)
-    result[mask] = values
-    return torch.from_numpy(result)
-
-
-def cache_folder() -> Path:
-    """Where encoded data are kept: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
-    return Path(os.environ.get("FEDLORA_CACHE") or Path.home() / ".cache" / "fedlora")
-
-
-def _forget_last_call(tokenizer: Any) -> None:
-    """A fast tokenizer keeps truncation and padding of its last call, and would save them as its own."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-
-
-def _encode(data: Any, tokenizer: Any, max_length: int) -> dict[str, np.ndarray[Any, Any]]:
-    texts = [name for name in ("text", "text_pair") if name in data.column_names]
-    settings = json.dumps([tokenizer.__class__.__name__, max_length, texts, transformers.__version__])
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    _forget_last_call(tokenizer)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [fingerprint(data.select_columns(texts)), settings, vocabulary]
-    key = xxhash.xxh3_128_hexdigest("/".join(parts).encode())
-    path = cache_folder() / "tokens" / f"{key}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError):
-        return load_file(path)
-    encoded = tokenizer(*(list(data[name]) for name in texts), truncation=True, max_length=max_length)
-    lengths = [len(tokens) for tokens in encoded["input_ids"]]
-    result: dict[str, np.ndarray[Any, Any]] = {
-        "tokens": np.fromiter((t for tokens in encoded["input_ids"] for t in tokens), np.int32, sum(lengths)),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    }
-    if len(texts) == 2 and "token_type_ids" in encoded:
-        result["types"] = np.fromiter((t for types in encoded["token_type_ids"] for t in types), np.int8, sum(lengths))
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(result, temporary)
-        temporary.replace(path)
-    return result
+    settings = {"task": "text", "max_length": max_length, "columns": texts}
+    return cached(tokenizer, fingerprint(rows.select_columns(texts)), settings, make)

@@ -14,6 +14,7 @@ from fedlora import tree
 from fedlora.errors import ConfigError
 from fedlora.state import SEED_BITS, Carry, Fold
 from fedlora.tree import Tree
+from fedlora.tuning.matrices import holds_numbers
 
 
 class Start(NamedTuple):
@@ -144,14 +145,35 @@ class Tuning(ABC):
 
 
 def freeze_all_but(model: nn.Module, trained: list[str] | set[str]) -> dict[str, nn.Parameter]:
-    """Freezes ``model`` except the parameters named in ``trained`` and returns those, in the model's order."""
+    """Freezes ``model`` except the parameters named in ``trained`` and returns those, in the model's order.
+
+    A weight that two modules share has one name, that of its first place, and is trained and sent once.
+
+    Raises:
+        ConfigError: one of them is stored quantised.
+    """
     wanted = set(trained)
     kept = {}
     for name, parameter in model.named_parameters():
+        if name in wanted:
+            check_trainable(name, parameter)
         parameter.requires_grad_(name in wanted)
         if name in wanted:
             kept[name] = parameter
     return kept
+
+
+def check_trainable(name: str, weight: Tensor) -> None:
+    """Refuses to train a quantised weight.
+
+    Raises:
+        ConfigError: the entries of ``weight`` are codes.
+    """
+    if not holds_numbers(weight):
+        raise ConfigError(
+            f"{name} is stored quantised ({str(weight.dtype).removeprefix('torch.')}) and cannot be trained; "
+            "use `lora`, or load the model unquantised"
+        )
 
 
 def check_matched(matched: int, what: str, model: nn.Module) -> None:

@@ -14,7 +14,8 @@ from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.state import Carry, Fold, generator, named_seed
 from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but
-from fedlora.tuning.targets import block_outputs, find, is_transposed, oriented, replace_module
+from fedlora.tuning.matrices import is_linear, is_plain, is_transposed, matrix_shape, mirror
+from fedlora.tuning.targets import block_outputs, find, replace_module
 
 
 class BottleneckLinear(nn.Module):
@@ -27,9 +28,12 @@ class BottleneckLinear(nn.Module):
 
     def __init__(self, old: nn.Module, width: int) -> None:
         super().__init__()
-        size = oriented(old).shape[0]
+        mirror(old, self)
+        size = matrix_shape(old)[0]
         self.weight = old.weight
         self.bias = old.bias
+        # a quantised module goes on computing its own product
+        self.own = None if is_plain(old) else old
         self.transposed = is_transposed(old)
         self.adapter_down = nn.Parameter(torch.zeros(width, size))
         self.adapter_down_bias = nn.Parameter(torch.zeros(width))
@@ -38,12 +42,18 @@ class BottleneckLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The matrix, then the bottleneck with its own skip connection."""
+        output = self._product(inputs)
+        narrow = functional.relu(functional.linear(output, self.adapter_down, self.adapter_down_bias))
+        return output + functional.linear(narrow, self.adapter_up, self.adapter_up_bias)
+
+    def _product(self, inputs: Tensor) -> Tensor:
+        if self.own is not None:
+            product: Tensor = self.own(inputs)
+            return product
         weight, bias = self.weight, self.bias
         assert isinstance(weight, Tensor)
         assert bias is None or isinstance(bias, Tensor)
-        output = functional.linear(inputs, weight.T if self.transposed else weight, bias)
-        narrow = functional.relu(functional.linear(output, self.adapter_down, self.adapter_down_bias))
-        return output + functional.linear(narrow, self.adapter_up, self.adapter_up_bias)
+        return functional.linear(inputs, weight.T if self.transposed else weight, bias)
 
 
 _LEAVES = ("adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias")
@@ -71,9 +81,19 @@ class Bottleneck(Tuning):
         return True
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``."""
+        """See ``Tuning.install``.
+
+        Raises:
+            ConfigError: the family's blocks are not known, or a target is no linear layer.
+        """
         where = ("attention", "feed_forward") if self.style == "houlsby" else ("feed_forward",)
         found = find(model, self.targets, head) if self.targets else block_outputs(model, where, head)
+        for name, module in found.items():
+            if not is_linear(module):
+                raise ConfigError(
+                    f"bottleneck adapters follow linear layers, and {name} is {type(module).__name__}; "
+                    "leave it out of `targets`, or use `lora`"
+                )
         for name, module in found.items():
             replace_module(model, name, BottleneckLinear(module, self.width))
         parameters = freeze_all_but(model, {f"{name}.{leaf}" for name in found for leaf in _LEAVES} | head)

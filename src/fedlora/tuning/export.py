@@ -8,13 +8,23 @@ import peft
 import torch
 from safetensors.torch import save_file
 
+from fedlora.errors import ConfigError
 from fedlora.tree import Tree
 from fedlora.tuning.base import Installed
 from fedlora.tuning.lora import LoRA, lora_layers, to_peft
+from fedlora.tuning.lora_layer import LoRAConv, LoRALinear
 from fedlora.tuning.targets import saved_modules
 
 
-def save_lora(tuning: LoRA, installed: Installed, init: Tree, params: Tree, base: str, folder: Path) -> None:
+def save_lora(
+    tuning: LoRA,
+    installed: Installed,
+    init: Tree,
+    params: Tree,
+    base: str,
+    folder: Path,
+    task_type: str | None = "SEQ_CLS",
+) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Where the frozen weights lost ``scale B0 A0`` at the start, the adapter on the *original* base has twice the rank:
@@ -27,8 +37,18 @@ def save_lora(tuning: LoRA, installed: Installed, init: Tree, params: Tree, base
         params: where it ended.
         base: name or path of the base model.
         folder: where to write.
+        task_type: ``SEQ_CLS``, ``TOKEN_CLS``, ``QUESTION_ANS``, ``CAUSAL_LM``, or None where ``peft`` has no word for
+            the task, as for images.
+
+    Raises:
+        ConfigError: ``peft`` has no adapter that would compute the same.
     """
     layers = lora_layers(installed.model)
+    for name in dilated(installed):
+        raise ConfigError(
+            f"{name} is a dilated convolution, beside which `peft` has no adapter; write the whole model with "
+            "--merge, or choose other targets"
+        )
     factors: Tree = {}
     for name in layers:
         a, b = params[f"{name}.lora_A"], params[f"{name}.lora_B"]
@@ -43,16 +63,22 @@ def save_lora(tuning: LoRA, installed: Installed, init: Tree, params: Tree, base
         lora_alpha=tuning.scale * rank,  # type: ignore[arg-type]
         lora_dropout=tuning.dropout,
         target_modules=sorted(layers),
-        modules_to_save=saved_modules(installed.model, frozenset(head)),
-        fan_in_fan_out=any(layer.transposed for layer in layers.values()),
-        task_type="SEQ_CLS",
+        modules_to_save=saved_modules(installed.model, frozenset(head)) or None,
+        fan_in_fan_out=any(isinstance(layer, LoRALinear) and layer.transposed for layer in layers.values()),
+        task_type=task_type,
         base_model_name_or_path=base,
         inference_mode=True,
     )
     folder.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(folder))
-    tensors = {name: value.contiguous() for name, value in to_peft(factors | head).items()}
+    tensors = {name: value.contiguous() for name, value in to_peft(factors | head, installed.model).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def dilated(installed: Installed) -> list[str]:
+    """The adapters that ``peft`` cannot hold: it gives an adapter's convolution the stride and the padding alone."""
+    layers = lora_layers(installed.model)
+    return [name for name, layer in layers.items() if isinstance(layer, LoRAConv) and max(layer.dilation) > 1]
 
 
 def save_peft(installed: Installed, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -9,7 +10,6 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
@@ -17,45 +17,12 @@ from fedlora.state import Carry, Fold, named_seed
 from fedlora.tree import Tree
 from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, seed_from_tree, seed_to_tree
 from fedlora.tuning.lora_init import AnyLoRAInit, Kaiming, SvdOfDelta
-from fedlora.tuning.targets import Targets, find, is_transposed, oriented, replace_module
+from fedlora.tuning.lora_layer import LoRAConv, LoRAEmbedding, LoRALayer, lora_layer
+from fedlora.tuning.matrices import is_packed, matrix_shape
+from fedlora.tuning.targets import Targets, find, replace_module
 
-
-class LoRALinear(nn.Module):
-    """A matrix with a low-rank adapter beside it; it takes over the old module's parameters under their old names.
-
-    Args:
-        old: ``nn.Linear`` or ``Conv1D``.
-        rank: rank of the adapter.
-        scale: ``alpha / rank``.
-        dropout: on the adapter's input.
-    """
-
-    def __init__(self, old: nn.Module, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        weight = oriented(old)
-        self.weight = old.weight
-        self.bias = old.bias
-        self.transposed = is_transposed(old)
-        self.scale = scale
-        self.dropout = dropout
-        self.lora_A = nn.Parameter(torch.zeros(rank, weight.shape[1]))
-        self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], rank))
-
-    def matrix(self) -> Tensor:
-        """The frozen weight as ``(out, in)``; a view."""
-        weight = self.weight
-        assert isinstance(weight, Tensor)
-        return weight.T if self.transposed else weight
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """``W x + b + scale * B A x``; the product with ``B`` adds into the result in one kernel."""
-        bias = self.bias
-        assert bias is None or isinstance(bias, Tensor)
-        result = functional.linear(inputs, self.matrix(), bias)
-        heard = functional.dropout(inputs, self.dropout, self.training) if self.dropout else inputs
-        low = functional.linear(heard, self.lora_A)
-        added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), self.lora_B.T, alpha=self.scale)
-        return added.view(result.shape)
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.*)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -101,17 +68,23 @@ class LoRA(Tuning):
         """See ``Tuning.install``; a rank above a matrix's smaller side is refused.
 
         Raises:
-            ConfigError: nothing matches, or the rank is too large.
+            ConfigError: nothing matches, the rank is too large, or the start wants to edit a quantised weight.
         """
         found = find(model, self.targets, head)
         for name, module in found.items():
-            smaller = min(oriented(module).shape)
+            smaller = min(matrix_shape(module))
             if self.rank > smaller:
                 raise ConfigError(
                     f"rank = {self.rank} is above the smaller side of {name} ({smaller}); "
                     f"choose a rank up to {smaller}, or other targets"
                 )
-            replace_module(model, name, LoRALinear(module, self.rank, self.scale, self.dropout))
+            if self.residual and is_packed(module):
+                raise ConfigError(
+                    f"init = {self.init.kind!r} edits the values of {name}, which are stored quantised; "
+                    "load the model unquantised, or start with init = { kind = 'kaiming' }"
+                )
+        for name, module in found.items():
+            replace_module(model, name, lora_layer(module, self.rank, self.scale, self.dropout))
         adapters = {f"{name}.{factor}" for name in found for factor in ("lora_A", "lora_B")}
         parameters = freeze_all_but(model, adapters | head)
         return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
@@ -176,56 +149,85 @@ class LoRA(Tuning):
             if self.residual:
                 for name, layer in layers.items():
                     product = self.scale * init[f"{name}.lora_B"] @ init[f"{name}.lora_A"]
-                    layer.matrix().sub_(product.to(layer.lora_A.device))
+                    layer.frozen[0].sub_(layer.as_weight(product).to(layer.lora_A.device))
         return {name: init[name] for name in installed.parameters if name in init}
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
-        """See ``Tuning.changes``: what was folded, and ``scale (B A - B0 A0)``; no ``B0 A0`` where the base kept it."""
+        """See ``Tuning.changes``: what was folded, and ``scale (B A - B0 A0)``; no ``B0 A0`` where the base kept it.
+
+        Raises:
+            ConfigError: a weight is stored quantised.
+        """
         result = dict(installed.folded)
         for name, layer in lora_layers(installed.model).items():
+            if layer.packed:
+                raise ConfigError(
+                    f"what was learnt for {name} cannot be added to its weight, which is stored quantised; "
+                    "export the adapter, without --merge"
+                )
             product = params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]
             if self.residual:
                 product = product - init[f"{name}.lora_B"] @ init[f"{name}.lora_A"]
-            change = self.scale * (product.T if layer.transposed else product)
+            change = self.scale * layer.as_weight(product)
             result[f"{name}.weight"] = result.get(f"{name}.weight", torch.zeros(())) + change
         return result
 
-    def _factors(self, name: str, layer: LoRALinear, delta: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
-        weight = layer.matrix().detach().to("cpu", torch.float32)
-        delta = delta.T if delta is not None and layer.transposed else delta
+    def _factors(self, name: str, layer: LoRALayer, delta: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+        weight = layer.matrix().detach()
+        weight = weight if layer.packed else weight.to("cpu", torch.float32)
+        delta = None if delta is None else layer.as_matrix(delta)
         return self.init.factors(weight, delta, self.rank, self.scale, named_seed(seed, name))
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The adapters in ``model`` by module name, shared ones once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 def from_peft(state: Mapping[str, Tensor]) -> Tree:
-    """A PEFT LoRA state dict under fedlora's names.
+    """A PEFT LoRA state dict under fedlora's names, every factor a matrix.
 
     Args:
         state: as in ``adapter_model.safetensors`` or ``PeftModel.state_dict()``: names such as
-            ``base_model.model.<module>.lora_A[.default].weight`` and ``...<head>.modules_to_save.default.weight``.
+            ``base_model.model.<module>.lora_A[.default].weight``, ``...<module>.lora_embedding_A[.default]`` and
+            ``...<head>.modules_to_save.default.weight``; a convolution's factors are ``(rank, in, height, width)`` and
+            ``(out, rank, 1, 1)``.
 
     Raises:
         ConfigError: a name is not one that PEFT gives to LoRA factors or saved modules.
     """
     result = {}
-    prefix = "base_model.model."
     for key, value in state.items():
-        if not key.startswith(prefix):
-            raise ConfigError(f"{key!r} is not a name of a PEFT state dict: it should start with {prefix!r}")
-        name = key.removeprefix(prefix).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-        for factor in ("lora_A", "lora_B"):
-            name = name.replace(f".{factor}.default.weight", f".{factor}").replace(f".{factor}.weight", f".{factor}")
+        if not key.startswith(_PREFIX):
+            raise ConfigError(f"{key!r} is not a name of a PEFT state dict: it should start with {_PREFIX!r}")
+        name = key.removeprefix(_PREFIX).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+        factor = _FACTOR.fullmatch(name)
+        if factor is not None:
+            name = f"{factor['module']}.lora_{factor['side']}"
+            value = value.flatten(1) if value.dim() > 2 else value
         result[name] = value.to(torch.float32)
     return result
 
 
-def to_peft(params: Mapping[str, Tensor]) -> Tree:
-    """The inverse of ``from_peft``, with the names of ``adapter_model.safetensors``."""
-    return {
-        f"base_model.model.{name}" + (".weight" if name.endswith((".lora_A", ".lora_B")) else ""): value
-        for name, value in params.items()
-    }
+def to_peft(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tree:
+    """The inverse of ``from_peft``, with the names of ``adapter_model.safetensors``.
+
+    Args:
+        params: the trained parameters.
+        model: the model that the adapters sit in; needed where some of them are on convolutions or embeddings, whose
+            factors have other shapes and names.
+    """
+    layers = lora_layers(model) if model is not None else {}
+    result = {}
+    for name, value in params.items():
+        module, _, leaf = name.rpartition(".")
+        layer = layers.get(module)
+        if leaf in ("lora_A", "lora_B"):
+            if isinstance(layer, LoRAEmbedding):
+                name = f"{module}.{leaf.replace('lora_', 'lora_embedding_')}"
+            else:
+                name = f"{name}.weight"
+            if isinstance(layer, LoRAConv):
+                value = layer.kernel(value, leaf)
+        result[_PREFIX + name] = value
+    return result

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic.dataclasses import dataclass
 from torch import nn
 
@@ -14,6 +15,7 @@ from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
+from fedlora.tuning.matrices import mirror
 from fedlora.tuning.targets import saved_modules
 
 _SVD_INITS = ("pissa", "olora", "corda", "loftq", "eva", "mica", "lora_ga")
@@ -75,6 +77,9 @@ class Peft(Tuning):
                 wrapped = peft.get_peft_model(model, config)
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"peft cannot put {config.peft_type} into this model: {error}") from error
+        for module in wrapped.modules():
+            if isinstance(module, BaseTunerLayer):
+                mirror(module.get_base_layer(), module)
         parameters, groups = {}, {}
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedlora.component import STRICT
+from fedlora.errors import ConfigError
 from fedlora.state import Carry, Fold, generator, named_seed
 from fedlora.tree import Tree
 from fedlora.tuning.base import (
@@ -18,6 +19,7 @@ from fedlora.tuning.base import (
     Start,
     Tuning,
     check_matched,
+    check_trainable,
     freeze_all_but,
     seed_from_tree,
     seed_to_tree,
@@ -43,8 +45,12 @@ class HeadOnly(Tuning):
     kind: Literal["head_only"] = "head_only"
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``."""
-        check_matched(len(head), "head_only", model)
+        """See ``Tuning.install``; a model without a head of its own, such as a language model, is refused."""
+        if not head:
+            raise ConfigError(
+                f"head_only would train nothing: {type(model).__name__} has no task head of its own; "
+                "use `lora`, `bitfit` or `full`"
+            )
         return _installed(model, set(), head)
 
 
@@ -89,7 +95,8 @@ class SparseMask(Tuning):
         direct = freeze_all_but(model, dense)
         packed: dict[str, nn.Parameter] = {}
         for name, weight in weights.items():
-            assert isinstance(weight, nn.Parameter)
+            assert isinstance(weight, Tensor)
+            check_trainable(name, weight)
             count = max(1, int(self.density * weight.numel()))
             packed[name] = nn.Parameter(torch.zeros(count))
         order = [name for name, _ in model.named_parameters() if name in packed or name in direct]

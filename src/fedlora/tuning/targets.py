@@ -3,54 +3,43 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fedlora.errors import ConfigError
 from fedlora.tuning.base import check_matched
+from fedlora.tuning.matrices import Matrix, is_linear, is_matrix, obstacle, tied_weights
 
 Targets = str | tuple[str, ...]
 
+_BERT = (r"attention\.output\.dense", r"layer\.\d+\.output\.dense")
+_LLAMA = (r"self_attn\.o_proj", r"mlp\.down_proj")
+_VIT = (r"attention\.o_proj", r"mlp\.(?:fc2|weights_out)")
 _OUTPUTS: dict[str, tuple[str, str]] = {
-    "bert": (r"attention\.output\.dense", r"layer\.\d+\.output\.dense"),
-    "roberta": (r"attention\.output\.dense", r"layer\.\d+\.output\.dense"),
-    "xlm-roberta": (r"attention\.output\.dense", r"layer\.\d+\.output\.dense"),
-    "electra": (r"attention\.output\.dense", r"layer\.\d+\.output\.dense"),
-    "deberta": (r"attention\.output\.dense", r"layer\.\d+\.output\.dense"),
-    "deberta-v2": (r"attention\.output\.dense", r"layer\.\d+\.output\.dense"),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2"), _BERT),
+    **dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("vit", "dinov2", "dinov2_with_registers"), _VIT),
     "distilbert": (r"attention\.out_lin", r"ffn\.lin2"),
     "albert": (r"attention\.dense", r"ffn_output"),
+    "modernbert": (r"attn\.Wo", r"mlp\.Wo"),
     "gpt2": (r"attn\.c_proj", r"mlp\.c_proj"),
-    "llama": (r"self_attn\.o_proj", r"mlp\.down_proj"),
-    "mistral": (r"self_attn\.o_proj", r"mlp\.down_proj"),
-    "gemma": (r"self_attn\.o_proj", r"mlp\.down_proj"),
-    "qwen2": (r"self_attn\.o_proj", r"mlp\.down_proj"),
-    "qwen3": (r"self_attn\.o_proj", r"mlp\.down_proj"),
+    "t5": (r"(?:SelfAttention|EncDecAttention)\.o", r"DenseReluDense\.wo"),
 }
 """Per family, the last matrix of the attention block and of the feed-forward block, as regular expressions."""
 
-_MORE_DEFAULTS = {"distilbert": ("q_lin", "v_lin"), "albert": ("query", "value")}
-"""Families that PEFT's table lacks."""
-
-
-def is_matrix(module: nn.Module) -> bool:
-    """Whether ``module`` multiplies by one matrix: ``nn.Linear``, or GPT-2's ``Conv1D``."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the weight is stored as ``(in, out)``, as GPT-2's ``Conv1D`` does."""
-    return isinstance(module, Conv1D)
-
-
-def oriented(module: nn.Module) -> Tensor:
-    """The module's weight as ``(out, in)``."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if is_transposed(module) else weight
+_MORE_DEFAULTS: dict[str, tuple[str, ...]] = {
+    "distilbert": ("q_lin", "v_lin"),
+    **dict.fromkeys(("albert", "camembert", "data2vec-vision", "swinv2"), ("query", "value")),
+    "modernbert": ("Wqkv",),
+    **dict.fromkeys(
+        ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit", "swin", "vit_msn", "ijepa"),
+        ("q_proj", "v_proj"),
+    ),
+}
+"""Families that PEFT's table lacks, by the names that transformers 5 gives to query and value."""
 
 
 def family(model: nn.Module) -> str:
@@ -59,44 +48,72 @@ def family(model: nn.Module) -> str:
     return str(model.config.model_type)
 
 
-def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, nn.Module]:
-    """The matrices that ``targets`` names, shared ones once, the task head never.
+def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, Matrix]:
+    """The matrices that ``targets`` names, shared modules once, the task head never.
 
     Args:
         model: the model to search.
-        targets: ``default`` for the family's usual ones (as PEFT has them: query and value), ``all-linear``, a regular
-            expression that must match a whole module name, or a tuple of name endings.
+        targets: ``default`` for the family's usual ones (query and value, as PEFT has them; where no table knows the
+            family, all), ``all-linear`` for every linear layer and every convolution in one group but the head, a
+            regular expression that must match a whole module name, or a tuple of name endings. Embeddings are found by
+            the latter two alone.
         head: names of the head's parameters.
 
     Raises:
-        ConfigError: nothing matches.
+        ConfigError: nothing matches, or what is named by an expression or an ending cannot be trained.
     """
+    named = targets not in ("default", "all-linear")
     if targets == "default":
-        names = _MORE_DEFAULTS.get(family(model)) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
+        known = _MORE_DEFAULTS.get(family(model)) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
             family(model), "all-linear"
         )
-        targets = names if isinstance(names, str) else tuple(names)
+        targets = known if isinstance(known, str) else tuple(known)
+    matches = _matcher(targets)
     matrices = {
         name: module
         for name, module in model.named_modules()
-        if is_matrix(module) and not any(f"{name}.{leaf}" in head for leaf, _ in module.named_parameters())
+        if is_matrix(module)
+        and matches(name)
+        and not any(f"{name}.{leaf}" in head for leaf, _ in module.named_parameters())
     }
-    if isinstance(targets, tuple):
-        endings = targets
-        found = {n: m for n, m in matrices.items() if any(n == e or n.endswith(f".{e}") for e in endings)}
-    elif targets == "all-linear":
-        found = matrices
-    else:
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ConfigError(f"targets = {targets!r} is no regular expression: {error}") from error
-        found = {n: m for n, m in matrices.items() if pattern.fullmatch(n)}
+    obstacles = _obstacles(model, matrices)
+    if named and obstacles:
+        name, why = next(iter(obstacles.items()))
+        raise ConfigError(f"{name} cannot be a target: {why}; leave it out of `targets`")
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    found = {
+        name: module
+        for name, module in matrices.items()
+        if named or not (name in obstacles or module is output or isinstance(module, nn.Embedding))
+    }
     check_matched(len(found), f"targets = {targets!r}", model)
     return found
 
 
-def block_outputs(model: nn.Module, where: tuple[str, ...], head: frozenset[str]) -> dict[str, nn.Module]:
+def _matcher(targets: Targets) -> Callable[[str], bool]:
+    if isinstance(targets, tuple):
+        return lambda name: any(name == ending or name.endswith(f".{ending}") for ending in targets)
+    if targets == "all-linear":
+        return lambda _: True
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise ConfigError(f"targets = {targets!r} is no regular expression: {error}") from error
+    return lambda name: pattern.fullmatch(name) is not None
+
+
+def _obstacles(model: nn.Module, matrices: Mapping[str, nn.Module]) -> dict[str, str]:
+    tied = tied_weights(model)
+    reasons = {}
+    for name, module in matrices.items():
+        shared = f"its weight is that of {tied[name]} too, which would change with it" if name in tied else None
+        reason = shared or obstacle(module)
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def block_outputs(model: nn.Module, where: tuple[str, ...], head: frozenset[str]) -> dict[str, Matrix]:
     """The last matrices of the attention blocks, of the feed-forward blocks, or of both.
 
     Args:
@@ -105,9 +122,13 @@ def block_outputs(model: nn.Module, where: tuple[str, ...], head: frozenset[str]
         head: names of the head's parameters.
 
     Raises:
-        ConfigError: the family is unknown.
+        ConfigError: the family is unknown, or has no such blocks.
     """
     if family(model) not in _OUTPUTS:
+        if not any(is_linear(module) for module in find(model, "all-linear", head).values()):
+            raise ConfigError(
+                f"bottleneck adapters follow linear layers, and {family(model)!r} has none outside its head; use `lora`"
+            )
         raise ConfigError(
             f"where bottleneck adapters go is not known for {family(model)!r}, only for {', '.join(sorted(_OUTPUTS))}; "
             "give `targets` as a regular expression over module names"
@@ -130,7 +151,7 @@ def saved_modules(model: nn.Module, head: frozenset[str]) -> list[str]:
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Puts ``new`` where ``name`` is; a module that several places share is replaced in all of them."""
     old = model.get_submodule(name)
-    for parent in model.modules():
+    for parent in list(model.modules()):  # what comes in may keep the old one inside
         # named_children() would pass over the second place in one list
         for child, module in list(parent._modules.items()):
             if module is old:

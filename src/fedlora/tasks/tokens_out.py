@@ -1,0 +1,345 @@
+"""Next-token prediction: sequences and which of their tokens are learnt, batches, loss, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from fedlora.errors import ConfigError, DataError, TrainingError
+from fedlora.tasks.base import Batch, Evaluation, Model, Rows
+from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, width_of
+from fedlora.tasks.loading import load_pretrained
+
+IGNORED = -100
+"""The label of a token that is not learnt."""
+CHUNK_ENTRIES = 2**24
+"""Entries of the logits that the loss takes at a time; with a large vocabulary its copies are most of the memory."""
+
+
+class Examples(NamedTuple):
+    """Examples as token sequences.
+
+    Args:
+        tokens: int32, all sequences; each has two tokens at least.
+        learnt: int8, in the same places: one where a token is to be predicted from those before it. The first token
+            of a sequence has nothing before it, so it never is.
+        offsets: ``(examples + 1,)`` int64; example ``i`` is the sequences from ``offsets[i]`` to ``offsets[i + 1]``.
+        kept: ``(examples,)`` int64, the rows that they were made of; one with nothing to learn makes none.
+        num_cut: rows that lost tokens.
+    """
+
+    tokens: Ragged
+    learnt: Ragged
+    offsets: Rows
+    kept: Rows
+    num_cut: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], num_cut: int = 0) -> Examples:
+        """Lays the sequences of ``rows`` one after the other; those with nothing to learn are left out.
+
+        Args:
+            rows: for each row its sequences as ``(tokens, learnt)``.
+            num_cut: rows that lost tokens.
+        """
+        found = [[(tokens, [0, *learnt[1:]]) for tokens, learnt in row if any(learnt[1:])] for row in rows]
+        kept = np.asarray([number for number, row in enumerate(found) if row], dtype=np.int64)
+        sequences = [one for row in found for one in row]
+        tokens = Ragged.of([tokens for tokens, _ in sequences])
+        learnt = Ragged.of([learnt for _, learnt in sequences], np.int8)
+        offsets = np.concatenate([[0], np.cumsum([len(found[row]) for row in kept])]).astype(np.int64)
+        return cls(tokens, learnt, offsets, kept, num_cut)
+
+    @classmethod
+    def read(cls, arrays: Arrays) -> Examples:
+        """The inverse of ``arrays``."""
+        tokens, learnt = (Ragged(arrays[name], arrays["sequences"]) for name in ("tokens", "learnt"))
+        return cls(tokens, learnt, arrays["examples"], arrays["kept"], int(arrays["num_cut"][0]))
+
+    def arrays(self) -> Arrays:
+        """Everything as flat arrays, for the cache."""
+        return {
+            "tokens": self.tokens.values,
+            "learnt": self.learnt.values,
+            "sequences": self.tokens.offsets,
+            "examples": self.offsets,
+            "kept": self.kept,
+            "num_cut": np.asarray([self.num_cut], dtype=np.int64),
+        }
+
+    def sequences(self, rows: Rows) -> Rows:
+        """The sequences of the examples ``rows``, in their order."""
+        parts = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence; 0 if there is none."""
+        return int(np.diff(self.tokens.offsets).max(initial=0))
+
+
+def learnable(data: Any, examples: Examples, which: str, lacking: str) -> Any:
+    """``data`` without the rows that make no example.
+
+    Args:
+        data: the rows that ``examples`` were made of.
+        examples: what they made.
+        which: what the rows are, for messages.
+        lacking: what is wrong with a row that makes none.
+
+    Raises:
+        DataError: no row is left.
+    """
+    if not len(examples.kept):
+        raise DataError(f"all {len(data)} {which} rows have {lacking}, so nothing can be learnt: mend the columns")
+    return data if len(examples.kept) == len(data) else data.select(examples.kept)
+
+
+def notes(total: int, examples: Examples, which: str, lacking: str, limit: str) -> tuple[str, ...]:
+    """Sentences about rows that are left out, and about rows that lost tokens.
+
+    Args:
+        total: number of rows that ``examples`` were made of.
+        examples: what they made.
+        which: what the rows are.
+        lacking: what is wrong with a row that makes none.
+        limit: the setting that cuts, with its value.
+    """
+    out, cut = total - len(examples.kept), examples.num_cut
+    found = (f"{out} of {total} {which} rows have {lacking} and are left out",) if out else ()
+    return found + ((f"{cut} of {total} {which} rows were cut to {limit}",) if cut else ())
+
+
+def batch_of(
+    examples: Examples, rows: Rows, limit: int, pad: int, packing: bool, device: torch.device
+) -> dict[str, Tensor]:
+    """All sequences of the examples ``rows``, padded to the longest on the right.
+
+    Args:
+        examples: the examples.
+        rows: which of them.
+        limit: the most tokens that a sequence has.
+        pad: the padding token.
+        packing: whether to join sequences up to ``limit`` tokens; attention then crosses texts.
+        device: where the batch is to live.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, ``(sequences, width)`` int64 each; labels stand where their
+        token stands, ``IGNORED`` where it is not learnt.
+    """
+    return _padded(examples, examples.sequences(rows), limit, pad, packing, device)
+
+
+def _padded(examples: Examples, chosen: Rows, limit: int, pad: int, packing: bool, device: torch.device) -> Batch:
+    tokens, learnt = examples.tokens, examples.learnt
+    if packing:
+        bins = pack(tokens.lengths(chosen), limit)
+        tokens, learnt = (_joined(one, [chosen[places] for places in bins]) for one in (tokens, learnt))
+        chosen = np.arange(len(bins))
+    width = width_of(int(tokens.lengths(chosen).max()), limit, None)
+    inputs = tokens.padded(chosen, width, pad)
+    labels = torch.where(learnt.padded(chosen, width, 0) == 1, inputs, IGNORED)
+    batch = {"input_ids": inputs, "attention_mask": attention_mask(tokens, chosen, width), "labels": labels}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def pack(lengths: Rows, limit: int) -> list[list[int]]:
+    """Puts sequences into blocks: from the longest on, each into the first block that has room for it.
+
+    Args:
+        lengths: tokens of each sequence, ``limit`` at most.
+        limit: room of a block.
+
+    Returns:
+        The numbers of the sequences in each block.
+
+    >>> pack(np.array([3, 8, 5, 2]), 8)
+    [[1], [2, 0], [3]]
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[number])
+        place = next((place for place, free in enumerate(room) if free >= length), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(limit)
+        bins[place].append(number)
+        room[place] -= length
+    return bins
+
+
+def _joined(ragged: Ragged, bins: Sequence[Rows]) -> Ragged:
+    parts = [ragged.values[ragged.offsets[number] : ragged.offsets[number + 1]] for one in bins for number in one]
+    offsets = np.concatenate([[0], np.cumsum([ragged.lengths(one).sum() for one in bins])]).astype(np.int64)
+    return Ragged(np.concatenate(parts), offsets)
+
+
+def load_language_model(
+    auto_class: str, model: Model, seed: int, device: torch.device, longest: int, key: str
+) -> tuple[nn.Module, frozenset[str]]:
+    """A pre-trained language model; its head is what the checkpoint lacks, so in general nothing.
+
+    Args:
+        auto_class: the class of ``transformers`` that loads it.
+        model: which model.
+        seed: of what the checkpoint lacks.
+        device: where it is to live.
+        longest: tokens of the longest sequence it will read.
+        key: the setting that bounds them.
+
+    Raises:
+        ConfigError: there is no such model, or it reads fewer tokens, or sees those that it is to predict.
+    """
+    loaded, head = load_pretrained(auto_class, model, seed, device, fresh_head=False)
+    if not _is_causal(loaded, device):
+        raise ConfigError(
+            f"{model.path!r} sees the tokens that it is to predict, as encoders such as BERT do, so it would learn to "
+            "copy: set model.path to a decoder, such as gpt2 or a Llama"
+        )
+    limit = positions(loaded)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"the data have sequences of {longest} tokens, but {model.path!r} reads {limit} at most: set {key} = "
+            f"{limit}"
+        )
+    return loaded, head
+
+
+def _is_causal(model: nn.Module, device: torch.device) -> bool:
+    """Whether what comes later changes nothing that is said before."""
+    tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device)
+    with torch.no_grad():
+        one, other = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :3].float()
+    return torch.allclose(one, other, atol=1e-3, rtol=1e-2)
+
+
+def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The cross entropy ``-log p(token | tokens before it)``, the mean over all learnt tokens of the batch, in float32.
+
+    On a CPU the sequences go through the model in groups of like length.
+
+    Args:
+        model: gives ``logits``.
+        batch: see ``batch_of``.
+
+    Raises:
+        TrainingError: no token of the batch is learnt.
+    """
+    sums, count = [], 0
+    for part in by_length(batch):
+        logits, targets = target_logits(model, part)
+        sums.append(summed_cross_entropy(logits, targets))
+        count += len(targets)
+    if not count:
+        raise TrainingError("no token of a batch is to be learnt: give examples with answers, or a larger max_length")
+    return torch.stack(sums).sum() / count
+
+
+def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the model says in front of each learnt token.
+
+    The model's last matrix is applied in these places alone.
+
+    Args:
+        model: a causal language model.
+        batch: see ``batch_of``.
+
+    Returns:
+        Logits ``(learnt, vocabulary)`` in the model's number format, and the tokens ``(learnt,)`` int64.
+    """
+    labels = batch["labels"]
+    row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+
+    def choose(values: Tensor) -> Tensor:
+        # tokens that a tuning puts in front are none of the batch's
+        return values[:, values.shape[1] - labels.shape[1] :][row, place]
+
+    with _last_matrix_sees(model, choose) as chosen:
+        logits = model(**inputs, use_cache=False).logits
+    return logits.squeeze(0) if chosen else choose(logits), labels[row, place + 1]
+
+
+@contextmanager
+def _last_matrix_sees(model: nn.Module, choose: Callable[[Tensor], Tensor]) -> Iterator[bool]:
+    """Within, the model's last matrix gets ``choose(hidden)`` as one sequence; False where it cannot be found."""
+    find = getattr(model, "get_output_embeddings", None)
+    last = find() if find is not None else None
+    if last is None:
+        yield False
+        return
+    handle = last.register_forward_pre_hook(lambda _, inputs: (choose(inputs[0]).unsqueeze(0), *inputs[1:]))
+    try:
+        yield True
+    finally:
+        handle.remove()
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of cross entropies in float32, made in chunks that are made again for the gradient.
+
+    Args:
+        logits: ``(tokens, vocabulary)``.
+        targets: ``(tokens,)`` int64.
+    """
+    size = max(1, CHUNK_ENTRIES // logits.shape[-1])
+    if len(logits) <= size:
+        return _cross_entropy(logits, targets)
+    parts = [
+        checkpoint(_cross_entropy, part, wanted, use_reentrant=False, preserve_rng_state=False)
+        for part, wanted in zip(torch.split(logits, size), torch.split(targets, size), strict=True)
+    ]
+    return torch.stack(parts).sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def score(
+    model: nn.Module, examples: Examples, rows: Rows, batch_size: int, limit: int, pad: int, device: torch.device
+) -> Evaluation:
+    """Token accuracy of the greedy next token, the mean loss per learnt token, and ``perplexity = exp(loss)``.
+
+    Args:
+        model: in evaluation mode.
+        examples: the examples.
+        rows: which of them.
+        batch_size: sequences that go through the model together.
+        limit: the most tokens that a sequence has.
+        pad: the padding token.
+        device: where the model is.
+    """
+    chosen = examples.sequences(rows)
+    chosen = chosen[np.argsort(examples.tokens.lengths(chosen), kind="stable")]
+    total, correct, count = 0.0, 0, 0
+    said: set[int] = set()
+    wanted: set[int] = set()
+    for first in range(0, len(chosen), batch_size):
+        batch = _padded(examples, chosen[first : first + batch_size], limit, pad, False, device)
+        logits, targets = target_logits(model, batch)
+        found = logits.argmax(-1)
+        total += float(summed_cross_entropy(logits, targets))
+        correct += int((found == targets).sum())
+        count += len(targets)
+        if len(said) < 2 or len(wanted) < 2:
+            said |= set(found.tolist())
+            wanted |= set(targets.tolist())
+    loss = total / count
+    perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
+    same = len(said) == 1 < len(wanted)
+    warnings = ("the model says the same token everywhere: it has learnt nothing useful",) if same else ()
+    return Evaluation({"accuracy": correct / count, "loss": loss, "perplexity": perplexity}, warnings)
+
+
+def positions(model: nn.Module) -> int | None:
+    """The most tokens that a model reads, where its configuration says so."""
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None

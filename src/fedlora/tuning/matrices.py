@@ -1,0 +1,108 @@
+"""What a module multiplies by, seen as one matrix ``(out, in)``: linear layers, convolutions, embeddings."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+Matrix = nn.Linear | Conv1D | nn.Conv2d | nn.Embedding
+
+_PLAIN = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
+_READ = (
+    *("in_features", "out_features", "nx", "nf"),
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    *("num_embeddings", "embedding_dim", "padding_idx"),
+)
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_matrix(module: nn.Module) -> TypeGuard[Matrix]:
+    """Whether ``module`` multiplies by one matrix: a linear layer, GPT-2's ``Conv1D``, a convolution, an embedding."""
+    return isinstance(module, _PLAIN)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether ``module`` computes as its class in PyTorch does, and not in a subclass's way (quantised, scaled)."""
+    return type(module) in _PLAIN and "forward" not in vars(module)
+
+
+def holds_numbers(weight: Tensor) -> bool:
+    """Whether the entries of ``weight`` are the numbers it stands for, and no codes of a quantised format."""
+    return weight.dtype in _NUMBERS
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether the weight is stored quantised."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return not holds_numbers(weight)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored as ``(in, out)``: GPT-2's ``Conv1D``, and an embedding, ``(number, size)``."""
+    return isinstance(module, Conv1D | nn.Embedding)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """``(out, in)``; for a convolution ``(out, in * height * width)``, for an embedding ``(size, number)``."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features  # a packed weight has another shape
+    out, columns = oriented(module).shape
+    return out, columns
+
+
+def oriented(module: nn.Module) -> Tensor:
+    """The module's weight as ``(out, in)``."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if is_transposed(module) else weight.flatten(1)
+
+
+def mirror(old: nn.Module, new: nn.Module) -> None:
+    """Gives ``new``, which takes the place of ``old``, what models read off it, such as a convolution's stride."""
+    for name in _READ:
+        if name in vars(old):
+            setattr(new, name, vars(old)[name])
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why nothing can be trained beside or inside ``module``'s matrix; None if it can."""
+    own = f"its class {type(module).__name__} computes in a way of its own"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return f"it is a convolution in {module.groups} groups, which is no single matrix"
+        if module.padding_mode != "zeros":
+            return f"it pads with {module.padding_mode!r} instead of zeros"
+        return None if type(module) is nn.Conv2d else own
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "it rescales its rows as it reads them (max_norm)"
+        scaled = getattr(module, "embed_scale", None) is not None
+        return None if type(module) is nn.Embedding or scaled else own
+    return None
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Modules whose weight is another module's too, such as a language model's embedding and head.
+
+    Returns:
+        Module name to the name of the first other holder of its weight.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(name)
+    shared = [names for names in holders.values() if len(names) > 1]
+    return {name: next(other for other in names if other != name) for names in shared for name in names}
