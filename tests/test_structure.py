@@ -45,6 +45,7 @@ LAYERS = (
     ("cli",),
 )
 NEEDED = {
+    "column": {"name"},
     "natural": {"column"},
     "files": {"train"},
     "hub": {"path"},
