@@ -12,7 +12,7 @@ import pytest
 
 from fedlora import config
 from fedlora.aggregate import AGGREGATORS
-from fedlora.clients import PARTITIONS, Clients, Pooled
+from fedlora.clients import PARTITIONS, SKEWS, Clients, Pooled
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError
 from fedlora.local import CLIENT_OPTIMIZERS, Local
@@ -30,6 +30,7 @@ STATED: dict[str, dict[str, Any]] = {
     "files": {"train": "rows.csv", "columns": {"text_pair": "second", "label": "the label"}},
     "hub": {"path": "owner/name", "revision": "abc", "test_split": ""},
     "image_folder": {"path": "pictures"},
+    "column": {"name": "user"},
     "peft": {"config": {"peft_type": "IA3", "target_modules": ["query"]}},
     "central_gaussian": {"clip_norm": 0.5, "noise_multiplier": 1.0},
     "top_k": {"density": 0.25},
@@ -69,6 +70,8 @@ def all_experiments() -> dict[str, Experiment]:
         num = 1 if partition is Pooled else 20
         clients = Clients(partition=make(partition, kind), num=num, per_round=1)
         found[f"partition-{kind}"] = Experiment(clients=clients)
+    for kind, skew in SKEWS.items():
+        found[f"skew-{kind}"] = Experiment(clients=Clients(skew=make(skew, kind)))
     for kind, source in SOURCES.items():
         found[f"data-{kind}"] = Experiment(data=make(source, kind))
     for kind, task in TASKS.items():

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora.clients import Clients, Dirichlet, Iid, Natural, Pooled, Shards
+    from fedlora.clients import Clients, Clusters, Column, Dirichlet, Iid, Natural, Pooled, Quantity, Shards
     from fedlora.config import Evaluate, Experiment, load
     from fedlora.errors import FedloraError
     from fedlora.experiment import Result, run
@@ -38,6 +38,8 @@ _HOME = {
     "Bottleneck": "tuning",
     "CausalLM": "tasks",
     "Clients": "clients",
+    "Clusters": "clients",
+    "Column": "clients",
     "Dirichlet": "clients",
     "Docstrings": "tasks",
     "Evaluate": "config",
@@ -59,6 +61,7 @@ _HOME = {
     "Peft": "tuning",
     "Phase": "recipe",
     "Pooled": "clients",
+    "Quantity": "clients",
     "QuestionAnswering": "tasks",
     "Recipe": "recipe",
     "Result": "experiment",
@@ -87,6 +90,8 @@ __all__ = [
     "Bottleneck",
     "CausalLM",
     "Clients",
+    "Clusters",
+    "Column",
     "Dirichlet",
     "Docstrings",
     "Evaluate",
@@ -108,6 +113,7 @@ __all__ = [
     "Peft",
     "Phase",
     "Pooled",
+    "Quantity",
     "QuestionAnswering",
     "Recipe",
     "Result",

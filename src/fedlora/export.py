@@ -100,6 +100,7 @@ def _write(
         raise ConfigError(
             f"what `{tuning.kind}` learnt here is no low-rank adapter; use --merge to write the whole model"
         )
+    task.save_pretrained(temporary)  # a model is of no use without its tokenizer or image processor
     (temporary / "README.md").write_text(
         model_card(experiment, task.auto_class, tuning.kind, metrics, merge), encoding="utf-8"
     )
@@ -121,7 +122,6 @@ def _save_merged(
             named[name].copy_(value)
     with quiet_transformers():
         model.save_pretrained(str(folder))  # type: ignore[operator]
-    task.save_pretrained(folder)
 
 
 def model_card(experiment: Experiment, auto_class: str, tuning: str, metrics: Mapping[str, float], merged: bool) -> str:
