@@ -15,7 +15,7 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
         "label": label,
         "seed": seed,
         "checkpoint_every": 10,
-        "task": {"kind": "question_answering", "max_length": 192},
+        "task": {"kind": "question_answering", "max_length": 192, "stride": 64},
         "data": source,
         "clients": {"per_round": 5, "partition": {"kind": "natural", "column": "title"}},
         "evaluate": {"every": 5, "num_examples": 400, "dense": True},

@@ -15,7 +15,7 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
         "label": label,
         "seed": seed,
         "checkpoint_every": 10,
-        "task": {"kind": "question_answering", "max_length": 256},
+        "task": {"kind": "question_answering", "max_length": 256, "stride": 64},
         "data": source,
         "clients": {
             "num": 30,

@@ -166,6 +166,7 @@ def test_a_file_that_is_no_configuration(
         (("compare", "{tmp}"), "is not the folder of a finished run"),
         (("predict", "{tmp}", "red"), "is not a run's folder"),
         (("evaluate", "{tmp}", "--data", "{toml}"), "is not a run's folder"),
+        (("evaluate", "{tmp}", "--data", "{toml}", "-c", "text"), "--column 'text' is not of the form use=name"),
         (("export", "{tmp}", "{tmp}/out"), "is not a run's folder"),
         (("list", "flavour"), "there is no slot 'flavour'; there are: method, tuning"),
         (("new", "flask"), "there is no method 'flask', did you mean 'flasc'"),

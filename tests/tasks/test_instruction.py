@@ -1,4 +1,4 @@
-"""Instruction tuning: which tokens are learnt, templates, cutting, packing, exact match, federated runs."""
+"""Instruction tuning: which tokens are learnt, templates, cutting, packing, federated runs."""
 
 from __future__ import annotations
 
@@ -11,85 +11,38 @@ import numpy as np
 import pytest
 import torch
 from shared import shared
-from test_language import (
+from tiny import LOCAL, write_rows
+from tiny_language import (
     BOS,
+    BOT,
+    CHAT,
+    CPU,
     EOS,
     METHODS,
     PAD,
-    WORDS,
+    TEMPLATE,
+    USER,
     ids,
-    language_world,
+    instruction_world,
+    messages,
     model_of,
     peft_agrees,
-    said,
+    prepare_answers,
+    prepare_talks,
+    save_chat_model,
     save_language_model,
-    slow_greedy,
     slow_loss,
     targets,
 )
-from tiny import LOCAL, write_rows
 from transformers import AutoTokenizer
 
 import fedlora
 from fedlora import config
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import Files, Instruction, Model
-from fedlora.tasks.answers import extract
-from fedlora.tasks.instruction import PreparedInstruction, cut
+from fedlora.tasks.instruction import cut
 
-CPU = torch.device("cpu")
-USER, BOT = ids("<user> <bot>")
-STOPS = {EOS, WORDS.index("w57")}
-TEMPLATE = "<user> {prompt} <bot>"
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %} <user> {{ m.content }}"
-    "{% else %} <bot> {{ m.content }} </s>{% endif %}{% endfor %}{% if add_generation_prompt %} <bot>{% endif %}"
-)
-PAIRS = [
-    ("w1 w2", "w3 w4"),
-    ("w5", "w6 w7 w8"),
-    ("w9 w10 w11 w12", "w13"),
-    *((f"w{n} w{n + 1}", f"w{n + 1} w{n + 1}") for n in range(20, 32)),
-]
-TALKS = [
-    ["w1 w2", "w3 w4", "w5", "w6"],
-    ["w7", "w8"],
-    *([f"w{n}", f"w{n + 1} w{n}"] for n in range(10, 16)),
-]
-base = pytest.fixture(scope="module")(language_world)
-
-
-def messages(turns: list[str]) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
-
-
-def save_chat_model(folder: Path, chat: str = CHAT) -> Path:
-    save_language_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = chat
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def world(base: Path) -> Path:
-    save_chat_model(base / "chat")
-    pairs = [{"prompt": one, "answer": two, "user": f"u{n % 4}"} for n, (one, two) in enumerate(PAIRS)]
-    write_rows(base / "pairs.jsonl", pairs)
-    write_rows(base / "talks.jsonl", [{"messages": messages(turns), "user": "u0"} for turns in TALKS])
-    return base
-
-
-def prepare(world: Path, source: str | Path = "pairs.jsonl", model: str = "llama", **settings: Any) -> Any:
-    settings = {"template": TEMPLATE, **settings}
-    files = Files(train=str(world / source), test=str(world / source))
-    prepared = Instruction(**settings).prepare(Model(path=str(world / model)), files)
-    assert isinstance(prepared, PreparedInstruction)
-    return prepared
-
-
-def talk(world: Path, source: str | Path = "talks.jsonl", **settings: Any) -> Any:
-    return prepare(world, source, "chat", template="chat", **settings)
+world = pytest.fixture(scope="module")(instruction_world)
 
 
 def learnt(task: Any, row: int) -> tuple[list[int], list[int]]:
@@ -104,7 +57,7 @@ def learnt(task: Any, row: int) -> tuple[list[int], list[int]]:
 
 
 def test_the_answer_and_its_end_are_learnt_and_nothing_else(world: Path) -> None:
-    batch = prepare(world).batch(np.array([0, 1]), CPU)
+    batch = prepare_answers(world).batch(np.array([0, 1]), CPU)
     first, second = [BOS, USER, *ids("w1 w2"), BOT], [BOS, USER, *ids("w5"), BOT]
     assert batch["input_ids"].tolist() == [
         [*first, *ids("w3 w4"), EOS],
@@ -120,58 +73,58 @@ def test_the_answer_and_its_end_are_learnt_and_nothing_else(world: Path) -> None
 def test_the_default_template_asks_and_ends_in_a_line_break(world: Path) -> None:
     asked = "Question: w1 w2\nAnswer:\n"
     assert Instruction().template.replace("{prompt}", "w1 w2") == asked
-    tokens, wanted = learnt(prepare(world, template=Instruction().template), 0)
+    tokens, wanted = learnt(prepare_answers(world, template=Instruction().template), 0)
     assert tokens == [BOS, *AutoTokenizer.from_pretrained(world / "llama")(asked).input_ids[1:], *ids("w3 w4"), EOS]
     assert wanted == [*ids("w3 w4"), EOS]
 
 
 def test_braces_of_a_prompt_or_template_mean_nothing(world: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "{answer} {0} {prompt}", "answer": "w1"}])
-    tokens, _ = learnt(prepare(world, rows, template="{w2} w3 {prompt}"), 0)
+    tokens, _ = learnt(prepare_answers(world, rows, template="{w2} w3 {prompt}"), 0)
     assert tokens == [BOS, *[1] * 1, *ids("w3"), 1, 1, 1, *ids("w1"), EOS]
 
 
 def test_an_end_that_the_tokenizer_puts_after_a_prompt_is_taken_away(world: Path) -> None:
     save_language_model(world / "ending", adds="<s> $A </s>")
-    assert learnt(prepare(world, model="ending"), 0) == learnt(prepare(world), 0)
+    assert learnt(prepare_answers(world, model="ending"), 0) == learnt(prepare_answers(world), 0)
 
 
 def test_all_turns_of_the_assistant_are_learnt_or_the_last(world: Path) -> None:
     tokens = [BOS, USER, *ids("w1 w2"), BOT, *ids("w3 w4"), EOS, USER, *ids("w5"), BOT, *ids("w6"), EOS]
-    assert learnt(talk(world), 0) == (tokens, [*ids("w3 w4"), EOS, *ids("w6"), EOS])
-    assert learnt(talk(world, learn="last"), 0) == (tokens, [*ids("w6"), EOS])
-    labels = talk(world).batch(np.array([0]), CPU)["labels"][0, :13].tolist()
+    assert learnt(prepare_talks(world), 0) == (tokens, [*ids("w3 w4"), EOS, *ids("w6"), EOS])
+    assert learnt(prepare_talks(world, learn="last"), 0) == (tokens, [*ids("w6"), EOS])
+    labels = prepare_talks(world).batch(np.array([0]), CPU)["labels"][0, :13].tolist()
     assert labels == [-100] * 5 + [*ids("w3 w4"), EOS] + [-100] * 3 + [*ids("w6"), EOS]
 
 
 def test_prompts_and_answers_can_be_put_into_the_chat_template(world: Path) -> None:
-    assert learnt(talk(world, "pairs.jsonl"), 0) == learnt(prepare(world), 0)
+    assert learnt(prepare_talks(world, "pairs.jsonl"), 0) == learnt(prepare_answers(world), 0)
 
 
 def test_an_end_is_put_where_the_chat_template_has_none(world: Path) -> None:
     save_chat_model(world / "endless", CHAT.replace(" </s>", ""))
-    task = prepare(world, "talks.jsonl", "endless", template="chat")
+    task = prepare_answers(world, "talks.jsonl", "endless", template="chat")
     tokens = [BOS, USER, *ids("w1 w2"), BOT, *ids("w3 w4"), USER, *ids("w5"), BOT, *ids("w6"), EOS]
     assert learnt(task, 0) == (tokens, [*ids("w3 w4"), *ids("w6"), EOS])
 
 
 def test_what_comes_after_the_last_answer_is_left_out(world: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": messages(["w1", "w2", "w3"])}])
-    assert learnt(talk(world, rows), 0) == ([BOS, USER, *ids("w1"), BOT, *ids("w2"), EOS], [*ids("w2"), EOS])
+    assert learnt(prepare_talks(world, rows), 0) == ([BOS, USER, *ids("w1"), BOT, *ids("w2"), EOS], [*ids("w2"), EOS])
 
 
 def test_turns_with_further_entries_and_turns_as_text_are_read(world: Path, tmp_path: Path) -> None:
     one = messages(["w1", "w2"])
     more = [{**one[0], "name": "me"}, one[1]]
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": more}, {"messages": one}])
-    assert learnt(talk(world, rows), 0) == learnt(talk(world, rows), 1)
+    assert learnt(prepare_talks(world, rows), 0) == learnt(prepare_talks(world, rows), 1)
     text = write_rows(tmp_path / "text.jsonl", [{"messages": json.dumps(one)}])
-    assert learnt(talk(world, text), 0) == learnt(talk(world, rows), 1)
+    assert learnt(prepare_talks(world, text), 0) == learnt(prepare_talks(world, rows), 1)
 
 
 def test_rows_without_an_answer_are_left_out_and_told_of(world: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "w1", "answer": " "}, {"prompt": "w2", "answer": "w3"}, {"prompt": "w4", "answer": ""}]
-    task = prepare(world, write_rows(tmp_path / "rows.jsonl", rows))
+    task = prepare_answers(world, write_rows(tmp_path / "rows.jsonl", rows))
     assert (task.num_examples("train"), task.texts("train")) == (1, ["w2"])
     with torch.no_grad():
         found = task.evaluate(model_of(task), np.array([0]), "test", CPU)
@@ -180,18 +133,18 @@ def test_rows_without_an_answer_are_left_out_and_told_of(world: Path, tmp_path: 
         tmp_path / "silent.jsonl", [{"messages": messages(["w1"])}, {"messages": messages(["w2", " "])}]
     )
     with pytest.raises(DataError, match="all 2 train rows have no answer to learn"):
-        talk(world, silent)
+        prepare_talks(world, silent)
 
 
 # ---- cutting
 
 
 def test_long_prompts_lose_their_left_and_keep_their_begin(world: Path) -> None:
-    task = prepare(world, max_length=6)
+    task = prepare_answers(world, max_length=6)
     # begin, user, four words, bot, one word, end: nine tokens
     assert learnt(task, 2) == ([BOS, *ids("w11 w12"), BOT, *ids("w13"), EOS], [*ids("w13"), EOS])
     # a prompt is cut to its begin before an answer is touched
-    assert learnt(prepare(world, max_length=4), 1) == ([BOS, *ids("w6 w7 w8")], ids("w6 w7 w8"))
+    assert learnt(prepare_answers(world, max_length=4), 1) == ([BOS, *ids("w6 w7 w8")], ids("w6 w7 w8"))
     with torch.no_grad():
         found = task.evaluate(model_of(task), np.array([0]), "test", CPU)
     assert found.warnings == (
@@ -221,7 +174,7 @@ def test_cutting_by_hand(tokens: list[int], marks: list[int], size: int, expecte
 
 
 def test_whole_examples_are_joined(world: Path) -> None:
-    batch = prepare(world, max_length=17, packing=True).batch(np.arange(3), CPU)
+    batch = prepare_answers(world, max_length=17, packing=True).batch(np.arange(3), CPU)
     first, second = [BOS, USER, *ids("w1 w2"), BOT, *ids("w3 w4"), EOS], [BOS, USER, *ids("w5"), BOT]
     third = [BOS, USER, *ids("w9 w10 w11 w12"), BOT, *ids("w13"), EOS]
     assert batch["input_ids"].tolist() == [
@@ -229,15 +182,15 @@ def test_whole_examples_are_joined(world: Path) -> None:
         [*second, *ids("w6 w7 w8"), EOS, *[PAD] * 9],
     ]
     assert batch["labels"][0].tolist() == [-100] * 7 + [*ids("w13"), EOS] + [-100] * 5 + [*ids("w3 w4"), EOS]
-    assert targets(batch) == targets(prepare(world).batch(np.arange(3), CPU))
+    assert targets(batch) == targets(prepare_answers(world).batch(np.arange(3), CPU))
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_loss_and_metrics_are_those_of_a_slow_loop(world: Path, packing: bool) -> None:
-    task = prepare(world, packing=packing, max_length=24, eval_batch_size=4)
+    task = prepare_answers(world, packing=packing, max_length=24, eval_batch_size=4)
     model, rows = model_of(task), np.array([14, 2, 0, 7, 1])
     total, _, count = slow_loss(model, task.batch(rows, CPU))
-    alone = slow_loss(model, prepare(world).batch(rows, CPU))
+    alone = slow_loss(model, prepare_answers(world).batch(rows, CPU))
     with torch.inference_mode():
         assert float(task.loss(model, task.batch(rows, CPU))) == pytest.approx(total / count, abs=1e-5)
         found = task.evaluate(model, rows, "test", CPU).metrics
@@ -248,125 +201,17 @@ def test_loss_and_metrics_are_those_of_a_slow_loop(world: Path, packing: bool) -
 
 
 def test_without_generation_the_main_metric_is_the_accuracy_of_tokens(world: Path) -> None:
-    assert prepare(world).main_metric == "accuracy"
-    assert prepare(world, generate=2).main_metric == "exact_match"
+    assert prepare_answers(world).main_metric == "accuracy"
+    assert prepare_answers(world, generate=2).main_metric == "exact_match"
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_embeddings_are_means_over_examples(world: Path, packing: bool) -> None:
-    task = prepare(world, packing=packing)
+    task = prepare_answers(world, packing=packing)
     found, model = task.embeddings("test", CPU), model_of(task)
     with torch.no_grad():
-        hidden = model.model(torch.tensor([learnt(prepare(world), 1)[0]])).last_hidden_state  # type: ignore[union-attr,operator]
+        hidden = model.model(torch.tensor([learnt(prepare_answers(world), 1)[0]])).last_hidden_state  # type: ignore[union-attr,operator]
     np.testing.assert_allclose(found[1], hidden[0].mean(0).numpy(), atol=1e-5)
-
-
-# ---- generation
-
-
-def test_answers_are_those_of_a_slow_loop(world: Path) -> None:
-    task = prepare(world, max_new_tokens=8, eval_batch_size=2)
-    model = model_of(task)
-    asked = ["w1 w2", "w5", "w9 w10 w11 w12"]
-    with torch.inference_mode():
-        found = task.predict(model, asked, CPU)
-    for text, one in zip(asked, found, strict=True):
-        expected = slow_greedy(model, [BOS, USER, *ids(text), BOT], STOPS, 8)
-        assert one["answer"].split() == said(expected)
-
-
-def test_exact_match_counts_answers_that_are_the_same(world: Path, tmp_path: Path) -> None:
-    task = prepare(world, max_new_tokens=8)
-    model = model_of(task)
-    asked = ["w1 w2", "w5", "w9", "w12 w13"]
-    with torch.inference_mode():
-        answers = [one["answer"] for one in task.predict(model, asked, CPU)]
-    wanted = [answers[0], "w0", answers[2], f" {answers[3]} "]
-    assert all(answers[n] for n in (0, 2, 3))
-    assert answers[1] != "w0"
-    rows = [{"prompt": one, "answer": two} for one, two in zip(asked, wanted, strict=True)]
-    file = write_rows(tmp_path / "rows.jsonl", rows)
-    for generate, expected in ((4, 0.75), (100, 0.75), (2, 1.0), (1, 1.0)):
-        some = prepare(world, file, generate=generate, max_new_tokens=8)
-        with torch.inference_mode():
-            found = some.evaluate(model, np.arange(4), "test", CPU)
-        assert next(iter(found.metrics)) == "exact_match"
-        assert found.metrics["exact_match"] == expected
-    with torch.inference_mode():
-        assert some.evaluate(model, np.array([1]), "test", CPU).metrics["exact_match"] == 0.0
-
-
-def test_exact_match_of_conversations_asks_for_the_last_turn(world: Path, tmp_path: Path) -> None:
-    model = model_of(talk(world))
-    asked = messages(["w1 w2", "w3 w4", "w5"])
-    task = talk(world, max_new_tokens=6, generate=1)
-    with torch.inference_mode():
-        (found,) = task.predict(model, [json.dumps({"messages": asked})], CPU)
-    expected = said(
-        slow_greedy(model, [BOS, USER, *ids("w1 w2"), BOT, *ids("w3 w4"), EOS, USER, *ids("w5"), BOT], STOPS, 6)
-    )
-    assert found["answer"].split() == expected
-    assert expected
-    for answer, score in ((found["answer"], 1.0), ("w3 w4", 0.0)):
-        rows = write_rows(tmp_path / f"{score}.jsonl", [{"messages": [*asked, messages(["", answer])[1]]}])
-        with torch.inference_mode():
-            other = task.with_test(rows, {})
-            assert other.evaluate(model, np.array([0]), "test", CPU).metrics["exact_match"] == score
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("4 and 5 make 9\n#### 9", "9"),
-        ("#### 1,200\nand 7 more", "1200"),
-        ("#### $3.50", "3.5"),
-        ("It is 1,000,000.", "1000000"),
-        ("He has 18.00 dollars", "18"),
-        ("16-3", "3"),
-        ("minus -3.", "-3"),
-        ("#### none, but 4 before", "4"),
-        ("no number", None),
-        ("", None),
-        ("about .5", ".5"),
-        ("20", "20"),
-        ("v2x 7", "7"),
-    ],
-)
-def test_the_final_number_of_a_text(text: str, found: str | None) -> None:
-    assert extract("gsm8k", text) == found
-
-
-def test_other_patterns() -> None:
-    assert extract("exact", " w1 \n") == "w1"
-    assert extract(r"answer: (\w+)", "the answer: yes!") == "yes"
-    assert extract(r"answer: (\w+)", "I do not know") is None
-    assert extract(r"a(b)?", "a") is None
-
-
-def test_an_answer_without_what_is_looked_for_never_matches(world: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "w1", "answer": "w3"}, {"prompt": "w2", "answer": "#### 5"}]
-    task = prepare(
-        world, write_rows(tmp_path / "rows.jsonl", rows), generate=2, answer_pattern="gsm8k", max_new_tokens=4
-    )
-    with torch.inference_mode():
-        found = task.evaluate(model_of(task), np.arange(2), "test", CPU)
-    assert found.metrics["exact_match"] == 0.0
-    assert "answer_pattern finds nothing in 1 of 2 test answers, which count as wrong" in found.warnings
-    with pytest.raises(DataError, match="finds nothing in any of the 15 test answers"):
-        prepare(world, generate=2, answer_pattern=r"(\d{7})")
-
-
-def test_a_prompt_is_a_turn_of_the_user_where_there_is_a_chat_template(world: Path) -> None:
-    task = talk(world, max_new_tokens=4)
-    model = model_of(task)
-    as_json = json.dumps({"messages": messages(["w1 w2"])})
-    with torch.inference_mode():
-        plain, told = task.predict(model, ["w1 w2", as_json], CPU)
-        # without one, JSON is a prompt like any other
-        prepare(world, max_new_tokens=4).predict(model, [as_json], CPU)
-    assert plain == told
-    with pytest.raises(DataError, match="input 1 is no conversation"):
-        task.predict(model, ["w1", '{"messages": [{"role": "user"}]}'], CPU)
 
 
 # ---- what is refused
@@ -387,9 +232,9 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 def test_a_chat_template_that_is_not_there_is_told_of(world: Path) -> None:
     with pytest.raises(ConfigError, match="has no chat template, which task"):
-        prepare(world, "talks.jsonl", template="chat")
+        prepare_answers(world, "talks.jsonl", template="chat")
     with pytest.raises(ConfigError, match=r'set task\.template = "chat"'):
-        prepare(world, "talks.jsonl", "chat")
+        prepare_answers(world, "talks.jsonl", "chat")
 
 
 @pytest.mark.parametrize(
@@ -402,7 +247,7 @@ def test_a_chat_template_that_is_not_there_is_told_of(world: Path) -> None:
 )
 def test_garbage_is_refused(world: Path, tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        prepare(world, write_rows(tmp_path / "rows.jsonl", rows))
+        prepare_answers(world, write_rows(tmp_path / "rows.jsonl", rows))
 
 
 @pytest.mark.parametrize(
@@ -411,13 +256,13 @@ def test_garbage_is_refused(world: Path, tmp_path: Path, rows: list[dict[str, An
 def test_conversations_that_are_none_are_refused(world: Path, tmp_path: Path, bad: Any) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": bad}])
     with pytest.raises(DataError, match=r"row 0 is no conversation: 'messages' should be a list"):
-        talk(world, rows)
+        prepare_talks(world, rows)
 
 
 def test_turns_that_the_template_refuses_are_told_of(world: Path) -> None:
     save_chat_model(world / "strict", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DataError, match=r"chat template refuses row 0 \(roles must alternate\)"):
-        prepare(world, "talks.jsonl", "strict", template="chat")
+        prepare_answers(world, "talks.jsonl", "strict", template="chat")
 
 
 def test_a_template_that_rewrites_what_was_said_can_learn_the_last_turn_alone(world: Path) -> None:
@@ -429,21 +274,21 @@ def test_a_template_that_rewrites_what_was_said_can_learn_the_last_turn_alone(wo
         "{% if add_generation_prompt %} <bot>{% endif %}",
     )
     with pytest.raises(DataError, match=r'row 0 otherwise once turn 1 is there.*set task.learn = "last"'):
-        prepare(world, "talks.jsonl", "forgetful", template="chat")
-    task = prepare(world, "talks.jsonl", "forgetful", template="chat", learn="last")
+        prepare_answers(world, "talks.jsonl", "forgetful", template="chat")
+    task = prepare_answers(world, "talks.jsonl", "forgetful", template="chat", learn="last")
     assert learnt(task, 0)[1] == [*ids("w50 w6"), EOS]
 
 
 def test_the_cache_tells_settings_apart(world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
-    prepare(world)
+    prepare_answers(world)
     first = len(list((tmp_path / "tokens").iterdir()))
     for settings in ({"template": "{prompt}"}, {"max_length": 9}, {"learn": "last"}):
-        prepare(world, **settings)
-    talk(world)
+        prepare_answers(world, **settings)
+    prepare_talks(world)
     assert (first, len(list((tmp_path / "tokens").iterdir()))) == (1, 5)
     monkeypatch.setattr("fedlora.tasks.instruction._pairs", None)
-    prepare(world)
+    prepare_answers(world)
 
 
 # ---- whole runs

@@ -17,7 +17,9 @@ import fedlora
 from fedlora.errors import ConfigError
 from fedlora.tasks import Files, Model, TextClassification
 from fedlora.tasks.cpu import ATTENTION
+from fedlora.tasks.loading import load_pretrained
 from fedlora.tasks.text import PreparedText
+from fedlora.testing import tiny_model
 
 CPU = torch.device("cpu")
 world = pytest.fixture(scope="module")(tiny_world)
@@ -86,6 +88,13 @@ def test_a_federation_with_checkpointing_learns_the_same(
         assert one["update_norm"] == pytest.approx(other["update_norm"], rel=1e-4)
         assert one["cohort"] == other["cohort"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_cannot_compute_twice_is_refused(tmp_path: Path) -> None:
+    tiny_model("mobilenet_v2").save_pretrained(str(tmp_path / "mobilenet"))
+    model = Model(path=str(tmp_path / "mobilenet"), gradient_checkpointing=True)
+    with pytest.raises(ConfigError, match=r"cannot compute its activations twice .*set model.gradient_checkpointing ="):
+        load_pretrained("AutoModelForImageClassification", model, 0, CPU)
 
 
 # ---- attention

@@ -26,6 +26,7 @@ from fedlora import config
 from fedlora.errors import ConfigError, DataError
 from fedlora.setting import prepare as deal
 from fedlora.tasks import Files, Model, QuestionAnswering, spans
+from fedlora.tasks.encoded import by_length
 from fedlora.tasks.loading import load_tokenizer
 from fedlora.tasks.passages import check_stride, encode
 from fedlora.tasks.questions import PreparedQuestions, span_losses
@@ -211,7 +212,9 @@ def test_equal_contexts_are_held_out_together(world: Path, tmp_path: Path) -> No
 # ---- loss
 
 
-def test_the_loss_is_the_mean_over_windows_whatever_they_are_padded_to(prepare: Prepare) -> None:
+def test_the_loss_is_the_mean_over_windows_whatever_they_are_padded_to(
+    prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [row(CONTEXT, "w1 w2", "w15 w16"), row("red", "w1", "red"), row("w3 w4 w5 blue", "w1 w2", "w5 blue")]
     task = prepare(rows, max_length=14)
     model = model_of(task).requires_grad_(False)
@@ -224,6 +227,10 @@ def test_the_loss_is_the_mean_over_windows_whatever_they_are_padded_to(prepare: 
         for logits, name in ((found.start_logits, "start_positions"), (found.end_logits, "end_positions")):
             alone.append(-float(logits[0].log_softmax(0)[batch[name][window]]))
     assert len(alone) == 2 * 4
+    assert float(task.loss(model, batch)) == pytest.approx(sum(alone) / len(alone), abs=1e-5)
+    # a group for each length, which here are not equally many
+    monkeypatch.setattr("fedlora.tasks.encoded.GROUP_COST", 0)
+    assert [len(part["input_ids"]) for part in by_length(batch)] == [1, 1, 2]
     assert float(task.loss(model, batch)) == pytest.approx(sum(alone) / len(alone), abs=1e-5)
     evaluated = task.evaluate(model, np.arange(3), "test", CPU)
     assert evaluated.metrics["loss"] == pytest.approx(sum(alone) / len(alone), abs=1e-5)

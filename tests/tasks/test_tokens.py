@@ -30,6 +30,7 @@ import fedlora
 from fedlora import config
 from fedlora.errors import ConfigError, DataError, TrainingError
 from fedlora.tasks import Files, Model, TokenClassification
+from fedlora.tasks.encoded import by_length
 from fedlora.tasks.loading import load_tokenizer
 from fedlora.tasks.tokens import PreparedTokens
 from fedlora.tasks.words import best_windows, cut, window_spans
@@ -288,10 +289,12 @@ def test_an_overlap_that_leaves_no_room_is_refused(world: Path) -> None:
 # ---- loss and metrics
 
 
-def test_the_loss_is_the_mean_over_all_words_of_the_batch(world: Path) -> None:
-    task = prepare(world, TokenClassification(max_length=10, stride=3))
+@pytest.mark.parametrize("max_length", [10, 64])
+def test_the_loss_is_the_mean_over_all_words_of_the_batch(world: Path, max_length: int) -> None:
+    task = prepare(world, TokenClassification(max_length=max_length, stride=3))
     model, rows = task.load_model(0, "fp32", CPU)[0].eval(), np.arange(30)
     batch = task.batch(rows, CPU)
+    assert len(by_length(batch)) > 1 or max_length == 10
     assert int((batch["labels"] != -100).sum()) == sum(len(row["tokens"]) for row in make_rows(60, 0)[:30])
     with torch.no_grad():
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
