@@ -10,14 +10,18 @@ from studies.study import DATA, Study, method
 def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> dict[str, Any]:
     """The whole configuration of one run."""
     source: dict[str, Any] = {"kind": "files", "train": str(DATA / "policyqa.train.jsonl.gz")}
-    source |= {"test_fraction": 0.1} if tuning else {"test": str(DATA / "policyqa.test.jsonl.gz")}
+    source |= {"test_fraction": 0.01} if tuning else {"test": str(DATA / "policyqa.test.jsonl.gz")}
     return {
         "label": label,
         "seed": seed,
         "checkpoint_every": 10,
         "task": {"kind": "question_answering", "max_length": 192, "stride": 64},
         "data": source,
-        "clients": {"per_round": 5, "partition": {"kind": "natural", "column": "title"}},
+        "clients": {
+            "per_round": 5,
+            "partition": {"kind": "natural", "column": "title"},
+            "test_clients": 0.2 if tuning else 0.0,  # whole sites are held out for tuning too
+        },
         "evaluate": {"every": 5, "num_examples": 400, "dense": True},
         "method": method(label, rate, rounds, compute="bf16", max_steps=8),
     }

@@ -37,12 +37,11 @@ STUDY = Study(
     grids={
         "lora": (5e-4, 1e-3, 3e-3),
         "flasc": (1e-3, 3e-3),
-        "federa": (5e-4, 1e-3),
-        "slora": (5e-4, 1e-3),
-        "full": (1e-4,),
+        "federa": (5e-4, 1e-3, 3e-3),
+        "slora": (1e-3, 3e-3),
     },
-    chosen={"lora": 1e-3, "flasc": 1e-3, "federa": 1e-3, "slora": 1e-3, "full": 3e-4},
+    chosen={"lora": 3e-3, "flasc": 3e-3, "federa": 3e-3, "slora": 3e-3},
     tuning_rounds=15,
-    rounds=30,
-    shown=(5, 10, 15, 20, 25, 30),
+    rounds=20,
+    shown=(5, 10, 15, 20),
 )
