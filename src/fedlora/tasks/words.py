@@ -113,7 +113,9 @@ def window_spans(length: int, room: int, stride: int) -> list[tuple[int, int]]:
 
 
 def best_windows(length: int, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """For each piece the window in which the nearer cut is farthest; the first of equals. A text's ends are no cuts.
+    """For each piece the window in which the nearer cut is farthest; the first of equals.
+
+    A text's own ends are no cuts, but counting them as such chooses the same windows.
 
     >>> best_windows(10, [(0, 6), (4, 10)])
     [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
@@ -121,7 +123,7 @@ def best_windows(length: int, spans: Sequence[tuple[int, int]]) -> list[int]:
 
     def context(window: int, place: int) -> int:
         start, end = spans[window]
-        return min(place - start if start else length, end - 1 - place if end < length else length)
+        return min(place - start, end - 1 - place)
 
     chosen, window = [], 0
     for place in range(length):
