@@ -23,8 +23,8 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
             "partition": {"kind": "dirichlet", "scheme": "hsu", "alpha": 0.5},
             "skew": {"kind": "clusters", "num": 30, "features": "tfidf"},
         },
-        "evaluate": {"every": 5, "num_examples": 300, "dense": True},
-        "method": method(label, rate, rounds, compute="bf16", max_steps=8),
+        "evaluate": {"every": 4, "num_examples": 300, "dense": True},
+        "method": method(label, rate, rounds, compute="bf16", max_steps=4),
     }
 
 
@@ -32,9 +32,9 @@ STUDY = Study(
     name="squad",
     metric="f1",
     document=document,
-    grids={"lora": (1e-3, 3e-3), "flasc": (3e-3,), "federa": (1e-3, 3e-3), "slora": (1e-3, 3e-3)},
+    grids={},  # PolicyQA's rates
     chosen={"lora": 3e-3, "flasc": 3e-3, "federa": 3e-3, "slora": 3e-3},
     tuning_rounds=8,
-    rounds=20,
-    shown=(5, 10, 15, 20),
+    rounds=16,
+    shown=(4, 8, 12, 16),
 )

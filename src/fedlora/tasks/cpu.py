@@ -34,7 +34,7 @@ def speed_up(model: nn.Module, attention: bool) -> None:
         model: any module; attention is left alone where it does not go through the interface of ``transformers``.
         attention: whether to replace attention too.
     """
-    _keep_freed_memory()
+    _settle_memory()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             replace_module(model, name, Dropout(module.p).train(module.training))
@@ -45,8 +45,10 @@ def speed_up(model: nn.Module, attention: bool) -> None:
         model.set_attn_implementation(ATTENTION)
 
 
-def _keep_freed_memory() -> None:
-    """Activations are freed and asked for again in every step; by default the kernel clears the pages each time."""
+def _settle_memory() -> None:
+    """Keeps pages that are freed and asked for again in every step, and few of the kernels made for each width."""
+    # a kernel is made for each width of a batch; read once, so it is of no effect after the first product
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
     if sys.platform == "linux" and not any(name in os.environ for name in _MALLOPT):
         with contextlib.suppress(AttributeError):  # other C libraries have no such function
             for number, value in _MALLOPT.values():
