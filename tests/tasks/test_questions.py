@@ -139,6 +139,16 @@ def test_tokens_know_their_characters(world: Path) -> None:
     assert arrays["examples"].tolist() == [0, 1]
 
 
+def test_many_questions_are_tokenised_in_parts(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(Model(path=str(world / "bert")))
+    texts = ["w1 w2", "w3", "w1", "w2 w4", "w5"], ["w9", CONTEXT, "red", CONTEXT, "blue w7"]
+    whole = encode(*texts, tokenizer, 12, 2)
+    assert whole["examples"].tolist() == [0, 1, 3, 4, 6, 7]
+    monkeypatch.setattr("fedlora.tasks.passages.CHUNK", 2)
+    parts = encode(*texts, tokenizer, 12, 2)
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+
+
 def test_an_answer_within_a_word_is_that_word(prepare: Prepare) -> None:
     task = prepare([row("w10 w11 w12 w13", "w1", "11 w1")])
     batch = task.batch(np.array([0]), CPU)
@@ -216,7 +226,7 @@ def test_the_loss_is_the_mean_over_windows_whatever_they_are_padded_to(
     prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [row(CONTEXT, "w1 w2", "w15 w16"), row("red", "w1", "red"), row("w3 w4 w5 w6 blue", "w1 w2", "w5 w6")]
-    task = prepare(rows, max_length=14)
+    task = prepare(rows, max_length=14, eval_batch_size=3)
     model = model_of(task).requires_grad_(False)
     batch = task.batch(np.arange(3), CPU)
     alone = []
