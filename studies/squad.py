@@ -23,7 +23,7 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
             "partition": {"kind": "dirichlet", "scheme": "hsu", "alpha": 0.5},
             "skew": {"kind": "clusters", "num": 30, "features": "tfidf"},
         },
-        "evaluate": {"every": 4, "num_examples": 300, "dense": True},
+        "evaluate": {"every": 5, "num_examples": 300, "dense": True},
         "method": method(label, rate, rounds, compute="bf16", max_steps=4),
     }
 
@@ -35,6 +35,6 @@ STUDY = Study(
     grids={},  # PolicyQA's rates
     chosen={"lora": 3e-3, "flasc": 3e-3, "federa": 3e-3, "slora": 3e-3},
     tuning_rounds=8,
-    rounds=16,
-    shown=(4, 8, 12, 16),
+    rounds=10,
+    shown=(5, 10),
 )
