@@ -165,7 +165,8 @@ def test_what_the_checkpoint_lacks_is_the_head_and_starts_from_the_seed(world: P
 def test_blocks_longer_than_the_model_reads_are_refused(world: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "long.jsonl", [{"text": " ".join(["w1"] * 60)}])
     with pytest.raises(
-        ConfigError, match=r"sequences of 62 tokens, but .*llama' reads 32 at most: set task\.block_size"
+        ConfigError,
+        match=r"sequences of 62 tokens, but .*llama' reads 32 at most: set task.max_length .or task.block_size. = 32",
     ):
         prepare(world, source=rows, block_size=100).load_model(0, "fp32", CPU)
     prepare(world, source=rows, block_size=32).load_model(0, "fp32", CPU)

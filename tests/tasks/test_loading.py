@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import COLOURS, experiment, ledger, save_model, tiny_world
+from tiny import COLOURS, experiment, ledger, save_model, tiny_world, write_rows
 from torch import nn
 
 import fedlora
@@ -151,3 +151,17 @@ def test_what_a_model_is_told_of_its_problem(world: Path) -> None:
         "multi": ("multi_label_classification", 3),
         "regression": ("regression", 1),
     }
+
+
+@pytest.mark.parametrize(("family", "limit"), [("gpt2", 32), ("roberta", 63)])
+def test_texts_longer_than_the_model_reads_are_refused(world: Path, family: str, limit: int) -> None:
+    folder = save_model(world / f"short-{family}", family)
+    rows = [{"text": " ".join(["w1"] * 80), "label": "red"}, {"text": "w2", "label": "blue"}]
+    write_rows(world / "long.jsonl", rows)
+    source = Files(train=str(world / "long.jsonl"), test=str(world / "long.jsonl"))
+    task = TextClassification(max_length=128).prepare(Model(path=str(folder)), source)
+    with pytest.raises(ConfigError, match=rf"sequences of 82 tokens.* reads {limit} at most"):
+        task.load_model(0, "fp32", CPU)
+    fitting = TextClassification(max_length=limit).prepare(Model(path=str(folder)), source)
+    model, _ = fitting.load_model(0, "fp32", CPU)
+    assert torch.isfinite(fitting.loss(model, fitting.batch(np.arange(2), CPU)))

@@ -47,6 +47,10 @@ class Ragged(NamedTuple):
         lengths: NDArray[np.int64] = self.offsets[rows + 1] - self.offsets[rows]
         return lengths
 
+    def longest(self) -> int:
+        """The length of the longest sequence; 0 without any."""
+        return int(np.diff(self.offsets).max(initial=0))
+
     def padded(self, rows: Rows, width: int, fill: int) -> Tensor:
         """``(rows, width)`` int64, filled on the right."""
         mask = np.arange(width) < self.lengths(rows)[:, None]
@@ -137,6 +141,8 @@ def cached(tokenizer: Any, content: str, settings: Mapping[str, Any], make: Call
     backend = getattr(tokenizer, "backend_tokenizer", None)
     forget_last_call(tokenizer)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    # tokenizers of one vocabulary may differ in what they give a model
+    settings = {**settings, "inputs": list(getattr(tokenizer, "model_input_names", []))}
     parts = [tokenizer.__class__.__name__, transformers.__version__, json.dumps(settings, sort_keys=True)]
     key = xxhash.xxh3_128_hexdigest("/".join([content, *parts, vocabulary]).encode())
     path = cache_folder() / "tokens" / f"{key}.safetensors"

@@ -10,8 +10,7 @@ import transformers
 from torch import nn
 
 from fedlora.errors import ConfigError
-from fedlora.tasks.loading import quiet_transformers
-from fedlora.tasks.tokens_out import positions
+from fedlora.tasks.loading import positions, quiet_transformers
 
 
 def cut_left(tokens: Sequence[int], size: int, bos: int | None) -> list[int]:

@@ -201,7 +201,7 @@ class PreparedInstruction(Prepared):
             ConfigError: there is no such model, or it reads fewer tokens than an example has.
         """
         longest = max((examples.longest() for examples in self._examples.values()), default=0)
-        return tokens_out.load_language_model(self.auto_class, self._model, seed, device, longest, "task.max_length")
+        return tokens_out.load_language_model(self.auto_class, self._model, seed, device, longest)
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``; see ``tokens_out.batch_of``."""

@@ -144,7 +144,7 @@ class PreparedLanguage(Prepared):
             ConfigError: there is no such model, or it reads fewer tokens than a block has.
         """
         longest = max((examples.longest() for examples in self._examples.values()), default=0)
-        return tokens_out.load_language_model(self.auto_class, self._model, seed, device, longest, "task.block_size")
+        return tokens_out.load_language_model(self.auto_class, self._model, seed, device, longest)
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: all blocks of the texts ``rows``; see ``tokens_out.batch_of``."""

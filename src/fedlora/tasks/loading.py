@@ -31,6 +31,7 @@ def load_pretrained(
     device: torch.device,
     settings: Mapping[str, Any] | None = None,
     fresh_head: bool = True,
+    longest: int = 0,
 ) -> tuple[nn.Module, frozenset[str]]:
     """A pre-trained model in float32, with a fresh head where the checkpoint has none.
 
@@ -44,12 +45,13 @@ def load_pretrained(
         settings: entries of its configuration, such as ``id2label``.
         fresh_head: whether all that lies outside the backbone is head; if not, only what the checkpoint lacks, as for
             language models, whose last matrix is pre-trained.
+        longest: tokens of the longest sequence that it will read.
 
     Returns:
         The model, and the names of the head's parameters.
 
     Raises:
-        ConfigError: there is no such model, or not in the form asked for.
+        ConfigError: there is no such model, or not in the form asked for, or it reads fewer tokens.
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
         torch.manual_seed(seed)
@@ -64,6 +66,12 @@ def load_pretrained(
             quantization_config=_quantised(model),
             **(settings or {}),
         )
+    limit = positions(loaded)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"the data have sequences of {longest} tokens, but {model.path!r} reads {limit} at most: set "
+            f"task.max_length (or task.block_size) = {limit}"
+        )
     if device.type == "cpu":
         cpu.speed_up(loaded, model.attention == "auto")
     if model.gradient_checkpointing:
@@ -72,6 +80,18 @@ def load_pretrained(
     head = head_names(loaded, missing)
     head = head if fresh_head else head & missing
     return loaded if model.load in FEW_BITS else loaded.to(device), head
+
+
+def positions(model: nn.Module) -> int | None:
+    """The most tokens that a model reads, where its configuration says so."""
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(found, int):
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa counts positions from behind the padding's
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return found
 
 
 def class_settings(names: Sequence[str]) -> dict[str, Any]:

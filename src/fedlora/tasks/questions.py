@@ -150,7 +150,8 @@ class PreparedQuestions(Prepared):
         renamed = _renamed_backbone(self._model)
         # the two outputs, for start and end, are called labels in a configuration
         settings = {"num_labels": 2, "key_mapping": renamed} if renamed else {"num_labels": 2}
-        model, head = load_pretrained(self.auto_class, self._model, seed, device, settings)
+        longest = max((passages.tokens.longest() for passages in self._passages.values()), default=0)
+        model, head = load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
         if renamed:
             # else `transformers` would save the model under the old names, and not find them when it loads it
             used: Any = getattr(model, "_weight_conversions", None) or []

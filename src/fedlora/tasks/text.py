@@ -178,7 +178,8 @@ class PreparedText(Prepared):
         """
         settings: dict[str, Any] = {"problem_type": PROBLEM_TYPES[self.settings.problem]}
         settings |= class_settings(self._names) if self._names else {"num_labels": 1}
-        model, head = load_pretrained(self.auto_class, self._model, seed, device, settings)
+        longest = max((tokens.longest() for tokens in self._tokens.values()), default=0)
+        model, head = load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
         # decoders find a text's last token by it
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
         return model, head

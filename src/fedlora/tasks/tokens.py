@@ -226,12 +226,10 @@ class PreparedTokens(Prepared):
         return [" ".join(words) for words in values_of(self._data[split], "tokens")]
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``.
-
-        Raises:
-            ConfigError: there is no such model.
-        """
-        return load_pretrained(self.auto_class, self._model, seed, device, class_settings(self._names))
+        """See ``Prepared.load_model``; raises ``ConfigError`` where there is no such model."""
+        longest = max((windows.tokens.longest() for windows in self._windows.values()), default=0)
+        settings = class_settings(self._names)
+        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: all windows of the examples; ``labels`` are ``(windows, width)``, -100 is masked."""

@@ -182,7 +182,7 @@ def _joined(ragged: Ragged, bins: Sequence[Rows]) -> Ragged:
 
 
 def load_language_model(
-    auto_class: str, model: Model, seed: int, device: torch.device, longest: int, key: str
+    auto_class: str, model: Model, seed: int, device: torch.device, longest: int
 ) -> tuple[nn.Module, frozenset[str]]:
     """A pre-trained language model; its head is what the checkpoint lacks, so in general nothing.
 
@@ -192,22 +192,15 @@ def load_language_model(
         seed: of what the checkpoint lacks.
         device: where it is to live.
         longest: tokens of the longest sequence it will read.
-        key: the setting that bounds them.
 
     Raises:
         ConfigError: there is no such model, or it reads fewer tokens, or sees those that it is to predict.
     """
-    loaded, head = load_pretrained(auto_class, model, seed, device, fresh_head=False)
+    loaded, head = load_pretrained(auto_class, model, seed, device, fresh_head=False, longest=longest)
     if not _is_causal(loaded, device):
         raise ConfigError(
             f"{model.path!r} sees the tokens that it is to predict, as encoders such as BERT do, so it would learn to "
             "copy: set model.path to a decoder, such as gpt2 or a Llama"
-        )
-    limit = positions(loaded)
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"the data have sequences of {longest} tokens, but {model.path!r} reads {limit} at most: set {key} = "
-            f"{limit}"
         )
     return loaded, head
 
@@ -337,9 +330,3 @@ def score(
     same = len(said) == 1 < len(wanted)
     warnings = ("the model says the same token everywhere: it has learnt nothing useful",) if same else ()
     return Evaluation({"accuracy": correct / count, "loss": loss, "perplexity": perplexity}, warnings)
-
-
-def positions(model: nn.Module) -> int | None:
-    """The most tokens that a model reads, where its configuration says so."""
-    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
