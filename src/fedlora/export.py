@@ -102,7 +102,7 @@ def _write(
         )
     task.save_pretrained(temporary)  # a model is of no use without its tokenizer or image processor
     (temporary / "README.md").write_text(
-        model_card(experiment, task.auto_class, tuning.kind, metrics, merge), encoding="utf-8"
+        model_card(experiment, task.auto_class, task.load_arguments, tuning.kind, metrics, merge), encoding="utf-8"
     )
 
 
@@ -124,18 +124,19 @@ def _save_merged(
         model.save_pretrained(str(folder))  # type: ignore[operator]
 
 
-def model_card(experiment: Experiment, auto_class: str, tuning: str, metrics: Mapping[str, float], merged: bool) -> str:
+def model_card(
+    experiment: Experiment, auto_class: str, arguments: str, tuning: str, metrics: Mapping[str, float], merged: bool
+) -> str:
     """The README of an exported folder."""
     base = experiment.model.path if experiment.model.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
     found = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    labels = ", num_labels=NUM_LABELS" if auto_class.endswith("Classification") else ""
     if merged:
         load = f'model = {auto_class}.from_pretrained("THIS FOLDER")'
     elif tuning == "bottleneck":
         load = '# bottleneck adapters are no PEFT type: fedlora predict RUN "a text"'
     else:
         load = (
-            f'base = {auto_class}.from_pretrained("{base}"{labels})\n'
+            f'base = {auto_class}.from_pretrained("{base}"{arguments})\n'
             'model = PeftModel.from_pretrained(base, "THIS FOLDER")'
         )
     header = "" if merged else "library_name: peft\n"

@@ -598,6 +598,8 @@ def test_peft_on_the_original_base_answers_as_the_run_does(
     assert json.loads((adapter / "adapter_config.json").read_text())["task_type"] == task_type
     # transformers needs to be told where Llama's backbone goes
     renamed = {"key_mapping": {r"^model\.": "transformer."}} if family == "llama" else {}
+    card = (adapter / "README.md").read_text()
+    assert ("key_mapping={'^model\\\\.': 'transformer.'}" in card) == bool(renamed), card
     base = AutoModelForQuestionAnswering.from_pretrained(world / family, num_labels=2, **renamed).eval()
     lines = [json.dumps(one) for one in colour_rows(8, 5, "t")]
     with torch.no_grad():

@@ -157,6 +157,11 @@ class Prepared(ABC):
         """Writes what goes beside a model, such as the tokenizer."""
 
     @property
+    def load_arguments(self) -> str:
+        """What ``from_pretrained`` needs beside a path to load the base model, as source text, for model cards."""
+        return ", num_labels=NUM_LABELS" if self.auto_class.endswith("Classification") else ""
+
+    @property
     def fingerprint(self) -> str:
         """A digest of the data, the same on every machine."""
         digests = (fingerprint(self.data[name]) for name in ("train", "test"))

@@ -141,6 +141,12 @@ class PreparedQuestions(Prepared):
         columns = (values_of(self._data[split], name) for name in ("question", "context"))
         return [" ".join(row) for row in zip(*columns, strict=True)]
 
+    @property
+    def load_arguments(self) -> str:
+        """See ``Prepared.load_arguments``."""
+        renamed = _renamed_backbone(self._model)
+        return f", key_mapping={renamed!r}" if renamed else ""
+
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         """See ``Prepared.load_model``.
 
