@@ -26,7 +26,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     study: Study = importlib.import_module(f"studies.{given.name}").STUDY
-    labels = given.methods.split(",") if given.methods else list(study.chosen)
+    chosen = study.grids if given.command == "tune" else study.chosen
+    labels = given.methods.split(",") if given.methods else list(chosen)
     if given.command == "tune":
         study.tune(labels)
     elif given.command == "final":

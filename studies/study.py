@@ -63,8 +63,8 @@ class Study:
     def gather(self) -> dict[str, Any]:
         """What the runs left: tuning figures, and for each final run its result and its curve."""
         gathered: dict[str, Any] = {"tuning": {}, "final": {}}
-        for label, grid in self.grids.items():
-            for rate in grid:
+        for label in {**self.chosen, **self.grids}:
+            for rate in self.grids.get(label, ()):
                 folder = RUNS / self.name / "tune" / f"{label}-{rate:g}"
                 if (folder / "result.json").exists():
                     value = RunFolder(folder).read_json("result.json")["after"][self.metric]
@@ -100,9 +100,10 @@ class Study:
                 cells.append(f"{result['after'][self.metric]:.3f}")
                 rate = self.chosen[label]
                 print(f"| {label} | {seed} | {rate:g} | {down:.2f} | {up:.2f} | {' | '.join(cells)} |")
-        print("\nlearning rates tried: ")
         for label, found in gathered["tuning"].items():
-            print(f"- {label}: " + ", ".join(f"{rate}: {value:.3f}" for rate, value in found.items()))
+            print(
+                f"- {label}, rate: {self.metric}: " + ", ".join(f"{rate}: {value:.3f}" for rate, value in found.items())
+            )
 
 
 def method(label: str, rate: float, rounds: int, **local: Any) -> dict[str, Any]:
