@@ -24,8 +24,8 @@ methods = {
         fedlora.Phase(
             recipe=fedlora.Recipe(
                 tuning=fedlora.LoRA(rank=16, init=SvdOfWeight()),
-                down=fedlora.Link(sparsify=fedlora.TopK(density=0.25, head="dense"), reference="init"),
-                up=fedlora.Link(sparsify=fedlora.TopK(density=0.25, head="dense")),
+                down=fedlora.Link(sparsify=fedlora.TopK(density=0.25, quota=fedlora.Quota(head=1)), reference="init"),
+                up=fedlora.Link(sparsify=fedlora.TopK(density=0.25, quota=fedlora.Quota(head=1))),
                 local=local,
                 memory="init",
             ),

@@ -35,6 +35,8 @@ STATED: dict[str, dict[str, Any]] = {
     "central_gaussian": {"clip_norm": 0.5, "noise_multiplier": 1.0},
     "top_k": {"density": 0.25},
     "random_k": {"density": 0.25},
+    "threshold": {"value": 0.5},
+    "rank_slice": {"rank": 2},
 }
 """The fields that have no default."""
 

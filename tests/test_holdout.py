@@ -135,7 +135,7 @@ def test_the_end_is_evaluated_on_every_clients_own_rows(world: Path, tmp_path: P
     state, recipe, setting = held[0], chosen.phases[0].recipe, prepare(chosen)
     workspace = Workspace(setting.task, 0, torch.device("cpu"))
     workspace.settle(0, recipe, state.setup)
-    received = view(recipe, state)
+    received = view(recipe, state, chosen.seed)
     assert tree.norm(tree.subtract(received, state.params)) > 0
     workspace.installed.load(received)
     own = sorted(

@@ -72,7 +72,7 @@ class HandOver:
         self.trained = {n: v.detach().clone() for n, v in self.workspace.model.named_parameters()}
         self.carry: Carry = close_phase(self.workspace, warm, self.warm)
         self.state, self.facts = open_phase(self.workspace, 1, cold, 0, self.warm.round, self.carry)
-        self.workspace.installed.load(view(cold, self.state))
+        self.workspace.installed.load(view(cold, self.state, 0))
         self.pretrained = dict(self.task.make_model().named_parameters())
 
     def product(self, name: str) -> Tensor:

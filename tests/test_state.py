@@ -47,7 +47,10 @@ def make_state() -> ServerState:
                 has_setup=True, optimizer={"z.weight/exp_avg": torch.ones(2, 3), "z.weight/step": torch.tensor(4.0)}
             ),
             3: ClientState(has_setup=False),
+            12: ClientState(feedback=tensors(5), held=tensors(6)),
         },
+        feedback=tensors(7),
+        held={1: tensors(8), 12: tensors(6)},
     )
 
 
@@ -65,6 +68,8 @@ def assert_equal(one: Any, other: Any) -> None:
         assert_equal(vars(one), vars(other))
     elif isinstance(one, ClientState):
         assert one.has_setup == other.has_setup
+        assert_equal(one.feedback, other.feedback)
+        assert_equal(one.held, other.held)
         assert_equal(dict(sorted(one.optimizer.items())), dict(sorted(other.optimizer.items())))
     else:
         assert one == other
@@ -255,7 +260,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "json cut off": lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text()[:-20]),
     "json of another kind": lambda folder: (folder / "state.json").write_text("[]"),
     "json not text": lambda folder: (folder / "state.json").write_bytes(b"\xff\xfe\x00"),
-    "another format": lambda folder: edit(folder / "state.json", format=2),
+    "another format": lambda folder: edit(folder / "state.json", format=1),
     "a part of another kind": lambda folder: edit(folder / "state.json", order=None),
     "tensors cut off": lambda folder: (folder / "state.safetensors").write_bytes(
         (folder / "state.safetensors").read_bytes()[:-8]

@@ -53,6 +53,9 @@ NEEDED = {
     "peft": {"config"},
     "central_gaussian": {"clip_norm", "noise_multiplier"},
     "top_k": {"density"},
+    "random_k": {"density"},
+    "threshold": {"value"},
+    "rank_slice": {"rank"},
 }
 
 

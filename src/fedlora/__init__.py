@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         TextClassification,
         TokenClassification,
     )
-    from fedlora.transport import Link, TopK
+    from fedlora.transport import Link, Quota, RandomK, Stage, TopK, Uniform
     from fedlora.tuning import BitFit, Bottleneck, Full, HeadOnly, LoRA, Peft, SparseMask
 
 _HOME = {
@@ -63,14 +63,18 @@ _HOME = {
     "Pooled": "clients",
     "Quantity": "clients",
     "QuestionAnswering": "tasks",
+    "Quota": "transport",
+    "RandomK": "transport",
     "Recipe": "recipe",
     "Result": "experiment",
     "Schedule": "local",
     "Shards": "clients",
     "SparseMask": "tuning",
+    "Stage": "transport",
     "TextClassification": "tasks",
     "TokenClassification": "tasks",
     "TopK": "transport",
+    "Uniform": "transport",
     "dense_lora": "methods",
     "fedavg": "methods",
     "federa": "methods",
@@ -115,14 +119,18 @@ __all__ = [
     "Pooled",
     "Quantity",
     "QuestionAnswering",
+    "Quota",
+    "RandomK",
     "Recipe",
     "Result",
     "Schedule",
     "Shards",
     "SparseMask",
+    "Stage",
     "TextClassification",
     "TokenClassification",
     "TopK",
+    "Uniform",
     "dense_lora",
     "fedavg",
     "federa",

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedlora import tree
-from fedlora.errors import TrainingError
+from fedlora.errors import TrainingError, WireError
 from fedlora.local import Local
 from fedlora.recipe import Recipe
 from fedlora.state import ClientState, generator, named_seed
 from fedlora.tasks.base import Rows
 from fedlora.transport import wire
-from fedlora.transport.precision import Float32, Precision
+from fedlora.transport.link import join_groups, split_groups
 from fedlora.tree import Tree
 from fedlora.tuning.lora import lora_layers
 from fedlora.workspace import Workspace
@@ -69,21 +69,6 @@ class Trained(NamedTuple):
     optimizer: Tree
 
 
-def split_groups(params: Tree, groups: Mapping[str, str]) -> dict[str, Tree]:
-    """``params`` as the parts of a message, ``adapter`` and ``head``; a group without names is no part."""
-    return {group: tree.select(params, groups, group) for group in ("adapter", "head") if group in set(groups.values())}
-
-
-def join_groups(parts: Mapping[str, Tree], groups: Mapping[str, str]) -> Tree:
-    """The inverse of ``split_groups``, in the order of ``groups``."""
-    return {name: parts[group][name] for name, group in groups.items()}
-
-
-def precisions(parts: Mapping[str, Tree], precision: Precision) -> dict[str, Precision]:
-    """The number format of each part: the link's for parameters, float32 for everything else."""
-    return {part: precision if part in ("adapter", "head") else Float32() for part in parts}
-
-
 def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     """Takes a client's turn: decode, train, sparsify, clip, round, encode.
 
@@ -103,27 +88,41 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     recipe = job.recipe
     workspace.settle(job.phase, recipe, job.setup)
     installed, groups = workspace.installed, workspace.installed.groups
-    start = workspace.decode(job.payload, lambda: _received(job, workspace))
+    start = workspace.decode(job.payload, job.client, lambda: _received(job, workspace))
     installed.load(start)
     trained = train(workspace, rows, job, start)
     delta = installed.since(start)
     if trained.steps:
         _check_moved(job.client, trained, delta, groups)
-    delta = recipe.up.sparsify(delta, groups, job.round, generator(named_seed(job.seed, "up")))
-    delta = recipe.up.precision.round(recipe.privacy.clip(delta))
+    if job.memory.feedback:
+        delta = tree.add(delta, job.memory.feedback)
+    seed = named_seed(job.seed, "up")
+    sent = recipe.privacy.clip(recipe.up.thin(delta, groups, job.round, seed))
     figures = (float(trained.examples), float(trained.steps), trained.loss)
     report = {name: torch.tensor(value) for name, value in zip(REPORT, figures, strict=True)}
-    parts = split_groups(delta, groups) | {"report": report}
-    packet = wire.pack(parts, precisions(parts, recipe.up.precision))
-    memory = ClientState(has_setup=recipe.memory == "init", optimizer=trained.optimizer)
+    packet = recipe.up.encode(sent, groups, job.round, seed, {"report": report})
+    memory = ClientState(
+        has_setup=recipe.memory != "none",
+        optimizer=trained.optimizer,
+        feedback=tree.subtract(delta, join_groups(packet.trees, groups)) if recipe.up.feedback else {},
+        held=start if recipe.memory == "last_round" else {},
+    )
     return Reply(packet, memory, time.perf_counter() - clock)
 
 
 def _received(job: Job, workspace: Workspace) -> Tree:
+    """The parameters that a payload tells, whatever it is relative to."""
     installed, groups = workspace.installed, workspace.installed.groups
     like = {name: value.detach() for name, value in installed.parameters.items()}
     sent = join_groups(wire.unpack(job.payload, split_groups(like, groups)), groups)
-    return tree.add(workspace.init, sent) if job.recipe.down.reference == "init" else sent
+    reference = wire.reference_of(job.payload)
+    if reference == "init":
+        return tree.add(workspace.init, sent)
+    if reference == "last_round":
+        if not job.memory.held:
+            raise WireError("The message tells what changed since the last round, and this client remembers none.")
+        return tree.add(job.memory.held, sent)
+    return sent
 
 
 def train(workspace: Workspace, rows: Rows, job: Job, start: Tree) -> Trained:

@@ -15,7 +15,7 @@ import torch
 
 from fedlora import tree
 from fedlora.aggregate import AGGREGATORS
-from fedlora.client import REPORT, precisions, split_groups
+from fedlora.client import REPORT
 from fedlora.clients import PARTITIONS, SKEWS
 from fedlora.config import Experiment
 from fedlora.engines import ENGINES
@@ -24,14 +24,14 @@ from fedlora.local import CLIENT_OPTIMIZERS
 from fedlora.methods import METHODS
 from fedlora.privacy import PRIVACY
 from fedlora.recipe import Recipe
-from fedlora.round import Kinds, close_phase, open_phase
+from fedlora.round import Downlink, Kinds, close_phase, open_phase
 from fedlora.server_optim import SERVER_OPTIMIZERS
 from fedlora.setting import VERSIONED, pick_device
 from fedlora.state import ServerState, generator, named_seed
 from fedlora.tasks import SOURCES, TASKS, Prepared
 from fedlora.tasks.encoded import cache_folder
 from fedlora.track import TRACKERS
-from fedlora.transport import PRECISIONS, SPARSIFIERS, wire
+from fedlora.transport import PRECISIONS, SPARSIFIERS, split_groups
 from fedlora.tuning import LORA_INITS, TUNINGS
 from fedlora.workspace import Workspace
 
@@ -120,9 +120,7 @@ def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
 
 
 def _down_bytes(recipe: Recipe, state: ServerState) -> Kinds:
-    relative = tree.subtract(state.params, state.init) if recipe.down.reference == "init" else state.params
-    parts = split_groups(recipe.down.prepare(relative, state.groups, 0), state.groups)
-    sizes = dict(wire.pack(parts, precisions(parts, recipe.down.precision)).sizes)
+    sizes = dict(Downlink(recipe, state, 0).message({}).packet.sizes)
     for kind, size in state.setup_bytes.items():
         sizes[kind] = sizes.get(kind, 0) + size
     return sizes
@@ -132,8 +130,8 @@ def _facts(
     experiment: Experiment, rounds: int, recipe: Recipe, workspace: Workspace, state: ServerState, first: Kinds
 ) -> PhaseFacts:
     delta = tree.subtract(state.params, state.init)
-    up = split_groups(recipe.up.prepare(delta, state.groups, 0), state.groups)
-    up["report"] = {name: torch.ones(()) for name in REPORT}
+    thin = recipe.up.thin(delta, state.groups, 0, 0)
+    report = {name: torch.ones(()) for name in REPORT}
     trainable = {group: tree.num_entries(part) for group, part in split_groups(state.params, state.groups).items()}
     return PhaseFacts(
         rounds=rounds,
@@ -143,7 +141,7 @@ def _facts(
         tensors={name: tuple(value.shape) for name, value in state.params.items()},
         first_bytes=first,
         down_bytes=_down_bytes(recipe, state),
-        up_bytes=wire.pack(up, precisions(up, recipe.up.precision)).sizes,
+        up_bytes=recipe.up.encode(thin, state.groups, 0, 0, {"report": report}).sizes,
         clients=experiment.clients.per_round if experiment.mode == "federated" else 0,
     )
 

@@ -133,7 +133,7 @@ def _run_phases(
         tested = _tested_clients(experiment, setting, last=False)
         metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, tested)
         first = Row(
-            round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
+            round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={}, references={},
             density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=pending, warnings=warnings,
             seconds={"evaluate": time.perf_counter() - clock},
         )  # fmt: skip
@@ -238,7 +238,7 @@ def _evaluate(
     if clients is not None and limit is not None and limit < len(rows):
         rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
         rows = np.sort(rng.choice(rows, limit, replace=False))
-    views = {"": view(recipe, state)}
+    views = {"": view(recipe, state, experiment.seed)}
     if experiment.evaluate.dense and recipe.down.lossy:
         views["dense_"] = state.params
     metrics: dict[str, float] = {}

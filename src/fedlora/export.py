@@ -41,7 +41,7 @@ def export_run(
     installed = workspace.installed
     merged = not isinstance(recipe.tuning, LoRA | Peft | Bottleneck) or bool(installed.folded or dilated(installed))
     folder = run / ("model" if merged else "adapter")
-    received = dataclasses.replace(state, params=view(recipe, state))
+    received = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
     export(folder, experiment, task, workspace, recipe, received, metrics, merge=merged)
     return folder
 

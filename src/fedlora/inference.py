@@ -99,7 +99,7 @@ def load_run(path: Path) -> Trained:
     task = experiment.task.restore(experiment.model, names)
     workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
     workspace.settle(state.phase, recipe, state.setup)
-    state = dataclasses.replace(state, params=view(recipe, state))
+    state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
     workspace.installed.load(state.params)
     metrics = files.read_json("result.json")["after"] if (path / "result.json").exists() else {}
     return Trained(experiment, recipe, state, workspace, metrics)

@@ -15,14 +15,14 @@ from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import AdamW as ServerAdamW
 from fedlora.server_optim import AnyServerOptimizer
 from fedlora.server_optim import Sgd as ServerSgd
-from fedlora.transport import AnyPrecision, Dense, Float32, Link, TopK
+from fedlora.transport import AnyPrecision, Dense, Float32, Link, Quota, TopK
 from fedlora.tuning import AnyTuning, Full, LoRA, SparseMask, SvdOfDelta, SvdOfWeight
 
 Phases = tuple[Phase, ...]
 Rounds = Annotated[int, Field(ge=1)]
 Rank = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Memory = Literal["none", "init"]
+Memory = Literal["none", "init", "last_round"]
 
 
 def fedavg(
@@ -93,9 +93,10 @@ def flasc(
     decay: Share = 1.0,
     decay_every: Annotated[int, Field(ge=1)] = 1,
     scope: Literal["global", "tensor"] = "global",
-    head: Literal["included", "dense"] = "included",
+    quota: Quota = Quota(),
     reference: Literal["zero", "init"] | None = None,
     precision: AnyPrecision = Float32(),
+    feedback: bool = False,
     server: AnyServerOptimizer | None = None,
     privacy: AnyPrivacy = NoPrivacy(),
     local: Local = Local(),
@@ -105,8 +106,9 @@ def flasc(
 
     Down, the largest ``int(P * down)`` of all ``P`` trained entries by magnitude, head included; masked entries are
     zero on the client. Up, the largest ``int(P * up)`` entries of each client's change. The defaults are the official
-    code's; ``head="dense"``, ``scope="tensor"`` and ``reference="init"`` mend what ``docs/methods.md`` tells of. Over
-    an SVD start the reference is the init and the server's decay zero, so that no pre-trained knowledge is taken away.
+    code's; ``quota=Quota(head=1)``, ``scope="tensor"`` and ``reference="init"`` mend what ``docs/methods.md`` tells of.
+    Over an SVD start the reference is the init and the server's decay zero, so that no pre-trained knowledge is lost.
+    ``feedback`` lets each client add what its last upload left out to the next one, which asks for a ``memory``.
     """
     tuning = LoRA(
         rank=rank,
@@ -116,16 +118,17 @@ def flasc(
         init=SvdOfWeight() if init == "svd_of_weight" else LoRA().init,
     )
 
-    def link(density: float, reference: Literal["zero", "init"]) -> Link:
+    def link(density: float, reference: Literal["zero", "init"], feedback: bool) -> Link:
         # the official code skips the top-k where the density is one
-        thin = TopK(density=density, scope=scope, head=head, decay=decay, decay_every=decay_every)
-        return Link(sparsify=thin if density < 1 or decay < 1 else Dense(), precision=precision, reference=reference)
+        thin = TopK(density=density, scope=scope, quota=quota, decay=decay, decay_every=decay_every)
+        kept = thin if density < 1 or decay < 1 else Dense()
+        return Link(sparsify=kept, precision=precision, reference=reference, feedback=feedback)
 
     return fedavg(
         rounds=rounds,
         tuning=tuning,
-        down=link(down, reference or ("zero" if init == "kaiming" else "init")),
-        up=link(up, "zero"),
+        down=link(down, reference or ("zero" if init == "kaiming" else "init"), False),
+        up=link(up, "zero", feedback),
         server=server or ServerAdamW(lr=5e-3, weight_decay=0.01 if init == "kaiming" else 0.0),
         privacy=privacy,
         local=local,

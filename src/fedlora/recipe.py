@@ -13,7 +13,7 @@ from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.server_optim import AnyServerOptimizer, Sgd
-from fedlora.transport import Dense, Float32, Link
+from fedlora.transport import Link, RandomK
 from fedlora.tuning import AnyTuning, LoRA
 
 
@@ -29,7 +29,8 @@ class Recipe:
         server: how that change is applied.
         privacy: clip and noise.
         local: a client's turn.
-        memory: what clients remember between rounds: ``none`` (cross-device), or ``init``, the phase's setup.
+        memory: what clients remember between rounds: ``none`` (cross-device); ``init``, the phase's setup; or
+            ``last_round``, also the parameters that they got last, so that only the difference from these is sent.
 
     Raises:
         ConfigError: the combination would run and lie.
@@ -42,14 +43,10 @@ class Recipe:
     server: AnyServerOptimizer = Sgd()
     privacy: AnyPrivacy = NoPrivacy()
     local: Local = Local()
-    memory: Literal["none", "init"] = "none"
+    memory: Literal["none", "init", "last_round"] = "none"
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.down.sparsify, Dense)
-            and self.down.reference == "zero"
-            and not self.tuning.zero_is_neutral
-        ):
+        if self.down.thins and self.down.reference == "zero" and not self.tuning.zero_is_neutral:
             raise ConfigError(
                 "a sparse downlink would set weights to zero that carry pre-trained knowledge; "
                 "set down.reference = 'init' so that only the difference from the public start is thinned"
@@ -63,14 +60,37 @@ class Recipe:
                     "weight decay pulls factors to zero, and after an SVD start they carry knowledge; "
                     "set weight_decay = 0 in local.optimizer and in the server's optimiser"
                 )
-        if not isinstance(self.privacy, NoPrivacy) and not isinstance(self.up.precision, Float32):
+        if not isinstance(self.privacy, NoPrivacy) and self.up.rounds_values:
             raise ConfigError(
                 "rounding after the clip may lengthen an update beyond clip_norm; set up.precision to float32"
             )
+        self._check_memory()
         if self.privacy.needs_uniform_mean and self.aggregator.weighting != "uniform":
             raise ConfigError(
                 "noise is calibrated for clients that all weigh the same; set aggregator.weighting = 'uniform'"
             )
+
+    def _check_memory(self) -> None:
+        """What links ask of clients' memory, and what they do to updates."""
+        if self.up.feedback and self.memory == "none":
+            raise ConfigError(
+                "up.feedback adds what a client's last message lost to its next one, so clients must remember; set "
+                "memory to 'init' or 'last_round', or up.feedback to false"
+            )
+        if self.up.feedback and not isinstance(self.privacy, NoPrivacy):
+            raise ConfigError("feedback would send later what the clip took away; set up.feedback to false")
+        if self.down.feedback and self.memory == "last_round":
+            raise ConfigError(
+                "the difference to what a client holds makes good for all that it lost before; set down.feedback to "
+                "false, or memory to 'init'"
+            )
+        for name, link in (("down", self.down), ("up", self.up)):
+            stages = [link.sparsify, *(stage.sparsify for stage in link.stages)]
+            if any(isinstance(each, RandomK) and each.rescale for each in stages) and (name == "down" or link.feedback):
+                raise ConfigError(
+                    f"{name}.sparsify multiplies what it keeps, which is right for the mean of many changes only; set "
+                    f"rescale = false in {name}.sparsify"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 
 from fedlora import tree
-from fedlora.client import REPORT, Job, Reply, join_groups, precisions, split_groups
+from fedlora.client import REPORT, Job, Reply
 from fedlora.engines.base import Engine
 from fedlora.errors import TrainingError
 from fedlora.recipe import Recipe
 from fedlora.state import Carry, ClientState, ServerState, Update, generator, named_seed
 from fedlora.transport import wire
+from fedlora.transport.link import join_groups, split_groups
 from fedlora.tree import Tree
 from fedlora.workspace import Workspace, setup_parts
 
@@ -38,7 +39,8 @@ class Row:
         loss: mean training loss over the cohort, clients weighing the same.
         down_bytes: bytes sent to clients by kind: ``adapter``, ``head``, ``init``, ``fold``, ``seed``, ``envelope``.
         up_bytes: bytes that came back by kind; ``report`` carries examples, steps and loss.
-        density_down: share of entries sent that are not zero.
+        references: messages to clients by what they were relative to: ``zero``, ``init``, ``last_round``.
+        density_down: share of entries sent that are not zero, over all clients.
         density_up: the same for what came back, over all clients.
         update_norm: Euclidean norm of the change the server applied.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
@@ -55,6 +57,7 @@ class Row:
     loss: float
     down_bytes: Kinds
     up_bytes: Kinds
+    references: Kinds
     density_down: float
     density_up: float
     update_norm: float
@@ -83,7 +86,7 @@ def open_phase(
     installed = workspace.open(phase, recipe)
     start = recipe.tuning.start(installed, named_seed(seed, "start", phase), carry)
     parts = setup_parts(recipe, installed, start)
-    packet = wire.pack(parts, precisions(parts, recipe.down.precision)) if parts else wire.Packet(b"", {}, {})
+    packet = wire.pack(parts, {}) if parts else wire.Packet(b"", {}, {}, {})
     workspace.settle(phase, recipe, packet.raw)
     state = ServerState(
         phase=phase,
@@ -103,14 +106,67 @@ def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> Car
     return Carry(recipe.tuning.changes(workspace.installed, state.init, state.params), head)
 
 
-def view(recipe: Recipe, state: ServerState) -> Tree:
+def view(recipe: Recipe, state: ServerState, seed: int) -> Tree:
     """The parameters as a client would receive them now: thinned, rounded, the reference added back.
 
     This is the model that clients hold and that a run leaves behind. FLASC's code evaluates it too, with a mask that is
-    one server step older.
+    one server step older. Clients that remember what they got last follow the server's own parameters, each at its own
+    pace; there these are returned.
     """
-    sent = recipe.down.prepare(_relative(recipe, state), state.groups, state.steps)
-    return tree.add(state.init, sent) if recipe.down.reference == "init" else sent
+    if recipe.memory == "last_round" or not recipe.down.lossy:
+        return state.params
+    return Downlink(recipe, state, seed).message({}).start
+
+
+class Message(NamedTuple):
+    """What the server sends to a client: the packet, what it is relative to, and where the client starts from it."""
+
+    packet: wire.Packet
+    reference: str
+    start: Tree
+
+
+class Downlink:
+    """The messages of one round to its cohort; clients that hold the same get the same.
+
+    Args:
+        recipe: its link and what clients remember.
+        state: the state before the round.
+        seed: seed of the run.
+    """
+
+    def __init__(self, recipe: Recipe, state: ServerState, seed: int) -> None:
+        self._recipe, self._state = recipe, state
+        self._seed = named_seed(seed, "down", state.round)
+        self._made: dict[int, Message] = {}
+        self.feedback: Tree = {}
+
+    def message(self, held: Tree) -> Message:
+        """The message to a client that holds ``held``, or nothing of earlier rounds where that is empty."""
+        key = id(held) if held else 0
+        if key not in self._made:
+            link, init = self._recipe.down, self._state.init
+            known = [("last_round", held)] if held else []
+            known += [("init", init)] if link.reference == "init" else []
+            if link.lossy:  # the nearest reference leaves the smallest error
+                known = known[:1] or [("zero", {})]
+                self._made[key] = self._encode(*known[0])
+            else:
+                whole = self._encode("zero", {})
+                others = [self._encode(*reference) for reference in known]
+                self._made[key] = min([whole, *others], key=lambda message: len(message.packet.raw))
+        return self._made[key]
+
+    def _encode(self, reference: str, base: Tree) -> Message:
+        state, link = self._state, self._recipe.down
+        tree_sent = tree.subtract(state.params, base) if base else state.params
+        if state.feedback:
+            tree_sent = tree.add(tree_sent, state.feedback)
+        packet = link.send(tree_sent, state.groups, state.steps, self._seed, reference)
+        arrived = join_groups(packet.trees, state.groups)
+        if link.feedback:
+            self.feedback = tree.subtract(tree_sent, arrived)
+        return Message(packet, reference, tree.add(base, arrived) if base else arrived)
 
 
 def run_round(
@@ -134,14 +190,15 @@ def run_round(
         TrainingError: a client's training went wrong.
     """
     clock = time.perf_counter()
-    sent = recipe.down.prepare(_relative(recipe, state), state.groups, state.steps)
-    start = tree.add(state.init, sent) if recipe.down.reference == "init" else sent
-    parts = split_groups(sent, state.groups)
-    packet = wire.pack(parts, precisions(parts, recipe.down.precision))
+    downlink = Downlink(recipe, state, seed)
     jobs: list[Job] = []
     down: Kinds = {}
+    references: Kinds = {}
+    messages: list[Message] = []
     for client in cohort:
         memory = state.clients.get(client, ClientState())
+        message = downlink.message(state.held.get(client, {}))
+        messages.append(message)
         job = Job(
             recipe=recipe,
             client=client,
@@ -149,25 +206,26 @@ def run_round(
             round=state.steps,
             progress=(state.round, rounds),
             seed=named_seed(seed, "client", state.round, client),
-            payload=packet.raw,
+            payload=message.packet.raw,
             setup=None if memory.has_setup else state.setup,
             memory=memory,
         )
         jobs.append(job)
-        down = _sum(down, packet.sizes, {} if memory.has_setup else state.setup_bytes)
+        down = _sum(down, message.packet.sizes, {} if memory.has_setup else state.setup_bytes)
+        references = _sum(references, {message.reference: 1})
     packed = time.perf_counter()
 
     like = split_groups(state.params, state.groups) | {"report": {name: torch.zeros(()) for name in REPORT}}
     answers: list[Answer] = []
 
     def updates() -> Iterator[Update]:
-        for job, reply in zip(jobs, engine.run(jobs), strict=True):
+        for job, message, reply in zip(jobs, messages, engine.run(jobs), strict=True):
             received = wire.unpack(reply.packet.raw, like)
             delta = join_groups(received, state.groups)
             report = {name: float(value) for name, value in received["report"].items()}
             light = reply._replace(packet=reply.packet._replace(raw=b""))  # a cohort's bytes are never held together
             answers.append(Answer(job.client, light, report))
-            yield Update(start, delta, report["examples"])
+            yield Update(message.start, delta, report["examples"])
 
     change = recipe.aggregator.combine(updates())
     delta = recipe.privacy.noise(change.delta, len(jobs), generator(named_seed(seed, "noise", state.round)))
@@ -179,10 +237,22 @@ def run_round(
         # a client that remembers nothing takes no room
         if answer.reply.memory != ClientState() or answer.client in clients:
             clients[answer.client] = answer.reply.memory
-    after = replace(state, round=state.round + 1, steps=state.steps + 1, params=params, slots=slots, clients=clients)
+    held = dict(state.held)
+    if recipe.memory == "last_round":
+        held.update({client: message.start for client, message in zip(cohort, messages, strict=True)})
+    after = replace(
+        state,
+        round=state.round + 1,
+        steps=state.steps + 1,
+        params=params,
+        slots=slots,
+        feedback=downlink.feedback,
+        held=held,
+        clients=clients,
+    )
     done = time.perf_counter()
     working = sum(answer.reply.seconds for answer in answers)
-    entries = tree.num_entries(sent)
+    entries = tree.num_entries(params)
     row = Row(
         round=after.round,
         phase=state.phase,
@@ -192,7 +262,8 @@ def run_round(
         loss=sum(answer.report["loss"] for answer in answers) / len(answers),
         down_bytes=down,
         up_bytes=_sum(*(answer.reply.packet.sizes for answer in answers)),
-        density_down=sum(packet.kept.values()) / entries,
+        references=references,
+        density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / len(messages),
         density_up=sum(_kept(answer.reply) for answer in answers) / entries / len(answers),
         update_norm=tree.norm(delta),
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
@@ -210,10 +281,6 @@ class Answer(NamedTuple):
 
 def _kept(reply: Reply) -> int:
     return sum(count for part, count in reply.packet.kept.items() if part != "report")
-
-
-def _relative(recipe: Recipe, state: ServerState) -> Tree:
-    return tree.subtract(state.params, state.init) if recipe.down.reference == "init" else state.params
 
 
 def _sum(*sizes: Mapping[str, int]) -> Kinds:

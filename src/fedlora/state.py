@@ -22,8 +22,10 @@ from fedlora.tree import Tree
 
 SEED_BITS = 48
 
-FORMAT = 1
+FORMAT = 2
 """The version of the checkpoint format."""
+
+_MEMORY = ("optimizer", "feedback", "held")
 
 
 def named_seed(run_seed: int, purpose: str, *numbers: int) -> int:
@@ -91,10 +93,19 @@ class Carry(NamedTuple):
 
 @dataclass(frozen=True)
 class ClientState:
-    """What a client remembers between rounds: whether it holds this phase's setup, and its optimiser's state."""
+    """What a client remembers between rounds.
+
+    Args:
+        has_setup: whether it holds this phase's setup.
+        optimizer: its optimiser's state.
+        feedback: what its last message lost, to be added to the next one.
+        held: the parameters that it got last.
+    """
 
     has_setup: bool = False
     optimizer: Tree = field(default_factory=dict)
+    feedback: Tree = field(default_factory=dict)
+    held: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,8 @@ class ServerState:
         setup_bytes: its size by kind.
         slots: the server optimiser's state, a tree per slot.
         steps: server steps taken in this phase.
+        feedback: what the last message to clients lost.
+        held: the parameters that each client got last, by client number; the server's own copy.
         clients: what clients remember, by client number; a simulation keeps it for them.
     """
 
@@ -123,6 +136,8 @@ class ServerState:
     setup_bytes: dict[str, int] = field(default_factory=dict)
     slots: dict[str, Tree] = field(default_factory=dict)
     steps: int = 0
+    feedback: Tree = field(default_factory=dict)
+    held: Mapping[int, Tree] = field(default_factory=dict)
     clients: Mapping[int, ClientState] = field(default_factory=dict)
 
 
@@ -145,8 +160,15 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
     init = {name: value.clone() for name, value in state.init.items()}
     for part, tree in {"params": state.params, "init": init, **_prefixed("slots", state.slots)}.items():
         tensors.update({f"{part}/{name}": value for name, value in tree.items()})
+    tensors.update({f"feedback/{name}": value for name, value in state.feedback.items()})
+    trees = {f"held/{client}": held for client, held in state.held.items()}
     for client, memory in state.clients.items():
-        tensors.update({f"clients/{client}/{name}": value for name, value in memory.optimizer.items()})
+        for part in _MEMORY:
+            trees[f"clients/{client}/{part}"] = getattr(memory, part)
+    # a message to several clients is one tree to the server
+    tensors.update(
+        {f"{prefix}/{name}": value.clone() for prefix, tree in trees.items() for name, value in tree.items()}
+    )
     if state.setup:
         tensors["setup"] = torch.frombuffer(bytearray(state.setup), dtype=torch.uint8)
     numbers = {"phase": state.phase, "round": state.round, "steps": state.steps}
@@ -193,11 +215,16 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
         tensors = load_file(folder / "state.safetensors")
         groups = dict(document["order"]["groups"])
         names = list(groups)
-        clients: dict[int, Tree] = {int(client): {} for client in document["clients"]}
+        clients: dict[int, dict[str, Tree]] = {int(client): {} for client in document["clients"]}
+        held: dict[int, Tree] = {}
         for key, value in tensors.items():
-            if key.startswith("clients/"):
-                _, client, name = key.split("/", 2)
-                clients[int(client)][name] = value
+            kind, _, rest = key.partition("/")
+            if kind == "clients":
+                client, part, name = rest.split("/", 2)
+                clients[int(client)].setdefault(part, {})[name] = value
+            elif kind == "held":
+                client, name = rest.split("/", 1)
+                held.setdefault(int(client), {})[name] = value
         state = ServerState(
             phase=document["phase"],
             round=document["round"],
@@ -210,8 +237,14 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
             slots={
                 slot: {name: tensors[f"slots/{slot}/{name}"] for name in names} for slot in document["order"]["slots"]
             },
+            feedback={name: tensors[f"feedback/{name}"] for name in names if f"feedback/{name}" in tensors},
+            held={client: {name: tree[name] for name in names} for client, tree in sorted(held.items())},
             clients={
-                client: ClientState(has_setup=document["clients"][str(client)], optimizer=memory)
+                client: ClientState(
+                    has_setup=document["clients"][str(client)],
+                    optimizer=memory.get("optimizer", {}),
+                    **{part: _ordered(memory.get(part, {}), names) for part in ("feedback", "held")},
+                )
                 for client, memory in clients.items()
             },
         )
@@ -221,6 +254,11 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
             "remove that folder to go on from the one before it"
         ) from error
     return state, document["facts"]
+
+
+def _ordered(tree: Tree, names: list[str]) -> Tree:
+    """``tree`` in the order of ``names``: sums must not depend on a file's order."""
+    return {name: tree[name] for name in names} if tree else {}
 
 
 def _prefixed(prefix: str, trees: Mapping[str, Tree]) -> dict[str, Tree]:

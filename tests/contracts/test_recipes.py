@@ -69,7 +69,7 @@ class Federation:
         return state
 
     def loss(self, state: ServerState) -> float:
-        self.workspace.installed.load(view(self.phases[state.phase].recipe, state))
+        self.workspace.installed.load(view(self.phases[state.phase].recipe, state, 0))
         return self.workspace.evaluate(np.arange(48), "train", "fp32").metrics["loss"]
 
 

@@ -104,7 +104,7 @@ def dense_gradients(family: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("family", "tuning"), PAIRS)
 def test_the_start_is_the_pre_trained_function(family: str, tuning: str) -> None:
     workspace, recipe, state = opened(family, TUNINGS[tuning])
-    workspace.installed.load(view(recipe, state))
+    workspace.installed.load(view(recipe, state, 0))
     task = make_task(family)
     torch.testing.assert_close(logits(task, workspace.model), logits(task, task.make_model()), atol=1e-4, rtol=0)
 
@@ -138,7 +138,7 @@ def test_gradients_of_the_factors_are_those_of_the_matrix_projected(family: str,
     """``dL/dB = scale (dL/dW) A^T`` and ``dL/dA = scale B^T (dL/dW)``, over all uses of a shared matrix."""
     expected = dense_gradients(family)
     workspace, recipe, state = opened(family, TUNINGS[init])
-    workspace.installed.load(view(recipe, state))
+    workspace.installed.load(view(recipe, state, 0))
     gradients(workspace)
     for name, layer in lora_layers(workspace.model).items():
         whole = layer.as_matrix(expected[f"{name}.weight"])
@@ -152,7 +152,7 @@ def test_gradients_of_the_factors_are_those_of_the_matrix_projected(family: str,
 def test_gradients_of_packed_values_are_those_of_the_matrix_at_their_places(family: str) -> None:
     expected = dense_gradients(family)
     workspace, recipe, state = opened(family, TUNINGS["sparse_mask"])
-    workspace.installed.load(view(recipe, state))
+    workspace.installed.load(view(recipe, state, 0))
     gradients(workspace)
     for name, index in workspace.installed.places.items():
         packed = workspace.installed.parameters[name].grad

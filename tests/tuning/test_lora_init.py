@@ -251,7 +251,7 @@ def test_under_a_bfloat16_link_that_counts_from_the_init_the_start_is_the_pre_tr
     workspace = Workspace(toy_task(), 0, torch.device("cpu"))
     recipe = Recipe(tuning=FEDERA, down=Link(precision=BFloat16(), reference="init"))
     state, _ = open_phase(workspace, 0, recipe, seed=0, rounds_done=0, carry=None)
-    shown, before = view(recipe, state), pretrained("bert")
+    shown, before = view(recipe, state, 0), pretrained("bert")
     for name, residual in weights(workspace).items():
         whole = residual + 3.0 * shown[f"{name}.lora_B"] @ shown[f"{name}.lora_A"]
         torch.testing.assert_close(whole, before[name], atol=1e-5, rtol=1e-5)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -14,11 +15,35 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora.component import STRICT
+from fedlora.transport.coder import random_positions
 from fedlora.tree import Tree, flatten, unflatten
+
+Share = Annotated[float, Field(gt=0, le=1)]
+_SIDE = re.compile(r"lora_(?:embedding_)?([AB])\b")
+
+
+@final
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Quota:
+    """Densities of their own for LoRA's factors and the head; what is None counts with the rest.
+
+    Args:
+        A: of all ``A`` together.
+        B: of all ``B`` together.
+        head: of the task head.
+    """
+
+    A: Share | None = None
+    B: Share | None = None
+    head: Share | None = None
+
+    def shares(self) -> dict[str, float]:
+        """Those that are set."""
+        return {name: share for name, share in (("A", self.A), ("B", self.B), ("head", self.head)) if share is not None}
 
 
 class Facts(NamedTuple):
-    """What is true of a sparsifier whatever its settings.
+    """What is true of a sparsifier with its settings.
 
     Attributes:
         unbiased: the mean of what is sent, over its own random draws, is the input.
@@ -33,44 +58,60 @@ class Facts(NamedTuple):
 class Sparsifier(ABC):
     """What is kept of a tree before it is sent; everything else arrives as zero.
 
-    A sparsifier is a pure function: the same tree, round and generator state give the same result, and the input is
-    not modified.
+    A sparsifier is a pure function: the same tree, round and seed give the same result, and the input is not modified.
     """
 
-    facts: ClassVar[Facts]
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """What is true of it."""
 
     @abstractmethod
-    def density_at(self, round: int) -> float:
-        """The fraction of entries that is kept in a round (0-based), of those that are considered at all."""
-
-    @abstractmethod
-    def mask(
-        self, tree: Tree, groups: Mapping[str, str], round: int, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """Which entries are kept: bool tensors with ``tree``'s names and shapes.
+    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+        """Which entries are kept of those tensors that are not kept whole.
 
         Args:
             tree: float32 tensors of any shape.
             groups: the group (``adapter``, ``head``) of every name in ``tree``.
             round: 0-based number of the round.
-            generator: the source of randomness, read only by sparsifiers that draw.
+            seed: read only by sparsifiers that draw.
+
+        Returns:
+            bool tensors in the shapes of ``tree``; names that are missing are kept whole.
         """
 
-    @abstractmethod
-    def __call__(
-        self, tree: Tree, groups: Mapping[str, str], round: int, generator: torch.Generator | None = None
-    ) -> Tree:
+    def gain(self, kept: Tensor) -> float:
+        """What the kept entries of a tensor are multiplied with, of which ``kept`` is the mask."""
+        return 1.0
+
+    def mask(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int = 0) -> dict[str, Tensor]:
+        """``choose`` with a mask of True for every tensor that is kept whole."""
+        chosen = self.choose(tree, groups, round, seed)
+        whole = {name: torch.ones(value.shape, dtype=torch.bool) for name, value in tree.items() if name not in chosen}
+        return {name: chosen[name] if name in chosen else whole[name] for name in tree}
+
+    def __call__(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int = 0) -> Tree:
         """The tree with zeros where nothing is kept: same names, shapes and dtypes.
 
         Args:
             tree: float32 tensors of any shape; not modified.
             groups: the group (``adapter``, ``head``) of every name in ``tree``.
             round: 0-based number of the round.
-            generator: the source of randomness, read only by sparsifiers that draw.
+            seed: read only by sparsifiers that draw.
 
         Returns:
             A new dict. Tensors of which nothing is dropped may be those of ``tree`` itself.
+
+        Raises:
+            KeyError: there is a quota of the head and ``groups`` lacks a name of ``tree``.
         """
+        thinned = dict(tree)
+        for name, kept in self.choose(tree, groups, round, seed).items():
+            gain = self.gain(kept)
+            value = tree[name].detach()
+            # `where`, not a product: -1 * 0 is a negative zero, inf * 0 is NaN
+            thinned[name] = torch.where(kept, value if gain == 1 else value * gain, 0.0)
+        return thinned
 
 
 @final
@@ -83,23 +124,15 @@ class Dense(Sparsifier):
     """
 
     kind: Literal["dense"] = "dense"
-    facts: ClassVar[Facts] = Facts(unbiased=True, reads_values=False)
 
-    def density_at(self, round: int) -> float:
-        """Always 1."""
-        return 1.0
+    @property
+    def facts(self) -> Facts:
+        """Nothing is lost."""
+        return Facts(unbiased=True, reads_values=False)
 
-    def mask(
-        self, tree: Tree, groups: Mapping[str, str], round: int, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """True everywhere."""
-        return {name: torch.ones(value.shape, dtype=torch.bool) for name, value in tree.items()}
-
-    def __call__(
-        self, tree: Tree, groups: Mapping[str, str], round: int, generator: torch.Generator | None = None
-    ) -> Tree:
-        """The tree itself, in a new dict."""
-        return dict(tree)
+    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+        """Every tensor is kept whole."""
+        return {}
 
 
 @final
@@ -111,13 +144,14 @@ class TopK(Sparsifier):
     magnitudes the first in the order of the tree. ``P`` counts all entries together (``scope="global"``) or those of
     one tensor (``scope="tensor"``, each tensor with its own ``k``).
 
-    FLASC is ``scope="global", head="included"``: one threshold over every ``A``, every ``B`` and the head. Its script
-    for unequal devices keeps the head whole on the way down: ``head="dense"``, where ``P`` counts the rest.
+    FLASC has one threshold over every ``A``, every ``B`` and the head. Its script for unequal devices keeps the head
+    whole on the way down: ``quota=Quota(head=1)``. Entries that a quota names are ranked among themselves, at the
+    quota's own density, which does not decay; ``P`` counts the rest.
 
     Args:
         density: fraction kept in round 0.
         scope: whether one threshold holds for all tensors, or each has its own.
-        head: whether entries of the group ``head`` compete with the others, or are all kept.
+        quota: densities of their own for ``A``, ``B`` and ``head``.
         decay: factor on the density every ``decay_every`` rounds.
         decay_every: number of rounds between two decays.
 
@@ -129,53 +163,168 @@ class TopK(Sparsifier):
     """
 
     kind: Literal["top_k"] = "top_k"
-    density: Annotated[float, Field(gt=0, le=1)]
+    density: Share
     scope: Literal["global", "tensor"] = "global"
-    head: Literal["included", "dense"] = "included"
-    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    quota: Quota = Quota()
+    decay: Share = 1.0
     decay_every: Annotated[int, Field(ge=1)] = 1
-    facts: ClassVar[Facts] = Facts(unbiased=False, reads_values=True)
+
+    @property
+    def facts(self) -> Facts:
+        """The largest are kept, so small entries never arrive."""
+        return Facts(unbiased=False, reads_values=True)
 
     def density_at(self, round: int) -> float:
         """``density * decay ** (round // decay_every)``."""
         return float(self.density * self.decay ** (round // self.decay_every))
 
-    def mask(
-        self, tree: Tree, groups: Mapping[str, str], round: int, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """True for the ``k`` largest magnitudes, and for all of the head where ``head="dense"``.
+    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+        """True for the ``k`` largest magnitudes."""
+        chosen: dict[str, Tensor] = {}
+        for density, names in _by_quota(tree, groups, self.quota, self.density_at(round)):
+            bucket = {name: tree[name] for name in names}
+            if density == 1.0:
+                continue
+            if self.scope == "global":
+                chosen |= unflatten(_largest(flatten(bucket), density), bucket)
+            else:
+                chosen |= {
+                    name: _largest(value.reshape(-1), density).view(value.shape) for name, value in bucket.items()
+                }
+        return chosen
 
-        Raises:
-            KeyError: ``head="dense"`` and ``groups`` lacks a name of ``tree``.
-        """
-        chosen = self._choose(tree, groups, round)
-        whole = {name: torch.ones(value.shape, dtype=torch.bool) for name, value in tree.items() if name not in chosen}
-        return {name: chosen[name] if name in chosen else whole[name] for name in tree}
 
-    def __call__(
-        self, tree: Tree, groups: Mapping[str, str], round: int, generator: torch.Generator | None = None
-    ) -> Tree:
-        """The tree with zeros outside ``mask``.
+@final
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Threshold(Sparsifier):
+    """Keeps the entries whose magnitude is ``value`` or more.
 
-        Raises:
-            KeyError: ``head="dense"`` and ``groups`` lacks a name of ``tree``.
-        """
-        chosen = self._choose(tree, groups, round)
-        # `where`, not a product: -1 * 0 is a negative zero, inf * 0 is NaN
-        return {
-            name: torch.where(chosen[name], value.detach(), 0.0) if name in chosen else value
-            for name, value in tree.items()
-        }
+    How many these are is for training to say, so the bytes of a round are not known before.
 
-    def _choose(self, tree: Tree, groups: Mapping[str, str], round: int) -> dict[str, Tensor]:
-        """The masks of those tensors that are not kept whole."""
-        density = self.density_at(round)
-        if density == 1.0:
-            return {}
-        rest = {name: value for name, value in tree.items() if self.head == "included" or groups[name] != "head"}
-        if self.scope == "global":
-            return unflatten(_largest(flatten(rest), density), rest) if rest else {}
-        return {name: _largest(value.reshape(-1), density).view(value.shape) for name, value in rest.items()}
+    Args:
+        value: smallest magnitude that travels.
+
+    >>> Threshold(value=2)({"a": torch.tensor([1.0, -4.0, 2.0])}, {}, round=0)
+    {'a': tensor([ 0., -4.,  2.])}
+    """
+
+    kind: Literal["threshold"] = "threshold"
+    value: Annotated[float, Field(gt=0)]
+
+    @property
+    def facts(self) -> Facts:
+        """Small entries never arrive."""
+        return Facts(unbiased=False, reads_values=True)
+
+    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+        """True where the magnitude is large enough, and where it is NaN, so that ``pack`` sees and refuses it."""
+        return {name: ~(value.detach().abs() < self.value) for name, value in tree.items()}
+
+
+@final
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RandomK(Sparsifier):
+    """Keeps ``k = max(1, int(n * density))`` of each tensor's ``n`` entries, drawn from a seed that both ends share.
+
+    The seed travels in place of the positions. Which entries are kept says nothing about the values. Each turn of a
+    client has a seed of its own.
+
+    Args:
+        density: fraction kept of each tensor.
+        quota: densities of their own for ``A``, ``B`` and ``head``.
+        rescale: whether kept entries are multiplied with ``n / k``, so that the mean over all draws is the input; not
+            for a downlink, whose entries are used as they arrive.
+
+    >>> kept = RandomK(density=0.5)({"a": torch.ones(6)}, {}, round=0)["a"]
+    >>> sorted(kept.tolist())
+    [0.0, 0.0, 0.0, 2.0, 2.0, 2.0]
+
+    References:
+        Stich et al., "Sparsified SGD with Memory", arXiv 1809.07599, ``rand_k``.
+    """
+
+    kind: Literal["random_k"] = "random_k"
+    density: Share
+    quota: Quota = Quota()
+    rescale: bool = True
+
+    @property
+    def facts(self) -> Facts:
+        """Unbiased where it is rescaled."""
+        return Facts(unbiased=self.rescale, reads_values=False)
+
+    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+        """True at the places that the seed and a tensor's name draw."""
+        chosen: dict[str, Tensor] = {}
+        for name, count in self.counts(tree, groups).items():
+            kept = np.zeros(tree[name].numel(), np.bool_)
+            kept[random_positions(seed, name, kept.size, count)] = True
+            chosen[name] = torch.from_numpy(kept).view(tree[name].shape)
+        return chosen
+
+    def counts(self, tree: Tree, groups: Mapping[str, str]) -> dict[str, int]:
+        """How many entries are kept of those tensors that are not kept whole."""
+        counts = {}
+        for density, names in _by_quota(tree, groups, self.quota, self.density):
+            for name in names if density < 1 else ():
+                size = tree[name].numel()
+                counts[name] = min(size, max(1, int(size * density)))
+        return counts
+
+    def gain(self, kept: Tensor) -> float:
+        """``n / k`` where it is rescaled."""
+        return kept.numel() / int(torch.count_nonzero(kept)) if self.rescale and kept.numel() else 1.0
+
+
+@final
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RankSlice(Sparsifier):
+    """Keeps the first ``rank`` rows of every ``A`` and the same columns of every ``B``, and all that is no LoRA factor.
+
+    A client that gets ``A`` and ``B`` with zeros beyond a rank stays at that rank: where both factors are zero, so are
+    both gradients. FLASC's code and HetLoRA give weak devices a smaller adapter this way.
+
+    Args:
+        rank: rows of ``A`` and columns of ``B`` that travel.
+
+    >>> kept = RankSlice(rank=1)({"m.lora_A": torch.ones(2, 3), "m.lora_B": torch.ones(2, 2)}, {}, round=0)
+    >>> kept["m.lora_A"].tolist(), kept["m.lora_B"].tolist()
+    ([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]])
+    """
+
+    kind: Literal["rank_slice"] = "rank_slice"
+    rank: Annotated[int, Field(ge=1)]
+
+    @property
+    def facts(self) -> Facts:
+        """The same entries are kept always."""
+        return Facts(unbiased=False, reads_values=False)
+
+    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+        """True within the first ranks."""
+        chosen: dict[str, Tensor] = {}
+        for name, value in tree.items():
+            if side := _side(name):
+                kept = torch.zeros(value.shape, dtype=torch.bool)
+                kept[: self.rank if side == "A" else None, : None if side == "A" else self.rank] = True
+                chosen[name] = kept
+        return chosen
+
+
+def _side(name: str) -> str | None:
+    """``A`` or ``B`` if the tensor is a LoRA factor."""
+    found = _SIDE.search(name)
+    return found[1] if found else None
+
+
+def _by_quota(tree: Tree, groups: Mapping[str, str], quota: Quota, density: float) -> list[tuple[float, list[str]]]:
+    """Densities and the names that they hold for: each quota's, and ``density`` for the rest; in the tree's order."""
+    shares = quota.shares()
+    buckets: dict[str, list[str]] = {}
+    for name in tree:
+        named = "head" if "head" in shares and groups[name] == "head" else _side(name) or ""
+        buckets.setdefault(named if named in shares else "", []).append(name)
+    return [(shares.get(named, density), names) for named, names in buckets.items()]
 
 
 def _largest(vector: Tensor, density: float) -> Tensor:

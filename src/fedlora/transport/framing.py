@@ -1,0 +1,60 @@
+"""Counts and slices of a message, every size checked before anything is allocated."""
+
+from __future__ import annotations
+
+from fedlora.errors import WireError
+
+
+class Reader:
+    """A position in a message; every step past its end raises ``WireError``.
+
+    Args:
+        raw: the bytes to read.
+    """
+
+    def __init__(self, raw: memoryview) -> None:
+        self._raw = raw
+        self._at = 0
+
+    def rest(self) -> int:
+        """How many bytes are left."""
+        return len(self._raw) - self._at
+
+    def take(self, count: int) -> memoryview:
+        """The next ``count`` bytes."""
+        if count > self.rest():
+            raise WireError(f"it ends early: {count} bytes are expected where {self.rest()} are left")
+        self._at += count
+        return self._raw[self._at - count : self._at]
+
+    def byte(self) -> int:
+        """The next byte."""
+        return self.take(1)[0]
+
+    def varint(self, largest: int) -> int:
+        """A count in base 128, lowest digit first, refused above ``largest`` and in any but its shortest form."""
+        value = shift = 0
+        while True:
+            byte = self.byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if value > largest or shift > 63:
+                raise WireError(f"it states a count of {value} or more where at most {largest} is possible")
+            if byte < 128:
+                if byte == 0 and shift > 7:
+                    raise WireError("it states a count in more digits than needed")
+                return value
+
+    def words(self) -> memoryview:
+        """A count of 32-bit words, and these words."""
+        return self.take(4 * self.varint(self.rest() // 4))
+
+
+def varint(value: int) -> bytes:
+    """Base 128, lowest digit first, the high bit set on all bytes but the last."""
+    digits = bytearray()
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    digits.append(value)
+    return bytes(digits)

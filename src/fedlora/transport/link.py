@@ -1,0 +1,166 @@
+"""What travels in one direction, and in what form: the ``Link`` slot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedlora import tree as trees
+from fedlora.component import STRICT
+from fedlora.transport import wire
+from fedlora.transport.layout import Draw
+from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
+from fedlora.transport.sparsify import Dense, RandomK, RankSlice, Sparsifier, Threshold, TopK
+from fedlora.transport.uniform import Uniform
+from fedlora.transport.wire import Form, Packet
+from fedlora.tree import Tree
+
+AnySparsifier = Annotated[Dense | TopK | RandomK | Threshold | RankSlice, Field(discriminator="kind")]
+"""Every sparsifier, told apart by ``kind``; a new one is one more class in this line."""
+
+SPARSIFIERS: dict[str, type[Sparsifier]] = {cls.kind: cls for cls in get_args(get_args(AnySparsifier)[0])}
+"""The table of sparsifiers, by ``kind``."""
+
+AnyPrecision = Annotated[Float32 | BFloat16 | Float16 | Uniform, Field(discriminator="kind")]
+"""Every precision, told apart by ``kind``; a new one is one more class in this line, and one in ``wire``."""
+
+PRECISIONS: dict[str, type[Precision]] = {cls.kind: cls for cls in get_args(get_args(AnyPrecision)[0])}
+"""The table of precisions, by ``kind``."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Stage:
+    """What a link does from a round on; what is None stays as it was.
+
+    Args:
+        round: the first round of the phase for which this holds, from 0.
+        sparsify: which entries travel.
+        precision: the number format of those that do.
+        head_precision: the number format of the head's.
+    """
+
+    round: Annotated[int, Field(ge=0)]
+    sparsify: AnySparsifier | None = None
+    precision: AnyPrecision | None = None
+    head_precision: AnyPrecision | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Link:
+    """One direction of the exchange: what is kept, at what precision, and relative to what.
+
+    Args:
+        sparsify: which entries travel; the others arrive as zero.
+        precision: the number format of those that do.
+        head_precision: the number format of the head's, if it is another one.
+        reference: what a zero stands for: the number zero, or the value at the common start that both ends remember
+            (``init``). The caller subtracts the reference before ``thin`` and adds it after decoding.
+        feedback: whether the sender adds what was lost in one round to what it sends in the next.
+        stages: changes from given rounds on, in order.
+
+    >>> Link(sparsify=TopK(density=0.5)).prepare({"a": torch.tensor([1.0, -2.0])}, {"a": "adapter"}, round=0)
+    {'a': tensor([ 0., -2.])}
+
+    References:
+        Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; Karimireddy et al., "Error feedback fixes
+        signSGD", arXiv 1901.09847: ``e' = x + e - C(x + e)``.
+    """
+
+    sparsify: AnySparsifier = Dense()
+    precision: AnyPrecision = Float32()
+    head_precision: AnyPrecision | None = None
+    reference: Literal["zero", "init"] = "zero"
+    feedback: bool = False
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def thins(self) -> bool:
+        """Whether entries are left out in any round."""
+        return any(
+            not isinstance(each, Dense)
+            for each in (self.sparsify, *(stage.sparsify or Dense() for stage in self.stages))
+        )
+
+    @property
+    def rounds_values(self) -> bool:
+        """Whether values are rounded in any round."""
+        stages = (each for stage in self.stages for each in (stage.precision, stage.head_precision))
+        return any(each is not None and each.lossy for each in (self.precision, self.head_precision, *stages))
+
+    @property
+    def lossy(self) -> bool:
+        """Whether what arrives may differ from what was there."""
+        return self.thins or self.rounds_values
+
+    def at(self, round: int) -> Stage:
+        """What holds in a round of the phase (0-based)."""
+        sparsify, precision, head = self.sparsify, self.precision, self.head_precision
+        for stage in self.stages:
+            if stage.round <= round:
+                sparsify = stage.sparsify or sparsify
+                precision, head = stage.precision or precision, stage.head_precision or head
+        return Stage(round=round, sparsify=sparsify, precision=precision, head_precision=head or precision)
+
+    def thin(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> Tree:
+        """The tree with zeros where nothing travels.
+
+        Args:
+            tree: float32 tensors of any shape; not modified.
+            groups: the group (``adapter``, ``head``) of every name in ``tree``.
+            round: 0-based number of the round.
+            seed: read only by sparsifiers that draw.
+        """
+        sparsify = self.at(round).sparsify
+        return sparsify(tree, groups, round, seed) if sparsify else tree
+
+    def encode(
+        self,
+        tree: Tree,
+        groups: Mapping[str, str],
+        round: int,
+        seed: int,
+        others: Mapping[str, Tree] | None = None,
+        reference: str = "zero",
+    ) -> Packet:
+        """The message of a tree from ``thin``, rounded.
+
+        Args:
+            tree: float32 tensors of any shape; not modified.
+            groups: the group of every name in ``tree``.
+            round: 0-based number of the round.
+            seed: that of ``thin``.
+            others: further parts, sent in float32.
+            reference: what the tree is relative to.
+        """
+        stage = self.at(round)
+        draw = None
+        if isinstance(stage.sparsify, RandomK):
+            draw = Draw(seed, stage.sparsify.counts(tree, groups))
+        forms = {
+            "adapter": Form(stage.precision or Float32(), seed, draw),
+            "head": Form(stage.head_precision or Float32(), seed + 1, draw),
+        }
+        return wire.pack(split_groups(tree, groups) | dict(others or {}), forms, reference)
+
+    def send(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int, reference: str = "zero") -> Packet:
+        """``encode`` of ``thin``."""
+        return self.encode(self.thin(tree, groups, round, seed), groups, round, seed, reference=reference)
+
+    def prepare(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int = 0) -> Tree:
+        """What the receiver will hold: the tree thinned, then rounded."""
+        return join_groups(self.send(tree, groups, round, seed).trees, groups)
+
+
+def split_groups(params: Tree, groups: Mapping[str, str]) -> dict[str, Tree]:
+    """``params`` as the parts of a message, ``adapter`` and ``head``; a group without names is no part."""
+    return {
+        group: trees.select(params, groups, group) for group in ("adapter", "head") if group in set(groups.values())
+    }
+
+
+def join_groups(parts: Mapping[str, Tree], groups: Mapping[str, str]) -> Tree:
+    """The inverse of ``split_groups``, in the order of ``groups``."""
+    return {name: parts[group][name] for name, group in groups.items()}
