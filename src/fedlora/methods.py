@@ -127,7 +127,7 @@ def flasc(
     return fedavg(
         rounds=rounds,
         tuning=tuning,
-        down=link(down, reference or ("zero" if init == "kaiming" else "init"), False),
+        down=link(down, reference or ("zero" if init == "kaiming" and memory != "last_round" else "init"), False),
         up=link(up, "zero", feedback),
         server=server or ServerAdamW(lr=5e-3, weight_decay=0.01 if init == "kaiming" else 0.0),
         privacy=privacy,

@@ -45,9 +45,9 @@ class Reader:
                     raise WireError("it states a count in more digits than needed")
                 return value
 
-    def words(self) -> memoryview:
-        """A count of 32-bit words, and these words."""
-        return self.take(4 * self.varint(self.rest() // 4))
+    def words(self, symbols: int) -> memoryview:
+        """A count of 32-bit words, and these words: a range coder writes one a symbol at most, and two at its end."""
+        return self.take(4 * self.varint(min(symbols + 2, self.rest() // 4)))
 
 
 def varint(value: int) -> bytes:

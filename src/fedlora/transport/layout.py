@@ -63,12 +63,15 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: int, draw: Draw | None)
         return Stored(_table([EMPTY] * len(sizes)), np.zeros(total, np.bool_), [0] * len(sizes))
     runs = np.split(nonzero, np.cumsum(sizes)[:-1])
     counts = [int(np.count_nonzero(run)) for run in runs]
-    own = [
-        _choose(name, value.shape, run, count, value_bits, draw)
+    choices = [
+        _choices(name, value.shape, run, count, value_bits, draw)
         for (name, value), run, count in zip(like.items(), runs, counts, strict=True)
     ]
+    own = [min(each, key=_bits) for each in choices]
     pooled = [_Choice(POOLED, 0.0) if choice.layout == CODED else choice for choice in own]
-    plans = [own, pooled, [_Choice(POOLED, 0.0)] * len(sizes)]
+    # the last words of a coder, which all its tensors share, are too much for the positions of a small part
+    uncoded = [min((choice for choice in each if choice.layout != CODED), key=_bits) for each in choices]
+    plans = [own, pooled, uncoded, [_Choice(POOLED, 0.0)] * len(sizes)]
     costs = [_cost(plan, sizes, counts, value_bits) for plan in plans]
     plan = plans[int(np.argmin(costs))]
     if min(costs) >= 8.0 + _dense(total, kept, value_bits):
@@ -108,7 +111,8 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
         total = sum(map(len, pooled))
         coded.append((pooled, Segment(total, reader.varint(total))))
     if coded:
-        found = decode_positions(reader.words(), [segment for _, segment in coded])
+        segments = [segment for _, segment in coded]
+        found = decode_positions(reader.words(sum(segment.size for segment in segments)), segments)
         at = 0
         for run in (run for group, _ in coded for run in group):
             run[:] = found[at : at + len(run)]
@@ -116,10 +120,16 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
     return Stored(b"", mask, [int(np.count_nonzero(run)) for run in runs])
 
 
-def _choose(name: str, shape: Sequence[int], run: Bools, count: int, value_bits: int, draw: Draw | None) -> _Choice:
-    """The smallest layout of one tensor by itself."""
+def _bits(choice: _Choice) -> float:
+    return choice.bits
+
+
+def _choices(
+    name: str, shape: Sequence[int], run: Bools, count: int, value_bits: int, draw: Draw | None
+) -> list[_Choice]:
+    """The layouts that one tensor can have by itself."""
     if count == 0:
-        return _Choice(EMPTY, 0.0)
+        return [_Choice(EMPTY, 0.0)]
     size = len(run)
     choices = [_Choice(DENSE, _dense(size, count, value_bits))]
     if count < size:
@@ -137,7 +147,7 @@ def _choose(name: str, shape: Sequence[int], run: Bools, count: int, value_bits:
             columns = int(np.flatnonzero(grid.any(axis=0))[-1]) + 1
             sides = 8.0 * (len(varint(rows)) + len(varint(columns)))
             choices.append(_Choice(BOX, sides + value_bits * rows * columns, (rows, columns)))
-    return min(choices, key=lambda choice: choice.bits)
+    return choices
 
 
 def _cost(plan: list[_Choice], sizes: list[int], counts: list[int], value_bits: int) -> float:

@@ -120,7 +120,8 @@ class Uniform(Precision):
                 raise WireError("a symbol beyond the largest")
         else:
             raise WireError(f"the unknown coding {mode} of symbols")
-        values = _multiply(symbols, scales, blocks)
+        with np.errstate(over="ignore"):  # infinity is refused below
+            values = _multiply(symbols, scales, blocks)
         if not np.isfinite(values).all():
             raise WireError("a value that is infinite")
         return values
@@ -214,7 +215,7 @@ def _counted(reader: Reader, size: int, total: int) -> tuple[memoryview, NDArray
     counts = np.array([reader.varint(total) for _ in range(size)], np.int64)
     if counts.sum() != total:
         raise WireError("another number of symbols than values")
-    return reader.words(), counts
+    return reader.words(total), counts
 
 
 def _encode_classes(symbols: Symbols, largest: int) -> bytes:

@@ -95,7 +95,7 @@ def unpack(raw: bytes, like: Mapping[str, Tree]) -> dict[str, Tree]:
     """The inverse of ``pack``. Parts, names and shapes come from ``like``, never from the message.
 
     The checksum is verified before anything is decoded. What is allocated is bounded by the template: at most 64 bytes
-    for each of its entries and 1 MB beside, whatever the message says.
+    for each of its entries, 1 kB for each of its tensors and 1 MB beside, whatever the message says.
 
     Args:
         raw: the whole message.
@@ -165,7 +165,8 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
         raise WireError(f"Tensor {wrong[0]!r} of part {part!r} is {tree[wrong[0]].dtype}; convert it to float32.")
     vector = flatten(tree).detach().cpu()
     values: NDArray[np.float32] = form.precision.nonzero(vector.numpy())
-    values += 0.0  # flatten copied; -0.0 + 0.0 is 0.0. NumPy, as threads do not pay here
+    with np.errstate(invalid="ignore"):  # NaN is refused where it is written
+        values += 0.0  # flatten copied; -0.0 + 0.0 is 0.0. NumPy, as threads do not pay here
     stored = write_layout(values != 0, tree, form.precision.value_bits, form.draw)
     try:
         written = form.precision.write(

@@ -1,0 +1,46 @@
+"""A federation of three clients in memory, small enough to train in a moment."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fedlora.engines import Serial
+from fedlora.local import AdamW, Local
+from fedlora.methods import Phases
+from fedlora.round import Row, close_phase, open_phase, run_round, view
+from fedlora.state import ServerState
+from fedlora.testing import equal_population, toy_task
+from fedlora.workspace import Workspace
+
+CPU = torch.device("cpu")
+LOCAL = Local(optimizer=AdamW(lr=0.02), batch_size=8, epochs=2, dropout=False)
+
+
+class Federation:
+    """A run of phases over three clients of 16 examples, from a state or from the beginning."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+        self.workspace = Workspace(toy_task(num_examples=48), 0, CPU)
+        self.engine = Serial(self.workspace, equal_population(48, 3))
+        self.rows: list[Row] = []
+
+    def start(self) -> ServerState:
+        return open_phase(self.workspace, 0, self.phases[0].recipe, 0, 0, None)[0]
+
+    def go_on(self, state: ServerState, rounds: int, cohort: tuple[int, ...] = (2, 0, 1)) -> ServerState:
+        self.workspace.settle(state.phase, self.phases[state.phase].recipe, state.setup)
+        while state.round < rounds:
+            recipe = self.phases[state.phase].recipe
+            if state.steps == self.phases[state.phase].rounds:
+                carry = close_phase(self.workspace, recipe, state)
+                recipe = self.phases[state.phase + 1].recipe
+                state, _ = open_phase(self.workspace, state.phase + 1, recipe, 0, state.round, carry)
+            state, row = run_round(recipe, state, cohort, self.engine, seed=0, rounds=6)
+            self.rows.append(row)
+        return state
+
+    def loss(self, state: ServerState) -> float:
+        self.workspace.installed.load(view(self.phases[state.phase].recipe, state, 0))
+        return self.workspace.evaluate(np.arange(48), "train", "fp32").metrics["loss"]
