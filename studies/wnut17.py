@@ -39,7 +39,7 @@ STUDY = Study(
         "flasc": (1e-3, 3e-3),
         "federa": (5e-4, 1e-3, 3e-3),
         "slora": (1e-3, 3e-3),
-        "full": (1e-4, 3e-4),
+        "full": (1e-4, 3e-4, 1e-3),
     },
     chosen={"lora": 3e-3, "flasc": 3e-3, "federa": 3e-3, "slora": 3e-3, "full": 3e-4},
     tuning_rounds=15,

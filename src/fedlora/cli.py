@@ -93,16 +93,18 @@ def show(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.
 
 @app.command()
 def cost(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.table) -> None:
-    """Tell the bytes of a run before it is trained, from real messages."""
-    from fedlora.describe import phase_facts
+    """Tell the bytes of a run before it is trained, from real messages of its first rounds."""
+    from fedlora.cost import costs
     from fedlora.report import human_bytes
+    from fedlora.setting import in_mode, prepare
 
     experiment, _ = _experiment(config, set_, None)
     table = Table()
     for name in ("phase", "rounds", "one client down", "one client up", "round down", "round up", "all down", "all up"):
         table.add_column(name, justify="right")
     phases, totals = [], [0, 0]
-    for number, fact in enumerate(phase_facts(experiment, _task(experiment))):
+    effective = in_mode(experiment)
+    for number, fact in enumerate(costs(effective, prepare(effective))):
         down, up = fact.round_bytes
         all_down, all_up = fact.all_bytes
         totals = [totals[0] + all_down, totals[1] + all_up]

@@ -67,11 +67,11 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: int, draw: Draw | None)
         _choices(name, value.shape, run, count, value_bits, draw)
         for (name, value), run, count in zip(like.items(), runs, counts, strict=True)
     ]
-    own = [min(each, key=_bits) for each in choices]
-    pooled = [_Choice(POOLED, 0.0) if choice.layout == CODED else choice for choice in own]
-    # the last words of a coder, which all its tensors share, are too much for the positions of a small part
-    uncoded = [min((choice for choice in each if choice.layout != CODED), key=_bits) for each in choices]
-    plans = [own, pooled, uncoded, [_Choice(POOLED, 0.0)] * len(sizes)]
+    # what all coded or all seeded tensors share, words and a seed, may be too much for the places of a small part
+    without: list[tuple[int, ...]] = [(), (CODED,), *([(SEEDED,), (CODED, SEEDED)] if draw else [])]
+    plans = [[min((c for c in each if c.layout not in left), key=_bits) for each in choices] for left in without]
+    plans += [[_Choice(POOLED, 0.0) if c.layout == CODED else c for c in plan] for plan in plans]
+    plans.append([_Choice(POOLED, 0.0)] * len(sizes))
     costs = [_cost(plan, sizes, counts, value_bits) for plan in plans]
     plan = plans[int(np.argmin(costs))]
     if min(costs) >= 8.0 + _dense(total, kept, value_bits):

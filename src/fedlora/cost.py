@@ -1,0 +1,148 @@
+"""The bytes of a run, told before it is trained: its first rounds are run with few clients, the others extrapolated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fedlora import tree
+from fedlora.clients import draw_cohort
+from fedlora.config import Experiment
+from fedlora.engines import Serial
+from fedlora.recipe import Recipe
+from fedlora.round import Downlink, Kinds, close_phase, open_phase, run_round
+from fedlora.setting import Setting
+from fedlora.state import ServerState, named_seed
+from fedlora.workspace import Workspace
+
+PROBED_ROUNDS = 6
+PROBED_CLIENTS = 3
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """What one phase sends.
+
+    Args:
+        rounds: its rounds.
+        tuning: the kind of its tuning.
+        clients: clients per round that messages go to; none where nothing is sent.
+        first_bytes: bytes to one client in the first round, by kind.
+        down_bytes: bytes to one client in a round, by kind; the mean over all rounds and clients.
+        up_bytes: bytes from one client in a round, by kind; the same mean.
+    """
+
+    rounds: int
+    tuning: str
+    clients: int
+    first_bytes: Kinds
+    down_bytes: Kinds
+    up_bytes: Kinds
+
+    @property
+    def round_bytes(self) -> tuple[int, int]:
+        """Bytes of a mean round over all clients, down and up."""
+        return self.clients * sum(self.down_bytes.values()), self.clients * sum(self.up_bytes.values())
+
+    @property
+    def all_bytes(self) -> tuple[int, int]:
+        """Bytes of all rounds over all clients, down and up."""
+        down, up = self.round_bytes
+        return down * self.rounds, up * self.rounds
+
+
+def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
+    """What each phase will send.
+
+    How many bytes a message takes depends on the values in it, wherever entries are left out or rounded. So the first
+    ``PROBED_ROUNDS`` rounds of each phase are run in earnest, with ``PROBED_CLIENTS`` clients. Later downlinks are made
+    from parameters that went on in the same direction, as far as the square root of the rounds; later uplinks are like
+    the last ones. Whether a client is new to the run is a matter of chance, of which the expectation is counted.
+
+    Args:
+        experiment: the configuration.
+        setting: its data.
+
+    Raises:
+        TrainingError: training fails already here.
+    """
+    workspace = Workspace(setting.task, experiment.seed, setting.device)
+    federated = experiment.mode == "federated"
+    per_round = experiment.clients.per_round if federated else 1
+    cohort = draw_cohort(setting.population, per_round, named_seed(experiment.seed, "cohort", 0))[:PROBED_CLIENTS]
+    found, carry, done = [], None, 0
+    for number, phase in enumerate(experiment.phases):
+        state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
+        told: list[tuple[int, _Sizes]] = []
+        up: list[dict[str, float]] = []
+        for turn in range(min(phase.rounds, PROBED_ROUNDS)):
+            told.append((turn, _sizes(phase.recipe, state, experiment.seed)))
+            engine = Serial(workspace, setting.population)
+            state, row = run_round(phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds)
+            up.append({kind: size / len(cohort) for kind, size in row.up_bytes.items()})
+        later = sorted({len(up), (len(up) + phase.rounds) // 2, phase.rounds - 1} - set(range(len(up))))
+        told += [(turn, _sizes(phase.recipe, _grown(state, turn), experiment.seed)) for turn in later]
+        up += [_mean(up[len(up) // 2 :])] * (phase.rounds - len(up))
+        down = _over_rounds(told, phase.rounds, per_round / len(setting.population))
+        found.append(
+            PhaseCost(
+                rounds=phase.rounds,
+                tuning=phase.recipe.tuning.kind,
+                clients=per_round if federated else 0,
+                first_bytes={kind: round(size) for kind, size in down[0].items()},
+                down_bytes={kind: round(size) for kind, size in _mean(down).items()},
+                up_bytes={kind: round(size) for kind, size in _mean(up).items()},
+            )
+        )
+        done += phase.rounds
+        if number + 1 < len(experiment.phases):
+            carry = close_phase(workspace, phase.recipe, state)
+    return found
+
+
+class _Sizes(NamedTuple):
+    """Bytes by kind of a message to a client that is new to the phase, and to one that is not."""
+
+    new: Kinds
+    known: Kinds
+
+
+def _sizes(recipe: Recipe, state: ServerState, seed: int) -> _Sizes:
+    downlink = Downlink(recipe, state, seed)
+    whole = downlink.message({}).packet.sizes
+    new = {kind: whole.get(kind, 0) + state.setup_bytes.get(kind, 0) for kind in {**whole, **state.setup_bytes}}
+    held = [downlink.message(tree).packet.sizes for tree in state.held.values()]
+    if recipe.memory == "none":
+        return _Sizes(new, new)
+    return _Sizes(new, {kind: round(size) for kind, size in _mean(held).items()} if held else whole)
+
+
+def _grown(state: ServerState, turn: int) -> ServerState:
+    """The state before a later round of the phase, had the parameters gone on as far as the root of the rounds."""
+    growth = math.sqrt(turn / state.steps) - 1.0
+    moved = tree.add(state.params, tree.subtract(state.params, state.init), growth)
+    return dataclasses.replace(state, params=moved, steps=turn, round=state.round + turn - state.steps)
+
+
+def _over_rounds(told: Sequence[tuple[int, _Sizes]], rounds: int, share: float) -> list[dict[str, float]]:
+    """Expected bytes to one client in each round, if a ``share`` of all clients is drawn each time."""
+    turns = np.arange(rounds)
+    unknown = (1.0 - share) ** turns
+    at = [turn for turn, _ in told]
+    kinds = {kind: None for _, sizes in told for kind in {**sizes.new, **sizes.known}}
+    curves = {
+        kind: unknown * np.interp(turns, at, [sizes.new.get(kind, 0) for _, sizes in told])
+        + (1 - unknown) * np.interp(turns, at, [sizes.known.get(kind, 0) for _, sizes in told])
+        for kind in kinds
+    }
+    return [{kind: float(curve[turn]) for kind, curve in curves.items()} for turn in turns]
+
+
+def _mean(sizes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    kinds = {kind: None for one in sizes for kind in one}
+    return {kind: sum(one.get(kind, 0) for one in sizes) / len(sizes) for kind in kinds}
