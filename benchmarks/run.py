@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks import codec, local_work, memory, naive, overhead, rate
+from benchmarks import local_work, memory, naive, overhead, rate, wire
 from benchmarks.common import Figure, Settings
 
 Measure = Callable[[Settings], list[Figure]]
@@ -24,7 +24,7 @@ PARTS: dict[str, Measure] = {
     "rate": rate.measure,
     "naive": naive.measure,
     "memory": memory.measure,
-    "codec": codec.measure,
+    "wire": wire.measure,
 }
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.errors import WireError
-from fedlora.transport.coder import Segment, decode_positions, encode_positions, random_positions
+from fedlora.transport.coder import pack_bits, take_bits
 from fedlora.transport.framing import Reader, varint
+from fedlora.transport.positions import Segment, decode_positions, encode_positions, random_positions
 from fedlora.tree import Tree
 
 EMPTY, DENSE, BITMAP, CODED, POOLED, SEEDED, BOX = range(7)
@@ -19,6 +20,7 @@ EMPTY, DENSE, BITMAP, CODED, POOLED, SEEDED, BOX = range(7)
 density of all such tensors; positions drawn from a seed; the first rows and columns."""
 
 _MIXED = 255
+_FEW_BITS = 8  # up to here values are entropy coded, and zeros among them cost what their positions do
 _WORD_BITS = 64.0  # what a range coder may write beyond the information
 Bools = NDArray[np.bool_]
 
@@ -74,7 +76,7 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: int, draw: Draw | None)
     plans.append([_Choice(POOLED, 0.0)] * len(sizes))
     costs = [_cost(plan, sizes, counts, value_bits) for plan in plans]
     plan = plans[int(np.argmin(costs))]
-    if min(costs) >= 8.0 + _dense(total, kept, value_bits):
+    if value_bits > _FEW_BITS and min(costs) >= 8.0 + value_bits * total:
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
     return _write(plan, runs, counts, like, draw)
 
@@ -102,7 +104,7 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
         elif layout == SEEDED:
             run[random_positions(seed, name, len(run), reader.varint(len(run)))] = True
         elif layout == BITMAP:
-            run[:] = _read_bitmap(reader, len(run))
+            run[:] = take_bits(reader, len(run)).view(np.bool_)
         elif layout == BOX:
             grid = _grid(run, value.shape)
             rows = reader.varint(grid.shape[0])
@@ -112,7 +114,7 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
         coded.append((pooled, Segment(total, reader.varint(total))))
     if coded:
         segments = [segment for _, segment in coded]
-        found = decode_positions(reader.words(sum(segment.size for segment in segments)), segments)
+        found = decode_positions(reader, segments)
         at = 0
         for run in (run for group, _ in coded for run in group):
             run[:] = found[at : at + len(run)]
@@ -131,7 +133,7 @@ def _choices(
     if count == 0:
         return [_Choice(EMPTY, 0.0)]
     size = len(run)
-    choices = [_Choice(DENSE, _dense(size, count, value_bits))]
+    choices = [_Choice(DENSE, float(value_bits * size))] if count == size or value_bits > _FEW_BITS else []
     if count < size:
         values = value_bits * count
         choices.append(_Choice(BITMAP, 8.0 * -(-size // 8) + values))
@@ -161,11 +163,6 @@ def _cost(plan: list[_Choice], sizes: list[int], counts: list[int], value_bits: 
     return bits
 
 
-def _dense(size: int, count: int, value_bits: int) -> float:
-    """Bits of all values; the symbols of a few bits are entropy coded, zeros among them."""
-    return value_bits * float(size) if value_bits > 8 else _entropy(size, count) + value_bits * count
-
-
 def _entropy(size: int, count: int) -> float:
     """Bits of ``count`` positions out of ``size``, by Shannon's formula."""
     if not 0 < count < size:
@@ -193,7 +190,7 @@ def _write(plan: list[_Choice], runs: list[Bools], counts: list[int], like: Tree
             chunks.append(varint(len(choice.places)))
             stored[i][choice.places] = True
         elif choice.layout == BITMAP:
-            chunks.append(np.packbits(runs[i], bitorder="little").tobytes())
+            chunks.append(pack_bits(runs[i]))
         elif choice.layout == BOX:
             rows, columns = choice.box
             chunks += [varint(rows), varint(columns)]
@@ -204,8 +201,7 @@ def _write(plan: list[_Choice], runs: list[Bools], counts: list[int], like: Tree
         chunks.append(varint(count))
         coded.append((np.concatenate([runs[i] for i in pooled]), Segment(sum(len(runs[i]) for i in pooled), count)))
     if coded:
-        words = encode_positions(np.concatenate([run for run, _ in coded]), [segment for _, segment in coded])
-        chunks += [varint(len(words) // 4), words]
+        chunks.append(encode_positions(np.concatenate([run for run, _ in coded]), [segment for _, segment in coded]))
     return Stored(b"".join(chunks), np.concatenate(stored), [int(np.count_nonzero(run)) for run in stored])
 
 
@@ -235,10 +231,3 @@ def _read_table(reader: Reader, count: int) -> list[int]:
     if (first != _MIXED and first > BOX) or any(layout > BOX for layout in layouts):
         raise WireError(f"an unknown layout; expected 0 to {BOX}")
     return layouts
-
-
-def _read_bitmap(reader: Reader, size: int) -> Bools:
-    bits = np.unpackbits(np.frombuffer(reader.take(-(-size // 8)), dtype=np.uint8), bitorder="little")
-    if bits[size:].any():
-        raise WireError("bits behind the last entry that are not zero")
-    return bits[:size].view(np.bool_)

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora.component import STRICT
-from fedlora.transport.coder import random_positions
+from fedlora.transport.positions import random_positions
 from fedlora.tree import Tree, flatten, unflatten
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -304,7 +304,7 @@ class RankSlice(Sparsifier):
         """True within the first ranks."""
         chosen: dict[str, Tensor] = {}
         for name, value in tree.items():
-            if side := _side(name):
+            if (side := _side(name)) and value.ndim > 1:
                 kept = torch.zeros(value.shape, dtype=torch.bool)
                 kept[: self.rank if side == "A" else None, : None if side == "A" else self.rank] = True
                 chosen[name] = kept

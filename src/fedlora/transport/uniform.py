@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
 from fedlora.errors import WireError
-from fedlora.transport.coder import decode_symbols, encode_symbols, splitmix
+from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, splitmix, take_bits
 from fedlora.transport.framing import Reader, varint
 from fedlora.transport.precision import Floats, Precision, Written
 
@@ -99,7 +99,7 @@ class Uniform(Precision):
         if self.bits == 1 or len(coded) < raw:
             chunks += [bytes([_COUNTED if many else _CLASSES]), coded]
         else:
-            chunks += [bytes([_RAW]), _pack_bits(_to_bits(symbols, self.bits))]
+            chunks += [bytes([_RAW]), pack_bits(_to_bits(symbols, self.bits))]
         return Written(chunks, _multiply(symbols, scales, blocks))
 
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
@@ -115,7 +115,7 @@ class Uniform(Precision):
         elif mode == _CLASSES:
             symbols = _decode_classes(reader, self.largest, total)
         elif mode == _RAW and self.bits > 1:
-            symbols = _from_bits(_take_bits(reader, self.bits * total), self.bits)
+            symbols = _from_bits(take_bits(reader, self.bits * total), self.bits)
             if total and int(symbols.min()) < -self.largest:
                 raise WireError("a symbol beyond the largest")
         else:
@@ -228,7 +228,7 @@ def _encode_classes(symbols: Symbols, largest: int) -> bytes:
     if largest > 15:
         low = _TABLE.low_bits[classes]
         bits += [_to_bits(magnitudes[low == width], width).astype(np.bool_) for width in (2, 3, 4)]
-    return b"".join([*map(varint, counts.tolist()), varint(len(words) // 4), words, _pack_bits(np.concatenate(bits))])
+    return b"".join([*map(varint, counts.tolist()), varint(len(words) // 4), words, pack_bits(np.concatenate(bits))])
 
 
 def _decode_classes(reader: Reader, largest: int, total: int) -> Symbols:
@@ -237,7 +237,7 @@ def _decode_classes(reader: Reader, largest: int, total: int) -> Symbols:
     magnitudes = _TABLE.base[classes]
     nonzero = total - int(counts[0])
     widths = {width: int(counts[_TABLE.low_bits[: len(counts)] == width].sum()) for width in (2, 3, 4)}
-    bits = _take_bits(reader, nonzero + sum(width * count for width, count in widths.items()))
+    bits = take_bits(reader, nonzero + sum(width * count for width, count in widths.items()))
     if largest > 15:
         at, low = nonzero, _TABLE.low_bits[classes]
         for width, count in widths.items():
@@ -269,15 +269,3 @@ def _from_bits(bits: NDArray[np.uint8], width: int) -> Symbols:
     """Two's complement, lowest bit first."""
     values = _unsigned(bits, width)
     return values - (values >> (width - 1) << width)
-
-
-def _pack_bits(bits: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
-    return np.packbits(bits, bitorder="little").tobytes()
-
-
-def _take_bits(reader: Reader, count: int) -> NDArray[np.uint8]:
-    raw = np.frombuffer(reader.take(-(-count // 8)), dtype=np.uint8)
-    bits = np.unpackbits(raw, bitorder="little")
-    if bits[count:].any():
-        raise WireError("bits behind the last symbol that are not zero")
-    return bits[:count]
