@@ -27,6 +27,7 @@ from fedlora.partitions import (
     Shards,
 )
 from fedlora.skew import SKEWS, AnySkew, Classes, Clusters, Column, Label, Skew
+from fedlora.tiers import Tier, check_tiers
 
 __all__ = [
     "PARTITIONS",
@@ -73,9 +74,12 @@ class Clients:
         allow_empty: leave clients without rows out of the population and count them, instead of raising.
         skew: what counts as a row's class; ``Dirichlet`` and ``Shards`` deal by it, summaries and drawings show it.
         holdout: share of each client's rows, in [0, 1), that it keeps away from training as a test set of its own.
+        tiers: kinds of clients that get and do less than the recipe says.
+        tier_column: the column that tiers by ``values`` read.
 
     Raises:
-        ConfigError: if ``test_clients`` is set without ``Natural``, or ``per_round`` exceeds the number of clients.
+        ConfigError: if it is not clear who belongs to which tier, if ``test_clients`` is set without ``Natural``, or if
+            ``per_round`` exceeds the number of clients.
     """
 
     partition: AnyPartition = Dirichlet(alpha=0.1)
@@ -85,8 +89,11 @@ class Clients:
     allow_empty: bool = False
     skew: AnySkew = Label()
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    tiers: tuple[Tier, ...] = ()
+    tier_column: str | None = None
 
     def __post_init__(self) -> None:
+        check_tiers(self.tiers, self.tier_column)
         if isinstance(self.partition, Natural):
             return
         if self.test_clients:

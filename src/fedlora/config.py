@@ -24,6 +24,7 @@ from fedlora.errors import ConfigError
 from fedlora.methods import METHODS
 from fedlora.recipe import Phase
 from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
+from fedlora.tuning import LoRA
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -92,6 +93,13 @@ class Experiment:
     clients: Clients = Clients()
     evaluate: Evaluate = Evaluate()
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
+
+    def __post_init__(self) -> None:
+        for tier in self.clients.tiers:
+            for phase in self.phases:
+                tier.applied(phase.recipe)
+            if tier.rank is not None and not any(isinstance(phase.recipe.tuning, LoRA) for phase in self.phases):
+                raise ConfigError(f"tier {tier.name!r} has a rank, and no phase trains LoRA; leave it out")
 
     @property
     def rounds(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from fedlora.recipe import Recipe
 from fedlora.round import Downlink, Kinds, close_phase, open_phase, run_round
 from fedlora.setting import Setting
 from fedlora.state import ServerState, named_seed
+from fedlora.tiers import recipes_of
 from fedlora.workspace import Workspace
 
 PROBED_ROUNDS = 6
@@ -74,21 +75,31 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     workspace = Workspace(setting.task, experiment.seed, setting.device)
     federated = experiment.mode == "federated"
     per_round = experiment.clients.per_round if federated else 1
-    cohort = draw_cohort(setting.population, per_round, named_seed(experiment.seed, "cohort", 0))[:PROBED_CLIENTS]
+    probed = _probed(setting, experiment.seed)
+    cohort = tuple(client for members in probed.values() for client in members)
+    weights = {name: _share(setting, name) for name in probed}
     found, carry, done = [], None, 0
     for number, phase in enumerate(experiment.phases):
         state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
-        told: list[tuple[int, _Sizes]] = []
+        recipes = recipes_of(setting.tiers, phase.recipe) or {"": phase.recipe}
+        told: dict[str, list[tuple[int, _Sizes]]] = {name: [] for name in recipes}
         up: list[dict[str, float]] = []
         for turn in range(min(phase.rounds, PROBED_ROUNDS)):
-            told.append((turn, _sizes(phase.recipe, state, experiment.seed)))
+            for name, own in recipes.items():
+                told[name].append((turn, _sizes(own, state, experiment.seed, probed[name])))
             engine = Serial(workspace, setting.population)
-            state, row = run_round(phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds)
-            up.append({kind: size / len(cohort) for kind, size in row.up_bytes.items()})
-        later = sorted({len(up), (len(up) + phase.rounds) // 2, phase.rounds - 1} - set(range(len(up))))
-        told += [(turn, _sizes(phase.recipe, _grown(state, turn), experiment.seed)) for turn in later]
+            state, row = run_round(
+                phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers
+            )
+            sent = {name: tier["up_bytes"] for name, tier in row.tiers.items()} or {"": row.up_bytes}
+            up.append(_sum((weights[name] / len(probed[name]), sizes) for name, sizes in sent.items()))
+        for turn in sorted({len(up), (len(up) + phase.rounds) // 2, phase.rounds - 1} - set(range(len(up)))):
+            for name, own in recipes.items():
+                told[name].append((turn, _sizes(own, _grown(state, turn), experiment.seed, probed[name])))
         up += [_mean(up[len(up) // 2 :])] * (phase.rounds - len(up))
-        down = _over_rounds(told, phase.rounds, per_round / len(setting.population))
+        share = per_round / len(setting.population)
+        curves = {name: _over_rounds(sizes, phase.rounds, share) for name, sizes in told.items()}
+        down = [_sum((weights[name], curve[turn]) for name, curve in curves.items()) for turn in range(phase.rounds)]
         found.append(
             PhaseCost(
                 rounds=phase.rounds,
@@ -105,6 +116,22 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     return found
 
 
+def _probed(setting: Setting, seed: int) -> dict[str, tuple[int, ...]]:
+    """A few clients of each tier, by its name, or of all under an empty one."""
+    order = draw_cohort(setting.population, len(setting.population), named_seed(seed, "probe"))
+    names = {client: tier.name for client, tier in setting.tiers.items()}
+    members: dict[str, list[int]] = {}
+    for client in order:
+        members.setdefault(names.get(client, ""), []).append(client)
+    return {name: tuple(clients[:PROBED_CLIENTS]) for name, clients in members.items()}
+
+
+def _share(setting: Setting, tier: str) -> float:
+    """The share of clients in a tier; 1 without tiers."""
+    members = [each.name for each in setting.tiers.values()]
+    return members.count(tier) / len(members) if members else 1.0
+
+
 class _Sizes(NamedTuple):
     """Bytes by kind of a message to a client that is new to the phase, and to one that is not."""
 
@@ -112,11 +139,11 @@ class _Sizes(NamedTuple):
     known: Kinds
 
 
-def _sizes(recipe: Recipe, state: ServerState, seed: int) -> _Sizes:
+def _sizes(recipe: Recipe, state: ServerState, seed: int, clients: Sequence[int]) -> _Sizes:
     downlink = Downlink(recipe, state, seed)
     whole = downlink.message({}).packet.sizes
     new = {kind: whole.get(kind, 0) + state.setup_bytes.get(kind, 0) for kind in {**whole, **state.setup_bytes}}
-    held = [downlink.message(tree).packet.sizes for tree in state.held.values()]
+    held = [downlink.message(state.held[client]).packet.sizes for client in clients if client in state.held]
     if recipe.memory == "none":
         return _Sizes(new, new)
     return _Sizes(new, {kind: round(size) for kind, size in _mean(held).items()} if held else whole)
@@ -143,6 +170,13 @@ def _over_rounds(told: Sequence[tuple[int, _Sizes]], rounds: int, share: float) 
     return [{kind: float(curve[turn]) for kind, curve in curves.items()} for turn in turns]
 
 
+def _sum(weighted: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for weight, sizes in weighted:
+        for kind, size in sizes.items():
+            total[kind] = total.get(kind, 0.0) + weight * size
+    return total
+
+
 def _mean(sizes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    kinds = {kind: None for one in sizes for kind in one}
-    return {kind: sum(one.get(kind, 0) for one in sizes) / len(sizes) for kind in kinds}
+    return _sum((1 / len(sizes), one) for one in sizes)

@@ -24,6 +24,7 @@ from fedlora.recipe import Recipe
 from fedlora.round import Kinds, Row, close_phase, open_phase, run_round, view
 from fedlora.setting import Setting, in_mode, manifest, prepare
 from fedlora.state import ServerState, named_seed
+from fedlora.tiers import recipes_of
 from fedlora.track import Tracker
 from fedlora.watch import Silent, Watcher
 from fedlora.workspace import Workspace
@@ -154,7 +155,7 @@ def _run_phases(
                 state, pending = open_phase(workspace, phase, recipe, experiment.seed, state.round, carry)
             seed = named_seed(experiment.seed, "cohort", state.round)
             cohort = draw_cohort(setting.population, experiment.clients.per_round, seed)
-            state, row = run_round(recipe, state, cohort, engine, experiment.seed, experiment.rounds)
+            state, row = run_round(recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers)
             last = state.round == experiment.rounds
             metrics, warnings, seconds = {}, (), 0.0
             if last or state.round % experiment.evaluate.every == 0:
@@ -241,6 +242,8 @@ def _evaluate(
     views = {"": view(recipe, state, experiment.seed)}
     if experiment.evaluate.dense and recipe.down.lossy:
         views["dense_"] = state.params
+    for name, tier_recipe in recipes_of(setting.tiers, recipe).items():
+        views[f"{name}_"] = view(tier_recipe, state, experiment.seed)
     metrics: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
     main = setting.task.main_metric

@@ -18,6 +18,7 @@ from fedlora.engines.base import Engine
 from fedlora.errors import TrainingError
 from fedlora.recipe import Recipe
 from fedlora.state import Carry, ClientState, ServerState, Update, generator, named_seed
+from fedlora.tiers import Tier, recipes_of
 from fedlora.transport import wire
 from fedlora.transport.link import join_groups, split_groups
 from fedlora.tree import Tree
@@ -43,6 +44,7 @@ class Row:
         density_down: share of entries sent that are not zero, over all clients.
         density_up: the same for what came back, over all clients.
         update_norm: Euclidean norm of the change the server applied.
+        tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
         metrics: results of evaluations, if there was one after this round.
         facts: figures of a phase's start, in its first row.
@@ -61,6 +63,7 @@ class Row:
     density_down: float
     density_up: float
     update_norm: float
+    tiers: dict[str, dict[str, Kinds]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
@@ -170,7 +173,13 @@ class Downlink:
 
 
 def run_round(
-    recipe: Recipe, state: ServerState, cohort: tuple[int, ...], engine: Engine, seed: int, rounds: int
+    recipe: Recipe,
+    state: ServerState,
+    cohort: tuple[int, ...],
+    engine: Engine,
+    seed: int,
+    rounds: int,
+    tiers: Mapping[int, Tier] | None = None,
 ) -> tuple[ServerState, Row]:
     """One round.
 
@@ -181,6 +190,7 @@ def run_round(
         engine: where clients run.
         seed: seed of the run.
         rounds: rounds of the whole run, for schedules.
+        tiers: the tier of each client, if there are tiers.
 
     Returns:
         The state after the round, and the round's row of the ledger.
@@ -190,17 +200,21 @@ def run_round(
         TrainingError: a client's training went wrong.
     """
     clock = time.perf_counter()
-    downlink = Downlink(recipe, state, seed)
+    tiers = tiers or {}
+    recipes = {"": recipe, **recipes_of({client: tiers[client] for client in cohort if client in tiers}, recipe)}
+    downlinks = {name: Downlink(own, state, seed) for name, own in recipes.items()}
+    names = [tiers[client].name if client in tiers else "" for client in cohort]
     jobs: list[Job] = []
     down: Kinds = {}
     references: Kinds = {}
     messages: list[Message] = []
-    for client in cohort:
+    shares: dict[str, dict[str, Kinds]] = {}
+    for client, name in zip(cohort, names, strict=True):
         memory = state.clients.get(client, ClientState())
-        message = downlink.message(state.held.get(client, {}))
+        message = downlinks[name].message(state.held.get(client, {}))
         messages.append(message)
         job = Job(
-            recipe=recipe,
+            recipe=recipes[name],
             client=client,
             phase=state.phase,
             round=state.steps,
@@ -211,7 +225,9 @@ def run_round(
             memory=memory,
         )
         jobs.append(job)
-        down = _sum(down, message.packet.sizes, {} if memory.has_setup else state.setup_bytes)
+        received = _sum(message.packet.sizes, {} if memory.has_setup else state.setup_bytes)
+        down = _sum(down, received)
+        _count(shares, name, "down_bytes", received)
         references = _sum(references, {message.reference: 1})
     packed = time.perf_counter()
 
@@ -246,10 +262,13 @@ def run_round(
         steps=state.steps + 1,
         params=params,
         slots=slots,
-        feedback=downlink.feedback,
+        feedback=downlinks[""].feedback,
         held=held,
         clients=clients,
     )
+    for name, answer in zip(names, answers, strict=True):
+        _count(shares, name, "up_bytes", answer.reply.packet.sizes)
+        _count(shares, name, "clients", {"num": 1})
     done = time.perf_counter()
     working = sum(answer.reply.seconds for answer in answers)
     entries = tree.num_entries(params)
@@ -263,6 +282,7 @@ def run_round(
         down_bytes=down,
         up_bytes=_sum(*(answer.reply.packet.sizes for answer in answers)),
         references=references,
+        tiers={name: share for name, share in shares.items() if name},
         density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / len(messages),
         density_up=sum(_kept(answer.reply) for answer in answers) / entries / len(answers),
         update_norm=tree.norm(delta),
@@ -281,6 +301,11 @@ class Answer(NamedTuple):
 
 def _kept(reply: Reply) -> int:
     return sum(count for part, count in reply.packet.kept.items() if part != "report")
+
+
+def _count(shares: dict[str, dict[str, Kinds]], tier: str, what: str, sizes: Kinds) -> None:
+    share = shares.setdefault(tier, {})
+    share[what] = _sum(share.get(what, {}), sizes)
 
 
 def _sum(*sizes: Mapping[str, int]) -> Kinds:

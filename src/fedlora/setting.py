@@ -35,6 +35,7 @@ from fedlora.server_optim import Sgd
 from fedlora.state import named_seed
 from fedlora.tasks import Prepared
 from fedlora.tasks.base import Rows, Split
+from fedlora.tiers import Tier, assign_tiers
 from fedlora.transport import Link
 
 VERSIONED = ("fedlora", "torch", "transformers", "peft", "datasets", "numpy", "safetensors", "constriction", "pydantic")
@@ -53,6 +54,7 @@ class Setting:
         classes: what the clients' skew looks at, of each training example.
         holdout: the training examples ((rows,) int64, ascending) that a client keeps away from training, by client.
             In the mode ``centralised`` they are those of the clients that a federation would have.
+        tiers: the tier of each client, if there are tiers and a federation.
     """
 
     task: Prepared
@@ -62,6 +64,7 @@ class Setting:
     device: torch.device
     classes: Classes
     holdout: Mapping[int, Rows] = field(default_factory=dict)
+    tiers: Mapping[int, Tier] = field(default_factory=dict)
 
     def summary(self) -> Summary:
         """How large and how skewed the clients are."""
@@ -107,7 +110,12 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
     if pooled:
         away = [*holdout.values(), *([] if division.test_rows is None else [division.test_rows])]
         population = _pool(task.num_examples("train"), away, population.held_out)
-    return Setting(task, population, test_rows, split, device, classes, holdout)
+    tiers: dict[int, Tier] = {}
+    if experiment.mode == "federated":
+        column = task.column(clients.tier_column, "train") if clients.tier_column else None
+        rows = [population.rows_of(client) for client in range(len(population))]
+        tiers = assign_tiers(clients.tiers, population.names, rows, column)
+    return Setting(task, population, test_rows, split, device, classes, holdout, tiers)
 
 
 def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, partitioner: Partitioner | None) -> Division:

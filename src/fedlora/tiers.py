@@ -1,0 +1,160 @@
+"""Unequal clients: which of them get and do less than the recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedlora.component import STRICT
+from fedlora.errors import ConfigError, DataError
+from fedlora.recipe import Recipe
+from fedlora.transport import Dense, Link, RankSlice
+from fedlora.tuning import LoRA
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Tier:
+    """A kind of client, and what differs for it from the recipe; what is None is as there.
+
+    One of ``share``, ``values`` and ``clients`` says who belongs to it, the same one for all tiers of a run.
+
+    Args:
+        name: in the ledger and in metrics.
+        share: of all clients; they are dealt out in turn, so equal shares of three tiers give client ``i`` tier
+            ``i mod 3``, as FLASC's code has it.
+        values: of the column ``clients.tier_column``, which most of a client's rows have.
+        clients: their names.
+        rank: the first so many ranks of each adapter are sent and trained, of those that the recipe has.
+        down: another downlink.
+        up: another uplink.
+        max_steps: another number of optimiser steps at most.
+        batch_size: another batch size.
+        compute: another number format of the forward pass.
+    """
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")]
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    values: tuple[str, ...] = ()
+    clients: tuple[str, ...] = ()
+    rank: Count | None = None
+    down: Link | None = None
+    up: Link | None = None
+    max_steps: Count | None = None
+    batch_size: Count | None = None
+    compute: Literal["fp32", "bf16"] | None = None
+
+    @property
+    def chosen_by(self) -> str:
+        """Which of ``share``, ``values`` and ``clients`` is set; empty unless it is one."""
+        given = [key for key in ("share", "values", "clients") if getattr(self, key)]
+        return given[0] if len(given) == 1 else ""
+
+    def applied(self, recipe: Recipe) -> Recipe:
+        """The recipe of its clients.
+
+        Raises:
+            ConfigError: the tier cannot go with this recipe.
+        """
+        down = self.down or recipe.down
+        if self.rank is not None and isinstance(recipe.tuning, LoRA):
+            if not isinstance(down.sparsify, Dense) or down.stages or down.reference == "init":
+                raise ConfigError(
+                    f"tier {self.name!r} has a rank, which is a downlink of its own; leave out its down.sparsify and "
+                    "down.stages, and set down.reference to zero"
+                )
+            if self.rank < recipe.tuning.rank:
+                down = replace(down, sparsify=RankSlice(rank=self.rank))
+        if self.compute == "fp32" and recipe.local.compute == "bf16":
+            raise ConfigError(
+                f"tier {self.name!r} computes in fp32, but local.compute = 'bf16' keeps frozen weights in bfloat16: "
+                "set local.compute to fp32, and compute of the other tiers to bf16"
+            )
+        changes = {
+            key: value for key in ("max_steps", "batch_size", "compute") if (value := getattr(self, key)) is not None
+        }
+        own = replace(recipe, down=down, up=self.up or recipe.up, local=replace(recipe.local, **changes))
+        if recipe.down.feedback or own.down.feedback:
+            raise ConfigError(
+                "down.feedback keeps one error for all clients, and tiers get different messages; unset it"
+            )
+        return own
+
+
+def check_tiers(tiers: Sequence[Tier], column: str | None) -> None:
+    """Refuses tiers of which it is not clear who belongs to them.
+
+    Raises:
+        ConfigError: the tiers do not say in one way who belongs to them.
+    """
+    ways = {tier.chosen_by for tier in tiers}
+    if not tiers:
+        if column is not None:
+            raise ConfigError("clients.tier_column is read for clients.tiers, and there are none")
+        return
+    if len(ways) != 1 or ways == {""}:
+        raise ConfigError("each of clients.tiers needs one of share, values and clients, all of them the same one")
+    if len({tier.name for tier in tiers}) != len(tiers):
+        raise ConfigError("two of clients.tiers have the same name")
+    if ways == {"share"} and abs(sum(tier.share or 0 for tier in tiers) - 1) > 1e-6:
+        raise ConfigError(f"the shares of clients.tiers add up to {sum(tier.share or 0 for tier in tiers):g}, not to 1")
+    if (ways == {"values"}) != (column is not None):
+        raise ConfigError("tiers by values read a column: set clients.tier_column, and only then")
+
+
+def assign_tiers(
+    tiers: Sequence[Tier], names: Sequence[str], rows: Sequence[NDArray[np.int64]], column: NDArray[Any] | None
+) -> dict[int, Tier]:
+    """The tier of every client, by its number; nothing if there are no tiers.
+
+    Args:
+        tiers: whose membership is clear.
+        names: of the clients.
+        rows: numbers of each client's rows.
+        column: values of ``clients.tier_column`` for all rows, or None.
+
+    Raises:
+        DataError: a client belongs to no tier, or a named client is not there.
+    """
+    if not tiers:
+        return {}
+    if tiers[0].share is not None:
+        return _in_turn(tiers, len(names))
+    members: dict[str, Tier] = {}
+    for tier in tiers:
+        members.update(dict.fromkeys((*tier.values, *tier.clients), tier))
+    keys = list(names) if column is None else [_most_frequent(column[own]) for own in rows]
+    if column is None and (strange := sorted(set(members) - set(names))):
+        raise DataError(f"clients.tiers names the client {strange[0]!r}, and there is none; there is {names[0]!r}")
+    if without := [name for name, key in zip(names, keys, strict=True) if key not in members]:
+        raise DataError(f"{len(without)} clients belong to no tier, such as {without[0]!r}; name all in clients.tiers")
+    return {client: members[key] for client, key in enumerate(keys)}
+
+
+def _in_turn(tiers: Sequence[Tier], num: int) -> dict[int, Tier]:
+    """Each client to the tier that lacks most of its share so far, the first of equals."""
+    counts = [0] * len(tiers)
+    found: dict[int, Tier] = {}
+    for client in range(num):
+        lacks = [round((tier.share or 0) * (client + 1) - count, 9) for tier, count in zip(tiers, counts, strict=True)]
+        chosen = lacks.index(max(lacks))
+        counts[chosen] += 1
+        found[client] = tiers[chosen]
+    return found
+
+
+def _most_frequent(values: NDArray[Any]) -> str:
+    found, counts = np.unique(values.astype(str), return_counts=True)
+    return str(found[np.argmax(counts)])
+
+
+def recipes_of(tiers: Mapping[int, Tier], recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe of each tier by name."""
+    return {tier.name: tier.applied(recipe) for tier in {tier.name: tier for tier in tiers.values()}.values()}

@@ -1,0 +1,184 @@
+"""Clients of unequal strength: who they are, what they get, and what the ledger says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import experiment, tiny_world
+from toy import LOCAL, Federation
+
+import fedlora
+from fedlora.clients import Clients
+from fedlora.cost import costs
+from fedlora.errors import ConfigError, DataError
+from fedlora.methods import fedavg
+from fedlora.recipe import Recipe
+from fedlora.round import Downlink, run_round
+from fedlora.setting import prepare
+from fedlora.tiers import Tier, assign_tiers, check_tiers
+from fedlora.transport import Link, Quota, TopK, Uniform
+from fedlora.tuning import LoRA, SvdOfWeight
+
+world = pytest.fixture(scope="module")(tiny_world)
+NAMES = [f"c{i}" for i in range(7)]
+ROWS = [np.array([2 * i, 2 * i + 1]) for i in range(7)]
+
+
+def shares(*values: float) -> tuple[Tier, ...]:
+    return tuple(Tier(name=f"t{i}", share=value) for i, value in enumerate(values))
+
+
+def assigned(tiers: tuple[Tier, ...], column: Any = None) -> list[str]:
+    return [tier.name for tier in assign_tiers(tiers, NAMES, ROWS, column).values()]
+
+
+def test_equal_shares_are_dealt_in_turn_as_flascs_code_does() -> None:
+    assert assigned(shares(1 / 3, 1 / 3, 1 / 3)) == ["t0", "t1", "t2", "t0", "t1", "t2", "t0"]
+
+
+def test_unequal_shares_are_held_at_every_number_of_clients() -> None:
+    found = assigned(shares(0.5, 0.25, 0.25))
+    assert found == ["t0", "t1", "t2", "t0", "t0", "t1", "t2"]
+    many = assign_tiers(shares(0.7, 0.2, 0.1), [str(i) for i in range(1000)], [], None)
+    assert [sum(tier.name == f"t{k}" for tier in many.values()) for k in range(3)] == [700, 200, 100]
+
+
+def test_tiers_by_the_value_that_most_of_a_clients_rows_have() -> None:
+    column = np.array(["phone", "phone", "desk", "desk"] + ["phone", "phone"] * 5)
+    tiers = (Tier(name="small", values=("phone",)), Tier(name="large", values=("desk",)))
+    assert assigned(tiers, column) == ["small", "large"] + ["small"] * 5
+    with pytest.raises(DataError, match="1 clients belong to no tier, such as 'c1'"):
+        assigned(tiers[:1], column)
+
+
+def test_tiers_by_name() -> None:
+    tiers = (Tier(name="a", clients=("c0", "c6")), Tier(name="b", clients=tuple(NAMES[1:6])))
+    assert assigned(tiers) == ["a", *["b"] * 5, "a"]
+    with pytest.raises(DataError, match="names the client 'x'"):
+        assigned((Tier(name="a", clients=("x",)),))
+
+
+@pytest.mark.parametrize(
+    ("tiers", "column", "message"),
+    [
+        (shares(0.5, 0.4), None, "add up to 0.9"),
+        ((Tier(name="a", share=1.0), Tier(name="b", clients=("c",))), None, "all of them the same one"),
+        ((Tier(name="a"),), None, "needs one of share"),
+        ((Tier(name="a", share=1.0, clients=("c",)),), None, "needs one of share"),
+        ((Tier(name="a", share=0.5), Tier(name="a", share=0.5)), None, "the same name"),
+        ((Tier(name="a", values=("x",)),), None, "set clients.tier_column"),
+        (shares(1.0), "size", "and only then"),
+        ((), "size", "there are none"),
+    ],
+)
+def test_tiers_of_unclear_membership_are_refused(tiers: tuple[Tier, ...], column: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_tiers(tiers, column)
+    with pytest.raises(ConfigError, match=message):
+        Clients(tiers=tiers, tier_column=column)
+
+
+THIN = Link(sparsify=TopK(density=0.25), reference="init")
+
+
+@pytest.mark.parametrize(
+    ("tier", "recipe", "message"),
+    [
+        (Tier(name="a", rank=2, down=THIN), Recipe(), "a downlink of its own"),
+        (
+            Tier(name="a", rank=2),
+            Recipe(tuning=LoRA(init=SvdOfWeight())),
+            "a sparse downlink would set weights to zero",
+        ),
+        (Tier(name="a", compute="fp32"), fedavg(local=LOCAL)[0].recipe, None),
+        (Tier(name="a"), Recipe(down=Link(reference="init", feedback=True)), "one error for all clients"),
+    ],
+)
+def test_tiers_that_would_lie_are_refused(tier: Tier, recipe: Recipe, message: str | None) -> None:
+    if message is None:
+        assert tier.applied(recipe).local.compute == "fp32"
+        return
+    with pytest.raises(ConfigError, match=message):
+        tier.applied(recipe)
+
+
+def test_a_rank_without_lora_is_refused(world: Path) -> None:
+    with pytest.raises(ConfigError, match="no phase trains LoRA"):
+        experiment(world, "full", "clients.tiers=[{name='a',share=1.0,rank=2}]")
+
+
+TIERS = (
+    "clients.tiers=[{name='small',share=0.5,rank=1,max_steps=1},"
+    "{name='large',share=0.5,up={precision={kind='uniform',bits=8}}}]"
+)
+
+
+def test_the_ledger_tells_each_tiers_bytes_and_they_add_up(world: Path, tmp_path: Path) -> None:
+    result = fedlora.run(experiment(world, "lora", TIERS, "method.local.batch_size=2", rounds=3), tmp_path / "run")
+    for row in result.rows[1:]:
+        for key in ("down_bytes", "up_bytes"):
+            whole = sum(sum(tier[key].values()) for tier in row.tiers.values())
+            assert whole == sum(getattr(row, key).values())
+        assert sum(tier["clients"]["num"] for tier in row.tiers.values()) == len(row.cohort)
+    assert {"accuracy", "small_accuracy", "large_accuracy"} <= set(result.after)
+
+
+def test_the_bytes_of_tiers_are_told_before(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", TIERS, "method.local.batch_size=2", "clients.per_round=6", rounds=8)
+    result = fedlora.run(chosen, tmp_path / "run")
+    (phase,) = costs(chosen, prepare(chosen))
+    sent = (sum(result.down_bytes.values()), sum(result.up_bytes.values()))
+    assert phase.all_bytes == pytest.approx(sent, rel=0.1)  # six clients a round are not quite half and half
+
+
+def test_a_client_of_a_lower_rank_gets_it_trains_it_and_sends_it() -> None:
+    (phase,) = fedavg(rounds=3, tuning=LoRA(rank=4), local=LOCAL)
+    federation = Federation((phase,))
+    state = federation.go_on(federation.start(), 1)
+    tier = Tier(name="small", rank=1, share=1.0)
+    own = tier.applied(phase.recipe)
+    start = Downlink(own, state, 0).message({}).start
+    after, row = run_round(phase.recipe, state, (0,), federation.engine, 0, 3, {0: tier})
+    for name, value in after.params.items():
+        moved = value - state.params[name]
+        if name.endswith("lora_A"):
+            assert not start[name][1:].any()
+            assert not moved[1:].any()
+            assert moved[:1].any()
+        elif name.endswith("lora_B"):
+            assert not start[name][:, 1:].any()
+            assert not moved[:, 1:].any()
+            assert moved[:, :1].any()
+    whole = federation.rows[0].up_bytes["adapter"] / 3
+    assert row.up_bytes["adapter"] < 0.3 * whole  # the rest is not even told to be zero
+    assert row.tiers["small"]["clients"] == {"num": 1}
+
+
+def test_flascs_densities_per_tier() -> None:
+    (phase,) = fedavg(rounds=3, tuning=LoRA(rank=4), local=LOCAL)
+    federation = Federation((phase,))
+    state = federation.go_on(federation.start(), 1)
+    tiers = {
+        i: Tier(
+            name=f"t{i}",
+            share=1 / 3,
+            down=Link(sparsify=TopK(density=4.0 ** (i - 2), quota=Quota(head=1))),
+            up=Link(sparsify=TopK(density=4.0 ** (i - 2)), precision=Uniform(bits=8)),
+        )
+        for i in range(3)
+    }
+    state, row = run_round(phase.recipe, state, (0, 1, 2), federation.engine, 0, 3, tiers)
+    down = [sum(row.tiers[f"t{i}"]["down_bytes"].values()) for i in range(3)]
+    up = [sum(row.tiers[f"t{i}"]["up_bytes"].values()) for i in range(3)]
+    assert down == sorted(down)
+    assert up == sorted(up)
+    assert all(torch.isfinite(value).all() for value in state.params.values())
+
+
+def test_centralised_training_has_no_tiers(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", TIERS, 'mode="centralised"', rounds=1)
+    assert fedlora.run(chosen, tmp_path / "run").rows[-1].tiers == {}
