@@ -1,11 +1,11 @@
-# Everything a newcomer needs: make demo, make test, make check, make bench. Works in folders with spaces.
+# Everything a newcomer needs: make demo, make test, make check, make bench, make fuzz. Works in folders with spaces.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # threads that spin while they wait starve each other on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench fuzz clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -35,5 +35,12 @@ format: $(STAMP)  ## put the formatting right
 bench: $(STAMP)  ## measure speed and memory against plain references
 	$(BIN)/python -m benchmarks.run --out benchmarks/out
 
+SECONDS ?= 600
+fuzz: $(STAMP)  ## search for messages that decoding does not refuse as it should; SECONDS=600 says for how long
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[fuzz]' -c constraints.txt
+	mkdir -p build/fuzz
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz_wire.py build/fuzz tests/fuzz/corpus \
+		-artifact_prefix=tests/fuzz/corpus/ -max_total_time=$(SECONDS) -max_len=2048 -timeout=10
+
 clean:  ## remove what these commands made, runs excepted
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache benchmarks/out
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache benchmarks/out build/fuzz

@@ -28,8 +28,10 @@ class Encoder:
         self._coder.encode(symbols, _model(weights))
 
     def to_bytes(self) -> bytes:
-        """The words, little-endian."""
-        return bytes(self._coder.get_compressed().astype("<u4", copy=False).tobytes())
+        """The words, little-endian, without zeros at the end: a decoder reads zeros there."""
+        words = self._coder.get_compressed()
+        used = np.flatnonzero(words)
+        return bytes(words[: used[-1] + 1 if used.size else 0].astype("<u4", copy=False).tobytes())
 
 
 class Decoder:
@@ -40,7 +42,11 @@ class Decoder:
     """
 
     def __init__(self, raw: memoryview) -> None:
-        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(raw, dtype="<u4").astype(np.uint32))
+        words = np.frombuffer(raw, dtype="<u4").astype(np.uint32)
+        if words.size and not words[-1]:
+            raise WireError("more words than symbols need")
+        self._num_words, self._num_symbols = words.size, 0
+        self._coder = constriction.stream.queue.RangeDecoder(words)
 
     def decode(self, weights: NDArray[np.float64], size: int) -> NDArray[np.int32]:
         """The next ``size`` symbols.
@@ -48,6 +54,7 @@ class Decoder:
         Raises:
             WireError: no encoder writes such words.
         """
+        self._num_symbols += size
         try:
             symbols: NDArray[np.int32] = self._coder.decode(_model(weights), size)
         except AssertionError as error:  # the coder's word for it
@@ -60,7 +67,7 @@ class Decoder:
         Raises:
             WireError: there are words that no symbol needs.
         """
-        if not self._coder.maybe_exhausted():
+        if not self._coder.maybe_exhausted() or (self._num_words and not self._num_symbols):
             raise WireError("more words than symbols need")
 
 

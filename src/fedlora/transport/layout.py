@@ -20,7 +20,7 @@ EMPTY, DENSE, BITMAP, CODED, POOLED, SEEDED, BOX = range(7)
 density of all such tensors; positions drawn from a seed; the first rows and columns."""
 
 _MIXED = 255
-_FEW_BITS = 8  # up to here values are entropy coded, and zeros among them cost what their positions do
+_PLAIN_BITS = 16  # below, values are entropy coded, and zeros among them cost what their positions do
 _WORD_BITS = 64.0  # what a range coder may write beyond the information
 Bools = NDArray[np.bool_]
 
@@ -47,7 +47,7 @@ class _Choice(NamedTuple):
     places: NDArray[np.intp] = np.zeros(0, np.intp)
 
 
-def write_layout(nonzero: Bools, like: Tree, value_bits: int, draw: Draw | None) -> Stored:
+def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | None) -> Stored:
     """The layouts that need the fewest bytes in the end, values included.
 
     Args:
@@ -76,7 +76,7 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: int, draw: Draw | None)
     plans.append([_Choice(POOLED, 0.0)] * len(sizes))
     costs = [_cost(plan, sizes, counts, value_bits) for plan in plans]
     plan = plans[int(np.argmin(costs))]
-    if value_bits > _FEW_BITS and min(costs) >= 8.0 + value_bits * total:
+    if value_bits >= _PLAIN_BITS and min(costs) >= 8.0 + value_bits * total:
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
     return _write(plan, runs, counts, like, draw)
 
@@ -127,13 +127,13 @@ def _bits(choice: _Choice) -> float:
 
 
 def _choices(
-    name: str, shape: Sequence[int], run: Bools, count: int, value_bits: int, draw: Draw | None
+    name: str, shape: Sequence[int], run: Bools, count: int, value_bits: float, draw: Draw | None
 ) -> list[_Choice]:
     """The layouts that one tensor can have by itself."""
     if count == 0:
         return [_Choice(EMPTY, 0.0)]
     size = len(run)
-    choices = [_Choice(DENSE, float(value_bits * size))] if count == size or value_bits > _FEW_BITS else []
+    choices = [_Choice(DENSE, float(value_bits * size))] if count == size or value_bits >= _PLAIN_BITS else []
     if count < size:
         values = value_bits * count
         choices.append(_Choice(BITMAP, 8.0 * -(-size // 8) + values))
@@ -152,7 +152,7 @@ def _choices(
     return choices
 
 
-def _cost(plan: list[_Choice], sizes: list[int], counts: list[int], value_bits: int) -> float:
+def _cost(plan: list[_Choice], sizes: list[int], counts: list[int], value_bits: float) -> float:
     layouts = {choice.layout for choice in plan}
     bits = 8.0 * len(_table([choice.layout for choice in plan])) + sum(choice.bits for choice in plan)
     bits += 64.0 * (SEEDED in layouts) + _WORD_BITS * bool(layouts & {CODED, POOLED})

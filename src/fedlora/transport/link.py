@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from fedlora import tree as trees
 from fedlora.component import STRICT
+from fedlora.errors import ConfigError
 from fedlora.transport import wire
 from fedlora.transport.layout import Draw
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
@@ -61,6 +62,9 @@ class Link:
         feedback: whether the sender adds what was lost in one round to what it sends in the next.
         stages: changes from given rounds on, in order.
 
+    Raises:
+        ConfigError: stages are not in order.
+
     >>> Link(sparsify=TopK(density=0.5)).prepare({"a": torch.tensor([1.0, -2.0])}, {"a": "adapter"}, round=0)
     {'a': tensor([ 0., -2.])}
 
@@ -75,6 +79,11 @@ class Link:
     reference: Literal["zero", "init"] = "zero"
     feedback: bool = False
     stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        starts = [stage.round for stage in self.stages]
+        if starts != sorted(set(starts)):
+            raise ConfigError(f"stages begin in rounds {starts}; name them in order, each round once")
 
     @property
     def thins(self) -> bool:

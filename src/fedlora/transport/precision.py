@@ -33,8 +33,8 @@ class Precision(ABC):
 
     @property
     @abstractmethod
-    def value_bits(self) -> int:
-        """Bits of a value before any entropy coding."""
+    def value_bits(self) -> float:
+        """Bits of a value before any entropy coding, with its share of what goes with several."""
 
     @property
     @abstractmethod
@@ -111,7 +111,7 @@ class Plain(Precision):
 
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
         """The values one after another."""
-        values = self.from_bytes(reader.take(sum(runs) * self.value_bits // 8))
+        values = self.from_bytes(reader.take(sum(runs) * int(self.value_bits) // 8))
         if not np.isfinite(values).all():
             raise WireError("a value that is NaN or infinite")
         return values

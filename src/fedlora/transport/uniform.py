@@ -55,9 +55,9 @@ class Uniform(Precision):
     code: ClassVar[int] = 4
 
     @property
-    def value_bits(self) -> int:
-        """``bits``."""
-        return self.bits
+    def value_bits(self) -> float:
+        """``bits``, and the scale of a block shared by its values."""
+        return self.bits + (16 / self.block if self.block else 0)
 
     @property
     def lossy(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -173,11 +174,11 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
             values if stored.mask is None else values[np.flatnonzero(stored.mask)], stored.runs, form.seed
         )
     except WireError as error:
-        name = next(
-            (n for n, v in unflatten(torch.from_numpy(values), tree).items() if not torch.isfinite(v).all()), ""
-        )
+        named = unflatten(torch.from_numpy(values), tree)
+        largest = {name: float(value.abs().max()) for name, value in named.items() if value.numel()}
+        name = max(largest, key=lambda name: math.inf if math.isnan(largest[name]) else largest[name])
         raise WireError(
-            f"Tensor {name or next(iter(tree))!r} of part {part!r} has an entry that is NaN, or infinite at this "
+            f"Tensor {name!r} of part {part!r} has an entry that is NaN, or infinite at this "
             "precision; nothing was sent. Look for a diverged step: a lower learning rate or clipping may help."
         ) from error
     header = bytes([form.precision.code]) + form.precision.settings() + stored.raw
