@@ -2,7 +2,7 @@
 
 A label names what is sent: ``dense-bfloat16``; ``flasc-16-4bit`` (FLASC, a sixteenth both ways, ranked from the start,
 values of 4 bits), ``flasc-16-4bit-ef`` (with error feedback up, and down the difference to what a client holds); and
-``down...-up...`` for links that are not FLASC's.
+``links-4bit-1bit_1.5`` for any links down and up, and the server's learning rate.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def table(label: str, rounds: int) -> dict[str, Any]:
             "reference": "init", "memory": "last_round" if feedback else "init", "feedback": feedback, **common,
         }  # fmt: skip
     down, up = settings
+    up, _, rate = up.partition("_")
+    common["server"] = {"kind": "sgd", "lr": float(rate or 1)}
     return {"kind": "fedavg", "down": link(down) | {"reference": "init"}, "up": link(up), "memory": "init", **common}
 
 
@@ -62,7 +64,7 @@ LABELS = (
     "dense-fp32",
     "links-4bit-1bit",
     "links-2bit@4-1bit@16",
-    "links-2bit-1bit~8",
+    "links-4bit-1bit_1.5",
     "flasc-4-fp32",
     "flasc-4-fp32-ef",
     "flasc-16-fp32",

@@ -37,6 +37,7 @@ STATED: dict[str, dict[str, Any]] = {
     "random_k": {"density": 0.25},
     "threshold": {"value": 0.5},
     "rank_slice": {"rank": 2},
+    "norm_bound": {"norm": 1.0},
 }
 """The fields that have no default."""
 

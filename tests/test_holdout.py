@@ -18,10 +18,10 @@ import fedlora
 from fedlora import tree
 from fedlora.cli import app
 from fedlora.clients import Population
+from fedlora.downlink import view
 from fedlora.errors import ConfigError, DataError, TrainingError
 from fedlora.folder import RunFolder
 from fedlora.picture import partition_html
-from fedlora.round import view
 from fedlora.setting import Setting, in_mode, prepare
 from fedlora.tasks.base import Evaluation
 from fedlora.workspace import Workspace

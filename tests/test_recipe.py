@@ -99,7 +99,7 @@ def test_an_uplink_that_counts_from_the_init_is_refused() -> None:
 
 
 def test_noise_under_example_weighting_is_refused_and_the_way_out_works() -> None:
-    with pytest.raises(ConfigError, match=r"set aggregator\.weighting = 'uniform'"):
+    with pytest.raises(ConfigError, match=r"and aggregator\.weighting = 'uniform'"):
         Recipe(privacy=NOISE, aggregator=Mean(weighting="examples"))
     assert Recipe(privacy=NOISE, aggregator=Mean(weighting="uniform")).privacy == NOISE
 
@@ -244,7 +244,7 @@ def test_client_optimisers_are_those_of_torch_with_the_factor_on_the_rate(ours: 
         if isinstance(ours, Sgd)
         else torch.optim.AdamW([other], lr=0.1, weight_decay=0.1)
     )
-    built = ours.build([one], 0.5)
+    built = ours.build([one], [0.5])
     for step in range(3):
         for parameter, optimizer in ((one, built), (other, theirs)):
             parameter.grad = torch.tensor([1.0, 0.5]) * (step + 1)

@@ -56,6 +56,7 @@ NEEDED = {
     "random_k": {"density"},
     "threshold": {"value"},
     "rank_slice": {"rank"},
+    "norm_bound": {"norm"},
 }
 
 

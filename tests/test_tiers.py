@@ -14,10 +14,11 @@ from toy import LOCAL, Federation
 import fedlora
 from fedlora.clients import Clients
 from fedlora.cost import costs
+from fedlora.downlink import Downlink
 from fedlora.errors import ConfigError, DataError
 from fedlora.methods import fedavg
 from fedlora.recipe import Recipe
-from fedlora.round import Downlink, run_round
+from fedlora.round import run_round
 from fedlora.setting import prepare
 from fedlora.tiers import Tier, assign_tiers, check_tiers
 from fedlora.transport import Link, Quota, TopK, Uniform

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fedlora.downlink import view
 from fedlora.engines import Serial
 from fedlora.local import AdamW, Local
 from fedlora.methods import Phases
-from fedlora.round import Row, close_phase, open_phase, run_round, view
+from fedlora.round import Row, close_phase, open_phase, run_round
 from fedlora.state import ServerState
 from fedlora.testing import equal_population, toy_task
 from fedlora.workspace import Workspace

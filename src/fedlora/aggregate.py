@@ -1,18 +1,24 @@
-"""How a cohort's updates become one change."""
+"""How a cohort's updates become one change: means, plain or by the products ``B A``."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterable
+from typing import Annotated, ClassVar, Literal, get_args
 
+import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from fedlora import tree
 from fedlora.component import STRICT
 from fedlora.errors import TrainingError
 from fedlora.state import Change, Fold, Update
 from fedlora.tree import Tree
+
+_NOBODY = "no client answered with an update; a round needs at least one client with examples"
 
 
 class Aggregator(ABC):
@@ -22,8 +28,16 @@ class Aggregator(ABC):
     """Whether the mean of the products ``B @ A`` is what the result's product is."""
 
     @abstractmethod
-    def combine(self, updates: Iterable[Update]) -> Change:
-        """Reads ``updates`` once, in order, and returns the change they ask for."""
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """Reads ``updates`` once, in order, and returns the change they ask for.
+
+        Args:
+            updates: the cohort's.
+            params: the server's parameters, to which the change will be added.
+
+        Raises:
+            TrainingError: there are too few updates.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -39,23 +53,206 @@ class Mean(Aggregator):
     weighting: Literal["uniform", "examples"] = "uniform"
     exact_for_products: ClassVar[bool] = False
 
-    def combine(self, updates: Iterable[Update]) -> Change:
-        """The mean, with no more than one update in memory at a time.
-
-        Raises:
-            TrainingError: there is no update, or no weight.
-        """
-        total: Tree | None = None
-        weights = 0.0
-        for update in updates:
-            weight = 1.0 if self.weighting == "uniform" else update.weight
-            total = tree.zeros_like(update.delta) if total is None else total
-            tree.add_(total, update.delta, weight)
-            weights += weight
-        if total is None or weights <= 0:
-            raise TrainingError("no client answered with an update; a round needs at least one client with examples")
-        return Change(delta=tree.scale(total, 1.0 / weights), fold=Fold())
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; no more than one update is in memory at a time."""
+        return Change(_weighted(updates, lambda update: 1.0 if self.weighting == "uniform" else update.weight), Fold())
 
 
-AGGREGATORS: dict[str, type[Aggregator]] = {"mean": Mean}
-AnyAggregator = Mean
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SparsityWeighted(Aggregator):
+    """Weighs each client by the size of its whole adapter, ``p_k ~ ||B_k A_k||_F`` (HetLoRA, arXiv 2401.06432).
+
+    Clients of a low rank, or that learnt little, have less say. The head is weighed the same. Changes are weighed, so
+    that ranks which a client does not have stay where they are instead of shrinking.
+    """
+
+    kind: Literal["sparsity_weighted"] = "sparsity_weighted"
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; no more than one update is in memory at a time."""
+        return Change(_weighted(updates, _size_of_products), Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SvdRedistribute(Aggregator):
+    """The best adapter of the same rank for the mean of the products (FlexLoRA, arXiv 2402.11505).
+
+    ``sum_k p_k B_k A_k = U S V^T``; the new factors are ``B = U_r S_r``, ``A = V_r^T``, or have the root of ``S`` each.
+    The product is never formed: with ``[p_k B_k] = Q R`` and ``[A_k]^T = P T`` the SVD is that of ``R T^T``, of side
+    clients times rank, in float64. Of each row of ``A`` the largest entry is positive. The head is averaged.
+
+    Args:
+        weighting: as for ``mean``.
+        split: ``left`` gives all of ``S`` to ``B``, so that ranks without energy can still learn; ``symmetric`` its
+            root to both, and such ranks are lost.
+    """
+
+    kind: Literal["svd_redistribute"] = "svd_redistribute"
+    weighting: Literal["uniform", "examples"] = "uniform"
+    split: Literal["left", "symmetric"] = "left"
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; the factors of all updates are in memory together."""
+        cohort = list(updates)
+        weights = [1.0 if self.weighting == "uniform" else update.weight for update in cohort]
+        delta = _weighted(iter(cohort), lambda update: 1.0 if self.weighting == "uniform" else update.weight)
+        shares = [weight / sum(weights) for weight in weights]
+        for a, b in factors(params):
+            tall = torch.cat(
+                [share * (one.start[b] + one.delta[b]).double() for share, one in zip(shares, cohort, strict=True)],
+                dim=1,
+            )
+            wide = torch.cat([(one.start[a] + one.delta[a]).double() for one in cohort])
+            new_b, new_a = self._truncated(tall, wide, params[a].shape[0])
+            delta[a], delta[b] = new_a.float() - params[a], new_b.float() - params[b]
+        return Change(delta, Fold())
+
+    def _truncated(self, tall: Tensor, wide: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """``B`` and ``A`` of ``rank`` whose product is next to ``tall @ wide``."""
+        q, r = torch.linalg.qr(tall)
+        p, t = torch.linalg.qr(wide.T)
+        u, s, vt = torch.linalg.svd(r @ t.T, full_matrices=False)
+        b, a = q @ u[:, :rank], vt[:rank] @ p.T
+        s = s[:rank]
+        signs = a.gather(1, a.abs().argmax(dim=1, keepdim=True)).sign()
+        a, b = a * signs, b * signs.T
+        if self.split == "left":
+            return b * s, a
+        return b * s.sqrt(), a * s.sqrt()[:, None]
+
+
+def factors(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The names of ``A`` and ``B`` of every adapter."""
+    found = list(names)
+    return [(name, f"{name[:-1]}B") for name in found if name.endswith("lora_A") and f"{name[:-1]}B" in found]
+
+
+def _weighted(updates: Iterable[Update], weight_of: Callable[[Update], float]) -> Tree:
+    """``sum_k w_k delta_k / sum_k w_k``."""
+    total: Tree | None = None
+    weights = 0.0
+    for update in updates:
+        weight = weight_of(update)
+        total = tree.zeros_like(update.delta) if total is None else total
+        tree.add_(total, update.delta, weight)
+        weights += weight
+    if total is None or weights <= 0:
+        raise TrainingError(_NOBODY)
+    return tree.scale(total, 1.0 / weights)
+
+
+def _size_of_products(update: Update) -> float:
+    """``sqrt(sum_m ||B_m A_m||_F^2)``, from the small matrices ``B^T B`` and ``A A^T``."""
+    squares = 0.0
+    for a, b in factors(update.delta):
+        now_a, now_b = (update.start[name].double() + update.delta[name].double() for name in (a, b))
+        squares += float(((now_b.T @ now_b) * (now_a @ now_a.T)).sum())
+    return math.sqrt(max(0.0, squares))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CoordinateMedian(Aggregator):
+    """The median of each coordinate (arXiv 1803.01498, Def. 1); of an even number the mean of the middle two.
+
+    It stands up to faulty clients as long as they are fewer than half, and loses what only a few clients learnt.
+    """
+
+    kind: Literal["median"] = "median"
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; all updates are in memory together."""
+        like, stacked = _stacked(updates)
+        ordered = stacked.sort(dim=0).values
+        middle = (len(ordered) - 1) // 2
+        return Change(tree.unflatten((ordered[middle] + ordered[len(ordered) // 2]) / 2, like), Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrimmedMean(Aggregator):
+    """The mean of each coordinate without its ``int(trim * n)`` smallest and largest (arXiv 1803.01498, Def. 2).
+
+    Args:
+        trim: share left out at each end.
+    """
+
+    kind: Literal["trimmed_mean"] = "trimmed_mean"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; all updates are in memory together."""
+        like, stacked = _stacked(updates)
+        left_out = int(self.trim * len(stacked))
+        kept = stacked.sort(dim=0).values[left_out : len(stacked) - left_out]
+        return Change(tree.unflatten(kept.mean(dim=0), like), Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Krum(Aggregator):
+    """The mean of those updates that have the closest neighbours (arXiv 1703.02757).
+
+    An update's score is the sum of the squared distances to its ``n - faulty - 2`` nearest others.
+
+    Args:
+        faulty: how many clients may be faulty; a cohort must have ``2 * faulty + 3`` at least.
+        select: how many of the best are averaged; above 1 it is multi-Krum.
+    """
+
+    kind: Literal["krum"] = "krum"
+    faulty: Annotated[int, Field(ge=0)] = 1
+    select: Annotated[int, Field(ge=1)] = 1
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; all updates are in memory together."""
+        like, stacked = _stacked(updates)
+        num = len(stacked)
+        if num < max(2 * self.faulty + 3, self.select):
+            raise TrainingError(
+                f"krum with faulty = {self.faulty} and select = {self.select} needs "
+                f"{max(2 * self.faulty + 3, self.select)} clients in a round, and {num} answered; raise "
+                "clients.per_round"
+            )
+        distances = torch.cdist(stacked.double(), stacked.double()).square()
+        nearest = distances.sort(dim=1).values[:, 1 : num - self.faulty - 1]
+        best = nearest.sum(dim=1).sort(stable=True).indices[: self.select].sort().values
+        return Change(tree.unflatten(stacked[best].mean(dim=0), like), Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NormBound(Aggregator):
+    """The mean of updates that are shortened to a norm (arXiv 1911.07963).
+
+    Args:
+        norm: the largest Euclidean norm that an update keeps.
+    """
+
+    kind: Literal["norm_bound"] = "norm_bound"
+    norm: Annotated[float, Field(gt=0)]
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; no more than one update is in memory at a time."""
+        bounded = (
+            update._replace(delta=tree.scale(update.delta, 1.0 / max(1.0, tree.norm(update.delta) / self.norm)))
+            for update in updates
+        )
+        return Change(_weighted(bounded, lambda update: 1.0), Fold())
+
+
+def _stacked(updates: Iterable[Update]) -> tuple[Tree, Tensor]:
+    """A tree for names and shapes, and all deltas as rows."""
+    cohort = [update.delta for update in updates]
+    if not cohort:
+        raise TrainingError(_NOBODY)
+    return cohort[0], torch.stack([tree.flatten(delta) for delta in cohort])
+
+
+AnyAggregator = Annotated[
+    Mean | SparsityWeighted | SvdRedistribute | CoordinateMedian | TrimmedMean | Krum | NormBound,
+    Field(discriminator="kind"),
+]
+AGGREGATORS: dict[str, type[Aggregator]] = {cls.kind: cls for cls in get_args(get_args(AnyAggregator)[0])}

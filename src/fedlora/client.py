@@ -149,9 +149,14 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree) -> Trained:
     # one model serves all clients, so statistics of a client's batches must not stay in it
     for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
         norm.eval()
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(not job.recipe.tuning.still(name, job.round))
     values = list(parameters.values())
     anchors = [start[name].to(device) for name in parameters] if local.proximal else []
-    optimizer = local.optimizer.build(values, local.schedule.factor(*job.progress))
+    pruned = job.recipe.prune is not None and job.round >= job.recipe.prune.first
+    masks = [(start[name] != 0).to(device) for name in parameters] if pruned else []
+    factor = local.schedule.factor(*job.progress)
+    optimizer = local.optimizer.build(values, [factor * job.recipe.tuning.rate(name) for name in parameters])
     if local.keep_optimizer:
         _restore(optimizer, parameters, job.memory.optimizer)
     losses = []
@@ -162,7 +167,7 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree) -> Trained:
                 loss = task.loss(model, task.batch(chosen, device))
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-            _adjust(values, anchors, local)
+            _adjust(values, anchors, masks, local)
             optimizer.step()
             optimizer.zero_grad()
             workspace.installed.refresh()
@@ -185,11 +190,14 @@ def _batches(rows: Rows, local: Local, shuffle: torch.Generator) -> list[Rows]:
     return batches[: local.max_steps]
 
 
-def _adjust(values: list[torch.nn.Parameter], anchors: list[Tensor], local: Local) -> None:
+def _adjust(values: list[torch.nn.Parameter], anchors: list[Tensor], masks: list[Tensor], local: Local) -> None:
     with torch.no_grad():
         for value, anchor in zip(values, anchors, strict=False):
             if value.grad is not None:
                 value.grad.add_(value - anchor, alpha=local.proximal)
+        for value, mask in zip(values, masks, strict=False):
+            if value.grad is not None:
+                value.grad.mul_(mask)
     if local.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(values, local.clip_norm)
 

@@ -13,9 +13,10 @@ import numpy as np
 from fedlora import tree
 from fedlora.clients import draw_cohort
 from fedlora.config import Experiment
+from fedlora.downlink import Downlink
 from fedlora.engines import Serial
 from fedlora.recipe import Recipe
-from fedlora.round import Downlink, Kinds, close_phase, open_phase, run_round
+from fedlora.round import Kinds, close_phase, open_phase, run_round
 from fedlora.setting import Setting
 from fedlora.state import ServerState, named_seed
 from fedlora.tiers import recipes_of

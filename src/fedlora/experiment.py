@@ -15,13 +15,14 @@ import numpy as np
 from fedlora import config
 from fedlora.clients import Population, draw_cohort, over_clients
 from fedlora.config import Experiment
+from fedlora.downlink import view
 from fedlora.engines import Serial
 from fedlora.errors import CheckpointError, FedloraError, TrainingError
 from fedlora.export import export_run
 from fedlora.folder import RunFolder
 from fedlora.foreign import Partitioner
 from fedlora.recipe import Recipe
-from fedlora.round import Kinds, Row, close_phase, open_phase, run_round, view
+from fedlora.round import Kinds, Row, close_phase, open_phase, run_round
 from fedlora.setting import Setting, in_mode, manifest, prepare
 from fedlora.state import ServerState, named_seed
 from fedlora.tiers import recipes_of

@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedlora.config import Experiment
+from fedlora.downlink import view
 from fedlora.errors import ConfigError
 from fedlora.folder import cannot_write
 from fedlora.recipe import Recipe
-from fedlora.round import close_phase, view
+from fedlora.round import close_phase
 from fedlora.state import ServerState, named_seed
 from fedlora.tasks import Prepared
 from fedlora.tasks.loading import quiet_transformers

@@ -13,11 +13,11 @@ import torch
 
 from fedlora import config
 from fedlora.config import Experiment
+from fedlora.downlink import view
 from fedlora.errors import ConfigError
 from fedlora.export import export
 from fedlora.folder import RunFolder
 from fedlora.recipe import Recipe
-from fedlora.round import view
 from fedlora.setting import in_mode, pick_device
 from fedlora.state import ServerState
 from fedlora.tasks import Evaluation, Prepared

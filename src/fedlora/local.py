@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -20,8 +20,8 @@ class ClientOptimizer(ABC):
     """Builds the optimiser of one client's turn."""
 
     @abstractmethod
-    def build(self, parameters: list[torch.nn.Parameter], factor: float) -> torch.optim.Optimizer:
-        """A fresh ``torch`` optimiser over ``parameters`` whose learning rate is multiplied by ``factor``."""
+    def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
+        """A fresh ``torch`` optimiser; each parameter's learning rate is multiplied by its factor."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -39,11 +39,10 @@ class Sgd(ClientOptimizer):
     momentum: Decay = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
-    def build(self, parameters: list[torch.nn.Parameter], factor: float) -> torch.optim.Optimizer:
+    def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
         """See ``ClientOptimizer.build``."""
         return torch.optim.SGD(
-            parameters,
-            lr=self.lr * factor,
+            _by_rate(parameters, self.lr, factors),
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             foreach=True,
@@ -69,16 +68,23 @@ class AdamW(ClientOptimizer):
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
-    def build(self, parameters: list[torch.nn.Parameter], factor: float) -> torch.optim.Optimizer:
+    def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
         """See ``ClientOptimizer.build``."""
         return torch.optim.AdamW(
-            parameters,
-            lr=self.lr * factor,
+            _by_rate(parameters, self.lr, factors),
             betas=(self.beta1, self.beta2),
             eps=self.eps,
             weight_decay=self.weight_decay,
             foreach=True,
         )
+
+
+def _by_rate(parameters: list[torch.nn.Parameter], lr: float, factors: list[float]) -> list[dict[str, Any]]:
+    """Parameter groups of ``torch.optim``, one for each learning rate, in order of first use."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for parameter, factor in zip(parameters, factors, strict=True):
+        groups.setdefault(lr * factor, []).append(parameter)
+    return [{"params": members, "lr": rate} for rate, members in groups.items()]
 
 
 CLIENT_OPTIMIZERS: dict[str, type[ClientOptimizer]] = {"sgd": Sgd, "adamw": AdamW}

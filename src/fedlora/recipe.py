@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedlora.aggregate import AnyAggregator, Mean
+from fedlora.aggregate import AnyAggregator, Mean, SparsityWeighted, SvdRedistribute
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
+from fedlora.prune import Prune
 from fedlora.server_optim import AnyServerOptimizer, Sgd
 from fedlora.transport import Link, RandomK
 from fedlora.tuning import AnyTuning, LoRA
@@ -29,6 +30,7 @@ class Recipe:
         server: how that change is applied.
         privacy: clip and noise.
         local: a client's turn.
+        prune: what the server sets to zero for good, if it does.
         memory: what clients remember between rounds: ``none`` (cross-device); ``init``, the phase's setup; or
             ``last_round``, also the parameters that they got last, so that only the difference from these is sent.
 
@@ -43,6 +45,7 @@ class Recipe:
     server: AnyServerOptimizer = Sgd()
     privacy: AnyPrivacy = NoPrivacy()
     local: Local = Local()
+    prune: Prune | None = None
     memory: Literal["none", "init", "last_round"] = "none"
 
     def __post_init__(self) -> None:
@@ -51,6 +54,13 @@ class Recipe:
                 "a sparse downlink would set weights to zero that carry pre-trained knowledge; "
                 "set down.reference = 'init' so that only the difference from the public start is thinned"
             )
+        if self.prune and not self.tuning.zero_is_neutral:
+            raise ConfigError(
+                "pruning sets trained weights to zero, and these carry pre-trained knowledge; use tuning 'lora' with a "
+                "kaiming or orthogonal init, or leave prune out"
+            )
+        if self.prune and not isinstance(self.privacy, NoPrivacy):
+            raise ConfigError("noise falls on what was pruned and brings it back; leave privacy or prune out")
         if self.up.reference == "init":
             raise ConfigError("the uplink carries a difference already; leave up.reference at 'zero'")
         if isinstance(self.tuning, LoRA) and not self.tuning.zero_is_neutral:
@@ -60,15 +70,29 @@ class Recipe:
                     "weight decay pulls factors to zero, and after an SVD start they carry knowledge; "
                     "set weight_decay = 0 in local.optimizer and in the server's optimiser"
                 )
+        moving = self.tuning.train if isinstance(self.tuning, LoRA) else "both"
+        if moving != "both" and float(getattr(self.server, "weight_decay", 0.0)) > 0:
+            raise ConfigError(
+                "the server's weight decay would move the factor that is to keep still; set weight_decay = 0 in server"
+            )
         if not isinstance(self.privacy, NoPrivacy) and self.up.rounds_values:
             raise ConfigError(
                 "rounding after the clip may lengthen an update beyond clip_norm; set up.precision to float32"
             )
         self._check_memory()
-        if self.privacy.needs_uniform_mean and self.aggregator.weighting != "uniform":
+        plain = isinstance(self.aggregator, Mean) and self.aggregator.weighting == "uniform"
+        if self.privacy.needs_uniform_mean and not plain:
             raise ConfigError(
-                "noise is calibrated for clients that all weigh the same; set aggregator.weighting = 'uniform'"
+                "noise is calibrated for a mean of clients that all weigh the same; set aggregator.kind = 'mean' "
+                "and aggregator.weighting = 'uniform'"
             )
+        if isinstance(self.aggregator, SvdRedistribute) and (moving != "both" or self.server != Sgd()):
+            raise ConfigError(
+                "svd_redistribute chooses both factors anew, so a server step that adds up changes, or a factor that "
+                "keeps still, has no meaning; leave server at { kind = 'sgd', lr = 1 } and tuning.train at 'both'"
+            )
+        if isinstance(self.aggregator, SvdRedistribute | SparsityWeighted) and not isinstance(self.tuning, LoRA):
+            raise ConfigError(f"aggregator {self.aggregator.kind!r} is about products B A; use it with tuning 'lora'")
 
     def _check_memory(self) -> None:
         """What links ask of clients' memory, and what they do to updates."""

@@ -14,6 +14,7 @@ import torch
 
 from fedlora import tree
 from fedlora.client import REPORT, Job, Reply
+from fedlora.downlink import Downlink, Message
 from fedlora.engines.base import Engine
 from fedlora.errors import TrainingError
 from fedlora.recipe import Recipe
@@ -21,7 +22,6 @@ from fedlora.state import Carry, ClientState, ServerState, Update, generator, na
 from fedlora.tiers import Tier, recipes_of
 from fedlora.transport import wire
 from fedlora.transport.link import join_groups, split_groups
-from fedlora.tree import Tree
 from fedlora.workspace import Workspace, setup_parts
 
 Kinds = dict[str, int]
@@ -109,69 +109,6 @@ def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> Car
     return Carry(recipe.tuning.changes(workspace.installed, state.init, state.params), head)
 
 
-def view(recipe: Recipe, state: ServerState, seed: int) -> Tree:
-    """The parameters as a client would receive them now: thinned, rounded, the reference added back.
-
-    This is the model that clients hold and that a run leaves behind. FLASC's code evaluates it too, with a mask that is
-    one server step older. Clients that remember what they got last follow the server's own parameters, each at its own
-    pace; there these are returned.
-    """
-    if recipe.memory == "last_round" or not recipe.down.lossy:
-        return state.params
-    return Downlink(recipe, state, seed).message({}).start
-
-
-class Message(NamedTuple):
-    """What the server sends to a client: the packet, what it is relative to, and where the client starts from it."""
-
-    packet: wire.Packet
-    reference: str
-    start: Tree
-
-
-class Downlink:
-    """The messages of one round to its cohort; clients that hold the same get the same.
-
-    Args:
-        recipe: its link and what clients remember.
-        state: the state before the round.
-        seed: seed of the run.
-    """
-
-    def __init__(self, recipe: Recipe, state: ServerState, seed: int) -> None:
-        self._recipe, self._state = recipe, state
-        self._seed = named_seed(seed, "down", state.round)
-        self._made: dict[int, Message] = {}
-        self.feedback: Tree = {}
-
-    def message(self, held: Tree) -> Message:
-        """The message to a client that holds ``held``, or nothing of earlier rounds where that is empty."""
-        key = id(held) if held else 0
-        if key not in self._made:
-            link, init = self._recipe.down, self._state.init
-            known = [("last_round", held)] if held else []
-            known += [("init", init)] if link.reference == "init" else []
-            if link.lossy:  # the nearest reference leaves the smallest error
-                known = known[:1] or [("zero", {})]
-                self._made[key] = self._encode(*known[0])
-            else:
-                whole = self._encode("zero", {})
-                others = [self._encode(*reference) for reference in known]
-                self._made[key] = min([whole, *others], key=lambda message: len(message.packet.raw))
-        return self._made[key]
-
-    def _encode(self, reference: str, base: Tree) -> Message:
-        state, link = self._state, self._recipe.down
-        tree_sent = tree.subtract(state.params, base) if base else state.params
-        if state.feedback:
-            tree_sent = tree.add(tree_sent, state.feedback)
-        packet = link.send(tree_sent, state.groups, state.steps, self._seed, reference)
-        arrived = join_groups(packet.trees, state.groups)
-        if link.feedback:
-            self.feedback = tree.subtract(tree_sent, arrived)
-        return Message(packet, reference, tree.add(base, arrived) if base else arrived)
-
-
 def run_round(
     recipe: Recipe,
     state: ServerState,
@@ -243,9 +180,14 @@ def run_round(
             answers.append(Answer(job.client, light, report))
             yield Update(message.start, delta, report["examples"])
 
-    change = recipe.aggregator.combine(updates())
-    delta = recipe.privacy.noise(change.delta, len(jobs), generator(named_seed(seed, "noise", state.round)))
+    change = recipe.aggregator.combine(updates(), state.params)
+    # what no client may move tells nothing of their data, and noise must not move it either
+    moving = {name: value for name, value in change.delta.items() if not recipe.tuning.still(name, state.steps)}
+    noise = generator(named_seed(seed, "noise", state.round))
+    delta = change.delta | recipe.privacy.noise(moving, len(jobs), noise)
     params, slots = recipe.server.step(state.params, delta, state.slots, state.steps)
+    if recipe.prune:
+        params, slots = recipe.prune.apply(params, slots, state.groups, state.steps + 1)
     if not tree.is_finite(params):
         raise TrainingError("the server's parameters are not finite after this round; lower the server's lr")
     clients = dict(state.clients)

@@ -13,11 +13,12 @@ from toy import LOCAL, Federation
 
 from fedlora import config, tree
 from fedlora.config import Experiment
+from fedlora.downlink import Downlink
 from fedlora.errors import ConfigError, WireError
 from fedlora.methods import Phases, fedavg, flasc
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
-from fedlora.round import Downlink, Row
+from fedlora.round import Row
 from fedlora.server_optim import Sgd
 from fedlora.state import load_state, save_state
 from fedlora.transport import (

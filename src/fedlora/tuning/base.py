@@ -81,6 +81,14 @@ class Tuning(ABC):
         """Whether a trained entry that a client gets as zero leaves the pre-trained function as it is."""
         return False
 
+    def still(self, name: str, round: int) -> bool:
+        """Whether a trained parameter keeps its value in a round of the phase (0-based)."""
+        return False
+
+    def rate(self, name: str) -> float:
+        """What a parameter's learning rate on clients is multiplied with."""
+        return 1.0
+
     @abstractmethod
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """Freezes ``model`` but for what is trained, adding modules where the method needs them.

@@ -1,8 +1,7 @@
-"""Methods from the papers, as values: each function returns the phases of a run."""
+"""The methods of the three papers, and what they are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,6 +10,7 @@ from fedlora.aggregate import AnyAggregator, Mean
 from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
+from fedlora.prune import Prune
 from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import AdamW as ServerAdamW
 from fedlora.server_optim import AnyServerOptimizer
@@ -35,6 +35,7 @@ def fedavg(
     server: AnyServerOptimizer = ServerSgd(),
     privacy: AnyPrivacy = NoPrivacy(),
     local: Local = Local(),
+    prune: Prune | None = None,
     memory: Memory = "none",
 ) -> Phases:
     """Federated averaging (arXiv 1602.05629, Alg. 1) of whatever ``tuning`` trains; over LoRA it is FedIT.
@@ -49,6 +50,7 @@ def fedavg(
         server=server,
         privacy=privacy,
         local=local,
+        prune=prune,
         memory=memory,
     )
     return (Phase(recipe=recipe, rounds=rounds),)
@@ -260,15 +262,3 @@ def _two_phases(
     return warm + fedavg(
         rounds=rounds - warm_rounds, tuning=second, down=link, up=link, server=server, local=local, memory=memory
     )
-
-
-METHODS: dict[str, Callable[..., Phases]] = {
-    "fedavg": fedavg,
-    "lora": dense_lora,
-    "full": full,
-    "flasc": flasc,
-    "federa": federa,
-    "slora": slora,
-    "primed_lora": primed_lora,
-}
-"""What ``[method] kind = ...`` names in a configuration."""

@@ -1,0 +1,74 @@
+"""What the server sends to clients in a round, and the model that they then hold."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fedlora import tree
+from fedlora.recipe import Recipe
+from fedlora.state import ServerState, named_seed
+from fedlora.transport import Packet, join_groups
+from fedlora.tree import Tree
+
+
+def view(recipe: Recipe, state: ServerState, seed: int) -> Tree:
+    """The parameters as a client would receive them now: thinned, rounded, the reference added back.
+
+    This is the model that clients hold and that a run leaves behind. FLASC's code evaluates it too, with a mask that is
+    one server step older. Clients that remember what they got last follow the server's own parameters, each at its own
+    pace; there these are returned.
+    """
+    if recipe.memory == "last_round" or not recipe.down.lossy:
+        return state.params
+    return Downlink(recipe, state, seed).message({}).start
+
+
+class Message(NamedTuple):
+    """What the server sends to a client: the packet, what it is relative to, and where the client starts from it."""
+
+    packet: Packet
+    reference: str
+    start: Tree
+
+
+class Downlink:
+    """The messages of one round to its cohort; clients that hold the same get the same.
+
+    Args:
+        recipe: its link and what clients remember.
+        state: the state before the round.
+        seed: seed of the run.
+    """
+
+    def __init__(self, recipe: Recipe, state: ServerState, seed: int) -> None:
+        self._recipe, self._state = recipe, state
+        self._seed = named_seed(seed, "down", state.round)
+        self._made: dict[int, Message] = {}
+        self.feedback: Tree = {}
+
+    def message(self, held: Tree) -> Message:
+        """The message to a client that holds ``held``, or nothing of earlier rounds where that is empty."""
+        key = id(held) if held else 0
+        if key not in self._made:
+            link, init = self._recipe.down, self._state.init
+            known = [("last_round", held)] if held else []
+            known += [("init", init)] if link.reference == "init" else []
+            if link.lossy:  # the nearest reference leaves the smallest error
+                known = known[:1] or [("zero", {})]
+                self._made[key] = self._encode(*known[0])
+            else:
+                whole = self._encode("zero", {})
+                others = [self._encode(*reference) for reference in known]
+                self._made[key] = min([whole, *others], key=lambda message: len(message.packet.raw))
+        return self._made[key]
+
+    def _encode(self, reference: str, base: Tree) -> Message:
+        state, link = self._state, self._recipe.down
+        tree_sent = tree.subtract(state.params, base) if base else state.params
+        if state.feedback:
+            tree_sent = tree.add(tree_sent, state.feedback)
+        packet = link.send(tree_sent, state.groups, state.steps, self._seed, reference)
+        arrived = join_groups(packet.trees, state.groups)
+        if link.feedback:
+            self.feedback = tree.subtract(tree_sent, arrived)
+        return Message(packet, reference, tree.add(base, arrived) if base else arrived)

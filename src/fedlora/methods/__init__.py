@@ -1,0 +1,41 @@
+"""Methods from papers, as values: each function returns the phases of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedlora.methods.baselines import adapter_lth, fed_select, ffa, rolora, sparse_adapter
+from fedlora.methods.papers import Phases, dense_lora, fedavg, federa, flasc, full, primed_lora, slora
+
+__all__ = [
+    "METHODS",
+    "Phases",
+    "adapter_lth",
+    "dense_lora",
+    "fed_select",
+    "fedavg",
+    "federa",
+    "ffa",
+    "flasc",
+    "full",
+    "primed_lora",
+    "rolora",
+    "slora",
+    "sparse_adapter",
+]
+
+METHODS: dict[str, Callable[..., Phases]] = {
+    "fedavg": fedavg,
+    "lora": dense_lora,
+    "full": full,
+    "flasc": flasc,
+    "federa": federa,
+    "slora": slora,
+    "primed_lora": primed_lora,
+    "ffa": ffa,
+    "rolora": rolora,
+    "sparse_adapter": sparse_adapter,
+    "adapter_lth": adapter_lth,
+    "fed_select": fed_select,
+}
+"""What ``[method] kind = ...`` names in a configuration."""

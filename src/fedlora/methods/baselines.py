@@ -1,0 +1,150 @@
+"""What the papers compare with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedlora.local import Local
+from fedlora.methods.papers import Memory, Phases, Rank, Rounds, Share, fedavg
+from fedlora.privacy import AnyPrivacy, NoPrivacy
+from fedlora.prune import Prune
+from fedlora.server_optim import AnyServerOptimizer
+from fedlora.server_optim import Sgd as ServerSgd
+from fedlora.transport import AnyPrecision, Float32, Link, TopK
+from fedlora.tuning import LoRA
+
+
+def ffa(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    privacy: AnyPrivacy = NoPrivacy(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """FFA-LoRA (arXiv 2403.12313): ``A`` keeps its random start, ``B`` alone is trained and sent.
+
+    The mean of the products ``B A`` is then the product of the means, and half of the bytes go. Clients redraw ``A``
+    from its seed, since everything is told relative to the start.
+    """
+    return fedavg(
+        rounds=rounds,
+        tuning=LoRA(rank=rank, alpha=alpha, targets=targets, train="B"),
+        down=Link(precision=precision, reference="init"),
+        up=Link(precision=precision),
+        server=server,
+        privacy=privacy,
+        local=local,
+        memory=memory,
+    )
+
+
+def rolora(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """RoLoRA (arXiv 2409.02346): ``B`` is trained in one round and ``A`` in the next, the other factor keeping still.
+
+    Up, only the factor that moved is sent; down, with ``memory = "last_round"``, only what changed since the last time.
+    """
+    return fedavg(
+        rounds=rounds,
+        tuning=LoRA(rank=rank, alpha=alpha, targets=targets, train="alternate"),
+        down=Link(precision=precision),
+        up=Link(precision=precision),
+        server=server,
+        local=local,
+        memory=memory,
+    )
+
+
+def sparse_adapter(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    density: Share = 0.25,
+    scope: Literal["global", "tensor"] = "tensor",
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    local: Local = Local(),
+) -> Phases:
+    """SparseAdapter (arXiv 2210.04284) as FLASC's paper compares with it: one dense round, then a fixed mask.
+
+    Clients train and send only what is left. FLASC's code has one threshold for all tensors (``scope="global"``); after
+    one round that leaves nothing of ``B``, and the run stops because nothing would be learnt.
+    """
+    return fedavg(
+        rounds=rounds,
+        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
+        down=Link(precision=precision),
+        up=Link(precision=precision),
+        server=server,
+        local=local,
+        prune=Prune(density=density, scope=scope),
+    )
+
+
+def adapter_lth(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    keep: Share = 0.9,
+    every: Annotated[int, Field(ge=1)] = 1,
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    local: Local = Local(),
+) -> Phases:
+    """Adapter-LTH (FLASC, arXiv 2406.05233): every ``every`` rounds the share ``keep`` of what is left stays.
+
+    Iterative magnitude pruning without rewinding; clients train and send only what is left.
+    """
+    return fedavg(
+        rounds=rounds,
+        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
+        down=Link(precision=precision),
+        up=Link(precision=precision),
+        server=server,
+        local=local,
+        prune=Prune(density=keep, first=every, every=every, decay=keep),
+    )
+
+
+def fed_select(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    keep: Share = 0.9,
+    every: Annotated[int, Field(ge=1)] = 1,
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    local: Local = Local(),
+) -> Phases:
+    """Federated Select (FLASC, arXiv 2406.05233): the density of both links decays, clients train everything."""
+    link = Link(sparsify=TopK(density=1.0, decay=keep, decay_every=every), precision=precision)
+    return fedavg(
+        rounds=rounds,
+        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
+        down=link,
+        up=link,
+        server=server,
+        local=local,
+    )

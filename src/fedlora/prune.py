@@ -1,0 +1,60 @@
+"""Pruning for good: the baselines that FLASC is compared with."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedlora.component import STRICT
+from fedlora.transport import Quota, TopK
+from fedlora.tree import Tree
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Prune:
+    """The server sets all but the largest parameters to zero for good, and clients train those that are left.
+
+    After ``first`` rounds, the ``int(P * density)`` largest magnitudes of ``P`` trained numbers are kept, then
+    every ``every`` rounds ``decay`` times as many. Zeros cost next to nothing on the way, in both directions.
+
+    Args:
+        density: share that is kept at first.
+        first: rounds with everything before; one at least, since ``B`` starts at zero.
+        every: rounds between two prunings; None prunes once.
+        decay: factor on the density at each later pruning.
+        scope: whether one threshold holds for all tensors, or each has its own. After few rounds ``B`` is far smaller
+            than ``A``, so that ``global`` leaves nothing of it, and nothing can be learnt.
+        quota: densities of their own for ``A``, ``B`` and the head, which do not decay.
+    """
+
+    density: Annotated[float, Field(gt=0, le=1)]
+    first: Annotated[int, Field(ge=1)] = 1
+    every: Annotated[int, Field(ge=1)] | None = None
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    scope: Literal["global", "tensor"] = "tensor"
+    quota: Quota = Quota()
+
+    def density_after(self, steps: int) -> float | None:
+        """What is kept once so many rounds are done; None if nothing is pruned then."""
+        if steps == self.first:
+            return self.density
+        if self.every and steps > self.first and (steps - self.first) % self.every == 0:
+            return float(self.density * self.decay ** ((steps - self.first) // self.every))
+        return None
+
+    def apply(
+        self, params: Tree, slots: dict[str, Tree], groups: dict[str, str], steps: int
+    ) -> tuple[Tree, dict[str, Tree]]:
+        """Parameters and the server optimiser's state, pruned if it is time for it."""
+        density = self.density_after(steps)
+        if density is None:
+            return params, slots
+        kept = TopK(density=density, scope=self.scope, quota=self.quota).mask(params, groups, 0)
+        return _masked(params, kept), {slot: _masked(state, kept) for slot, state in slots.items()}
+
+
+def _masked(values: Tree, kept: Tree) -> Tree:
+    return {name: torch.where(kept[name], value, 0.0) for name, value in values.items()}
