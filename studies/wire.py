@@ -24,7 +24,12 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 def link(text: str) -> dict[str, Any]:
-    """``4bit``: everything, at that precision; ``4bit@16``: the largest sixteenth; ``1bit~8``: a random eighth."""
+    """``4bit``: everything, at that precision; ``4bit@16``: the largest sixteenth; ``1bit~8``: a random eighth.
+
+    ``!`` at the end: with error feedback.
+    """
+    if text.endswith("!"):
+        return link(text[:-1]) | {"feedback": True}
     for sign, kind in (("@", "top_k"), ("~", "random_k")):
         precision, _, share = text.partition(sign)
         if share:
@@ -39,6 +44,8 @@ def table(label: str, rounds: int) -> dict[str, Any]:
     local = newsgroups.document("lora", RATE, rounds, 0, False)["method"]["local"]
     common = {"rounds": rounds, "local": local, "server": server}
     if kind == "dense":
+        precision, _, rate = settings[0].partition("_")
+        settings, common["server"] = [precision], {"kind": "sgd", "lr": float(rate or 1)}
         return {"kind": "lora", "precision": PRECISIONS[settings[0]], **common}
     if kind == "flasc":
         share, precision, *rest = settings
@@ -65,6 +72,14 @@ LABELS = (
     "links-4bit-1bit",
     "links-2bit@4-1bit@16",
     "links-4bit-1bit_1.5",
+    "dense-fp32_1.5",
+    "links-2bit-1bit_1.5",
+    "links-2bit!-1bit_1.5",
+    "links-4bit-1bit~4_1.5",
+    "links-2bit-1bit~4_1.5",
+    "links-2bit!-1bit~4_1.5",
+    "links-2bit@2-1bit~4_1.5",
+    "links-2bit@4-1bit_1.5",
     "flasc-4-fp32",
     "flasc-4-fp32-ef",
     "flasc-16-fp32",

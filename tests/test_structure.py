@@ -51,7 +51,7 @@ NEEDED = {
     "hub": {"path"},
     "image_folder": {"path"},
     "peft": {"config"},
-    "central_gaussian": {"clip_norm", "noise_multiplier"},
+    "central_gaussian": {"clip_norm"},
     "top_k": {"density"},
     "random_k": {"density"},
     "threshold": {"value"},

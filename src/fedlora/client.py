@@ -98,7 +98,9 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
         delta = tree.add(delta, job.memory.feedback)
     seed = named_seed(job.seed, "up")
     sent = recipe.privacy.clip(recipe.up.thin(delta, groups, job.round, seed))
-    figures = (float(trained.examples), float(trained.steps), trained.loss)
+    # where noise covers what clients send, nothing leaves without it
+    silent = recipe.privacy.needs_uniform_mean
+    figures = (0.0, 0.0, 0.0) if silent else (float(trained.examples), float(trained.steps), trained.loss)
     report = {name: torch.tensor(value) for name, value in zip(REPORT, figures, strict=True)}
     packet = recipe.up.encode(sent, groups, job.round, seed, {"report": report})
     memory = ClientState(

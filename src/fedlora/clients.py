@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,8 @@ class Clients:
         partition: how rows are dealt.
         num: number of clients (``Pooled`` makes one, ``Natural`` as many as the data have).
         per_round: clients drawn for a round.
+        sampling: ``fixed`` draws that many without replacement; ``poisson`` draws each client by itself with the same
+            chance, so that many are drawn on average and maybe nobody, as an account of privacy likes best.
         test_clients: share of the natural clients, in [0, 1), held out whole as the test set; ``Natural`` only.
         allow_empty: leave clients without rows out of the population and count them, instead of raising.
         skew: what counts as a row's class; ``Dirichlet`` and ``Shards`` deal by it, summaries and drawings show it.
@@ -85,6 +87,7 @@ class Clients:
     partition: AnyPartition = Dirichlet(alpha=0.1)
     num: Annotated[int, Field(ge=1)] = 100
     per_round: Annotated[int, Field(ge=1)] = 10
+    sampling: Literal["fixed", "poisson"] = "fixed"
     test_clients: Annotated[float, Field(ge=0, lt=1)] = 0.0
     allow_empty: bool = False
     skew: AnySkew = Label()
@@ -216,13 +219,16 @@ def hold_out(population: Population, share: float, seed: int) -> tuple[Populatio
     ), held
 
 
-def draw_cohort(population: Population, per_round: int, seed: int) -> tuple[int, ...]:
-    """Draw a round's clients uniformly without replacement.
+def draw_cohort(
+    population: Population, per_round: int, seed: int, sampling: Literal["fixed", "poisson"] = "fixed"
+) -> tuple[int, ...]:
+    """Draw a round's clients: ``per_round`` without replacement, or each with the chance ``per_round / clients``.
 
     Args:
         population: whom to draw from.
-        per_round: how many.
+        per_round: how many, or how many on average.
         seed: the same seed draws the same clients in the same order.
+        sampling: which of the two.
 
     Returns:
         Client numbers in the order they were drawn.
@@ -231,7 +237,11 @@ def draw_cohort(population: Population, per_round: int, seed: int) -> tuple[int,
         ConfigError: if there are fewer clients than ``per_round``.
     """
     check_per_round(per_round, len(population))
-    drawn = np.random.default_rng(seed).choice(len(population), size=per_round, replace=False)
+    rng = np.random.default_rng(seed)
+    if sampling == "poisson":
+        drawn = np.flatnonzero(rng.random(len(population)) < per_round / len(population))
+    else:
+        drawn = rng.choice(len(population), size=per_round, replace=False)
     return tuple(int(client) for client in drawn)
 
 

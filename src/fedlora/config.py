@@ -22,6 +22,7 @@ from fedlora.clients import Clients
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.methods import METHODS
+from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase
 from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
 from fedlora.tuning import LoRA
@@ -95,6 +96,9 @@ class Experiment:
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
 
     def __post_init__(self) -> None:
+        noisy = [isinstance(phase.recipe.privacy, CentralGaussian) for phase in self.phases]
+        if any(noisy) and not all(noisy):
+            raise ConfigError("some phases have noise and some have none, which tells all; give every phase privacy")
         for tier in self.clients.tiers:
             for phase in self.phases:
                 tier.applied(phase.recipe)

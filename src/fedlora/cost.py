@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedlora import tree
+from fedlora.account import Sampled, open_account
 from fedlora.clients import draw_cohort
 from fedlora.config import Experiment
 from fedlora.downlink import Downlink
@@ -76,11 +77,14 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     workspace = Workspace(setting.task, experiment.seed, setting.device)
     federated = experiment.mode == "federated"
     per_round = experiment.clients.per_round if federated else 1
+    _, phases = open_account(
+        experiment.phases, Sampled(len(setting.population), per_round, experiment.clients.sampling)
+    )
     probed = _probed(setting, experiment.seed)
     cohort = tuple(client for members in probed.values() for client in members)
     weights = {name: _share(setting, name) for name in probed}
     found, carry, done = [], None, 0
-    for number, phase in enumerate(experiment.phases):
+    for number, phase in enumerate(phases):
         state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
         recipes = recipes_of(setting.tiers, phase.recipe) or {"": phase.recipe}
         told: dict[str, list[tuple[int, _Sizes]]] = {name: [] for name in recipes}
@@ -112,7 +116,7 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
             )
         )
         done += phase.rounds
-        if number + 1 < len(experiment.phases):
+        if number + 1 < len(phases):
             carry = close_phase(workspace, phase.recipe, state)
     return found
 

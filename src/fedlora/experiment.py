@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedlora import config
+from fedlora.account import Sampled, open_account
 from fedlora.clients import Population, draw_cohort, over_clients
 from fedlora.config import Experiment
 from fedlora.downlink import view
@@ -127,7 +128,10 @@ def _run_phases(
     for tracker in trackers:
         tracker.started(rows)
     phase = state.phase if state else 0
-    recipe = experiment.phases[phase].recipe
+    clients = experiment.clients
+    sampled = Sampled(len(setting.population), clients.per_round, clients.sampling)
+    budget, phases = open_account(experiment.phases, sampled)
+    recipe = phases[phase].recipe
     pending: dict[str, float] = {}
     if state is None:
         state, pending = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
@@ -147,17 +151,20 @@ def _run_phases(
     recorded, saved = state, state.round if files.checkpoints else 0
     try:
         while True:
-            if state.steps == experiment.phases[phase].rounds:
-                if phase + 1 == len(experiment.phases):
+            if state.steps == phases[phase].rounds:
+                if phase + 1 == len(phases):
                     break
                 carry = close_phase(workspace, recipe, state)
                 phase += 1
-                recipe = experiment.phases[phase].recipe
+                recipe = phases[phase].recipe
                 state, pending = open_phase(workspace, phase, recipe, experiment.seed, state.round, carry)
             seed = named_seed(experiment.seed, "cohort", state.round)
-            cohort = draw_cohort(setting.population, experiment.clients.per_round, seed)
-            state, row = run_round(recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers)
-            last = state.round == experiment.rounds
+            cohort = draw_cohort(setting.population, clients.per_round, seed, clients.sampling)
+            expected = clients.per_round if clients.sampling == "poisson" else None
+            state, row = run_round(
+                recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected
+            )
+            last = state.round == experiment.rounds or bool(budget and budget.exhausted(phases, state.round))
             metrics, warnings, seconds = {}, (), 0.0
             if last or state.round % experiment.evaluate.every == 0:
                 clock = time.perf_counter()
@@ -169,6 +176,7 @@ def _run_phases(
                 metrics=metrics,
                 warnings=warnings,
                 facts=pending,
+                epsilon=budget.spent(phases, state.round) if budget else None,
                 seconds={**row.seconds, "evaluate": seconds},
                 down_bytes=row.down_bytes if sent else {},
                 up_bytes=row.up_bytes if sent else {},
@@ -179,6 +187,8 @@ def _run_phases(
             if last or state.round % experiment.checkpoint_every == 0:
                 files.save(state, facts)
                 saved = state.round
+            if last:
+                break
     except KeyboardInterrupt:
         if recorded.round > saved:
             files.save(recorded, facts)

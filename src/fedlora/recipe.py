@@ -75,10 +75,6 @@ class Recipe:
             raise ConfigError(
                 "the server's weight decay would move the factor that is to keep still; set weight_decay = 0 in server"
             )
-        if not isinstance(self.privacy, NoPrivacy) and self.up.rounds_values:
-            raise ConfigError(
-                "rounding after the clip may lengthen an update beyond clip_norm; set up.precision to float32"
-            )
         self._check_memory()
         plain = isinstance(self.aggregator, Mean) and self.aggregator.weighting == "uniform"
         if self.privacy.needs_uniform_mean and not plain:

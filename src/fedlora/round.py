@@ -18,7 +18,7 @@ from fedlora.downlink import Downlink, Message
 from fedlora.engines.base import Engine
 from fedlora.errors import TrainingError
 from fedlora.recipe import Recipe
-from fedlora.state import Carry, ClientState, ServerState, Update, generator, named_seed
+from fedlora.state import Carry, Change, ClientState, Fold, ServerState, Update, named_seed
 from fedlora.tiers import Tier, recipes_of
 from fedlora.transport import wire
 from fedlora.transport.link import join_groups, split_groups
@@ -46,6 +46,7 @@ class Row:
         update_norm: Euclidean norm of the change the server applied.
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
+        epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.
         metrics: results of evaluations, if there was one after this round.
         facts: figures of a phase's start, in its first row.
         warnings: sentences about silently wrong results.
@@ -65,6 +66,7 @@ class Row:
     update_norm: float
     tiers: dict[str, dict[str, Kinds]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    epsilon: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -117,6 +119,7 @@ def run_round(
     seed: int,
     rounds: int,
     tiers: Mapping[int, Tier] | None = None,
+    expected: int | None = None,
 ) -> tuple[ServerState, Row]:
     """One round.
 
@@ -128,6 +131,7 @@ def run_round(
         seed: seed of the run.
         rounds: rounds of the whole run, for schedules.
         tiers: the tier of each client, if there are tiers.
+        expected: how many clients a round has on average, where chance decides; what private sums are divided by.
 
     Returns:
         The state after the round, and the round's row of the ledger.
@@ -175,16 +179,22 @@ def run_round(
         for job, message, reply in zip(jobs, messages, engine.run(jobs), strict=True):
             received = wire.unpack(reply.packet.raw, like)
             delta = join_groups(received, state.groups)
+            if recipe.up.rounds_values:  # rounding may have made it longer
+                delta = recipe.privacy.clip(delta)
             report = {name: float(value) for name, value in received["report"].items()}
             light = reply._replace(packet=reply.packet._replace(raw=b""))  # a cohort's bytes are never held together
             answers.append(Answer(job.client, light, report))
             yield Update(message.start, delta, report["examples"])
 
-    change = recipe.aggregator.combine(updates(), state.params)
+    if jobs:
+        change = recipe.aggregator.combine(updates(), state.params)
+    else:
+        change = Change(tree.zeros_like(state.params), Fold())
     # what no client may move tells nothing of their data, and noise must not move it either
     moving = {name: value for name, value in change.delta.items() if not recipe.tuning.still(name, state.steps)}
-    noise = generator(named_seed(seed, "noise", state.round))
-    delta = change.delta | recipe.privacy.noise(moving, len(jobs), noise)
+    if recipe.privacy.needs_uniform_mean and expected is not None:
+        moving = tree.scale(moving, len(jobs) / expected)
+    delta = change.delta | recipe.privacy.noise(moving, expected or len(jobs), state.round)
     params, slots = recipe.server.step(state.params, delta, state.slots, state.steps)
     if recipe.prune:
         params, slots = recipe.prune.apply(params, slots, state.groups, state.steps + 1)
@@ -220,13 +230,13 @@ def run_round(
         cohort=cohort,
         examples=int(sum(answer.report["examples"] for answer in answers)),
         steps=int(sum(answer.report["steps"] for answer in answers)),
-        loss=sum(answer.report["loss"] for answer in answers) / len(answers),
+        loss=sum(answer.report["loss"] for answer in answers) / max(1, len(answers)),
         down_bytes=down,
         up_bytes=_sum(*(answer.reply.packet.sizes for answer in answers)),
         references=references,
         tiers={name: share for name, share in shares.items() if name},
-        density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / len(messages),
-        density_up=sum(_kept(answer.reply) for answer in answers) / entries / len(answers),
+        density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / max(1, len(messages)),
+        density_up=sum(_kept(answer.reply) for answer in answers) / entries / max(1, len(answers)),
         update_norm=tree.norm(delta),
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
     )

@@ -30,6 +30,7 @@ from fedlora.clients import (
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError, DataError
 from fedlora.foreign import Partitioner, from_partitioner
+from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import Sgd
 from fedlora.state import named_seed
@@ -184,5 +185,10 @@ def manifest(experiment: Experiment, setting: Setting) -> dict[str, Any]:
         "data_fingerprint": setting.task.fingerprint,
         "label_names": setting.task.label_names,
         "num_test": len(setting.test_rows),
+        "noise": [
+            "a seed" if phase.recipe.privacy.seed is not None else "the operating system's secure source"
+            for phase in experiment.phases
+            if isinstance(phase.recipe.privacy, CentralGaussian)
+        ],
         "partition": setting.summary().as_dict(),
     }

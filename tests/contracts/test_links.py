@@ -215,13 +215,6 @@ def test_random_places_cost_their_seed_only() -> None:
             },
             "what the clip took away",
         ),
-        (
-            {
-                "up": Link(stages=(Stage(round=1, precision=Uniform()),)),
-                "privacy": CentralGaussian(clip_norm=1.0, noise_multiplier=1.0),
-            },
-            "rounding after the clip",
-        ),
     ],
 )
 def test_links_that_would_lie_are_refused(slots: dict[str, object], message: str) -> None:

@@ -1,0 +1,179 @@
+"""What a run spends of privacy: epsilon at a delta, for a client's whole data, by ``dp-accounting``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+from fedlora.errors import ConfigError
+from fedlora.privacy import CentralGaussian
+from fedlora.recipe import Phase, Recipe
+
+Sampling = Literal["fixed", "poisson"]
+
+
+class Sampled(NamedTuple):
+    """How clients get into a round, which decides how much of their privacy a round costs.
+
+    Attributes:
+        num_clients: of the whole population.
+        per_round: of a round; with ``poisson`` their expectation.
+        sampling: ``fixed``, so many without replacement; ``poisson``, each by itself with the same chance.
+    """
+
+    num_clients: int
+    per_round: int
+    sampling: Sampling
+
+
+@lru_cache(maxsize=4096)
+def epsilon(spent: tuple[tuple[float, int], ...], sampled: Sampled, delta: float, accountant: str) -> float:
+    """Epsilon after some rounds.
+
+    With Poisson sampling the neighbour of a population lacks one client, and a round is a Poisson-sampled Gaussian of
+    noise multiplier ``z``. With a cohort of fixed size the neighbour has another client in one's place, so that the sum
+    may change by ``2 C``: a Gaussian of ``z / 2``, sampled without replacement (Wang, Balle and Kasiviswanathan,
+    arXiv 1808.00087). If all clients take part in every round there is nothing to sample, and a neighbour lacks one.
+
+    Args:
+        spent: noise multipliers, and in how many rounds each was used.
+        sampled: how clients were drawn.
+        delta: the probability that epsilon does not hold.
+        accountant: ``rdp``, ``pld`` or ``auto``.
+
+    Raises:
+        ConfigError: ``dp-accounting`` is not installed, or the accountant does not know this sampling.
+    """
+    if any(multiplier == 0 and rounds for multiplier, rounds in spent):
+        return float("inf")
+    account = _accountant(sampled, accountant)
+    for multiplier, rounds in spent:
+        if rounds:
+            account.compose(_event(sampled, multiplier), rounds)
+    return float(account.get_epsilon(delta))
+
+
+def calibrate(target: float, rounds: int, sampled: Sampled, delta: float, accountant: str) -> float:
+    """The least noise multiplier whose epsilon after ``rounds`` is at most ``target``.
+
+    Raises:
+        ConfigError: see ``epsilon``; or no noise up to a multiplier of 10,000 is enough.
+    """
+    accounting = _library()
+    try:
+        found = accounting.calibrate_dp_mechanism(
+            lambda: _accountant(sampled, accountant),
+            lambda multiplier: accounting.SelfComposedDpEvent(_event(sampled, multiplier), rounds),
+            target,
+            delta,
+            accounting.LowerEndpointAndGuess(0.1, 1.0),
+        )
+    except (ValueError, accounting.NoBracketIntervalFoundError) as error:
+        raise ConfigError(f"no noise was found for target_epsilon = {target:g}: {error}") from error
+    return float(found)
+
+
+class Budget(NamedTuple):
+    """The account of a run: how clients are drawn, delta, and the accountant.
+
+    Attributes:
+        sampled: how clients are drawn.
+        delta: the probability that epsilon does not hold.
+        accountant: ``rdp``, ``pld`` or ``auto``.
+        max_epsilon: what the run may spend; None for any.
+    """
+
+    sampled: Sampled
+    delta: float
+    accountant: str
+    max_epsilon: float | None
+
+    def spent(self, phases: Sequence[Phase], rounds: int) -> float:
+        """Epsilon after so many rounds of the run."""
+        used, left = [], rounds
+        for phase in phases:
+            multiplier = getattr(phase.recipe.privacy, "noise_multiplier", None) or 0.0
+            used.append((multiplier, min(left, phase.rounds)))
+            left -= used[-1][1]
+        return epsilon(tuple(used), self.sampled, self.delta, self.accountant)
+
+    def exhausted(self, phases: Sequence[Phase], rounds: int) -> bool:
+        """Whether one more round would spend more than the budget."""
+        return self.max_epsilon is not None and self.spent(phases, rounds + 1) > self.max_epsilon
+
+
+def open_account(phases: Sequence[Phase], sampled: Sampled) -> tuple[Budget | None, tuple[Phase, ...]]:
+    """The account of a run, None without noise; and its phases with the noise that a target epsilon asks for.
+
+    Raises:
+        ConfigError: phases differ in delta, accountant or budget, the accountant does not know this sampling, or the
+            first round spends more than the budget.
+    """
+    found = {
+        (each.delta or sampled.num_clients**-1.1, each.accountant, each.max_epsilon)
+        for each in (phase.recipe.privacy for phase in phases)
+        if isinstance(each, CentralGaussian)
+    }
+    if not found:
+        return None, tuple(phases)
+    if len(found) > 1:
+        raise ConfigError("all phases share one account: give them the same delta, accountant and max_epsilon")
+    budget = Budget(sampled, *found.pop())
+    _accountant(sampled, budget.accountant)
+    rounds = sum(phase.rounds for phase in phases)
+    noisy = tuple(dataclasses.replace(phase, recipe=_with_noise(phase.recipe, rounds, budget)) for phase in phases)
+    if budget.exhausted(noisy, 0):
+        raise ConfigError(
+            f"the first round spends more than max_epsilon = {budget.max_epsilon}; raise noise_multiplier"
+        )
+    return budget, noisy
+
+
+def _with_noise(recipe: Recipe, rounds: int, budget: Budget) -> Recipe:
+    """The recipe with the noise that ``target_epsilon`` asks for over all ``rounds`` of the run."""
+    privacy = recipe.privacy
+    if not isinstance(privacy, CentralGaussian) or privacy.target_epsilon is None:
+        return recipe
+    found = calibrate(privacy.target_epsilon, rounds, budget.sampled, budget.delta, budget.accountant)
+    return dataclasses.replace(
+        recipe, privacy=dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=found)
+    )
+
+
+def _library() -> Any:
+    try:
+        import dp_accounting  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ConfigError("an account of epsilon needs dp-accounting: pip install 'fedlora[privacy]'") from error
+    return dp_accounting
+
+
+def _event(sampled: Sampled, multiplier: float) -> Any:
+    accounting = _library()
+    if sampled.per_round == sampled.num_clients:
+        return accounting.GaussianDpEvent(multiplier)
+    if sampled.sampling == "poisson":
+        share = sampled.per_round / sampled.num_clients
+        return accounting.PoissonSampledDpEvent(share, accounting.GaussianDpEvent(multiplier))
+    gaussian = accounting.GaussianDpEvent(multiplier / 2)
+    return accounting.SampledWithoutReplacementDpEvent(sampled.num_clients, sampled.per_round, gaussian)
+
+
+def _accountant(sampled: Sampled, accountant: str) -> Any:
+    accounting = _library()
+    fixed = sampled.sampling == "fixed" and sampled.per_round < sampled.num_clients
+    if fixed and accountant == "pld":
+        raise ConfigError(
+            "the pld accountant does not know cohorts of a fixed size; set clients.sampling to 'poisson', or "
+            "accountant to 'rdp'"
+        )
+    if fixed or accountant == "rdp":
+        relation = accounting.NeighboringRelation
+        from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
+
+        return RdpAccountant(neighboring_relation=relation.REPLACE_ONE if fixed else relation.ADD_OR_REMOVE_ONE)
+    from dp_accounting.pld import PLDAccountant  # type: ignore[import-untyped]
+
+    return PLDAccountant()
