@@ -150,7 +150,7 @@ def _run_phases(
     # `recorded` is the last state whose row is in the ledger, `saved` the round of the newest checkpoint
     recorded, saved = state, state.round if files.checkpoints else 0
     try:
-        while True:
+        while not (budget and budget.exhausted(phases, state.round)):
             if state.steps == phases[phase].rounds:
                 if phase + 1 == len(phases):
                     break
@@ -187,8 +187,6 @@ def _run_phases(
             if last or state.round % experiment.checkpoint_every == 0:
                 files.save(state, facts)
                 saved = state.round
-            if last:
-                break
     except KeyboardInterrupt:
         if recorded.round > saved:
             files.save(recorded, facts)
