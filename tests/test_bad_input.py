@@ -21,7 +21,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "key": (
         ("clients.per_ronud=3",),
         "unknown key 'clients.per_ronud', did you mean 'per_round'; known here: partition, num, per_round, "
-        "test_clients, allow_empty",
+        "sampling, test_clients, allow_empty",
     ),
     "key of a component": (
         ("method.local.optimizer.lrr=1",),

@@ -14,7 +14,7 @@ from fedlora.downlink import view
 from fedlora.recipe import Recipe
 from fedlora.round import open_phase
 from fedlora.testing import toy_task
-from fedlora.transport import BFloat16, Float32, Link, pack, unpack
+from fedlora.transport import BFloat16, Link, pack, unpack
 from fedlora.tuning import LORA_INITS, Kaiming, LoRA, LoRAInit, Orthogonal, SvdOfDelta, SvdOfWeight
 from fedlora.tuning.lora import lora_layers
 from fedlora.tuning.lora_init import truncated_svd
@@ -232,7 +232,7 @@ def test_the_residual_is_taken_from_the_factors_received(family: str) -> None:
     state, _ = open_phase(server, 0, recipe, seed=0, rounds_done=0, carry=None)
     adapters = {name: value for name, value in state.init.items() if state.groups[name] == "adapter"}
     received = {name: value + 0.1 * matrix(tuple(value.shape)) for name, value in adapters.items()}  # type: ignore[arg-type]
-    device.settle(0, recipe, pack({"init": received}, {"init": Float32()}).raw)
+    device.settle(0, recipe, pack({"init": received}, {}).raw)
     before = pretrained(family)
     for name, residual in weights(device).items():
         product = 3.0 * received[f"{name}.lora_B"] @ received[f"{name}.lora_A"]

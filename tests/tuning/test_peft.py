@@ -18,7 +18,7 @@ from fedlora.recipe import Recipe
 from fedlora.round import Row, open_phase, run_round
 from fedlora.state import ServerState
 from fedlora.testing import equal_population, tiny_model, toy_task
-from fedlora.transport import Float32, pack
+from fedlora.transport import pack
 from fedlora.tree import Tree
 from fedlora.tuning import LoRA, Peft, SvdOfWeight, Tuning, from_peft, to_peft
 from fedlora.tuning.lora import lora_layers
@@ -142,7 +142,7 @@ def test_given_their_factors_the_residual_and_the_function_are_those_of_pissa(fa
     adapters = {name: value for name, value in received.items() if ".lora_" in name}
     _, recipe, state = opened(tuning, family)
     ordered = {name: adapters[name] for name in state.params if name in adapters}
-    workspace.settle(0, recipe, pack({"init": ordered}, {"init": Float32()}).raw)
+    workspace.settle(0, recipe, pack({"init": ordered}, {}).raw)
     workspace.installed.load({name: received[name] for name in state.params})
     for name, layer in lora_layers(workspace.model).items():
         theirs_residual = reference.get_submodule(f"base_model.model.{name}.base_layer").weight

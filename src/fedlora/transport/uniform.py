@@ -139,10 +139,11 @@ class Uniform(Precision):
             return np.zeros(0, np.float32)
         starts = np.concatenate([[0], np.cumsum(blocks)[:-1]])
         magnitude: Floats = np.abs(values)
-        scales = np.maximum.reduceat(magnitude, starts).astype(np.float32) / np.float32(self.largest)
+        top = np.maximum.reduceat(magnitude, starts)
+        scales = top.astype(np.float32) / np.float32(self.largest)
         if self.rounding == "nearest" and self.bits < 8:
             scales = self._least_squares(magnitude, starts, blocks, scales)
-        scales[scales > 0] = np.maximum(scales[scales > 0], _SMALLEST)
+        scales[top > 0] = np.maximum(scales[top > 0], _SMALLEST)
         upper = (scales.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16) << np.uint32(16)
         scales = upper.view(np.float32)
         with np.errstate(over="ignore"):
