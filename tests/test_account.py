@@ -142,7 +142,10 @@ def test_a_run_keeps_its_account_round_by_round(world: Path, tmp_path: Path) -> 
 
 
 def test_a_run_ends_before_it_spends_more_than_its_budget(world: Path, tmp_path: Path) -> None:
-    privacy = "method.privacy={kind='central_gaussian',clip_norm=0.5,noise_multiplier=1.0,max_epsilon=6.0,delta=0.01,accountant='rdp'}"
+    privacy = (
+        "method.privacy={kind='central_gaussian',clip_norm=0.5,noise_multiplier=1.0,"
+        "max_epsilon=6.0,delta=0.01,accountant='rdp'}"
+    )
     chosen = experiment(world, "flasc", privacy, "clients.sampling='poisson'", rounds=30)
     result = fedlora.run(chosen, tmp_path / "run")
     assert 0 < len(result.rows) - 1 < 30

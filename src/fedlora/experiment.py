@@ -139,7 +139,7 @@ def _run_phases(
         tested = _tested_clients(experiment, setting, last=False)
         metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, tested)
         first = Row(
-            round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={}, references={},
+            round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
             density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=pending, warnings=warnings,
             seconds={"evaluate": time.perf_counter() - clock},
         )  # fmt: skip

@@ -40,10 +40,10 @@ class Row:
         loss: mean training loss over the cohort, clients weighing the same.
         down_bytes: bytes sent to clients by kind: ``adapter``, ``head``, ``init``, ``fold``, ``seed``, ``envelope``.
         up_bytes: bytes that came back by kind; ``report`` carries examples, steps and loss.
-        references: messages to clients by what they were relative to: ``zero``, ``init``, ``last_round``.
         density_down: share of entries sent that are not zero, over all clients.
         density_up: the same for what came back, over all clients.
         update_norm: Euclidean norm of the change the server applied.
+        references: messages to clients by what they were relative to: ``zero``, ``init``, ``last_round``.
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
         epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.
@@ -60,10 +60,10 @@ class Row:
     loss: float
     down_bytes: Kinds
     up_bytes: Kinds
-    references: Kinds
     density_down: float
     density_up: float
     update_norm: float
+    references: Kinds = field(default_factory=dict)
     tiers: dict[str, dict[str, Kinds]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     epsilon: float | None = None
