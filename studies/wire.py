@@ -2,7 +2,8 @@
 
 A label names what is sent: ``dense-bfloat16``; ``flasc-16-4bit`` (FLASC, a sixteenth both ways, ranked from the start,
 values of 4 bits), ``flasc-16-4bit-ef`` (with error feedback up, and down the difference to what a client holds); and
-``links-4bit-1bit_1.5`` for any links down and up, and the server's learning rate.
+``links-4bit-1bit_1.5`` for any links down and up, and the server's learning rate; ``ffa-...`` the same with an ``A``
+that keeps still.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def table(label: str, rounds: int) -> dict[str, Any]:
     down, up = settings
     up, _, rate = up.partition("_")
     common["server"] = {"kind": "sgd", "lr": float(rate or 1)}
+    common["tuning"] = {"kind": "lora", "train": "B" if kind == "ffa" else "both"}
     return {"kind": "fedavg", "down": link(down) | {"reference": "init"}, "up": link(up), "memory": "init", **common}
 
 
@@ -77,6 +79,13 @@ LABELS = (
     "links-4bit-1bit_2",
     "links-4bit-1bit_3",
     "links-2bit-1bit_3",
+    "links-4bit-1bit_2.4",
+    "links-2bit@4-1bit_2.4",
+    "links-2bit@8-1bit_2.4",
+    "links-2bit@16-1bit_2.4",
+    "ffa-4bit-1bit_2.4",
+    "ffa-2bit-1bit_2.4",
+    "ffa-4bit-1bit_4",
     "links-2bit-1bit_1.5",
     "links-2bit!-1bit_1.5",
     "links-4bit-1bit~4_1.5",

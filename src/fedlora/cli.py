@@ -43,6 +43,7 @@ class Format(StrEnum):
 ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, or the folder of a run.")]
 RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value, over what the file says.")]
+LinkText = Annotated[str | None, typer.Option("--link", help="A network: down=10Mbit,up=1Mbit,latency=50ms")]
 AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]
 
 
@@ -92,40 +93,26 @@ def show(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.
 
 
 @app.command()
-def cost(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.table) -> None:
-    """Tell the bytes of a run before it is trained, from real messages of its first rounds."""
+def cost(
+    config: ConfigPath,
+    set_: Overrides = None,
+    link: LinkText = None,
+    step_seconds: Annotated[
+        float | None, typer.Option(help="Seconds of a client's step; with --link. Measured here by default.")
+    ] = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Tell the bytes of a run before it is trained, from real messages of its first rounds; with --link its time."""
     from fedlora.cost import costs
-    from fedlora.report import human_bytes
+    from fedlora.network import parse_network
+    from fedlora.report import cost_table
     from fedlora.setting import in_mode, prepare
 
     experiment, _ = _experiment(config, set_, None)
-    table = Table()
-    for name in ("phase", "rounds", "one client down", "one client up", "round down", "round up", "all down", "all up"):
-        table.add_column(name, justify="right")
-    phases, totals = [], [0, 0]
+    network = parse_network(link) if link else None
     effective = in_mode(experiment)
-    for number, fact in enumerate(costs(effective, prepare(effective))):
-        down, up = fact.round_bytes
-        all_down, all_up = fact.all_bytes
-        totals = [totals[0] + all_down, totals[1] + all_up]
-        one = (sum(fact.down_bytes.values()), sum(fact.up_bytes.values()))
-        cells = [*one, down, up, all_down, all_up]
-        table.add_row(f"{number} {fact.tuning}", str(fact.rounds), *map(human_bytes, cells))
-        phases.append(
-            {
-                "tuning": fact.tuning,
-                "rounds": fact.rounds,
-                "clients": fact.clients,
-                "first_client_down_bytes": fact.first_bytes,
-                "client_down_bytes": fact.down_bytes,
-                "client_up_bytes": fact.up_bytes,
-                "round_down_bytes": down,
-                "round_up_bytes": up,
-            }
-        )
-    if len(phases) > 1:
-        table.add_row("all", str(experiment.rounds), "", "", "", "", *map(human_bytes, totals))
-    _show(format_, {"phases": phases, "down_bytes": totals[0], "up_bytes": totals[1]}, table)
+    values, table = cost_table(costs(effective, prepare(effective)), network, step_seconds)
+    _show(format_, values, table)
 
 
 @app.command("list")
@@ -187,12 +174,19 @@ def partition(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")], format_: AsFormat = Format.table
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    link: LinkText = None,
+    target: Annotated[float | None, typer.Option(help="A value of the main metric; with --link.")] = None,
+    format_: AsFormat = Format.table,
 ) -> None:
-    """Put finished runs side by side; seeds of a method are averaged."""
+    """Put finished runs side by side; seeds of a method are averaged. With --link and --target, how long each takes."""
+    from fedlora.network import parse_network
     from fedlora.report import comparison, comparison_table, load_result
 
-    rows = comparison([load_result(path) for path in runs])
+    if (link is None) != (target is None):
+        raise ConfigError("--link and --target go together: the time over that network until the metric is reached")
+    reached = (parse_network(link), target) if link is not None and target is not None else None
+    rows = comparison([load_result(path) for path in runs], reached)
     _show(format_, rows, comparison_table(rows))
 
 

@@ -38,6 +38,8 @@ class PhaseCost:
         first_bytes: bytes to one client in the first round, by kind.
         down_bytes: bytes to one client in a round, by kind; the mean over all rounds and clients.
         up_bytes: bytes from one client in a round, by kind; the same mean.
+        steps: optimiser steps of a client's turn, the mean of those tried.
+        work_seconds: the longest turn of those tried, on this machine.
     """
 
     rounds: int
@@ -46,6 +48,8 @@ class PhaseCost:
     first_bytes: Kinds
     down_bytes: Kinds
     up_bytes: Kinds
+    steps: float
+    work_seconds: float
 
     @property
     def round_bytes(self) -> tuple[int, int]:
@@ -89,6 +93,7 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
         recipes = recipes_of(setting.tiers, phase.recipe) or {"": phase.recipe}
         told: dict[str, list[tuple[int, _Sizes]]] = {name: [] for name in recipes}
         up: list[dict[str, float]] = []
+        steps, longest = 0, 0.0
         for turn in range(min(phase.rounds, PROBED_ROUNDS)):
             for name, own in recipes.items():
                 told[name].append((turn, _sizes(own, state, experiment.seed, probed[name])))
@@ -96,6 +101,7 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
             state, row = run_round(
                 phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers
             )
+            steps, longest = steps + row.steps, max(longest, row.slowest_seconds)
             sent = {name: tier["up_bytes"] for name, tier in row.tiers.items()} or {"": row.up_bytes}
             up.append(_sum((weights[name] / len(probed[name]), sizes) for name, sizes in sent.items()))
         for turn in sorted({len(up), (len(up) + phase.rounds) // 2, phase.rounds - 1} - set(range(len(up)))):
@@ -113,6 +119,8 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
                 first_bytes={kind: round(size) for kind, size in down[0].items()},
                 down_bytes={kind: round(size) for kind, size in _mean(down).items()},
                 up_bytes={kind: round(size) for kind, size in _mean(up).items()},
+                steps=steps / len(cohort) / min(phase.rounds, PROBED_ROUNDS),
+                work_seconds=longest,
             )
         )
         done += phase.rounds

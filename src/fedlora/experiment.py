@@ -46,6 +46,7 @@ class Result:
         seed: its seed.
         rounds: rounds done.
         main_metric: the metric that tables show.
+        higher_is_better: its direction.
         before: metrics before the first round.
         after: metrics after the last one, on all test examples.
         down_bytes: bytes sent to clients, by kind.
@@ -60,6 +61,7 @@ class Result:
     seed: int
     rounds: int
     main_metric: str
+    higher_is_better: bool
     before: dict[str, float]
     after: dict[str, float]
     down_bytes: Kinds
@@ -312,6 +314,7 @@ def _finish(
         "seed": experiment.seed,
         "rounds": state.round,
         "main_metric": setting.task.main_metric,
+        "higher_is_better": setting.task.higher_is_better,
         "before": rows[0].metrics,
         "after": after,
         **kinds,
@@ -359,7 +362,10 @@ def _run_local(
         seconds=sum(one.seconds for one in results),
         adapter=None,
     )
-    document = {key: getattr(result, key) for key in ("label", "seed", "rounds", "main_metric", "before", "after")}
+    document = {
+        key: getattr(result, key)
+        for key in ("label", "seed", "rounds", "main_metric", "higher_is_better", "before", "after")
+    }
     files.write_json("manifest.json", manifest(asked, setting))
     files.write_json(
         "result.json", {**document, "down_bytes": {}, "up_bytes": {}, "seconds": result.seconds, "adapter": None}

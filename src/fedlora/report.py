@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedlora.config import Experiment
+from fedlora.cost import PhaseCost
 from fedlora.experiment import Result
 from fedlora.folder import RunFolder
+from fedlora.network import Network
 from fedlora.round import Row
 from fedlora.setting import Setting
 from fedlora.watch import Watcher
@@ -125,6 +127,7 @@ def as_dict(result: Result) -> dict[str, Any]:
         "seed": result.seed,
         "rounds": result.rounds,
         "main_metric": result.main_metric,
+        "higher_is_better": result.higher_is_better,
         "before": result.before,
         "after": result.after,
         "down_bytes": result.down_bytes,
@@ -135,7 +138,55 @@ def as_dict(result: Result) -> dict[str, Any]:
     }
 
 
-def comparison(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def cost_table(
+    phases: Sequence[PhaseCost], network: Network | None, step_seconds: float | None
+) -> tuple[dict[str, Any], Table]:
+    """What each phase will send, and over a network how long it will take, as values and as a table.
+
+    Args:
+        phases: from ``fedlora.cost.costs``.
+        network: what lies between; None leaves time out.
+        step_seconds: of a client's optimiser step; the longest turn that was measured if None.
+    """
+    table = Table()
+    names = ["phase", "rounds", "one client down", "one client up", "round down", "round up", "all down", "all up"]
+    for name in [*names, *(["round takes", "all take"] if network else [])]:
+        table.add_column(name, justify="right")
+    values: list[dict[str, Any]] = []
+    for number, phase in enumerate(phases):
+        down, up = phase.round_bytes
+        one = (sum(phase.down_bytes.values()), sum(phase.up_bytes.values()))
+        cells = list(map(human_bytes, [*one, down, up, *phase.all_bytes]))
+        value: dict[str, Any] = {
+            "tuning": phase.tuning,
+            "rounds": phase.rounds,
+            "clients": phase.clients,
+            "first_client_down_bytes": phase.first_bytes,
+            "client_down_bytes": phase.down_bytes,
+            "client_up_bytes": phase.up_bytes,
+            "round_down_bytes": down,
+            "round_up_bytes": up,
+        }
+        if network:
+            work = phase.work_seconds if step_seconds is None else phase.steps * step_seconds
+            value["round_seconds"] = network.seconds(*one, work)
+            cells += [human_seconds(value["round_seconds"]), human_seconds(phase.rounds * value["round_seconds"])]
+        table.add_row(f"{number} {phase.tuning}", str(phase.rounds), *cells)
+        values.append(value)
+    totals = [sum(phase.all_bytes[way] for phase in phases) for way in (0, 1)]
+    whole: dict[str, Any] = {"phases": values, "down_bytes": totals[0], "up_bytes": totals[1]}
+    ends = list(map(human_bytes, totals))
+    if network:
+        whole["seconds"] = sum(value["rounds"] * value["round_seconds"] for value in values)
+        ends += ["", human_seconds(whole["seconds"])]
+    if len(phases) > 1:
+        table.add_row("all", str(sum(phase.rounds for phase in phases)), "", "", "", "", *ends)
+    return whole, table
+
+
+def comparison(
+    results: Sequence[Mapping[str, Any]], reached: tuple[Network, float] | None = None
+) -> list[dict[str, Any]]:
     """One row per method over the runs given, seeds together.
 
     Bytes are means over seeds; ``ratio`` is the reference's bytes over the method's, the reference being ``lora`` if it
@@ -143,6 +194,8 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Args:
         results: as ``load_result`` and ``as_dict`` give them.
+        reached: a network and a value of the main metric; each row then has ``seconds_to_target``, the mean over seeds
+            of the time over that network until an evaluation reached it, None where a seed never did.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -165,6 +218,11 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "folders": [str(one["folder"]) for one in group],
             }
         )
+        if reached:
+            times = [_seconds_to(Path(one["folder"]), main, *reached) for one in group]
+            known = [time for time in times if time is not None]
+            rows[-1]["target"] = reached[1]
+            rows[-1]["seconds_to_target"] = mean(known) if len(known) == len(times) else None
     reference = next((row for row in rows if row["label"] == "lora"), rows[0])
     total = reference["down_bytes"] + reference["up_bytes"]
     for row in rows:
@@ -172,6 +230,11 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row["ratio"] = total / sent if sent else None
         row["reference"] = reference["label"]
     return rows
+
+
+def _seconds_to(folder: Path, metric: str, network: Network, target: float) -> float | None:
+    higher = bool(RunFolder(folder).read_json("result.json").get("higher_is_better", True))
+    return network.seconds_to(RunFolder(folder).rows(), metric, target, higher)
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -187,6 +250,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "bytes up",
         f"fewer than {rows[0]['reference']}",
         "seconds",
+        *([f"time to {rows[0]['target']:g}"] if "target" in rows[0] else []),
     ):
         table.add_column(name, justify="right")
     for row in rows:
@@ -200,8 +264,13 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             human_bytes(row["up_bytes"]),
             f"{row['ratio']:.2f}x" if row["ratio"] is not None else "nothing sent",
             f"{row['seconds']:.0f}",
+            *([] if "target" not in row else [_or_never(row["seconds_to_target"])]),
         )
     return table
+
+
+def _or_never(seconds: float | None) -> str:
+    return "not reached" if seconds is None else human_seconds(seconds)
 
 
 def result_table(result: Result) -> Table:

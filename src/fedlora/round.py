@@ -46,6 +46,7 @@ class Row:
         references: messages to clients by what they were relative to: ``zero``, ``init``, ``last_round``.
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
+        slowest_seconds: the longest turn of a client in the cohort.
         epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.
         metrics: results of evaluations, if there was one after this round.
         facts: figures of a phase's start, in its first row.
@@ -66,6 +67,7 @@ class Row:
     references: Kinds = field(default_factory=dict)
     tiers: dict[str, dict[str, Kinds]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    slowest_seconds: float = 0.0
     epsilon: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
@@ -238,6 +240,7 @@ def run_round(
         density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / max(1, len(messages)),
         density_up=sum(_kept(answer.reply) for answer in answers) / entries / max(1, len(answers)),
         update_norm=tree.norm(delta),
+        slowest_seconds=max((answer.reply.seconds for answer in answers), default=0.0),
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
     )
     return after, row

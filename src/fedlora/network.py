@@ -1,0 +1,87 @@
+"""How long a run would take over a given network: bytes over bandwidth, and the work of the slowest client."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlora.errors import ConfigError
+from fedlora.round import Row
+
+_BITS = {"bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
+_SECONDS = {"s": 1.0, "ms": 1e-3}
+_EXAMPLE = "down=10Mbit,up=1Mbit,latency=50ms"
+
+
+@dataclass(frozen=True)
+class Network:
+    """What lies between the server and each client.
+
+    A round takes ``2 latency + 8 down_bytes / down + work + 8 up_bytes / up`` seconds of its slowest client; clients
+    work side by side, and the server's own time is left out.
+
+    Args:
+        down: bits per second towards a client.
+        up: bits per second from a client.
+        latency: seconds from one end to the other.
+
+    >>> Network(down=8e6, up=8e5, latency=0.05).seconds(1_000_000, 100_000, work=2.0)
+    4.1
+    """
+
+    down: float
+    up: float
+    latency: float = 0.0
+
+    def seconds(self, down_bytes: float, up_bytes: float, work: float) -> float:
+        """One client's turn, from the server's first byte to its last.
+
+        Args:
+            down_bytes: what the client gets.
+            up_bytes: what it answers.
+            work: seconds that it computes.
+        """
+        return 2 * self.latency + 8 * down_bytes / self.down + work + 8 * up_bytes / self.up
+
+    def round_seconds(self, row: Row) -> float:
+        """A round of a ledger: the slowest tier, with the longest turn that was measured in the round."""
+        if not row.cohort:
+            return 0.0
+        shares = [
+            (sum(tier["down_bytes"].values()), sum(tier["up_bytes"].values()), tier["clients"]["num"])
+            for tier in row.tiers.values()
+        ]
+        shares = shares or [(sum(row.down_bytes.values()), sum(row.up_bytes.values()), len(row.cohort))]
+        return max(self.seconds(down / num, up / num, row.slowest_seconds) for down, up, num in shares)
+
+    def seconds_to(self, rows: Sequence[Row], metric: str, target: float, higher_is_better: bool) -> float | None:
+        """Seconds until an evaluation first reached ``target``; None if none did."""
+        passed = 0.0
+        for row in rows:
+            passed += self.round_seconds(row)
+            value = row.metrics.get(metric)
+            if value is not None and (value >= target if higher_is_better else value <= target):
+                return passed
+        return None
+
+
+def parse_network(text: str) -> Network:
+    """A network from words like ``down=10Mbit,up=1Mbit,latency=50ms``.
+
+    Raises:
+        ConfigError: it says something else.
+    """
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(down|up|latency)\s*=\s*([0-9.]+)\s*([A-Za-z]+)\s*", part)
+        units = _SECONDS if match and match[1] == "latency" else _BITS
+        if not match or match[3] not in units or match[2].count(".") > 1:
+            raise ConfigError(
+                f"--link: {part.strip()!r} is not understood; write {_EXAMPLE}, with {', '.join(_BITS)} a second and "
+                f"{', '.join(_SECONDS)}"
+            )
+        found[match[1]] = float(match[2]) * units[match[3]]
+    if not (found.get("down") and found.get("up")):
+        raise ConfigError(f"--link needs down and up above zero, such as {_EXAMPLE}")
+    return Network(found["down"], found["up"], found.get("latency", 0.0))

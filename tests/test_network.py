@@ -1,0 +1,99 @@
+"""The time model by hand, and on the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import experiment, tiny_world
+
+import fedlora
+from fedlora.errors import ConfigError
+from fedlora.network import Network, parse_network
+from fedlora.report import comparison, load_result
+from fedlora.round import Row
+
+world = pytest.fixture(scope="module")(tiny_world)
+
+ROW = Row(
+    round=1, phase=0, cohort=(0, 1), examples=4, steps=2, loss=1.0,
+    down_bytes={"adapter": 2000}, up_bytes={"head": 400}, density_down=1.0,
+    density_up=1.0, update_norm=1.0, slowest_seconds=3.0,
+)  # fmt: skip
+NET = Network(down=8000.0, up=800.0, latency=0.5)
+
+
+def test_a_turn_is_latency_twice_both_transfers_and_work() -> None:
+    assert NET.seconds(1000, 200, 3.0) == 1.0 + 1.0 + 3.0 + 2.0
+    assert NET.round_seconds(ROW) == 7.0  # per client half of the round's bytes
+    assert NET.round_seconds(replace(ROW, cohort=())) == 0.0
+
+
+def test_the_slowest_tier_decides() -> None:
+    tiers = {
+        "phone": {"down_bytes": {"adapter": 500}, "up_bytes": {"head": 100}, "clients": {"num": 1}},
+        "desk": {"down_bytes": {"adapter": 1500}, "up_bytes": {"head": 300}, "clients": {"num": 1}},
+    }
+    assert NET.round_seconds(replace(ROW, tiers=tiers)) == NET.seconds(1500, 300, 3.0)
+
+
+def test_time_passes_until_the_target_is_reached() -> None:
+    start = replace(ROW, round=0, cohort=(), metrics={"accuracy": 0.1})
+    rows = [start, ROW, replace(ROW, round=2, metrics={"accuracy": 0.5}), ROW]
+    assert NET.seconds_to(rows, "accuracy", 0.5, True) == 14.0
+    assert NET.seconds_to(rows, "accuracy", 0.6, True) is None
+    assert NET.seconds_to(rows, "accuracy", 0.2, False) == 0.0
+
+
+def test_networks_are_read_from_words() -> None:
+    assert parse_network("down=10Mbit,up=1Mbit,latency=50ms") == Network(10e6, 1e6, 0.05)
+    assert parse_network(" up=56kbit, down=1.5Gbit ") == Network(1.5e9, 56e3, 0.0)
+
+
+@pytest.mark.parametrize("text", ["", "down=10", "down=10Mbit", "down=0Mbit,up=1Mbit", "down=1s,up=1bit", "x=1bit"])
+def test_other_words_are_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match="down=10Mbit,up=1Mbit,latency=50ms"):
+        parse_network(text)
+
+
+def test_runs_are_compared_by_the_time_to_a_target(world: Path, tmp_path: Path) -> None:
+    result = fedlora.run(experiment(world, "lora", rounds=2), tmp_path / "run")
+    assert all(row.slowest_seconds > 0 for row in result.rows[1:])
+    reached = max(row.metrics["accuracy"] for row in result.rows if row.metrics)
+    (row,) = comparison([load_result(result.folder)], (NET, reached))
+    total = sum(NET.round_seconds(row) for row in result.rows)
+    assert 0 <= row["seconds_to_target"] <= total
+    (row,) = comparison([load_result(result.folder)], (NET, 1.01))
+    assert row["seconds_to_target"] is None
+
+
+def test_the_command_line_tells_times(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from fedlora import cli, config
+
+    path = tmp_path / "run.toml"
+    path.write_text(config.to_toml(experiment(world, "lora", rounds=2)))
+
+    def said(*words: str) -> dict:
+        monkeypatch.setattr("sys.argv", ["fedlora", *words, "--format", "json"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
+        return json.loads(capsys.readouterr().out)
+
+    network = "down=10Mbit,up=1Mbit,latency=50ms"
+    plain = said("cost", str(path))
+    timed = said("cost", str(path), "--link", network, "--step-seconds", "2")
+    assert "seconds" not in plain
+    (phase,) = timed["phases"]
+    sent = (sum(phase["client_down_bytes"].values()), sum(phase["client_up_bytes"].values()))
+    assert phase["round_seconds"] > parse_network(network).seconds(*sent, 2.0) - 1e-9
+    assert timed["seconds"] == pytest.approx(2 * phase["round_seconds"])
+    fedlora.run(config.load(path), tmp_path / "run")
+    (row,) = said("compare", str(tmp_path / "run"), "--link", network, "--target", "0.0")
+    assert row["seconds_to_target"] == 0.0
+    monkeypatch.setattr("sys.argv", ["fedlora", "compare", str(tmp_path / "run"), "--link", network])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
