@@ -119,6 +119,7 @@ EXAMPLES: dict[str, Example] = {
     "question_answering.toml": Example(
         save_model, questions, json.dumps({"context": "w1 w2 red w3", "question": "w1 w2"})
     ),
+    "tiers.toml": Example(save_model, texts("data.csv"), "red w1"),
     "token_classification.toml": Example(save_model, tagged, "w1 red w2"),
 }
 
