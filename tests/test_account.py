@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,42 @@ def test_an_account_is_opened_with_the_noise_of_its_target() -> None:
         ((phase(noise_multiplier=1.0), phase(noise_multiplier=1.0, delta=0.1)), "share one account"),
         ((phase(noise_multiplier=0.3, max_epsilon=0.5),), "the first round spends more"),
         ((phase(noise_multiplier=1.0, accountant="pld"),), "fixed size"),
+        ((phase(noise_multiplier=0.5), phase(target_epsilon=2.0)), "give it to every phase alike"),
+        ((phase(noise_multiplier=0.5), phase(noise_multiplier=0.0)), "give every phase noise"),
     ],
 )
 def test_accounts_that_cannot_be_kept_are_refused(phases: tuple[Phase, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_account(phases, FEW)
+
+
+def test_few_clients_must_say_their_delta() -> None:
+    with pytest.raises(ConfigError, match="set privacy.delta"):
+        open_account((phase(noise_multiplier=1.0),), ALL)
+
+
+def test_a_clip_alone_keeps_no_account() -> None:
+    assert open_account((phase(noise_multiplier=0.0),), FEW)[0] is None
+
+
+def test_noise_outside_a_federation_is_refused(world: Path) -> None:
+    with pytest.raises(ConfigError, match="clients in a federation"):
+        experiment(world, "flasc", *PRIVATE, "mode='centralised'")
+
+
+def test_who_took_part_is_not_told_where_noise_is_secure(world: Path, tmp_path: Path) -> None:
+    chosen = (PRIVATE[0].replace("seed=3,", ""), PRIVATE[1])
+    result = fedlora.run(experiment(world, "flasc", *chosen, rounds=2), tmp_path / "run")
+    assert {row.cohort for row in result.rows} == {()}
+    told = json.loads((tmp_path / "run" / "manifest.json").read_text())["privacy"]
+    assert told["noise"] == ["the operating system's secure source"]
+    assert told["delta"] == 0.01
+    assert told["noise_multiplier"][0] > 0
+
+
+def test_little_noise_and_great_targets_are_accounted_for() -> None:
+    assert epsilon(((0.05, 1),), CHANCE, DELTA, "auto") > 50
+    assert calibrate(300.0, 1, CHANCE, DELTA, "auto") < 0.3
 
 
 def test_one_of_multiplier_and_target_is_asked_for() -> None:
@@ -144,7 +176,7 @@ def test_a_run_keeps_its_account_round_by_round(world: Path, tmp_path: Path) -> 
 def test_a_run_ends_before_it_spends_more_than_its_budget(world: Path, tmp_path: Path) -> None:
     privacy = (
         "method.privacy={kind='central_gaussian',clip_norm=0.5,noise_multiplier=1.0,"
-        "max_epsilon=6.0,delta=0.01,accountant='rdp'}"
+        "max_epsilon=6.0,delta=0.01,accountant='rdp',seed=1}"
     )
     chosen = experiment(world, "flasc", privacy, "clients.sampling='poisson'", rounds=30)
     result = fedlora.run(chosen, tmp_path / "run")

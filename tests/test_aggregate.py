@@ -27,6 +27,7 @@ from fedlora.methods import fedavg
 from fedlora.recipe import Recipe
 from fedlora.server_optim import Adam, Sgd
 from fedlora.state import Update
+from fedlora.transport import Link, RandomK, TopK
 from fedlora.tree import Tree
 from fedlora.tuning import Full, LoRA
 
@@ -185,6 +186,11 @@ def test_one_client_that_lies_hardly_moves_a_robust_rule(kind: str) -> None:
         ({"aggregator": SvdRedistribute(), "server": Sgd(momentum=0.9)}, "chooses both factors anew"),
         ({"aggregator": SvdRedistribute(), "tuning": LoRA(train="B")}, "chooses both factors anew"),
         ({"aggregator": SparsityWeighted(), "tuning": Full()}, "about products"),
+        ({"aggregator": SvdRedistribute(), "down": Link(sparsify=TopK(density=0.5))}, "would be lost"),
+        ({"aggregator": CoordinateMedian(), "up": Link(sparsify=TopK(density=0.5))}, "hardly anything would move"),
+        ({"aggregator": Krum(), "up": Link(sparsify=RandomK(density=0.5))}, "a plain mean only"),
+        ({"tuning": LoRA(train="alternate"), "server": Sgd(momentum=0.9)}, "keeps still in the next"),
+        ({"tuning": LoRA(train="alternate"), "server": Adam()}, "keeps still in the next"),
         ({"aggregator": SvdRedistribute(), "tuning": Full()}, "about products"),
     ],
 )

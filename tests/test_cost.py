@@ -37,6 +37,15 @@ WIRES = {
     ),
     "lora, 8 bits": ("lora", "method.precision={kind='uniform',bits=8}"),
     "lora, 1 bit": ("lora", "method.precision={kind='uniform',bits=1}"),
+    "bits by schedule": (
+        "head_only",
+        "method.tuning={kind='lora',rank=4}",
+        "method.up={stages=[{round=8,precision={kind='uniform',bits=4}}]}",
+        "method.down={stages=[{round=8,precision={kind='bfloat16'}}]}",
+    ),
+    "fed_select": ("lora", "method.kind='fed_select'", "method.keep=0.8"),
+    "sparse_adapter": ("lora", "method.kind='sparse_adapter'"),
+    "adapter_lth": ("lora", "method.kind='adapter_lth'", "method.keep=0.8", "method.every=2"),
     "federa, remembered": ("federa", "method.memory='init'"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 from toy import LOCAL, Federation
 
 from fedlora import tree
+from fedlora.aggregate import SvdRedistribute
 from fedlora.errors import ConfigError
 from fedlora.methods import adapter_lth, dense_lora, fed_select, sparse_adapter
 from fedlora.privacy import CentralGaussian
 from fedlora.prune import Prune
 from fedlora.recipe import Recipe
 from fedlora.server_optim import Adam, Sgd
-from fedlora.transport import Quota
+from fedlora.transport import Link, Quota, Uniform
 from fedlora.tuning import LoRA, SvdOfWeight
 
 
@@ -76,9 +78,21 @@ def test_federated_select_sends_less_and_keeps_everything() -> None:
     assert density(state.params) > 0.6
 
 
+def test_momentum_that_clients_keep_does_not_bring_it_back() -> None:
+    local = dataclasses.replace(LOCAL, keep_optimizer=True)
+    federation = Federation(sparse_adapter(rounds=4, rank=4, local=local, density=0.5))
+    first = federation.go_on(federation.start(), 1)
+    last = federation.go_on(first, 4)
+    assert not any(value[first.params[name] == 0].any() for name, value in last.params.items())
+
+
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
+        ({"down": Link(reference="init")}, "these must stay"),
+        ({"down": Link(precision=Uniform())}, "these must stay"),
+        ({"memory": "last_round"}, "these must stay"),
+        ({"aggregator": SvdRedistribute()}, "these must stay"),
         ({"tuning": LoRA(init=SvdOfWeight())}, "carry pre-trained knowledge"),
         ({"privacy": CentralGaussian(clip_norm=1.0, noise_multiplier=1.0)}, "brings it back"),
     ],

@@ -14,9 +14,10 @@ from toy import LOCAL, Federation
 import fedlora
 from fedlora.clients import Clients
 from fedlora.cost import costs
-from fedlora.downlink import Downlink
+from fedlora.downlink import Downlink, view
 from fedlora.errors import ConfigError, DataError
 from fedlora.methods import fedavg
+from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.round import run_round
 from fedlora.setting import prepare
@@ -89,7 +90,7 @@ THIN = Link(sparsify=TopK(density=0.25), reference="init")
 @pytest.mark.parametrize(
     ("tier", "recipe", "message"),
     [
-        (Tier(name="a", rank=2, down=THIN), Recipe(), "a downlink of its own"),
+        (Tier(name="a", rank=2, down=THIN), Recipe(down=Link(reference="init")), "a downlink of its own"),
         (
             Tier(name="a", rank=2),
             Recipe(tuning=LoRA(init=SvdOfWeight())),
@@ -97,6 +98,8 @@ THIN = Link(sparsify=TopK(density=0.25), reference="init")
         ),
         (Tier(name="a", compute="fp32"), fedavg(local=LOCAL)[0].recipe, None),
         (Tier(name="a"), Recipe(down=Link(reference="init", feedback=True)), "one error for all clients"),
+        (Tier(name="a", down=THIN), Recipe(), "announced to all clients or to none"),
+        (Tier(name="a", rank=32), Recipe(), "above the recipe's 16"),
     ],
 )
 def test_tiers_that_would_lie_are_refused(tier: Tier, recipe: Recipe, message: str | None) -> None:
@@ -183,3 +186,23 @@ def test_flascs_densities_per_tier() -> None:
 def test_centralised_training_has_no_tiers(world: Path, tmp_path: Path) -> None:
     chosen = experiment(world, "lora", TIERS, 'mode="centralised"', rounds=1)
     assert fedlora.run(chosen, tmp_path / "run").rows[-1].tiers == {}
+
+
+def test_the_update_of_a_tier_that_rounds_is_clipped_again() -> None:
+    privacy = CentralGaussian(clip_norm=0.1, noise_multiplier=0.0, seed=0)
+    (phase,) = fedavg(rounds=3, tuning=LoRA(rank=4), local=LOCAL, privacy=privacy)
+    federation = Federation((phase,))
+    coarse = Tier(name="a", share=1.0, up=Link(precision=Uniform(bits=1, rounding="stochastic")))
+    _, row = run_round(phase.recipe, federation.start(), (0,), federation.engine, 0, 3, {0: coarse})
+    assert row.update_norm <= 0.1 * (1 + 1e-5)
+
+
+def test_a_tier_of_a_lower_rank_that_remembers_is_shown_at_its_rank() -> None:
+    (phase,) = fedavg(rounds=3, tuning=LoRA(rank=4), local=LOCAL, memory="last_round")
+    federation = Federation((phase,))
+    state = federation.go_on(federation.start(), 1)
+    shown = view(Tier(name="small", share=1.0, rank=1).applied(phase.recipe), state, 0)
+    for name, value in shown.items():
+        if name.endswith("lora_A"):
+            assert value[:1].any()
+            assert not value[1:].any()

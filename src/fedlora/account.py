@@ -14,6 +14,10 @@ from fedlora.recipe import Phase, Recipe
 Sampling = Literal["fixed", "poisson"]
 
 
+_FEW = 50  # clients, below which the usual delta is too large to mean anything
+_LITTLE_NOISE = 0.3  # multiplier, below which the tight accountant takes gigabytes
+
+
 class Sampled(NamedTuple):
     """How clients get into a round, which decides how much of their privacy a round costs.
 
@@ -34,8 +38,8 @@ def epsilon(spent: tuple[tuple[float, int], ...], sampled: Sampled, delta: float
 
     With Poisson sampling the neighbour of a population lacks one client, and a round is a Poisson-sampled Gaussian of
     noise multiplier ``z``. With a cohort of fixed size the neighbour has another client in one's place, so that the sum
-    may change by ``2 C``: a Gaussian of ``z / 2``, sampled without replacement (Wang, Balle and Kasiviswanathan,
-    arXiv 1808.00087). If all clients take part in every round there is nothing to sample, and a neighbour lacks one.
+    may change by ``2 C``: a Gaussian of ``z / 2``, sampled without replacement (Wang et al., arXiv 1808.00087). If all
+    clients take part in every round there is nothing to sample, and a neighbour has zeros in place of one.
 
     Args:
         spent: noise multipliers, and in how many rounds each was used.
@@ -48,7 +52,8 @@ def epsilon(spent: tuple[tuple[float, int], ...], sampled: Sampled, delta: float
     """
     if any(multiplier == 0 and rounds for multiplier, rounds in spent):
         return float("inf")
-    account = _accountant(sampled, accountant)
+    little = min((multiplier for multiplier, rounds in spent if rounds), default=1.0) < _LITTLE_NOISE
+    account = _accountant(sampled, "rdp" if accountant == "auto" and little else accountant)
     for multiplier, rounds in spent:
         if rounds:
             account.compose(_event(sampled, multiplier), rounds)
@@ -73,15 +78,20 @@ def calibrate(target: float, rounds: int, sampled: Sampled, delta: float, accoun
                 interval,
                 tol=1e-3 * target,
             )
-        except (ValueError, accounting.NoBracketIntervalFoundError) as error:
+        except (ValueError, accounting.mechanism_calibration.NoBracketIntervalFoundError) as error:
             raise ConfigError(f"no noise was found for target_epsilon = {target:g}: {error}") from error
         return float(found)
 
-    bound = least("rdp", accounting.LowerEndpointAndGuess(0.1, 1.0))
+    bound = least("rdp", accounting.LowerEndpointAndGuess(1e-2, 1.0))
     if accountant == "rdp" or not _is_tight(sampled):
         return bound
     # the tighter accountant is slow, above all where noise is small, so it searches below the other's answer alone
-    return least(accountant, accounting.ExplicitBracketInterval(bound / 2, bound))
+    lower = max(bound / 2, _LITTLE_NOISE)
+    if lower >= bound:
+        return bound
+    if epsilon(((lower, rounds),), sampled, delta, accountant) <= target:
+        return lower
+    return least(accountant, accounting.ExplicitBracketInterval(lower, bound))
 
 
 class Budget(NamedTuple):
@@ -125,10 +135,21 @@ def open_account(phases: Sequence[Phase], sampled: Sampled) -> tuple[Budget | No
         for each in (phase.recipe.privacy for phase in phases)
         if isinstance(each, CentralGaussian)
     }
-    if not found:
+    private = [phase.recipe.privacy for phase in phases if isinstance(phase.recipe.privacy, CentralGaussian)]
+    if not found or all(each.noise_multiplier == 0 for each in private):
         return None, tuple(phases)
+    if any(each.noise_multiplier == 0 for each in private):
+        raise ConfigError("some phases have noise and some have none, which tells all; give every phase noise")
     if len(found) > 1:
         raise ConfigError("all phases share one account: give them the same delta, accountant and max_epsilon")
+    if len({(each.target_epsilon, each.noise_multiplier) for each in private}) > 1 and any(
+        each.target_epsilon for each in private
+    ):
+        raise ConfigError("target_epsilon is of the whole run; give it to every phase alike, and no multiplier")
+    if sampled.num_clients < _FEW and any(each.delta is None for each in private):
+        raise ConfigError(
+            f"delta is 1 / N ** 1.1 by default, which says nothing for {sampled.num_clients} clients; set privacy.delta"
+        )
     budget = Budget(sampled, *found.pop())
     _accountant(sampled, budget.accountant)
     rounds = sum(phase.rounds for phase in phases)
@@ -154,6 +175,9 @@ def _with_noise(recipe: Recipe, rounds: int, budget: Budget) -> Recipe:
 def _library() -> Any:
     try:
         import dp_accounting  # type: ignore[import-untyped]
+        from absl import logging
+
+        logging.set_verbosity(logging.ERROR)  # an order that does not converge is left out, with hundreds of warnings
     except ImportError as error:
         raise ConfigError("an account of epsilon needs dp-accounting: pip install 'fedlora[privacy]'") from error
     return dp_accounting

@@ -1,4 +1,4 @@
-"""How a cohort's updates become one change: means, plain or by the products ``B A``."""
+"""How a cohort's updates become one change: means, rules about the products ``B A``, and robust ones."""
 
 from __future__ import annotations
 
@@ -197,8 +197,9 @@ class Krum(Aggregator):
     An update's score is the sum of the squared distances to its ``n - faulty - 2`` nearest others.
 
     Args:
-        faulty: how many clients may be faulty; a cohort must have ``2 * faulty + 3`` at least.
-        select: how many of the best are averaged; above 1 it is multi-Krum.
+        faulty: how many clients may be faulty.
+        select: how many of the best are averaged; above 1 it is multi-Krum. A cohort must have
+            ``2 * faulty + 2 + select`` clients at least.
     """
 
     kind: Literal["krum"] = "krum"
@@ -210,11 +211,11 @@ class Krum(Aggregator):
         """See ``Aggregator.combine``; all updates are in memory together."""
         like, stacked = _stacked(updates)
         num = len(stacked)
-        if num < max(2 * self.faulty + 3, self.select):
+        needed = max(2 * self.faulty + 3, 2 * self.faulty + 2 + self.select)
+        if num < needed:
             raise TrainingError(
-                f"krum with faulty = {self.faulty} and select = {self.select} needs "
-                f"{max(2 * self.faulty + 3, self.select)} clients in a round, and {num} answered; raise "
-                "clients.per_round"
+                f"krum with faulty = {self.faulty} and select = {self.select} needs {needed} clients in a round, and "
+                f"{num} answered; raise clients.per_round"
             )
         distances = torch.cdist(stacked.double(), stacked.double()).square()
         nearest = distances.sort(dim=1).values[:, 1 : num - self.faulty - 1]

@@ -88,7 +88,7 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     recipe = job.recipe
     workspace.settle(job.phase, recipe, job.setup)
     installed, groups = workspace.installed, workspace.installed.groups
-    start = workspace.decode(job.payload, job.client, lambda: _received(job, workspace))
+    start = workspace.decode(job.payload, lambda: _received(job, workspace))
     installed.load(start)
     trained = train(workspace, rows, job, start)
     delta = installed.since(start)
@@ -171,6 +171,8 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree) -> Trained:
             losses.append(loss.detach())
             _adjust(values, anchors, masks, local)
             optimizer.step()
+            for value, mask in zip(values, masks, strict=False):
+                value.data.mul_(mask)
             optimizer.zero_grad()
             workspace.installed.refresh()
     mean = float(torch.stack(losses).mean())

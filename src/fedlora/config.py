@@ -99,6 +99,10 @@ class Experiment:
         noisy = [isinstance(phase.recipe.privacy, CentralGaussian) for phase in self.phases]
         if any(noisy) and not all(noisy):
             raise ConfigError("some phases have noise and some have none, which tells all; give every phase privacy")
+        if any(noisy) and self.mode != "federated":
+            raise ConfigError(
+                "privacy is that of clients in a federation; leave it out in mode 'centralised' or 'local'"
+            )
         for tier in self.clients.tiers:
             for phase in self.phases:
                 tier.applied(phase.recipe)

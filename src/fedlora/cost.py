@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from fedlora import tree
 from fedlora.account import Sampled, open_account
@@ -21,6 +22,8 @@ from fedlora.round import Kinds, close_phase, open_phase, run_round
 from fedlora.setting import Setting
 from fedlora.state import ServerState, named_seed
 from fedlora.tiers import recipes_of
+from fedlora.transport import TopK
+from fedlora.tree import Tree
 from fedlora.workspace import Workspace
 
 PROBED_ROUNDS = 6
@@ -84,6 +87,8 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     _, phases = open_account(
         experiment.phases, Sampled(len(setting.population), per_round, experiment.clients.sampling)
     )
+    private = any(phase.recipe.privacy.needs_uniform_mean for phase in phases)
+    expected = per_round if private else None  # noise as small as in the run
     probed = _probed(setting, experiment.seed)
     cohort = tuple(client for members in probed.values() for client in members)
     weights = {name: _share(setting, name) for name in probed}
@@ -92,22 +97,30 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
         state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
         recipes = recipes_of(setting.tiers, phase.recipe) or {"": phase.recipe}
         told: dict[str, list[tuple[int, _Sizes]]] = {name: [] for name in recipes}
+        change: Tree = {}
         up: list[dict[str, float]] = []
         steps, longest = 0, 0.0
         for turn in range(min(phase.rounds, PROBED_ROUNDS)):
             for name, own in recipes.items():
                 told[name].append((turn, _sizes(own, state, experiment.seed, probed[name])))
             engine = Serial(workspace, setting.population)
+            before = state
             state, row = run_round(
-                phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers
+                phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected
             )
+            change = tree.subtract(state.params, before.params)
             steps, longest = steps + row.steps, max(longest, row.slowest_seconds)
             sent = {name: tier["up_bytes"] for name, tier in row.tiers.items()} or {"": row.up_bytes}
             up.append(_sum((weights[name] / len(probed[name]), sizes) for name, sizes in sent.items()))
-        for turn in sorted({len(up), (len(up) + phase.rounds) // 2, phase.rounds - 1} - set(range(len(up)))):
+        for turn in _later(len(up), phase.rounds):
             for name, own in recipes.items():
-                told[name].append((turn, _sizes(own, _grown(state, turn), experiment.seed, probed[name])))
-        up += [_mean(up[len(up) // 2 :])] * (phase.rounds - len(up))
+                told[name].append((turn, _sizes(own, _grown(own, state, turn), experiment.seed, probed[name])))
+        ratios = {name: _ratios(own, state, change, phase.rounds) for name, own in recipes.items()}
+        same = all(ratio == 1 for each in ratios.values() for ratio in each)
+        last = _mean(up[len(up) // 2 :]) if same else up[-1]
+        for turn in range(len(up), phase.rounds):
+            factor = sum(weights[name] * ratios[name][turn - state.steps] for name in recipes)
+            up.append({kind: size * factor for kind, size in last.items()})
         share = per_round / len(setting.population)
         curves = {name: _over_rounds(sizes, phase.rounds, share) for name, sizes in told.items()}
         down = [_sum((weights[name], curve[turn]) for name, curve in curves.items()) for turn in range(phase.rounds)]
@@ -162,11 +175,40 @@ def _sizes(recipe: Recipe, state: ServerState, seed: int, clients: Sequence[int]
     return _Sizes(new, {kind: round(size) for kind, size in _mean(held).items()} if held else whole)
 
 
-def _grown(state: ServerState, turn: int) -> ServerState:
+def _later(done: int, rounds: int) -> list[int]:
+    """Rounds whose messages are made: where it begins, ends, and a few between, so that schedules are met."""
+    return (
+        sorted({round(turn) for turn in np.linspace(done, rounds - 1, 9)} - set(range(done))) if done < rounds else []
+    )
+
+
+def _grown(recipe: Recipe, state: ServerState, turn: int) -> ServerState:
     """The state before a later round of the phase, had the parameters gone on as far as the root of the rounds."""
     growth = math.sqrt(turn / state.steps) - 1.0
     moved = tree.add(state.params, tree.subtract(state.params, state.init), growth)
+    if recipe.prune:
+        moved = {name: torch.where(state.params[name] != 0, value, 0.0) for name, value in moved.items()}
+        for steps in range(state.steps + 1, turn + 1):
+            moved, _ = recipe.prune.apply(moved, {}, state.groups, steps)
     return dataclasses.replace(state, params=moved, steps=turn, round=state.round + turn - state.steps)
+
+
+def _ratios(recipe: Recipe, state: ServerState, change: Tree, rounds: int) -> list[float]:
+    """An upload of each later round over one of the last that was run, as schedules and pruning change it."""
+    sizes: dict[object, int] = {}
+
+    def size(turn: int) -> int:
+        sparsify = recipe.up.at(turn).sparsify
+        density = sparsify.density_at(turn) if isinstance(sparsify, TopK) else None
+        pruned = sum(recipe.prune.density_after(steps) is not None for steps in range(turn + 1)) if recipe.prune else 0
+        key = (dataclasses.replace(recipe.up.at(turn), round=0), density, pruned)
+        if key not in sizes:
+            kept = _grown(recipe, state, turn).params if recipe.prune and turn >= state.steps else None
+            sent = {n: torch.where(kept[n] != 0, v, 0.0) for n, v in change.items()} if kept else change
+            sizes[key] = len(recipe.up.send(sent, state.groups, turn, 0).raw)
+        return sizes[key]
+
+    return [size(turn) / size(state.steps - 1) for turn in range(state.steps, rounds)]
 
 
 def _over_rounds(told: Sequence[tuple[int, _Sizes]], rounds: int, share: float) -> list[dict[str, float]]:

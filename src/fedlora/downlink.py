@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fedlora import tree
 from fedlora.recipe import Recipe
 from fedlora.state import ServerState, named_seed
-from fedlora.transport import Packet, join_groups
+from fedlora.transport import Packet, RankSlice, join_groups
 from fedlora.tree import Tree
 
 
@@ -18,7 +18,11 @@ def view(recipe: Recipe, state: ServerState, seed: int) -> Tree:
     one server step older. Clients that remember what they got last follow the server's own parameters, each at its own
     pace; there these are returned.
     """
-    if recipe.memory == "last_round" or not recipe.down.lossy:
+    if recipe.memory == "last_round":
+        thin = recipe.down.at(state.steps).sparsify
+        # a client of a lower rank follows no further than that
+        return thin(state.params, state.groups, state.steps) if isinstance(thin, RankSlice) else state.params
+    if not recipe.down.lossy:
         return state.params
     return Downlink(recipe, state, seed).message({}).start
 
@@ -44,7 +48,7 @@ class Downlink:
         self._recipe, self._state = recipe, state
         self._seed = named_seed(seed, "down", state.round)
         self._made: dict[int, Message] = {}
-        self.feedback: Tree = {}
+        self.feedback: Tree = state.feedback
 
     def message(self, held: Tree) -> Message:
         """The message to a client that holds ``held``, or nothing of earlier rounds where that is empty."""
@@ -71,4 +75,4 @@ class Downlink:
         arrived = join_groups(packet.trees, state.groups)
         if link.feedback:
             self.feedback = tree.subtract(tree_sent, arrived)
-        return Message(packet, reference, tree.add(base, arrived) if base else arrived)
+        return Message(packet._replace(trees={}), reference, tree.add(base, arrived) if base else arrived)

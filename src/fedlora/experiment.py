@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import shlex
 import time
 from collections.abc import Sequence
@@ -125,15 +126,17 @@ def _run_phases(
     engine = Serial(workspace, setting.population)
     facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
     state, rows = _resume(files, facts)
-    files.write_json("manifest.json", manifest(experiment, setting))
+    clients = experiment.clients
+    sampled = Sampled(len(setting.population), clients.per_round, clients.sampling)
+    budget, phases = open_account(experiment.phases, sampled)
+    files.write_json("manifest.json", manifest(experiment, setting, budget, phases))
     watcher.started(experiment, setting, rows)
     for tracker in trackers:
         tracker.started(rows)
     phase = state.phase if state else 0
-    clients = experiment.clients
-    sampled = Sampled(len(setting.population), clients.per_round, clients.sampling)
-    budget, phases = open_account(experiment.phases, sampled)
     recipe = phases[phase].recipe
+    # an account of sampled cohorts holds only while nobody can tell who was in them
+    secret = budget is not None and getattr(recipe.privacy, "seed", None) is None
     pending: dict[str, float] = {}
     if state is None:
         state, pending = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
@@ -160,7 +163,7 @@ def _run_phases(
                 phase += 1
                 recipe = phases[phase].recipe
                 state, pending = open_phase(workspace, phase, recipe, experiment.seed, state.round, carry)
-            seed = named_seed(experiment.seed, "cohort", state.round)
+            seed = secrets.randbits(48) if secret else named_seed(experiment.seed, "cohort", state.round)
             cohort = draw_cohort(setting.population, clients.per_round, seed, clients.sampling)
             expected = clients.per_round if clients.sampling == "poisson" else None
             state, row = run_round(
@@ -180,13 +183,15 @@ def _run_phases(
                 facts=pending,
                 epsilon=budget.spent(phases, state.round) if budget else None,
                 seconds={**row.seconds, "evaluate": seconds},
+                cohort=() if secret else row.cohort,
                 down_bytes=row.down_bytes if sent else {},
                 up_bytes=row.up_bytes if sent else {},
             )
             pending = {}
             _record(row, rows, files, watcher, trackers)
             recorded = state
-            if last or state.round % experiment.checkpoint_every == 0:
+            # noise that cannot be drawn again must not be drawn twice for one round
+            if last or secret or state.round % experiment.checkpoint_every == 0:
                 files.save(state, facts)
                 saved = state.round
     except KeyboardInterrupt:
@@ -251,7 +256,7 @@ def _evaluate(
         rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
         rows = np.sort(rng.choice(rows, limit, replace=False))
     views = {"": view(recipe, state, experiment.seed)}
-    if experiment.evaluate.dense and recipe.down.lossy:
+    if experiment.evaluate.dense and views[""] is not state.params:
         views["dense_"] = state.params
     for name, tier_recipe in recipes_of(setting.tiers, recipe).items():
         views[f"{name}_"] = view(tier_recipe, state, experiment.seed)

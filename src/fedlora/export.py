@@ -103,7 +103,8 @@ def _write(
         )
     task.save_pretrained(temporary)  # a model is of no use without its tokenizer or image processor
     (temporary / "README.md").write_text(
-        model_card(experiment, task.auto_class, task.load_arguments, tuning.kind, metrics, merge), encoding="utf-8"
+        model_card(experiment, state.round, task.auto_class, task.load_arguments, tuning.kind, metrics, merge),
+        encoding="utf-8",
     )
 
 
@@ -126,7 +127,13 @@ def _save_merged(
 
 
 def model_card(
-    experiment: Experiment, auto_class: str, arguments: str, tuning: str, metrics: Mapping[str, float], merged: bool
+    experiment: Experiment,
+    rounds: int,
+    auto_class: str,
+    arguments: str,
+    tuning: str,
+    metrics: Mapping[str, float],
+    merged: bool,
 ) -> str:
     """The README of an exported folder."""
     base = experiment.model.path if experiment.model.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
@@ -147,7 +154,7 @@ base_model: {base}
 ---
 # {base}, fine-tuned by federated learning
 
-Method `{experiment.label}`, tuning `{tuning}`, {experiment.rounds} rounds, {experiment.clients.per_round} clients per
+Method `{experiment.label}`, tuning `{tuning}`, {rounds} rounds, {experiment.clients.per_round} clients per
 round, partition `{experiment.clients.partition.kind}`, seed {experiment.seed}. The data stayed with their owners; what
 was sent is in the run's `ledger.jsonl`.
 

@@ -64,7 +64,7 @@ class CentralGaussian(Privacy):
         delta: the probability that epsilon does not hold; by default ``1 / N ** 1.1`` of ``N`` clients.
         accountant: ``rdp``, ``pld`` (tighter, for Poisson sampling alone), or ``auto``: the tightest that applies.
         max_epsilon: the run ends before it would spend more.
-        normalise: divide the noisy mean by C, as FLASC's code does; nothing but a rate to an adaptive server.
+        normalise: divide the noisy mean by C, as FLASC's code does; nothing but a rate, and to Adam not even that.
         seed: of noise that can be repeated, for tests; without one the operating system's secure source is read.
 
     Raises:

@@ -7,14 +7,21 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedlora.aggregate import AnyAggregator, Mean, SparsityWeighted, SvdRedistribute
+from fedlora.aggregate import (
+    AnyAggregator,
+    CoordinateMedian,
+    Mean,
+    SparsityWeighted,
+    SvdRedistribute,
+    TrimmedMean,
+)
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
 from fedlora.server_optim import AnyServerOptimizer, Sgd
-from fedlora.transport import Link, RandomK
+from fedlora.transport import Link, RandomK, RankSlice, Uniform
 from fedlora.tuning import AnyTuning, LoRA
 
 
@@ -61,6 +68,7 @@ class Recipe:
             )
         if self.prune and not isinstance(self.privacy, NoPrivacy):
             raise ConfigError("noise falls on what was pruned and brings it back; leave privacy or prune out")
+        self._check_prune()
         if self.up.reference == "init":
             raise ConfigError("the uplink carries a difference already; leave up.reference at 'zero'")
         if isinstance(self.tuning, LoRA) and not self.tuning.zero_is_neutral:
@@ -76,6 +84,17 @@ class Recipe:
                 "the server's weight decay would move the factor that is to keep still; set weight_decay = 0 in server"
             )
         self._check_memory()
+        self._check_rules()
+        if moving != "both" and (self.prune or (self.down.thins and self.down.reference == "zero")):
+            raise ConfigError(
+                "the factor that keeps still would lose entries on the way or by pruning; set down.reference = 'init', "
+                "or leave down.sparsify and prune out"
+            )
+        if moving == "alternate" and (self.up.feedback or not isinstance(self.server, Sgd) or self.server.momentum):
+            raise ConfigError(
+                "momentum, moments and feedback of one round would move the factor that keeps still in the next; set "
+                "server to { kind = 'sgd' } without momentum, and up.feedback to false"
+            )
         plain = isinstance(self.aggregator, Mean) and self.aggregator.weighting == "uniform"
         if self.privacy.needs_uniform_mean and not plain:
             raise ConfigError(
@@ -89,6 +108,38 @@ class Recipe:
             )
         if isinstance(self.aggregator, SvdRedistribute | SparsityWeighted) and not isinstance(self.tuning, LoRA):
             raise ConfigError(f"aggregator {self.aggregator.kind!r} is about products B A; use it with tuning 'lora'")
+
+    def _check_prune(self) -> None:
+        """What would bring pruned weights back, or hide which these are."""
+        if not self.prune:
+            return
+        down = self.down
+        stages = (each for stage in down.stages for each in (stage.precision, stage.head_precision))
+        coarse = any(isinstance(each, Uniform) for each in (down.precision, down.head_precision, *stages))
+        moves = down.reference == "init" or self.memory == "last_round" or down.thins or coarse
+        if moves or down.feedback or self.up.feedback or isinstance(self.aggregator, SvdRedistribute):
+            raise ConfigError(
+                "clients tell what was pruned by its zeros, and these must stay; beside prune, down is dense, in "
+                "floating point and relative to zero, memory 'none' or 'init', nothing has feedback, the rule is a mean"
+            )
+
+    def _check_rules(self) -> None:
+        """What links do to rules that are no plain mean."""
+        thin = self.up.thins or self.down.thins
+        slices = isinstance(self.down.sparsify, RankSlice) and not self.down.stages
+        if isinstance(self.aggregator, SvdRedistribute) and self.down.thins and not slices:
+            raise ConfigError(
+                "svd_redistribute rebuilds the factors from what clients got, and what was left out would be lost; "
+                "leave down.sparsify at dense"
+            )
+        if isinstance(self.aggregator, CoordinateMedian | TrimmedMean) and thin:
+            raise ConfigError(
+                f"{self.aggregator.kind!r} looks at each coordinate, which a thinned link leaves out for most clients, "
+                "so that hardly anything would move; leave sparsify at dense"
+            )
+        drawn = [self.up.sparsify, *(stage.sparsify for stage in self.up.stages)]
+        if any(isinstance(each, RandomK) and each.rescale for each in drawn) and not isinstance(self.aggregator, Mean):
+            raise ConfigError("up.sparsify multiplies what it keeps, which is right for a plain mean only; use 'mean'")
 
     def _check_memory(self) -> None:
         """What links ask of clients' memory, and what they do to updates."""
@@ -124,3 +175,10 @@ class Phase:
 
     recipe: Recipe = Recipe()
     rounds: Annotated[int, Field(ge=1)] = 40
+
+    def __post_init__(self) -> None:
+        late = [stage.round for link in (self.recipe.down, self.recipe.up) for stage in link.stages]
+        if late and max(late) >= self.rounds:
+            raise ConfigError(
+                f"a stage begins in round {max(late)}, but the phase has rounds 0 to {self.rounds - 1} only"
+            )

@@ -181,10 +181,11 @@ def run_round(
         for job, message, reply in zip(jobs, messages, engine.run(jobs), strict=True):
             received = wire.unpack(reply.packet.raw, like)
             delta = join_groups(received, state.groups)
-            if recipe.up.rounds_values:  # rounding may have made it longer
+            if job.recipe.up.rounds_values:  # rounding may have made it longer
                 delta = recipe.privacy.clip(delta)
             report = {name: float(value) for name, value in received["report"].items()}
-            light = reply._replace(packet=reply.packet._replace(raw=b""))  # a cohort's bytes are never held together
+            # what a cohort sent is never held together
+            light = reply._replace(packet=reply.packet._replace(raw=b"", trees={}))
             answers.append(Answer(job.client, light, report))
             yield Update(message.start, delta, report["examples"])
 

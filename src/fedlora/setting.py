@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fedlora import config
+from fedlora.account import Budget
 from fedlora.clients import (
     Classes,
     Clients,
@@ -172,7 +173,9 @@ def in_mode(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, phases=phases, clients=clients)
 
 
-def manifest(experiment: Experiment, setting: Setting) -> dict[str, Any]:
+def manifest(
+    experiment: Experiment, setting: Setting, budget: Budget | None = None, phases: Sequence[Phase] = ()
+) -> dict[str, Any]:
     """What a reader needs to know about how a run was made."""
     return {
         "versions": {name: metadata.version(name) for name in VERSIONED},
@@ -185,10 +188,20 @@ def manifest(experiment: Experiment, setting: Setting) -> dict[str, Any]:
         "data_fingerprint": setting.task.fingerprint,
         "label_names": setting.task.label_names,
         "num_test": len(setting.test_rows),
-        "noise": [
-            "a seed" if phase.recipe.privacy.seed is not None else "the operating system's secure source"
-            for phase in experiment.phases
-            if isinstance(phase.recipe.privacy, CentralGaussian)
-        ],
+        "privacy": _privacy(budget, phases),
         "partition": setting.summary().as_dict(),
+    }
+
+
+def _privacy(budget: Budget | None, phases: Sequence[Phase]) -> dict[str, Any] | None:
+    """What an auditor of the account needs."""
+    if budget is None:
+        return None
+    found = [phase.recipe.privacy for phase in phases if isinstance(phase.recipe.privacy, CentralGaussian)]
+    return {
+        "delta": budget.delta,
+        "accountant": budget.accountant,
+        **budget.sampled._asdict(),
+        "noise_multiplier": [each.noise_multiplier for each in found],
+        "noise": ["a seed" if each.seed is not None else "the operating system's secure source" for each in found],
     }

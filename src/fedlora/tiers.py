@@ -70,8 +70,15 @@ class Tier:
                     f"tier {self.name!r} has a rank, which is a downlink of its own; leave out its down.sparsify and "
                     "down.stages, and set down.reference to zero"
                 )
+            if self.rank > recipe.tuning.rank:
+                raise ConfigError(f"tier {self.name!r} has rank {self.rank}, above the recipe's {recipe.tuning.rank}")
             if self.rank < recipe.tuning.rank:
                 down = replace(down, sparsify=RankSlice(rank=self.rank))
+        if down.reference != recipe.down.reference:
+            raise ConfigError(
+                f"tier {self.name!r}: the start is announced to all clients or to none; set its down.reference to "
+                f"{recipe.down.reference!r}"
+            )
         if self.compute == "fp32" and recipe.local.compute == "bf16":
             raise ConfigError(
                 f"tier {self.name!r} computes in fp32, but local.compute = 'bf16' keeps frozen weights in bfloat16: "

@@ -32,7 +32,7 @@ class Workspace:
         self._phase: int | None = None
         self._setup: bytes | None = None
         self._installed: Installed | None = None
-        self._decoded: tuple[int | None, bytes, Tree] | None = None
+        self._decoded: tuple[bytes, Tree] | None = None
         self.init: Tree = {}
 
     @property
@@ -93,22 +93,23 @@ class Workspace:
         with torch.inference_mode(), self.autocast(compute):
             return self.task.evaluate(self.model, rows, split, self.device)
 
-    def decode(self, payload: bytes, client: int, read: Callable[[], Tree]) -> Tree:
+    def decode(self, payload: bytes, read: Callable[[], Tree]) -> Tree:
         """What ``payload`` says, kept until other bytes come: a cohort gets the same ones.
 
         Args:
             payload: the parameters of a round.
-            client: who got it; what changed since a client's last round is its own affair.
-            read: decodes it; called if the bytes are new.
+            read: decodes it; called if the bytes are new, or tell what changed since a client's last round, which is
+                that client's own affair.
 
         Returns:
             A tree that must not be written to.
         """
-        whose = client if wire.reference_of(payload) == "last_round" else None
-        if self._decoded is None or self._decoded[:2] != (whose, payload):
+        if wire.reference_of(payload) == "last_round":
+            return read()
+        if self._decoded is None or self._decoded[0] != payload:
             self._decoded = None  # free the old tree first
-            self._decoded = whose, payload, read()
-        return self._decoded[2]
+            self._decoded = payload, read()
+        return self._decoded[1]
 
     def autocast(self, compute: str) -> torch.autocast:
         """The number format of a forward pass."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tomllib
+import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 from toy import LOCAL, Federation
 
 from fedlora import config, tree
+from fedlora.aggregate import Mean
 from fedlora.config import Experiment
 from fedlora.downlink import Downlink
 from fedlora.errors import ConfigError, WireError
@@ -20,7 +24,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.round import Row
 from fedlora.server_optim import Sgd
-from fedlora.state import load_state, save_state
+from fedlora.state import Change, Fold, Update, load_state, save_state
 from fedlora.transport import (
     PRECISIONS,
     SPARSIFIERS,
@@ -35,6 +39,7 @@ from fedlora.transport import (
     TopK,
     Uniform,
 )
+from fedlora.tree import Tree
 from fedlora.tuning import LoRA
 
 THIN = {
@@ -79,6 +84,10 @@ def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
+def untimed(row: Row) -> Row:
+    return replace(row, seconds={}, slowest_seconds=0.0)
+
+
 def test_every_value_of_the_tables_is_here() -> None:
     assert (list(THIN), list(PRECISE)) == (list(SPARSIFIERS), list(PRECISIONS))
 
@@ -111,7 +120,7 @@ def test_saved_and_loaded_in_every_round_it_ends_in_the_same_bits(name: str, tmp
         state, _ = load_state(tmp_path / "state")
         rows += federation.rows
     assert all(torch.equal(state.params[name], value) for name, value in expected.params.items())
-    assert [replace(row, seconds={}) for row in rows] == [replace(row, seconds={}) for row in whole.rows]
+    assert [untimed(row) for row in rows] == [untimed(row) for row in whole.rows]
 
 
 def test_the_server_knows_what_each_client_holds() -> None:
@@ -220,6 +229,33 @@ def test_random_places_cost_their_seed_only() -> None:
 def test_links_that_would_lie_are_refused(slots: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe(**slots)  # type: ignore[arg-type]
+
+
+def test_a_stage_after_the_last_round_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a stage begins in round 6, but the phase has rounds 0 to 5 only"):
+        over(up=Link(stages=(Stage(round=6, precision=Uniform()),)))
+
+
+def test_uploads_of_a_cohort_are_never_held_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def combine(self: Mean, updates: Iterable[Update], params: Tree) -> Change:
+        nonlocal most
+        total = tree.zeros_like(params)
+        for update in updates:
+            alive.append(weakref.ref(next(iter(update.delta.values()))))
+            tree.add_(total, update.delta)
+            del update
+            gc.collect()
+            most = max(most, sum(each() is not None for each in alive))
+        return Change(total, Fold())
+
+    monkeypatch.setattr(Mean, "combine", combine)
+    federation = Federation(over())
+    federation.go_on(federation.start(), 1)
+    assert len(alive) == 3
+    assert most <= 1
 
 
 def test_a_client_without_memory_is_told_so() -> None:

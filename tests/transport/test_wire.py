@@ -275,7 +275,7 @@ def test_wrong_contents_are_named():
         "where at most": b"\1\3\2\xff\x7f" + good + ones,
         "bits behind the last": b"\1\2" + b"\xff" * 13 + struct.pack("<100f", *[1] * 100),
         "at most 1 is possible": b"\1\6\2\2" + ones,  # columns of a vector
-        "a layout for a tensor that does not exist": b"\1\xff\x11" + bytes(400),
+        "an unknown layout; expected": b"\1\xff\x11" + bytes(400),
         "an unknown layout": b"\1\xff\x07" + bytes(400),
         "unknown coding 3": b"\x04\x08\0\1\x80\x3f\3" + bytes(100),
         "unknown coding 0": b"\x04\x01\0\1\x80\x3f\0" + bytes(100),

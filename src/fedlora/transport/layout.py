@@ -220,14 +220,14 @@ def _table(layouts: Sequence[int]) -> bytes:
 
 def _read_table(reader: Reader, count: int) -> list[int]:
     first = reader.byte()
-    if first == _MIXED:
+    if first == _MIXED and count > 1:
         raw = reader.take(-(-count // 2))
         halves = [half for byte in raw for half in (byte & 15, byte >> 4)]
         layouts = halves[:count]
-        if any(halves[count:]):
-            raise WireError("a layout for a tensor that does not exist")
+        if any(halves[count:]) or len(set(layouts)) < 2:
+            raise WireError("a table of layouts in more bytes than needed")
     else:
         layouts = [first] * count
-    if (first != _MIXED and first > BOX) or any(layout > BOX for layout in layouts):
+    if (not count and first != EMPTY) or any(layout > BOX for layout in layouts):
         raise WireError(f"an unknown layout; expected 0 to {BOX}")
     return layouts
