@@ -123,7 +123,7 @@ def test_accounts_that_cannot_be_kept_are_refused(phases: tuple[Phase, ...], mes
 
 
 def test_few_clients_must_say_their_delta() -> None:
-    with pytest.raises(ConfigError, match="set privacy.delta"):
+    with pytest.raises(ConfigError, match=r"set privacy\.delta"):
         open_account((phase(noise_multiplier=1.0),), ALL)
 
 

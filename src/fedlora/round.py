@@ -22,6 +22,7 @@ from fedlora.state import Carry, Change, ClientState, Fold, ServerState, Update,
 from fedlora.tiers import Tier, recipes_of
 from fedlora.transport import wire
 from fedlora.transport.link import join_groups, split_groups
+from fedlora.transport.precision import Float32
 from fedlora.workspace import Workspace, setup_parts
 
 Kinds = dict[str, int]
@@ -93,13 +94,18 @@ def open_phase(
     installed = workspace.open(phase, recipe)
     start = recipe.tuning.start(installed, named_seed(seed, "start", phase), carry)
     parts = setup_parts(recipe, installed, start)
-    packet = wire.pack(parts, {}) if parts else wire.Packet(b"", {}, {}, {})
+    # where the rest of the start is redrawn from a seed, the head's travels like the head
+    head = {name for name, group in installed.groups.items() if group == "head"}
+    coarse = wire.Form(recipe.down.at(0).head_precision or Float32(), named_seed(seed, "init", phase))
+    forms = {"init": coarse} if set(parts.get("init", {})) <= head else {}
+    packet = wire.pack(parts, forms) if parts else wire.Packet(b"", {}, {}, {})
+    told = packet.trees.get("init", {}) if forms else {}
     workspace.settle(phase, recipe, packet.raw)
     state = ServerState(
         phase=phase,
         round=rounds_done,
         params=start.params,
-        init=start.params,
+        init=start.params | told,
         groups=dict(installed.groups),
         setup=packet.raw,
         setup_bytes=packet.sizes,

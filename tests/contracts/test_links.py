@@ -30,6 +30,7 @@ from fedlora.transport import (
     SPARSIFIERS,
     BFloat16,
     Dense,
+    Float32,
     Link,
     Quota,
     RandomK,
@@ -263,3 +264,19 @@ def test_a_client_without_memory_is_told_so() -> None:
     state = federation.go_on(federation.start(), 2)
     with pytest.raises(WireError, match="this client remembers none"):
         federation.go_on(replace(state, clients={}), 3)
+
+
+def test_the_heads_start_travels_like_the_head() -> None:
+    told = {}
+    for name, precision in (("whole", Float32()), ("coarse", Uniform(bits=4))):
+        link = Link(precision=precision, reference="init")
+        federation = Federation(over(down=link, memory="init"))
+        state = federation.start()
+        told[name] = state.setup_bytes["init"]
+        head = [key for key, group in state.groups.items() if group == "head"]
+        same = all(torch.equal(state.init[key], state.params[key]) for key in head)
+        assert same == (name == "whole")
+        after = federation.go_on(state, 1)
+        known = federation.workspace.init
+        assert all(torch.equal(known[key], after.init[key]) for key in head)  # both ends have the same start
+    assert told["coarse"] < 0.4 * told["whole"]
