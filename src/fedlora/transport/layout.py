@@ -33,10 +33,10 @@ class Draw(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a layout says: the bytes that say it, which entries are stored, and how many of each tensor."""
+    """What a layout says: the bytes that say it, where entries are stored, and how many of each tensor."""
 
     raw: bytes
-    mask: Bools | None  # None: all of them
+    where: NDArray[np.intp] | None  # None: all of them
     runs: list[int]
 
 
@@ -62,7 +62,7 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
     if kept == total:
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
     if kept == 0:
-        return Stored(_table([EMPTY] * len(sizes)), np.zeros(total, np.bool_), [0] * len(sizes))
+        return Stored(_table([EMPTY] * len(sizes)), np.zeros(0, np.intp), [0] * len(sizes))
     runs = np.split(nonzero, np.cumsum(sizes)[:-1])
     counts = [int(np.count_nonzero(run)) for run in runs]
     choices = [
@@ -119,7 +119,7 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
         for run in (run for group, _ in coded for run in group):
             run[:] = found[at : at + len(run)]
             at += len(run)
-    return Stored(b"", mask, [int(np.count_nonzero(run)) for run in runs])
+    return Stored(b"", np.flatnonzero(mask), [int(np.count_nonzero(run)) for run in runs])
 
 
 def _bits(choice: _Choice) -> float:
@@ -143,8 +143,9 @@ def _choices(
             if np.count_nonzero(run[places]) == count:
                 number = 8.0 * len(varint(len(places)))
                 choices.append(_Choice(SEEDED, number + value_bits * len(places), places=places))
-        if len(shape) > 1:
-            grid = _grid(run, shape)
+        grid = _grid(run, shape)
+        # where the last row and the last column have something, a box is the whole
+        if len(shape) > 1 and not (grid[-1].any() and grid[:, -1].any()):
             rows = int(np.flatnonzero(grid.any(axis=1))[-1]) + 1
             columns = int(np.flatnonzero(grid.any(axis=0))[-1]) + 1
             sides = 8.0 * (len(varint(rows)) + len(varint(columns)))
@@ -202,7 +203,9 @@ def _write(plan: list[_Choice], runs: list[Bools], counts: list[int], like: Tree
         coded.append((np.concatenate([runs[i] for i in pooled]), Segment(sum(len(runs[i]) for i in pooled), count)))
     if coded:
         chunks.append(encode_positions(np.concatenate([run for run, _ in coded]), [segment for _, segment in coded]))
-    return Stored(b"".join(chunks), np.concatenate(stored), [int(np.count_nonzero(run)) for run in stored])
+    return Stored(
+        b"".join(chunks), np.flatnonzero(np.concatenate(stored)), [int(np.count_nonzero(run)) for run in stored]
+    )
 
 
 def _grid(run: Bools, shape: Sequence[int]) -> Bools:

@@ -111,9 +111,10 @@ class Plain(Precision):
 
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
         """The values one after another."""
-        values = self.from_bytes(reader.take(sum(runs) * int(self.value_bits) // 8)) + np.float32(0)  # no -0.0
+        values = self.from_bytes(reader.take(sum(runs) * int(self.value_bits) // 8))
         if not np.isfinite(values).all():
             raise WireError("a value that is NaN or infinite")
+        values += 0.0  # a negative zero is a zero
         return values
 
 

@@ -170,9 +170,7 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
         values += 0.0  # flatten copied; -0.0 + 0.0 is 0.0. NumPy, as threads do not pay here
     stored = write_layout(values != 0, tree, form.precision.value_bits, form.draw)
     try:
-        written = form.precision.write(
-            values if stored.mask is None else values[np.flatnonzero(stored.mask)], stored.runs, form.seed
-        )
+        written = form.precision.write(values if stored.where is None else values[stored.where], stored.runs, form.seed)
     except WireError as error:
         named = unflatten(torch.from_numpy(values), tree)
         largest = {name: float(value.abs().max()) for name, value in named.items() if value.numel()}
@@ -182,7 +180,7 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
             "precision; nothing was sent. Look for a diverged step: a lower learning rate or clipping may help."
         ) from error
     header = bytes([form.precision.code]) + form.precision.settings() + stored.raw
-    return [header, *written.chunks], _spread(written.values, stored.mask)
+    return [header, *written.chunks], _spread(written.values, stored.where, len(values))
 
 
 def _unpack_section(reader: Reader, like: Tree) -> Tree:
@@ -192,13 +190,18 @@ def _unpack_section(reader: Reader, like: Tree) -> Tree:
         raise WireError(f"it has the unknown number format {code}, expected one of {list(_PRECISIONS)}")
     precision = _PRECISIONS[code].from_settings(reader)
     stored = read_layout(reader, like)
-    return unflatten(torch.from_numpy(_spread(precision.read(reader, stored.runs), stored.mask)), like)
+    return unflatten(
+        torch.from_numpy(
+            _spread(precision.read(reader, stored.runs), stored.where, sum(value.numel() for value in like.values()))
+        ),
+        like,
+    )
 
 
-def _spread(values: NDArray[np.float32], mask: NDArray[np.bool_] | None) -> NDArray[np.float32]:
-    """``values`` where the mask is true, zeros elsewhere."""
-    if mask is None:
+def _spread(values: NDArray[np.float32], where: NDArray[np.intp] | None, size: int) -> NDArray[np.float32]:
+    """``values`` at some places of a vector, zeros elsewhere."""
+    if where is None:
         return values
-    vector = np.zeros(len(mask), np.float32)
-    vector[np.flatnonzero(mask)] = values
+    vector = np.zeros(size, np.float32)
+    vector[where] = values
     return vector
