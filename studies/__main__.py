@@ -20,7 +20,7 @@ def main() -> None:
     """Reads the command line."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[name for name in names if name != "study"])
+    parser.add_argument("name", choices=[name for name in names if name not in ("study", "picture")])
     parser.add_argument("command", choices=("tune", "final", "table"))
     parser.add_argument("--methods", default="")
     parser.add_argument("--seed", type=int, default=0)

@@ -102,7 +102,7 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     silent = recipe.privacy.needs_uniform_mean
     figures = (0.0, 0.0, 0.0) if silent else (float(trained.examples), float(trained.steps), trained.loss)
     report = {name: torch.tensor(value) for name, value in zip(REPORT, figures, strict=True)}
-    packet = recipe.up.encode(sent, groups, job.round, seed, {"report": report})
+    packet = recipe.up.encode(sent, groups, job.round, seed, {"report": report}, trees=recipe.up.feedback)
     memory = ClientState(
         has_setup=recipe.memory != "none",
         optimizer=trained.optimizer,

@@ -176,7 +176,8 @@ def run_round(
         jobs.append(job)
         received = _sum(message.packet.sizes, {} if memory.has_setup else state.setup_bytes)
         down = _sum(down, received)
-        _count(shares, name, "down_bytes", received)
+        if name:
+            _count(shares, name, "down_bytes", received)
         references = _sum(references, {message.reference: 1})
     packed = time.perf_counter()
 
@@ -228,8 +229,9 @@ def run_round(
         clients=clients,
     )
     for name, answer in zip(names, answers, strict=True):
-        _count(shares, name, "up_bytes", answer.reply.packet.sizes)
-        _count(shares, name, "clients", {"num": 1})
+        if name:
+            _count(shares, name, "up_bytes", answer.reply.packet.sizes)
+            _count(shares, name, "clients", {"num": 1})
     done = time.perf_counter()
     working = sum(answer.reply.seconds for answer in answers)
     entries = tree.num_entries(params)
@@ -243,7 +245,7 @@ def run_round(
         down_bytes=down,
         up_bytes=_sum(*(answer.reply.packet.sizes for answer in answers)),
         references=references,
-        tiers={name: share for name, share in shares.items() if name},
+        tiers=shares,
         density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / max(1, len(messages)),
         density_up=sum(_kept(answer.reply) for answer in answers) / entries / max(1, len(answers)),
         update_norm=tree.norm(delta),

@@ -133,6 +133,7 @@ class Link:
         seed: int,
         others: Mapping[str, Tree] | None = None,
         reference: str = "zero",
+        trees: bool = True,
     ) -> Packet:
         """The message of a tree from ``thin``, rounded.
 
@@ -143,6 +144,7 @@ class Link:
             seed: that of ``thin``.
             others: further parts, sent in float32.
             reference: what the tree is relative to.
+            trees: whether the packet tells what its receiver will hold.
         """
         stage = self.at(round)
         draw = None
@@ -152,7 +154,7 @@ class Link:
             "adapter": Form(stage.precision or Float32(), seed, draw),
             "head": Form(stage.head_precision or Float32(), seed + 1, draw),
         }
-        return wire.pack(split_groups(tree, groups) | dict(others or {}), forms, reference)
+        return wire.pack(split_groups(tree, groups) | dict(others or {}), forms, reference, trees)
 
     def send(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int, reference: str = "zero") -> Packet:
         """``encode`` of ``thin``."""

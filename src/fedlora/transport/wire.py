@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ class Packet(NamedTuple):
         raw: the bytes that travel.
         sizes: their number by part, and under ``envelope`` what belongs to none; the sum is ``len(raw)``.
         kept: how many entries of each part are not zero on arrival.
-        trees: what ``unpack`` will give, bit for bit.
+        trees: what ``unpack`` will give, bit for bit; nothing if it was not asked for.
     """
 
     raw: bytes
@@ -57,7 +58,7 @@ class Form(NamedTuple):
     draw: Draw | None = None
 
 
-def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = "zero") -> Packet:
+def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = "zero", trees: bool = True) -> Packet:
     """One message of all parts in their order, each tensor in the smallest of the layouts.
 
     A negative zero is a zero, and arrives as a positive one. The same trees give the same bytes.
@@ -66,6 +67,7 @@ def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = 
         parts: the trees by part name, float32 of any shapes.
         forms: how each part is written; plainly in float32 where it has none.
         reference: what the values are relative to, one of ``REFERENCES``.
+        trees: whether the packet tells what its receiver will hold.
 
     Returns:
         The bytes, their number by part, and what they say.
@@ -79,17 +81,18 @@ def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = 
     checksum = xxh3_64(seed=_seed(template, REFERENCES.index(reference)))
     chunks: list[bytes | memoryview] = [b""]
     sizes = {"envelope": _ENVELOPE.size}
-    kept, trees = {}, {}
+    kept, told = {}, {}
     for part, tree in parts.items():
         section, values = _pack_section(part, tree, forms.get(part, Form()))
-        trees[part] = unflatten(torch.from_numpy(values), tree)
-        kept[part] = int(np.count_nonzero(values))
+        if trees:
+            told[part] = unflatten(torch.from_numpy(values), tree)
+        kept[part] = int(np.count_nonzero(values != 0))  # counting floats themselves is slow
         sizes[part] = sum(map(len, section))
         chunks += section
         for chunk in section:
             checksum.update(chunk)
     chunks[0] = _ENVELOPE.pack(MAGIC, VERSION, REFERENCES.index(reference), template, checksum.intdigest())
-    return Packet(b"".join(chunks), sizes, kept, trees)
+    return Packet(b"".join(chunks), sizes, kept, told)
 
 
 def unpack(raw: bytes, like: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -156,7 +159,13 @@ def _seed(template: int, reference: int) -> int:
 
 def _fingerprint(parts: Mapping[str, Tree]) -> int:
     """32 bits of a hash of part names, tensor names and shapes, in their order, as compact JSON."""
-    named = [[part, [[name, list(value.shape)] for name, value in tree.items()]] for part, tree in parts.items()]
+    return _hash(
+        tuple((part, tuple((name, value.shape) for name, value in tree.items())) for part, tree in parts.items())
+    )
+
+
+@lru_cache(maxsize=64)
+def _hash(named: tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]) -> int:
     return xxh3_64_intdigest(json.dumps(named, separators=(",", ":")).encode("ascii")) & 0xFFFFFFFF
 
 
