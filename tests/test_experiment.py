@@ -71,6 +71,7 @@ def test_result_json_says_what_the_result_says(ran: Ran, method: str) -> None:
         "seed": 0,
         "rounds": 3,
         "main_metric": "accuracy",
+        "higher_is_better": True,
         "before": result.rows[0].metrics,
         "after": result.after,
         "down_bytes": result.down_bytes,

@@ -15,6 +15,7 @@ import torch
 import transformers
 from PIL import Image
 from shared import shared
+from tiny import ledger
 from torch import nn
 
 import fedlora
@@ -670,11 +671,6 @@ def run(world: Path, out: Path, model: str, method: dict[str, Any], rounds: int 
         "method": {"rounds": rounds, "local": LOCAL, **method},
     }
     return fedlora.run(config.parse(values), out)
-
-
-def ledger(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "ledger.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 @pytest.mark.parametrize(
