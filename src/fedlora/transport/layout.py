@@ -149,7 +149,9 @@ def _choices(
             rows = int(np.flatnonzero(grid.any(axis=1))[-1]) + 1
             columns = int(np.flatnonzero(grid.any(axis=0))[-1]) + 1
             sides = 8.0 * (len(varint(rows)) + len(varint(columns)))
-            choices.append(_Choice(BOX, sides + value_bits * rows * columns, (rows, columns)))
+            area = rows * columns
+            inside = value_bits * area if value_bits >= _PLAIN_BITS else values + _entropy(area, count)
+            choices.append(_Choice(BOX, sides + inside, (rows, columns)))
     return choices
 
 
