@@ -150,7 +150,8 @@ def _choices(
             columns = int(np.flatnonzero(grid.any(axis=0))[-1]) + 1
             sides = 8.0 * (len(varint(rows)) + len(varint(columns)))
             area = rows * columns
-            inside = value_bits * area if value_bits >= _PLAIN_BITS else values + _entropy(area, count)
+            zeros = _entropy(area, count) + 2 * _WORD_BITS if area > count else 0.0  # as symbols, with their table
+            inside = value_bits * area if value_bits >= _PLAIN_BITS else values + zeros
             choices.append(_Choice(BOX, sides + inside, (rows, columns)))
     return choices
 
