@@ -29,6 +29,7 @@ def main() -> None:
         axes.plot(x, y, marker, color=colour, markersize=5 + 2 * len(seeds))
         axes.annotate(label, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
+    axes.margins(x=0.2)
     axes.set_xlabel("megabytes in 60 rounds of 10 clients, both ways")
     axes.set_ylabel("accuracy on all test texts")
     axes.grid(alpha=0.3)
