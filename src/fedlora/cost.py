@@ -27,7 +27,7 @@ from fedlora.tree import Tree
 from fedlora.workspace import Workspace
 
 PROBED_ROUNDS = 6
-PROBED_CLIENTS = 3
+PROBED_CLIENTS = 6
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     """What each phase will send.
 
     How many bytes a message takes depends on the values in it, wherever entries are left out or rounded. So the first
-    ``PROBED_ROUNDS`` rounds of each phase are run in earnest, with ``PROBED_CLIENTS`` clients. Later downlinks are made
-    from parameters that went on in the same direction, as far as the square root of the rounds; later uplinks are like
-    the last ones. Whether a client is new to the run is a matter of chance, of which the expectation is counted.
+    ``PROBED_ROUNDS`` rounds of each phase are run in earnest, with ``PROBED_CLIENTS`` clients at most. Later downlinks
+    are made from parameters that went on in the same direction, as far as the square root of the rounds; later uplinks
+    are like the last ones. Whether a client is new to the run is a matter of chance, and its expectation is counted.
 
     Args:
         experiment: the configuration.
@@ -89,7 +89,7 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     )
     private = any(phase.recipe.privacy.needs_uniform_mean for phase in phases)
     expected = per_round if private else None  # noise as small as in the run
-    probed = _probed(setting, experiment.seed)
+    probed = _probed(setting, experiment.seed, min(PROBED_CLIENTS, per_round))
     cohort = tuple(client for members in probed.values() for client in members)
     weights = {name: _share(setting, name) for name in probed}
     found, carry, done = [], None, 0
@@ -142,14 +142,14 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     return found
 
 
-def _probed(setting: Setting, seed: int) -> dict[str, tuple[int, ...]]:
+def _probed(setting: Setting, seed: int, most: int) -> dict[str, tuple[int, ...]]:
     """A few clients of each tier, by its name, or of all under an empty one."""
     order = draw_cohort(setting.population, len(setting.population), named_seed(seed, "probe"))
     names = {client: tier.name for client, tier in setting.tiers.items()}
     members: dict[str, list[int]] = {}
     for client in order:
         members.setdefault(names.get(client, ""), []).append(client)
-    return {name: tuple(clients[:PROBED_CLIENTS]) for name, clients in members.items()}
+    return {name: tuple(clients[:most]) for name, clients in members.items()}
 
 
 def _share(setting: Setting, tier: str) -> float:
