@@ -12,8 +12,8 @@ import torch
 
 from fedlora.clients import Population
 from fedlora.engines import Serial
+from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import open_phase
 from fedlora.state import ServerState
 from fedlora.tasks import Model
 from fedlora.tasks.sources import Docstrings

@@ -18,23 +18,31 @@ from fedlora.aggregate import (
     Krum,
     Mean,
     NormBound,
+    ProductExact,
     SparsityWeighted,
+    Stack,
     SvdRedistribute,
     TrimmedMean,
 )
 from fedlora.errors import ConfigError, TrainingError
+from fedlora.local import Local
 from fedlora.methods import fedavg
+from fedlora.privacy import CentralGaussian
+from fedlora.prune import Prune
 from fedlora.recipe import Recipe
 from fedlora.server_optim import Adam, Sgd
-from fedlora.state import Update
+from fedlora.state import Change, Update
 from fedlora.transport import Link, RandomK, TopK
 from fedlora.tree import Tree
-from fedlora.tuning import Full, LoRA
+from fedlora.tuning import Full, LoRA, SvdOfWeight
 
+NOISE = CentralGaussian(clip_norm=1.0, noise_multiplier=1.0)
 VALUES: dict[str, Aggregator] = {
     "mean": Mean(),
     "sparsity_weighted": SparsityWeighted(),
     "svd_redistribute": SvdRedistribute(),
+    "product_exact": ProductExact(),
+    "stack": Stack(),
     "median": CoordinateMedian(),
     "trimmed_mean": TrimmedMean(trim=0.25),
     "krum": Krum(faulty=0),
@@ -57,6 +65,17 @@ def product(params: Tree) -> torch.Tensor:
     return params["m.lora_B"].double() @ params["m.lora_A"].double()
 
 
+def folded(change: Change) -> torch.Tensor:
+    b, a = change.fold.factors.get("m", (torch.zeros(5, 1), torch.zeros(1, 7)))
+    return b.double() @ a.double()
+
+
+def mean_product(updates: list[Update], weighting: str) -> torch.Tensor:
+    weights = np.array([1.0 if weighting == "uniform" else update.weight for update in updates])
+    products = torch.stack([product(tree.add(update.start, update.delta)) for update in updates])
+    return (torch.tensor(weights / weights.sum())[:, None, None] * products).sum(0)
+
+
 def stacked(updates: list[Update]) -> np.ndarray:
     return np.stack([tree.flatten(update.delta).double().numpy() for update in updates])
 
@@ -71,17 +90,18 @@ def test_equal_clients_give_what_each_of_them_has(kind: str) -> None:
     change = VALUES[kind].combine([one] * 4, params)
     after = tree.add(params, change.delta)
     expected = tree.add(params, one.delta)
-    torch.testing.assert_close(product(after), product(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product(after) + folded(change), product(expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after["head.weight"], expected["head.weight"])
-    assert not change.fold
+    assert bool(change.fold) == VALUES[kind].restarts
 
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_the_order_of_clients_does_not_matter(kind: str) -> None:
     params, updates = cohort(5)
-    one, other = (VALUES[kind].combine(order, params).delta for order in (updates, updates[::-1]))
-    for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-6)
+    one, other = (VALUES[kind].combine(order, params) for order in (updates, updates[::-1]))
+    for name, value in one.delta.items():
+        torch.testing.assert_close(value, other.delta[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(folded(one), folded(other), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -104,14 +124,56 @@ def test_svd_redistribute_is_the_best_approximation_of_the_mean_product(weightin
     params, updates = cohort(4)
     change = SvdRedistribute(weighting=weighting, split=split).combine(updates, params)
     after = tree.add(params, change.delta)
-    weights = np.array([1.0 if weighting == "uniform" else update.weight for update in updates])
-    products = torch.stack([product(tree.add(update.start, update.delta)) for update in updates])
-    mean = (torch.tensor(weights / weights.sum())[:, None, None] * products).sum(0)
-    u, s, vt = torch.linalg.svd(mean)
+    u, s, vt = torch.linalg.svd(mean_product(updates, weighting))
     torch.testing.assert_close(product(after), u[:, :3] * s[:3] @ vt[:3], rtol=1e-5, atol=1e-5)
     if split == "left":
         gram = after["m.lora_A"].double() @ after["m.lora_A"].double().T
         torch.testing.assert_close(gram, torch.eye(3, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+@pytest.mark.parametrize("kind", [kind for kind, rule in AGGREGATORS.items() if rule.exact_for_products])
+def test_rules_that_are_exact_for_products_give_their_mean(kind: str, weighting: Any) -> None:
+    params, updates = cohort(4)
+    change = VALUES[kind].__class__(weighting=weighting).combine(updates, params)  # type: ignore[call-arg]
+    after = product(tree.add(params, change.delta)) + folded(change)
+    torch.testing.assert_close(after, mean_product(updates, weighting), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", AGGREGATORS)
+def test_rules_say_truly_whether_they_are_exact_for_products(kind: str) -> None:
+    params, updates = cohort(6)
+    change = VALUES[kind].combine(updates, params)
+    gap = product(tree.add(params, change.delta)) + folded(change) - mean_product(updates, "uniform")
+    assert (float(gap.abs().max()) < 1e-4) == VALUES[kind].exact_for_products
+
+
+def test_the_fold_of_product_exact_has_the_least_rank_and_may_have_less() -> None:
+    params, updates = cohort(2)
+    b, a = ProductExact().combine(updates, params).fold.factors["m"]
+    assert (b.shape, a.shape) == ((5, 3), (3, 7))  # one client fewer than there are, times the rank
+    whole = ProductExact().combine(cohort(4)[1], params)
+    small = ProductExact(rank=2).combine(cohort(4)[1], params)
+    u, s, vt = torch.linalg.svd(folded(whole))
+    torch.testing.assert_close(folded(small), u[:, :2] * s[:2] @ vt[:2], rtol=1e-5, atol=1e-5)
+
+
+def test_where_a_keeps_still_product_exact_folds_nothing_and_stack_the_rank_of_one() -> None:
+    params, updates = cohort(4)
+    still = [update._replace(delta=update.delta | {"m.lora_A": torch.zeros(3, 7)}) for update in updates]
+    assert not ProductExact().combine(still, params).fold
+    assert Stack().combine(still, params).fold.factors["m"][1].shape == (3, 7)
+
+
+def test_stack_leaves_out_ranks_that_a_client_does_not_have() -> None:
+    params = params_of(0) | {"m.lora_B": torch.zeros(5, 3)}
+    full, short = params_of(1), params_of(2)
+    short["m.lora_A"][1:] = -params["m.lora_A"][1:]
+    short["m.lora_B"][:, 1:] = 0.0
+    updates = [Update(params, full, 1.0), Update(params, short, 1.0)]
+    change = Stack().combine(updates, params)
+    assert change.fold.factors["m"][0].shape == (5, 4)
+    torch.testing.assert_close(folded(change), mean_product(updates, "uniform"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["no energy", "one rank", "equal values"])
@@ -182,9 +244,18 @@ def test_one_client_that_lies_hardly_moves_a_robust_rule(kind: str) -> None:
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ({"aggregator": SvdRedistribute(), "server": Adam()}, "chooses both factors anew"),
-        ({"aggregator": SvdRedistribute(), "server": Sgd(momentum=0.9)}, "chooses both factors anew"),
-        ({"aggregator": SvdRedistribute(), "tuning": LoRA(train="B")}, "chooses both factors anew"),
+        ({"aggregator": SvdRedistribute(), "server": Adam()}, "anew"),
+        ({"aggregator": SvdRedistribute(), "server": Sgd(momentum=0.9)}, "anew"),
+        ({"aggregator": SvdRedistribute(), "tuning": LoRA(train="B")}, "both factors"),
+        ({"aggregator": ProductExact(), "server": Adam()}, "anew"),
+        ({"aggregator": ProductExact(), "down": Link(sparsify=TopK(density=0.5))}, "would be lost"),
+        ({"aggregator": ProductExact(), "privacy": NOISE}, "that all weigh the same"),
+        ({"aggregator": ProductExact(), "prune": Prune(density=0.5)}, "the rule is a mean"),
+        ({"aggregator": Stack(), "tuning": Full()}, "about products"),
+        ({"aggregator": Stack(), "tuning": LoRA(train="alternate")}, "would learn nothing"),
+        ({"aggregator": Stack(), "tuning": LoRA(init=SvdOfWeight())}, "draws adapters anew"),
+        ({"aggregator": Stack(), "up": Link(feedback=True), "memory": "init"}, "start anew"),
+        ({"aggregator": Stack(), "local": Local(keep_optimizer=True)}, "start anew"),
         ({"aggregator": SparsityWeighted(), "tuning": Full()}, "about products"),
         ({"aggregator": SvdRedistribute(), "down": Link(sparsify=TopK(density=0.5))}, "would be lost"),
         ({"aggregator": CoordinateMedian(), "up": Link(sparsify=TopK(density=0.5))}, "hardly anything would move"),

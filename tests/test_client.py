@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedlora.local import Local, Schedule
+from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import open_phase
 from fedlora.testing import toy_task
 from fedlora.tree import flatten
 from fedlora.tuning import BitFit, Bottleneck, Full, LoRA, SparseMask

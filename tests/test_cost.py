@@ -46,6 +46,10 @@ WIRES = {
     "fed_select": ("lora", "method.kind='fed_select'", "method.keep=0.8"),
     "sparse_adapter": ("lora", "method.kind='sparse_adapter'"),
     "adapter_lth": ("lora", "method.kind='adapter_lth'", "method.keep=0.8", "method.every=2"),
+    "flora": ("lora", "method.kind='flora'"),
+    "fedex": ("lora", "method.kind='fedex'"),
+    "fedex, remembered": ("lora", "method.kind='fedex'", "method.memory='init'"),
+    "fedex of rank 2": ("lora", "method.kind='fedex'", "method.fold_rank=2", "method.memory='last_round'"),
     "federa, remembered": ("federa", "method.memory='init'"),
 }
 

@@ -16,7 +16,8 @@ from fedlora.engines import Serial
 from fedlora.local import Local
 from fedlora.local import Sgd as ClientSgd
 from fedlora.methods import flasc
-from fedlora.round import open_phase, run_round
+from fedlora.phases import open_phase
+from fedlora.round import run_round
 from fedlora.server_optim import AdamW, Sgd
 from fedlora.testing import TensorTask
 from fedlora.tuning import from_peft, to_peft

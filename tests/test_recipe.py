@@ -15,9 +15,10 @@ from fedlora.engines import Serial
 from fedlora.errors import ConfigError
 from fedlora.local import AdamW, Local, Schedule, Sgd
 from fedlora.methods import METHODS, fedavg, federa, flasc, slora
+from fedlora.phases import open_phase
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
-from fedlora.round import open_phase, run_round
+from fedlora.round import run_round
 from fedlora.server_optim import AdamW as ServerAdamW
 from fedlora.server_optim import Sgd as ServerSgd
 from fedlora.testing import equal_population, toy_task

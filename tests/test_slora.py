@@ -16,7 +16,8 @@ from fedlora.engines import Serial
 from fedlora.errors import ConfigError
 from fedlora.local import Local, Sgd
 from fedlora.methods import Phases, primed_lora, slora
-from fedlora.round import Row, close_phase, open_phase, run_round
+from fedlora.phases import close_phase, open_phase
+from fedlora.round import Row, run_round
 from fedlora.server_optim import Adam
 from fedlora.state import Carry, ServerState
 from fedlora.testing import FAMILIES, TensorTask, equal_population, toy_task

@@ -16,8 +16,9 @@ from fedlora import state as module
 from fedlora.engines import Serial
 from fedlora.errors import CheckpointError
 from fedlora.local import Local
+from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import open_phase, run_round
+from fedlora.round import run_round
 from fedlora.server_optim import AdamW
 from fedlora.state import SEED_BITS, ClientState, Fold, ServerState, generator, load_state, named_seed, save_state
 from fedlora.testing import equal_population, toy_task

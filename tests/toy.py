@@ -9,7 +9,8 @@ from fedlora.downlink import view
 from fedlora.engines import Serial
 from fedlora.local import AdamW, Local
 from fedlora.methods import Phases
-from fedlora.round import Row, close_phase, open_phase, run_round
+from fedlora.phases import close_phase, open_phase
+from fedlora.round import Row, run_round
 from fedlora.state import ServerState
 from fedlora.testing import equal_population, toy_task
 from fedlora.workspace import Workspace
@@ -43,5 +44,6 @@ class Federation:
         return state
 
     def loss(self, state: ServerState) -> float:
-        self.workspace.installed.load(view(self.phases[state.phase].recipe, state, 0))
+        recipe = self.phases[state.phase].recipe
+        self.workspace.show(recipe, view(recipe, state, 0), state.folds)
         return self.workspace.evaluate(np.arange(48), "train", "fp32").metrics["loss"]

@@ -25,7 +25,21 @@ class Aggregator(ABC):
     """Turns the updates of a cohort, in job order, into one change."""
 
     exact_for_products: ClassVar[bool]
-    """Whether the mean of the products ``B @ A`` is what the result's product is."""
+    """Whether the mean of the products ``B @ A`` is what the result's product is, its fold included."""
+    folds: ClassVar[bool] = False
+    """Whether frozen weights are edited, which clients must get to know."""
+    restarts: ClassVar[bool] = False
+    """Whether the adapters start anew after each round."""
+
+    def fold_rank(self, num_clients: int, rank: int, moving: str) -> int:
+        """The rank of a round's fold.
+
+        Args:
+            num_clients: of the cohort.
+            rank: of the adapters.
+            moving: the factors that are trained: ``both``, ``B``, or ``alternate``.
+        """
+        return 0
 
     @abstractmethod
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
@@ -95,32 +109,130 @@ class SvdRedistribute(Aggregator):
 
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; the factors of all updates are in memory together."""
-        cohort = list(updates)
-        weights = [1.0 if self.weighting == "uniform" else update.weight for update in cohort]
-        delta = _weighted(iter(cohort), lambda update: 1.0 if self.weighting == "uniform" else update.weight)
-        shares = [weight / sum(weights) for weight in weights]
+        cohort, shares, delta = _shared_out(updates, self.weighting)
         for a, b in factors(params):
             tall = torch.cat(
                 [share * (one.start[b] + one.delta[b]).double() for share, one in zip(shares, cohort, strict=True)],
                 dim=1,
             )
             wide = torch.cat([(one.start[a] + one.delta[a]).double() for one in cohort])
-            new_b, new_a = self._truncated(tall, wide, params[a].shape[0])
+            new_b, new_a = truncated_product(tall, wide, params[a].shape[0], self.split)
             delta[a], delta[b] = new_a.float() - params[a], new_b.float() - params[b]
         return Change(delta, Fold())
 
-    def _truncated(self, tall: Tensor, wide: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """``B`` and ``A`` of ``rank`` whose product is next to ``tall @ wide``."""
-        q, r = torch.linalg.qr(tall)
-        p, t = torch.linalg.qr(wide.T)
-        u, s, vt = torch.linalg.svd(r @ t.T, full_matrices=False)
-        b, a = q @ u[:, :rank], vt[:rank] @ p.T
-        s = s[:rank]
-        signs = a.gather(1, a.abs().argmax(dim=1, keepdim=True)).sign()
-        a, b = a * signs, b * signs.T
-        if self.split == "left":
-            return b * s, a
-        return b * s.sqrt(), a * s.sqrt()[:, None]
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProductExact(Aggregator):
+    """Factors are averaged, and frozen weights take what the mean of the products has beside (FedEx-LoRA, 2410.09432).
+
+    ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and ``W += scale (sum_k p_k B_k A_k - B A)``. As the ``B_k - B`` add
+    up to nothing, the fold is ``sum_{k<n} p_k (B_k - B) (A_k - A_n)``, of rank ``(n - 1) r``. The head is averaged.
+
+    Args:
+        weighting: as for ``mean``.
+        rank: of the best approximation of the fold that is made and sent; all of it by default.
+    """
+
+    kind: Literal["product_exact"] = "product_exact"
+    weighting: Literal["uniform", "examples"] = "uniform"
+    rank: Annotated[int, Field(ge=1)] | None = None
+    exact_for_products: ClassVar[bool] = True
+    folds: ClassVar[bool] = True
+
+    def fold_rank(self, num_clients: int, rank: int, moving: str) -> int:
+        """See ``Aggregator.fold_rank``; nothing where one factor keeps still."""
+        whole = (num_clients - 1) * rank if moving == "both" else 0
+        return whole if self.rank is None else min(whole, self.rank)
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; the factors of all updates are in memory together."""
+        cohort, shares, delta = _shared_out(updates, self.weighting)
+        folded: dict[str, tuple[Tensor, Tensor]] = {}
+        for a, b in factors(params):
+            ours = [((one.start[b] + one.delta[b]).double(), (one.start[a] + one.delta[a]).double()) for one in cohort]
+            mean_b, mean_a = (
+                torch.stack([share * pair[side] for share, pair in zip(shares, ours, strict=True)]).sum(0)
+                for side in (0, 1)
+            )
+            delta[a], delta[b] = mean_a.float() - params[a], mean_b.float() - params[b]
+            others = list(zip(shares, ours, strict=True))[:-1]
+            if others:
+                tall = torch.cat([share * (pair[0] - mean_b) for share, pair in others], dim=1)
+                wide = torch.cat([pair[1] - ours[-1][1] for _, pair in others])
+                if self.rank is not None and self.rank < len(wide):
+                    tall, wide = truncated_product(tall, wide, self.rank, "symmetric")
+                folded[a.removesuffix(".lora_A")] = tall.float(), wide.float()
+        moved = any(bool(b.any()) and bool(a.any()) for b, a in folded.values())
+        return Change(delta, Fold(folded) if moved else Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Stack(Aggregator):
+    """Frozen weights take all clients' products, and the adapters start anew (FLoRA, arXiv 2409.05976, Eq. 6).
+
+    ``W += scale sum_k p_k B_k A_k``, told as the factors side by side; then ``B = 0`` and ``A`` is drawn anew, the same
+    for all. Ranks that a client does not have take no place. The head is averaged.
+
+    Args:
+        weighting: as for ``mean``; FLoRA's own is by examples.
+    """
+
+    kind: Literal["stack"] = "stack"
+    weighting: Literal["uniform", "examples"] = "uniform"
+    exact_for_products: ClassVar[bool] = True
+    folds: ClassVar[bool] = True
+    restarts: ClassVar[bool] = True
+
+    def fold_rank(self, num_clients: int, rank: int, moving: str) -> int:
+        """See ``Aggregator.fold_rank``."""
+        return num_clients * rank if moving == "both" else rank
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; the factors of all updates are in memory together."""
+        cohort, shares, delta = _shared_out(updates, self.weighting)
+        stacked: dict[str, tuple[Tensor, Tensor]] = {}
+        # where A keeps still, the sum of all B is enough
+        same = all(torch.equal(cohort[0].delta[a], one.delta[a]) for a, _ in factors(params) for one in cohort[1:])
+        same = same and all(torch.equal(cohort[0].start[a], one.start[a]) for a, _ in factors(params) for one in cohort)
+        for a, b in factors(params):
+            tall = [share * (one.start[b] + one.delta[b]) for share, one in zip(shares, cohort, strict=True)]
+            wide = [one.start[a] + one.delta[a] for one in cohort]
+            if same:
+                tall, wide = [torch.stack(tall).sum(0)], wide[:1]
+            stacked[a.removesuffix(".lora_A")] = torch.cat(tall, dim=1), torch.cat(wide)
+            delta[a], delta[b] = torch.zeros_like(params[a]), -params[b]
+        used = torch.stack([b.any(0) & a.any(1) for b, a in stacked.values()]).any(0)
+        folded = {name: (b[:, used], a[used]) for name, (b, a) in stacked.items()}
+        return Change(delta, Fold(folded) if bool(used.any()) else Fold())
+
+
+def truncated_product(tall: Tensor, wide: Tensor, rank: int, split: str) -> tuple[Tensor, Tensor]:
+    """``B`` and ``A`` of ``rank`` whose product is next to ``tall @ wide``, which is never formed.
+
+    Args:
+        tall: ``(out, n)``, float64.
+        wide: ``(n, in)``, float64.
+        rank: of the result.
+        split: where the singular values go, ``left`` or ``symmetric``.
+    """
+    q, r = torch.linalg.qr(tall)
+    p, t = torch.linalg.qr(wide.T)
+    u, s, vt = torch.linalg.svd(r @ t.T, full_matrices=False)
+    b, a = q @ u[:, :rank], vt[:rank] @ p.T
+    s = s[:rank]
+    signs = a.gather(1, a.abs().argmax(dim=1, keepdim=True)).sign()
+    a, b = a * signs, b * signs.T
+    if split == "left":
+        return b * s, a
+    return b * s.sqrt(), a * s.sqrt()[:, None]
+
+
+def _shared_out(updates: Iterable[Update], weighting: str) -> tuple[list[Update], list[float], Tree]:
+    """A cohort, the share that each client has in the mean, and the mean of their deltas."""
+    cohort = list(updates)
+    weights = [1.0 if weighting == "uniform" else update.weight for update in cohort]
+    mean = _weighted(cohort, lambda update: 1.0 if weighting == "uniform" else update.weight)
+    return cohort, [weight / sum(weights) for weight in weights], mean
 
 
 def factors(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -253,7 +365,15 @@ def _stacked(updates: Iterable[Update]) -> tuple[Tree, Tensor]:
 
 
 AnyAggregator = Annotated[
-    Mean | SparsityWeighted | SvdRedistribute | CoordinateMedian | TrimmedMean | Krum | NormBound,
+    Mean
+    | SparsityWeighted
+    | SvdRedistribute
+    | ProductExact
+    | Stack
+    | CoordinateMedian
+    | TrimmedMean
+    | Krum
+    | NormBound,
     Field(discriminator="kind"),
 ]
 AGGREGATORS: dict[str, type[Aggregator]] = {cls.kind: cls for cls in get_args(get_args(AnyAggregator)[0])}

@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fedlora import tree
 from fedlora.errors import TrainingError, WireError
+from fedlora.folds import FoldMessage
 from fedlora.local import Local
-from fedlora.recipe import Recipe
-from fedlora.state import ClientState, generator, named_seed
+from fedlora.recipe import Recipe, init_of
+from fedlora.state import ClientState, Folds, generator, named_seed
 from fedlora.tasks.base import Rows
 from fedlora.transport import wire
 from fedlora.transport.link import join_groups, split_groups
@@ -38,6 +39,7 @@ class Job(NamedTuple):
         seed: where this turn's draws start.
         payload: the parameters of this round.
         setup: the announcement of the phase; None if the client remembers it.
+        fold: the edits of frozen weights that the client lacks, if there are any.
         memory: what the client remembers.
     """
 
@@ -49,6 +51,7 @@ class Job(NamedTuple):
     seed: int
     payload: bytes
     setup: bytes | None
+    fold: FoldMessage | None
     memory: ClientState
 
 
@@ -89,7 +92,8 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     workspace.settle(job.phase, recipe, job.setup)
     installed, groups = workspace.installed, workspace.installed.groups
     start = workspace.decode(job.payload, lambda: _received(job, workspace))
-    installed.load(start)
+    folds = workspace.folds(job.fold, job.memory.folds)
+    workspace.show(recipe, start, folds)
     trained = train(workspace, rows, job, start)
     delta = installed.since(start)
     if trained.steps:
@@ -108,6 +112,7 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
         optimizer=trained.optimizer,
         feedback=tree.subtract(delta, join_groups(packet.trees, groups)) if recipe.up.feedback else {},
         held=start if recipe.memory == "last_round" else {},
+        folds=folds if recipe.memory != "none" else Folds(),
     )
     return Reply(packet, memory, time.perf_counter() - clock)
 
@@ -119,7 +124,7 @@ def _received(job: Job, workspace: Workspace) -> Tree:
     sent = join_groups(wire.unpack(job.payload, split_groups(like, groups)), groups)
     reference = wire.reference_of(job.payload)
     if reference == "init":
-        return tree.add(workspace.init, sent)
+        return tree.add(init_of(job.recipe, workspace.init, installed.seed, job.round), sent)
     if reference == "last_round":
         if not job.memory.held:
             raise WireError("The message tells what changed since the last round, and this client remembers none.")

@@ -13,17 +13,20 @@ import torch
 
 from fedlora import tree
 from fedlora.account import Sampled, open_account
+from fedlora.aggregate import factors
 from fedlora.clients import draw_cohort
 from fedlora.config import Experiment
 from fedlora.downlink import Downlink
 from fedlora.engines import Serial
+from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import Kinds, close_phase, open_phase, run_round
+from fedlora.round import Kinds, run_round
 from fedlora.setting import Setting
-from fedlora.state import ServerState, named_seed
+from fedlora.state import Folds, ServerState, named_seed
 from fedlora.tiers import recipes_of
 from fedlora.transport import TopK
 from fedlora.tree import Tree
+from fedlora.tuning import LoRA
 from fedlora.workspace import Workspace
 
 PROBED_ROUNDS = 6
@@ -92,6 +95,7 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     probed = _probed(setting, experiment.seed, min(PROBED_CLIENTS, per_round))
     cohort = tuple(client for members in probed.values() for client in members)
     weights = {name: _share(setting, name) for name in probed}
+    share = per_round / len(setting.population)
     found, carry, done = [], None, 0
     for number, phase in enumerate(phases):
         state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
@@ -102,7 +106,7 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
         steps, longest = 0, 0.0
         for turn in range(min(phase.rounds, PROBED_ROUNDS)):
             for name, own in recipes.items():
-                told[name].append((turn, _sizes(own, state, experiment.seed, probed[name])))
+                told[name].append((turn, _sizes(own, state, experiment.seed, probed[name], share, per_round)))
             engine = Serial(workspace, setting.population)
             before = state
             state, row = run_round(
@@ -114,14 +118,14 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
             up.append(_sum((weights[name] / len(probed[name]), sizes) for name, sizes in sent.items()))
         for turn in _later(len(up), phase.rounds):
             for name, own in recipes.items():
-                told[name].append((turn, _sizes(own, _grown(own, state, turn), experiment.seed, probed[name])))
+                grown = _grown(own, state, turn)
+                told[name].append((turn, _sizes(own, grown, experiment.seed, probed[name], share, per_round)))
         ratios = {name: _ratios(own, state, change, phase.rounds) for name, own in recipes.items()}
         same = all(ratio == 1 for each in ratios.values() for ratio in each)
         last = _mean(up[len(up) // 2 :]) if same else up[-1]
         for turn in range(len(up), phase.rounds):
             factor = sum(weights[name] * ratios[name][turn - state.steps] for name in recipes)
             up.append({kind: size * factor for kind, size in last.items()})
-        share = per_round / len(setting.population)
         curves = {name: _over_rounds(sizes, phase.rounds, share) for name, sizes in told.items()}
         down = [_sum((weights[name], curve[turn]) for name, curve in curves.items()) for turn in range(phase.rounds)]
         found.append(
@@ -165,13 +169,34 @@ class _Sizes(NamedTuple):
     known: Kinds
 
 
-def _sizes(recipe: Recipe, state: ServerState, seed: int, clients: Sequence[int]) -> _Sizes:
+def _folds(recipe: Recipe, state: ServerState, cohort: int) -> Folds:
+    """Folds of the sizes that whole cohorts would have made by now; their values do not matter."""
+    pairs = factors(state.params)
+    moving = recipe.tuning.train if isinstance(recipe.tuning, LoRA) else "both"
+    rank = recipe.aggregator.fold_rank(cohort, state.params[pairs[0][0]].shape[0], moving) if pairs else 0
+    if not rank:
+        return Folds()
+    fold: Tree = {}
+    total: Tree = {}
+    for a, b in pairs:
+        name, rows, columns = a.removesuffix(".lora_A"), len(state.params[b]), state.params[a].shape[1]
+        fold |= {f"{name}.B": torch.ones(rows, rank), f"{name}.A": torch.ones(rank, columns)}
+        total[name] = torch.ones(rows, columns)
+    most = (tree.num_entries(total) - 1) // tree.num_entries(fold)
+    return Folds(state.steps, total, (fold,) * min(most, state.steps))
+
+
+def _sizes(recipe: Recipe, state: ServerState, seed: int, clients: Sequence[int], share: float, cohort: int) -> _Sizes:
+    state = dataclasses.replace(state, folds=_folds(recipe, state, cohort))
     downlink = Downlink(recipe, state, seed)
-    whole = downlink.message({}).packet.sizes
+    whole = downlink.message({}).sizes
     new = {kind: whole.get(kind, 0) + state.setup_bytes.get(kind, 0) for kind in {**whole, **state.setup_bytes}}
-    held = [downlink.message(state.held[client]).packet.sizes for client in clients if client in state.held]
     if recipe.memory == "none":
         return _Sizes(new, new)
+    # how many rounds a client missed is a matter of chance too; most often the mean of them
+    behind = max(0, state.folds.version - max(1, round(1 / share)))
+    whole = downlink.message({}, behind).sizes
+    held = [downlink.message(state.held[client], behind).sizes for client in clients if client in state.held]
     return _Sizes(new, {kind: round(size) for kind, size in _mean(held).items()} if held else whole)
 
 

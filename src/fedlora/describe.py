@@ -21,8 +21,8 @@ from fedlora.engines import ENGINES
 from fedlora.errors import ConfigError
 from fedlora.local import CLIENT_OPTIMIZERS
 from fedlora.methods import METHODS
+from fedlora.phases import close_phase, open_phase
 from fedlora.privacy import PRIVACY
-from fedlora.round import close_phase, open_phase
 from fedlora.server_optim import SERVER_OPTIMIZERS
 from fedlora.setting import VERSIONED, pick_device
 from fedlora.tasks import SOURCES, TASKS, Prepared

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fedlora import tree
+from fedlora.folds import FoldMessage, message
 from fedlora.recipe import Recipe
 from fedlora.state import ServerState, named_seed
 from fedlora.transport import Packet, RankSlice, join_groups
@@ -28,11 +29,20 @@ def view(recipe: Recipe, state: ServerState, seed: int) -> Tree:
 
 
 class Message(NamedTuple):
-    """What the server sends to a client: the packet, what it is relative to, and where the client starts from it."""
+    """What the server sends to a client: the packet, what it is relative to, where the client starts from it, folds."""
 
     packet: Packet
     reference: str
     start: Tree
+    fold: FoldMessage | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by kind."""
+        sizes = dict(self.packet.sizes)
+        for kind, size in self.fold.sizes.items() if self.fold else ():
+            sizes[kind] = sizes.get(kind, 0) + size
+        return sizes
 
 
 class Downlink:
@@ -48,10 +58,21 @@ class Downlink:
         self._recipe, self._state = recipe, state
         self._seed = named_seed(seed, "down", state.round)
         self._made: dict[int, Message] = {}
+        self._folds: dict[int, FoldMessage | None] = {}
         self.feedback: Tree = state.feedback
 
-    def message(self, held: Tree) -> Message:
-        """The message to a client that holds ``held``, or nothing of earlier rounds where that is empty."""
+    def message(self, held: Tree, version: int = 0) -> Message:
+        """The message to a client.
+
+        Args:
+            held: the parameters that it holds; nothing of earlier rounds where that is empty.
+            version: how many folds it knows.
+        """
+        if version not in self._folds:
+            self._folds[version] = message(self._state.folds, version)
+        return self._params(held)._replace(fold=self._folds[version])
+
+    def _params(self, held: Tree) -> Message:
         key = id(held) if held else 0
         if key not in self._made:
             link, init = self._recipe.down, self._state.init

@@ -23,8 +23,9 @@ from fedlora.errors import CheckpointError, FedloraError, TrainingError
 from fedlora.export import export_run
 from fedlora.folder import RunFolder
 from fedlora.foreign import Partitioner
+from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import Kinds, Row, close_phase, open_phase, run_round
+from fedlora.round import Kinds, Row, run_round
 from fedlora.setting import Setting, in_mode, manifest, prepare
 from fedlora.state import ServerState, named_seed
 from fedlora.tiers import recipes_of
@@ -264,7 +265,7 @@ def _evaluate(
     warnings: tuple[str, ...] = ()
     main = setting.task.main_metric
     for prefix, params in views.items():
-        workspace.installed.load(params)
+        workspace.show(recipe, params, state.folds)
         found = workspace.evaluate(rows, setting.split, recipe.local.compute)
         metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
         if prefix:

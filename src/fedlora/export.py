@@ -15,8 +15,8 @@ from fedlora.config import Experiment
 from fedlora.downlink import view
 from fedlora.errors import ConfigError
 from fedlora.folder import cannot_write
+from fedlora.phases import close_phase
 from fedlora.recipe import Recipe
-from fedlora.round import close_phase
 from fedlora.state import ServerState, named_seed
 from fedlora.tasks import Prepared
 from fedlora.tasks.loading import quiet_transformers
@@ -40,7 +40,8 @@ def export_run(
         The folder written.
     """
     installed = workspace.installed
-    merged = not isinstance(recipe.tuning, LoRA | Peft | Bottleneck) or bool(installed.folded or dilated(installed))
+    edited = installed.folded or state.folds.version or dilated(installed)
+    merged = not isinstance(recipe.tuning, LoRA | Peft | Bottleneck) or bool(edited)
     folder = run / ("model" if merged else "adapter")
     received = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
     export(folder, experiment, task, workspace, recipe, received, metrics, merge=merged)
@@ -89,7 +90,7 @@ def _write(
     tuning = recipe.tuning
     if merge:
         _save_merged(temporary, experiment, task, workspace, recipe, state)
-    elif isinstance(tuning, LoRA) and not workspace.installed.folded:
+    elif isinstance(tuning, LoRA) and not (workspace.installed.folded or state.folds.version):
         base = experiment.model.resolve()
         save_lora(tuning, workspace.installed, state.init, state.params, base, temporary, task.peft_task)
     elif isinstance(tuning, Peft):

@@ -100,6 +100,6 @@ def load_run(path: Path) -> Trained:
     workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
     workspace.settle(state.phase, recipe, state.setup)
     state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
-    workspace.installed.load(state.params)
+    workspace.show(recipe, state.params, state.folds)
     metrics = files.read_json("result.json")["after"] if (path / "result.json").exists() else {}
     return Trained(experiment, recipe, state, workspace, metrics)

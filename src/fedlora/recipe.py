@@ -11,7 +11,9 @@ from fedlora.aggregate import (
     AnyAggregator,
     CoordinateMedian,
     Mean,
+    ProductExact,
     SparsityWeighted,
+    Stack,
     SvdRedistribute,
     TrimmedMean,
 )
@@ -21,8 +23,12 @@ from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
 from fedlora.server_optim import AnyServerOptimizer, Sgd
+from fedlora.state import named_seed
 from fedlora.transport import Link, RandomK, RankSlice, Uniform
+from fedlora.tree import Tree
 from fedlora.tuning import AnyTuning, LoRA
+
+_OF_PRODUCTS = SvdRedistribute | ProductExact | Stack
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -101,13 +107,32 @@ class Recipe:
                 "noise is calibrated for a mean of clients that all weigh the same; set aggregator.kind = 'mean' "
                 "and aggregator.weighting = 'uniform'"
             )
-        if isinstance(self.aggregator, SvdRedistribute) and (moving != "both" or self.server != Sgd()):
+        kind = self.aggregator.kind
+        if isinstance(self.aggregator, _OF_PRODUCTS | SparsityWeighted) and not isinstance(self.tuning, LoRA):
+            raise ConfigError(f"aggregator {kind!r} is about products B A; use it with tuning 'lora'")
+        if isinstance(self.aggregator, _OF_PRODUCTS) and self.server != Sgd():
             raise ConfigError(
-                "svd_redistribute chooses both factors anew, so a server step that adds up changes, or a factor that "
-                "keeps still, has no meaning; leave server at { kind = 'sgd', lr = 1 } and tuning.train at 'both'"
+                f"{kind!r} chooses both factors anew, so a server step that adds up changes has no meaning; leave "
+                "server at { kind = 'sgd', lr = 1 }"
             )
-        if isinstance(self.aggregator, SvdRedistribute | SparsityWeighted) and not isinstance(self.tuning, LoRA):
-            raise ConfigError(f"aggregator {self.aggregator.kind!r} is about products B A; use it with tuning 'lora'")
+        if isinstance(self.aggregator, SvdRedistribute) and moving != "both":
+            raise ConfigError("svd_redistribute moves both factors; leave tuning.train at 'both'")
+        self._check_restarts(moving)
+
+    def _check_restarts(self, moving: str) -> None:
+        """What cannot go with adapters that start anew after each round."""
+        if not self.aggregator.restarts or not isinstance(self.tuning, LoRA):
+            return
+        kind = self.aggregator.kind
+        if not self.tuning.init.from_seed:
+            raise ConfigError(f"{kind!r} draws adapters anew after each round; use tuning.init kaiming or orthogonal")
+        if moving == "alternate":
+            raise ConfigError(f"under {kind!r} B is zero when a round begins, and A alone would learn nothing")
+        if self.local.keep_optimizer or self.up.feedback:
+            raise ConfigError(
+                f"under {kind!r} adapters start anew, and what a client remembers of the old ones has no meaning; set "
+                "local.keep_optimizer and up.feedback to false"
+            )
 
     def _check_prune(self) -> None:
         """What would bring pruned weights back, or hide which these are."""
@@ -117,7 +142,7 @@ class Recipe:
         stages = (each for stage in down.stages for each in (stage.precision, stage.head_precision))
         coarse = any(isinstance(each, Uniform) for each in (down.precision, down.head_precision, *stages))
         moves = down.reference == "init" or self.memory == "last_round" or down.thins or coarse
-        if moves or down.feedback or self.up.feedback or isinstance(self.aggregator, SvdRedistribute):
+        if moves or down.feedback or self.up.feedback or isinstance(self.aggregator, _OF_PRODUCTS):
             raise ConfigError(
                 "clients tell what was pruned by its zeros, and these must stay; beside prune, down is dense, in "
                 "floating point and relative to zero, memory 'none' or 'init', nothing has feedback, the rule is a mean"
@@ -127,10 +152,10 @@ class Recipe:
         """What links do to rules that are no plain mean."""
         thin = self.up.thins or self.down.thins
         slices = isinstance(self.down.sparsify, RankSlice) and not self.down.stages
-        if isinstance(self.aggregator, SvdRedistribute) and self.down.thins and not slices:
+        if isinstance(self.aggregator, _OF_PRODUCTS) and self.down.thins and not slices:
             raise ConfigError(
-                "svd_redistribute rebuilds the factors from what clients got, and what was left out would be lost; "
-                "leave down.sparsify at dense"
+                f"{self.aggregator.kind!r} rebuilds the factors from what clients got, and what was left out would be "
+                "lost; leave down.sparsify at dense"
             )
         if isinstance(self.aggregator, CoordinateMedian | TrimmedMean) and thin:
             raise ConfigError(
@@ -162,6 +187,20 @@ class Recipe:
                     f"{name}.sparsify multiplies what it keeps, which is right for the mean of many changes only; set "
                     f"rescale = false in {name}.sparsify"
                 )
+
+
+def init_of(recipe: Recipe, init: Tree, seed: int, steps: int) -> Tree:
+    """The start that both ends know before a round: the phase's, or where adapters start anew, this round's.
+
+    Args:
+        recipe: its aggregator says whether they do.
+        init: the phase's start, or any round's.
+        seed: of the phase's start.
+        steps: rounds of the phase that are done.
+    """
+    if not recipe.aggregator.restarts or not steps:
+        return init
+    return recipe.tuning.redrawn(init, named_seed(seed, "restart", steps))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -5,6 +5,7 @@ params -> down: sparsify -> round -> pack -> BYTES -> (client) -> BYTES -> unpac
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,13 +18,12 @@ from fedlora.client import REPORT, Job, Reply
 from fedlora.downlink import Downlink, Message
 from fedlora.engines.base import Engine
 from fedlora.errors import TrainingError
-from fedlora.recipe import Recipe
-from fedlora.state import Carry, Change, ClientState, Fold, ServerState, Update, named_seed
+from fedlora.folds import extended
+from fedlora.recipe import Recipe, init_of
+from fedlora.state import Change, ClientState, Fold, ServerState, Update, named_seed
 from fedlora.tiers import Tier, recipes_of
 from fedlora.transport import wire
 from fedlora.transport.link import join_groups, split_groups
-from fedlora.transport.precision import Float32
-from fedlora.workspace import Workspace, setup_parts
 
 Kinds = dict[str, int]
 
@@ -43,7 +43,7 @@ class Row:
         up_bytes: bytes that came back by kind; ``report`` carries examples, steps and loss.
         density_down: share of entries sent that are not zero, over all clients.
         density_up: the same for what came back, over all clients.
-        update_norm: Euclidean norm of the change the server applied.
+        update_norm: Euclidean norm of the change the server applied to what is trained, and of the fold beside.
         references: messages to clients by what they were relative to: ``zero``, ``init``, ``last_round``.
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
@@ -73,50 +73,6 @@ class Row:
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-
-
-def open_phase(
-    workspace: Workspace, phase: int, recipe: Recipe, seed: int, rounds_done: int, carry: Carry | None
-) -> tuple[ServerState, dict[str, float]]:
-    """Starts a phase: the server chooses the first values and announces what clients need to know.
-
-    Args:
-        workspace: the resident model; it is loaded anew.
-        phase: number of the phase.
-        recipe: its recipe.
-        seed: seed of the run.
-        rounds_done: rounds finished in earlier phases.
-        carry: what the phase before learnt.
-
-    Returns:
-        The state before the phase's first round, and the start's figures.
-    """
-    installed = workspace.open(phase, recipe)
-    start = recipe.tuning.start(installed, named_seed(seed, "start", phase), carry)
-    parts = setup_parts(recipe, installed, start)
-    # where the rest of the start is redrawn from a seed, the head's travels like the head
-    head = {name for name, group in installed.groups.items() if group == "head"}
-    coarse = wire.Form(recipe.down.at(0).head_precision or Float32(), named_seed(seed, "init", phase))
-    forms = {"init": coarse} if set(parts.get("init", {})) <= head else {}
-    packet = wire.pack(parts, forms) if parts else wire.Packet(b"", {}, {}, {})
-    told = packet.trees.get("init", {}) if forms else {}
-    workspace.settle(phase, recipe, packet.raw)
-    state = ServerState(
-        phase=phase,
-        round=rounds_done,
-        params=start.params,
-        init=start.params | told,
-        groups=dict(installed.groups),
-        setup=packet.raw,
-        setup_bytes=packet.sizes,
-    )
-    return state, start.facts
-
-
-def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> Carry:
-    """What a finished phase hands to the next one."""
-    head = {name: value for name, value in state.params.items() if state.groups[name] == "head"}
-    return Carry(recipe.tuning.changes(workspace.installed, state.init, state.params), head)
 
 
 def run_round(
@@ -160,7 +116,7 @@ def run_round(
     shares: dict[str, dict[str, Kinds]] = {}
     for client, name in zip(cohort, names, strict=True):
         memory = state.clients.get(client, ClientState())
-        message = downlinks[name].message(state.held.get(client, {}))
+        message = downlinks[name].message(state.held.get(client, {}), memory.folds.version)
         messages.append(message)
         job = Job(
             recipe=recipes[name],
@@ -171,10 +127,11 @@ def run_round(
             seed=named_seed(seed, "client", state.round, client),
             payload=message.packet.raw,
             setup=None if memory.has_setup else state.setup,
+            fold=message.fold,
             memory=memory,
         )
         jobs.append(job)
-        received = _sum(message.packet.sizes, {} if memory.has_setup else state.setup_bytes)
+        received = _sum(message.sizes, {} if memory.has_setup else state.setup_bytes)
         down = _sum(down, received)
         if name:
             _count(shares, name, "down_bytes", received)
@@ -208,7 +165,13 @@ def run_round(
     params, slots = recipe.server.step(state.params, delta, state.slots, state.steps)
     if recipe.prune:
         params, slots = recipe.prune.apply(params, slots, state.groups, state.steps + 1)
-    if not tree.is_finite(params):
+    folds, init = state.folds, state.init
+    if change.fold:
+        folds = extended(folds, change.fold)
+    if recipe.aggregator.restarts:
+        init = init_of(recipe, init, named_seed(seed, "start", state.phase), state.steps + 1)
+        params |= {name: value for name, value in init.items() if state.groups[name] == "adapter"}
+    if not tree.is_finite(params | folds.total):
         raise TrainingError("the server's parameters are not finite after this round; lower the server's lr")
     clients = dict(state.clients)
     for answer in answers:
@@ -224,6 +187,8 @@ def run_round(
         steps=state.steps + 1,
         params=params,
         slots=slots,
+        init=init,
+        folds=folds,
         feedback=downlinks[""].feedback,
         held=held,
         clients=clients,
@@ -248,7 +213,7 @@ def run_round(
         tiers=shares,
         density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / max(1, len(messages)),
         density_up=sum(_kept(answer.reply) for answer in answers) / entries / max(1, len(answers)),
-        update_norm=tree.norm(delta),
+        update_norm=math.hypot(tree.norm(delta), recipe.tuning.size_of(change.fold)),
         slowest_seconds=max((answer.reply.seconds for answer in answers), default=0.0),
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
     )

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from fedlora.tree import Tree
 
 SEED_BITS = 48
 
-FORMAT = 2
+FORMAT = 3
 """The version of the checkpoint format."""
 
 _MEMORY = ("optimizer", "feedback", "held")
@@ -50,10 +50,11 @@ def generator(seed: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Fold:
-    """An edit of frozen weights: ``W[m] += B @ A``, or ``W[m] += D`` where that is smaller.
+    """An edit of frozen weights: ``W[m] += scale * B @ A``, or ``W[m] += D``.
 
     Args:
-        factors: module name to ``(B, A)`` of shapes ``(out, r)`` and ``(r, in)``, the scale already in ``B``.
+        factors: module name to ``(B, A)`` of shapes ``(out, r)`` and ``(r, in)``, the same ``r`` for all; the layer
+            knows its scale.
         dense: parameter name to a tensor of the parameter's own shape.
     """
 
@@ -62,6 +63,22 @@ class Fold:
 
     def __bool__(self) -> bool:
         return bool(self.factors or self.dense)
+
+
+@dataclass(frozen=True)
+class Folds:
+    """All folds of a phase's rounds together, as the server or a client holds them.
+
+    Args:
+        version: how many there were.
+        total: module name to the sum of ``B @ A``, ``(out, in)``; nothing before the first.
+        recent: the last of them, as long as they are smaller than their sum: module name and ``.B`` or ``.A`` to a
+            factor. The server's alone.
+    """
+
+    version: int = 0
+    total: Tree = field(default_factory=dict)
+    recent: tuple[Tree, ...] = ()
 
 
 class Update(NamedTuple):
@@ -100,12 +117,14 @@ class ClientState:
         optimizer: its optimiser's state.
         feedback: what its last message lost, to be added to the next one.
         held: the parameters that it got last.
+        folds: the edits of frozen weights that it made.
     """
 
     has_setup: bool = False
     optimizer: Tree = field(default_factory=dict)
     feedback: Tree = field(default_factory=dict)
     held: Tree = field(default_factory=dict)
+    folds: Folds = Folds()
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,7 @@ class ServerState:
         steps: server steps taken in this phase.
         feedback: what the last message to clients lost.
         held: the parameters that each client got last, by client number; the server's own copy.
+        folds: the edits of frozen weights in this phase's rounds.
         clients: what clients remember, by client number; a simulation keeps it for them.
     """
 
@@ -138,6 +158,7 @@ class ServerState:
     steps: int = 0
     feedback: Tree = field(default_factory=dict)
     held: Mapping[int, Tree] = field(default_factory=dict)
+    folds: Folds = Folds()
     clients: Mapping[int, ClientState] = field(default_factory=dict)
 
 
@@ -165,15 +186,19 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
     for client, memory in state.clients.items():
         for part in _MEMORY:
             trees[f"clients/{client}/{part}"] = getattr(memory, part)
+    # clients that know of the same folds have the same sum
+    for folds in (state.folds, *(memory.folds for memory in state.clients.values())):
+        trees[f"folds/{folds.version}"] = folds.total
+    trees |= {f"recent/{place}": fold for place, fold in enumerate(state.folds.recent)}
     # a message to several clients is one tree to the server
     tensors.update(
         {f"{prefix}/{name}": value.clone() for prefix, tree in trees.items() for name, value in tree.items()}
     )
     if state.setup:
         tensors["setup"] = torch.frombuffer(bytearray(state.setup), dtype=torch.uint8)
-    numbers = {"phase": state.phase, "round": state.round, "steps": state.steps}
+    numbers = {"phase": state.phase, "round": state.round, "steps": state.steps, "folds": state.folds.version}
     order = {"groups": list(state.groups.items()), "slots": list(state.slots), "setup_bytes": state.setup_bytes}
-    clients = {str(client): memory.has_setup for client, memory in state.clients.items()}
+    clients = {str(client): [memory.has_setup, memory.folds.version] for client, memory in state.clients.items()}
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -217,14 +242,18 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
         names = list(groups)
         clients: dict[int, dict[str, Tree]] = {int(client): {} for client in document["clients"]}
         held: dict[int, Tree] = {}
+        totals: dict[int, Tree] = {}
+        recent: dict[int, Tree] = {}
         for key, value in tensors.items():
             kind, _, rest = key.partition("/")
             if kind == "clients":
                 client, part, name = rest.split("/", 2)
                 clients[int(client)].setdefault(part, {})[name] = value
-            elif kind == "held":
-                client, name = rest.split("/", 1)
-                held.setdefault(int(client), {})[name] = value
+            elif kind in ("held", "folds", "recent"):
+                number, name = rest.split("/", 1)
+                {"held": held, "folds": totals, "recent": recent}[kind].setdefault(int(number), {})[name] = value
+        known = {version: Folds(version, dict(sorted(total.items()))) for version, total in totals.items()}
+        known[0] = Folds()
         state = ServerState(
             phase=document["phase"],
             round=document["round"],
@@ -238,10 +267,14 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
                 slot: {name: tensors[f"slots/{slot}/{name}"] for name in names} for slot in document["order"]["slots"]
             },
             feedback={name: tensors[f"feedback/{name}"] for name in names if f"feedback/{name}" in tensors},
+            folds=replace(
+                known[document["folds"]], recent=tuple(dict(sorted(recent[place].items())) for place in sorted(recent))
+            ),
             held={client: {name: tree[name] for name in names} for client, tree in sorted(held.items())},
             clients={
                 client: ClientState(
-                    has_setup=document["clients"][str(client)],
+                    has_setup=document["clients"][str(client)][0],
+                    folds=known[document["clients"][str(client)][1]],
                     optimizer=memory.get("optimizer", {}),
                     **{part: _ordered(memory.get(part, {}), names) for part in ("feedback", "held")},
                 )

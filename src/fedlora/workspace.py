@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fedlora.errors import TrainingError
+from fedlora.errors import ConfigError, TrainingError
+from fedlora.folds import FoldMessage, received
 from fedlora.recipe import Recipe
-from fedlora.state import Fold, named_seed
+from fedlora.state import Fold, Folds, named_seed
 from fedlora.tasks.base import Evaluation, Prepared, Rows, Split
 from fedlora.transport import wire
 from fedlora.tree import Tree
 from fedlora.tuning import Installed, Start
+from fedlora.tuning.lora import lora_layers
 
 
 class Workspace:
@@ -33,6 +35,7 @@ class Workspace:
         self._setup: bytes | None = None
         self._installed: Installed | None = None
         self._decoded: tuple[bytes, Tree] | None = None
+        self._folds: tuple[tuple[bytes, int], Folds] | None = None
         self.init: Tree = {}
 
     @property
@@ -53,10 +56,20 @@ class Workspace:
         Args:
             phase: number of the phase.
             recipe: what to install.
+
+        Raises:
+            ConfigError: rounds would fold something into weights that are stored quantised.
         """
-        self._installed = self._decoded = None  # free the old model first
+        self._installed = self._decoded = self._folds = None  # free the old model first
         model, head = self.task.load_model(named_seed(self._seed, "head"), recipe.local.compute, self.device)
         self._installed = recipe.tuning.install(model, head, named_seed(self._seed, "install", phase))
+        if recipe.aggregator.folds:
+            for name, layer in lora_layers(model).items():
+                if layer.packed:
+                    raise ConfigError(
+                        f"aggregator {recipe.aggregator.kind!r} edits the values of {name}, which are stored "
+                        "quantised; load the model unquantised, or use another aggregator"
+                    )
         self._phase, self._setup, self.init = phase, None, {}
         return self._installed
 
@@ -87,6 +100,11 @@ class Workspace:
             _to_bfloat16(installed)
         self._setup = setup
 
+    def show(self, recipe: Recipe, params: Tree, folds: Folds) -> None:
+        """Puts a model into the workspace: what is trained, and what rounds have folded into what is not."""
+        recipe.tuning.fold(self.installed, folds)
+        self.installed.load(params)
+
     def evaluate(self, rows: Rows, split: Split, compute: str) -> Evaluation:
         """Metrics of the model as it is now, in evaluation mode."""
         self.model.eval()
@@ -110,6 +128,23 @@ class Workspace:
             self._decoded = None  # free the old tree first
             self._decoded = payload, read()
         return self._decoded[1]
+
+    def folds(self, told: FoldMessage | None, known: Folds) -> Folds:
+        """The folds that a client knows after a message, kept until other bytes come.
+
+        Args:
+            told: the message, if there is one.
+            known: those that the client knew.
+
+        Raises:
+            WireError: the message is not of the expected form.
+        """
+        if told is None:
+            return known
+        if self._folds is None or self._folds[0] != (told.raw, known.version):
+            shapes = {name: (layer.rows, layer.columns) for name, layer in lora_layers(self.model).items()}
+            self._folds = (told.raw, known.version), received(told, known, shapes)
+        return self._folds[1]
 
     def autocast(self, compute: str) -> torch.autocast:
         """The number format of a forward pass."""

@@ -17,8 +17,9 @@ from fedlora.engines import Serial
 from fedlora.errors import ConfigError
 from fedlora.local import Local, Sgd
 from fedlora.methods import METHODS
+from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import close_phase, open_phase, run_round
+from fedlora.round import run_round
 from fedlora.state import Carry, ServerState
 from fedlora.testing import FAMILIES, IMAGE_FAMILIES, TensorTask, default_head, equal_population, toy_task
 from fedlora.tuning import (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedlora.downlink import view
+from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import open_phase
 from fedlora.testing import toy_task
 from fedlora.transport import BFloat16, Link, pack, unpack
 from fedlora.tuning import LORA_INITS, Kaiming, LoRA, LoRAInit, Orthogonal, SvdOfDelta, SvdOfWeight

@@ -16,8 +16,9 @@ from torch.nn import functional
 from fedlora.engines import Serial
 from fedlora.errors import ConfigError
 from fedlora.local import Local, Sgd
+from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import close_phase, open_phase, run_round
+from fedlora.round import run_round
 from fedlora.state import ServerState
 from fedlora.testing import FAMILIES, TensorTask, equal_population, toy_task
 from fedlora.tuning import (

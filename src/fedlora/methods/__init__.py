@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedlora.methods.baselines import adapter_lth, fed_select, ffa, rolora, sparse_adapter
+from fedlora.methods.baselines import (
+    adapter_lth,
+    fed_select,
+    fedex,
+    ffa,
+    flexlora,
+    flora,
+    rolora,
+    sparse_adapter,
+)
 from fedlora.methods.papers import Phases, dense_lora, fedavg, federa, flasc, full, primed_lora, slora
 
 __all__ = [
@@ -15,8 +24,11 @@ __all__ = [
     "fed_select",
     "fedavg",
     "federa",
+    "fedex",
     "ffa",
     "flasc",
+    "flexlora",
+    "flora",
     "full",
     "primed_lora",
     "rolora",
@@ -34,6 +46,9 @@ METHODS: dict[str, Callable[..., Phases]] = {
     "primed_lora": primed_lora,
     "ffa": ffa,
     "rolora": rolora,
+    "flexlora": flexlora,
+    "fedex": fedex,
+    "flora": flora,
     "sparse_adapter": sparse_adapter,
     "adapter_lth": adapter_lth,
     "fed_select": fed_select,

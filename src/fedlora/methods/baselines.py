@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fedlora.aggregate import AnyAggregator, ProductExact, Stack, SvdRedistribute
 from fedlora.local import Local
 from fedlora.methods.papers import Memory, Phases, Rank, Rounds, Share, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
@@ -14,6 +15,8 @@ from fedlora.server_optim import AnyServerOptimizer
 from fedlora.server_optim import Sgd as ServerSgd
 from fedlora.transport import AnyPrecision, Float32, Link, TopK
 from fedlora.tuning import LoRA
+
+Weighting = Literal["uniform", "examples"]
 
 
 def ffa(
@@ -147,4 +150,85 @@ def fed_select(
         up=link,
         server=server,
         local=local,
+    )
+
+
+def fedex(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    fold_rank: Rank | None = None,
+    weighting: Weighting = "uniform",
+    precision: AnyPrecision = Float32(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """FedEx-LoRA (arXiv 2410.09432): factors are averaged, what the products have beside goes into frozen weights.
+
+    Clients that remember get each round's fold as factors where these are smaller; others get the sum of all folds.
+    ``fold_rank`` keeps only so much of each fold, as the paper's inexact form does.
+    """
+    return _of_products(
+        ProductExact(rank=fold_rank, weighting=weighting), rounds, rank, alpha, targets, precision, local, memory
+    )
+
+
+def flora(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    weighting: Weighting = "uniform",
+    precision: AnyPrecision = Float32(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """FLoRA (arXiv 2409.05976): clients' factors are stacked into frozen weights, and adapters start anew each round.
+
+    Down go the fold and the head: clients draw the new ``A`` from its seed.
+    """
+    return _of_products(
+        Stack(weighting=weighting), rounds, rank, alpha, targets, precision, local, memory, reference="init"
+    )
+
+
+def flexlora(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    weighting: Weighting = "uniform",
+    split: Literal["left", "symmetric"] = "left",
+    precision: AnyPrecision = Float32(),
+    local: Local = Local(),
+    memory: Memory = "none",
+) -> Phases:
+    """FlexLoRA (arXiv 2402.11505): the mean of the products, cut to the rank by an SVD in each round."""
+    rule = SvdRedistribute(weighting=weighting, split=split)
+    return _of_products(rule, rounds, rank, alpha, targets, precision, local, memory)
+
+
+def _of_products(
+    aggregator: AnyAggregator,
+    rounds: int,
+    rank: int,
+    alpha: float,
+    targets: str | tuple[str, ...],
+    precision: AnyPrecision,
+    local: Local,
+    memory: Memory,
+    reference: Literal["zero", "init"] = "zero",
+) -> Phases:
+    return fedavg(
+        rounds=rounds,
+        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
+        down=Link(precision=precision, reference=reference),
+        up=Link(precision=precision),
+        aggregator=aggregator,
+        local=local,
+        memory=memory,
     )

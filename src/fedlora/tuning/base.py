@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedlora import tree
 from fedlora.errors import ConfigError
-from fedlora.state import SEED_BITS, Carry, Fold
+from fedlora.state import SEED_BITS, Carry, Fold, Folds
 from fedlora.tree import Tree
 from fedlora.tuning.matrices import holds_numbers
 
@@ -47,6 +47,9 @@ class Installed:
         groups: ``adapter`` or ``head`` for each of those names.
         places: for packed parameters, their positions in the flattened weight.
         folded: edits of frozen weights that were applied, dense, by parameter name.
+        folds: those of a phase's rounds that are in the frozen weights now.
+        base: the weights that these edit as they were before, by module name.
+        seed: what random parts were redrawn from, where a setup told it.
         refresh: carries ``parameters`` into the weights that the forward pass reads, where they are not the same.
     """
 
@@ -55,6 +58,9 @@ class Installed:
     groups: dict[str, str]
     places: dict[str, Tensor] = field(default_factory=dict)
     folded: Tree = field(default_factory=dict)
+    folds: Folds = field(default_factory=Folds)
+    base: Tree = field(default_factory=dict)
+    seed: int = 0
     refresh: Callable[[], None] = field(default=_nothing)
 
     def read(self) -> Tree:
@@ -142,6 +148,27 @@ class Tuning(ABC):
             The init, as far as the client knows it; complete if ``setup`` was called with ``reference``.
         """
         return dict(parts.get("init", {}))
+
+    def fold(self, installed: Installed, folds: Folds) -> None:
+        """Makes the frozen weights those that a setup left, and ``folds``.
+
+        Raises:
+            ConfigError: this tuning has no matrices that rounds could fold into.
+        """
+        if folds.version:
+            raise ConfigError(f"{type(self).__name__} has no matrices that rounds could fold into")
+
+    def size_of(self, fold: Fold) -> float:
+        """Euclidean norm of what ``fold`` changes."""
+        return 0.0
+
+    def redrawn(self, init: Tree, seed: int) -> Tree:
+        """Where the adapters start anew after a round, the head as in ``init``.
+
+        Raises:
+            ConfigError: this tuning has no adapters that can be drawn.
+        """
+        raise ConfigError(f"{type(self).__name__} has no adapters that could start anew")
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
         """What training changed in the pre-trained weights, dense, by parameter name; the head is not in it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
-from fedlora.state import Carry, Fold, named_seed
+from fedlora.state import Carry, Fold, Folds, named_seed
 from fedlora.tree import Tree
 from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, seed_from_tree, seed_to_tree
 from fedlora.tuning.lora_init import AnyLoRAInit, Kaiming, SvdOfDelta
@@ -154,7 +155,7 @@ class LoRA(Tuning):
         init = dict(parts.get("init", {}))
         layers = lora_layers(installed.model)
         if "seed" in parts:
-            seed = seed_from_tree(parts["seed"])
+            installed.seed = seed = seed_from_tree(parts["seed"])
             for name, layer in layers.items():
                 init[f"{name}.lora_B"], init[f"{name}.lora_A"] = self._factors(name, layer, None, seed)
         named = dict(installed.model.named_parameters())
@@ -168,8 +169,43 @@ class LoRA(Tuning):
                     layer.frozen[0].sub_(layer.as_weight(product).to(layer.lora_A.device))
         return {name: init[name] for name in installed.parameters if name in init}
 
+    def fold(self, installed: Installed, folds: Folds) -> None:
+        """See ``Tuning.fold``: always from the base, so that it does not matter which folds were there before."""
+        if folds.version == installed.folds.version:
+            return
+        layers = lora_layers(installed.model)
+        with torch.no_grad():
+            for name in {**installed.folds.total, **folds.total}:
+                weight = layers[name].frozen[0]
+                base = installed.base.setdefault(name, weight.detach().clone())
+                if name in folds.total:
+                    edit = layers[name].as_weight(self.scale * folds.total[name]).to(weight.device)
+                    weight.copy_(base.float() + edit)
+                else:
+                    weight.copy_(base)
+        installed.folds = folds
+
+    def size_of(self, fold: Fold) -> float:
+        """See ``Tuning.size_of``: ``scale ||B A||``, from small matrices."""
+        squares = sum(
+            float(((b.double().T @ b.double()) * (a.double() @ a.double().T)).sum()) for b, a in fold.factors.values()
+        )
+        return self.scale * math.sqrt(max(0.0, squares))
+
+    def redrawn(self, init: Tree, seed: int) -> Tree:
+        """See ``Tuning.redrawn``: as at the start of a phase, from another seed."""
+        result = dict(init)
+        for a in [name for name in init if name.endswith(".lora_A")]:
+            name = a.removesuffix(".lora_A")
+            b = f"{name}.lora_B"
+            shape = torch.empty(init[b].shape[0], init[a].shape[1], device="meta")
+            result[b], result[a] = self.init.factors(shape, None, self.rank, self.scale, named_seed(seed, name))
+        return result
+
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
         """See ``Tuning.changes``: what was folded, and ``scale (B A - B0 A0)``; no ``B0 A0`` where the base kept it.
+
+        Folds of rounds are those that the model holds now.
 
         Raises:
             ConfigError: a weight is stored quantised.
@@ -184,6 +220,7 @@ class LoRA(Tuning):
             product = params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]
             if self.residual:
                 product = product - init[f"{name}.lora_B"] @ init[f"{name}.lora_A"]
+            product = product + installed.folds.total.get(name, 0.0)
             change = self.scale * layer.as_weight(product)
             result[f"{name}.weight"] = result.get(f"{name}.weight", torch.zeros(())) + change
         return result

@@ -1,0 +1,242 @@
+"""What rounds fold into frozen weights: the dense oracle, the same bits on both sides, bytes, damage, memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from toy import LOCAL, Federation
+
+from fedlora import tree
+from fedlora.client import Job, Reply
+from fedlora.downlink import Downlink
+from fedlora.errors import WireError
+from fedlora.folds import extended, message, received
+from fedlora.methods import Phases, fedex, flora
+from fedlora.phases import close_phase
+from fedlora.state import ClientState, Fold, Folds, ServerState
+from fedlora.tuning.lora import lora_layers
+
+METHODS: dict[str, Any] = {"fedex": fedex, "flora": flora}
+SHAPES = {"n": (6, 5), "m": (9, 8)}
+
+
+def phases(method: str, **settings: Any) -> Phases:
+    found: Phases = METHODS[method](**{"rounds": 6, "rank": 2, "local": LOCAL, **settings})
+    return found
+
+
+def fold_of(seed: int, rank: int) -> Fold:
+    draws = torch.Generator().manual_seed(seed)
+    return Fold(
+        {
+            name: (torch.randn(rows, rank, generator=draws), torch.randn(rank, columns, generator=draws))
+            for name, (rows, columns) in SHAPES.items()
+        }
+    )
+
+
+def folds_of(*ranks: int) -> Folds:
+    folds = Folds()
+    for seed, rank in enumerate(ranks):
+        folds = extended(folds, fold_of(seed, rank))
+    return folds
+
+
+def weights(federation: Federation) -> dict[str, torch.Tensor]:
+    return {name: layer.matrix().detach().clone() for name, layer in lora_layers(federation.workspace.model).items()}
+
+
+class Listening(Federation):
+    """Keeps what every client started from and sent, and what was frozen in its model."""
+
+    def __init__(self, found: Phases) -> None:
+        super().__init__(found)
+        self.heard: list[tuple[Job, Reply, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+        run = self.engine.run
+
+        def listening(jobs: Any) -> Any:
+            for job, reply in zip(jobs, run(jobs), strict=True):
+                now = {name: value.detach().clone() for name, value in self.workspace.installed.parameters.items()}
+                self.heard.append((job, reply, now, weights(self)))
+                yield reply
+
+        self.engine.run = listening  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("memory", ["none", "init", "last_round"])
+@pytest.mark.parametrize("method", METHODS)
+def test_after_a_round_the_server_has_the_mean_of_the_clients_whole_matrices(method: str, memory: str) -> None:
+    federation = Listening(phases(method, memory=memory))
+    state = federation.start()
+    for rounds in range(1, 4):
+        federation.heard.clear()
+        state = federation.go_on(state, rounds)
+        assert len({job.client for job, *_ in federation.heard}) == 3
+        scale = federation.phases[0].recipe.tuning.scale  # type: ignore[union-attr]
+        means = {
+            name: torch.stack(
+                [
+                    frozen[name].double() + scale * now[f"{name}.lora_B"].double() @ now[f"{name}.lora_A"].double()
+                    for _, _, now, frozen in federation.heard
+                ]
+            ).mean(0)
+            for name in weights(federation)
+        }
+        federation.loss(state)  # shows the server's model
+        for name, frozen in weights(federation).items():
+            b, a = state.params[f"{name}.lora_B"].double(), state.params[f"{name}.lora_A"].double()
+            torch.testing.assert_close(frozen.double() + scale * b @ a, means[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["none", "init", "last_round"])
+@pytest.mark.parametrize("method", METHODS)
+def test_clients_train_on_the_bits_that_the_server_has(method: str, memory: str) -> None:
+    federation = Listening(phases(method, memory=memory))
+    state = federation.go_on(federation.start(), 3)
+    federation.loss(state)
+    expected = weights(federation)
+    federation.go_on(state, 4)
+    for *_, frozen in federation.heard[-3:]:
+        assert all(torch.equal(frozen[name], value) for name, value in expected.items())
+
+
+def test_clients_that_were_away_catch_up() -> None:
+    federation = Listening(phases("fedex", memory="init"))
+    state = federation.go_on(federation.start(), 1, (0, 1))
+    state = federation.go_on(state, 3, (0, 1, 2))
+    state = federation.go_on(state, 4, (1, 2))
+    known = {client: memory.folds.version for client, memory in state.clients.items()}
+    assert (known, state.folds.version) == ({0: 2, 1: 3, 2: 3}, 4)
+    federation.go_on(state, 5, (0, 1))
+    first, second = (frozen for *_, frozen in federation.heard[-2:])
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+    for client in (0, 1):
+        memory = federation.go_on(state, 5, (0, 1)).clients[client]
+        assert all(torch.equal(memory.folds.total[name], value) for name, value in state.folds.total.items())
+
+
+def test_what_is_folded_is_billed_and_clients_that_remember_get_less() -> None:
+    down = {}
+    for memory in ("none", "init"):
+        federation = Federation(phases("fedex", memory=memory))
+        federation.go_on(federation.start(), 3, (0, 1))
+        assert federation.rows[0].down_bytes.get("fold", 0) == 0
+        down[memory] = [row.down_bytes["fold"] for row in federation.rows[1:]]
+    entries = sum(2 * value.numel() for value in weights(federation).values())
+    assert down["none"][0] == down["init"][0]  # the first fold is new to all
+    assert down["init"][1] < 0.6 * down["none"][1]
+    assert down["none"][1] <= 4 * entries + 400
+
+
+def test_after_flora_a_round_sends_no_adapter_down_and_draws_another() -> None:
+    federation = Federation(phases("flora"))
+    state = federation.go_on(federation.start(), 1)
+    after = federation.go_on(state, 2)
+    for row in federation.rows:
+        assert row.down_bytes["adapter"] < 100
+    a = next(name for name in state.params if name.endswith("lora_A"))
+    assert not torch.equal(state.params[a], after.params[a])
+    assert not any(bool(value.any()) for name, value in after.params.items() if name.endswith("lora_B"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_phase_hands_on_includes_the_folds(method: str) -> None:
+    federation = Federation(phases(method))
+    federation.start()
+    before = weights(federation)
+    state = federation.go_on(federation.start(), 3)
+    recipe = federation.phases[0].recipe
+    carry = close_phase(federation.workspace, recipe, state)
+    federation.loss(state)
+    for name, frozen in weights(federation).items():
+        product = state.params[f"{name}.lora_B"] @ state.params[f"{name}.lora_A"]
+        whole = frozen + recipe.tuning.scale * product - before[name]  # type: ignore[union-attr]
+        torch.testing.assert_close(carry.delta[f"{name}.weight"], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_can_go_back_to_an_earlier_state_bit_for_bit() -> None:
+    federation = Federation(phases("fedex"))
+    states: list[ServerState] = [federation.go_on(federation.start(), 1)]
+    states.append(federation.go_on(states[0], 4))
+    federation.loss(states[0])
+    first = weights(federation)
+    federation.loss(states[1])
+    federation.loss(states[0])
+    assert all(torch.equal(first[name], value) for name, value in weights(federation).items())
+
+
+# ---- messages
+
+
+@pytest.mark.parametrize("version", [0, 1, 2, 3])
+def test_a_message_brings_any_client_to_the_same_bits(version: int) -> None:
+    folds = folds_of(1, 1, 1)
+    known = folds_of(*[1] * version)
+    told = message(folds, version)
+    if version == 3:
+        assert told is None
+        return
+    assert told is not None
+    assert len(told.raw) == sum(told.sizes.values())
+    after = received(told, known, SHAPES)
+    assert after.version == 3
+    assert list(after.total) == list(folds.total)
+    assert all(torch.equal(after.total[name], value) for name, value in folds.total.items())
+
+
+def test_factors_are_sent_only_while_they_are_smaller() -> None:
+    entries = sum(rows * columns for rows, columns in SHAPES.values())
+    assert len(folds_of(1, 1, 1).recent) == 3  # 3 * 28 < 102
+    assert len(folds_of(1, 1, 1, 1).recent) == 3
+    assert len(folds_of(1, 5).recent) == 0
+    for ranks in ((1, 1, 1, 1), (1, 5), (3,)):
+        folds = folds_of(*ranks)
+        for version in range(len(ranks)):
+            told = message(folds, version)
+            assert told is not None
+            assert len(told.raw) < 4 * entries + 100
+
+
+@pytest.mark.parametrize("ranks", [(4,), (1, 1, 1, 1), (10**12,)])
+def test_announced_ranks_that_are_too_large_are_refused_before_anything_is_read(ranks: tuple[int, ...]) -> None:
+    told = message(folds_of(1, 1), 1)
+    assert told is not None
+    with pytest.raises(WireError, match="more than the weights hold"):
+        received(told._replace(ranks=ranks), folds_of(1), SHAPES)
+
+
+@pytest.mark.parametrize("ranks", [(), (2,), (1, 1)])
+def test_other_ranks_than_those_of_the_message_are_refused(ranks: tuple[int, ...]) -> None:
+    told = message(folds_of(1, 1), 1)
+    assert told is not None
+    with pytest.raises(WireError, match="other parts, names or shapes"):
+        received(told._replace(ranks=ranks), folds_of(1), SHAPES)
+
+
+def test_a_damaged_message_is_refused() -> None:
+    told = message(folds_of(1, 1), 1)
+    assert told is not None
+    raw = bytearray(told.raw)
+    raw[-1] ^= 1
+    with pytest.raises(WireError, match="checksum"):
+        received(told._replace(raw=bytes(raw)), folds_of(1), SHAPES)
+
+
+def test_a_client_whose_setup_is_new_gets_all_folds() -> None:
+    federation = Federation(phases("fedex", memory="init"))
+    state = federation.go_on(federation.start(), 3, (0, 1))
+    downlink = Downlink(federation.phases[0].recipe, state, 0)
+    told = downlink.message({}, ClientState().folds.version).fold
+    assert told is not None
+    shapes = {name: (layer.rows, layer.columns) for name, layer in lora_layers(federation.workspace.model).items()}
+    after = received(told, Folds(), shapes)
+    assert tree.num_entries(after.total) == tree.num_entries(state.folds.total)
+    assert all(torch.equal(after.total[name], value) for name, value in state.folds.total.items())
+
+
+def test_dense_folds_are_for_a_phases_start_alone() -> None:
+    with pytest.raises(ValueError, match="as factors"):
+        extended(Folds(), replace(fold_of(0, 1), dense={"m.weight": torch.ones(9, 8)}))
