@@ -44,22 +44,22 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
             "per_round": 30,
             "partition": {"kind": "dirichlet", "scheme": "hsu", "alpha": float(alpha), "min_examples": 2},
         },
-        "evaluate": {"every": 4, "num_examples": 1000, "dense": False},
+        "evaluate": {"every": 10, "num_examples": 1000, "dense": False},
         "method": method,
     }
 
 
 GRIDS: dict[str, tuple[float, ...]] = {
-    "full": (1e-4, 3e-4, 1e-3),
-    "lora": (1e-3, 3e-3, 1e-2),
+    "full": (3e-4, 1e-3, 3e-3),
+    "lora": (3e-3, 1e-2, 3e-2),
     "ffa": (3e-3, 1e-2, 3e-2),
-    "rolora": (3e-3, 1e-2, 3e-2),
-    "flexlora": (1e-3, 3e-3, 1e-2),
-    "fedex": (1e-3, 3e-3, 1e-2),
-    "flora": (1e-3, 3e-3, 1e-2),
-    "federa": (3e-4, 1e-3, 3e-3),
-    "slora": (1e-3, 3e-3, 1e-2),
-    "primed_lora": (1e-3, 3e-3, 1e-2),
+    "rolora": (1e-2, 3e-2),
+    "flexlora": (3e-3, 1e-2),
+    "fedex": (3e-3, 1e-2),
+    "flora": (3e-3, 1e-2, 3e-2),
+    "federa": (1e-3, 3e-3, 1e-2),
+    "slora": (3e-3, 1e-2),
+    "primed_lora": (3e-3, 1e-2),
 }
 BEST: dict[str, float] = {name: rates[1] for name, rates in GRIDS.items()}
 STUDY = Study(
@@ -68,7 +68,7 @@ STUDY = Study(
     document=document,
     grids={f"{name}_0.1": rates for name, rates in GRIDS.items()},
     chosen={f"{name}_{alpha}": BEST[name] for alpha in ALPHAS for name in GRIDS},
-    tuning_rounds=8,
-    rounds=20,
-    shown=(4, 8, 12, 16, 20),
+    tuning_rounds=20,
+    rounds=60,
+    shown=(10, 20, 30, 40, 50, 60),
 )

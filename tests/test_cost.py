@@ -49,7 +49,13 @@ WIRES = {
     "flora": ("lora", "method.kind='flora'"),
     "fedex": ("lora", "method.kind='fedex'"),
     "fedex, remembered": ("lora", "method.kind='fedex'", "method.memory='init'"),
-    "fedex of rank 2": ("lora", "method.kind='fedex'", "method.fold_rank=2", "method.memory='last_round'"),
+    "fedex of rank 2": (
+        "lora",
+        "method.kind='fedex'",
+        "method.fold_rank=2",
+        "method.memory='init'",
+        "clients.per_round=9",
+    ),
     "federa, remembered": ("federa", "method.memory='init'"),
 }
 

@@ -80,7 +80,7 @@ def test_peft_on_the_original_base_says_what_the_run_says(world: Path, family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", [*ADAPTERS, "full", "bitfit", "head_only"])
+@pytest.mark.parametrize("method", [*ADAPTERS, "full", "bitfit", "head_only", "fedex", "flora"])
 def test_a_merged_model_says_what_the_run_says(world: Path, tmp_path: Path, family: str, method: str) -> None:
     run = run_of(world, family, method)
     fedlora.load_run(run).export(tmp_path / "merged", merge=True)

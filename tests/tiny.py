@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "flasc": {"kind": "flasc", "rank": 4},
     "federa": {"kind": "federa", "rank": 4},
     "slora": {"kind": "slora", "rank": 4, "density": 0.1, "warm_rounds": 1, "warm_local": LOCAL},
+    "fedex": {"kind": "fedex", "rank": 4},
+    "flora": {"kind": "flora", "rank": 4},
     "full": {"kind": "full"},
     "bitfit": {"kind": "fedavg", "tuning": {"kind": "bitfit"}},
     "bottleneck": {"kind": "fedavg", "tuning": {"kind": "bottleneck", "width": 4}},

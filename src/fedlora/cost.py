@@ -18,6 +18,7 @@ from fedlora.clients import draw_cohort
 from fedlora.config import Experiment
 from fedlora.downlink import Downlink
 from fedlora.engines import Serial
+from fedlora.folds import message
 from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
 from fedlora.round import Kinds, run_round
@@ -187,17 +188,30 @@ def _folds(recipe: Recipe, state: ServerState, cohort: int) -> Folds:
 
 
 def _sizes(recipe: Recipe, state: ServerState, seed: int, clients: Sequence[int], share: float, cohort: int) -> _Sizes:
-    state = dataclasses.replace(state, folds=_folds(recipe, state, cohort))
-    downlink = Downlink(recipe, state, seed)
+    folds = _folds(recipe, state, cohort)
+    downlink = Downlink(recipe, dataclasses.replace(state, folds=Folds()), seed)
     whole = downlink.message({}).sizes
-    new = {kind: whole.get(kind, 0) + state.setup_bytes.get(kind, 0) for kind in {**whole, **state.setup_bytes}}
+    new = _added([whole, state.setup_bytes, _fold_bytes(folds, 0)])
     if recipe.memory == "none":
         return _Sizes(new, new)
-    # how many rounds a client missed is a matter of chance too; most often the mean of them
-    behind = max(0, state.folds.version - max(1, round(1 / share)))
-    whole = downlink.message({}, behind).sizes
-    held = [downlink.message(state.held[client], behind).sizes for client in clients if client in state.held]
-    return _Sizes(new, {kind: round(size) for kind, size in _mean(held).items()} if held else whole)
+    held = [downlink.message(state.held[client]).sizes for client in clients if client in state.held]
+    # how many rounds a client missed is a matter of chance too
+    behind = range(1, min(folds.version, len(folds.recent) + 1) + 1)
+    missed = [share * (1 - share) ** (rounds - 1) for rounds in behind]
+    missed[-1:] = [1 - sum(missed[:-1])] if missed else []
+    lacking = _sum(
+        (chance, _fold_bytes(folds, folds.version - gone)) for chance, gone in zip(missed, behind, strict=True)
+    )
+    return _Sizes(new, _added([_mean(held) if held else whole, lacking]))
+
+
+def _fold_bytes(folds: Folds, version: int) -> Kinds:
+    told = message(folds, version)
+    return told.sizes if told else {}
+
+
+def _added(sizes: Iterable[Mapping[str, float]]) -> Kinds:
+    return {kind: round(size) for kind, size in _sum((1.0, one) for one in sizes).items()}
 
 
 def _later(done: int, rounds: int) -> list[int]:

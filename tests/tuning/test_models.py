@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.aggregate import ProductExact, Stack
 from fedlora.engines import Serial
 from fedlora.errors import ConfigError
 from fedlora.local import Local, Sgd
@@ -148,6 +149,13 @@ def test_lora_trains_beside_quantised_weights(family: str, init: LoRAInit, tmp_p
 def test_a_start_that_edits_the_weights_is_refused_where_they_are_quantised(init: LoRAInit) -> None:
     with pytest.raises(ConfigError, match=r"edits the values of bert\..*query, which are stored quantised; .*kaiming"):
         opened(packed_task(), LoRA(rank=3, init=init))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("aggregator", [ProductExact(), Stack()], ids=str)
+def test_rounds_that_edit_the_weights_are_refused_where_they_are_quantised(aggregator: Any) -> None:
+    workspace = Workspace(packed_task(), 0, CPU)
+    with pytest.raises(ConfigError, match=r"edits the values of bert\..*query, which are stored quantised"):
+        workspace.open(0, Recipe(tuning=LoRA(rank=3), aggregator=aggregator))
 
 
 @pytest.mark.parametrize("tuning", [Full(), SparseMask()], ids=str)
