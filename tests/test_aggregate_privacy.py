@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from toy import LOCAL, Federation
 
 from fedlora import tree
 from fedlora.aggregate import AGGREGATORS, Mean
-from fedlora.errors import TrainingError
+from fedlora.errors import ConfigError, TrainingError
+from fedlora.methods import fedavg
 from fedlora.privacy import PRIVACY, CentralGaussian, NoPrivacy
-from fedlora.state import Update
+from fedlora.state import Update, load_state, save_state
 from fedlora.tree import Tree
+from fedlora.tuning import LoRA
 
 A = Update({}, {"x": torch.tensor([1.0, 0.0]), "y": torch.tensor([[4.0]])}, 1.0)
 B = Update({}, {"x": torch.tensor([3.0, 8.0]), "y": torch.tensor([[0.0]])}, 3.0)
@@ -63,7 +69,7 @@ def test_updates_are_read_once_and_left_alone() -> None:
 
 @pytest.mark.parametrize("cohort", [[], [A._replace(weight=0.0)]], ids=["nobody", "no weight"])
 def test_no_update_and_no_weight_are_refused(cohort: list[Update]) -> None:
-    with pytest.raises(TrainingError, match="at least one client with examples"):
+    with pytest.raises(TrainingError, match="at least one client that has examples"):
         Mean(weighting="examples").combine(cohort, {})
 
 
@@ -157,3 +163,77 @@ def test_impossible_settings_are_refused(fields: dict[str, float]) -> None:
 def test_the_tables_name_their_rows_by_kind() -> None:
     assert AGGREGATORS["mean"]().kind == "mean"  # type: ignore[attr-defined]
     assert {kind: cls.kind for kind, cls in PRIVACY.items()} == {kind: kind for kind in PRIVACY}  # type: ignore[attr-defined]
+
+
+# ---- a clip that adapts (Andrew et al., arXiv 1905.03871)
+
+
+def adaptive(**settings: Any) -> CentralGaussian:
+    return CentralGaussian(**{"clip_norm": 1.0, "noise_multiplier": 0.0, "quantile": 0.5, **settings})
+
+
+def test_without_noise_the_clip_finds_the_quantile_of_the_norms() -> None:
+    norms = np.random.default_rng(0).lognormal(1.0, 0.5, 400)
+    for quantile in (0.2, 0.5, 0.9):
+        privacy = adaptive(clip_norm=0.1, quantile=quantile)
+        for round in range(200):
+            below = float((norms <= privacy.clip_norm).sum())
+            privacy = privacy.at(privacy.adapted(below, 400, 400, round))
+        assert privacy.clip_norm == pytest.approx(np.quantile(norms, quantile), rel=0.05)
+
+
+def test_a_step_of_the_clip_by_hand() -> None:
+    assert adaptive(quantile=0.5).adapted(3.0, 4, 4, 0) == pytest.approx(math.exp(-0.2 * 0.25))
+    # of five that were to answer four did: the fifth counts as half
+    assert adaptive(quantile=0.5).adapted(3.0, 4, 5, 0) == pytest.approx(math.exp(-0.2 * ((3 - 2) / 5)))
+    assert CentralGaussian(clip_norm=1.0, noise_multiplier=1.0).adapted(3.0, 4, 4, 0) is None
+
+
+def test_bits_and_updates_together_cost_what_the_multiplier_says() -> None:
+    privacy = adaptive(noise_multiplier=1.0, count_noise=2.0, clip_norm=3.0, seed=0)
+    zeros = {"x": torch.zeros(200_000)}
+    spread = float(privacy.noise(zeros, 10, 0)["x"].std()) * 10 / 3.0
+    assert spread == pytest.approx((1.0 - 1 / 16) ** -0.5, rel=0.01)
+    # Gaussians of sensitivities C and 1/2 in one: z^-2 = z_updates^-2 + (2 s)^-2
+    assert spread**-2 + (2 * 2.0) ** -2 == pytest.approx(1.0, rel=0.02)
+    draws = [privacy.adapted(5.0, 10, 10, round) or 0.0 for round in range(4000)]
+    shares = 0.5 - np.log(np.array(draws) / 3.0) / 0.2
+    assert shares.mean() == pytest.approx(0.5, abs=0.02)
+    assert shares.std() == pytest.approx(2.0 / 10, rel=0.05)
+
+
+def test_the_noise_of_bits_is_a_twentieth_of_the_cohort_and_never_too_little() -> None:
+    for num_clients in (1, 10, 1000):
+        privacy = adaptive(noise_multiplier=2.0, seed=1)
+        assert torch.isfinite(privacy.noise({"x": torch.zeros(3)}, num_clients, 0)["x"]).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"noise_multiplier": 1.0, "count_noise": 0.5},
+        {"noise_multiplier": 1.0, "count_noise": 1.0, "quantile": None},
+    ],
+)
+def test_bits_that_would_cost_more_than_all_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="count_noise"):
+        adaptive(**settings)
+
+
+def test_in_a_federation_the_clip_follows_the_updates_and_survives_a_checkpoint(tmp_path: Path) -> None:
+    def federation() -> Federation:
+        privacy = adaptive(clip_norm=50.0, quantile=0.5, clip_lr=1.0)
+        return Federation(fedavg(rounds=6, tuning=LoRA(rank=4), local=LOCAL, privacy=privacy))
+
+    whole = federation()
+    end = whole.go_on(whole.start(), 6)
+    clips = [row.clip_norm for row in whole.rows]
+    assert clips[:2] == pytest.approx([50.0, 50.0 * math.exp(-0.5)])  # all three were below
+    assert all(row.loss == 0.0 and row.examples == 0 for row in whole.rows)
+    state = federation().start()
+    for rounds in range(1, 7):
+        one = federation()
+        save_state(one.go_on(state, rounds), tmp_path / "state", {})
+        state, _ = load_state(tmp_path / "state")
+        assert one.rows[0].clip_norm == clips[rounds - 1]
+    assert all(torch.equal(state.params[name], value) for name, value in end.params.items())

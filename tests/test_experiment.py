@@ -15,11 +15,11 @@ from tiny import COLOURS, METHODS, contents, document, experiment, ledger, make_
 
 import fedlora
 from fedlora import config
-from fedlora.client import Job, Reply
 from fedlora.engines import Serial
 from fedlora.errors import DataError
 from fedlora.experiment import Result
 from fedlora.folder import RunFolder
+from fedlora.jobs import Job, Reply
 from fedlora.setting import prepare
 from fedlora.state import named_seed
 
@@ -86,7 +86,7 @@ def test_the_folder_holds_an_adapter_or_a_model_with_its_card(ran: Ran, method: 
     adapter = ran(method).adapter
     assert adapter is not None
     files = {path.name for path in adapter.iterdir()}
-    if method in ("full", "bitfit", "head_only"):
+    if method in ("full", "bitfit", "head_only", "fedex", "flora"):
         assert adapter.name == "model"
         assert files >= {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
     elif method == "bottleneck":

@@ -10,10 +10,10 @@ import torch
 from toy import LOCAL, Federation
 
 from fedlora import tree
-from fedlora.client import Job, Reply
 from fedlora.downlink import Downlink
 from fedlora.errors import WireError
 from fedlora.folds import extended, message, received
+from fedlora.jobs import Job, Reply
 from fedlora.methods import Phases, fedex, flora
 from fedlora.phases import close_phase
 from fedlora.state import ClientState, Fold, Folds, ServerState

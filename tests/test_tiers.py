@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ from tiny import experiment, tiny_world
 from toy import LOCAL, Federation
 
 import fedlora
+from fedlora import tree
+from fedlora.aggregate import SvdRedistribute
+from fedlora.client import run_job
 from fedlora.clients import Clients
 from fedlora.cost import costs
 from fedlora.downlink import Downlink, view
-from fedlora.errors import ConfigError, DataError
+from fedlora.errors import ConfigError, DataError, TrainingError
 from fedlora.methods import fedavg
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.round import run_round
 from fedlora.setting import prepare
 from fedlora.tiers import Tier, assign_tiers, check_tiers
-from fedlora.transport import Link, Quota, TopK, Uniform
+from fedlora.transport import Link, Quota, RankSlice, TopK, Uniform
 from fedlora.tuning import LoRA, SvdOfWeight
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -206,3 +210,104 @@ def test_a_tier_of_a_lower_rank_that_remembers_is_shown_at_its_rank() -> None:
         if name.endswith("lora_A"):
             assert value[:1].any()
             assert not value[1:].any()
+
+
+def test_ranks_by_norm_are_those_of_flascs_code() -> None:
+    draws = torch.Generator().manual_seed(0)
+    tree = {"m.lora_A": torch.randn(6, 9, generator=draws), "m.lora_B": torch.randn(7, 6, generator=draws)}
+    kept = RankSlice(rank=2, by="norm")(tree, dict.fromkeys(tree, "adapter"), 0)
+    # each factor for itself, by the Euclidean norm of a rank
+    for name, axis in (("m.lora_A", 1), ("m.lora_B", 0)):
+        norms = np.linalg.norm(tree[name].numpy(), axis=axis)
+        best = set(np.argsort(-norms)[:2].tolist())
+        there = {int(rank) for rank in torch.nonzero(kept[name].abs().sum(axis)).flatten()}
+        assert there == best
+        assert torch.equal(kept[name][kept[name] != 0], tree[name][kept[name] != 0])
+
+
+def test_a_tier_of_ranks_by_norm_gets_the_longest_and_trains() -> None:
+    recipe = fedavg(tuning=LoRA(rank=4), local=LOCAL)[0].recipe
+    own = Tier(name="phone", rank=2, rank_by="norm").applied(recipe)
+    assert own.down.sparsify == RankSlice(rank=2, by="norm")
+    with pytest.raises(ConfigError, match="would be lost"):
+        Tier(name="phone", rank=2, rank_by="norm").applied(Recipe(aggregator=SvdRedistribute()))
+
+
+# ---- clients that run out of time
+
+
+def slow(federation: Federation, client: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each turn of one client a minute passes with every look at the clock."""
+    clock = {"now": 0.0, "step": 0.0}
+
+    def run(jobs: Any) -> Any:
+        for job in jobs:
+            clock["step"] = 60.0 if job.client == client else 0.0
+            yield run_job(job, federation.workspace, federation.engine.population.rows_of(job.client))
+
+    def counter() -> float:
+        clock["now"] += clock["step"]
+        return clock["now"]
+
+    monkeypatch.setattr("time.perf_counter", counter)
+    monkeypatch.setattr(federation.engine, "run", run)
+
+
+def late_federation(**settings: Any) -> Federation:
+    local = replace(LOCAL, timeout_seconds=90.0)
+    return Federation(fedavg(rounds=3, tuning=LoRA(rank=4), local=local, **settings))
+
+
+def test_a_client_that_runs_out_of_time_is_named_and_the_round_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = late_federation()
+    start = federation.start()
+    slow(federation, 0, monkeypatch)
+    state = federation.go_on(start, 2)
+    others = late_federation()
+    slow(others, -1, monkeypatch)
+    expected = others.go_on(others.start(), 2, cohort=(2, 1))
+    assert [row.late for row in federation.rows] == [(0,), (0,)]
+    assert [row.cohort for row in federation.rows] == [(2, 0, 1)] * 2
+    assert all(torch.equal(state.params[name], value) for name, value in expected.params.items())
+    # it was sent to all and came back from two
+    assert federation.rows[0].up_bytes == others.rows[0].up_bytes
+    assert sum(federation.rows[0].down_bytes.values()) == 1.5 * sum(others.rows[0].down_bytes.values())
+
+
+def test_a_late_client_keeps_what_it_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
+    up = Link(sparsify=TopK(density=0.1), feedback=True)
+    federation = late_federation(up=up, memory="last_round")
+    slow(federation, -1, monkeypatch)
+    before = federation.go_on(federation.start(), 1)
+    slow(federation, 0, monkeypatch)
+    after = federation.go_on(before, 2)
+    kept, new = before.clients[0].feedback, after.clients[0].feedback
+    assert all(torch.equal(new[name], value) for name, value in kept.items())
+    assert all(torch.equal(after.clients[0].held[name], value) for name, value in after.held[0].items())
+    assert any(not torch.equal(before.clients[1].feedback[n], v) for n, v in after.clients[1].feedback.items())
+
+
+def test_where_all_are_late_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = late_federation()
+    start = federation.start()
+    slow(federation, 0, monkeypatch)
+    with pytest.raises(TrainingError, match=r"local\.timeout_seconds"):
+        federation.go_on(start, 1, cohort=(0,))
+
+
+def test_a_tier_has_a_limit_of_its_own() -> None:
+    recipe = fedavg(local=LOCAL)[0].recipe
+    assert Tier(name="phone", timeout_seconds=5.0).applied(recipe).local.timeout_seconds == 5.0
+    assert Tier(name="desk").applied(recipe).local.timeout_seconds is None
+
+
+def test_noise_stays_that_of_the_whole_cohort_when_some_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = CentralGaussian(clip_norm=1e-3, noise_multiplier=0.0)
+    federation = late_federation(privacy=silent)
+    start = federation.start()
+    slow(federation, 0, monkeypatch)
+    moved = tree.subtract(federation.go_on(start, 1).params, start.params)
+    others = late_federation(privacy=silent)
+    slow(others, -1, monkeypatch)
+    expected = tree.subtract(others.go_on(others.start(), 1, cohort=(2, 1)).params, start.params)
+    assert tree.norm(moved) == pytest.approx(2 / 3 * tree.norm(expected), rel=1e-3)

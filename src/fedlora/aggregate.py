@@ -18,7 +18,10 @@ from fedlora.errors import TrainingError
 from fedlora.state import Change, Fold, Update
 from fedlora.tree import Tree
 
-_NOBODY = "no client answered with an update; a round needs at least one client with examples"
+_NOBODY = (
+    "no client answered with an update; a round needs at least one client that has examples and is done before "
+    "local.timeout_seconds"
+)
 
 
 class Aggregator(ABC):

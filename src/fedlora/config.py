@@ -37,7 +37,8 @@ class Evaluate:
         num_examples: size of the fixed subset of the test examples used between rounds; all of them if absent. The
             end is always evaluated on all.
         dense: where clients receive the model thinned or rounded, also evaluate the server's own; its metrics are
-            named ``dense_...``.
+            named ``dense_...``. Where they follow it by differences, the server's own is the model of the run, and
+            what a new client would receive is ``newcomer_...``.
         clients: when to evaluate on what each client keeps away from training as well (``clients.holdout``): ``end``
             is after the last round, ``always`` whenever the model is evaluated. The main metric over clients is named
             ``client_mean_...``, ``client_worst_tenth_...`` and ``client_spread_...``, see ``over_clients``.

@@ -17,7 +17,7 @@ from fedlora import config
 from fedlora.account import Sampled, open_account
 from fedlora.clients import Population, draw_cohort, over_clients
 from fedlora.config import Experiment
-from fedlora.downlink import view
+from fedlora.downlink import Downlink, view
 from fedlora.engines import Serial
 from fedlora.errors import CheckpointError, FedloraError, TrainingError
 from fedlora.export import export_run
@@ -185,6 +185,7 @@ def _run_phases(
                 epsilon=budget.spent(phases, state.round) if budget else None,
                 seconds={**row.seconds, "evaluate": seconds},
                 cohort=() if secret else row.cohort,
+                late=() if secret else row.late,
                 down_bytes=row.down_bytes if sent else {},
                 up_bytes=row.up_bytes if sent else {},
             )
@@ -259,6 +260,8 @@ def _evaluate(
     views = {"": view(recipe, state, experiment.seed)}
     if experiment.evaluate.dense and views[""] is not state.params:
         views["dense_"] = state.params
+    if experiment.evaluate.dense and recipe.memory == "last_round" and recipe.down.lossy:
+        views["newcomer_"] = Downlink(recipe, state, experiment.seed).message({}).start
     for name, tier_recipe in recipes_of(setting.tiers, recipe).items():
         views[f"{name}_"] = view(tier_recipe, state, experiment.seed)
     metrics: dict[str, float] = {}

@@ -106,7 +106,8 @@ class RunFolder:
         try:
             lines = file.read_text(encoding="utf-8").split("\n")[:-1]
             rows = [json.loads(line) for line in lines]
-            return [Row(**{**row, "cohort": tuple(row["cohort"]), "warnings": tuple(row["warnings"])}) for row in rows]
+            tuples = ("cohort", "late", "warnings")
+            return [Row(**{**row, **{key: tuple(row.get(key, ())) for key in tuples}}) for row in rows]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{file} is no ledger of this version ({error}); put the old file back") from error
 

@@ -131,6 +131,8 @@ class Local:
         proximal: FedProx's mu (arXiv 1812.06127, Eq. 2): adds ``mu / 2 ||x - x_start||^2`` to the loss.
         dropout: whether the pre-trained model's own dropout is on; FLASC's code has it off by an oversight.
         compute: ``bf16`` keeps frozen weights in bfloat16 and what is trained in float32.
+        timeout_seconds: a client that is not done by then gives up, and the round goes on without it; a run in which
+            that happens cannot be repeated bit for bit.
         keep_optimizer: the client remembers its optimiser's state between rounds (centralised training needs it).
     """
 
@@ -144,4 +146,5 @@ class Local:
     proximal: Annotated[float, Field(ge=0)] = 0.0
     dropout: bool = True
     compute: Literal["fp32", "bf16"] = "fp32"
+    timeout_seconds: Rate | None = None
     keep_optimizer: bool = False

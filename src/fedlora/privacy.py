@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -25,6 +27,30 @@ class Privacy(ABC):
     needs_uniform_mean: ClassVar[bool]
     """Whether the noise is calibrated for clients that all weigh the same."""
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the clip moves from round to round, for which clients tell whether they were below it."""
+        return False
+
+    @abstractmethod
+    def at(self, clip_norm: float | None) -> Privacy:
+        """The mechanism of a round.
+
+        Args:
+            clip_norm: what ``adapted`` gave after the round before; None at first, or if nothing adapts.
+        """
+
+    def adapted(self, below: float, answered: int, num_clients: int, round: int) -> float | None:
+        """The clip of the next round.
+
+        Args:
+            below: how many clients said that their update was not longer than the clip.
+            answered: how many answered.
+            num_clients: what sums are divided by.
+            round: of the run.
+        """
+        return None
+
     @abstractmethod
     def clip(self, delta: Tree) -> Tree:
         """What a client may send of ``delta``."""
@@ -40,6 +66,10 @@ class NoPrivacy(Privacy):
 
     kind: Literal["none"] = "none"
     needs_uniform_mean: ClassVar[bool] = False
+
+    def at(self, clip_norm: float | None) -> NoPrivacy:
+        """Itself."""
+        return self
 
     def clip(self, delta: Tree) -> Tree:
         """``delta`` itself."""
@@ -57,18 +87,27 @@ class CentralGaussian(Privacy):
     The noise falls on every coordinate that clients may move, sent or not, because which coordinates a client sent
     tells of its data. One of ``noise_multiplier`` and ``target_epsilon`` is given; ``account.py`` tells what is spent.
 
+    With ``quantile`` the clip adapts (Andrew et al., arXiv 1905.03871, Alg. 1): each client also tells whether its
+    update is not longer than C, a bit; with ``b`` the share of those, with noise of its own, the next clip is
+    ``C exp(-clip_lr (b - quantile))``. Updates then get the noise ``(z^-2 - (2 s)^-2)^(-1/2)``, ``s`` being that of the
+    sum of bits, so that both together cost what z says.
+
     Args:
-        clip_norm: C, the largest Euclidean norm of a client's whole update.
+        clip_norm: C, the largest Euclidean norm of a client's whole update; with ``quantile``, of the first round.
         noise_multiplier: z, the noise's standard deviation on the *sum* of updates, in units of C.
         target_epsilon: the epsilon of the whole run, from which z is found.
         delta: the probability that epsilon does not hold; by default ``1 / N ** 1.1`` of ``N`` clients.
         accountant: ``rdp``, ``pld`` (tighter, for Poisson sampling alone), or ``auto``: the tightest that applies.
         max_epsilon: the run ends before it would spend more.
         normalise: divide the noisy mean by C, as FLASC's code does; nothing but a rate, and to Adam not even that.
+        quantile: the share of clients whose updates the clip is to leave as they are; None keeps the clip.
+        clip_lr: how fast it adapts.
+        count_noise: standard deviation of the noise on the sum of bits; by default the larger of a twentieth of the
+            cohort and z.
         seed: of noise that can be repeated, for tests; without one the operating system's secure source is read.
 
     Raises:
-        ConfigError: not one of ``noise_multiplier`` and ``target_epsilon`` is given.
+        ConfigError: not one of ``noise_multiplier`` and ``target_epsilon`` is given, or ``count_noise`` is too small.
     """
 
     kind: Literal["central_gaussian"] = "central_gaussian"
@@ -79,16 +118,51 @@ class CentralGaussian(Privacy):
     accountant: Literal["auto", "rdp", "pld"] = "auto"
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
     normalise: bool = False
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_lr: Annotated[float, Field(gt=0)] = 0.2
+    count_noise: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     needs_uniform_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ConfigError("central_gaussian needs one of noise_multiplier and target_epsilon")
+        if self.quantile is None and self.count_noise is not None:
+            raise ConfigError("count_noise is of the bits by which the clip adapts; set quantile, or leave it out")
+        if self.count_noise is not None and self.count_noise <= (self.noise_multiplier or 0.0) / 2:
+            raise ConfigError(
+                f"count_noise = {self.count_noise:g} alone spends more than noise_multiplier = "
+                f"{self.noise_multiplier:g} allows; it must be more than half of that"
+            )
+
+    @property
+    def adapts(self) -> bool:
+        """See ``Privacy.adapts``."""
+        return self.quantile is not None
+
+    def at(self, clip_norm: float | None) -> CentralGaussian:
+        """See ``Privacy.at``."""
+        return self if clip_norm is None else replace(self, clip_norm=clip_norm)
+
+    def adapted(self, below: float, answered: int, num_clients: int, round: int) -> float | None:
+        """See ``Privacy.adapted``."""
+        if self.quantile is None:
+            return None
+        draws = None if self.seed is None else generator(named_seed(self.seed, "count", round))
+        noise = self._count_noise(num_clients) * float(_normal(torch.zeros(1), draws))
+        share = (below - answered / 2 + noise) / num_clients + 0.5
+        return self.clip_norm * math.exp(-self.clip_lr * (share - self.quantile))
+
+    def _count_noise(self, num_clients: int) -> float:
+        """``s``; none where updates get none either."""
+        if not self.noise_multiplier:
+            return 0.0
+        return self.count_noise or max(num_clients / 20, self.noise_multiplier)
 
     def clip(self, delta: Tree) -> Tree:
-        """``delta / max(1, ||delta|| / C)``."""
-        return tree.scale(delta, 1.0 / max(1.0, tree.norm(delta) / self.clip_norm))
+        """``delta / max(1, ||delta|| / C)``; ``delta`` itself where it is short enough."""
+        norm = tree.norm(delta)
+        return delta if norm <= self.clip_norm else tree.scale(delta, self.clip_norm / norm)
 
     def noise(self, delta: Tree, num_clients: int, round: int) -> Tree:
         """``delta + N(0, (z C / n)^2)`` on every coordinate, over C with ``normalise``.
@@ -100,7 +174,13 @@ class CentralGaussian(Privacy):
             raise ConfigError(
                 "target_epsilon is a property of a whole run; run it with fedlora.run, or give a multiplier"
             )
-        deviation = self.noise_multiplier * self.clip_norm / num_clients
+        multiplier = self.noise_multiplier
+        if self.adapts and multiplier:
+            rest = multiplier**-2 - (2 * self._count_noise(num_clients)) ** -2
+            if rest <= 0:
+                raise ConfigError("count_noise must be more than half of noise_multiplier")
+            multiplier = rest**-0.5
+        deviation = multiplier * self.clip_norm / num_clients
         draws = None if self.seed is None else generator(named_seed(self.seed, "noise", round))
         noisy = {name: value + deviation * _normal(value, draws) for name, value in delta.items()}
         return tree.scale(noisy, 1.0 / self.clip_norm) if self.normalise else noisy

@@ -151,7 +151,9 @@ class Recipe:
     def _check_rules(self) -> None:
         """What links do to rules that are no plain mean."""
         thin = self.up.thins or self.down.thins
-        slices = isinstance(self.down.sparsify, RankSlice) and not self.down.stages
+        slices = (
+            isinstance(thinning := self.down.sparsify, RankSlice) and thinning.by == "order" and not self.down.stages
+        )
         if isinstance(self.aggregator, _OF_PRODUCTS) and self.down.thins and not slices:
             raise ConfigError(
                 f"{self.aggregator.kind!r} rebuilds the factors from what clients got, and what was left out would be "

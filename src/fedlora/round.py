@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import torch
-
 from fedlora import tree
-from fedlora.client import REPORT, Job, Reply
 from fedlora.downlink import Downlink, Message
 from fedlora.engines.base import Engine
 from fedlora.errors import TrainingError
 from fedlora.folds import extended
+from fedlora.jobs import Job, Reply, empty_report
+from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe, init_of
 from fedlora.state import Change, ClientState, Fold, ServerState, Update, named_seed
 from fedlora.tiers import Tier, recipes_of
@@ -36,6 +35,7 @@ class Row:
         round: number of the round in the run, from 1.
         phase: number of its phase, from 0.
         cohort: the clients, in the order of their jobs.
+        late: those of them that ran out of time.
         examples: examples that the cohort trained on, passes counted.
         steps: optimiser steps of the cohort.
         loss: mean training loss over the cohort, clients weighing the same.
@@ -48,6 +48,7 @@ class Row:
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
         slowest_seconds: the longest turn of a client in the cohort.
+        clip_norm: what updates were clipped to, if they were.
         epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.
         metrics: results of evaluations, if there was one after this round.
         facts: figures of a phase's start, in its first row.
@@ -65,10 +66,12 @@ class Row:
     density_down: float
     density_up: float
     update_norm: float
+    late: tuple[int, ...] = ()
     references: Kinds = field(default_factory=dict)
     tiers: dict[str, dict[str, Kinds]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     slowest_seconds: float = 0.0
+    clip_norm: float | None = None
     epsilon: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
@@ -105,6 +108,7 @@ def run_round(
         TrainingError: a client's training went wrong.
     """
     clock = time.perf_counter()
+    recipe = replace(recipe, privacy=recipe.privacy.at(state.clip_norm))
     tiers = tiers or {}
     recipes = {"": recipe, **recipes_of({client: tiers[client] for client in cohort if client in tiers}, recipe)}
     downlinks = {name: Downlink(own, state, seed) for name, own in recipes.items()}
@@ -138,11 +142,14 @@ def run_round(
         references = _sum(references, {message.reference: 1})
     packed = time.perf_counter()
 
-    like = split_groups(state.params, state.groups) | {"report": {name: torch.zeros(()) for name in REPORT}}
+    like = split_groups(state.params, state.groups) | {"report": empty_report(recipe)}
     answers: list[Answer] = []
 
     def updates() -> Iterator[Update]:
         for job, message, reply in zip(jobs, messages, engine.run(jobs), strict=True):
+            if reply.packet is None:
+                answers.append(Answer(job.client, reply, {}))
+                continue
             received = wire.unpack(reply.packet.raw, like)
             delta = join_groups(received, state.groups)
             if job.recipe.up.rounds_values:  # rounding may have made it longer
@@ -151,7 +158,7 @@ def run_round(
             # what a cohort sent is never held together
             light = reply._replace(packet=reply.packet._replace(raw=b"", trees={}))
             answers.append(Answer(job.client, light, report))
-            yield Update(message.start, delta, report["examples"])
+            yield Update(message.start, delta, report.get("examples", 0.0))
 
     if jobs:
         change = recipe.aggregator.combine(updates(), state.params)
@@ -159,8 +166,9 @@ def run_round(
         change = Change(tree.zeros_like(state.params), Fold())
     # what no client may move tells nothing of their data, and noise must not move it either
     moving = {name: value for name, value in change.delta.items() if not recipe.tuning.still(name, state.steps)}
-    if recipe.privacy.needs_uniform_mean and expected is not None:
-        moving = tree.scale(moving, len(jobs) / expected)
+    told = [answer for answer in answers if answer.reply.packet]
+    if recipe.privacy.needs_uniform_mean:  # the noise is that of a sum over as many clients as were to answer
+        moving = tree.scale(moving, len(told) / (expected or len(jobs)))
     delta = change.delta | recipe.privacy.noise(moving, expected or len(jobs), state.round)
     params, slots = recipe.server.step(state.params, delta, state.slots, state.steps)
     if recipe.prune:
@@ -189,13 +197,16 @@ def run_round(
         slots=slots,
         init=init,
         folds=folds,
+        clip_norm=recipe.privacy.adapted(
+            sum(answer.report.get("below", 0.0) for answer in told), len(told), expected or len(jobs), state.round
+        ),
         feedback=downlinks[""].feedback,
         held=held,
         clients=clients,
     )
     for name, answer in zip(names, answers, strict=True):
         if name:
-            _count(shares, name, "up_bytes", answer.reply.packet.sizes)
+            _count(shares, name, "up_bytes", answer.sizes)
             _count(shares, name, "clients", {"num": 1})
     done = time.perf_counter()
     working = sum(answer.reply.seconds for answer in answers)
@@ -204,16 +215,18 @@ def run_round(
         round=after.round,
         phase=state.phase,
         cohort=cohort,
-        examples=int(sum(answer.report["examples"] for answer in answers)),
-        steps=int(sum(answer.report["steps"] for answer in answers)),
-        loss=sum(answer.report["loss"] for answer in answers) / max(1, len(answers)),
+        late=tuple(answer.client for answer in answers if not answer.reply.packet),
+        examples=int(sum(answer.report.get("examples", 0.0) for answer in told)),
+        steps=int(sum(answer.report.get("steps", 0.0) for answer in told)),
+        loss=sum(answer.report.get("loss", 0.0) for answer in told) / max(1, len(told)),
         down_bytes=down,
-        up_bytes=_sum(*(answer.reply.packet.sizes for answer in answers)),
+        up_bytes=_sum(*(answer.sizes for answer in told)),
         references=references,
         tiers=shares,
         density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / max(1, len(messages)),
-        density_up=sum(_kept(answer.reply) for answer in answers) / entries / max(1, len(answers)),
+        density_up=sum(answer.kept for answer in told) / entries / max(1, len(told)),
         update_norm=math.hypot(tree.norm(delta), recipe.tuning.size_of(change.fold)),
+        clip_norm=recipe.privacy.clip_norm if isinstance(recipe.privacy, CentralGaussian) else None,
         slowest_seconds=max((answer.reply.seconds for answer in answers), default=0.0),
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
     )
@@ -227,9 +240,16 @@ class Answer(NamedTuple):
     reply: Reply
     report: dict[str, float]
 
+    @property
+    def sizes(self) -> Kinds:
+        """Bytes by kind."""
+        return self.reply.packet.sizes if self.reply.packet else {}
 
-def _kept(reply: Reply) -> int:
-    return sum(count for part, count in reply.packet.kept.items() if part != "report")
+    @property
+    def kept(self) -> int:
+        """Entries of the update that are not zero."""
+        packet = self.reply.packet
+        return sum(count for part, count in packet.kept.items() if part != "report") if packet else 0
 
 
 def _count(shares: dict[str, dict[str, Kinds]], tier: str, what: str, sizes: Kinds) -> None:

@@ -144,6 +144,7 @@ class ServerState:
         feedback: what the last message to clients lost.
         held: the parameters that each client got last, by client number; the server's own copy.
         folds: the edits of frozen weights in this phase's rounds.
+        clip_norm: what updates are clipped to in the next round, where that adapts.
         clients: what clients remember, by client number; a simulation keeps it for them.
     """
 
@@ -159,6 +160,7 @@ class ServerState:
     feedback: Tree = field(default_factory=dict)
     held: Mapping[int, Tree] = field(default_factory=dict)
     folds: Folds = Folds()
+    clip_norm: float | None = None
     clients: Mapping[int, ClientState] = field(default_factory=dict)
 
 
@@ -196,7 +198,13 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
     )
     if state.setup:
         tensors["setup"] = torch.frombuffer(bytearray(state.setup), dtype=torch.uint8)
-    numbers = {"phase": state.phase, "round": state.round, "steps": state.steps, "folds": state.folds.version}
+    numbers = {
+        "phase": state.phase,
+        "round": state.round,
+        "steps": state.steps,
+        "folds": state.folds.version,
+        "clip_norm": state.clip_norm,
+    }
     order = {"groups": list(state.groups.items()), "slots": list(state.slots), "setup_bytes": state.setup_bytes}
     clients = {str(client): [memory.has_setup, memory.folds.version] for client, memory in state.clients.items()}
     temporary = folder.with_name(folder.name + ".tmp")
@@ -258,6 +266,7 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
             phase=document["phase"],
             round=document["round"],
             steps=document["steps"],
+            clip_norm=document["clip_norm"],
             params={name: tensors[f"params/{name}"] for name in names},
             init={name: tensors[f"init/{name}"] for name in names},
             groups=groups,

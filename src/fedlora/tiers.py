@@ -33,11 +33,13 @@ class Tier:
         values: of the column ``clients.tier_column``, which most of a client's rows have.
         clients: their names.
         rank: the first so many ranks of each adapter are sent and trained, of those that the recipe has.
+        rank_by: which ranks these are: the first by ``order``, or those of the largest ``norm``.
         down: another downlink.
         up: another uplink.
         max_steps: another number of optimiser steps at most.
         batch_size: another batch size.
         compute: another number format of the forward pass.
+        timeout_seconds: another limit of a turn.
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")]
@@ -45,11 +47,13 @@ class Tier:
     values: tuple[str, ...] = ()
     clients: tuple[str, ...] = ()
     rank: Count | None = None
+    rank_by: Literal["order", "norm"] = "order"
     down: Link | None = None
     up: Link | None = None
     max_steps: Count | None = None
     batch_size: Count | None = None
     compute: Literal["fp32", "bf16"] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
 
     @property
     def chosen_by(self) -> str:
@@ -73,7 +77,7 @@ class Tier:
             if self.rank > recipe.tuning.rank:
                 raise ConfigError(f"tier {self.name!r} has rank {self.rank}, above the recipe's {recipe.tuning.rank}")
             if self.rank < recipe.tuning.rank:
-                down = replace(down, sparsify=RankSlice(rank=self.rank))
+                down = replace(down, sparsify=RankSlice(rank=self.rank, by=self.rank_by))
         if down.reference != recipe.down.reference:
             raise ConfigError(
                 f"tier {self.name!r}: the start is announced to all clients or to none; set its down.reference to "
@@ -84,9 +88,8 @@ class Tier:
                 f"tier {self.name!r} computes in fp32, but local.compute = 'bf16' keeps frozen weights in bfloat16: "
                 "set local.compute to fp32, and compute of the other tiers to bf16"
             )
-        changes = {
-            key: value for key in ("max_steps", "batch_size", "compute") if (value := getattr(self, key)) is not None
-        }
+        keys = ("max_steps", "batch_size", "compute", "timeout_seconds")
+        changes = {key: value for key in keys if (value := getattr(self, key)) is not None}
         own = replace(recipe, down=down, up=self.up or recipe.up, local=replace(recipe.local, **changes))
         if recipe.down.feedback or own.down.feedback:
             raise ConfigError(

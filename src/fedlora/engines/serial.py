@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fedlora.client import Job, Reply, run_job
+from fedlora.client import run_job
 from fedlora.clients import Population
 from fedlora.engines.base import Engine
+from fedlora.jobs import Job, Reply
 from fedlora.workspace import Workspace
 
 

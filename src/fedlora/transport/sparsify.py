@@ -279,13 +279,15 @@ class RandomK(Sparsifier):
 @final
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RankSlice(Sparsifier):
-    """Keeps the first ``rank`` rows of every ``A`` and the same columns of every ``B``, and all that is no LoRA factor.
+    """Keeps ``rank`` rows of every ``A`` and columns of every ``B``, and all that is no LoRA factor.
 
     A client that gets ``A`` and ``B`` with zeros beyond a rank stays at that rank: where both factors are zero, so are
     both gradients. FLASC's code and HetLoRA give weak devices a smaller adapter this way.
 
     Args:
         rank: rows of ``A`` and columns of ``B`` that travel.
+        by: ``order`` keeps the first ones; ``norm`` the longest, of ``A`` and of ``B`` each for itself, as FLASC's code
+            does under the name ``rankl1``. Then ranks of which one factor arrives go on learning.
 
     >>> kept = RankSlice(rank=1)({"m.lora_A": torch.ones(2, 3), "m.lora_B": torch.ones(2, 2)}, {}, round=0)
     >>> kept["m.lora_A"].tolist(), kept["m.lora_B"].tolist()
@@ -294,20 +296,25 @@ class RankSlice(Sparsifier):
 
     kind: Literal["rank_slice"] = "rank_slice"
     rank: Annotated[int, Field(ge=1)]
+    by: Literal["order", "norm"] = "order"
 
     @property
     def facts(self) -> Facts:
-        """The same entries are kept always."""
-        return Facts(unbiased=False, reads_values=False)
+        """By order the same entries are kept always."""
+        return Facts(unbiased=False, reads_values=self.by == "norm")
 
     def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
-        """True within the first ranks."""
+        """True within the ranks that are kept."""
         chosen: dict[str, Tensor] = {}
         for name, value in tree.items():
             if (side := _side(name)) and value.ndim > 1:
-                kept = torch.zeros(value.shape, dtype=torch.bool)
-                kept[: self.rank if side == "A" else None, : None if side == "A" else self.rank] = True
-                chosen[name] = kept
+                rows = value if side == "A" else value.T
+                ranks = torch.arange(min(self.rank, len(rows)))
+                if self.by == "norm":
+                    ranks = rows.norm(dim=1).sort(descending=True, stable=True).indices[: self.rank]
+                kept = torch.zeros(rows.shape, dtype=torch.bool)
+                kept[ranks] = True
+                chosen[name] = kept if side == "A" else kept.T
         return chosen
 
 

@@ -1,0 +1,61 @@
+"""What goes to a client in a round and what comes back, as values: the same in every engine."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fedlora.folds import FoldMessage
+from fedlora.recipe import Recipe
+from fedlora.state import ClientState
+from fedlora.transport import wire
+from fedlora.tree import Tree
+
+
+def empty_report(recipe: Recipe) -> Tree:
+    """What clients report beside their update, as zeros: the template of that part.
+
+    ``below`` says whether an update was not longer than the clip, where that adapts; under noise nothing else is told.
+    """
+    names = ("below",) if recipe.privacy.adapts else ("examples", "steps", "loss")
+    return {name: torch.zeros(()) for name in names}
+
+
+class Job(NamedTuple):
+    """One client's turn, as a value: the same job gives the same reply in any process.
+
+    Args:
+        recipe: what to do.
+        client: whose turn it is.
+        phase: number of the phase.
+        round: rounds finished in this phase.
+        progress: rounds finished in the whole run, and rounds in the whole run, for the learning rate.
+        seed: where this turn's draws start.
+        payload: the parameters of this round.
+        setup: the announcement of the phase; None if the client remembers it.
+        fold: the edits of frozen weights that the client lacks, if there are any.
+        memory: what the client remembers.
+    """
+
+    recipe: Recipe
+    client: int
+    phase: int
+    round: int
+    progress: tuple[int, int]
+    seed: int
+    payload: bytes
+    setup: bytes | None
+    fold: FoldMessage | None
+    memory: ClientState
+
+
+class Reply(NamedTuple):
+    """A client's answer: the packet that travels, what stays with the client, and how long it worked.
+
+    There is no packet where the client ran out of time.
+    """
+
+    packet: wire.Packet | None
+    memory: ClientState
+    seconds: float
