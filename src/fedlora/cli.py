@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.errors import ConfigError, DataError, FedloraError
+from fedlora.errors import ConfigError, FedloraError
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
@@ -27,8 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated fine-tuning of Hugging Face models with low-rank adapters, in as few bytes as possible.",
 )
-PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-"""Endings of files that are an input, not a list of inputs."""
 _out = Console()
 _err = Console(stderr=True)
 
@@ -191,6 +189,36 @@ def compare(
 
 
 @app.command()
+def search(
+    config: ConfigPath,
+    kilobytes: Annotated[float, typer.Option(help="The budget: kB to one client and back in a round.")],
+    set_: Overrides = None,
+    rank: Annotated[int, typer.Option(min=1, help="Where it begins.")] = 1,
+    density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where it begins.")] = 1 / 16,
+    factor: Annotated[int, typer.Option(min=2, help="What rank or density is multiplied by in a step.")] = 4,
+    max_rank: Annotated[int, typer.Option(min=1, help="No rank above is tried.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder of the trials; goes on where it holds some.")] = Path("runs/search"),
+    format_: AsFormat = Format.table,
+) -> None:
+    """Search rank and density for a budget of bytes, by short runs in pairs (FLASC-Search)."""
+    from fedlora.report import Live, search_table
+    from fedlora.search import Bounds
+    from fedlora.search import search as climb
+
+    experiment, _ = _experiment(config, set_, None)
+    bounds = Bounds(rank, density, factor, 1e3 * kilobytes, max_rank)
+    watcher = Live(_err)
+    try:
+        trials = climb(experiment, out, bounds, watcher=watcher)
+    finally:
+        watcher.close()
+    values, table = search_table(trials)
+    _show(format_, values, table)
+    if format_ is Format.table:
+        _out.print(f"the last one kept: fedlora run {out / 'best.toml'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(help="A new folder.")],
@@ -210,19 +238,9 @@ def predict(
     format_: AsFormat = Format.table,
 ) -> None:
     """Say what a run's model makes of a text, or of what else its task takes."""
-    from fedlora.inference import load_run
+    from fedlora.inference import load_run, read_inputs
 
-    file = Path(text)
-    try:
-        by_line = file.is_file() and file.suffix.lower() not in PICTURES
-        inputs = file.read_text(encoding="utf-8").splitlines() if by_line else [text]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text; give a file with one input per line") from error
-    except OSError:  # a text too long for a file name is a text
-        inputs = [text]
-    inputs = [line for line in inputs if line.strip()]
-    if not inputs:
-        raise DataError("there is no text to predict; give a text, or a file with a text per line")
+    inputs = read_inputs(text)
     found = load_run(run).predict(inputs)
     table = Table("input", "answer", "", "next")
     for one, answer in zip(inputs, found, strict=True):

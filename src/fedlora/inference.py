@@ -14,13 +14,14 @@ import torch
 from fedlora import config
 from fedlora.config import Experiment
 from fedlora.downlink import view
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, DataError
 from fedlora.export import export
 from fedlora.folder import RunFolder
 from fedlora.recipe import Recipe
 from fedlora.setting import in_mode, pick_device
 from fedlora.state import ServerState
 from fedlora.tasks import Evaluation, Prepared
+from fedlora.tasks.folders import PICTURES
 from fedlora.workspace import Workspace
 
 
@@ -78,6 +79,27 @@ class Trained:
         if folder.exists():
             raise ConfigError(f"{folder} is there already; name a new folder")
         export(folder, self.experiment, self.task, self.workspace, self.recipe, self.state, self.metrics, merge)
+
+
+def read_inputs(text: str) -> list[str]:
+    """The inputs that a text names: itself, or the lines of the file that it is the name of.
+
+    Raises:
+        DataError: the file is not text, or there is nothing in it.
+    """
+    file = Path(text)
+    try:
+        # a picture is an input, not a list of inputs
+        by_line = file.is_file() and file.suffix.lower() not in PICTURES
+        inputs = file.read_text(encoding="utf-8").splitlines() if by_line else [text]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text; give a file with one input per line") from error
+    except OSError:  # a text too long for a file name is a text
+        inputs = [text]
+    inputs = [line for line in inputs if line.strip()]
+    if not inputs:
+        raise DataError("there is no text to predict; give a text, or a file with a text per line")
+    return inputs
 
 
 def load_run(path: Path) -> Trained:

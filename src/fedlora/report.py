@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedlora.experiment import Result
 from fedlora.folder import RunFolder
 from fedlora.network import Network
 from fedlora.round import Row
+from fedlora.search import Trial
 from fedlora.setting import Setting
 from fedlora.watch import Watcher
 
@@ -138,6 +140,15 @@ def as_dict(result: Result) -> dict[str, Any]:
     }
 
 
+def search_table(trials: Sequence[Trial]) -> tuple[list[dict[str, Any]], Table]:
+    """What a search tried, as values and as a table."""
+    table = Table("step", "rank", "density", "one client and back", "metric", "kept")
+    for trial in trials:
+        cells = [str(trial.step), str(trial.rank), f"{trial.density:g}", human_bytes(round(trial.client_bytes))]
+        table.add_row(*cells, f"{trial.metric:.4f}", "yes" if trial.kept else "")
+    return [dataclasses.asdict(trial) for trial in trials], table
+
+
 def cost_table(
     phases: Sequence[PhaseCost], network: Network | None, step_seconds: float | None
 ) -> tuple[dict[str, Any], Table]:
@@ -149,14 +160,15 @@ def cost_table(
         step_seconds: of a client's optimiser step; the longest turn that was measured if None.
     """
     table = Table()
-    names = ["phase", "rounds", "one client down", "one client up", "round down", "round up", "all down", "all up"]
-    for name in [*names, *(["round takes", "all take"] if network else [])]:
+    # a table of a terminal's width
+    last = ["round takes", "all take"] if network else ["round down", "round up"]
+    for name in ("phase", "rounds", "one client down", "one client up", *last, "all down", "all up"):
         table.add_column(name, justify="right")
     values: list[dict[str, Any]] = []
     for number, phase in enumerate(phases):
         down, up = phase.round_bytes
         one = (sum(phase.down_bytes.values()), sum(phase.up_bytes.values()))
-        cells = list(map(human_bytes, [*one, down, up, *phase.all_bytes]))
+        middle = list(map(human_bytes, (down, up)))
         value: dict[str, Any] = {
             "tuning": phase.tuning,
             "rounds": phase.rounds,
@@ -170,17 +182,19 @@ def cost_table(
         if network:
             work = phase.work_seconds if step_seconds is None else phase.steps * step_seconds
             value["round_seconds"] = network.seconds(*one, work)
-            cells += [human_seconds(value["round_seconds"]), human_seconds(phase.rounds * value["round_seconds"])]
-        table.add_row(f"{number} {phase.tuning}", str(phase.rounds), *cells)
+            middle = [human_seconds(value["round_seconds"]), human_seconds(phase.rounds * value["round_seconds"])]
+        ends = map(human_bytes, phase.all_bytes)
+        table.add_row(f"{number} {phase.tuning}", str(phase.rounds), *map(human_bytes, one), *middle, *ends)
         values.append(value)
     totals = [sum(phase.all_bytes[way] for phase in phases) for way in (0, 1)]
     whole: dict[str, Any] = {"phases": values, "down_bytes": totals[0], "up_bytes": totals[1]}
-    ends = list(map(human_bytes, totals))
+    takes = ""
     if network:
         whole["seconds"] = sum(value["rounds"] * value["round_seconds"] for value in values)
-        ends += ["", human_seconds(whole["seconds"])]
+        takes = human_seconds(whole["seconds"])
     if len(phases) > 1:
-        table.add_row("all", str(sum(phase.rounds for phase in phases)), "", "", "", "", *ends)
+        rounds = str(sum(phase.rounds for phase in phases))
+        table.add_row("all", rounds, "", "", "", takes, *map(human_bytes, totals))
     return whole, table
 
 

@@ -1,0 +1,161 @@
+"""FLASC-Search: which rank and density a budget of bytes is best spent on, by short runs in pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fedlora import config
+from fedlora.config import Experiment
+from fedlora.errors import ConfigError
+from fedlora.experiment import Result, run
+from fedlora.folder import RunFolder
+from fedlora.setting import prepare
+from fedlora.transport import Link, TopK
+from fedlora.tuning import LoRA
+from fedlora.watch import Watcher
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A short run of one configuration.
+
+    Args:
+        step: the pair that it belongs to; 0 is the start.
+        rank: of the adapters.
+        density: of both links.
+        client_bytes: to one client and back in a round, the mean over the run.
+        metric: the main metric at the end.
+        kept: whether the search went on from here.
+    """
+
+    step: int
+    rank: int
+    density: float
+    client_bytes: float
+    metric: float
+    kept: bool
+
+
+class Bounds(NamedTuple):
+    """Where a search begins and ends.
+
+    Attributes:
+        rank: of the first configuration.
+        density: of the first configuration.
+        factor: what rank or density is multiplied by in a step.
+        client_bytes: the budget: bytes to one client and back in a round.
+        max_rank: no rank above is tried.
+    """
+
+    rank: int
+    density: float
+    factor: int
+    client_bytes: float
+    max_rank: int
+
+
+def search(
+    experiment: Experiment,
+    folder: Path,
+    bounds: Bounds,
+    *,
+    watcher: Watcher | None = None,
+    told: Callable[[Trial], None] | None = None,
+) -> list[Trial]:
+    """Climbs from a small adapter, sparsely sent, to what a budget of bytes allows (FLASC-Search, arXiv 2406.05233).
+
+    Of ``(rank, density)`` the next two are ``(factor rank, density)`` and ``(rank, factor density)``, which send about
+    as many values as each other. Both are trained for the configuration's rounds from the same seed, on the same
+    cohorts; the better one is kept, the denser of equals. It ends where the next step would send more than the budget,
+    told from the bytes that the last one sent. The paper's abstract says as much, and no code is public.
+
+    A trial is a run in a folder of its own, so a search that was stopped goes on where it was.
+
+    Args:
+        experiment: LoRA in one phase; its rounds are those of a trial. Links that are ``top_k`` get the density.
+        folder: of the trials, of ``search.json`` (the table) and of ``best.toml``.
+        bounds: where it begins and ends.
+        watcher: is told of every round.
+        told: is told of every trial.
+
+    Returns:
+        The trials, in order; the last one that was kept is the answer.
+
+    Raises:
+        ConfigError: the configuration has no rank or no density, or the first trial is above the budget.
+    """
+    configured(experiment, bounds.rank, bounds.density)  # refuses before data are read
+    setting = prepare(experiment)
+    trials: list[Trial] = []
+
+    def tried(step: int, rank: int, density: float) -> tuple[Trial, Result]:
+        chosen = configured(experiment, rank, density)
+        result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, watcher=watcher)
+        sent = sum(result.down_bytes.values()) + sum(result.up_bytes.values())
+        turns = result.rounds * experiment.clients.per_round
+        return Trial(step, rank, density, sent / turns, result.after[result.main_metric], True), result
+
+    best, result = tried(0, bounds.rank, bounds.density)
+    if best.client_bytes > bounds.client_bytes:
+        raise ConfigError(
+            f"rank {best.rank} at density {best.density:g} sends {best.client_bytes:,.0f} bytes to a client and back, "
+            f"above the budget of {bounds.client_bytes:,.0f}; begin smaller, or raise it"
+        )
+    trials.append(best)
+    while True:
+        if told:
+            told(best)
+        pair = [(best.rank, min(1.0, best.density * bounds.factor)), (best.rank * bounds.factor, best.density)]
+        open_ = [
+            (rank, density)
+            for rank, density in pair
+            if rank <= bounds.max_rank and (rank, density) != (best.rank, best.density)
+        ]
+        if not open_ or best.client_bytes * bounds.factor > bounds.client_bytes:
+            break
+        step = best.step + 1
+        found = [tried(step, rank, density)[0] for rank, density in open_]
+        sign = 1 if result.higher_is_better else -1
+        best = max(found, key=lambda trial: sign * trial.metric)  # the first of equals, which is the denser
+        for trial in found:
+            trials.append(trial if trial is best else dataclasses.replace(trial, kept=False))
+            if told and trial is not best:
+                told(trials[-1])
+    files = RunFolder(folder)
+    table = [dataclasses.asdict(trial) for trial in trials]
+    files.write_json("search.json", {"metric": result.main_metric, "bounds": bounds._asdict(), "trials": table})
+    files.write("best.toml", config.to_toml(configured(experiment, best.rank, best.density)))
+    return trials
+
+
+def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
+    """The experiment with a rank and a density.
+
+    Raises:
+        ConfigError: there is more than one phase, no LoRA, or no link that is ``top_k``.
+    """
+    if experiment.mode != "federated":
+        raise ConfigError("a search weighs bytes, which only a federation sends; set mode = 'federated'")
+    if len(experiment.phases) != 1 or not isinstance(experiment.phases[0].recipe.tuning, LoRA):
+        raise ConfigError("a search varies the rank of LoRA in one phase; use a method such as flasc")
+    phase = experiment.phases[0]
+    recipe = phase.recipe
+    if not any(isinstance(link.sparsify, TopK) and not link.stages for link in (recipe.down, recipe.up)):
+        raise ConfigError(
+            "a search varies the density of links that are top_k and have no stages, and there is none; use method "
+            "flasc, or set down.sparsify and up.sparsify"
+        )
+    tuning = dataclasses.replace(experiment.phases[0].recipe.tuning, rank=rank)
+    down, up = _thinned(recipe.down, density), _thinned(recipe.up, density)
+    changed = dataclasses.replace(recipe, tuning=tuning, down=down, up=up)
+    label = f"{experiment.label}-rank-{rank}-density-{density:g}"
+    return dataclasses.replace(experiment, label=label, phases=(dataclasses.replace(phase, recipe=changed),))
+
+
+def _thinned(link: Link, density: float) -> Link:
+    if not isinstance(link.sparsify, TopK) or link.stages:
+        return link
+    return dataclasses.replace(link, sparsify=dataclasses.replace(link.sparsify, density=density))

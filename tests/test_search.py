@@ -1,0 +1,122 @@
+"""FLASC-Search: pairs of equal bytes, the better one kept, until the budget; stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import experiment, tiny_world
+from typer.testing import CliRunner
+
+from fedlora import config
+from fedlora.cli import app
+from fedlora.errors import ConfigError
+from fedlora.search import Bounds, Trial, configured, search
+from fedlora.transport import TopK
+
+world = pytest.fixture(scope="module")(tiny_world)
+BOUNDS = Bounds(rank=1, density=0.25, factor=2, client_bytes=3_000.0, max_rank=4)
+
+
+def searched(world: Path, folder: Path, bounds: Bounds = BOUNDS, *overrides: str) -> list[Trial]:
+    return search(experiment(world, "flasc", *overrides, rounds=2), folder, bounds)
+
+
+def test_each_step_tries_twice_the_density_and_twice_the_rank_of_the_better_one(world: Path, tmp_path: Path) -> None:
+    trials = searched(world, tmp_path / "search")
+    assert (trials[0].rank, trials[0].density, trials[0].kept) == (1, 0.25, True)
+    assert len(trials) >= 3
+    best = trials[0]
+    for step in range(1, trials[-1].step + 1):
+        pair = [trial for trial in trials if trial.step == step]
+        expected = [(best.rank, min(1.0, 2 * best.density)), (2 * best.rank, best.density)]
+        assert [(trial.rank, trial.density) for trial in pair] == [
+            one for one in expected if one != (best.rank, best.density) and one[0] <= 4
+        ]
+        (best,) = (trial for trial in pair if trial.kept)
+        assert best.metric == max(trial.metric for trial in pair)
+    assert best.client_bytes * 2 > BOUNDS.client_bytes or (best.rank, best.density) == (4, 1.0)
+
+
+def test_the_two_of_a_pair_cost_about_the_same(world: Path, tmp_path: Path) -> None:
+    bounds = BOUNDS._replace(rank=2, client_bytes=6_000.0)
+    trials = searched(world, tmp_path / "search", bounds)
+    one, other = (trial.client_bytes for trial in trials if trial.step == 1)
+    assert one == pytest.approx(other, rel=0.35)  # tiny messages: head and envelope weigh much
+
+
+def test_the_answer_is_a_configuration_that_runs_and_the_table_is_kept(world: Path, tmp_path: Path) -> None:
+    trials = searched(world, tmp_path / "search")
+    best = [trial for trial in trials if trial.kept][-1]
+    found = config.load(tmp_path / "search" / "best.toml")
+    recipe = found.phases[0].recipe
+    assert recipe.tuning.rank == best.rank  # type: ignore[union-attr]
+    assert recipe.up.sparsify == TopK(density=best.density)
+    kept = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert kept["trials"] == [trial.__dict__ for trial in trials]
+    assert kept["bounds"]["client_bytes"] == 3_000.0
+
+
+def test_a_search_that_was_stopped_goes_on_and_says_the_same(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedlora import search as module
+
+    expected = searched(world, tmp_path / "whole")
+    done: list[str] = []
+    run = module.run
+
+    def stopping(experiment: Any, folder: Path, **others: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(folder.name)
+        return run(experiment, folder, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            searched(world, tmp_path / "search")
+    finished = (tmp_path / "search" / done[0] / "result.json").stat().st_mtime_ns
+    assert searched(world, tmp_path / "search") == expected
+    assert (tmp_path / "search" / done[0] / "result.json").stat().st_mtime_ns == finished  # it was not run again
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "bounds", "message"),
+    [
+        ("lora", (), BOUNDS, "there is none; use method flasc"),
+        ("full", (), BOUNDS, "varies the rank of LoRA"),
+        ("slora", (), BOUNDS, "in one phase"),
+        ("flasc", ("mode='centralised'",), BOUNDS, "only a federation sends"),
+        ("flasc", (), BOUNDS._replace(client_bytes=100.0), "above the budget of 100"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(
+    world: Path, tmp_path: Path, method: str, overrides: tuple[str, ...], bounds: Bounds, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search(experiment(world, method, *overrides, rounds=2), tmp_path / "search", bounds)
+
+
+def test_the_other_link_and_everything_else_stay_as_they_are(world: Path) -> None:
+    before = experiment(world, "flasc", "method.up=1.0")
+    after = configured(before, 2, 0.5)
+    assert after.phases[0].recipe.up == before.phases[0].recipe.up
+    assert after.phases[0].recipe.down.sparsify == TopK(density=0.5)
+    assert after.phases[0].recipe.local == before.phases[0].recipe.local
+
+
+def test_the_command_prints_what_was_tried(world: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(config.to_toml(experiment(world, "flasc", rounds=2)))
+    arguments = ["search", str(file), "--kilobytes", "3", "--rank", "1", "--density", "0.25", "--factor", "2"]
+    arguments += ["--max-rank", "4", "--out", str(tmp_path / "search")]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "best.toml" in shown.output
+    again = CliRunner().invoke(app, [*arguments, "--format", "json"])
+    trials = json.loads(again.stdout)
+    assert [trial["step"] for trial in trials][:1] == [0]
+    assert trials == json.loads((tmp_path / "search" / "search.json").read_text())["trials"]
