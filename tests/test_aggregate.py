@@ -252,7 +252,7 @@ def test_one_client_that_lies_hardly_moves_a_robust_rule(kind: str) -> None:
         ({"aggregator": ProductExact(), "privacy": NOISE}, "that all weigh the same"),
         ({"aggregator": ProductExact(), "prune": Prune(density=0.5)}, "the rule is a mean"),
         ({"aggregator": Stack(), "tuning": Full()}, "about products"),
-        ({"aggregator": Stack(), "tuning": LoRA(train="alternate")}, "would learn nothing"),
+        ({"aggregator": Stack(), "tuning": LoRA(train="alternate")}, "learns nothing"),
         ({"aggregator": Stack(), "tuning": LoRA(init=SvdOfWeight())}, "draws adapters anew"),
         ({"aggregator": Stack(), "up": Link(feedback=True), "memory": "init"}, "start anew"),
         ({"aggregator": Stack(), "local": Local(keep_optimizer=True)}, "start anew"),

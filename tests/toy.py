@@ -46,4 +46,4 @@ class Federation:
     def loss(self, state: ServerState) -> float:
         recipe = self.phases[state.phase].recipe
         self.workspace.show(recipe, view(recipe, state, 0), state.folds)
-        return self.workspace.evaluate(np.arange(48), "train", "fp32").metrics["loss"]
+        return self.workspace.evaluate(np.arange(48), "train", recipe.local.compute).metrics["loss"]

@@ -45,8 +45,10 @@ def extended(folds: Folds, fold: Fold) -> Folds:
     """
     if fold.dense:
         raise ValueError("a fold between rounds must come as factors")
-    pairs = {name: fold.factors[name] for name in sorted(fold.factors)}
-    newest = {f"{name}.{side}": value for name, pair in pairs.items() for side, value in zip("BA", pair, strict=True)}
+    named = {
+        f"{name}.{side}": value for name, pair in fold.factors.items() for side, value in zip("BA", pair, strict=True)
+    }
+    newest = dict(sorted(named.items()))
     total = _added(folds.total, newest)
     recent = (*folds.recent, newest)
     while recent and sum(map(tree.num_entries, recent)) >= tree.num_entries(total):
@@ -65,7 +67,7 @@ def message(folds: Folds, version: int) -> FoldMessage | None:
     lacking = folds.recent[version - folds.version :]
     if len(lacking) == folds.version - version:
         named = {f"{place}.{name}": value for place, fold in enumerate(lacking) for name, value in fold.items()}
-        ranks = tuple(next(iter(fold.values())).shape[1] for fold in lacking)
+        ranks = tuple(next(value for name, value in fold.items() if name.endswith(".A")).shape[0] for fold in lacking)
     else:
         named, ranks = folds.total, ()
     packet = wire.pack({"fold": named}, {}, trees=False)
@@ -83,31 +85,29 @@ def received(told: FoldMessage, known: Folds, shapes: Shapes) -> Folds:
     Raises:
         WireError: the message is of another form, or larger than the sum of all folds.
     """
-    modules = sorted(shapes)
     if sum(told.ranks) * sum(map(sum, shapes.values())) >= sum(rows * columns for rows, columns in shapes.values()):
         raise WireError(f"The message announces folds of ranks {told.ranks}, which is more than the weights hold.")
     if not told.ranks:
-        whole = {name: torch.zeros(()).expand(shapes[name]) for name in modules}
+        whole = {name: torch.zeros(()).expand(shapes[name]) for name in sorted(shapes)}
         return Folds(told.version, wire.unpack(told.raw, {"fold": whole})["fold"])
     like: Tree = {}
     for place, rank in enumerate(told.ranks):
-        for name in modules:
-            rows, columns = shapes[name]
-            like[f"{place}.{name}.B"] = torch.zeros(()).expand(rows, rank)
-            like[f"{place}.{name}.A"] = torch.zeros(()).expand(rank, columns)
+        one = {}
+        for name, (rows, columns) in shapes.items():
+            one |= {f"{name}.A": (rank, columns), f"{name}.B": (rows, rank)}
+        like |= {f"{place}.{name}": torch.zeros(()).expand(one[name]) for name in sorted(one)}
     parts = wire.unpack(told.raw, {"fold": like})["fold"]
     total = known.total
     for place in range(len(told.ranks)):
         prefix = f"{place}."
-        one = {name.removeprefix(prefix): value for name, value in parts.items() if name.startswith(prefix)}
-        total = _added(total, one)
+        total = _added(total, {name.removeprefix(prefix): v for name, v in parts.items() if name.startswith(prefix)})
     return Folds(told.version, total)
 
 
 def _added(total: Tree, fold: Tree) -> Tree:
     """The sum of products and one more, made in the same way by both sides."""
     result: Tree = {}
-    for name in (key.removesuffix(".B") for key in fold if key.endswith(".B")):
+    for name in sorted(key.removesuffix(".B") for key in fold if key.endswith(".B")):
         # kernels may sum in another order where memory is laid out otherwise
         b, a = (fold[f"{name}.{side}"].clone(memory_format=torch.contiguous_format) for side in "BA")
         product = b @ a

@@ -127,7 +127,9 @@ class Recipe:
         if not self.tuning.init.from_seed:
             raise ConfigError(f"{kind!r} draws adapters anew after each round; use tuning.init kaiming or orthogonal")
         if moving == "alternate":
-            raise ConfigError(f"under {kind!r} B is zero when a round begins, and A alone would learn nothing")
+            raise ConfigError(
+                f"under {kind!r} B is zero when a round begins, and A alone learns nothing; use train 'both' or 'B'"
+            )
         if self.local.keep_optimizer or self.up.feedback:
             raise ConfigError(
                 f"under {kind!r} adapters start anew, and what a client remembers of the old ones has no meaning; set "

@@ -1,0 +1,184 @@
+"""Every value of every slot beside every value of every other: a pair trains, with an exact resume, or is refused.
+
+A recipe is made of the defaults and two choices. What is refused says what to do instead; what is not learns the toy
+task, and goes on from a checkpoint with the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import LOCAL, Federation
+
+from fedlora.aggregate import AGGREGATORS, Aggregator, Krum, NormBound, TrimmedMean
+from fedlora.errors import ConfigError
+from fedlora.local import CLIENT_OPTIMIZERS
+from fedlora.local import AdamW as ClientAdamW
+from fedlora.local import Sgd as ClientSgd
+from fedlora.methods import fedavg
+from fedlora.privacy import PRIVACY, CentralGaussian
+from fedlora.prune import Prune
+from fedlora.server_optim import SERVER_OPTIMIZERS, Adam, AdamW, FedAdagrad, FedAdam, FedYogi, Sgd
+from fedlora.state import load_state, save_state
+from fedlora.transport import (
+    PRECISIONS,
+    SPARSIFIERS,
+    BFloat16,
+    Float16,
+    Link,
+    Quota,
+    RandomK,
+    RankSlice,
+    Threshold,
+    TopK,
+    Uniform,
+)
+from fedlora.tuning import (
+    LORA_INITS,
+    TUNINGS,
+    BitFit,
+    Bottleneck,
+    Full,
+    HeadOnly,
+    LoRA,
+    Orthogonal,
+    Peft,
+    SparseMask,
+    SvdOfDelta,
+    SvdOfWeight,
+)
+
+NOISE = CentralGaussian(clip_norm=5.0, noise_multiplier=0.01, seed=0)
+AGGREGATOR_VALUES: dict[str, Aggregator] = {
+    "trimmed_mean": TrimmedMean(trim=0.25),
+    "krum": Krum(faulty=0),
+    "norm_bound": NormBound(norm=10.0),
+}
+# a choice is settings of a recipe; those of a link or of the local turn are joined key by key
+CHOICES: dict[str, dict[str, dict[str, Any]]] = {
+    "tuning": {
+        "full": {"tuning": Full(), "local": {"optimizer": ClientAdamW(lr=0.002)}},
+        "bitfit": {"tuning": BitFit()},
+        "head_only": {"tuning": HeadOnly()},
+        "sparse_mask": {"tuning": SparseMask(density=0.2)},
+        "bottleneck": {"tuning": Bottleneck(width=4)},
+        "peft": {"tuning": Peft(config={"peft_type": "LORA", "r": 4, "target_modules": ["query"]})},
+        "orthogonal": {"tuning": LoRA(rank=4, init=Orthogonal())},
+        "svd_of_weight": {"tuning": LoRA(rank=4, init=SvdOfWeight())},
+        "svd_of_delta": {"tuning": LoRA(rank=4, init=SvdOfDelta())},
+        "train B": {"tuning": LoRA(rank=4, train="B")},
+        "train alternate": {"tuning": LoRA(rank=4, train="alternate")},
+    },
+    "down.sparsify": {
+        "down top_k": {"down": {"sparsify": TopK(density=0.5)}},
+        "down random_k": {"down": {"sparsify": RandomK(density=0.7, rescale=False)}},
+        "down threshold": {"down": {"sparsify": Threshold(value=1e-3)}},
+        "down rank_slice": {"down": {"sparsify": RankSlice(rank=2)}},
+    },
+    "up.sparsify": {
+        "up top_k": {"up": {"sparsify": TopK(density=0.3, quota=Quota(head=1.0))}},
+        "up random_k": {"up": {"sparsify": RandomK(density=0.5)}},
+        "up threshold": {"up": {"sparsify": Threshold(value=1e-3)}},
+        "up rank_slice": {"up": {"sparsify": RankSlice(rank=2)}},
+    },
+    "down.precision": {
+        "down bfloat16": {"down": {"precision": BFloat16()}},
+        "down float16": {"down": {"precision": Float16()}},
+        "down uniform": {"down": {"precision": Uniform(bits=8)}},
+    },
+    "up.precision": {
+        "up bfloat16": {"up": {"precision": BFloat16()}},
+        "up float16": {"up": {"precision": Float16()}},
+        "up uniform": {"up": {"precision": Uniform(bits=4, block=64)}},
+        "up sign": {"up": {"precision": Uniform(bits=1)}},
+    },
+    "down.reference": {"reference init": {"down": {"reference": "init"}}},
+    "feedback": {"up feedback": {"up": {"feedback": True}}, "down feedback": {"down": {"feedback": True}}},
+    "memory": {"memory init": {"memory": "init"}, "memory last_round": {"memory": "last_round"}},
+    "aggregator": {
+        kind: {"aggregator": AGGREGATOR_VALUES.get(kind) or rule()}
+        for kind, rule in AGGREGATORS.items()
+        if kind != "mean"
+    },
+    "server": {
+        "momentum": {"server": Sgd(lr=0.5, momentum=0.5)},
+        "adam": {"server": Adam(lr=0.02)},
+        "adamw": {"server": AdamW(lr=0.02)},
+        "fed_adam": {"server": FedAdam(lr=0.02)},
+        "fed_yogi": {"server": FedYogi(lr=0.02)},
+        "fed_adagrad": {"server": FedAdagrad(lr=0.02)},
+    },
+    "privacy": {
+        "central_gaussian": {"privacy": NOISE},
+        "a clip that adapts": {"privacy": replace(NOISE, quantile=0.5)},
+    },
+    "local": {
+        "client sgd": {"local": {"optimizer": ClientSgd(lr=0.05)}},
+        "keep_optimizer": {"local": {"keep_optimizer": True}},
+        "proximal": {"local": {"proximal": 0.01}},
+        "clip_norm": {"local": {"clip_norm": 1.0}},
+        "bf16": {"local": {"compute": "bf16"}},
+    },
+    "prune": {"prune": {"prune": Prune(density=0.6)}},
+}
+PAIRS = [
+    (one, other) for first, second in combinations(CHOICES, 2) for one in CHOICES[first] for other in CHOICES[second]
+]
+VALUES = {name: choice for slot in CHOICES.values() for name, choice in slot.items()}
+ROUNDS = 4
+
+
+def test_every_value_of_every_table_is_here() -> None:
+    there = " ".join(VALUES)
+    for table in (AGGREGATORS, SPARSIFIERS, PRECISIONS, PRIVACY, TUNINGS, LORA_INITS):
+        # defaults are on the other side of every pair
+        assert not [kind for kind in table if kind not in there and kind not in DEFAULTS], table
+    kinds = {type(choice["server"]).__name__ for choice in CHOICES["server"].values()}
+    assert kinds == {cls.__name__ for cls in SERVER_OPTIMIZERS.values()}
+    assert set(CLIENT_OPTIMIZERS) == {"sgd", "adamw"}
+
+
+DEFAULTS = {"mean", "dense", "float32", "none", "lora", "kaiming"}
+
+
+def phases_of(*names: str) -> Any:
+    settings: dict[str, Any] = {"tuning": LoRA(rank=4), "down": {}, "up": {}, "local": {}}
+    for name in names:
+        for key, value in VALUES[name].items():
+            settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+    settings["down"], settings["up"] = Link(**settings["down"]), Link(**settings["up"])
+    settings["local"] = replace(LOCAL, **settings["local"])
+    return fedavg(rounds=ROUNDS, **settings)
+
+
+@pytest.fixture(autouse=True)
+def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_a_pair_trains_and_resumes_or_is_refused(one: str, other: str, tmp_path: Path) -> None:
+    refused = ""
+    try:
+        federation = Federation(phases_of(one, other))
+        state = federation.start()
+    except ConfigError as error:
+        refused = str(error)
+    if refused:
+        assert any(word in refused for word in ("set ", "use ", "leave ", "choose ", "is about", "beside prune"))
+        return
+    before = federation.loss(state)
+    half = federation.go_on(state, ROUNDS // 2)
+    save_state(half, tmp_path / "state", {})
+    end = federation.go_on(half, ROUNDS)
+    assert federation.loss(end) < before
+    again = federation.go_on(load_state(tmp_path / "state")[0], ROUNDS)
+    assert all(torch.equal(again.params[name], value) for name, value in end.params.items())
+    assert federation.rows[-1].down_bytes == federation.rows[ROUNDS - 1].down_bytes
+    assert federation.rows[-1].up_bytes == federation.rows[ROUNDS - 1].up_bytes
