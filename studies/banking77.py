@@ -50,25 +50,33 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
 
 
 GRIDS: dict[str, tuple[float, ...]] = {
-    "full": (3e-4, 1e-3, 3e-3),
+    "full": (3e-4, 1e-3),
     "lora": (3e-3, 1e-2, 3e-2),
-    "ffa": (3e-3, 1e-2, 3e-2),
+    "ffa": (1e-2, 3e-2),
     "rolora": (1e-2, 3e-2),
-    "flexlora": (3e-3, 1e-2),
-    "fedex": (3e-3, 1e-2),
-    "flora": (3e-3, 1e-2, 3e-2),
-    "federa": (1e-3, 3e-3, 1e-2),
-    "slora": (3e-3, 1e-2),
-    "primed_lora": (3e-3, 1e-2),
+    "federa": (3e-3, 1e-2),
+    "flora": (3e-3, 1e-2),
 }
-BEST: dict[str, float] = {name: rates[1] for name, rates in GRIDS.items()}
+# those without a grid use LoRA's rate
+BEST = {
+    "full": 3e-4,
+    "lora": 1e-2,
+    "ffa": 1e-2,
+    "rolora": 1e-2,
+    "fedex": 1e-2,
+    "flexlora": 1e-2,
+    "flora": 1e-2,
+    "federa": 1e-2,
+    "slora": 1e-2,
+    "primed_lora": 1e-2,
+}
 STUDY = Study(
     name="banking77",
     metric="accuracy",
     document=document,
     grids={f"{name}_0.1": rates for name, rates in GRIDS.items()},
-    chosen={f"{name}_{alpha}": BEST[name] for alpha in ALPHAS for name in GRIDS},
+    chosen={f"{name}_{alpha}": BEST[name] for alpha in ALPHAS for name in BEST},
     tuning_rounds=20,
-    rounds=60,
-    shown=(10, 20, 30, 40, 50, 60),
+    rounds=40,
+    shown=(10, 20, 30, 40),
 )

@@ -45,10 +45,10 @@ def extended(folds: Folds, fold: Fold) -> Folds:
     """
     if fold.dense:
         raise ValueError("a fold between rounds must come as factors")
-    named = {
-        f"{name}.{side}": value for name, pair in fold.factors.items() for side, value in zip("BA", pair, strict=True)
-    }
-    newest = dict(sorted(named.items()))
+    newest: Tree = {}
+    for name, (b, a) in fold.factors.items():
+        newest |= {f"{name}.A": a, f"{name}.B": b}
+    newest = dict(sorted(newest.items()))
     total = _added(folds.total, newest)
     recent = (*folds.recent, newest)
     while recent and sum(map(tree.num_entries, recent)) >= tree.num_entries(total):
@@ -92,7 +92,7 @@ def received(told: FoldMessage, known: Folds, shapes: Shapes) -> Folds:
         return Folds(told.version, wire.unpack(told.raw, {"fold": whole})["fold"])
     like: Tree = {}
     for place, rank in enumerate(told.ranks):
-        one = {}
+        one: dict[str, tuple[int, int]] = {}
         for name, (rows, columns) in shapes.items():
             one |= {f"{name}.A": (rank, columns), f"{name}.B": (rows, rank)}
         like |= {f"{place}.{name}": torch.zeros(()).expand(one[name]) for name in sorted(one)}
