@@ -12,6 +12,7 @@ from fedlora import tree
 from fedlora.errors import WireError
 from fedlora.jobs import Job, Reply, empty_report
 from fedlora.recipe import init_of
+from fedlora.shrink import without_ranks
 from fedlora.state import ClientState, Folds, named_seed
 from fedlora.tasks.base import Rows
 from fedlora.training import check_moved, train
@@ -52,6 +53,9 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
         check_moved(job.client, trained, delta, groups)
     if job.memory.feedback:
         delta = tree.add(delta, job.memory.feedback)
+    rank = recipe.shrink.after(start, tree.add(start, delta), recipe.rank) if recipe.shrink else 0
+    if rank and rank < recipe.rank:
+        delta = without_ranks(delta, rank)
     seed = named_seed(job.seed, "up")
     thinned = recipe.up.thin(delta, groups, job.round, seed)
     sent = recipe.privacy.clip(thinned)
@@ -61,6 +65,8 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     if not silent:
         figures = {"examples": float(trained.examples), "steps": float(trained.steps), "loss": trained.loss}
         report |= {name: torch.tensor(value) for name, value in figures.items()}
+        if recipe.shrink:
+            report["rank"] = torch.tensor(float(rank))
     elif recipe.privacy.adapts:
         report["below"] = torch.tensor(float(recipe.privacy.clip(thinned) is thinned))
     packet = recipe.up.encode(sent, groups, job.round, seed, {"report": report}, trees=recipe.up.feedback)

@@ -106,7 +106,7 @@ class RunFolder:
         try:
             lines = file.read_text(encoding="utf-8").split("\n")[:-1]
             rows = [json.loads(line) for line in lines]
-            tuples = ("cohort", "late", "warnings")
+            tuples = ("cohort", "late", "ranks", "warnings")
             return [Row(**{**row, **{key: tuple(row.get(key, ())) for key in tuples}}) for row in rows]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{file} is no ledger of this version ({error}); put the old file back") from error

@@ -16,9 +16,11 @@ from fedlora.tree import Tree
 def empty_report(recipe: Recipe) -> Tree:
     """What clients report beside their update, as zeros: the template of that part.
 
+    ``rank`` is what a client's is from then on, where clients give up ranks.
     ``below`` says whether an update was not longer than the clip, where that adapts; under noise nothing else is told.
     """
-    names = ("below",) if recipe.privacy.adapts else ("examples", "steps", "loss")
+    names: tuple[str, ...] = ("below",) if recipe.privacy.adapts else ("examples", "steps", "loss")
+    names += ("rank",) if recipe.shrink else ()
     return {name: torch.zeros(()) for name in names}
 
 

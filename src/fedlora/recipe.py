@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,8 +24,9 @@ from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
 from fedlora.server_optim import AnyServerOptimizer, Sgd
+from fedlora.shrink import Shrink
 from fedlora.state import named_seed
-from fedlora.transport import Link, RandomK, RankSlice, Uniform
+from fedlora.transport import Dense, Link, RandomK, RankSlice, Uniform
 from fedlora.tree import Tree
 from fedlora.tuning import AnyTuning, LoRA
 
@@ -44,6 +46,7 @@ class Recipe:
         privacy: clip and noise.
         local: a client's turn.
         prune: what the server sets to zero for good, if it does.
+        shrink: how clients give up ranks that they do not use, if they do.
         memory: what clients remember between rounds: ``none`` (cross-device); ``init``, the phase's setup; or
             ``last_round``, also the parameters that they got last, so that only the difference from these is sent.
 
@@ -59,6 +62,7 @@ class Recipe:
     privacy: AnyPrivacy = NoPrivacy()
     local: Local = Local()
     prune: Prune | None = None
+    shrink: Shrink | None = None
     memory: Literal["none", "init", "last_round"] = "none"
 
     def __post_init__(self) -> None:
@@ -118,6 +122,39 @@ class Recipe:
         if isinstance(self.aggregator, SvdRedistribute) and moving != "both":
             raise ConfigError("svd_redistribute moves both factors; leave tuning.train at 'both'")
         self._check_restarts(moving)
+        self._check_shrink(moving)
+
+    @property
+    def rank(self) -> int:
+        """The rank of a client's adapters."""
+        whole = self.tuning.rank if isinstance(self.tuning, LoRA) else 0
+        return min(whole, self.down.sparsify.rank) if isinstance(self.down.sparsify, RankSlice) else whole
+
+    def of_rank(self, rank: int) -> Recipe:
+        """The recipe of a client that has come down to ``rank``."""
+        return replace(self, down=replace(self.down, sparsify=RankSlice(rank=rank)))
+
+    def _check_shrink(self, moving: str) -> None:
+        """What hides ranks, or has a use for those that clients would give up."""
+        if not self.shrink:
+            return
+        down = self.down
+        sliced = isinstance(down.sparsify, RankSlice) and down.sparsify.by == "order"
+        plain = (isinstance(down.sparsify, Dense) or sliced) and not down.stages and down.reference == "zero"
+        if not isinstance(self.tuning, LoRA) or moving != "both" or not self.tuning.zero_is_neutral:
+            raise ConfigError("shrink is about ranks that are trained from zero; use tuning 'lora' with train 'both'")
+        if not plain or down.feedback or self.up.feedback or self.memory == "last_round" or self.prune:
+            raise ConfigError(
+                "shrink chooses which ranks go down; leave down dense and relative to zero, feedback and prune out, "
+                "and memory at 'none' or 'init'"
+            )
+        if self.aggregator.restarts or not isinstance(self.privacy, NoPrivacy):
+            raise ConfigError(
+                "clients tell their ranks, without noise, and compare them with those before; leave privacy out, and "
+                "use an aggregator without new starts"
+            )
+        if not sliced:  # what a lower rank is refused for must be known before
+            self.of_rank(self.shrink.fewer(self.rank))
 
     def _check_restarts(self, moving: str) -> None:
         """What cannot go with adapters that start anew after each round."""

@@ -48,6 +48,7 @@ class Row:
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
         slowest_seconds: the longest turn of a client in the cohort.
+        ranks: of the cohort, where clients give up ranks.
         clip_norm: what updates were clipped to, if they were.
         epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.
         metrics: results of evaluations, if there was one after this round.
@@ -71,6 +72,7 @@ class Row:
     tiers: dict[str, dict[str, Kinds]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     slowest_seconds: float = 0.0
+    ranks: tuple[int, ...] = ()
     clip_norm: float | None = None
     epsilon: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -111,7 +113,7 @@ def run_round(
     recipe = replace(recipe, privacy=recipe.privacy.at(state.clip_norm))
     tiers = tiers or {}
     recipes = {"": recipe, **recipes_of({client: tiers[client] for client in cohort if client in tiers}, recipe)}
-    downlinks = {name: Downlink(own, state, seed) for name, own in recipes.items()}
+    downlinks: dict[tuple[str, int | None], Downlink] = {}
     names = [tiers[client].name if client in tiers else "" for client in cohort]
     jobs: list[Job] = []
     down: Kinds = {}
@@ -120,10 +122,13 @@ def run_round(
     shares: dict[str, dict[str, Kinds]] = {}
     for client, name in zip(cohort, names, strict=True):
         memory = state.clients.get(client, ClientState())
-        message = downlinks[name].message(state.held.get(client, {}), memory.folds.version)
+        rank = state.ranks.get(client)
+        own = recipes[name] if rank is None else recipes[name].of_rank(rank)
+        downlink = downlinks.setdefault((name, rank), Downlink(own, state, seed))
+        message = downlink.message(state.held.get(client, {}), memory.folds.version)
         messages.append(message)
         job = Job(
-            recipe=recipes[name],
+            recipe=own,
             client=client,
             phase=state.phase,
             round=state.steps,
@@ -181,6 +186,7 @@ def run_round(
         params |= {name: value for name, value in init.items() if state.groups[name] == "adapter"}
     if not tree.is_finite(params | folds.total):
         raise TrainingError("the server's parameters are not finite after this round; lower the server's lr")
+    ranks = {answer.client: int(answer.report["rank"]) for answer in told if answer.report.get("rank")}
     clients = dict(state.clients)
     for answer in answers:
         # a client that remembers nothing takes no room
@@ -200,7 +206,8 @@ def run_round(
         clip_norm=recipe.privacy.adapted(
             sum(answer.report.get("below", 0.0) for answer in told), len(told), expected or len(jobs), state.round
         ),
-        feedback=downlinks[""].feedback,
+        feedback=next((downlink.feedback for downlink in downlinks.values()), state.feedback),
+        ranks={**state.ranks, **ranks},
         held=held,
         clients=clients,
     )
@@ -226,6 +233,7 @@ def run_round(
         density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / max(1, len(messages)),
         density_up=sum(answer.kept for answer in told) / entries / max(1, len(told)),
         update_norm=math.hypot(tree.norm(delta), recipe.tuning.size_of(change.fold)),
+        ranks=tuple(state.ranks.get(client, recipe.rank) for client in cohort) if recipe.shrink else (),
         clip_norm=recipe.privacy.clip_norm if isinstance(recipe.privacy, CentralGaussian) else None,
         slowest_seconds=max((answer.reply.seconds for answer in answers), default=0.0),
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},

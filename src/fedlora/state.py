@@ -144,6 +144,7 @@ class ServerState:
         feedback: what the last message to clients lost.
         held: the parameters that each client got last, by client number; the server's own copy.
         folds: the edits of frozen weights in this phase's rounds.
+        ranks: of clients that gave up some, by client number.
         clip_norm: what updates are clipped to in the next round, where that adapts.
         clients: what clients remember, by client number; a simulation keeps it for them.
     """
@@ -161,6 +162,7 @@ class ServerState:
     held: Mapping[int, Tree] = field(default_factory=dict)
     folds: Folds = Folds()
     clip_norm: float | None = None
+    ranks: Mapping[int, int] = field(default_factory=dict)
     clients: Mapping[int, ClientState] = field(default_factory=dict)
 
 
@@ -204,6 +206,7 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
         "steps": state.steps,
         "folds": state.folds.version,
         "clip_norm": state.clip_norm,
+        "ranks": {str(client): rank for client, rank in state.ranks.items()},
     }
     order = {"groups": list(state.groups.items()), "slots": list(state.slots), "setup_bytes": state.setup_bytes}
     clients = {str(client): [memory.has_setup, memory.folds.version] for client, memory in state.clients.items()}
@@ -267,6 +270,7 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
             round=document["round"],
             steps=document["steps"],
             clip_norm=document["clip_norm"],
+            ranks={int(client): rank for client, rank in document["ranks"].items()},
             params={name: tensors[f"params/{name}"] for name in names},
             init={name: tensors[f"init/{name}"] for name in names},
             groups=groups,

@@ -67,7 +67,7 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
     optimizer = local.optimizer.build(values, [factor * job.recipe.tuning.rate(name) for name in parameters])
     if local.keep_optimizer:
         _restore(optimizer, parameters, job.memory.optimizer)
-    losses = []
+    losses, shrink = [], job.recipe.shrink
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(named_seed(job.seed, "dropout"))
         for chosen in batches:
@@ -75,7 +75,8 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
                 raise TimeoutError
             with workspace.autocast(local.compute):
                 loss = task.loss(model, task.batch(chosen, device))
-            loss.backward()  # type: ignore[no-untyped-call]
+            penalty = shrink.weight * shrink.tail(parameters, job.recipe.rank) if shrink else 0.0
+            (loss + penalty).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             _adjust(values, anchors, masks, local)
             optimizer.step()

@@ -25,6 +25,7 @@ from fedlora.methods import fedavg
 from fedlora.privacy import PRIVACY, CentralGaussian
 from fedlora.prune import Prune
 from fedlora.server_optim import SERVER_OPTIMIZERS, Adam, AdamW, FedAdagrad, FedAdam, FedYogi, Sgd
+from fedlora.shrink import Shrink
 from fedlora.state import load_state, save_state
 from fedlora.transport import (
     PRECISIONS,
@@ -125,6 +126,7 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "clip_norm": {"local": {"clip_norm": 1.0}},
         "bf16": {"local": {"compute": "bf16"}},
     },
+    "shrink": {"shrink": {"shrink": Shrink(keep=0.6)}},
     "prune": {"prune": {"prune": Prune(density=0.6)}},
 }
 PAIRS = [

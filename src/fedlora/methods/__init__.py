@@ -11,6 +11,7 @@ from fedlora.methods.baselines import (
     ffa,
     flexlora,
     flora,
+    het_lora,
     rolora,
     sparse_adapter,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "flexlora",
     "flora",
     "full",
+    "het_lora",
     "primed_lora",
     "rolora",
     "slora",
@@ -49,6 +51,7 @@ METHODS: dict[str, Callable[..., Phases]] = {
     "flexlora": flexlora,
     "fedex": fedex,
     "flora": flora,
+    "het_lora": het_lora,
     "sparse_adapter": sparse_adapter,
     "adapter_lth": adapter_lth,
     "fed_select": fed_select,

@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedlora.aggregate import AnyAggregator, ProductExact, Stack, SvdRedistribute
+from fedlora.aggregate import AnyAggregator, ProductExact, SparsityWeighted, Stack, SvdRedistribute
 from fedlora.local import Local
 from fedlora.methods.papers import Memory, Phases, Rank, Rounds, Share, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
 from fedlora.server_optim import AnyServerOptimizer
 from fedlora.server_optim import Sgd as ServerSgd
+from fedlora.shrink import Shrink
 from fedlora.transport import AnyPrecision, Float32, Link, TopK
 from fedlora.tuning import LoRA
 
@@ -210,6 +211,35 @@ def flexlora(
     """FlexLoRA (arXiv 2402.11505): the mean of the products, cut to the rank by an SVD in each round."""
     rule = SvdRedistribute(weighting=weighting, split=split)
     return _of_products(rule, rounds, rank, alpha, targets, precision, local, memory)
+
+
+def het_lora(
+    *,
+    rounds: Rounds = 40,
+    rank: Rank = 16,
+    alpha: float = 16.0,
+    targets: str | tuple[str, ...] = "default",
+    shrink: Shrink | None = Shrink(),
+    padding: Literal["zero", "keep"] = "zero",
+    precision: AnyPrecision = Float32(),
+    server: AnyServerOptimizer = ServerSgd(),
+    local: Local = Local(),
+) -> Phases:
+    """HetLoRA (arXiv 2401.06432): clients of unequal ranks, a say by the size of their adapters, ranks given up.
+
+    ``rank`` is the largest; ``clients.tiers`` give others to some. FLASC's code calls zero-padding alone by this name:
+    ``lora`` with tiers.
+    """
+    return fedavg(
+        rounds=rounds,
+        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
+        down=Link(precision=precision),
+        up=Link(precision=precision),
+        aggregator=SparsityWeighted(padding=padding),
+        server=server,
+        local=local,
+        shrink=shrink,
+    )
 
 
 def _of_products(

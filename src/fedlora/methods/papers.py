@@ -15,6 +15,7 @@ from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import AdamW as ServerAdamW
 from fedlora.server_optim import AnyServerOptimizer
 from fedlora.server_optim import Sgd as ServerSgd
+from fedlora.shrink import Shrink
 from fedlora.transport import AnyPrecision, Dense, Float32, Link, Quota, TopK
 from fedlora.tuning import AnyTuning, Full, LoRA, SparseMask, SvdOfDelta, SvdOfWeight
 
@@ -36,6 +37,7 @@ def fedavg(
     privacy: AnyPrivacy = NoPrivacy(),
     local: Local = Local(),
     prune: Prune | None = None,
+    shrink: Shrink | None = None,
     memory: Memory = "none",
 ) -> Phases:
     """Federated averaging (arXiv 1602.05629, Alg. 1) of whatever ``tuning`` trains; over LoRA it is FedIT.
@@ -51,6 +53,7 @@ def fedavg(
         privacy=privacy,
         local=local,
         prune=prune,
+        shrink=shrink,
         memory=memory,
     )
     return (Phase(recipe=recipe, rounds=rounds),)

@@ -1,0 +1,95 @@
+"""The slot ``Aggregator``: how a cohort's updates become one change."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+from fedlora import tree
+from fedlora.errors import TrainingError
+from fedlora.state import Change, Update
+from fedlora.tree import Tree
+
+NOBODY = (
+    "no client answered with an update; a round needs at least one client that has examples and is done before "
+    "local.timeout_seconds"
+)
+"""What a rule says when nothing came."""
+
+
+class Aggregator(ABC):
+    """Turns the updates of a cohort, in job order, into one change."""
+
+    exact_for_products: ClassVar[bool]
+    """Whether the mean of the products ``B @ A`` is what the result's product is, its fold included."""
+    folds: ClassVar[bool] = False
+    """Whether frozen weights are edited, which clients must get to know."""
+    restarts: ClassVar[bool] = False
+    """Whether the adapters start anew after each round."""
+
+    def fold_rank(self, num_clients: int, rank: int, moving: str) -> int:
+        """The rank of a round's fold.
+
+        Args:
+            num_clients: of the cohort.
+            rank: of the adapters.
+            moving: the factors that are trained: ``both``, ``B``, or ``alternate``.
+        """
+        return 0
+
+    @abstractmethod
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """Reads ``updates`` once, in order, and returns the change they ask for.
+
+        Args:
+            updates: the cohort's.
+            params: the server's parameters, to which the change will be added.
+
+        Raises:
+            TrainingError: there are too few updates.
+        """
+
+
+def weighted_mean(updates: Iterable[Update], weight_of: Callable[[Update], float]) -> Tree:
+    """``sum_k w_k delta_k / sum_k w_k``.
+
+    Args:
+        updates: read once, one at a time.
+        weight_of: the say of an update.
+
+    Raises:
+        TrainingError: there is no update, or none has a say.
+    """
+    total: Tree | None = None
+    weights = 0.0
+    for update in updates:
+        weight = weight_of(update)
+        total = tree.zeros_like(update.delta) if total is None else total
+        tree.add_(total, update.delta, weight)
+        weights += weight
+    if total is None or weights <= 0:
+        raise TrainingError(NOBODY)
+    return tree.scale(total, 1.0 / weights)
+
+
+def shared_out(updates: Iterable[Update], weighting: str) -> tuple[list[Update], list[float], Tree]:
+    """A cohort, the share that each client has in the mean, and the mean of their deltas.
+
+    Args:
+        updates: of the cohort.
+        weighting: ``uniform`` or ``examples``.
+
+    Raises:
+        TrainingError: see ``weighted_mean``.
+    """
+    cohort = list(updates)
+    weights = [1.0 if weighting == "uniform" else update.weight for update in cohort]
+    mean = weighted_mean(cohort, lambda update: 1.0 if weighting == "uniform" else update.weight)
+    return cohort, [weight / sum(weights) for weight in weights], mean
+
+
+def factors(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The names of ``A`` and ``B`` of every adapter."""
+    found = list(names)
+    return [(name, f"{name[:-1]}B") for name in found if name.endswith("lora_A") and f"{name[:-1]}B" in found]

@@ -1,0 +1,138 @@
+"""Means of updates, and rules that bound what faulty clients can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fedlora import tree
+from fedlora.aggregate.base import NOBODY, Aggregator, weighted_mean
+from fedlora.component import STRICT
+from fedlora.errors import TrainingError
+from fedlora.state import Change, Fold, Update
+from fedlora.tree import Tree
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Mean(Aggregator):
+    """Weighted mean of the deltas, ``sum_k p_k delta_k`` with ``sum_k p_k = 1`` (FedAvg, arXiv 1602.05629, Alg. 1).
+
+    Args:
+        weighting: ``uniform`` gives every client of the cohort the same say (FLASC's code, and what noise for privacy
+            is calibrated for); ``examples`` gives a say by the examples the client trained on in this round.
+    """
+
+    kind: Literal["mean"] = "mean"
+    weighting: Literal["uniform", "examples"] = "uniform"
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; no more than one update is in memory at a time."""
+        return Change(
+            weighted_mean(updates, lambda update: 1.0 if self.weighting == "uniform" else update.weight), Fold()
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CoordinateMedian(Aggregator):
+    """The median of each coordinate (arXiv 1803.01498, Def. 1); of an even number the mean of the middle two.
+
+    It stands up to faulty clients as long as they are fewer than half, and loses what only a few clients learnt.
+    """
+
+    kind: Literal["median"] = "median"
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; all updates are in memory together."""
+        like, stacked = _stacked(updates)
+        ordered = stacked.sort(dim=0).values
+        middle = (len(ordered) - 1) // 2
+        return Change(tree.unflatten((ordered[middle] + ordered[len(ordered) // 2]) / 2, like), Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrimmedMean(Aggregator):
+    """The mean of each coordinate without its ``int(trim * n)`` smallest and largest (arXiv 1803.01498, Def. 2).
+
+    Args:
+        trim: share left out at each end.
+    """
+
+    kind: Literal["trimmed_mean"] = "trimmed_mean"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; all updates are in memory together."""
+        like, stacked = _stacked(updates)
+        left_out = int(self.trim * len(stacked))
+        kept = stacked.sort(dim=0).values[left_out : len(stacked) - left_out]
+        return Change(tree.unflatten(kept.mean(dim=0), like), Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Krum(Aggregator):
+    """The mean of those updates that have the closest neighbours (arXiv 1703.02757).
+
+    An update's score is the sum of the squared distances to its ``n - faulty - 2`` nearest others.
+
+    Args:
+        faulty: how many clients may be faulty.
+        select: how many of the best are averaged; above 1 it is multi-Krum. A cohort must have
+            ``2 * faulty + 2 + select`` clients at least.
+    """
+
+    kind: Literal["krum"] = "krum"
+    faulty: Annotated[int, Field(ge=0)] = 1
+    select: Annotated[int, Field(ge=1)] = 1
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; all updates are in memory together."""
+        like, stacked = _stacked(updates)
+        num = len(stacked)
+        needed = max(2 * self.faulty + 3, 2 * self.faulty + 2 + self.select)
+        if num < needed:
+            raise TrainingError(
+                f"krum with faulty = {self.faulty} and select = {self.select} needs {needed} clients in a round, and "
+                f"{num} answered; raise clients.per_round"
+            )
+        distances = torch.cdist(stacked.double(), stacked.double()).square()
+        nearest = distances.sort(dim=1).values[:, 1 : num - self.faulty - 1]
+        best = nearest.sum(dim=1).sort(stable=True).indices[: self.select].sort().values
+        return Change(tree.unflatten(stacked[best].mean(dim=0), like), Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NormBound(Aggregator):
+    """The mean of updates that are shortened to a norm (arXiv 1911.07963).
+
+    Args:
+        norm: the largest Euclidean norm that an update keeps.
+    """
+
+    kind: Literal["norm_bound"] = "norm_bound"
+    norm: Annotated[float, Field(gt=0)]
+    exact_for_products: ClassVar[bool] = False
+
+    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
+        """See ``Aggregator.combine``; no more than one update is in memory at a time."""
+        bounded = (
+            update._replace(delta=tree.scale(update.delta, 1.0 / max(1.0, tree.norm(update.delta) / self.norm)))
+            for update in updates
+        )
+        return Change(weighted_mean(bounded, lambda update: 1.0), Fold())
+
+
+def _stacked(updates: Iterable[Update]) -> tuple[Tree, Tensor]:
+    """A tree for names and shapes, and all deltas as rows."""
+    cohort = [update.delta for update in updates]
+    if not cohort:
+        raise TrainingError(NOBODY)
+    return cohort[0], torch.stack([tree.flatten(delta) for delta in cohort])

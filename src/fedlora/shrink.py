@@ -1,0 +1,64 @@
+"""Clients that give up ranks which they do not use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fedlora.aggregate import factors
+from fedlora.component import STRICT
+from fedlora.tree import Tree
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Shrink:
+    """Self-pruning of ranks (HetLoRA, arXiv 2401.06432, Sec. 3.2).
+
+    A client of rank ``r`` adds ``weight sum_m ||B_m[:, t:r]|| ||A_m[t:r]||`` to its loss, ``t = int(keep r)``. If the
+    sum is smaller after its turn than before, its rank is ``t`` from then on: it sends nothing of the ranks beyond, and
+    the server sends it none.
+
+    Args:
+        keep: gamma, what is left of the ranks.
+        weight: lambda, of the penalty in the loss.
+    """
+
+    keep: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    weight: Annotated[float, Field(ge=0)] = 1e-3
+
+    def fewer(self, rank: int) -> int:
+        """The rank that a client of ``rank`` may come down to; one at least."""
+        return max(1, int(self.keep * rank))
+
+    def tail(self, params: Mapping[str, Tensor], rank: int) -> Tensor:
+        """``sum_m ||B_m[:, t:r]|| ||A_m[t:r]||``, a scalar.
+
+        Args:
+            params: at least the factors of all adapters.
+            rank: of the client.
+        """
+        first = self.fewer(rank)
+        sizes = [
+            torch.linalg.vector_norm(params[b][:, first:rank]) * torch.linalg.vector_norm(params[a][first:rank])
+            for a, b in factors(params)
+        ]
+        return torch.stack(sizes).sum()
+
+    def after(self, before: Mapping[str, Tensor], now: Mapping[str, Tensor], rank: int) -> int:
+        """The client's rank after its turn."""
+        return self.fewer(rank) if float(self.tail(now, rank)) < float(self.tail(before, rank)) else rank
+
+
+def without_ranks(delta: Tree, first: int) -> Tree:
+    """``delta`` with zeros in the ranks from ``first`` on."""
+    result = dict(delta)
+    for a, b in factors(delta):
+        result[a], result[b] = delta[a].clone(), delta[b].clone()
+        result[a][first:] = 0.0
+        result[b][:, first:] = 0.0
+    return result

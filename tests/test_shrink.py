@@ -1,0 +1,120 @@
+"""HetLoRA: clients that give up ranks, and a mean in which the ranks that they lack count as zeros."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy import LOCAL, Federation
+
+from fedlora import tree
+from fedlora.aggregate import SparsityWeighted
+from fedlora.errors import ConfigError
+from fedlora.methods import het_lora
+from fedlora.privacy import CentralGaussian
+from fedlora.recipe import Recipe
+from fedlora.shrink import Shrink, without_ranks
+from fedlora.state import Update, load_state, save_state
+from fedlora.transport import Link, RankSlice, TopK
+from fedlora.tuning import Full, LoRA
+
+FACTORS = {
+    "m.lora_A": torch.tensor([[3.0, 4.0], [0.0, 1.0], [6.0, 8.0]]),
+    "m.lora_B": torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]]),
+    "head": torch.tensor([1.0]),
+}
+
+
+def test_the_tail_by_hand() -> None:
+    assert Shrink(keep=0.99).fewer(3) == 2
+    assert Shrink(keep=0.4).fewer(3) == 1
+    assert Shrink(keep=0.1).fewer(3) == 1
+    assert float(Shrink(keep=0.7).tail(FACTORS, 3)) == pytest.approx(2.0 * 10.0)
+    assert float(Shrink(keep=0.4).tail(FACTORS, 3)) == pytest.approx(8**0.5 * 101**0.5)
+    # a client of rank 2 has no third
+    assert float(Shrink(keep=0.7).tail(FACTORS, 2)) == pytest.approx(2.0 * 1.0)
+
+
+def test_a_tail_that_became_smaller_is_given_up() -> None:
+    smaller = {**FACTORS, "m.lora_B": FACTORS["m.lora_B"] * 0.9}
+    shrink = Shrink(keep=0.7)
+    assert shrink.after(FACTORS, smaller, 3) == 2
+    assert shrink.after(smaller, FACTORS, 3) == 3
+    assert shrink.after(FACTORS, FACTORS, 3) == 3
+
+
+def test_what_is_given_up_is_not_sent() -> None:
+    left = without_ranks(FACTORS, 2)
+    assert left["m.lora_A"].tolist() == [[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]]
+    assert left["m.lora_B"].tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+    assert left["head"] is FACTORS["head"]
+    assert FACTORS["m.lora_A"][2, 0] == 6.0
+
+
+def test_zero_padding_is_the_weighted_mean_of_padded_adapters() -> None:
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"m.lora_A": (4, 6), "m.lora_B": (5, 4), "head": (3,)}
+    params = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+    updates = []
+    for rank in (1, 2, 4):
+        start = RankSlice(rank=rank)(params, dict.fromkeys(params, "adapter"), 0)
+        delta = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+        updates.append(Update(start, without_ranks(delta, rank), 1.0))
+    whole = [tree.add(update.start, update.delta) for update in updates]
+    norms = np.array([float((one["m.lora_B"] @ one["m.lora_A"]).norm()) for one in whole])
+    after = tree.add(params, SparsityWeighted().combine(updates, params).delta)
+    for name in shapes:
+        expected = sum(w * one[name].numpy() for w, one in zip(norms / norms.sum(), whole, strict=True))
+        np.testing.assert_allclose(after[name].numpy(), expected, rtol=1e-5, atol=1e-6)
+    kept = tree.add(params, SparsityWeighted(padding="keep").combine(updates, params).delta)
+    expected = params["m.lora_A"][3] + norms[2] / norms.sum() * updates[2].delta["m.lora_A"][3]
+    torch.testing.assert_close(kept["m.lora_A"][3], expected.float())
+
+
+def federation(**settings: float) -> Federation:
+    return Federation(het_lora(rounds=8, rank=8, local=LOCAL, shrink=Shrink(keep=0.5, **settings)))
+
+
+def test_a_strong_penalty_makes_clients_give_up_ranks_and_send_less(tmp_path: Path) -> None:
+    whole = federation(weight=3.0)
+    start = whole.start()
+    end = whole.go_on(start, 8)
+    ranks = [row.ranks for row in whole.rows]
+    assert ranks[0] == (8, 8, 8)
+    assert ranks[1] == (8, 8, 8)  # B was zero, so nothing can have become smaller
+    assert min(ranks[-1]) < 8
+    assert all(now <= then for then, now in zip(ranks[0], ranks[-1], strict=True))
+    assert whole.rows[-1].up_bytes["adapter"] < 0.8 * whole.rows[1].up_bytes["adapter"]
+    assert whole.rows[-1].down_bytes["adapter"] < 0.8 * whole.rows[1].down_bytes["adapter"]
+    state = start
+    rows = []
+    for rounds in range(1, 9):
+        one = federation(weight=3.0)
+        save_state(one.go_on(state, rounds), tmp_path / "state", {})
+        state, _ = load_state(tmp_path / "state")
+        rows += one.rows
+    assert [row.ranks for row in rows] == ranks
+    assert all(torch.equal(state.params[name], value) for name, value in end.params.items())
+
+
+def test_without_a_penalty_clients_that_learn_keep_their_ranks_at_first() -> None:
+    free = federation(weight=0.0)
+    free.go_on(free.start(), 3)
+    assert free.rows[-1].ranks == (8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ({"tuning": Full()}, "ranks that are trained"),
+        ({"tuning": LoRA(train="B")}, "train 'both'"),
+        ({"down": Link(sparsify=TopK(density=0.5))}, "which ranks go down"),
+        ({"memory": "last_round"}, "which ranks go down"),
+        ({"privacy": CentralGaussian(clip_norm=1.0, noise_multiplier=1.0)}, "without noise"),
+    ],
+)
+def test_what_hides_ranks_is_refused(slots: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe(shrink=Shrink(), **slots)  # type: ignore[arg-type]
