@@ -23,7 +23,8 @@ def main() -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5.5))
     for label, seeds in json.loads(SOURCE.read_text())["final"].items():
         sent = [sum(run["down_bytes"].values()) + sum(run["up_bytes"].values()) for run in seeds.values()]
-        accuracy = [run["after"]["accuracy"] for run in seeds.values()]
+        # what clients receive, where that is not the server's own model
+        accuracy = [run["after"].get("newcomer_accuracy", run["after"]["accuracy"]) for run in seeds.values()]
         x, y = sum(sent) / len(sent) / 1e6, sum(accuracy) / len(accuracy)
         marker, colour = STYLES[label.split("-")[0]]
         axes.plot(x, y, marker, color=colour, markersize=5 + 2 * len(seeds))

@@ -65,7 +65,7 @@ def table(label: str, rounds: int) -> dict[str, Any]:
 def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> dict[str, Any]:
     """The whole configuration of one run."""
     whole = newsgroups.document("lora", rate, rounds, seed, tuning)
-    evaluate = {"every": 15, "num_examples": 1000, "dense": False}
+    evaluate = {"every": 15, "num_examples": 1000, "dense": label.endswith("-ef")}
     return whole | {"label": label, "evaluate": evaluate, "method": table(label, rounds)}
 
 
