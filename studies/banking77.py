@@ -31,7 +31,7 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
         method["rank"] = 8
     if name in WARM:
         # full fine-tuning and sparse masks like the rate of the former
-        warm = turn | {"optimizer": {"kind": "adamw", "lr": 3e-4 if name == "primed_lora" else 1e-3}}
+        warm = turn | {"optimizer": {"kind": "adamw", "lr": 1e-3}}
         method |= {"warm_rounds": rounds // 4, "warm_local": warm}
     return {
         "label": label,
@@ -59,7 +59,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
 }
 # those without a grid use LoRA's rate
 BEST = {
-    "full": 3e-4,
+    "full": 1e-3,
     "lora": 1e-2,
     "ffa": 1e-2,
     "rolora": 1e-2,
