@@ -63,11 +63,12 @@ class Reference(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What one precision at one density costs: bytes, the least by entropy, and seconds of each repetition."""
+    """What one precision at one density costs: bytes and those of the envelope, the least by entropy, seconds."""
 
     density: str
     precision: str
     size: int
+    envelope: int
     least: float
     encode: list[float]
     decode: list[float]
@@ -147,6 +148,7 @@ def _measure_density(settings: Settings, adapter: Adapter, density: str) -> tupl
             density,
             name,
             len(packet.raw),
+            packet.sizes["envelope"],
             _least(parts, packet.trees, PRECISIONS[name]),
             times[f"encode {name}"],
             times[f"decode {name}"],
@@ -179,8 +181,8 @@ def _goals(adapter: Adapter, rows: list[Row]) -> list[Figure]:
         if share < 1:
             row = of[density, "float32"]
             kept = int(entries * share)
-            spent, positions = row.size - 4 * kept, row.least - 4 * kept
-            note = f"{spent:,} bytes, envelope and counts included; {kept:,} of {entries:,} entries"
+            spent, positions = row.size - row.envelope - 4 * kept, row.least - 4 * kept
+            note = f"{spent:,} bytes, headers and counts included, envelope {row.envelope}; {kept:,} of {entries:,}"
             name = f"{adapter.name}, density {density}: positions above entropy"
             figures.append(figure(name, [100 * (spent / positions - 1)], "%", "<= 1", note))
     down, up = of["1/4", "uniform 8"].size, of["1/16", "uniform 8"].size
