@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -92,6 +93,59 @@ def calibrate(target: float, rounds: int, sampled: Sampled, delta: float, accoun
     if epsilon(((lower, rounds),), sampled, delta, accountant) <= target:
         return lower
     return least(accountant, accounting.ExplicitBracketInterval(lower, bound))
+
+
+def example_epsilon(phases: Sequence[Phase], cohorts: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> float | None:
+    """Epsilon of one example at the client where it is largest, for who sees everything that the client sent.
+
+    A neighbour of the client's data lacks the example; each step is a Poisson-sampled Gaussian (arXiv 1607.00133).
+
+    Args:
+        phases: those that were begun.
+        cohorts: of all rounds; where one is empty, as it is secret, everyone may have taken part.
+        sizes: number of each client's examples.
+
+    Returns:
+        None if there is a phase without noise for examples.
+
+    Raises:
+        ConfigError: phases differ in local, or ``dp-accounting`` is not installed.
+    """
+    local = phases[-1].recipe.local
+    noise = local.example_privacy
+    if (
+        noise is None
+        or noise.noise_multiplier == 0
+        or any(phase.recipe.local.example_privacy is None for phase in phases)
+    ):
+        return None
+    if any(phase.recipe.local != local for phase in phases):
+        raise ConfigError("phases share one account of examples; give them the same local")
+    secret = sum(not cohort for cohort in cohorts)
+    turns = Counter(client for cohort in cohorts for client in cohort)
+    spent = {
+        (min(1.0, local.batch_size / size), (turns[client] + secret) * local.num_steps(size))
+        for client, size in enumerate(sizes)
+        if size
+    }
+    # more often and for longer costs more, so few have to be looked at
+    worst = [
+        one for one in spent if not any(one != other and one[0] <= other[0] and one[1] <= other[1] for other in spent)
+    ]
+    return max((_sgd_epsilon(noise.noise_multiplier, *one, noise.delta) for one in worst), default=0.0)
+
+
+@lru_cache(maxsize=4096)
+def _sgd_epsilon(multiplier: float, chance: float, steps: int, delta: float) -> float:
+    if not steps:
+        return 0.0
+    accounting = _library()
+    from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
+
+    account = RdpAccountant()
+    event = accounting.GaussianDpEvent(multiplier)
+    account.compose(event if chance == 1.0 else accounting.PoissonSampledDpEvent(chance, event), steps)
+    return float(account.get_epsilon(delta))
 
 
 class Budget(NamedTuple):
@@ -209,7 +263,7 @@ def _accountant(sampled: Sampled, accountant: str) -> Any:
         )
     if fixed or accountant == "rdp":
         relation = accounting.NeighboringRelation
-        from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
+        from dp_accounting.rdp import RdpAccountant
 
         return RdpAccountant(neighboring_relation=relation.REPLACE_ONE if fixed else relation.ADD_OR_REMOVE_ONE)
     from dp_accounting.pld import PLDAccountant  # type: ignore[import-untyped]

@@ -60,7 +60,7 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     thinned = recipe.up.thin(delta, groups, job.round, seed)
     sent = recipe.privacy.clip(thinned)
     # where noise covers what clients send, nothing leaves without it
-    silent = recipe.privacy.needs_uniform_mean
+    silent = recipe.privacy.needs_uniform_mean or recipe.local.example_privacy is not None
     report = empty_report(recipe)
     if not silent:
         figures = {"examples": float(trained.examples), "steps": float(trained.steps), "loss": trained.loss}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedlora import config
-from fedlora.account import Sampled, open_account
+from fedlora.account import Sampled, example_epsilon, open_account
 from fedlora.clients import Population, draw_cohort, over_clients
 from fedlora.config import Experiment
 from fedlora.downlink import Downlink, view
@@ -138,6 +138,9 @@ def _run_phases(
     recipe = phases[phase].recipe
     # an account of sampled cohorts holds only while nobody can tell who was in them
     secret = budget is not None and getattr(recipe.privacy, "seed", None) is None
+    noises = [each.recipe.local.example_privacy for each in phases]
+    drawn = any(noise is not None and noise.seed is None for noise in noises)
+    sizes = np.diff(setting.population.offsets).tolist()
     pending: dict[str, float] = {}
     if state is None:
         state, pending = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
@@ -170,6 +173,7 @@ def _run_phases(
             state, row = run_round(
                 recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected
             )
+            told = () if secret else row.cohort
             last = state.round == experiment.rounds or bool(budget and budget.exhausted(phases, state.round))
             metrics, warnings, seconds = {}, (), 0.0
             if last or state.round % experiment.evaluate.every == 0:
@@ -183,8 +187,9 @@ def _run_phases(
                 warnings=warnings,
                 facts=pending,
                 epsilon=budget.spent(phases, state.round) if budget else None,
+                example_epsilon=example_epsilon(phases[: phase + 1], [*(one.cohort for one in rows[1:]), told], sizes),
                 seconds={**row.seconds, "evaluate": seconds},
-                cohort=() if secret else row.cohort,
+                cohort=told,
                 late=() if secret else row.late,
                 down_bytes=row.down_bytes if sent else {},
                 up_bytes=row.up_bytes if sent else {},
@@ -193,7 +198,7 @@ def _run_phases(
             _record(row, rows, files, watcher, trackers)
             recorded = state
             # noise that cannot be drawn again must not be drawn twice for one round
-            if last or secret or state.round % experiment.checkpoint_every == 0:
+            if last or secret or drawn or state.round % experiment.checkpoint_every == 0:
                 files.save(state, facts)
                 saved = state.round
     except KeyboardInterrupt:

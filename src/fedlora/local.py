@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
+from fedlora.example_privacy import ExampleNoise
 
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -134,6 +135,7 @@ class Local:
         timeout_seconds: a client that is not done by then gives up, and the round goes on without it; a run in which
             that happens cannot be repeated bit for bit.
         keep_optimizer: the client remembers its optimiser's state between rounds (centralised training needs it).
+        example_privacy: clip and noise for each example, if there are.
     """
 
     optimizer: AnyClientOptimizer = AdamW()
@@ -148,3 +150,9 @@ class Local:
     compute: Literal["fp32", "bf16"] = "fp32"
     timeout_seconds: Rate | None = None
     keep_optimizer: bool = False
+    example_privacy: ExampleNoise | None = None
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimiser steps of a turn of a client that holds ``num_examples``."""
+        steps = self.epochs * -(-num_examples // self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -149,7 +150,7 @@ class CentralGaussian(Privacy):
         if self.quantile is None:
             return None
         draws = None if self.seed is None else generator(named_seed(self.seed, "count", round))
-        noise = self._count_noise(num_clients) * float(_normal(torch.zeros(1), draws))
+        noise = self._count_noise(num_clients) * float(normal(torch.zeros(1), draws))
         share = (below - answered / 2 + noise) / num_clients + 0.5
         return self.clip_norm * math.exp(-self.clip_lr * (share - self.quantile))
 
@@ -182,11 +183,18 @@ class CentralGaussian(Privacy):
             multiplier = rest**-0.5
         deviation = multiplier * self.clip_norm / num_clients
         draws = None if self.seed is None else generator(named_seed(self.seed, "noise", round))
-        noisy = {name: value + deviation * _normal(value, draws) for name, value in delta.items()}
+        noisy = {name: value + deviation * normal(value, draws) for name, value in delta.items()}
         return tree.scale(noisy, 1.0 / self.clip_norm) if self.normalise else noisy
 
 
-def _normal(like: Tensor, draws: torch.Generator | None) -> Tensor:
+def uniform(num: int, draws: torch.Generator | None) -> NDArray[np.float64]:
+    """Numbers in ``[0, 1)``; from the operating system's secure source if there is no generator."""
+    if draws is not None:
+        return torch.rand(num, generator=draws, dtype=torch.float64).numpy()
+    return (np.frombuffer(os.urandom(8 * num), dtype=np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def normal(like: Tensor, draws: torch.Generator | None) -> Tensor:
     """Standard normal numbers; from the operating system's secure source if there is no generator."""
     if draws is not None:
         return torch.randn(like.shape, generator=draws)

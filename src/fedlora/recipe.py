@@ -105,6 +105,15 @@ class Recipe:
                 "momentum, moments and feedback of one round would move the factor that keeps still in the next; set "
                 "server to { kind = 'sgd' } without momentum, and up.feedback to false"
             )
+        if self.local.example_privacy and getattr(self.aggregator, "weighting", "uniform") == "examples":
+            raise ConfigError(
+                "under local.example_privacy clients do not tell how many examples they have; set "
+                "aggregator.weighting = 'uniform'"
+            )
+        if self.local.example_privacy and self.shrink:
+            raise ConfigError(
+                "the penalty of shrink would pass by the noise; leave local.example_privacy or shrink out"
+            )
         plain = isinstance(self.aggregator, Mean) and self.aggregator.weighting == "uniform"
         if self.privacy.needs_uniform_mean and not plain:
             raise ConfigError(

@@ -51,6 +51,7 @@ class Row:
         ranks: of the cohort, where clients give up ranks.
         clip_norm: what updates were clipped to, if they were.
         epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.
+        example_epsilon: what it has spent of single examples' privacy, where clients add noise to each.
         metrics: results of evaluations, if there was one after this round.
         facts: figures of a phase's start, in its first row.
         warnings: sentences about silently wrong results.
@@ -75,6 +76,7 @@ class Row:
     ranks: tuple[int, ...] = ()
     clip_norm: float | None = None
     epsilon: float | None = None
+    example_epsilon: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -46,7 +46,12 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
         TrainingError: the loss is not finite.
     """
     local, task, device = job.recipe.local, workspace.task, workspace.device
-    batches = _batches(rows, local, generator(named_seed(job.seed, "shuffle")))
+    noise = local.example_privacy
+    draws = noise.draws(job.seed) if noise else None
+    if noise:
+        batches = noise.batches(rows, local.num_steps(len(rows)), local.batch_size, draws)
+    else:
+        batches = _batches(rows, local, generator(named_seed(job.seed, "shuffle")))
     if not batches:
         return Trained(0.0, 0, 0, {})
     model, parameters = workspace.model, workspace.installed.parameters
@@ -73,10 +78,14 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
         for chosen in batches:
             if time.perf_counter() > deadline:
                 raise TimeoutError
-            with workspace.autocast(local.compute):
-                loss = task.loss(model, task.batch(chosen, device))
-            penalty = shrink.weight * shrink.tail(parameters, job.recipe.rank) if shrink else 0.0
-            (loss + penalty).backward()  # type: ignore[no-untyped-call]
+            if noise:
+                with workspace.autocast(local.compute):
+                    loss = noise.gradients(task, model, values, chosen, local.batch_size, device, draws)
+            else:
+                with workspace.autocast(local.compute):
+                    loss = task.loss(model, task.batch(chosen, device))
+                penalty = shrink.weight * shrink.tail(parameters, job.recipe.rank) if shrink else 0.0
+                (loss + penalty).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             _adjust(values, anchors, masks, local)
             optimizer.step()

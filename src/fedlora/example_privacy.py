@@ -1,0 +1,78 @@
+"""DP-SGD on clients: noise for each example of a client, against everyone who sees what the client sends."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from fedlora.component import STRICT
+from fedlora.privacy import normal, uniform
+from fedlora.state import generator, named_seed
+from fedlora.tasks.base import Prepared, Rows
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExampleNoise:
+    """A client's steps by DP-SGD (Abadi et al., arXiv 1607.00133, Alg. 1).
+
+    In a step each example takes part with probability ``q = batch_size / n``, and the gradient is
+    ``(sum_i g_i / max(1, ||g_i|| / C) + N(0, (z C)^2)) / batch_size``. What the optimiser makes of it, and what is
+    sent, costs nothing more.
+
+    Gradients of single examples come from passes of single examples: exact for every task, tuning and layer. Opacus 1.6
+    has them faster for LoRA, but wrong ones for biases, and sums those of a batch that is computed in parts.
+
+    Args:
+        clip_norm: C, the largest Euclidean norm of an example's gradient.
+        noise_multiplier: z.
+        delta: the probability that epsilon does not hold.
+        seed: of noise that can be repeated, for tests; without one the operating system's secure source is read.
+    """
+
+    clip_norm: Annotated[float, Field(gt=0)]
+    noise_multiplier: Annotated[float, Field(ge=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    seed: Annotated[int, Field(ge=0)] | None = None
+
+    def draws(self, turn: int) -> torch.Generator | None:
+        """The generator of a client's turn; None for the secure source."""
+        return None if self.seed is None else generator(named_seed(self.seed, "examples", turn))
+
+    def batches(self, rows: Rows, num_steps: int, batch_size: int, draws: torch.Generator | None) -> list[Rows]:
+        """A Poisson sample of ``rows`` for each step; some may be empty."""
+        chance = min(1.0, batch_size / len(rows))
+        return [rows[uniform(len(rows), draws) < chance] for _ in range(num_steps)]
+
+    def gradients(
+        self,
+        task: Prepared,
+        model: nn.Module,
+        values: list[nn.Parameter],
+        chosen: Rows,
+        batch_size: int,
+        device: torch.device,
+        draws: torch.Generator | None,
+    ) -> Tensor:
+        """Puts the noisy gradient of a step into ``values`` and returns the mean loss, which stays on the client."""
+        moving = [value for value in values if value.requires_grad]
+        sums = [torch.zeros_like(value) for value in moving]
+        losses = []
+        for row in chosen:
+            loss = task.loss(model, task.batch(np.array([row]), device))
+            # an unlabelled example may have no gradient
+            found = torch.autograd.grad(loss, moving, allow_unused=True)
+            norm = math.sqrt(sum(float(each.double().square().sum()) for each in found if each is not None))
+            for total, each in zip(sums, found, strict=True):
+                if each is not None:
+                    total.add_(each, alpha=1.0 / max(1.0, norm / self.clip_norm))
+            losses.append(loss.detach())
+        for value, total in zip(moving, sums, strict=True):
+            noise = self.noise_multiplier * self.clip_norm * normal(total.cpu(), draws).to(device)
+            value.grad = (total + noise) / batch_size
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=device)
