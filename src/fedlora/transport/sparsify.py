@@ -308,13 +308,13 @@ class RankSlice(Sparsifier):
         chosen: dict[str, Tensor] = {}
         for name, value in tree.items():
             if (side := _side(name)) and value.ndim > 1:
-                rows = value if side == "A" else value.T
+                rows = value if side == "A" else value.transpose(0, 1)
                 ranks = torch.arange(min(self.rank, len(rows)))
                 if self.by == "norm":
-                    ranks = rows.norm(dim=1).sort(descending=True, stable=True).indices[: self.rank]
+                    ranks = rows.flatten(1).norm(dim=1).sort(descending=True, stable=True).indices[: self.rank]
                 kept = torch.zeros(rows.shape, dtype=torch.bool)
                 kept[ranks] = True
-                chosen[name] = kept if side == "A" else kept.T
+                chosen[name] = kept if side == "A" else kept.transpose(0, 1)
         return chosen
 
 
