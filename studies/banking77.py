@@ -61,7 +61,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
 BEST = {
     "full": 1e-3,
     "lora": 1e-2,
-    "ffa": 1e-2,
+    "ffa": 3e-2,
     "rolora": 1e-2,
     "fedex": 1e-2,
     "flexlora": 1e-2,

@@ -25,8 +25,8 @@ class ExampleNoise:
     ``(sum_i g_i / max(1, ||g_i|| / C) + N(0, (z C)^2)) / batch_size``. What the optimiser makes of it, and what is
     sent, costs nothing more.
 
-    Gradients of single examples come from passes of single examples: exact for every task, tuning and layer. Opacus 1.6
-    has them faster for LoRA, but wrong ones for biases, and sums those of a batch that is computed in parts.
+    Gradients of single examples come from passes of single examples: exact for every task, tuning and layer, also where
+    a task computes a batch in parts, of which Opacus would add up different examples.
 
     Args:
         clip_norm: C, the largest Euclidean norm of an example's gradient.

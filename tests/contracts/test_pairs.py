@@ -18,6 +18,7 @@ from toy import LOCAL, Federation
 
 from fedlora.aggregate import AGGREGATORS, Aggregator, Krum, NormBound, TrimmedMean
 from fedlora.errors import ConfigError
+from fedlora.example_privacy import ExampleNoise
 from fedlora.local import CLIENT_OPTIMIZERS
 from fedlora.local import AdamW as ClientAdamW
 from fedlora.local import Sgd as ClientSgd
@@ -56,6 +57,7 @@ from fedlora.tuning import (
 )
 
 NOISE = CentralGaussian(clip_norm=5.0, noise_multiplier=0.01, seed=0)
+EXAMPLES = ExampleNoise(clip_norm=10.0, noise_multiplier=0.01, seed=0)
 AGGREGATOR_VALUES: dict[str, Aggregator] = {
     "trimmed_mean": TrimmedMean(trim=0.25),
     "krum": Krum(faulty=0),
@@ -118,6 +120,7 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "privacy": {
         "central_gaussian": {"privacy": NOISE},
         "a clip that adapts": {"privacy": replace(NOISE, quantile=0.5)},
+        "noise for examples": {"local": {"example_privacy": EXAMPLES, "epochs": 1}},
     },
     "local": {
         "client sgd": {"local": {"optimizer": ClientSgd(lr=0.05)}},
