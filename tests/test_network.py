@@ -37,6 +37,9 @@ def test_the_slowest_tier_decides() -> None:
         "desk": {"down_bytes": {"adapter": 1500}, "up_bytes": {"head": 300}, "clients": {"num": 1}},
     }
     assert NET.round_seconds(replace(ROW, tiers=tiers)) == NET.seconds(1500, 300, 3.0)
+    # each with its own work
+    own = replace(ROW, tiers=tiers, tier_seconds={"phone": 30.0, "desk": 3.0}, slowest_seconds=30.0)
+    assert NET.round_seconds(own) == NET.seconds(500, 100, 30.0)
 
 
 def test_time_passes_until_the_target_is_reached() -> None:

@@ -45,15 +45,16 @@ class Network:
         return 2 * self.latency + 8 * down_bytes / self.down + work + 8 * up_bytes / self.up
 
     def round_seconds(self, row: Row) -> float:
-        """A round of a ledger: the slowest tier, with the longest turn that was measured in the round."""
+        """A round of a ledger: the slowest tier, with the longest of its turns that was measured in the round."""
         if not row.cohort:
             return 0.0
-        shares = [
-            (sum(tier["down_bytes"].values()), sum(tier["up_bytes"].values()), tier["clients"]["num"])
-            for tier in row.tiers.values()
-        ]
-        shares = shares or [(sum(row.down_bytes.values()), sum(row.up_bytes.values()), len(row.cohort))]
-        return max(self.seconds(down / num, up / num, row.slowest_seconds) for down, up, num in shares)
+        tiers = row.tiers or {"": {"down_bytes": row.down_bytes, "up_bytes": row.up_bytes}}
+        turns = []
+        for name, tier in tiers.items():
+            num = tier["clients"]["num"] if name else len(row.cohort)
+            down, up = (sum(tier[way].values()) / num for way in ("down_bytes", "up_bytes"))
+            turns.append(self.seconds(down, up, row.tier_seconds.get(name, row.slowest_seconds)))
+        return max(turns)
 
     def seconds_to(self, rows: Sequence[Row], metric: str, target: float, higher_is_better: bool) -> float | None:
         """Seconds until an evaluation first reached ``target``; None if none did."""

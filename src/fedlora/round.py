@@ -48,6 +48,7 @@ class Row:
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
         slowest_seconds: the longest turn of a client in the cohort.
+        tier_seconds: the same of each tier.
         ranks: of the cohort, where clients give up ranks.
         clip_norm: what updates were clipped to, if they were.
         epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.
@@ -73,6 +74,7 @@ class Row:
     tiers: dict[str, dict[str, Kinds]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     slowest_seconds: float = 0.0
+    tier_seconds: dict[str, float] = field(default_factory=dict)
     ranks: tuple[int, ...] = ()
     clip_norm: float | None = None
     epsilon: float | None = None
@@ -213,8 +215,10 @@ def run_round(
         held=held,
         clients=clients,
     )
+    tier_seconds: dict[str, float] = {}
     for name, answer in zip(names, answers, strict=True):
         if name:
+            tier_seconds[name] = max(tier_seconds.get(name, 0.0), answer.reply.seconds)
             _count(shares, name, "up_bytes", answer.sizes)
             _count(shares, name, "clients", {"num": 1})
     done = time.perf_counter()
@@ -238,6 +242,7 @@ def run_round(
         ranks=tuple(state.ranks.get(client, recipe.rank) for client in cohort) if recipe.shrink else (),
         clip_norm=recipe.privacy.clip_norm if isinstance(recipe.privacy, CentralGaussian) else None,
         slowest_seconds=max((answer.reply.seconds for answer in answers), default=0.0),
+        tier_seconds=tier_seconds,
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
     )
     return after, row

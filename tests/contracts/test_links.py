@@ -86,7 +86,7 @@ def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def untimed(row: Row) -> Row:
-    return replace(row, seconds={}, slowest_seconds=0.0)
+    return replace(row, seconds={}, slowest_seconds=0.0, tier_seconds={})
 
 
 def test_every_value_of_the_tables_is_here() -> None:
