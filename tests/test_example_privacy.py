@@ -18,7 +18,7 @@ from fedlora.account import example_epsilon
 from fedlora.aggregate import Mean
 from fedlora.errors import ConfigError
 from fedlora.example_privacy import ExampleNoise
-from fedlora.local import Local
+from fedlora.local import AdamW, Local
 from fedlora.methods import fedavg
 from fedlora.recipe import Phase, Recipe
 from fedlora.shrink import Shrink
@@ -107,14 +107,60 @@ def test_the_account_is_that_of_the_client_that_lost_most() -> None:
 
     # batches of 8, two passes: 16 examples take 4 steps at 1/2, 80 take 20 at 1/10
     cohorts = [(0, 1), (1,), (1, 2)]
-    found = example_epsilon(phases(), cohorts, [16, 80, 0])
+    turns = [(size, phases()[0].recipe.local) for size in (16, 80, 0)]
+    found = example_epsilon(phases(), cohorts, turns)
     assert found == pytest.approx(max(direct(0.5, 4), direct(0.1, 60)))
     # who took part in a secret round nobody knows
-    assert example_epsilon(phases(), [(), ()], [16, 80, 0]) == pytest.approx(max(direct(0.5, 8), direct(0.1, 40)))
-    assert example_epsilon(phases(), [(0,)], [8]) == pytest.approx(direct(1.0, 2))
-    assert example_epsilon(phases(), [], [16]) == 0.0
-    assert example_epsilon(phases(noise_multiplier=0.0), cohorts, [16, 80, 0]) is None
-    assert example_epsilon((Phase(), *phases()), cohorts, [16, 80, 0]) is None
+    assert example_epsilon(phases(), [(), ()], turns) == pytest.approx(max(direct(0.5, 8), direct(0.1, 40)))
+    assert example_epsilon(phases(), [(0,)], [(8, turns[0][1])]) == pytest.approx(direct(1.0, 2))
+    assert example_epsilon(phases(), [], turns) == 0.0
+    assert example_epsilon(phases(noise_multiplier=0.0), cohorts, turns) is None
+    assert example_epsilon((Phase(), *phases()), cohorts, turns) is None
+
+
+def test_a_tier_with_larger_batches_or_more_steps_loses_more() -> None:
+    pytest.importorskip("dp_accounting")
+    local = phases()[0].recipe.local
+    plain = example_epsilon(phases(), [(0, 1)] * 10, [(80, local), (80, local)]) or 0.0
+    larger = example_epsilon(phases(), [(0, 1)] * 10, [(80, local), (80, replace(local, batch_size=64))]) or 0.0
+    shorter = example_epsilon(phases(), [(0, 1)] * 10, [(80, replace(local, max_steps=1))] * 2) or 0.0
+    assert larger > 1.5 * plain
+    assert 0 < shorter < plain
+
+
+def test_phases_that_differ_in_the_account_are_refused_before_training(world: Path, tmp_path: Path) -> None:
+    one, other = phases(), phases(noise_multiplier=2.0)
+    with pytest.raises(ConfigError, match="share one account of examples"):
+        example_epsilon((*one, *other), [], [(16, LOCAL)])
+    # a learning rate is no part of it
+    faster = replace(one[0].recipe.local, optimizer=AdamW(lr=0.5))
+    recipes = (one[0], replace(one[0], recipe=replace(one[0].recipe, local=faster)))
+    assert example_epsilon(recipes, [], [(16, faster)]) == 0.0
+
+
+def test_an_example_without_a_finite_gradient_is_left_out() -> None:
+    task = toy_task()
+    loss = task.loss
+
+    def broken(model: Any, batch: Any) -> torch.Tensor:
+        return loss(model, batch) * (float("nan") if int(batch["labels"][0]) == 1 else 1.0)
+
+    task.loss = broken  # type: ignore[method-assign]
+    model, head = task.load_model(0, "fp32", CPU)
+    installed = LoRA(rank=2).install(model, head, 0)
+    values = list(installed.parameters.values())
+    SILENT.gradients(task, model, values, np.arange(6), 6, CPU, None)
+    assert all(bool(torch.isfinite(value.grad).all()) for value in values if value.grad is not None)
+
+
+def test_under_noise_a_client_that_fails_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation(phases(noise_multiplier=0.0))
+    state = federation.start()
+    task = federation.workspace.task
+    loss = task.loss
+    monkeypatch.setattr(task, "loss", lambda model, batch: loss(model, batch) * float("nan"))
+    after = federation.go_on(state, 1)
+    assert all(torch.equal(after.params[name], value) for name, value in state.params.items())
 
 
 def test_a_federation_learns_beside_a_little_noise_tells_nothing_and_repeats_with_a_seed() -> None:
@@ -148,8 +194,9 @@ def test_the_ledger_tells_what_examples_have_lost(world: Path, tmp_path: Path) -
     [
         ({"aggregator": Mean(weighting="examples")}, "do not tell how many"),
         ({"shrink": Shrink()}, "pass by the noise"),
+        ({"local": Local(example_privacy=SILENT, timeout_seconds=1.0)}, "lengths of examples"),
     ],
 )
 def test_what_would_pass_by_the_noise_is_refused(slots: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Recipe(local=Local(example_privacy=SILENT), **slots)
+        Recipe(**{"local": Local(example_privacy=SILENT), **slots})

@@ -10,13 +10,16 @@ import torch
 from toy import LOCAL, Federation
 
 from fedlora import tree
+from fedlora.aggregate import Mean, ProductExact
+from fedlora.config import Experiment
 from fedlora.downlink import Downlink
 from fedlora.errors import WireError
 from fedlora.folds import extended, message, received
 from fedlora.jobs import Job, Reply
 from fedlora.methods import Phases, fedex, flora
 from fedlora.phases import close_phase
-from fedlora.state import ClientState, Fold, Folds, ServerState
+from fedlora.setting import in_mode
+from fedlora.state import ClientState, Fold, Folds, ServerState, Update
 from fedlora.tuning.lora import lora_layers
 
 METHODS: dict[str, Any] = {"fedex": fedex, "flora": flora}
@@ -240,3 +243,91 @@ def test_a_client_whose_setup_is_new_gets_all_folds() -> None:
 def test_dense_folds_are_for_a_phases_start_alone() -> None:
     with pytest.raises(ValueError, match="as factors"):
         extended(Folds(), replace(fold_of(0, 1), dense={"m.weight": torch.ones(9, 8)}))
+
+
+# ---- what a review found
+
+
+def headless() -> Federation:
+    """A federation whose model has no head, as those of language models have none."""
+    federation = Listening(phases("flora"))
+    load = federation.workspace.task.load_model
+    federation.workspace.task.load_model = lambda *given: (load(*given)[0], frozenset())  # type: ignore[method-assign]
+    return federation
+
+
+def test_without_a_head_each_round_starts_from_its_own_a() -> None:
+    federation = headless()
+    assert isinstance(federation, Listening)
+    state = federation.start()
+    assert set(state.groups.values()) == {"adapter"}
+    for rounds in range(1, 4):
+        federation.heard.clear()
+        before = federation.go_on(state, rounds)
+        for job, *_ in federation.heard:
+            assert job.round == rounds - 1
+        means = {
+            name: torch.stack([_whole(now, frozen, name) for _, _, now, frozen in federation.heard]).mean(0)
+            for name in weights(federation)
+        }
+        state = before
+        federation.loss(state)
+        for name, frozen in weights(federation).items():
+            torch.testing.assert_close(frozen.double(), means[name], rtol=1e-5, atol=1e-6)
+
+
+def _whole(now: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    product = now[f"{name}.lora_B"].double() @ now[f"{name}.lora_A"].double()
+    return frozen[name].double() + 16.0 / 2 * product
+
+
+def test_in_bfloat16_the_weights_that_are_edited_keep_their_precision() -> None:
+    federation = Federation(phases("fedex", local=replace(LOCAL, compute="bf16")))
+    start = federation.start()
+    federation.loss(start)
+    before = weights(federation)
+    state = federation.go_on(start, 3)
+    federation.loss(state)
+    for name, frozen in weights(federation).items():
+        assert frozen.dtype == torch.float32
+        torch.testing.assert_close(frozen - before[name], 8.0 * state.folds.total[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_truncated_fold_has_one_rank_for_modules_of_all_sizes() -> None:
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"s.lora_A": (8, 9), "s.lora_B": (9, 8), "w.lora_A": (8, 40), "w.lora_B": (40, 8)}
+
+    def tree_of() -> dict[str, torch.Tensor]:
+        return {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+
+    params = tree_of()
+    change = ProductExact(rank=20).combine([Update(params, tree_of(), 1.0) for _ in range(4)], params)
+    assert {a.shape[0] for _, a in change.fold.factors.values()} == {20}
+    folds = extended(Folds(), change.fold)
+    told = message(folds, 0)
+    assert told is not None
+    after = received(told, Folds(), {"s": (9, 9), "w": (40, 40)})
+    assert all(torch.equal(after.total[name], value) for name, value in folds.total.items())
+
+
+@pytest.mark.parametrize("ranks", [(-1, 2), (0,) * 1000, (10**6, 1 - 10**6)])
+def test_ranks_that_are_none_are_refused(ranks: tuple[int, ...]) -> None:
+    told = message(folds_of(1, 1), 1)
+    assert told is not None
+    with pytest.raises(WireError, match="ranks are 1 or more"):
+        received(told._replace(ranks=ranks), folds_of(1), SHAPES)
+
+
+def test_clients_that_know_the_same_folds_share_one_copy() -> None:
+    federation = Federation(phases("fedex", memory="init"))
+    state = federation.go_on(federation.start(), 2, (0, 1))
+    state = federation.go_on(state, 4, (0, 1, 2))
+    totals = {id(memory.folds.total) for memory in state.clients.values()}
+    assert len(totals) == 1
+
+
+@pytest.mark.parametrize("mode", ["centralised", "local"])
+@pytest.mark.parametrize("method", METHODS)
+def test_alone_a_client_folds_nothing(method: str, mode: Any) -> None:
+    alone = in_mode(Experiment(label=method, mode=mode, phases=phases(method)))
+    assert alone.phases[0].recipe.aggregator == Mean()

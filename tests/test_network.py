@@ -20,7 +20,7 @@ world = pytest.fixture(scope="module")(tiny_world)
 ROW = Row(
     round=1, phase=0, cohort=(0, 1), examples=4, steps=2, loss=1.0,
     down_bytes={"adapter": 2000}, up_bytes={"head": 400}, density_down=1.0,
-    density_up=1.0, update_norm=1.0, slowest_seconds=3.0,
+    density_up=1.0, update_norm=1.0, references={"zero": 2}, slowest_seconds=3.0,
 )  # fmt: skip
 NET = Network(down=8000.0, up=800.0, latency=0.5)
 
@@ -28,7 +28,8 @@ NET = Network(down=8000.0, up=800.0, latency=0.5)
 def test_a_turn_is_latency_twice_both_transfers_and_work() -> None:
     assert NET.seconds(1000, 200, 3.0) == 1.0 + 1.0 + 3.0 + 2.0
     assert NET.round_seconds(ROW) == 7.0  # per client half of the round's bytes
-    assert NET.round_seconds(replace(ROW, cohort=())) == 0.0
+    assert NET.round_seconds(replace(ROW, references={})) == 0.0
+    assert NET.round_seconds(replace(ROW, cohort=())) == 7.0  # secret
 
 
 def test_the_slowest_tier_decides() -> None:
@@ -43,7 +44,7 @@ def test_the_slowest_tier_decides() -> None:
 
 
 def test_time_passes_until_the_target_is_reached() -> None:
-    start = replace(ROW, round=0, cohort=(), metrics={"accuracy": 0.1})
+    start = replace(ROW, round=0, cohort=(), references={}, metrics={"accuracy": 0.1})
     rows = [start, ROW, replace(ROW, round=2, metrics={"accuracy": 0.5}), ROW]
     assert NET.seconds_to(rows, "accuracy", 0.5, True) == 14.0
     assert NET.seconds_to(rows, "accuracy", 0.6, True) is None

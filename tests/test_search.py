@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedlora import config
 from fedlora.cli import app
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, TrainingError
 from fedlora.search import Bounds, Trial, configured, search
 from fedlora.transport import TopK
 
@@ -35,9 +35,31 @@ def test_each_step_tries_twice_the_density_and_twice_the_rank_of_the_better_one(
         assert [(trial.rank, trial.density) for trial in pair] == [
             one for one in expected if one != (best.rank, best.density) and one[0] <= 4
         ]
-        (best,) = (trial for trial in pair if trial.kept)
-        assert best.metric == max(trial.metric for trial in pair)
+        kept = [trial for trial in pair if trial.kept]
+        if not kept:
+            break
+        (best,) = kept
+        assert best.metric == max(trial.metric or 0.0 for trial in pair)
     assert best.client_bytes * 2 > BOUNDS.client_bytes or (best.rank, best.density) == (4, 1.0)
+    assert all(trial.client_bytes <= BOUNDS.client_bytes for trial in trials if trial.kept)
+
+
+def test_a_trial_that_fails_has_lost(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedlora import search as module
+
+    run = module.run
+
+    def failing(experiment: Any, folder: Path, **others: Any) -> Any:
+        if "rank-2" in folder.name:
+            raise TrainingError("it diverged")
+        return run(experiment, folder, **others)
+
+    monkeypatch.setattr(module, "run", failing)
+    trials = searched(world, tmp_path / "search")
+    assert [(trial.metric is None, trial.kept) for trial in trials if trial.rank == 2] == [(True, False)] * sum(
+        trial.rank == 2 for trial in trials
+    )
+    assert (tmp_path / "search" / "best.toml").exists()
 
 
 def test_the_two_of_a_pair_cost_about_the_same(world: Path, tmp_path: Path) -> None:
@@ -49,7 +71,7 @@ def test_the_two_of_a_pair_cost_about_the_same(world: Path, tmp_path: Path) -> N
 
 def test_the_answer_is_a_configuration_that_runs_and_the_table_is_kept(world: Path, tmp_path: Path) -> None:
     trials = searched(world, tmp_path / "search")
-    best = [trial for trial in trials if trial.kept][-1]
+    best = max((trial for trial in trials if trial.kept), key=lambda trial: trial.metric or 0.0)
     found = config.load(tmp_path / "search" / "best.toml")
     recipe = found.phases[0].recipe
     assert recipe.tuning.rank == best.rank  # type: ignore[union-attr]
@@ -91,6 +113,7 @@ def test_a_search_that_was_stopped_goes_on_and_says_the_same(
         ("slora", (), BOUNDS, "in one phase"),
         ("flasc", ("mode='centralised'",), BOUNDS, "only a federation sends"),
         ("flasc", (), BOUNDS._replace(client_bytes=100.0), "above the budget of 100"),
+        ("flasc", (), BOUNDS._replace(density=0.0), "above 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(

@@ -11,12 +11,14 @@ from toy import LOCAL, Federation
 
 from fedlora import tree
 from fedlora.aggregate import SparsityWeighted
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, WireError
 from fedlora.methods import het_lora
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
+from fedlora.round import run_round
 from fedlora.shrink import Shrink, without_ranks
 from fedlora.state import Update, load_state, save_state
+from fedlora.tiers import Tier
 from fedlora.transport import Link, RankSlice, TopK
 from fedlora.tuning import Full, LoRA
 
@@ -118,3 +120,34 @@ def test_without_a_penalty_clients_that_learn_keep_their_ranks_at_first() -> Non
 def test_what_hides_ranks_is_refused(slots: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe(shrink=Shrink(), **slots)  # type: ignore[arg-type]
+
+
+def test_ranks_that_a_client_gives_up_are_zero_at_once() -> None:
+    shrinking = federation(weight=3.0)
+    state = shrinking.start()
+    for rounds in range(1, 9):
+        before, state = state, shrinking.go_on(state, rounds, cohort=(1,))
+        had, has = before.ranks.get(1, 8), state.ranks[1]
+        if has < had:
+            b = next(name for name in state.params if name.endswith("lora_B"))
+            assert bool(before.params[b][:, has:had].any())
+            assert float(state.params[b][:, has:].abs().max()) < 1e-6
+            return
+    raise AssertionError("no rank was given up")
+
+
+@pytest.mark.parametrize("told", [-3.0, 0.0, 1e9, 7.5, float(2**40)])
+def test_a_rank_that_a_client_cannot_have_is_refused(told: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shrink, "after", lambda self, before, now, rank: told)
+    monkeypatch.setattr("fedlora.client.without_ranks", lambda delta, first: delta)
+    lying = federation(weight=0.0)
+    with pytest.raises(WireError, match="cannot be"):
+        lying.go_on(lying.start(), 1)
+
+
+def test_the_ledger_has_the_ranks_of_tiers() -> None:
+    tiers = {0: Tier(name="phone", share=0.5, rank=2), 1: Tier(name="desk", share=0.5)}
+    unequal = federation(weight=0.0)
+    recipe = unequal.phases[0].recipe
+    _, row = run_round(recipe, unequal.start(), (0, 1), unequal.engine, seed=0, rounds=6, tiers=tiers)
+    assert row.ranks == (2, 8)

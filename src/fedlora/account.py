@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from fedlora.errors import ConfigError
+from fedlora.local import Local
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 
@@ -95,42 +96,50 @@ def calibrate(target: float, rounds: int, sampled: Sampled, delta: float, accoun
     return least(accountant, accounting.ExplicitBracketInterval(lower, bound))
 
 
-def example_epsilon(phases: Sequence[Phase], cohorts: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> float | None:
+def example_epsilon(
+    phases: Sequence[Phase], cohorts: Sequence[tuple[int, ...]], turns: Sequence[tuple[int, Local]]
+) -> float | None:
     """Epsilon of one example at the client where it is largest, for who sees everything that the client sent.
 
-    A neighbour of the client's data lacks the example; each step is a Poisson-sampled Gaussian (arXiv 1607.00133).
+    How many examples a client has is public, since its steps follow from it; a neighbour of its data has an example
+    without a gradient in place of one. Each step is a Poisson-sampled Gaussian (arXiv 1607.00133).
 
     Args:
-        phases: those that were begun.
-        cohorts: of all rounds; where one is empty, as it is secret, everyone may have taken part.
-        sizes: number of each client's examples.
+        phases: of the run.
+        cohorts: of all rounds so far; where one is empty, as it is secret, everyone may have taken part.
+        turns: number of each client's examples, and its turn, that of its tier if there are tiers.
 
     Returns:
         None if there is a phase without noise for examples.
 
     Raises:
-        ConfigError: phases differ in local, or ``dp-accounting`` is not installed.
+        ConfigError: phases differ in what the account depends on, or ``dp-accounting`` is not installed.
     """
-    local = phases[-1].recipe.local
-    noise = local.example_privacy
-    if (
-        noise is None
-        or noise.noise_multiplier == 0
-        or any(phase.recipe.local.example_privacy is None for phase in phases)
-    ):
+    settings = {
+        (turn.example_privacy, turn.batch_size, turn.epochs, turn.max_steps)
+        for turn in (phase.recipe.local for phase in phases)
+    }
+    noise = phases[-1].recipe.local.example_privacy
+    without = any(phase.recipe.local.example_privacy is None for phase in phases)
+    if noise is None or noise.noise_multiplier == 0 or without:
         return None
-    if any(phase.recipe.local != local for phase in phases):
-        raise ConfigError("phases share one account of examples; give them the same local")
+    if len(settings) > 1:
+        raise ConfigError(
+            "phases share one account of examples; give them the same example_privacy, batch_size, epochs and max_steps"
+        )
+    _library()  # said before anything is trained
     secret = sum(not cohort for cohort in cohorts)
-    turns = Counter(client for cohort in cohorts for client in cohort)
+    taken = Counter(client for cohort in cohorts for client in cohort)
     spent = {
-        (min(1.0, local.batch_size / size), (turns[client] + secret) * local.num_steps(size))
-        for client, size in enumerate(sizes)
+        (min(1.0, turn.batch_size / size), (taken[client] + secret) * turn.num_steps(size))
+        for client, (size, turn) in enumerate(turns)
         if size
     }
     # more often and for longer costs more, so few have to be looked at
     worst = [
-        one for one in spent if not any(one != other and one[0] <= other[0] and one[1] <= other[1] for other in spent)
+        (chance, steps)
+        for chance, steps in spent
+        if not any((chance, steps) != other and chance <= other[0] and steps <= other[1] for other in spent)
     ]
     return max((_sgd_epsilon(noise.noise_multiplier, *one, noise.delta) for one in worst), default=0.0)
 

@@ -215,7 +215,11 @@ def search(
     values, table = search_table(trials)
     _show(format_, values, table)
     if format_ is Format.table:
-        _out.print(f"the last one kept: fedlora run {out / 'best.toml'}", soft_wrap=True, highlight=False)
+        _out.print(
+            f"the best one kept: fedlora run {out / 'best.toml'} -s phases.0.rounds=...",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 @app.command()

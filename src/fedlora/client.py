@@ -39,9 +39,11 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     """
     clock = time.perf_counter()
     recipe = job.recipe
-    workspace.settle(job.phase, recipe, job.setup)
+    base = replace(recipe, local=replace(recipe.local, compute=job.base))
+    workspace.settle(job.phase, base, job.setup)
     installed, groups = workspace.installed, workspace.installed.groups
-    start = workspace.decode(job.payload, lambda: _received(job, workspace))
+    moving = job.round if recipe.aggregator.restarts else 0
+    start = workspace.decode(job.payload, moving, lambda: _received(job, workspace))
     folds = workspace.folds(job.fold, job.memory.folds)
     workspace.show(recipe, start, folds)
     try:
@@ -49,7 +51,11 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     except TimeoutError:
         return Reply(None, remembered(job, start, folds), time.perf_counter() - clock)
     delta = installed.since(start)
-    if trained.steps:
+    # where noise covers what clients send, nothing leaves without it, not even by a stop of the run
+    silent = recipe.privacy.needs_uniform_mean or recipe.local.example_privacy is not None
+    if silent and not tree.is_finite(delta):
+        delta = tree.zeros_like(delta)
+    if trained.steps and not silent:
         check_moved(job.client, trained, delta, groups)
     if job.memory.feedback:
         delta = tree.add(delta, job.memory.feedback)
@@ -59,8 +65,6 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     seed = named_seed(job.seed, "up")
     thinned = recipe.up.thin(delta, groups, job.round, seed)
     sent = recipe.privacy.clip(thinned)
-    # where noise covers what clients send, nothing leaves without it
-    silent = recipe.privacy.needs_uniform_mean or recipe.local.example_privacy is not None
     report = empty_report(recipe)
     if not silent:
         figures = {"examples": float(trained.examples), "steps": float(trained.steps), "loss": trained.loss}

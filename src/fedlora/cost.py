@@ -101,26 +101,28 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     for number, phase in enumerate(phases):
         state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
         recipes = recipes_of(setting.tiers, phase.recipe) or {"": phase.recipe}
+        # the ranks of a cohort that has each tier in its share
+        ranks = [own.rank for name, own in recipes.items() for _ in range(max(1, round(weights[name] * per_round)))]
         told: dict[str, list[tuple[int, _Sizes]]] = {name: [] for name in recipes}
         change: Tree = {}
         up: list[dict[str, float]] = []
-        steps, longest = 0, 0.0
+        longest = 0.0
         for turn in range(min(phase.rounds, PROBED_ROUNDS)):
             for name, own in recipes.items():
-                told[name].append((turn, _sizes(own, state, experiment.seed, probed[name], share, per_round)))
+                told[name].append((turn, _sizes(own, state, experiment.seed, probed[name], share, ranks)))
             engine = Serial(workspace, setting.population)
             before = state
             state, row = run_round(
                 phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected
             )
             change = tree.subtract(state.params, before.params)
-            steps, longest = steps + row.steps, max(longest, row.slowest_seconds)
+            longest = max(longest, row.slowest_seconds)
             sent = {name: tier["up_bytes"] for name, tier in row.tiers.items()} or {"": row.up_bytes}
             up.append(_sum((weights[name] / len(probed[name]), sizes) for name, sizes in sent.items()))
         for turn in _later(len(up), phase.rounds):
             for name, own in recipes.items():
                 grown = _grown(own, state, turn)
-                told[name].append((turn, _sizes(own, grown, experiment.seed, probed[name], share, per_round)))
+                told[name].append((turn, _sizes(own, grown, experiment.seed, probed[name], share, ranks)))
         ratios = {name: _ratios(own, state, change, phase.rounds) for name, own in recipes.items()}
         same = all(ratio == 1 for each in ratios.values() for ratio in each)
         last = _mean(up[len(up) // 2 :]) if same else up[-1]
@@ -137,7 +139,7 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
                 first_bytes={kind: round(size) for kind, size in down[0].items()},
                 down_bytes={kind: round(size) for kind, size in _mean(down).items()},
                 up_bytes={kind: round(size) for kind, size in _mean(up).items()},
-                steps=steps / len(cohort) / min(phase.rounds, PROBED_ROUNDS),
+                steps=_mean_steps(recipes, probed, setting),
                 work_seconds=longest,
             )
         )
@@ -145,6 +147,16 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
         if number + 1 < len(phases):
             carry = close_phase(workspace, phase.recipe, state)
     return found
+
+
+def _mean_steps(recipes: Mapping[str, Recipe], probed: Mapping[str, Sequence[int]], setting: Setting) -> float:
+    """Optimiser steps of a turn, over the clients that were tried; under noise they do not tell."""
+    steps = [
+        recipes[name].local.num_steps(len(setting.population.rows_of(client)))
+        for name, clients in probed.items()
+        for client in clients
+    ]
+    return sum(steps) / len(steps)
 
 
 def _probed(setting: Setting, seed: int, most: int) -> dict[str, tuple[int, ...]]:
@@ -170,11 +182,11 @@ class _Sizes(NamedTuple):
     known: Kinds
 
 
-def _folds(recipe: Recipe, state: ServerState, cohort: int) -> Folds:
+def _folds(recipe: Recipe, state: ServerState, ranks: Sequence[int]) -> Folds:
     """Folds of the sizes that whole cohorts would have made by now; their values do not matter."""
     pairs = factors(state.params)
     moving = recipe.tuning.train if isinstance(recipe.tuning, LoRA) else "both"
-    rank = recipe.aggregator.fold_rank(cohort, state.params[pairs[0][0]].shape[0], moving) if pairs else 0
+    rank = recipe.aggregator.fold_rank(ranks, moving) if pairs else 0
     if not rank:
         return Folds()
     fold: Tree = {}
@@ -187,8 +199,10 @@ def _folds(recipe: Recipe, state: ServerState, cohort: int) -> Folds:
     return Folds(state.steps, total, (fold,) * min(most, state.steps))
 
 
-def _sizes(recipe: Recipe, state: ServerState, seed: int, clients: Sequence[int], share: float, cohort: int) -> _Sizes:
-    folds = _folds(recipe, state, cohort)
+def _sizes(
+    recipe: Recipe, state: ServerState, seed: int, clients: Sequence[int], share: float, ranks: Sequence[int]
+) -> _Sizes:
+    folds = _folds(recipe, state, ranks)
     downlink = Downlink(recipe, dataclasses.replace(state, folds=Folds()), seed)
     whole = downlink.message({}).sizes
     new = _added([whole, state.setup_bytes, _fold_bytes(folds, 0)])

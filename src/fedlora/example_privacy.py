@@ -21,7 +21,8 @@ from fedlora.tasks.base import Prepared, Rows
 class ExampleNoise:
     """A client's steps by DP-SGD (Abadi et al., arXiv 1607.00133, Alg. 1).
 
-    In a step each example takes part with probability ``q = batch_size / n``, and the gradient is
+    How many examples a client has is public; what is in each of them is protected. In a step each example takes part
+    with probability ``q = batch_size / n``, and the gradient is
     ``(sum_i g_i / max(1, ||g_i|| / C) + N(0, (z C)^2)) / batch_size``. What the optimiser makes of it, and what is
     sent, costs nothing more.
 
@@ -69,7 +70,8 @@ class ExampleNoise:
             found = torch.autograd.grad(loss, moving, allow_unused=True)
             norm = math.sqrt(sum(float(each.double().square().sum()) for each in found if each is not None))
             for total, each in zip(sums, found, strict=True):
-                if each is not None:
+                # what has no norm could not be clipped
+                if each is not None and math.isfinite(norm):
                     total.add_(each, alpha=1.0 / max(1.0, norm / self.clip_norm))
             losses.append(loss.detach())
         for value, total in zip(moving, sums, strict=True):

@@ -137,10 +137,11 @@ def _run_phases(
     phase = state.phase if state else 0
     recipe = phases[phase].recipe
     # an account of sampled cohorts holds only while nobody can tell who was in them
-    secret = budget is not None and getattr(recipe.privacy, "seed", None) is None
-    noises = [each.recipe.local.example_privacy for each in phases]
-    drawn = any(noise is not None and noise.seed is None for noise in noises)
-    sizes = np.diff(setting.population.offsets).tolist()
+    seeds = [getattr(each.recipe.privacy, "seed", None) for each in phases]
+    secret = budget is not None and None in seeds
+    drawn = any((noise := each.recipe.local.example_privacy) and noise.seed is None for each in phases)
+    turns = setting.turns(recipe)
+    example_epsilon(phases, [], turns)  # what it refuses is refused before training
     pending: dict[str, float] = {}
     if state is None:
         state, pending = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
@@ -153,7 +154,9 @@ def _run_phases(
             seconds={"evaluate": time.perf_counter() - clock},
         )  # fmt: skip
         pending = {}
-        _record(first, rows, files, watcher, trackers)
+        files.append(first)
+        rows.append(first)
+        _tell(first, watcher, trackers)
     else:
         workspace.settle(phase, recipe, state.setup)
     # `recorded` is the last state whose row is in the ledger, `saved` the round of the newest checkpoint
@@ -187,7 +190,7 @@ def _run_phases(
                 warnings=warnings,
                 facts=pending,
                 epsilon=budget.spent(phases, state.round) if budget else None,
-                example_epsilon=example_epsilon(phases[: phase + 1], [*(one.cohort for one in rows[1:]), told], sizes),
+                example_epsilon=example_epsilon(phases, [*(one.cohort for one in rows[1:]), told], turns),
                 seconds={**row.seconds, "evaluate": seconds},
                 cohort=told,
                 late=() if secret else row.late,
@@ -195,12 +198,14 @@ def _run_phases(
                 up_bytes=row.up_bytes if sent else {},
             )
             pending = {}
-            _record(row, rows, files, watcher, trackers)
+            files.append(row)
+            rows.append(row)
             recorded = state
-            # noise that cannot be drawn again must not be drawn twice for one round
+            # noise that cannot be drawn again must not be drawn twice for one round that anyone heard of
             if last or secret or drawn or state.round % experiment.checkpoint_every == 0:
                 files.save(state, facts)
                 saved = state.round
+            _tell(row, watcher, trackers)
     except KeyboardInterrupt:
         if recorded.round > saved:
             files.save(recorded, facts)
@@ -229,9 +234,7 @@ def _resume(files: RunFolder, facts: dict[str, str]) -> tuple[ServerState | None
     return state, rows
 
 
-def _record(row: Row, rows: list[Row], files: RunFolder, watcher: Watcher, trackers: Sequence[Tracker]) -> None:
-    files.append(row)
-    rows.append(row)
+def _tell(row: Row, watcher: Watcher, trackers: Sequence[Tracker]) -> None:
     watcher.finished_round(row)
     for tracker in trackers:
         tracker.log(row)

@@ -85,6 +85,8 @@ def received(told: FoldMessage, known: Folds, shapes: Shapes) -> Folds:
     Raises:
         WireError: the message is of another form, or larger than the sum of all folds.
     """
+    if any(rank < 1 for rank in told.ranks):
+        raise WireError(f"The message announces folds of ranks {told.ranks[:4]}; ranks are 1 or more.")
     if sum(told.ranks) * sum(map(sum, shapes.values())) >= sum(rows * columns for rows, columns in shapes.values()):
         raise WireError(f"The message announces folds of ranks {told.ranks}, which is more than the weights hold.")
     if not told.ranks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -34,6 +34,7 @@ class Job(NamedTuple):
         round: rounds finished in this phase.
         progress: rounds finished in the whole run, and rounds in the whole run, for the learning rate.
         seed: where this turn's draws start.
+        base: the number format of frozen weights, whatever the client's tier computes in.
         payload: the parameters of this round.
         setup: the announcement of the phase; None if the client remembers it.
         fold: the edits of frozen weights that the client lacks, if there are any.
@@ -46,6 +47,7 @@ class Job(NamedTuple):
     round: int
     progress: tuple[int, int]
     seed: int
+    base: Literal["fp32", "bf16"]
     payload: bytes
     setup: bytes | None
     fold: FoldMessage | None

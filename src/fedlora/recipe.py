@@ -110,6 +110,11 @@ class Recipe:
                 "under local.example_privacy clients do not tell how many examples they have; set "
                 "aggregator.weighting = 'uniform'"
             )
+        if self.local.example_privacy and self.local.timeout_seconds:
+            raise ConfigError(
+                "who runs out of time tells of the lengths of examples; leave local.example_privacy or "
+                "timeout_seconds out"
+            )
         if self.local.example_privacy and self.shrink:
             raise ConfigError(
                 "the penalty of shrink would pass by the noise; leave local.example_privacy or shrink out"
@@ -171,7 +176,7 @@ class Recipe:
             return
         kind = self.aggregator.kind
         if not self.tuning.init.from_seed:
-            raise ConfigError(f"{kind!r} draws adapters anew after each round; use tuning.init kaiming or orthogonal")
+            raise ConfigError(f"{kind!r} draws adapters anew after each round; use tuning.init kaiming")
         if moving == "alternate":
             raise ConfigError(
                 f"under {kind!r} B is zero when a round begins, and A alone learns nothing; use train 'both' or 'B'"

@@ -145,7 +145,8 @@ def search_table(trials: Sequence[Trial]) -> tuple[list[dict[str, Any]], Table]:
     table = Table("step", "rank", "density", "one client and back", "metric", "kept")
     for trial in trials:
         cells = [str(trial.step), str(trial.rank), f"{trial.density:g}", human_bytes(round(trial.client_bytes))]
-        table.add_row(*cells, f"{trial.metric:.4f}", "yes" if trial.kept else "")
+        shown = "failed" if trial.metric is None else f"{trial.metric:.4f}"
+        table.add_row(*cells, shown, "yes" if trial.kept else "")
     return [dataclasses.asdict(trial) for trial in trials], table
 
 

@@ -9,16 +9,18 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import NamedTuple
 
 from fedlora import tree
 from fedlora.downlink import Downlink, Message
 from fedlora.engines.base import Engine
-from fedlora.errors import TrainingError
+from fedlora.errors import TrainingError, WireError
 from fedlora.folds import extended
 from fedlora.jobs import Job, Reply, empty_report
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe, init_of
+from fedlora.shrink import without_ranks
 from fedlora.state import Change, ClientState, Fold, ServerState, Update, named_seed
 from fedlora.tiers import Tier, recipes_of
 from fedlora.transport import wire
@@ -138,6 +140,7 @@ def run_round(
             round=state.steps,
             progress=(state.round, rounds),
             seed=named_seed(seed, "client", state.round, client),
+            base=recipe.local.compute,
             payload=message.packet.raw,
             setup=None if memory.has_setup else state.setup,
             fold=message.fold,
@@ -167,11 +170,17 @@ def run_round(
             # what a cohort sent is never held together
             light = reply._replace(packet=reply.packet._replace(raw=b"", trees={}))
             answers.append(Answer(job.client, light, report))
-            yield Update(message.start, delta, report.get("examples", 0.0))
+            start = message.start
+            if job.recipe.shrink:
+                rank = report["rank"] = _rank(job, report["rank"])
+                start = without_ranks(start, int(rank))
+            yield Update(start, delta, report.get("examples", 0.0))
 
-    if jobs:
-        change = recipe.aggregator.combine(updates(), state.params)
-    else:
+    arriving = updates()
+    first = list(islice(arriving, 1))
+    if first or not (recipe.privacy.needs_uniform_mean or not jobs):
+        change = recipe.aggregator.combine(chain(first, arriving), state.params)
+    else:  # under noise nobody's silence may show
         change = Change(tree.zeros_like(state.params), Fold())
     # what no client may move tells nothing of their data, and noise must not move it either
     moving = {name: value for name, value in change.delta.items() if not recipe.tuning.still(name, state.steps)}
@@ -193,9 +202,12 @@ def run_round(
     ranks = {answer.client: int(answer.report["rank"]) for answer in told if answer.report.get("rank")}
     clients = dict(state.clients)
     for answer in answers:
+        memory = answer.reply.memory
+        if memory.folds.version == state.folds.version:  # the same bits, held once for all
+            memory = replace(memory, folds=replace(state.folds, recent=()))
         # a client that remembers nothing takes no room
-        if answer.reply.memory != ClientState() or answer.client in clients:
-            clients[answer.client] = answer.reply.memory
+        if memory != ClientState() or answer.client in clients:
+            clients[answer.client] = memory
     held = dict(state.held)
     if recipe.memory == "last_round":
         held.update({client: message.start for client, message in zip(cohort, messages, strict=True)})
@@ -239,13 +251,25 @@ def run_round(
         density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / max(1, len(messages)),
         density_up=sum(answer.kept for answer in told) / entries / max(1, len(told)),
         update_norm=math.hypot(tree.norm(delta), recipe.tuning.size_of(change.fold)),
-        ranks=tuple(state.ranks.get(client, recipe.rank) for client in cohort) if recipe.shrink else (),
+        ranks=tuple(job.recipe.rank for job in jobs) if recipe.shrink else (),
         clip_norm=recipe.privacy.clip_norm if isinstance(recipe.privacy, CentralGaussian) else None,
         slowest_seconds=max((answer.reply.seconds for answer in answers), default=0.0),
         tier_seconds=tier_seconds,
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
     )
     return after, row
+
+
+def _rank(job: Job, told: float) -> float:
+    """The rank that a client says is its own from now on.
+
+    Raises:
+        WireError: it is none that it could have come to.
+    """
+    shrink, rank = job.recipe.shrink, job.recipe.rank
+    if shrink is None or told not in (rank, shrink.fewer(rank)):
+        raise WireError(f"client {job.client} of rank {rank} says that its rank is {told:g} now; it cannot be")
+    return told
 
 
 class Answer(NamedTuple):

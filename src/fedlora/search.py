@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from fedlora import config
 from fedlora.config import Experiment
-from fedlora.errors import ConfigError
-from fedlora.experiment import Result, run
+from fedlora.errors import ConfigError, TrainingError
+from fedlora.experiment import run
 from fedlora.folder import RunFolder
 from fedlora.setting import prepare
 from fedlora.transport import Link, TopK
@@ -27,7 +26,7 @@ class Trial:
         rank: of the adapters.
         density: of both links.
         client_bytes: to one client and back in a round, the mean over the run.
-        metric: the main metric at the end.
+        metric: the main metric at the end; None if training failed.
         kept: whether the search went on from here.
     """
 
@@ -35,7 +34,7 @@ class Trial:
     rank: int
     density: float
     client_bytes: float
-    metric: float
+    metric: float | None
     kept: bool
 
 
@@ -63,7 +62,6 @@ def search(
     bounds: Bounds,
     *,
     watcher: Watcher | None = None,
-    told: Callable[[Trial], None] | None = None,
 ) -> list[Trial]:
     """Climbs from a small adapter, sparsely sent, to what a budget of bytes allows (FLASC-Search, arXiv 2406.05233).
 
@@ -79,54 +77,57 @@ def search(
         folder: of the trials, of ``search.json`` (the table) and of ``best.toml``.
         bounds: where it begins and ends.
         watcher: is told of every round.
-        told: is told of every trial.
 
     Returns:
-        The trials, in order; the last one that was kept is the answer.
+        The trials, in order. The answer is the best of those that were kept.
 
     Raises:
         ConfigError: the configuration has no rank or no density, or the first trial is above the budget.
     """
+    if not 0 < bounds.density <= 1:
+        raise ConfigError(f"a density is above 0 and at most 1, and {bounds.density:g} is not; set --density")
     configured(experiment, bounds.rank, bounds.density)  # refuses before data are read
     setting = prepare(experiment)
-    trials: list[Trial] = []
+    sign = 1 if setting.task.higher_is_better else -1
 
-    def tried(step: int, rank: int, density: float) -> tuple[Trial, Result]:
+    def tried(step: int, rank: int, density: float) -> Trial:
         chosen = configured(experiment, rank, density)
-        result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, watcher=watcher)
+        try:
+            result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, watcher=watcher)
+        except TrainingError:  # one that diverges has lost
+            return Trial(step, rank, density, 0.0, None, False)
         sent = sum(result.down_bytes.values()) + sum(result.up_bytes.values())
         turns = result.rounds * experiment.clients.per_round
-        return Trial(step, rank, density, sent / turns, result.after[result.main_metric], True), result
+        return Trial(step, rank, density, sent / turns, result.after[result.main_metric], True)
 
-    best, result = tried(0, bounds.rank, bounds.density)
+    best = tried(0, bounds.rank, bounds.density)
+    if best.metric is None:
+        raise ConfigError(f"the first trial (rank {best.rank}, density {best.density:g}) did not train; lower its rate")
     if best.client_bytes > bounds.client_bytes:
         raise ConfigError(
             f"rank {best.rank} at density {best.density:g} sends {best.client_bytes:,.0f} bytes to a client and back, "
             f"above the budget of {bounds.client_bytes:,.0f}; begin smaller, or raise it"
         )
-    trials.append(best)
+    trials = [best]
     while True:
-        if told:
-            told(best)
-        pair = [(best.rank, min(1.0, best.density * bounds.factor)), (best.rank * bounds.factor, best.density)]
-        open_ = [
-            (rank, density)
-            for rank, density in pair
-            if rank <= bounds.max_rank and (rank, density) != (best.rank, best.density)
+        step, denser = best.step + 1, min(1.0, best.density * bounds.factor)
+        pair = [(best.rank, denser, denser / best.density), (best.rank * bounds.factor, best.density, bounds.factor)]
+        found = [
+            tried(step, rank, density)
+            for rank, density, growth in pair
+            if growth > 1 and rank <= bounds.max_rank and best.client_bytes * growth <= bounds.client_bytes
         ]
-        if not open_ or best.client_bytes * bounds.factor > bounds.client_bytes:
+        # a trial may send more than was foretold
+        fit = [one for one in found if one.metric is not None and one.client_bytes <= bounds.client_bytes]
+        better = max(fit, key=lambda one: sign * (one.metric or 0.0), default=None)  # the first of equals is the denser
+        trials += [one if one is better else dataclasses.replace(one, kept=False) for one in found]
+        if better is None:
             break
-        step = best.step + 1
-        found = [tried(step, rank, density)[0] for rank, density in open_]
-        sign = 1 if result.higher_is_better else -1
-        best = max(found, key=lambda trial: sign * trial.metric)  # the first of equals, which is the denser
-        for trial in found:
-            trials.append(trial if trial is best else dataclasses.replace(trial, kept=False))
-            if told and trial is not best:
-                told(trials[-1])
+        best = better
+    best = max((one for one in trials if one.kept), key=lambda one: sign * (one.metric or 0.0))
     files = RunFolder(folder)
     table = [dataclasses.asdict(trial) for trial in trials]
-    files.write_json("search.json", {"metric": result.main_metric, "bounds": bounds._asdict(), "trials": table})
+    files.write_json("search.json", {"metric": setting.task.main_metric, "bounds": bounds._asdict(), "trials": table})
     files.write("best.toml", config.to_toml(configured(experiment, best.rank, best.density)))
     return trials
 

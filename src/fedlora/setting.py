@@ -14,6 +14,7 @@ import torch
 
 from fedlora import config
 from fedlora.account import Budget
+from fedlora.aggregate import Mean
 from fedlora.clients import (
     Classes,
     Clients,
@@ -31,6 +32,7 @@ from fedlora.clients import (
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError, DataError
 from fedlora.foreign import Partitioner, from_partitioner
+from fedlora.local import Local
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import Sgd
@@ -67,6 +69,12 @@ class Setting:
     classes: Classes
     holdout: Mapping[int, Rows] = field(default_factory=dict)
     tiers: Mapping[int, Tier] = field(default_factory=dict)
+
+    def turns(self, recipe: Recipe) -> list[tuple[int, Local]]:
+        """The number of each client's examples, and its turn, that of its tier if there are tiers."""
+        own = {tier.name: tier.applied(recipe).local for tier in self.tiers.values()}
+        sizes = np.diff(self.population.offsets).tolist()
+        return [(size, own[self.tiers[k].name] if k in self.tiers else recipe.local) for k, size in enumerate(sizes)]
 
     def summary(self) -> Summary:
         """How large and how skewed the clients are."""
@@ -166,7 +174,10 @@ def in_mode(experiment: Experiment) -> Experiment:
 
     def alone(recipe: Recipe) -> Recipe:
         local = dataclasses.replace(recipe.local, keep_optimizer=True)
-        return dataclasses.replace(recipe, down=Link(), up=Link(), server=Sgd(), local=local, memory="init")
+        # one client has nothing to fold, and no use for fewer ranks
+        rule = Mean() if recipe.aggregator.folds else recipe.aggregator
+        links = dataclasses.replace(recipe, aggregator=rule, shrink=None, down=Link(), up=Link(), server=Sgd())
+        return dataclasses.replace(links, local=local, memory="init")
 
     phases = tuple(Phase(recipe=alone(phase.recipe), rounds=phase.rounds) for phase in experiment.phases)
     clients = dataclasses.replace(experiment.clients, per_round=1)

@@ -16,6 +16,7 @@ from fedlora.transport import wire
 from fedlora.tree import Tree
 from fedlora.tuning import Installed, Start
 from fedlora.tuning.lora import lora_layers
+from fedlora.tuning.lora_layer import LoRALayer
 
 
 class Workspace:
@@ -34,7 +35,7 @@ class Workspace:
         self._phase: int | None = None
         self._setup: bytes | None = None
         self._installed: Installed | None = None
-        self._decoded: tuple[bytes, Tree] | None = None
+        self._decoded: tuple[tuple[bytes, int], Tree] | None = None
         self._folds: tuple[tuple[bytes, int], Folds] | None = None
         self.init: Tree = {}
 
@@ -97,7 +98,7 @@ class Workspace:
         like = setup_parts(recipe, installed, Start(installed.read(), Fold(), 0, {}))
         self.init = recipe.tuning.settle(installed, wire.unpack(setup, like) if like else {})
         if recipe.local.compute == "bf16":
-            _to_bfloat16(installed)
+            _to_bfloat16(installed, keep=recipe.aggregator.folds)
         self._setup = setup
 
     def show(self, recipe: Recipe, params: Tree, folds: Folds) -> None:
@@ -111,11 +112,12 @@ class Workspace:
         with torch.inference_mode(), self.autocast(compute):
             return self.task.evaluate(self.model, rows, split, self.device)
 
-    def decode(self, payload: bytes, read: Callable[[], Tree]) -> Tree:
+    def decode(self, payload: bytes, start: int, read: Callable[[], Tree]) -> Tree:
         """What ``payload`` says, kept until other bytes come: a cohort gets the same ones.
 
         Args:
             payload: the parameters of a round.
+            start: which start it may be relative to: the round, where adapters start anew in each.
             read: decodes it; called if the bytes are new, or tell what changed since a client's last round, which is
                 that client's own affair.
 
@@ -124,9 +126,9 @@ class Workspace:
         """
         if wire.reference_of(payload) == "last_round":
             return read()
-        if self._decoded is None or self._decoded[0] != payload:
+        if self._decoded is None or self._decoded[0] != (payload, start):
             self._decoded = None  # free the old tree first
-            self._decoded = payload, read()
+            self._decoded = (payload, start), read()
         return self._decoded[1]
 
     def folds(self, told: FoldMessage | None, known: Folds) -> Folds:
@@ -156,10 +158,13 @@ def setup_parts(recipe: Recipe, installed: Installed, start: Start) -> dict[str,
     return recipe.tuning.setup(installed, start, recipe.down.reference == "init")
 
 
-def _to_bfloat16(installed: Installed) -> None:
+def _to_bfloat16(installed: Installed, keep: bool) -> None:
+    """Frozen weights in bfloat16; where rounds edit some, these ``keep`` what bfloat16 would round away."""
     trained = {id(parameter) for parameter in installed.parameters.values()}
     for module in installed.model.modules():
         own = list(module.parameters(recurse=False))
+        if keep and isinstance(module, LoRALayer):
+            continue
         # statistics that run along are float32, and their kernel wants one format
         if isinstance(module, nn.modules.batchnorm._NormBase):
             continue

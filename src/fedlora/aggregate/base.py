@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 from fedlora import tree
@@ -28,12 +28,11 @@ class Aggregator(ABC):
     restarts: ClassVar[bool] = False
     """Whether the adapters start anew after each round."""
 
-    def fold_rank(self, num_clients: int, rank: int, moving: str) -> int:
+    def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
         """The rank of a round's fold.
 
         Args:
-            num_clients: of the cohort.
-            rank: of the adapters.
+            ranks: of the cohort's adapters.
             moving: the factors that are trained: ``both``, ``B``, or ``alternate``.
         """
         return 0

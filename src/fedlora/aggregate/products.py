@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -110,9 +110,9 @@ class ProductExact(Aggregator):
     exact_for_products: ClassVar[bool] = True
     folds: ClassVar[bool] = True
 
-    def fold_rank(self, num_clients: int, rank: int, moving: str) -> int:
+    def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
         """See ``Aggregator.fold_rank``; nothing where one factor keeps still."""
-        whole = (num_clients - 1) * rank if moving == "both" else 0
+        whole = (len(ranks) - 1) * max(ranks) if moving == "both" else 0
         return whole if self.rank is None else min(whole, self.rank)
 
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
@@ -132,6 +132,10 @@ class ProductExact(Aggregator):
                 wide = torch.cat([pair[1] - ours[-1][1] for _, pair in others])
                 if self.rank is not None and self.rank < len(wide):
                     tall, wide = truncated_product(tall, wide, self.rank, "symmetric")
+                    # one rank for all modules; those that are too small for it have zeros beyond
+                    lacking = self.rank - len(wide)
+                    tall = torch.nn.functional.pad(tall, (0, lacking))
+                    wide = torch.nn.functional.pad(wide, (0, 0, 0, lacking))
                 folded[a.removesuffix(".lora_A")] = tall.float(), wide.float()
         moved = any(bool(b.any()) and bool(a.any()) for b, a in folded.values())
         return Change(delta, Fold(folded) if moved else Fold())
@@ -154,9 +158,9 @@ class Stack(Aggregator):
     folds: ClassVar[bool] = True
     restarts: ClassVar[bool] = True
 
-    def fold_rank(self, num_clients: int, rank: int, moving: str) -> int:
+    def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
         """See ``Aggregator.fold_rank``."""
-        return num_clients * rank if moving == "both" else rank
+        return sum(ranks) if moving == "both" else max(ranks)
 
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; the factors of all updates are in memory together."""
