@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import NamedTuple
 
 from fedlora import tree
@@ -178,8 +178,8 @@ def run_round(
 
     arriving = updates()
     first = list(islice(arriving, 1))
-    if first or not (recipe.privacy.needs_uniform_mean or not jobs):
-        change = recipe.aggregator.combine(chain(first, arriving), state.params)
+    if first or (jobs and not recipe.privacy.needs_uniform_mean):
+        change = recipe.aggregator.combine(_released(first, arriving), state.params)
     else:  # under noise nobody's silence may show
         change = Change(tree.zeros_like(state.params), Fold())
     # what no client may move tells nothing of their data, and noise must not move it either
@@ -258,6 +258,13 @@ def run_round(
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
     )
     return after, row
+
+
+def _released(first: list[Update], others: Iterator[Update]) -> Iterator[Update]:
+    """All of them in order; none is held on to."""
+    while first:
+        yield first.pop()
+    yield from others
 
 
 def _rank(job: Job, told: float) -> float:
