@@ -25,9 +25,11 @@ from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.round import run_round
 from fedlora.setting import prepare
+from fedlora.testing import toy_task
 from fedlora.tiers import Tier, assign_tiers, check_tiers
 from fedlora.transport import Link, Quota, RankSlice, TopK, Uniform
 from fedlora.tuning import LoRA, SvdOfWeight
+from fedlora.workspace import Workspace
 
 world = pytest.fixture(scope="module")(tiny_world)
 NAMES = [f"c{i}" for i in range(7)]
@@ -311,3 +313,24 @@ def test_noise_stays_that_of_the_whole_cohort_when_some_are_late(monkeypatch: py
     slow(others, -1, monkeypatch)
     expected = tree.subtract(others.go_on(others.start(), 1, cohort=(2, 1)).params, start.params)
     assert tree.norm(moved) == pytest.approx(2 / 3 * tree.norm(expected), rel=1e-3)
+
+
+def test_a_tiers_job_gives_the_same_bytes_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = Federation(fedavg(rounds=1, tuning=LoRA(rank=4), local=LOCAL))
+    heard: list[tuple[Any, bytes]] = []
+    run = federation.engine.run
+
+    def listening(jobs: Any) -> Any:
+        for job, reply in zip(jobs, run(jobs), strict=True):
+            heard.append((job, reply.packet.raw))
+            yield reply
+
+    monkeypatch.setattr(federation.engine, "run", listening)
+    tiers = {0: Tier(name="fast", share=0.5, compute="bf16"), 1: Tier(name="plain", share=0.5)}
+    recipe = federation.phases[0].recipe
+    run_round(recipe, federation.start(), (0, 1), federation.engine, seed=0, rounds=1, tiers=tiers)
+    for job, raw in heard:
+        fresh = Workspace(toy_task(num_examples=48), 0, torch.device("cpu"))
+        reply = run_job(job, fresh, federation.engine.population.rows_of(job.client))
+        assert reply.packet is not None
+        assert reply.packet.raw == raw

@@ -39,7 +39,8 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     """
     clock = time.perf_counter()
     recipe = job.recipe
-    base = replace(recipe, local=replace(recipe.local, compute=job.base))
+    same = recipe.local.compute == job.base
+    base = recipe if same else replace(recipe, local=replace(recipe.local, compute=job.base))
     workspace.settle(job.phase, base, job.setup)
     installed, groups = workspace.installed, workspace.installed.groups
     moving = job.round if recipe.aggregator.restarts else 0

@@ -116,7 +116,8 @@ def run_round(
         TrainingError: a client's training went wrong.
     """
     clock = time.perf_counter()
-    recipe = replace(recipe, privacy=recipe.privacy.at(state.clip_norm))
+    if recipe.privacy.adapts:
+        recipe = replace(recipe, privacy=recipe.privacy.at(state.clip_norm))
     tiers = tiers or {}
     recipes = {"": recipe, **recipes_of({client: tiers[client] for client in cohort if client in tiers}, recipe)}
     downlinks: dict[tuple[str, int | None], Downlink] = {}
