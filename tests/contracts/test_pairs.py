@@ -162,6 +162,24 @@ def phases_of(*names: str) -> Any:
     return fedavg(rounds=ROUNDS, **settings)
 
 
+def refusal(*names: str) -> str:
+    """Why a recipe of these choices is refused; empty if it is not."""
+    try:
+        phases_of(*names)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_value_alone_is_refused_only_where_it_needs_another() -> None:
+    assert [name for name in VALUES if refusal(name)] == ["up feedback"]  # it needs clients that remember
+
+
+def test_refusals_are_the_exception() -> None:
+    refused = sum(bool(refusal(*pair)) for pair in PAIRS)
+    assert refused < 0.2 * len(PAIRS)
+
+
 @pytest.fixture(autouse=True)
 def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
