@@ -171,6 +171,19 @@ def test_a_model_can_go_back_to_an_earlier_state_bit_for_bit() -> None:
     assert all(torch.equal(first[name], value) for name, value in weights(federation).items())
 
 
+def test_two_states_with_as_many_folds_are_told_apart() -> None:
+    federation = Federation(phases("fedex"))
+    start = federation.start()
+    one, other = (federation.go_on(start, 2, cohort) for cohort in ((0, 1), (1, 2)))
+    assert one.folds.version == other.folds.version
+    shown = []
+    for state in (one, other, one):
+        federation.loss(state)
+        shown.append(weights(federation))
+    assert all(torch.equal(shown[0][name], value) for name, value in shown[2].items())
+    assert any(not torch.equal(shown[0][name], value) for name, value in shown[1].items())
+
+
 # ---- messages
 
 

@@ -88,7 +88,7 @@ def received(told: FoldMessage, known: Folds, shapes: Shapes) -> Folds:
     if any(rank < 1 for rank in told.ranks):
         raise WireError(f"The message announces folds of ranks {told.ranks[:4]}; ranks are 1 or more.")
     if sum(told.ranks) * sum(map(sum, shapes.values())) >= sum(rows * columns for rows, columns in shapes.values()):
-        raise WireError(f"The message announces folds of ranks {told.ranks}, which is more than the weights hold.")
+        raise WireError(f"The message announces folds of ranks {told.ranks[:4]}, which is more than the weights hold.")
     if not told.ranks:
         whole = {name: torch.zeros(()).expand(shapes[name]) for name in sorted(shapes)}
         return Folds(told.version, wire.unpack(told.raw, {"fold": whole})["fold"])

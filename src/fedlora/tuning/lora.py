@@ -171,7 +171,7 @@ class LoRA(Tuning):
 
     def fold(self, installed: Installed, folds: Folds) -> None:
         """See ``Tuning.fold``: always from the base, so that it does not matter which folds were there before."""
-        if folds.version == installed.folds.version:
+        if folds.total is installed.folds.total:
             return
         layers = lora_layers(installed.model)
         with torch.no_grad():
