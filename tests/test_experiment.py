@@ -134,7 +134,7 @@ def test_the_ledger_counts_the_bytes_that_went_through_the_engine(
     def watched(self: Serial, jobs: Sequence[Job]) -> Iterator[Reply]:
         down = sum(len(job.payload) + len(job.setup or b"") for job in jobs)
         replies = list(original(self, jobs))
-        sent.append((down, sum(len(reply.packet.raw) for reply in replies)))
+        sent.append((down, sum(len(reply.raw) for reply in replies)))
         yield from replies
 
     monkeypatch.setattr(Serial, "run", watched)

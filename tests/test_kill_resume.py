@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from tiny import contents, document, experiment, ledger, tiny_world, write_rows
 
 import fedlora
-from fedlora import cli, config, report, state
+from fedlora import cli, config, evaluation, report, state
 from fedlora import experiment as experiments
 from fedlora.config import Experiment
 from fedlora.errors import CheckpointError, DataError
@@ -166,23 +166,24 @@ def test_an_interrupt_after_any_row_loses_nothing(
     assert_same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("where", ["view", "_evaluate", "open_phase", "close_phase", "export_run"])
+@pytest.mark.parametrize("where", ["view", "evaluate", "open_phase", "close_phase", "export_run"])
 def test_an_interrupt_between_a_round_and_its_row_loses_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     method = "flasc" if where == "view" else "slora"
     chosen = experiment(world, method, "checkpoint_every=2", "evaluate.every=1", rounds=4)
     undisturbed = fedlora.run(chosen, tmp_path / "whole")
-    original, calls = getattr(experiments, where), []
+    place = evaluation if where == "view" else experiments
+    original, calls = getattr(place, where), []
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         calls.append(1)
-        if len(calls) == (2 if where in ("open_phase", "_evaluate", "view") else 1):
+        if len(calls) == (2 if where in ("open_phase", "evaluate", "view") else 1):
             interrupt()
         return original(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiments, where, interrupted)
+        patch.setattr(place, where, interrupted)
         with pytest.raises(Stopped):
             fedlora.run(chosen, tmp_path / "run")
     fedlora.run(chosen, tmp_path / "run")

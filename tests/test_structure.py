@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Iterator
@@ -20,15 +21,20 @@ from fedlora.methods import METHODS
 
 SOURCE = Path(fedlora.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
+# what needs Flower is looked at where it is installed, by `make flower`
+FLOWER = ("fedlora.engines.flower.", "fedlora.federation.")
 MODULES = sorted(
-    info.name for info in pkgutil.walk_packages([str(SOURCE)], "fedlora.") if info.name != "fedlora.__main__"
+    info.name
+    for info in pkgutil.walk_packages([str(SOURCE)], "fedlora.")
+    if info.name != "fedlora.__main__" and (importlib.util.find_spec("flwr") or not info.name.startswith(FLOWER))
 )
 DOORS = {
     "peft": ("tuning/",),
     "transformers": ("tasks/", "tuning/", "testing.py"),
     "datasets": ("tasks/", "tuning/", "testing.py"),
-    "flwr": ("engines/flower.py",),
-    "typer": ("cli.py",),
+    "flwr": ("engines/flower/", "federation/simulate.py"),
+    "cryptography": ("federation/keys.py", "engines/flower/runtime.py"),
+    "typer": ("cli", "terminal.py"),
     "constriction": ("transport/",),
 }
 LAYERS = (
@@ -44,7 +50,9 @@ LAYERS = (
     ("round",),
     ("engines",),
     ("experiment",),
+    ("federation",),
     ("report",),
+    ("cli_federation",),
     ("cli",),
 )
 NEEDED = {
@@ -59,6 +67,7 @@ NEEDED = {
     "random_k": {"density"},
     "threshold": {"value"},
     "rank_slice": {"rank"},
+    "sites": {"test"},
     "norm_bound": {"norm"},
 }
 

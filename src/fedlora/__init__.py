@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Instruction,
         Model,
         QuestionAnswering,
+        Sites,
         TextClassification,
         TokenClassification,
     )
@@ -69,6 +70,7 @@ _HOME = {
     "Result": "experiment",
     "Schedule": "local",
     "Shards": "clients",
+    "Sites": "tasks",
     "SparseMask": "tuning",
     "Stage": "transport",
     "TextClassification": "tasks",
@@ -125,6 +127,7 @@ __all__ = [
     "Result",
     "Schedule",
     "Shards",
+    "Sites",
     "SparseMask",
     "Stage",
     "TextClassification",

@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedlora import cli_federation
 from fedlora.errors import ConfigError, FedloraError
+from fedlora.terminal import (
+    ERR,
+    OUT,
+    AsFormat,
+    ConfigPath,
+    Format,
+    LinkText,
+    Overrides,
+    RunOut,
+    RunPath,
+    experiment_of,
+    folder_of,
+)
+from fedlora.terminal import show as show_result
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
@@ -27,22 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated fine-tuning of Hugging Face models with low-rank adapters, in as few bytes as possible.",
 )
-_out = Console()
-_err = Console(stderr=True)
-
-
-class Format(StrEnum):
-    """How results are printed."""
-
-    table = "table"
-    json = "json"
-
-
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, or the folder of a run.")]
-RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
-Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value, over what the file says.")]
-LinkText = Annotated[str | None, typer.Option("--link", help="A network: down=10Mbit,up=1Mbit,latency=50ms")]
-AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]
 
 
 @app.callback()
@@ -54,16 +51,17 @@ def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 def run(
     config: ConfigPath,
     set_: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; goes on if it holds a checkpoint.")] = None,
+    out: RunOut = None,
+    engine: Annotated[str, typer.Option(help="Where clients run: serial, or flower-simulation.")] = "serial",
     track: Annotated[list[str] | None, typer.Option(help="Also send figures to: tensorboard.")] = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Run an experiment, or go on with one."""
     from fedlora.report import as_dict, result_table
 
-    experiment, folder = _experiment(config, set_, out)
-    result = _run(experiment, folder, track or [])
-    _show(format_, as_dict(result), result_table(result))
+    experiment, folder = experiment_of(config, set_, out)
+    result = _run(experiment, folder, track or [], engine=engine)
+    show_result(format_, as_dict(result), result_table(result))
 
 
 @app.command()
@@ -72,22 +70,22 @@ def show(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.
     from fedlora.config import resolved, to_toml
     from fedlora.describe import phase_facts
 
-    experiment, _ = _experiment(config, set_, None)
+    experiment, _ = experiment_of(config, set_, None)
     facts = phase_facts(experiment, _task(experiment))
     if format_ is Format.json:
         phases = [{"tuning": f.tuning, "trainable": f.trainable, "total": f.total, "tensors": f.tensors} for f in facts]
-        _out.print_json(json.dumps({"config": resolved(experiment), "phases": phases}))
+        OUT.print_json(json.dumps({"config": resolved(experiment), "phases": phases}))
         return
     print(to_toml(experiment))
     for number, fact in enumerate(facts):
         trained = sum(fact.trainable.values())
         groups = ", ".join(f"{group} {count:,}" for group, count in fact.trainable.items())
-        _out.print(
+        OUT.print(
             f"[bold]phase {number}[/bold]: {fact.tuning}, {fact.rounds} rounds; {trained:,} of {fact.total:,} numbers "
             f"are trained ({trained / fact.total:.2%}): {groups}"
         )
         for name, shape in fact.tensors.items():
-            _out.print(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}", highlight=False)
+            OUT.print(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}", highlight=False)
 
 
 @app.command()
@@ -106,11 +104,11 @@ def cost(
     from fedlora.report import cost_table
     from fedlora.setting import in_mode, prepare
 
-    experiment, _ = _experiment(config, set_, None)
+    experiment, _ = experiment_of(config, set_, None)
     network = parse_network(link) if link else None
     effective = in_mode(experiment)
     values, table = cost_table(costs(effective, prepare(effective)), network, step_seconds)
-    _show(format_, values, table)
+    show_result(format_, values, table)
 
 
 @app.command("list")
@@ -122,13 +120,13 @@ def list_(slot: Annotated[str | None, typer.Argument()] = None, format_: AsForma
         table = Table("slot", "values")
         for name, values in SLOTS.items():
             table.add_row(name, ", ".join(values))
-        _show(format_, {name: list(values) for name, values in SLOTS.items()}, table)
+        show_result(format_, {name: list(values) for name, values in SLOTS.items()}, table)
         return
     rows = choices(slot)
     table = Table(slot, "what it is", "settings")
     for row in rows:
         table.add_row(*map(Text, row))
-    _show(format_, [dict(zip(("kind", "text", "settings"), row, strict=True)) for row in rows], table)
+    show_result(format_, [dict(zip(("kind", "text", "settings"), row, strict=True)) for row in rows], table)
 
 
 @app.command()
@@ -150,7 +148,7 @@ def partition(
     from fedlora.picture import partition_bars, partition_html
     from fedlora.setting import in_mode, prepare
 
-    experiment, _ = _experiment(config, set_, None)
+    experiment, _ = experiment_of(config, set_, None)
     setting = prepare(in_mode(experiment))
     labels, names = setting.classes
     summary = setting.summary().as_dict()
@@ -165,9 +163,9 @@ def partition(
     table = Table(show_header=False)
     for key, value in summary.items():
         table.add_row(key.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
-    _show(format_, summary, table)
+    show_result(format_, summary, table)
     if format_ is Format.table:
-        _out.print(partition_bars(setting.population, labels, names))
+        OUT.print(partition_bars(setting.population, labels, names))
 
 
 @app.command()
@@ -185,7 +183,7 @@ def compare(
         raise ConfigError("--link and --target go together: the time over that network until the metric is reached")
     reached = (parse_network(link), target) if link is not None and target is not None else None
     rows = comparison([load_result(path) for path in runs], reached)
-    _show(format_, rows, comparison_table(rows))
+    show_result(format_, rows, comparison_table(rows))
 
 
 @app.command()
@@ -205,17 +203,17 @@ def search(
     from fedlora.search import Bounds
     from fedlora.search import search as climb
 
-    experiment, _ = _experiment(config, set_, None)
+    experiment, _ = experiment_of(config, set_, None)
     bounds = Bounds(rank, density, factor, 1e3 * kilobytes, max_rank)
-    watcher = Live(_err)
+    watcher = Live(ERR)
     try:
         trials = climb(experiment, out, bounds, watcher=watcher)
     finally:
         watcher.close()
     values, table = search_table(trials)
-    _show(format_, values, table)
+    show_result(format_, values, table)
     if format_ is Format.table:
-        _out.print(
+        OUT.print(
             f"the best one kept: fedlora run {out / 'best.toml'} -s phases.0.rounds=...",
             soft_wrap=True,
             highlight=False,
@@ -232,7 +230,7 @@ def export(
     from fedlora.inference import load_run
 
     load_run(run).export(out, merge)
-    _out.print(f"written to {out}", markup=False, soft_wrap=True, highlight=False)
+    OUT.print(f"written to {out}", markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -253,7 +251,7 @@ def predict(
         ] or [("", "")]
         cells = (one if len(one) < 60 else one[:57] + "...", *first, ", ".join(" ".join(pair) for pair in rest[:2]))
         table.add_row(*map(Text, cells))
-    _show(format_, [{"input": one, "answer": answer} for one, answer in zip(inputs, found, strict=True)], table)
+    show_result(format_, [{"input": one, "answer": answer} for one, answer in zip(inputs, found, strict=True)], table)
 
 
 @app.command()
@@ -275,9 +273,9 @@ def evaluate(
     table = Table("metric", "value")
     for name, value in found.metrics.items():
         table.add_row(name, f"{value:.4f}")
-    _show(format_, {**found.metrics, "warnings": list(found.warnings)}, table)
+    show_result(format_, {**found.metrics, "warnings": list(found.warnings)}, table)
     for warning in found.warnings:
-        _err.print(warning, style="yellow", markup=False)
+        ERR.print(warning, style="yellow", markup=False)
 
 
 @app.command()
@@ -289,7 +287,7 @@ def env(format_: AsFormat = Format.table) -> None:
     table = Table(show_header=False)
     for name, value in facts.items():
         table.add_row(name, Text(value))
-    _show(format_, facts, table)
+    show_result(format_, facts, table)
 
 
 @app.command()
@@ -306,7 +304,7 @@ def demo(
     from fedlora.report import as_dict, comparison, comparison_table
     from fedlora.setting import prepare
 
-    _err.print(
+    ERR.print(
         "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
         "to tell apart; 100 clients with skewed labels.",
         highlight=False,
@@ -317,18 +315,10 @@ def demo(
         setting = setting or prepare(experiment)
         results.append(_run(experiment, out / method, [], setting))
     rows = comparison([as_dict(result) for result in results])
-    _show(format_, rows, comparison_table(rows))
+    show_result(format_, rows, comparison_table(rows))
     if format_ is Format.table:
-        _out.print("runs: " + "  ".join(str(result.folder) for result in results), soft_wrap=True, highlight=False)
-        _out.print(f'try:  fedlora predict {results[0].folder} "Parse a MIME message from a file."', highlight=False)
-
-
-def _experiment(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Experiment, Path | None]:
-    from fedlora.config import load
-
-    if path.is_dir() and not (path / "config.toml").exists():
-        raise ConfigError(f"{path} is a folder without config.toml; name a TOML file or the folder of a run")
-    return load(path, overrides or []), out or (path if path.is_dir() else None)
+        OUT.print("runs: " + "  ".join(str(result.folder) for result in results), soft_wrap=True, highlight=False)
+        OUT.print(f'try:  fedlora predict {results[0].folder} "Parse a MIME message from a file."', highlight=False)
 
 
 def _task(experiment: Experiment) -> Any:
@@ -337,19 +327,30 @@ def _task(experiment: Experiment) -> Any:
     return prepare(in_mode(experiment)).task
 
 
-def _run(experiment: Experiment, folder: Path | None, tracks: list[str], setting: Any = None) -> Result:
-    from fedlora import config
+def _run(
+    experiment: Experiment, folder: Path | None, tracks: list[str], setting: Any = None, engine: str = "serial"
+) -> Result:
+    from fedlora.engines import ENGINES
     from fedlora.experiment import run as run_experiment
     from fedlora.report import Live
     from fedlora.track import TRACKERS
 
-    folder = folder or Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
+    folder = folder_of(experiment, folder)
     unknown = [name for name in tracks if name not in TRACKERS]
     if unknown:
         raise ConfigError(f"there is no tracker {unknown[0]!r}; there are: {', '.join(TRACKERS)}")
-    watcher = Live(_err)
+    if engine not in ENGINES:
+        raise ConfigError(f"there is no engine {engine!r}; there are: {', '.join(ENGINES)}")
+    watcher = Live(ERR)
     trackers: list[Tracker] = [TRACKERS[name](folder / name) for name in tracks]
     try:
+        if engine == "flower-simulation":
+            from fedlora.engines import flower
+
+            flower.check_flower(flower.PRIVATE)
+            from fedlora.federation.simulate import simulate
+
+            return simulate(experiment, folder, watcher=watcher, trackers=trackers)
         return run_experiment(experiment, folder, watcher=watcher, trackers=trackers, setting=setting)
     finally:
         watcher.close()
@@ -357,11 +358,7 @@ def _run(experiment: Experiment, folder: Path | None, tracks: list[str], setting
             tracker.close()
 
 
-def _show(format_: Format, values: Any, table: Table) -> None:
-    if format_ is Format.json:
-        print(json.dumps(values, indent=1))
-    else:
-        _out.print(table)
+cli_federation.add_to(app)
 
 
 def main() -> None:
@@ -376,12 +373,12 @@ def main() -> None:
             raise
         stopped = type(error).__name__ == "Stopped"
         text, style = (str(error), None) if stopped else (f"error: {error}", "red")
-        _err.print(text, style=style, markup=False, soft_wrap=True, highlight=False)
+        ERR.print(text, style=style, markup=False, soft_wrap=True, highlight=False)
         sys.exit(130 if stopped else 2)
     except Exception as error:
         if debug:
             raise
-        _err.print(
+        ERR.print(
             f"fedlora failed, and that is a fault of fedlora ({type(error).__name__}: {error}); "
             "run the command again with --debug and report what it prints",
             style="red",

@@ -22,13 +22,14 @@ from fedlora.tree import Tree
 from fedlora.workspace import Workspace
 
 
-def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
+def run_job(job: Job, workspace: Workspace, rows: Rows, seconds: float = math.inf) -> Reply:
     """Takes a client's turn: decode, train, sparsify, clip, round, encode.
 
     Args:
         job: what to do.
         workspace: the resident model.
         rows: the client's training examples.
+        seconds: how long the server waits.
 
     Returns:
         The reply; the trained model stays in ``workspace`` until the next job overwrites it.
@@ -48,7 +49,7 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
     folds = workspace.folds(job.fold, job.memory.folds)
     workspace.show(recipe, start, folds)
     try:
-        trained = train(workspace, rows, job, start, clock + (recipe.local.timeout_seconds or math.inf))
+        trained = train(workspace, rows, job, start, clock + min(seconds, recipe.local.timeout_seconds or math.inf))
     except TimeoutError:
         return Reply(None, remembered(job, start, folds), time.perf_counter() - clock)
     delta = installed.since(start)
@@ -80,7 +81,7 @@ def run_job(job: Job, workspace: Workspace, rows: Rows) -> Reply:
         optimizer=trained.optimizer,
         feedback=tree.subtract(delta, join_groups(packet.trees, groups)) if recipe.up.feedback else {},
     )
-    return Reply(packet, memory, time.perf_counter() - clock)
+    return Reply(packet.raw, memory, time.perf_counter() - clock)
 
 
 def remembered(job: Job, start: Tree, folds: Folds) -> ClientState:

@@ -19,6 +19,10 @@ class WireError(FedloraError):
     """Bytes that are not a message of the expected template."""
 
 
+class QuorumError(FedloraError):
+    """Too few clients answered in a round; it can be tried again."""
+
+
 class TrainingError(FedloraError):
     """Training that went wrong silently: NaN, an adapter that did not move, every label masked."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import secrets
 import shlex
 import time
@@ -17,9 +18,9 @@ from fedlora import config
 from fedlora.account import Sampled, example_epsilon, open_account
 from fedlora.clients import Population, draw_cohort, over_clients
 from fedlora.config import Experiment
-from fedlora.downlink import Downlink, view
-from fedlora.engines import Serial
-from fedlora.errors import CheckpointError, FedloraError, TrainingError
+from fedlora.engines import Engine, Serial
+from fedlora.errors import CheckpointError, FedloraError, QuorumError
+from fedlora.evaluation import evaluate, tested_clients
 from fedlora.export import export_run
 from fedlora.folder import RunFolder
 from fedlora.foreign import Partitioner
@@ -28,7 +29,6 @@ from fedlora.recipe import Recipe
 from fedlora.round import Kinds, Row, run_round
 from fedlora.setting import Setting, in_mode, manifest, prepare
 from fedlora.state import ServerState, named_seed
-from fedlora.tiers import recipes_of
 from fedlora.track import Tracker
 from fedlora.watch import Silent, Watcher
 from fedlora.workspace import Workspace
@@ -81,6 +81,7 @@ def run(
     watcher: Watcher | None = None,
     trackers: Sequence[Tracker] = (),
     setting: Setting | None = None,
+    engine: Engine | None = None,
 ) -> Result:
     """Runs an experiment, or goes on with it where its folder holds a checkpoint.
 
@@ -91,6 +92,7 @@ def run(
         watcher: is told of every round.
         trackers: get every row of the ledger; not in the mode ``local``, where there is a ledger per client.
         setting: data that ``prepare`` gave for the same experiment, to share among runs.
+        engine: where clients run; in this process if absent.
 
     Returns:
         Metrics, bytes and the folder.
@@ -108,7 +110,8 @@ def run(
         setting = setting or prepare(effective, partitioner)
         if experiment.mode == "local":
             return _run_local(experiment, effective, setting, files, watcher)
-        return _run_phases(effective, setting, files, watcher, trackers, sent=experiment.mode == "federated")
+        sent = experiment.mode == "federated"
+        return _run_phases(effective, setting, files, watcher, trackers, sent, engine)
     except KeyboardInterrupt:
         raise Stopped(
             f"stopped; every finished round is saved. Go on with: fedlora run {shlex.quote(str(path))}"
@@ -122,9 +125,10 @@ def _run_phases(
     watcher: Watcher,
     trackers: Sequence[Tracker],
     sent: bool,
+    engine: Engine | None = None,
 ) -> Result:
     workspace = Workspace(setting.task, experiment.seed, setting.device)
-    engine = Serial(workspace, setting.population)
+    engine = engine or Serial(workspace, setting.population)
     facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
     state, rows = _resume(files, facts)
     clients = experiment.clients
@@ -146,8 +150,8 @@ def _run_phases(
     if state is None:
         state, pending = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
         clock = time.perf_counter()
-        tested = _tested_clients(experiment, setting, last=False)
-        metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, tested)
+        tested = tested_clients(experiment, setting, last=False)
+        metrics, warnings = evaluate(experiment, setting, workspace, recipe, state, tested)
         first = Row(
             round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
             density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=pending, warnings=warnings,
@@ -170,30 +174,26 @@ def _run_phases(
                 phase += 1
                 recipe = phases[phase].recipe
                 state, pending = open_phase(workspace, phase, recipe, experiment.seed, state.round, carry)
-            seed = secrets.randbits(48) if secret else named_seed(experiment.seed, "cohort", state.round)
-            cohort = draw_cohort(setting.population, clients.per_round, seed, clients.sampling)
-            expected = clients.per_round if clients.sampling == "poisson" else None
-            state, row = run_round(
-                recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected
-            )
+            state, row = _round(experiment, setting, recipe, state, engine, secret)
             told = () if secret else row.cohort
             last = state.round == experiment.rounds or bool(budget and budget.exhausted(phases, state.round))
             metrics, warnings, seconds = {}, (), 0.0
             if last or state.round % experiment.evaluate.every == 0:
                 clock = time.perf_counter()
-                tested = _tested_clients(experiment, setting, last)
-                metrics, warnings = _evaluate(experiment, setting, workspace, recipe, state, tested)
+                tested = tested_clients(experiment, setting, last)
+                metrics, warnings = evaluate(experiment, setting, workspace, recipe, state, tested)
                 seconds = time.perf_counter() - clock
             row = dataclasses.replace(
                 row,
                 metrics=metrics,
-                warnings=warnings,
+                warnings=row.warnings + warnings,
                 facts=pending,
                 epsilon=budget.spent(phases, state.round) if budget else None,
                 example_epsilon=example_epsilon(phases, [*(one.cohort for one in rows[1:]), told], turns),
                 seconds={**row.seconds, "evaluate": seconds},
                 cohort=told,
                 late=() if secret else row.late,
+                refused={} if secret else row.refused,
                 down_bytes=row.down_bytes if sent else {},
                 up_bytes=row.up_bytes if sent else {},
             )
@@ -202,7 +202,9 @@ def _run_phases(
             rows.append(row)
             recorded = state
             # noise that cannot be drawn again must not be drawn twice for one round that anyone heard of
-            if last or secret or drawn or state.round % experiment.checkpoint_every == 0:
+            # and sites cannot go far back
+            often = secret or drawn or not engine.trusted
+            if last or often or state.round % experiment.checkpoint_every == 0:
                 files.save(state, facts)
                 saved = state.round
             _tell(row, watcher, trackers)
@@ -211,6 +213,34 @@ def _run_phases(
             files.save(recorded, facts)
         raise
     return _finish(experiment, setting, workspace, recipe, state, rows, files, watcher)
+
+
+def _round(
+    experiment: Experiment, setting: Setting, recipe: Recipe, state: ServerState, engine: Engine, secret: bool
+) -> tuple[ServerState, Row]:
+    """One round; where too few clients answer it is tried again, and nothing of the attempt counts."""
+    clients, tried = experiment.clients, 0
+    warnings: tuple[str, ...] = ()
+    seed = secrets.randbits(48) if secret else named_seed(experiment.seed, "cohort", state.round)
+    num = min(math.ceil(clients.per_round * engine.over_sample), len(setting.population))
+    expected = clients.per_round if clients.sampling == "poisson" else None
+    while True:
+        engine.wait()
+        cohort = draw_cohort(setting.population, num, seed, clients.sampling)
+        present = engine.present()
+        if present is not None and clients.sampling == "fixed":
+            others = np.random.default_rng(seed).permutation(sorted(present - set(cohort)))
+            cohort = (*(one for one in cohort if one in present), *map(int, others))[:num]
+        try:
+            after, row = run_round(
+                recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected
+            )
+            return after, dataclasses.replace(row, warnings=warnings)
+        except QuorumError as error:
+            tried += 1
+            if tried == engine.attempts:
+                raise
+            warnings += (f"round {state.round + 1} was tried again: {error}",)
 
 
 def _resume(files: RunFolder, facts: dict[str, str]) -> tuple[ServerState | None, list[Row]]:
@@ -240,66 +270,6 @@ def _tell(row: Row, watcher: Watcher, trackers: Sequence[Tracker]) -> None:
         tracker.log(row)
 
 
-def _tested_clients(experiment: Experiment, setting: Setting, last: bool) -> list[int]:
-    """The clients whose own test rows an evaluation uses."""
-    settings, clients = experiment.evaluate, sorted(setting.holdout)
-    if settings.clients == "never" or (settings.clients == "end" and not last):
-        return []
-    if last or settings.num_clients is None or settings.num_clients >= len(clients):
-        return clients
-    rng = np.random.default_rng(named_seed(experiment.seed, "evaluate_clients"))
-    return sorted(rng.choice(clients, settings.num_clients, replace=False).tolist())
-
-
-def _evaluate(
-    experiment: Experiment,
-    setting: Setting,
-    workspace: Workspace,
-    recipe: Recipe,
-    state: ServerState,
-    clients: Sequence[int] | None = None,
-) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Metrics and warnings, on all test examples unless it is told which ``clients`` to test as well."""
-    rows = setting.test_rows
-    limit = experiment.evaluate.num_examples
-    if clients is not None and limit is not None and limit < len(rows):
-        rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
-        rows = np.sort(rng.choice(rows, limit, replace=False))
-    views = {"": view(recipe, state, experiment.seed)}
-    if experiment.evaluate.dense and views[""] is not state.params:
-        views["dense_"] = state.params
-    if experiment.evaluate.dense and recipe.memory == "last_round" and recipe.down.lossy:
-        views["newcomer_"] = Downlink(recipe, state, experiment.seed).message({}).start
-    for name, tier_recipe in recipes_of(setting.tiers, recipe).items():
-        views[f"{name}_"] = view(tier_recipe, state, experiment.seed)
-    metrics: dict[str, float] = {}
-    warnings: tuple[str, ...] = ()
-    main = setting.task.main_metric
-    for prefix, params in views.items():
-        workspace.show(recipe, params, state.folds)
-        found = workspace.evaluate(rows, setting.split, recipe.local.compute)
-        metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
-        if prefix:
-            continue
-        warnings += found.warnings
-        own = {
-            f"{main} of client {client}": workspace.evaluate(
-                setting.holdout[client], "train", recipe.local.compute
-            ).metrics[main]
-            for client in clients or ()
-        }
-        _check_finite(own)
-        metrics |= over_clients(main, list(own.values()), setting.task.higher_is_better)
-    _check_finite(metrics)
-    return metrics, warnings
-
-
-def _check_finite(metrics: dict[str, float]) -> None:
-    wrong = {name: value for name, value in metrics.items() if not np.isfinite(value)}
-    if wrong:
-        raise TrainingError(f"the evaluation gave values that are not finite: {wrong}; lower the learning rate")
-
-
 def _finish(
     experiment: Experiment,
     setting: Setting,
@@ -316,7 +286,7 @@ def _finish(
         after, seconds, adapter = held["after"], held["seconds"], files.path / held["adapter"]
     else:
         clock = time.perf_counter()
-        after, _ = _evaluate(experiment, setting, workspace, recipe, state)
+        after, _ = evaluate(experiment, setting, workspace, recipe, state)
         # the last round has tested all clients already
         after |= {name: value for name, value in rows[-1].metrics.items() if name.startswith("client_")}
         seconds = sum(sum(row.seconds.values()) for row in rows) + time.perf_counter() - clock

@@ -64,7 +64,7 @@ class Trained:
         Raises:
             DataError: the file cannot be read.
         """
-        task = self.task.with_test(path, columns or {})
+        task = self.task.with_rows(path, columns or {})
         self.workspace.model.eval()
         with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
             rows = np.arange(task.num_examples("test"))

@@ -9,7 +9,6 @@ import torch
 from fedlora.folds import FoldMessage
 from fedlora.recipe import Recipe
 from fedlora.state import ClientState
-from fedlora.transport import wire
 from fedlora.tree import Tree
 
 
@@ -55,11 +54,18 @@ class Job(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A client's answer: the packet that travels, what stays with the client, and how long it worked.
+    """A client's answer.
 
-    There is no packet where the client ran out of time.
+    Args:
+        raw: the bytes that travel; None where the client ran out of time, or where there is no answer that counts.
+        memory: what stays with the client.
+        seconds: how long it worked.
+        refused: why there is no answer that counts; empty where there is one, or where time ran out.
+        heard: whether the client is known to have got the job.
     """
 
-    packet: wire.Packet | None
+    raw: bytes | None
     memory: ClientState
     seconds: float
+    refused: str = ""
+    heard: bool = True

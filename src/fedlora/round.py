@@ -10,21 +10,20 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import NamedTuple
 
 from fedlora import tree
+from fedlora.arrival import Answer, read_reply
 from fedlora.downlink import Downlink, Message
 from fedlora.engines.base import Engine
-from fedlora.errors import TrainingError, WireError
+from fedlora.errors import QuorumError, TrainingError
 from fedlora.folds import extended
-from fedlora.jobs import Job, Reply, empty_report
+from fedlora.jobs import Job, empty_report
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe, init_of
 from fedlora.shrink import without_ranks
 from fedlora.state import Change, ClientState, Fold, ServerState, Update, named_seed
 from fedlora.tiers import Tier, recipes_of
-from fedlora.transport import wire
-from fedlora.transport.link import join_groups, split_groups
+from fedlora.transport.link import split_groups
 
 Kinds = dict[str, int]
 
@@ -38,11 +37,12 @@ class Row:
         phase: number of its phase, from 0.
         cohort: the clients, in the order of their jobs.
         late: those of them that ran out of time.
+        refused: why a client's answer did not count, by its number.
         examples: examples that the cohort trained on, passes counted.
         steps: optimiser steps of the cohort.
         loss: mean training loss over the cohort, clients weighing the same.
         down_bytes: bytes sent to clients by kind: ``adapter``, ``head``, ``init``, ``fold``, ``seed``, ``envelope``.
-        up_bytes: bytes that came back by kind; ``report`` carries examples, steps and loss.
+        up_bytes: bytes that came back by kind; ``report`` carries examples, steps and loss, ``refused`` did not count.
         density_down: share of entries sent that are not zero, over all clients.
         density_up: the same for what came back, over all clients.
         update_norm: Euclidean norm of the change the server applied to what is trained, and of the fold beside.
@@ -72,6 +72,7 @@ class Row:
     density_up: float
     update_norm: float
     late: tuple[int, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
     references: Kinds = field(default_factory=dict)
     tiers: dict[str, dict[str, Kinds]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -112,7 +113,8 @@ def run_round(
         The state after the round, and the round's row of the ledger.
 
     Raises:
-        WireError: a reply is not of the expected form.
+        WireError: a reply of this process is not of the expected form; others' are refused.
+        QuorumError: fewer clients than the engine is to have answered; nothing has changed.
         TrainingError: a client's training went wrong.
     """
     clock = time.perf_counter()
@@ -160,22 +162,18 @@ def run_round(
 
     def updates() -> Iterator[Update]:
         for job, message, reply in zip(jobs, messages, engine.run(jobs), strict=True):
-            if reply.packet is None:
-                answers.append(Answer(job.client, reply, {}))
+            answer, delta = read_reply(job, reply, like, state.groups, engine.trusted)
+            answers.append(answer)  # what a cohort sent is never held together
+            if delta is None:
                 continue
-            received = wire.unpack(reply.packet.raw, like)
-            delta = join_groups(received, state.groups)
             if job.recipe.up.rounds_values:  # rounding may have made it longer
                 delta = recipe.privacy.clip(delta)
-            report = {name: float(value) for name, value in received["report"].items()}
-            # what a cohort sent is never held together
-            light = reply._replace(packet=reply.packet._replace(raw=b"", trees={}))
-            answers.append(Answer(job.client, light, report))
             start = message.start
             if job.recipe.shrink:
-                rank = report["rank"] = _rank(job, report["rank"])
-                start = without_ranks(start, int(rank))
-            yield Update(start, delta, report.get("examples", 0.0))
+                start = without_ranks(start, int(answer.report["rank"]))
+            yield Update(start, delta, answer.report.get("examples", 0.0))
+        if sum(answer.counts for answer in answers) < engine.min_clients and not recipe.privacy.needs_uniform_mean:
+            raise QuorumError(_too_few(answers, engine.min_clients))
 
     arriving = updates()
     first = list(islice(arriving, 1))
@@ -185,7 +183,7 @@ def run_round(
         change = Change(tree.zeros_like(state.params), Fold())
     # what no client may move tells nothing of their data, and noise must not move it either
     moving = {name: value for name, value in change.delta.items() if not recipe.tuning.still(name, state.steps)}
-    told = [answer for answer in answers if answer.reply.packet]
+    told = [answer for answer in answers if answer.counts]
     if recipe.privacy.needs_uniform_mean:  # the noise is that of a sum over as many clients as were to answer
         moving = tree.scale(moving, len(told) / (expected or len(jobs)))
     delta = change.delta | recipe.privacy.noise(moving, expected or len(jobs), state.round)
@@ -211,7 +209,11 @@ def run_round(
             clients[answer.client] = memory
     held = dict(state.held)
     if recipe.memory == "last_round":
-        held.update({client: message.start for client, message in zip(cohort, messages, strict=True)})
+        for answer, message in zip(answers, messages, strict=True):
+            if answer.reply.heard:
+                held[answer.client] = message.start
+            elif answer.reply.refused:
+                held.pop(answer.client, None)
     after = replace(
         state,
         round=state.round + 1,
@@ -241,12 +243,13 @@ def run_round(
         round=after.round,
         phase=state.phase,
         cohort=cohort,
-        late=tuple(answer.client for answer in answers if not answer.reply.packet),
+        late=tuple(answer.client for answer in answers if answer.late),
+        refused={str(answer.client): answer.reply.refused for answer in answers if answer.reply.refused},
         examples=int(sum(answer.report.get("examples", 0.0) for answer in told)),
         steps=int(sum(answer.report.get("steps", 0.0) for answer in told)),
         loss=sum(answer.report.get("loss", 0.0) for answer in told) / max(1, len(told)),
         down_bytes=down,
-        up_bytes=_sum(*(answer.sizes for answer in told)),
+        up_bytes=_sum(*(answer.sizes for answer in answers)),
         references=references,
         tiers=shares,
         density_down=sum(sum(message.packet.kept.values()) for message in messages) / entries / max(1, len(messages)),
@@ -268,35 +271,11 @@ def _released(first: list[Update], others: Iterator[Update]) -> Iterator[Update]
     yield from others
 
 
-def _rank(job: Job, told: float) -> float:
-    """The rank that a client says is its own from now on.
-
-    Raises:
-        WireError: it is none that it could have come to.
-    """
-    shrink, rank = job.recipe.shrink, job.recipe.rank
-    if shrink is None or told not in (rank, shrink.fewer(rank)):
-        raise WireError(f"client {job.client} of rank {rank} says that its rank is {told:g} now; it cannot be")
-    return told
-
-
-class Answer(NamedTuple):
-    """What the ledger keeps of one reply, which is all but its bytes."""
-
-    client: int
-    reply: Reply
-    report: dict[str, float]
-
-    @property
-    def sizes(self) -> Kinds:
-        """Bytes by kind."""
-        return self.reply.packet.sizes if self.reply.packet else {}
-
-    @property
-    def kept(self) -> int:
-        """Entries of the update that are not zero."""
-        packet = self.reply.packet
-        return sum(count for part, count in packet.kept.items() if part != "report") if packet else 0
+def _too_few(answers: list[Answer], least: int) -> str:
+    """What to say where a round has too few answers."""
+    silent = [answer for answer in answers if not answer.counts]
+    why = "; ".join(f"client {answer.client}: {answer.reply.refused or 'out of time'}" for answer in silent[:3])
+    return f"{len(answers) - len(silent)} of {len(answers)} clients answered, and {least} must ({why})"
 
 
 def _count(shares: dict[str, dict[str, Kinds]], tier: str, what: str, sizes: Kinds) -> None:

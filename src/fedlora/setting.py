@@ -37,7 +37,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import Sgd
 from fedlora.state import named_seed
-from fedlora.tasks import Prepared
+from fedlora.tasks import Prepared, Sites
 from fedlora.tasks.base import Rows, Split
 from fedlora.tiers import Tier, assign_tiers
 from fedlora.transport import Link
@@ -93,6 +93,10 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
         ConfigError: a round has more clients than there are, or clients are to be evaluated on no rows.
     """
     clients = experiment.clients
+    if isinstance(experiment.data, Sites):
+        raise ConfigError(
+            "data.kind = 'sites': the training rows lie on other machines; start the run with `fedlora serve`"
+        )
     if experiment.evaluate.clients != "never" and not clients.holdout:
         raise ConfigError(
             f"evaluate.clients = '{experiment.evaluate.clients}' tests each client on rows of its own, but "
@@ -126,6 +130,37 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
         rows = [population.rows_of(client) for client in range(len(population))]
         tiers = assign_tiers(clients.tiers, population.names, rows, column)
     return Setting(task, population, test_rows, split, device, classes, holdout, tiers)
+
+
+def prepare_sites(
+    experiment: Experiment, task: Prepared, sizes: Mapping[str, int], kinds: Mapping[str, str]
+) -> Setting:
+    """The setting of a server whose clients are sites with rows of their own.
+
+    Args:
+        experiment: the configuration.
+        task: prepared from the server's test rows.
+        sizes: how many examples each site has, by name; of one that has not come yet 0. Clients are numbered in this
+            order.
+        kinds: what each says that it is, for tiers by ``values``.
+
+    Raises:
+        ConfigError: the configuration is about another number of clients, or keeps rows that only sites could keep.
+    """
+    clients = experiment.clients
+    if clients.num != len(sizes):
+        raise ConfigError(f"clients.num = {clients.num}, and {len(sizes)} sites are registered; make them the same")
+    if clients.holdout or clients.test_clients or experiment.evaluate.clients != "never":
+        raise ConfigError("sites keep their rows: leave clients.holdout, clients.test_clients and evaluate.clients out")
+    offsets = np.cumsum([0, *sizes.values()])
+    population = Population(tuple(sizes), np.zeros(int(offsets[-1]), dtype=np.int64), offsets)
+    names = list(sizes)
+    rows = [np.array([number]) for number in range(len(names))]
+    column = np.array([kinds.get(name, "") for name in names]) if clients.tier_column else None
+    tiers = assign_tiers(clients.tiers, names, rows, column)
+    classes = Classes(np.zeros(task.num_examples("train"), dtype=np.int64), [])
+    test_rows = np.arange(task.num_examples("test"))
+    return Setting(task, population, test_rows, "test", pick_device(experiment.device), classes, {}, tiers)
 
 
 def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, partitioner: Partitioner | None) -> Division:

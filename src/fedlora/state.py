@@ -22,7 +22,7 @@ from fedlora.tree import Tree
 
 SEED_BITS = 48
 
-FORMAT = 3
+FORMAT = 4
 """The version of the checkpoint format."""
 
 _MEMORY = ("optimizer", "feedback", "held")
@@ -118,6 +118,8 @@ class ClientState:
         feedback: what its last message lost, to be added to the next one.
         held: the parameters that it got last.
         folds: the edits of frozen weights that it made.
+        kept: what a site calls the rest, where the client's memory is on a site; the server then knows ``has_setup``
+            and how many folds there are, and no more.
     """
 
     has_setup: bool = False
@@ -125,6 +127,7 @@ class ClientState:
     feedback: Tree = field(default_factory=dict)
     held: Tree = field(default_factory=dict)
     folds: Folds = Folds()
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,9 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
         for part in _MEMORY:
             trees[f"clients/{client}/{part}"] = getattr(memory, part)
     # clients that know of the same folds have the same sum
-    for folds in (state.folds, *(memory.folds for memory in state.clients.values())):
-        trees[f"folds/{folds.version}"] = folds.total
+    for folds in (*(memory.folds for memory in state.clients.values()), state.folds):
+        if folds.total:  # a site keeps the sum of its clients
+            trees[f"folds/{folds.version}"] = folds.total
     trees |= {f"recent/{place}": fold for place, fold in enumerate(state.folds.recent)}
     # a message to several clients is one tree to the server
     tensors.update(
@@ -209,7 +213,9 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
         "ranks": {str(client): rank for client, rank in state.ranks.items()},
     }
     order = {"groups": list(state.groups.items()), "slots": list(state.slots), "setup_bytes": state.setup_bytes}
-    clients = {str(client): [memory.has_setup, memory.folds.version] for client, memory in state.clients.items()}
+    clients = {
+        str(client): [memory.has_setup, memory.folds.version, memory.kept] for client, memory in state.clients.items()
+    }
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -264,7 +270,9 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
                 number, name = rest.split("/", 1)
                 {"held": held, "folds": totals, "recent": recent}[kind].setdefault(int(number), {})[name] = value
         known = {version: Folds(version, dict(sorted(total.items()))) for version, total in totals.items()}
-        known[0] = Folds()
+        memories = {int(client): told for client, told in document["clients"].items()}
+        for version in (document["folds"], *(version for _, version, _ in memories.values())):
+            known.setdefault(version, Folds(version))
         state = ServerState(
             phase=document["phase"],
             round=document["round"],
@@ -286,8 +294,9 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
             held={client: {name: tree[name] for name in names} for client, tree in sorted(held.items())},
             clients={
                 client: ClientState(
-                    has_setup=document["clients"][str(client)][0],
-                    folds=known[document["clients"][str(client)][1]],
+                    has_setup=memories[client][0],
+                    folds=known[memories[client][1]],
+                    kept=memories[client][2],
                     optimizer=memory.get("optimizer", {}),
                     **{part: _ordered(memory.get(part, {}), names) for part in ("feedback", "held")},
                 )

@@ -141,7 +141,7 @@ def test_exact_match_of_conversations_asks_for_the_last_turn(world: Path, tmp_pa
     for answer, score in ((found["answer"], 1.0), ("w3 w4", 0.0)):
         rows = write_rows(tmp_path / f"{score}.jsonl", [{"messages": [*asked, messages(["", answer])[1]]}])
         with torch.inference_mode():
-            other = task.with_test(rows, {})
+            other = task.with_rows(rows, {})
             assert other.evaluate(model, np.array([0]), "test", CPU).metrics["exact_match"] == score
 
 

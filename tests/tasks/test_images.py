@@ -580,15 +580,15 @@ def test_predictions_are_for_paths(world: Path, tmp_path: Path) -> None:
 def test_other_test_rows_are_read_by_name(world: Path, tmp_path: Path) -> None:
     task = ImageClassification().restore(Model(path=str(world / "vit")), list(COLOURS))
     rows = [{"picture": str(world / f"folder/test/{colour}/102.png"), "label": colour} for colour in ("red", "blue")]
-    other = task.with_test(Path(json_lines(tmp_path / "rows.jsonl", rows)), {"image": "picture"})
+    other = task.with_rows(Path(json_lines(tmp_path / "rows.jsonl", rows)), {"image": "picture"})
     assert other.batch(np.arange(2), CPU, "test")["labels"].tolist() == [2, 0]
-    folder = task.with_test(world / "folder" / "test", {})
+    folder = task.with_rows(world / "folder" / "test", {})
     assert folder.num_examples("test") == 9
     with torch.inference_mode():
         assert folder.evaluate(model_of(task), np.arange(9), "test", CPU).metrics["loss"] > 0
     rows[0]["label"] = "pink"
     with pytest.raises(DataError, match="the model does not know: pink"):
-        task.with_test(Path(json_lines(tmp_path / "rows.jsonl", rows)), {"image": "picture"})
+        task.with_rows(Path(json_lines(tmp_path / "rows.jsonl", rows)), {"image": "picture"})
 
 
 def test_the_processor_is_saved_with_the_size_of_the_task(world: Path, tmp_path: Path) -> None:
@@ -650,7 +650,7 @@ def test_a_picture_may_have_several_classes_or_none(world: Path, tmp_path: Path)
         answer = task.predict(model, [str(world / "folder/test/red/100.png")], CPU)[0]
         shares = model(pixel_values=own_answer(world / "vit", [picture("red", 100)])).logits.sigmoid()[0]
     assert answer == pytest.approx(dict(zip(task.label_names, shares.tolist(), strict=True)), abs=1e-5)
-    again = task.with_test(tmp_path / "test.jsonl", {})
+    again = task.with_rows(tmp_path / "test.jsonl", {})
     assert torch.equal(
         again.batch(np.arange(9), CPU, "test")["labels"], task.batch(np.arange(9), CPU, "test")["labels"]
     )

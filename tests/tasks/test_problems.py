@@ -118,7 +118,7 @@ def test_the_task_comes_back_without_its_data(world: Path, problem: Problem) -> 
     file = world / f"{problem}-test.jsonl"
     with torch.no_grad():
         expected = whole.evaluate(model, np.arange(25), "test", CPU)
-        assert alone.with_test(file, {}).evaluate(model, np.arange(25), "test", CPU) == expected
+        assert alone.with_rows(file, {}).evaluate(model, np.arange(25), "test", CPU) == expected
         logits = whole.logits(model, np.arange(25), "test", CPU)
         found = alone.predict(model, list(whole.data["test"]["text"]), CPU)
     if problem == "multi":
@@ -139,7 +139,7 @@ def test_other_rows_of_another_kind_are_refused(
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "w1", "label": label}])
     with pytest.raises(DataError, match=said):
-        prepare(world, problem).with_test(file, {})
+        prepare(world, problem).with_rows(file, {})
 
 
 def test_what_partitions_see_of_labels(world: Path) -> None:

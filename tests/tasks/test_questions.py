@@ -528,11 +528,11 @@ def test_test_rows_are_checked_too(prepare: Prepare, tmp_path: Path) -> None:
         prepare([good], [good, bad])
     task = prepare([good])
     with pytest.raises(DataError, match=r"1 of 1 .*more.jsonl rows have no answer"):
-        task.with_test(write_rows(tmp_path / "more.jsonl", [bad]), {})
+        task.with_rows(write_rows(tmp_path / "more.jsonl", [bad]), {})
     other = write_rows(tmp_path / "good.jsonl", [{**good, "body": good["context"], "context": "w1"}])
     with pytest.raises(DataError, match="is to become 'context'"):
-        task.with_test(other, {"context": "body"})
-    assert task.with_test(write_rows(tmp_path / "better.jsonl", [good, good]), {}).num_examples("test") == 2
+        task.with_rows(other, {"context": "body"})
+    assert task.with_rows(write_rows(tmp_path / "better.jsonl", [good, good]), {}).num_examples("test") == 2
 
 
 def test_settings_that_cannot_be_are_refused(world: Path) -> None:

@@ -297,22 +297,22 @@ def test_models_that_know_no_types_can_predict(tmp_path: Path, family: str) -> N
 def test_a_label_that_the_model_does_not_know_is_refused(world: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "w1", "label": "violet"}])
     with pytest.raises(DataError, match="labels that the model does not know: violet"):
-        prepare(world).with_test(file, {})
+        prepare(world).with_rows(file, {})
 
 
 def test_other_rows_may_call_their_columns_otherwise(world: Path, tmp_path: Path) -> None:
     rows = [{"body": row["text"], "kind": COLOURS.index(row["label"])} for row in make_rows(24, 1)]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     task = TextClassification().restore(Model(path=str(world / "bert")), list(COLOURS))
-    found = task.with_test(file, {"text": "body", "label": "kind"})
+    found = task.with_rows(file, {"text": "body", "label": "kind"})
     model = model_of(prepare(world))
     with torch.no_grad():
         expected = prepare(world).evaluate(model, np.arange(24), "test", CPU)
         assert found.evaluate(model, np.arange(24), "test", CPU) == expected
     with pytest.raises(DataError, match=r"rows.jsonl rows have no column 'text', only body, kind: .*-c text="):
-        task.with_test(file, {})
+        task.with_rows(file, {})
     with pytest.raises(DataError, match="no column 'bdy', only body, kind: did you mean 'body'"):
-        task.with_test(file, {"text": "bdy"})
+        task.with_rows(file, {"text": "bdy"})
 
 
 def test_texts_are_what_is_read(world: Path, pairs: Path) -> None:

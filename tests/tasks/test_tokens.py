@@ -496,11 +496,11 @@ def test_names_that_are_no_tags_are_refused(settings: dict[str, Any], message: s
 def test_other_files_are_evaluated_with_the_tags_of_the_model(world: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "other.jsonl", [{"words": ["rome", "."], "tags": ["B-loc", "O"]}])
     restored = TokenClassification().restore(Model(path=str(world / "bert")), NAMES)
-    task = restored.with_test(file, {"tokens": "words"})
+    task = restored.with_rows(file, {"tokens": "words"})
     assert task.evaluate(Lookup(RIGHT), np.array([0]), "test", CPU).metrics["f1"] == 1.0
     bad = write_rows(tmp_path / "bad.jsonl", [{"tokens": ["rome"], "tags": ["B-org"]}])
     with pytest.raises(DataError, match="has the tag 'B-org', but the model knows O, B-loc, B-per, I-per alone"):
-        restored.with_test(bad, {})
+        restored.with_rows(bad, {})
 
 
 def test_without_test_rows_sentences_are_held_out(world: Path) -> None:
@@ -658,7 +658,7 @@ def test_a_family_keeps_its_backbone_and_exports_to_peft(world: Path, tmp_path: 
     trained = fedlora.load_run(ran.folder)
     head = [name for name, group in trained.workspace.installed.groups.items() if group == "head"]
     assert {name.split(".")[0] for name in head} <= {"classifier", "head", "score"}
-    batch = trained.task.with_test(world / "test.jsonl", {}).batch(np.arange(3), CPU, "test")
+    batch = trained.task.with_rows(world / "test.jsonl", {}).batch(np.arange(3), CPU, "test")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     model: Any = AutoModelForTokenClassification.from_pretrained(base, num_labels=4, ignore_mismatched_sizes=True)
     assert ran.adapter is not None

@@ -170,8 +170,8 @@ def test_other_data_can_be_evaluated(world: Path, tmp_path: Path) -> None:
     model = model_of(task)
     file = write_rows(tmp_path / "other.jsonl", [{"body": TEXTS[2]}])
     with torch.no_grad():
-        other = task.with_test(file, {"text": "body"}).evaluate(model, np.array([0]), "test", CPU)
+        other = task.with_rows(file, {"text": "body"}).evaluate(model, np.array([0]), "test", CPU)
         same = task.evaluate(model, np.array([2]), "test", CPU)
     assert other == same
     with pytest.raises(DataError, match="no column 'text', only body"):
-        task.with_test(file, {})
+        task.with_rows(file, {})

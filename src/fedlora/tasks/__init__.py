@@ -11,7 +11,7 @@ from fedlora.tasks.images import ImageClassification
 from fedlora.tasks.instruction import Instruction
 from fedlora.tasks.language import CausalLM
 from fedlora.tasks.questions import QuestionAnswering
-from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, ImageFolder, Source
+from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, ImageFolder, Sites, Source
 from fedlora.tasks.text import TextClassification
 from fedlora.tasks.tokens import TokenClassification
 
@@ -47,6 +47,7 @@ __all__ = [
     "Model",
     "Prepared",
     "QuestionAnswering",
+    "Sites",
     "Source",
     "Task",
     "TextClassification",

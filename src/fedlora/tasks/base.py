@@ -128,12 +128,13 @@ class Prepared(ABC):
         """Metrics of ``model``, in evaluation mode, on the examples ``rows`` of ``split``."""
 
     @abstractmethod
-    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
-        """The same task with the rows of a file as its test split, classes read by name or number.
+    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+        """The same task with the rows of a file as its one split, classes read by name or number.
 
         Args:
             path: csv, tsv, json, jsonl or parquet, maybe with ``.gz``.
             columns: name that the task uses -> name in the file, where it differs.
+            split: which split they are.
 
         Raises:
             DataError: the file cannot be read, or has a class that the model does not know.

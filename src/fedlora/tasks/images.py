@@ -197,8 +197,8 @@ class PreparedImages(Prepared):
         labels = torch.from_numpy(self._labels[split][rows])
         return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)
 
-    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
-        """See ``Prepared.with_test``; ``path`` may also be a folder of classes."""
+    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+        """See ``Prepared.with_rows``; ``path`` may also be a folder of classes."""
         rows = read_folder(path, self._names) if path.is_dir() else read_rows(str(path))
         rows = rename(rows, columns, str(path))
         _check(rows, str(path))
@@ -207,9 +207,7 @@ class PreparedImages(Prepared):
         else:
             rows = known_classes(rows, "label", self._names)
         data, pictures = _placed(*_encode(rows, self.processor, str(path)))
-        return PreparedImages(
-            self.settings, self._model, self.processor, self._names, {"test": data}, {"test": pictures}
-        )
+        return PreparedImages(self.settings, self._model, self.processor, self._names, {split: data}, {split: pictures})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: paths of pictures; each class's probability, the likeliest first."""

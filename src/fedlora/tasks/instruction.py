@@ -230,11 +230,11 @@ class PreparedInstruction(Prepared):
             metrics = {"exact_match": self._exact_match(model, rows[places], split, device), **metrics}
         return Evaluation(metrics, found.warnings + self._notes)
 
-    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
-        """See ``Prepared.with_test``."""
+    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+        """See ``Prepared.with_rows``."""
         rows = rename(read_rows(str(path)), columns, str(path))
         self.settings.check(rows, str(path))
-        return PreparedInstruction(self.settings, self._model, self.tokenizer, {"test": rows})
+        return PreparedInstruction(self.settings, self._model, self.tokenizer, {split: rows})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: ``{"answer": text}``.

@@ -169,12 +169,12 @@ class PreparedLanguage(Prepared):
         )
         return found._replace(warnings=found.warnings + self._notes)
 
-    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
-        """See ``Prepared.with_test``."""
+    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+        """See ``Prepared.with_rows``."""
         rows = rename(read_rows(str(path)), columns, str(path))
         check_rows(rows, ["text"], str(path))
         check_texts(rows, ["text"], str(path))
-        return PreparedLanguage(self.settings, self._model, self.tokenizer, {"test": rows})
+        return PreparedLanguage(self.settings, self._model, self.tokenizer, {split: rows})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: ``{"continuation": text}``, the likeliest next token again and again."""

@@ -192,11 +192,11 @@ class PreparedQuestions(Prepared):
         references = [[one.text for one in self._references[split][row]] for row in rows]
         return spans.score(answers, references, loss, self.settings.no_answer)
 
-    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
-        """See ``Prepared.with_test``."""
+    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+        """See ``Prepared.with_rows``."""
         rows = rename(read_rows(str(path)), columns, str(path))
         spans.check_questions(rows, str(path), self.settings.no_answer)
-        return PreparedQuestions(self.settings, self._model, self.tokenizer, {"test": rows})
+        return PreparedQuestions(self.settings, self._model, self.tokenizer, {split: rows})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: ``{"answer", "score", "start"}`` for each line ``{"context", "question"}``.

@@ -212,10 +212,35 @@ class ImageFolder(Source):
         return Raw(train, test, self.test_fraction, self.seed)
 
 
-AnySource = Annotated[Docstrings | Files | Hub | ImageFolder, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sites(Source):
+    """Training rows that stay on the machines of their owners; the server has test rows, which name the classes.
+
+    Args:
+        test: path of the test rows.
+        columns: name that the task uses -> name in the file, for columns that are called otherwise.
+    """
+
+    kind: Literal["sites"] = "sites"
+    test: str
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def load(self) -> Raw:
+        """Read the test rows, which stand in for those that nobody here sees; see ``Source.load``."""
+        rows = rename(read_rows(self.test), self.columns, "test")
+        return Raw(rows, rows, 0.5, 0)
+
+
+AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Sites, Field(discriminator="kind")]
 """Any source, told apart by ``kind``."""
 
-SOURCES: dict[str, type[Source]] = {"docstrings": Docstrings, "files": Files, "hub": Hub, "image_folder": ImageFolder}
+SOURCES: dict[str, type[Source]] = {
+    "docstrings": Docstrings,
+    "files": Files,
+    "hub": Hub,
+    "image_folder": ImageFolder,
+    "sites": Sites,
+}
 """The sources by ``kind``."""
 
 

@@ -226,8 +226,8 @@ class PreparedText(Prepared):
         labels = torch.from_numpy(self._labels[split][rows])
         return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)
 
-    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
-        """See ``Prepared.with_test``."""
+    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+        """See ``Prepared.with_rows``."""
         rows = rename(read_rows(str(path)), columns, str(path))
         check_rows(rows, [*_texts(rows), "label"], str(path))
         check_texts(rows, _texts(rows), str(path))
@@ -237,7 +237,7 @@ class PreparedText(Prepared):
             rows = class_sets_of(rows, "label", self._names, str(path), by_number=True)
         else:
             _check_numbers(rows, str(path))
-        return PreparedText(self.settings, self._model, self.tokenizer, self._names, {"test": rows})
+        return PreparedText(self.settings, self._model, self.tokenizer, self._names, {split: rows})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: each class's probability, the likeliest first; or ``{"value": number}``.

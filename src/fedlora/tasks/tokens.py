@@ -285,10 +285,10 @@ class PreparedTokens(Prepared):
         }
         return Evaluation(metrics, tuple(self._warnings(wanted, found, words, places)))
 
-    def with_test(self, path: Path, columns: Mapping[str, str]) -> Prepared:
-        """See ``Prepared.with_test``; numbers are named by the file, or by ``tag_names``."""
+    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+        """See ``Prepared.with_rows``; numbers are named by the file, or by ``tag_names``."""
         rows = self.settings.known(rename(read_rows(str(path)), columns, str(path)), self._names, str(path))
-        return PreparedTokens(self.settings, self._model, self.tokenizer, self._names, {"test": rows})
+        return PreparedTokens(self.settings, self._model, self.tokenizer, self._names, {split: rows})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: ``{"entities": [...]}``, each with ``type``, ``text``, and where in the input.

@@ -96,6 +96,11 @@ def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = 
 
 
 def unpack(raw: bytes, like: Mapping[str, Tree]) -> dict[str, Tree]:
+    """The trees of ``receive``."""
+    return receive(raw, like).trees
+
+
+def receive(raw: bytes, like: Mapping[str, Tree]) -> Packet:
     """The inverse of ``pack``. Parts, names and shapes come from ``like``, never from the message.
 
     The checksum is verified before anything is decoded. What is allocated is bounded by the template: at most 64 bytes
@@ -106,7 +111,8 @@ def unpack(raw: bytes, like: Mapping[str, Tree]) -> dict[str, Tree]:
         like: the parts that are expected, in the order in which they were packed; only names and shapes are read.
 
     Returns:
-        float32 tensors on the CPU with ``like``'s names and shapes. The tensors of a part are views of one vector.
+        What ``pack`` told of it. Trees are float32 on the CPU with ``like``'s names and shapes; the tensors of a part
+        are views of one vector.
 
     Raises:
         WireError: the bytes are damaged, of another version, or made for another template.
@@ -121,15 +127,19 @@ def unpack(raw: bytes, like: Mapping[str, Tree]) -> dict[str, Tree]:
             "The message was made for other parts, names or shapes than are expected; use one recipe on both sides."
         )
     reader = Reader(body)
-    trees = {}
+    packet = Packet(raw, {"envelope": _ENVELOPE.size}, {}, {})
     for part, tree in like.items():
+        before = reader.rest()
         try:
-            trees[part] = _unpack_section(reader, tree)
+            values = _unpack_section(reader, tree)
         except WireError as error:
             raise WireError(f"Part {part!r} is not of this format: {error}; send it again.") from error
+        packet.sizes[part] = before - reader.rest()
+        packet.kept[part] = int(np.count_nonzero(values != 0))
+        packet.trees[part] = unflatten(torch.from_numpy(values), tree)
     if reader.rest():
         raise WireError(f"The message has {reader.rest()} bytes after its last part; it was not made by this format.")
-    return trees
+    return packet
 
 
 def reference_of(raw: bytes) -> str:
@@ -192,19 +202,14 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     return [header, *written.chunks], _spread(written.values, stored.where, len(values))
 
 
-def _unpack_section(reader: Reader, like: Tree) -> Tree:
-    """One part, in the shapes of ``like``."""
+def _unpack_section(reader: Reader, like: Tree) -> NDArray[np.float32]:
+    """The values of one part, one vector for all of ``like``."""
     code = reader.byte()
     if code not in _PRECISIONS:
         raise WireError(f"it has the unknown number format {code}, expected one of {list(_PRECISIONS)}")
     precision = _PRECISIONS[code].from_settings(reader)
     stored = read_layout(reader, like)
-    return unflatten(
-        torch.from_numpy(
-            _spread(precision.read(reader, stored.runs), stored.where, sum(value.numel() for value in like.values()))
-        ),
-        like,
-    )
+    return _spread(precision.read(reader, stored.runs), stored.where, sum(value.numel() for value in like.values()))
 
 
 def _spread(values: NDArray[np.float32], where: NDArray[np.intp] | None, size: int) -> NDArray[np.float32]:

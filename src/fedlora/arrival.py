@@ -1,0 +1,97 @@
+"""What comes back from a client, read and checked before it counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fedlora import tree
+from fedlora.errors import WireError
+from fedlora.jobs import Job, Reply
+from fedlora.state import ClientState
+from fedlora.transport import wire
+from fedlora.transport.link import join_groups
+from fedlora.tree import Tree
+
+LARGEST_COUNT = 2.0**40
+"""No client has more examples than this, nor takes more steps."""
+
+
+class Answer(NamedTuple):
+    """What the ledger keeps of one reply, which is all but its bytes.
+
+    Args:
+        client: who answered.
+        reply: without its bytes.
+        report: the figures beside the update.
+        sizes: bytes by kind.
+        kept: entries of the update that are not zero.
+        counts: whether it is part of the round's result.
+    """
+
+    client: int
+    reply: Reply
+    report: dict[str, float] = {}  # noqa: RUF012 - nobody writes to it
+    sizes: dict[str, int] = {}  # noqa: RUF012
+    kept: int = 0
+    counts: bool = False
+
+    @property
+    def late(self) -> bool:
+        """Whether it ran out of time."""
+        return not self.counts and not self.reply.refused
+
+
+def read_reply(
+    job: Job, reply: Reply, like: Mapping[str, Tree], groups: Mapping[str, str], trusted: bool
+) -> tuple[Answer, Tree | None]:
+    """A reply's figures, and its update if it counts.
+
+    Args:
+        job: what was asked.
+        reply: what came.
+        like: the parts that are expected.
+        groups: the group of each trained parameter.
+        trusted: whether a reply that cannot be read is a fault of ours; else it is refused and told so.
+
+    Raises:
+        WireError: it cannot be read, and whoever sent it is trusted.
+    """
+    if reply.raw is None:
+        return Answer(job.client, reply), None
+    try:
+        largest = 4096 + sum(64 + 4 * value.numel() for part in like.values() for value in part.values())
+        if len(reply.raw) > largest:
+            raise WireError(f"{len(reply.raw):,} bytes, larger than any message of these parts ({largest:,})")
+        packet = wire.receive(reply.raw, like)
+        delta = join_groups(packet.trees, groups)
+        report = {name: float(value) for name, value in packet.trees["report"].items()}
+        _check(job, delta, report)
+    except WireError as error:
+        if trusted:
+            raise
+        # what such a client remembers is not known either: it is told everything anew
+        refused = Reply(None, ClientState(), reply.seconds, f"a reply that cannot count: {error}", heard=False)
+        return Answer(job.client, refused, sizes={"refused": len(reply.raw)}), None
+    kept = sum(count for part, count in packet.kept.items() if part != "report")
+    return Answer(job.client, reply._replace(raw=None), report, packet.sizes, kept, True), delta
+
+
+def _check(job: Job, delta: Tree, report: Mapping[str, float]) -> None:
+    """Refuses what no client would send that does what it is asked.
+
+    Raises:
+        WireError: a value is not finite, a count is none, or the rank is none that the client could have come to.
+    """
+    if not tree.is_finite(delta):
+        raise WireError("values of the update are not finite")
+    counts = {name: report[name] for name in ("examples", "steps", "below") if name in report}
+    if not all(0 <= value <= LARGEST_COUNT for value in counts.values()):  # NaN is not either
+        raise WireError(f"the report says {counts}; these are counts")
+    if not math.isfinite(report.get("loss", 0.0)):
+        raise WireError("the loss is not finite")
+    shrink, rank = job.recipe.shrink, job.recipe.rank
+    if shrink and report["rank"] not in (rank, shrink.fewer(rank)):
+        told = report["rank"]
+        raise WireError(f"client {job.client} of rank {rank} says that its rank is {told:g} now; it cannot be")

@@ -1,0 +1,89 @@
+"""What the model of a run is worth: on the test examples, and on what clients keep for themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedlora.clients import over_clients
+from fedlora.config import Experiment
+from fedlora.downlink import Downlink, view
+from fedlora.errors import TrainingError
+from fedlora.recipe import Recipe
+from fedlora.setting import Setting
+from fedlora.state import ServerState, named_seed
+from fedlora.tiers import recipes_of
+from fedlora.workspace import Workspace
+
+
+def tested_clients(experiment: Experiment, setting: Setting, last: bool) -> list[int]:
+    """The clients whose own test rows an evaluation uses."""
+    settings, clients = experiment.evaluate, sorted(setting.holdout)
+    if settings.clients == "never" or (settings.clients == "end" and not last):
+        return []
+    if last or settings.num_clients is None or settings.num_clients >= len(clients):
+        return clients
+    rng = np.random.default_rng(named_seed(experiment.seed, "evaluate_clients"))
+    return sorted(rng.choice(clients, settings.num_clients, replace=False).tolist())
+
+
+def evaluate(
+    experiment: Experiment,
+    setting: Setting,
+    workspace: Workspace,
+    recipe: Recipe,
+    state: ServerState,
+    clients: Sequence[int] | None = None,
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Metrics and warnings, on all test examples unless it is told which ``clients`` to test as well.
+
+    Args:
+        experiment: says what to evaluate.
+        setting: the data.
+        workspace: the resident model; it is overwritten.
+        recipe: of the running phase.
+        state: what to evaluate.
+        clients: whose own test rows are used too; with them, and in between rounds, the fixed subset of test examples.
+
+    Raises:
+        TrainingError: a metric is not finite.
+    """
+    rows = setting.test_rows
+    limit = experiment.evaluate.num_examples
+    if clients is not None and limit is not None and limit < len(rows):
+        rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
+        rows = np.sort(rng.choice(rows, limit, replace=False))
+    views = {"": view(recipe, state, experiment.seed)}
+    if experiment.evaluate.dense and views[""] is not state.params:
+        views["dense_"] = state.params
+    if experiment.evaluate.dense and recipe.memory == "last_round" and recipe.down.lossy:
+        views["newcomer_"] = Downlink(recipe, state, experiment.seed).message({}).start
+    for name, tier_recipe in recipes_of(setting.tiers, recipe).items():
+        views[f"{name}_"] = view(tier_recipe, state, experiment.seed)
+    metrics: dict[str, float] = {}
+    warnings: tuple[str, ...] = ()
+    main = setting.task.main_metric
+    for prefix, params in views.items():
+        workspace.show(recipe, params, state.folds)
+        found = workspace.evaluate(rows, setting.split, recipe.local.compute)
+        metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
+        if prefix:
+            continue
+        warnings += found.warnings
+        own = {
+            f"{main} of client {client}": workspace.evaluate(
+                setting.holdout[client], "train", recipe.local.compute
+            ).metrics[main]
+            for client in clients or ()
+        }
+        _check_finite(own)
+        metrics |= over_clients(main, list(own.values()), setting.task.higher_is_better)
+    _check_finite(metrics)
+    return metrics, warnings
+
+
+def _check_finite(metrics: dict[str, float]) -> None:
+    wrong = {name: value for name, value in metrics.items() if not np.isfinite(value)}
+    if wrong:
+        raise TrainingError(f"the evaluation gave values that are not finite: {wrong}; lower the learning rate")

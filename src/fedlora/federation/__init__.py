@@ -1,0 +1,1 @@
+"""A federation over several machines: certificates and keys, the server, the sites, a trial on one machine."""

@@ -1,0 +1,81 @@
+"""A whole federation on this machine, with real processes, TLS and keys, for as long as one run takes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import tomli_w
+
+from fedlora.config import Experiment
+from fedlora.engines.rules import Rules
+from fedlora.errors import ConfigError
+from fedlora.experiment import Result
+from fedlora.federation.folder import init
+from fedlora.federation.processes import Child, free_port
+from fedlora.federation.serve import serve
+from fedlora.tasks import Sites
+from fedlora.watch import Watcher
+
+POLL = 0.2
+
+
+def demo(
+    experiment: Experiment,
+    folder: Path,
+    federation: Path,
+    sites: int,
+    *,
+    watcher: Watcher | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Runs an experiment on sites of this machine, which share the clients of its partition among them.
+
+    Args:
+        experiment: what to run.
+        folder: where to keep the run.
+        federation: where to write keys, certificates and what sites remember; goes on with those that are there.
+        sites: how many.
+        watcher: is told of every round.
+        tell: is told what happens to sites.
+
+    Raises:
+        ConfigError: the experiment's rows lie with sites.
+    """
+    if isinstance(experiment.data, Sites):
+        raise ConfigError("data.kind = 'sites' is for real sites; the demo deals the data of any other kind to sites")
+    with started_sites(federation, sites):
+        rules = Rules(min_clients=1)
+        return serve(experiment, folder, federation / "server", rules=rules, watcher=watcher, tell=tell)
+
+
+@contextmanager
+def started_sites(federation: Path, count: int) -> Iterator[list[Child]]:
+    """Sites that share a partition, each `fedlora join` in a process of its own, stopped at the end.
+
+    Args:
+        federation: written if it is not there.
+        count: how many sites.
+    """
+    names = [f"site-{number}" for number in range(count)]
+    if not (federation / "server").exists():
+        init(federation, names, "localhost", port=free_port())
+    children = [site(federation, name, number, count) for number, name in enumerate(names)]
+    with ExitStack() as stack:
+        for child in children:
+            stack.enter_context(child)
+        yield children
+
+
+def site(federation: Path, name: str, number: int, count: int) -> Child:
+    """A site that stands for its share of the clients."""
+    from fedlora.federation.folder import ServerConfig
+
+    place = federation / "sites" / name
+    document = {"name": name, "share": {"number": number, "of": count}, "poll_seconds": POLL}
+    (place / "site.toml").write_text(tomli_w.dumps(document))
+    port = ServerConfig.load(federation / "server").port
+    command = [sys.executable, "-m", "fedlora", "join", f"127.0.0.1:{port}", "--site-config", str(place / "site.toml")]
+    return Child(command, place / "processes")

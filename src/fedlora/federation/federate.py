@@ -1,0 +1,90 @@
+"""A run whose clients live elsewhere: from a configuration and a courier to what ``experiment.run`` gives."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedlora import experiment as experiments
+from fedlora.config import Experiment
+from fedlora.engines.remote import Courier, Remote
+from fedlora.engines.rules import Rules
+from fedlora.errors import ConfigError
+from fedlora.experiment import Result
+from fedlora.folder import RunFolder
+from fedlora.setting import Setting, prepare, prepare_sites
+from fedlora.tasks import Sites
+from fedlora.track import Tracker
+from fedlora.watch import Watcher
+
+
+def federate(
+    experiment: Experiment,
+    folder: Path,
+    courier: Courier,
+    rules: Rules,
+    *,
+    names: Sequence[str] = (),
+    anywhere: bool = False,
+    watcher: Watcher | None = None,
+    trackers: Sequence[Tracker] = (),
+    tell: Callable[[str], None] = lambda text: None,
+    begun: Callable[[], None] = lambda: None,
+) -> Result:
+    """Runs an experiment on sites, or goes on with it.
+
+    Args:
+        experiment: what to run.
+        folder: where to keep the run.
+        courier: carries letters.
+        rules: what is waited for.
+        names: of the sites there may be, for ``data.kind = "sites"``.
+        anywhere: whether any site can take any client's turn.
+        watcher: is told of every round.
+        trackers: get every row of the ledger.
+        tell: is told what happens to sites.
+        begun: is called once the folder is the run's.
+
+    Raises:
+        ConfigError: the experiment cannot be run on sites.
+        QuorumError: too few clients can be reached, or answer.
+    """
+    if experiment.mode != "federated":
+        raise ConfigError(f"mode = {experiment.mode!r} sends nothing, so there is nothing for sites; use `fedlora run`")
+    noisy = any(phase.recipe.privacy.needs_uniform_mean for phase in experiment.phases)
+    if noisy and rules.over_sample > 1:
+        raise ConfigError("noise is calibrated for the clients that are drawn, all of them; leave over_sample at 1")
+    if rules.min_clients > experiment.clients.per_round:
+        raise ConfigError(
+            f"min_clients = {rules.min_clients} answers are asked for, and clients.per_round = "
+            f"{experiment.clients.per_round} clients are asked in a round; make the first smaller"
+        )
+    files = RunFolder(folder)
+    files.claim(experiment)
+    if not (folder / "federation.json").exists():
+        files.write_json("federation.json", {"run": secrets.token_hex(8)})
+    begun()
+    remote = Remote(courier, rules, str(files.read_json("federation.json")["run"]), anywhere, tell)
+    setting = _setting(experiment, remote, names)
+    return experiments.run(experiment, folder, watcher=watcher, trackers=trackers, setting=setting, engine=remote)
+
+
+def _setting(experiment: Experiment, remote: Remote, names: Sequence[str]) -> Setting:
+    """The setting, after the sites have heard of the run."""
+    if not isinstance(experiment.data, Sites):
+        setting = prepare(experiment)
+        remote.open(experiment, setting.task.label_names, {})
+        return setting
+    task = experiment.task.prepare(experiment.model, experiment.data)
+    ordered = sorted(names)
+    remote.open(experiment, task.label_names, {name: number for number, name in enumerate(ordered)})
+    known = {name: guest for name, guest in remote.guests.items() if name in ordered}
+    absent = [name for name in ordered if name not in known]
+    if absent and any(phase.recipe.local.example_privacy for phase in experiment.phases):
+        raise ConfigError(
+            f"the account of examples' privacy needs to know how many each site has, and {absent[0]!r} is not there; "
+            "set min_clients to the number of sites"
+        )
+    sizes = {name: sum(known[name].sizes.values()) if name in known else 0 for name in ordered}
+    return prepare_sites(experiment, task, sizes, {name: guest.tier for name, guest in known.items()})

@@ -1,0 +1,117 @@
+"""A site: Flower's SuperNode with the site's key, and one process that keeps the model warm."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlora.engines import flower
+from fedlora.engines.rules import SiteConfig
+from fedlora.errors import ConfigError
+from fedlora.federation import keys
+from fedlora.federation.processes import Child, free_port, quiet
+
+FIRST_WAIT, LONGEST_WAIT = 2.0, 30.0
+"""Seconds before a process that ended is started again: doubled each time up to the second."""
+
+
+def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool = False) -> None:
+    """Works for a server until it is interrupted; comes back after whatever happens to either side.
+
+    Args:
+        server: host and port of the federation's proxy.
+        file: the site's ``site.toml``; ``site.key`` and ``ca.crt`` are beside it.
+        tell: is told what happens.
+        insecure: plain text and no key, on the loopback interface alone.
+
+    Raises:
+        ConfigError: the files are not there or not for their owner alone, or plain text would leave this machine.
+        KeyboardInterrupt: the user asked to leave; everything is stopped by then.
+    """
+    flower.check_flower(flower.PRIVATE)
+    quiet()
+    settings = SiteConfig.load(file)
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{server!r} is not of the form host:port")
+    if insecure and not _is_loopback(host):
+        raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
+    trust = ["--insecure"] if insecure else _credentials(file.parent)
+    home = Path(tempfile.mkdtemp(prefix="fedlora-site-"))
+    try:
+        secret = home / "secret"
+        keys.write_secret(secret, secrets.token_bytes(32))
+        inner = f"127.0.0.1:{free_port()}"
+        node = Child(
+            [
+                sys.executable, "-m", "fedlora.engines.flower.supernode", str(settings.poll_seconds),
+                "--superlink", server, *trust, "--isolation", "process",
+                "--host", "127.0.0.1", "--port", inner.rpartition(":")[2], "--superexec-auth-secret-file", str(secret),
+            ],
+            home / "supernode",
+        )  # fmt: skip
+        worker = Child(
+            [sys.executable, "-m", "fedlora.federation.worker", inner, str(secret), str(file.resolve())],
+            home / "worker",
+        )
+        _keep(settings.name, {"the SuperNode": node, "the worker": worker}, tell)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _keep(name: str, children: dict[str, Child], tell: Callable[[str], None]) -> None:
+    """Keeps processes running, each after a longer wait if it ends soon."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by a supervisor is as polite as Ctrl-C
+    waits = dict.fromkeys(children, FIRST_WAIT)
+    due = dict.fromkeys(children, 0.0)
+    try:
+        tell(f"{name}: joining; Ctrl-C leaves")
+        while True:
+            for what, child in children.items():
+                if child.alive:
+                    if time.monotonic() - child.started > 2 * LONGEST_WAIT:
+                        waits[what] = FIRST_WAIT
+                    continue
+                if child.started and not due[what]:
+                    due[what] = time.monotonic() + waits[what]
+                    tell(f"{name}: {what} ended; again in {waits[what]:.0f} s ({child.last_words()[-200:]})")
+                    waits[what] = min(2 * waits[what], LONGEST_WAIT)
+                elif time.monotonic() >= due[what]:
+                    child.start()
+                    due[what] = 0.0
+            time.sleep(0.2)
+    finally:
+        for child in children.values():
+            child.stop()
+        tell(f"{name}: left")
+
+
+def _credentials(folder: Path) -> list[str]:
+    """Arguments for TLS and the site's key.
+
+    Raises:
+        ConfigError: a file is missing, or others can read the key.
+    """
+    ca, key = folder / "ca.crt", folder / "site.key"
+    for each in (ca, key):
+        if not each.exists():
+            raise ConfigError(f"{each} is not there; it comes with the folder that the federation's server handed over")
+    if key.stat().st_mode & 0o077:
+        raise ConfigError(f"{key} can be read by others; chmod 600 it, and ask for a new one if somebody may have")
+    return ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,138 @@
+"""Flower's processes on this machine: started with care, watched, and never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fedlora.errors import FedloraError
+
+PATIENCE = 60.0
+"""Seconds that a process has to come up."""
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+}
+"""No word to anyone, nothing installed at run time."""
+_PR_SET_PDEATHSIG = 1
+
+
+class ProcessError(FedloraError):
+    """A process of Flower's did not come up, or ended."""
+
+
+def quiet() -> None:
+    """Puts this process, too, under the settings of those that it starts."""
+    os.environ.update(_QUIET)
+
+
+class Child:
+    """A child process with a log of its own; it ends with its parent.
+
+    Args:
+        command: what to run; the first word is looked for beside this Python.
+        home: a folder of its own, for its log and what Flower keeps.
+        env: further environment variables.
+    """
+
+    def __init__(self, command: Sequence[str], home: Path, env: Mapping[str, str] | None = None) -> None:
+        self.command, self.home, self.env = list(command), home, dict(env or {})
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started = 0.0
+
+    def start(self) -> Self:
+        """Starts it, anew if it ran before."""
+        self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = Path(sys.executable).parent
+        path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
+        env = {**os.environ, **_QUIET, "FLWR_HOME": str(self.home), "PATH": path, **self.env}
+        program = folder / self.command[0]
+        command = [str(program) if program.exists() else self.command[0], *self.command[1:]]
+        with (self.home / "log.txt").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )  # fmt: skip
+        self.started = time.monotonic()
+        return self
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        """Asks it to end, and ends it and what it started if it does not."""
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def last_words(self) -> str:
+        """The end of its log, in one line."""
+        with contextlib.suppress(OSError):
+            lines = (self.home / "log.txt").read_text(errors="replace").strip().splitlines()
+            return " ".join(line.strip() for line in lines[-3:])[-400:]
+        return ""
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_until_up(child: Child, address: str, ca: Path | None) -> None:
+    """Waits until a SuperLink answers.
+
+    Raises:
+        ProcessError: it ended, or does not answer in time.
+    """
+    context = ssl.create_default_context(cafile=str(ca)) if ca else None
+    url = f"{'https' if ca else 'http'}://{address}/health"
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if not child.alive:
+            raise ProcessError(f"{child.command[0]} ended at once: {child.last_words()}")
+        with (
+            contextlib.suppress(urllib.error.URLError, OSError),
+            urllib.request.urlopen(url, timeout=2, context=context),
+        ):
+            return
+        time.sleep(0.1)
+    raise ProcessError(f"{child.command[0]} does not answer at {address}: {child.last_words()}")
+
+
+def _die_with_parent() -> None:
+    """Linux sends a child this signal when its parent dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

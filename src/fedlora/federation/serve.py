@@ -1,0 +1,160 @@
+"""The server of a federation: Flower's SuperLink on the loopback interface, and the rounds in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora.config import Experiment
+from fedlora.engines import flower
+from fedlora.engines.remote import Courier
+from fedlora.engines.rules import Rules
+from fedlora.errors import ConfigError
+from fedlora.experiment import Result
+from fedlora.federation import keys
+from fedlora.federation.federate import federate
+from fedlora.federation.folder import ServerConfig, public_keys
+from fedlora.federation.processes import Child, ProcessError, quiet, wait_until_up
+from fedlora.track import Tracker
+from fedlora.watch import Watcher
+
+if TYPE_CHECKING:
+    from fedlora.engines.flower.runtime import Link
+
+Tell = Callable[[str], None]
+
+
+def serve(
+    experiment: Experiment,
+    folder: Path,
+    federation: Path,
+    *,
+    rules: Rules | None = None,
+    insecure: bool = False,
+    watcher: Watcher | None = None,
+    trackers: Sequence[Tracker] = (),
+    tell: Tell = lambda text: None,
+) -> Result:
+    """Runs an experiment on the sites of a federation, or goes on with it.
+
+    Args:
+        experiment: what to run.
+        folder: where to keep the run.
+        federation: the server's folder, which ``init`` wrote.
+        rules: what is waited for, if it is not what the folder says.
+        insecure: plain text and no keys, which the loopback interface alone can hear.
+        watcher: is told of every round.
+        trackers: get every row of the ledger.
+        tell: is told what happens to sites.
+
+    Raises:
+        ConfigError: the federation's files are not there, or Flower is not.
+        ProcessError: the SuperLink does not come up.
+        QuorumError: too few clients can be reached, or answer.
+    """
+    flower.check_flower(flower.PRIVATE)
+    quiet()
+    config = ServerConfig.load(federation)
+    keys_of = {} if insecure else public_keys(federation, config)
+    rules = rules or config.rules
+    with superlink(federation, config.port, tell, insecure) as link, sites_of(link, keys_of) as courier:
+        return federate(
+            experiment, folder, courier, rules, names=config.sites, watcher=watcher, trackers=trackers, tell=tell
+        )
+
+
+@contextmanager
+def sites_of(link: Link, public: Mapping[str, bytes]) -> Iterator[Courier]:
+    """A run on a SuperLink, and the courier to its sites; when it closes, the run is over.
+
+    Args:
+        link: to the SuperLink.
+        public: the public key file of each site that may take part, by name; none in plain text.
+    """
+    from fedlora.engines.flower import runtime
+    from fedlora.engines.flower.app import GridCourier
+
+    known = {name: runtime.key_of(key) for name, key in public.items()}
+    runtime.register(link, known)
+    runtime.start_run(link)
+    with runtime.open_grid(link) as grid:
+        yield GridCourier(grid, lambda: runtime.addresses(grid, known))
+
+
+@contextmanager
+def superlink(federation: Path, port: int, tell: Tell, insecure: bool) -> Iterator[Link]:
+    """A SuperLink with TLS, keys of sites and a database, started again whenever it ends.
+
+    Args:
+        federation: the server's folder.
+        port: on the loopback interface.
+        tell: is told when it is started again.
+        insecure: plain text and no keys.
+    """
+    from fedlora.engines.flower.runtime import Link
+
+    ca = None if insecure else federation / "ca.crt"
+    for file in (ca, federation / "server.pem", federation / "server.key") if ca else ():
+        if not file.exists():
+            raise ConfigError(
+                f"{file} is not there; `fedlora federation init` writes it, and nothing runs in plain text"
+            )
+    home = federation / "superlink"
+    home.mkdir(exist_ok=True, mode=0o700)
+    secret = home / "secret"
+    if not secret.exists():
+        keys.write_secret(secret, secrets.token_bytes(32))
+    address = f"127.0.0.1:{port}"
+    child = Child(
+        [
+            "flower-superlink", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
+            *(_tls(federation) if ca else ["--insecure"]),
+            "--disable-runtime-dependency-installation", "--database", str(home / "state.db"),
+            "--superexec-auth-secret-file", str(secret),
+        ],
+        home,
+    )  # fmt: skip
+    ended = threading.Event()
+    up = threading.Event()
+    failure: list[ProcessError] = []
+
+    def keep() -> None:
+        # a child dies with the thread that started it
+        try:
+            child.start()
+            wait_until_up(child, address, ca)
+        except ProcessError as error:
+            failure.append(error)
+        up.set()
+        while not ended.wait(0.2) and not failure:
+            if not child.alive:
+                tell(f"the SuperLink ended and is started again ({child.last_words()[-200:]})")
+                with contextlib.suppress(ProcessError):
+                    child.start()
+                    wait_until_up(child, address, ca)
+        child.stop()
+
+    thread = threading.Thread(target=keep, name="superlink", daemon=True)
+    thread.start()
+    try:
+        up.wait()
+        if failure:
+            raise failure[0]
+        yield Link(address, ca.read_bytes() if ca else None, secret.read_bytes())
+    finally:
+        ended.set()
+        thread.join(30)
+
+
+def _tls(federation: Path) -> list[str]:
+    """Arguments for TLS, and for sites that prove who they are."""
+    files = {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}
+    return [
+        "--enable-supernode-auth",
+        *(part for name, file in files.items() for part in (f"--ssl-{name}", str(federation / file))),
+    ]

@@ -1,0 +1,87 @@
+"""What ``fedlora federation init`` writes for people and for the proxy."""
+
+from __future__ import annotations
+
+PROXY = """\
+# A reverse proxy in front of Flower's SuperLink: sites reach what is theirs, and nobody else reaches anything.
+# Put server.pem and server.key where the paths below say, then: nginx -c /path/to/nginx.conf
+worker_processes auto;
+events {{ worker_connections 1024; }}
+http {{
+  server {{
+    listen {proxy_port} ssl;
+    server_name {host};
+    ssl_certificate server.pem;
+    ssl_certificate_key server.key;
+    ssl_protocols TLSv1.3;
+    client_max_body_size 16m;  # an object of Flower's has 5 MiB at most
+    location /v1/fleet/ {{  # what SuperNodes speak; each request is signed with a site's key
+      proxy_pass https://127.0.0.1:{port};
+      proxy_http_version 1.1;
+      proxy_request_buffering off;
+      proxy_buffering off;
+      proxy_read_timeout 120s;
+      proxy_ssl_verify on;
+      proxy_ssl_trusted_certificate ca.crt;
+      proxy_ssl_name localhost;
+    }}
+    location / {{ return 403; }}  # the control interface has no password: it must not be reached from outside
+  }}
+}}
+"""
+
+SITE = """\
+# What this site is, and what it does for the server. Paths are relative to this file.
+name = "{name}"
+rows = "rows.jsonl"  # csv, tsv, json, jsonl or parquet; they never leave this machine
+
+# [columns]          # name that the task uses = name in the file, where it differs
+# text = "body"
+
+# [model]            # where the pre-trained model is here; the same files as the server's
+# path = "/models/all-MiniLM-L6-v2"
+
+[limits]             # what is more than this is refused
+# tunings = ["lora"]
+# max_megabytes = 50
+# max_steps = 1000
+# min_noise = 0.5          # noise that the server says it adds to the mean of sites
+# min_example_noise = 0.5  # noise that this site adds itself
+"""
+
+SITE_README = """\
+# Site {name}
+
+This folder is yours alone: `site.key` proves who you are. Keep it at mode 0600 and do not send it anywhere.
+
+1. `pip install 'fedlora[flower]'`
+2. Put your training rows here and name the file in `site.toml`; say there what you accept.
+3. `fedlora join {host}:{proxy_port} --site-config site.toml`
+
+It waits for the server for as long as it takes, and comes back by itself. Ctrl-C leaves.
+"""
+
+README = """\
+# A federation of {names}
+
+| folder | whose | what |
+| --- | --- | --- |
+| `authority/` | keep it offline | signs certificates; needed again for a new server certificate alone |
+| `server/` | the server's | certificate, keys of sites, `server.toml`, `nginx.conf` |
+| `sites/NAME/` | one for each site; hand it over in private | key, certificate to trust, `site.toml`, a README |
+
+On the server:
+
+1. `pip install 'fedlora[flower]'`
+2. `nginx -p "$PWD/server" -c nginx.conf` opens port {proxy_port} to sites. Nothing else may be open: Flower's SuperLink
+   listens on 127.0.0.1:{port}, where whoever is let in can start runs.
+3. A configuration whose data are `{{ kind = "sites", test = "test.jsonl" }}`, with `clients.num` as many as there are
+   sites; then `fedlora serve CONFIG.toml --federation server`
+
+On each site: `fedlora join {host}:{proxy_port} --site-config site.toml`, as its README says.
+
+A new site: `ssh-keygen -t ecdsa -b 384 -N "" -f site.key` on the site, its public key as `server/sites/NAME.pub`, its
+name in `server/server.toml`. To let one go, take its name out of there. Either takes a new start of the server.
+
+On one machine, all at once: `fedlora federation demo CONFIG.toml --sites 3`
+"""

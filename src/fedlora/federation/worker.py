@@ -1,0 +1,25 @@
+"""The process of a site that holds the model: ``python -m fedlora.federation.worker ADDRESS SECRET SITE``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from fedlora.engines.flower.app import answer
+from fedlora.engines.flower.runtime import Link, take_messages
+from fedlora.engines.rules import SiteConfig
+from fedlora.engines.site import Site
+
+
+def main() -> None:
+    """Answers the messages of the SuperNode at an address, until it is stopped."""
+    address, secret, file = sys.argv[1:]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    site = Site(SiteConfig.load(Path(file)))
+    take_messages(Link(address, None, Path(secret).read_bytes()), lambda message: answer(site, message))
+
+
+if __name__ == "__main__":
+    main()

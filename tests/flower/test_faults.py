@@ -1,0 +1,283 @@
+"""What goes wrong over real processes: killed workers, killed sites, a killed server, garbage, a slow link."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import experiment, ledger
+
+import fedlora
+from fedlora.config import Experiment
+from fedlora.engines import letters
+from fedlora.engines.rules import Rules
+from fedlora.experiment import Stopped
+from fedlora.federation import serve
+from fedlora.federation.processes import Child, free_port
+from fedlora.state import load_state
+
+from .conftest import Federation, processes_of
+
+SLOW = "method.local.epochs=60"
+"""Turns that last about a second, so that something can happen in between."""
+PATIENT = Rules(min_available=8, round_timeout=240, rejoin_timeout=200)
+
+
+def chosen(root: Path, *overrides: str, rounds: int = 3) -> Experiment:
+    common = ("clients.per_round=8", "clients.num=8", "method.kind='flasc'", "method.memory='last_round'")
+    return experiment(root, "lora", *common, "method.feedback=true", *overrides, rounds=rounds)
+
+
+def params(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_state(sorted((folder / "checkpoints").glob("round-*"))[-1])[0].params)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    def plain(folder: Path) -> list[dict[str, Any]]:
+        return [{**row, "warnings": []} for row in ledger(folder)]
+
+    assert plain(one) == plain(other)
+    left, right = params(one), params(other)
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@contextmanager
+def at(condition: Callable[[], bool], deed: Callable[[], None], done: list[str]) -> Iterator[None]:
+    """Does something as soon as something holds, from the side."""
+
+    def watch() -> None:
+        for _ in range(3000):
+            if condition():
+                deed()
+                done.append("done")
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    thread.join(1)
+
+
+def rounds_done(folder: Path) -> int:
+    file = folder / "ledger.jsonl"
+    return file.read_text().count("\n") - 1 if file.exists() else -1
+
+
+def kill(text: str, among: str) -> None:
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in processes_of(text)}
+    victims = [pid for pid, command in commands.items() if among in command]
+    assert victims
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_client_that_raises_is_refused_and_named(root: Path, federation: Federation) -> None:
+    # no such file on the site: an error of its own, not of the letter
+    where = root / "raises"
+    broken = federation.place / "sites" / "site-1" / "state"
+
+    def spoil() -> None:
+        for folder in broken.glob("*/client-*"):
+            folder.chmod(0o500) if os.getuid() else [file.unlink() for file in folder.glob("*")]
+
+    done: list[str] = []
+    with at(lambda: rounds_done(where) >= 1, spoil, done):
+        result = federation.run(chosen(root, SLOW), where)
+    assert done
+    refused = {client for row in result.rows for client in row.refused}
+    assert refused
+    assert refused <= {"1", "5"}
+    assert result.rounds == 3
+
+
+def test_a_killed_worker_is_started_again_and_asked_again(root: Path, federation: Federation) -> None:
+    fedlora.run(chosen(root, SLOW), root / "undisturbed")
+    where, done = root / "worker", []
+    site = str(federation.place / "sites" / "site-2" / "site.toml")
+    with at(lambda: rounds_done(where) >= 1, lambda: kill(site, "federation.worker"), done):
+        federation.run(chosen(root, SLOW), where, PATIENT)
+    assert done
+    assert_same(where, root / "undisturbed")
+
+
+def test_a_site_killed_mid_round_and_back_changes_nothing(root: Path, federation: Federation) -> None:
+    where, done = root / "site", []
+    child = federation.children["site-3"]
+
+    def deed() -> None:
+        assert child.process
+        os.killpg(child.process.pid, signal.SIGKILL)
+        child.process.wait()
+        child.start()
+
+    # a child dies with the thread that started it
+    keep = threading.Event()
+
+    def deed_and_stay() -> None:
+        deed()
+        done.append("done")
+        keep.wait(600)
+
+    with at(lambda: rounds_done(where) >= 1, deed_and_stay, []):
+        federation.run(chosen(root, SLOW), where, PATIENT)
+    assert done
+    keep.set()
+    assert_same(where, root / "undisturbed")
+    time.sleep(1)
+    federation.children["site-3"] = federation.site("site-3").start()
+    child.stop()
+
+
+def test_a_superlink_killed_mid_round_comes_back_with_its_database(root: Path, federation: Federation) -> None:
+    where, done = root / "superlink", []
+    text = str(federation.place / "server" / "superlink" / "state.db")
+    with at(lambda: rounds_done(where) >= 1, lambda: kill(text, "flower-superlink"), done):
+        federation.run(chosen(root, SLOW), where, PATIENT)
+    assert done
+    assert any("started again" in text for text in federation.told)
+    assert_same(where, root / "undisturbed")
+
+
+def test_after_a_total_loss_of_the_server_the_run_goes_on_from_its_checkpoint(root: Path) -> None:
+    where = root / "total"
+    with (
+        Federation(root / "total-federation", 2) as first,
+        pytest.raises((Stopped, KeyboardInterrupt)),
+        at(lambda: rounds_done(where) >= 1, lambda: os.kill(os.getpid(), signal.SIGINT), []),
+    ):
+        first.run(chosen(root, SLOW), where, PATIENT)
+    assert 1 <= rounds_done(where) < 3
+    for file in (root / "total-federation" / "server" / "superlink").glob("state.db*"):
+        file.unlink()
+    with Federation(root / "total-federation", 2) as second:
+        second.run(chosen(root, SLOW), where, PATIENT)
+    assert_same(where, root / "undisturbed")
+
+
+def test_garbage_from_a_site_with_a_good_key_is_refused_and_the_round_goes_on(
+    root: Path, federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedlora.engines.flower import app
+
+    original = app.GridCourier.collect
+    spoilt: list[bytes] = []
+
+    def collect(self: app.GridCourier, tickets: Any) -> Any:
+        found = []
+        for arrived in original(self, tickets):
+            head = letters.read(arrived.raw).head if arrived.raw else {}
+            if head.get("kind") == "reply" and head["client"] == 3:
+                spoilt.append(arrived.raw)
+                arrived = arrived._replace(raw=b"garbage" if len(spoilt) == 1 else spoilt[0])
+            found.append(arrived)
+        return found
+
+    monkeypatch.setattr(app.GridCourier, "collect", collect)
+    result = federation.run(chosen(root), root / "garbage")
+    assert [set(row.refused) for row in result.rows[1:]] == [{"3"}] * 3
+    assert "site-3: a letter begins with" in result.rows[1].refused["3"]
+    assert "another round, or sent twice" in result.rows[2].refused["3"]
+
+
+class SlowLink:
+    """A TCP proxy that lets a number of bytes a second through, each way."""
+
+    def __init__(self, target: int, rate: float) -> None:
+        self.rate, self.target = rate, target
+        self.listener = socket.create_server(("127.0.0.1", free_port()))
+        self.port = self.listener.getsockname()[1]
+        self.bytes = {"down": 0, "up": 0}
+        self.closed = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while not self.closed:
+            try:
+                inner, _ = self.listener.accept()
+            except OSError:
+                return
+            outer = socket.create_connection(("127.0.0.1", self.target))
+            for source, sink, way in ((inner, outer, "up"), (outer, inner, "down")):
+                threading.Thread(target=self._copy, args=(source, sink, way), daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        try:
+            while piece := source.recv(16384):
+                if self.rate:
+                    time.sleep(len(piece) / self.rate)
+                sink.sendall(piece)
+                self.bytes[way] += len(piece)
+        except OSError:
+            pass
+        finally:
+            for each in (source, sink):
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.closed = True
+        self.listener.close()
+
+
+def behind(federation: Federation, link: SlowLink, name: str) -> Child:
+    """A site that reaches the server through a link."""
+    child = federation.site(name)
+    child.command = [part.replace(f":{federation.config.port}", f":{link.port}") for part in child.command]
+    return child
+
+
+@pytest.mark.slow
+def test_twenty_megabytes_over_a_slow_link_arrive(root: Path) -> None:
+    from tiny import save_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    # 5 million weights that are all trained: 20 MB
+    save_model(root / "larger")
+    layers = {"num_hidden_layers": 6, "num_attention_heads": 4}
+    shape = BertConfig(vocab_size=64, hidden_size=256, intermediate_size=1024, **layers)
+    BertForSequenceClassification(shape).save_pretrained(str(root / "larger"))
+    settings = ("clients.num=1", "clients.per_round=1", "method.local.max_steps=1")
+    large = experiment(root, "full", f"model.path={root / 'larger'}", *settings, rounds=1)
+    fedlora.run(large, root / "large-serial")
+    federation = Federation(root / "slow-federation", 1)
+    link = SlowLink(federation.config.port, 250_000)
+    federation.children = {"site-0": behind(federation, link, "site-0")}
+    with federation:
+        result = federation.run(large, root / "large", Rules(round_timeout=540))
+    link.close()
+    assert sum(result.down_bytes.values()) > 18e6
+    assert sum(result.up_bytes.values()) > 18e6
+    assert_same(root / "large", root / "large-serial")
+    assert link.bytes["down"] < 1.1 * sum(result.down_bytes.values())
+
+
+def test_what_flower_adds_on_the_socket_is_small(root: Path) -> None:
+    federation = Federation(root / "counted-federation", 1)
+    link = SlowLink(federation.config.port, 0)
+    federation.children = {"site-0": behind(federation, link, "site-0")}
+    with federation:
+        one = experiment(root, "full", "clients.num=1", "clients.per_round=1", rounds=4)
+        result = federation.run(one, root / "counted")
+    link.close()
+    payload = sum(result.down_bytes.values()) + sum(result.up_bytes.values())
+    carried = sum(link.bytes.values())
+    print(f"payload {payload:,} bytes, on the socket {carried:,}: {(carried - payload) / 4:,.0f} a round beside")
+    assert payload < carried < payload + 4 * 200_000
+
+
+def test_the_server_does_not_go_on_in_plain_text_without_certificates(root: Path) -> None:
+    with (
+        pytest.raises(fedlora.FedloraError, match="nothing runs in plain text"),
+        serve.superlink(root / "nowhere", free_port(), print, False),
+    ):
+        pass

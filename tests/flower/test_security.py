@@ -1,0 +1,214 @@
+"""Who gets in, what a key file may look like, and what is never sent or written."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import tomli_w
+from tiny import experiment
+
+from fedlora.engines.rules import Rules, SiteConfig
+from fedlora.errors import ConfigError
+from fedlora.federation import folder, join, keys
+from fedlora.federation.processes import Child
+
+from .conftest import Federation, processes_of
+
+
+def test_keys_are_their_owner_s_alone(tmp_path: Path) -> None:
+    folder.init(tmp_path / "fed", ["clinic", "hospital"], "fl.example.org")
+    secrets = sorted((tmp_path / "fed").rglob("*.key"))
+    assert len(secrets) == 4
+    assert {stat.S_IMODE(file.stat().st_mode) for file in secrets} == {0o600}
+    assert not any(
+        b"PRIVATE KEY" in file.read_bytes()
+        for file in (tmp_path / "fed").rglob("*")
+        if file.is_file() and file.suffix != ".key"
+    )
+    with pytest.raises(ConfigError, match="never overwritten"):
+        folder.init(tmp_path / "fed", ["a"], "localhost")
+    with pytest.raises(FileExistsError):
+        keys.write_secret(secrets[0], b"")
+    loaded = SiteConfig.load(tmp_path / "fed" / "sites" / "clinic" / "site.toml")
+    assert loaded.name == "clinic"
+    assert folder.ServerConfig.load(tmp_path / "fed" / "server").rules == Rules(min_clients=2)
+
+
+def test_a_certificate_is_for_the_host_and_signed_by_the_authority(tmp_path: Path) -> None:
+    folder.init(tmp_path / "fed", ["a"], "fl.example.org")
+    command = [
+        "openssl",
+        "verify",
+        "-CAfile",
+        str(tmp_path / "fed/server/ca.crt"),
+        "-verify_hostname",
+        "fl.example.org",
+    ]
+    done = subprocess.run([*command, str(tmp_path / "fed/server/server.pem")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wrong = [part.replace("fl.example.org", "evil.example.org") for part in command]
+    assert subprocess.run([*wrong, str(tmp_path / "fed/server/server.pem")], capture_output=True).returncode != 0
+
+
+def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    folder.init(tmp_path / "fed", ["a"], "localhost")
+    site = tmp_path / "fed" / "sites" / "a"
+    (site / "site.toml").write_text(tomli_w.dumps({"name": "a", "share": {"number": 0, "of": 1}}))
+    (site / "site.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        join.join("127.0.0.1:1", site / "site.toml", print)
+
+
+@pytest.mark.parametrize(
+    ("server", "insecure", "why"),
+    [("nowhere", False, "not of the form host:port"), ("192.0.2.1:80", True, "plain text, and 192.0.2.1 is another")],
+)
+def test_what_join_does_not_do(tmp_path: Path, server: str, insecure: bool, why: str) -> None:
+    (tmp_path / "site.toml").write_text(tomli_w.dumps({"name": "a", "share": {"number": 0, "of": 1}}))
+    with pytest.raises(ConfigError, match=why):
+        join.join(server, tmp_path / "site.toml", print, insecure=insecure)
+
+
+def test_an_unknown_key_gets_no_work_and_sees_no_message(root: Path, federation: Federation) -> None:
+    stranger = root / "stranger"
+    stranger.mkdir()
+    private, _ = keys.make_site()
+    keys.write_secret(stranger / "site.key", private)
+    (stranger / "ca.crt").write_bytes((federation.place / "server" / "ca.crt").read_bytes())
+    document = {"name": "site-0", "share": {"number": 0, "of": 1}, "poll_seconds": 0.1}
+    (stranger / "site.toml").write_text(tomli_w.dumps(document))
+    command = [sys.executable, "-m", "fedlora", "join", f"127.0.0.1:{federation.config.port}"]
+    with Child([*command, "--site-config", str(stranger / "site.toml")], stranger / "processes") as child:
+        for _ in range(200):
+            if "ended" in child.last_words():
+                break
+            time.sleep(0.1)
+        assert "the SuperNode ended" in child.last_words()
+        federation.run(experiment(root, rounds=1), root / "with-a-stranger")
+    assert not (stranger / "state").exists()
+
+
+def test_plain_text_is_not_answered(federation: Federation) -> None:
+    with pytest.raises(httpx.HTTPError):
+        httpx.get(f"http://127.0.0.1:{federation.config.port}/health", timeout=5).raise_for_status()
+
+
+def test_the_superlink_listens_on_the_loopback_interface_alone(federation: Federation) -> None:
+    wanted = f"{federation.config.port:04X}"
+    listening = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            if state == "0A" and local.rpartition(":")[2] == wanted:
+                listening.append(local.rpartition(":")[0])
+    assert listening == ["0100007F"]
+
+
+def test_a_task_is_not_handed_to_whoever_asks(federation: Federation) -> None:
+    from flwr.supercore.constant import TaskType
+
+    from fedlora.engines.flower import runtime
+
+    assert federation.link is not None
+    client = runtime._runtime(federation.link._replace(secret=b"not the secret, which is another"))
+    with pytest.raises(httpx.HTTPStatusError):
+        client.AcquireTask(runtime.AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+    client.close()
+
+
+def test_nothing_is_installed_and_nobody_is_told(federation: Federation) -> None:
+    seen = 0
+    for pid in processes_of(str(federation.place)):
+        entry = Path(f"/proc/{pid}")
+        command = (entry / "cmdline").read_text()
+        if "superlink" not in command and "supernode" not in command:
+            continue
+        environment = (entry / "environ").read_text().split("\0")
+        assert "FLWR_TELEMETRY_ENABLED=0" in environment
+        assert "FLWR_DISABLE_UPDATE_CHECK=1" in environment
+        assert "--allow-runtime-dependency-installation" not in command
+        seen += 1
+    assert seen >= 1
+
+
+def test_secrets_are_in_no_log_and_on_no_command_line(federation: Federation) -> None:
+    secrets = [file.read_bytes() for file in federation.place.rglob("*.key")]
+    lines = {
+        line for secret in secrets for line in secret.splitlines() if b"PRIVATE KEY" not in line and len(line) > 20
+    }
+    logs = list(federation.place.rglob("log.txt"))
+    assert logs
+    for log in logs:
+        content = log.read_bytes()
+        assert not any(line in content for line in lines)
+    for pid in processes_of(str(federation.place)):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert not any(line in command for line in lines)
+
+
+def test_a_site_leaves_politely(root: Path, federation: Federation) -> None:
+    import signal
+
+    place = root / "polite"
+    place.mkdir()
+    (place / "site.toml").write_text(tomli_w.dumps({"name": "a", "share": {"number": 0, "of": 1}}))
+    source = federation.place / "sites" / "site-0"
+    (place / "ca.crt").write_bytes((source / "ca.crt").read_bytes())
+    keys.write_secret(place / "site.key", keys.make_site()[0])
+    command = [sys.executable, "-m", "fedlora", "join", f"127.0.0.1:{federation.config.port}"]
+    process = subprocess.Popen(
+        [*command, "--site-config", str(place / "site.toml")], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    time.sleep(4)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=40)
+    assert "a: left" in said
+    assert process.returncode == 130
+    assert processes_of(str(place)) == []
+
+
+@pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="nginx is not installed")
+def test_the_proxy_lets_sites_through_and_nobody_to_the_control_interface(root: Path, federation: Federation) -> None:
+    from fedlora.federation.processes import free_port
+    from fedlora.federation.texts import PROXY
+
+    server = federation.place / "server"
+    port = free_port()
+    text = PROXY.format(host="localhost", port=federation.config.port, proxy_port=port)
+    (server / "nginx.conf").write_text(f"daemon off; pid {root}/nginx.pid; error_log {root}/nginx.log;\n" + text)
+    # nginx's files lie where a user may write
+    with Child(["/usr/sbin/nginx", "-p", str(server), "-c", "nginx.conf"], root / "nginx"):
+        verify = str(server / "ca.crt")
+        import ssl
+
+        trust = ssl.create_default_context(cafile=verify)
+        url = f"https://localhost:{port}"
+        for _ in range(100):
+            try:
+                code = httpx.post(f"{url}/v1/control/start-run", content=b"", verify=trust).status_code
+                break
+            except httpx.ConnectError:
+                time.sleep(0.1)
+        assert code == 403
+        assert httpx.post(f"{url}/v1/runtime/acquire-task", content=b"", verify=trust).status_code == 403
+        assert httpx.get(f"{url}/health", verify=trust).status_code == 403
+        # a site behind the proxy
+        child = federation.children["site-0"]
+        child.stop()
+        through = federation.site("site-0")
+        through.command = [part.replace(f":{federation.config.port}", f":{port}") for part in through.command]
+        with through:
+            result = federation.run(
+                experiment(root, "lora", "clients.num=8", "clients.per_round=8", rounds=1),
+                root / "through-nginx",
+                Rules(min_available=8, round_timeout=120),
+            )
+            assert result.rows[1].refused == {}
+        federation.children["site-0"] = federation.site("site-0").start()

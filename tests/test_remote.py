@@ -1,0 +1,440 @@
+"""Clients on sites, without a network: the same bits as one process, and what sites may do wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from post import Post, Trick, shared_sites
+from tiny import METHODS, experiment, ledger, make_rows, tiny_world, write_rows
+
+import fedlora
+from fedlora.config import Experiment
+from fedlora.engines import letters, remote
+from fedlora.engines.remote import Arrived
+from fedlora.engines.rules import Limits, Rules, SiteConfig
+from fedlora.engines.site import Site, base_digest
+from fedlora.errors import ConfigError, QuorumError, WireError
+from fedlora.experiment import Result
+from fedlora.federation.federate import federate
+from fedlora.state import load_state
+from fedlora.transport import wire
+
+world = pytest.fixture(scope="module")(tiny_world)
+ANY = Rules()
+FEDAVG = ("method.kind='fedavg'", "method.memory='init'", "method.tuning={kind='lora', rank=4}")
+OTHERS = {
+    "feedback": (
+        "flasc",
+        "method.precision={kind='uniform', bits=4}",
+        "method.feedback=true",
+        "method.memory='last_round'",
+    ),
+    "optimizer": ("full", *FEDAVG, "method.local.keep_optimizer=true"),
+    "folds remembered": ("full", *FEDAVG, "method.aggregator.kind='product_exact'"),
+    "tiers": ("lora", "clients.tiers=[{name='weak', share=0.5, rank=1}, {name='strong', share=0.5}]"),
+    "private": (
+        "full",
+        *FEDAVG,
+        "method.privacy={kind='central_gaussian', clip_norm=0.5, noise_multiplier=0.1, delta=0.01, seed=3}",
+    ),
+    "fewer ranks": ("lora", "method.kind='het_lora'"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "POLL", 0.001)
+
+
+def params(folder: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((folder / "checkpoints").glob("round-*"))[-1]
+    state, _ = load_state(newest)
+    return {**state.params, **{f"fold {name}": value for name, value in state.folds.total.items()}}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert ledger(one) == ledger(other)
+    left, right = params(one), params(other)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def tried(
+    chosen: Experiment,
+    folder: Path,
+    trick: Trick | None = None,
+    rules: Rules = ANY,
+    **given: Any,
+) -> tuple[Result, Post]:
+    post = Post(shared_sites(folder / "sites", 3, given.pop("limits", Limits())), trick)
+    return federate(chosen, folder / "run", post, rules, **given), post
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sites_give_the_bits_of_one_process(world: Path, tmp_path: Path, method: str) -> None:
+    chosen = experiment(world, method)
+    fedlora.run(chosen, tmp_path / "serial")
+    tried(chosen, tmp_path)
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_sites_remember_is_what_one_process_remembers(world: Path, tmp_path: Path, name: str) -> None:
+    method, *overrides = OTHERS[name]
+    chosen = experiment(world, method, *overrides, "clients.per_round=6", rounds=4)
+    fedlora.run(chosen, tmp_path / "serial")
+    tried(chosen, tmp_path)
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+def test_a_run_and_its_sites_go_on_after_all_processes_are_gone(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=6", rounds=4)
+    fedlora.run(chosen, tmp_path / "serial")
+
+    def stop(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if letters.read(letter).head.get("progress", [0])[0] == 2:
+            raise KeyboardInterrupt
+        return answer
+
+    with pytest.raises(fedlora.experiment.Stopped):
+        tried(chosen, tmp_path, stop)
+    tried(chosen, tmp_path)  # with new sites over the same folders
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+def test_a_site_that_lost_its_memory_is_told_so_and_told_everything_anew(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9", rounds=4)
+    forgot = []
+
+    def forget(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["progress"][0] == 0:
+            for file in (tmp_path / "sites" / "site-1").rglob("*.safetensors"):
+                file.unlink()
+                forgot.append(file)
+        return answer
+
+    result, _ = tried(chosen, tmp_path, forget)
+    refused = [row.refused for row in result.rows[1:]]
+    assert forgot
+    assert refused[0] == {}
+    assert set(refused[1]) == {"1", "4", "7"}
+    assert "not here any more" in refused[1]["1"]
+    assert refused[2:] == [{}, {}]
+
+
+# ---- sites that do what they should not
+
+
+def reply_of(answer: bytes, **head: Any) -> bytes:
+    letter = letters.read(answer)
+    return letters.write({**letter.head, **head}, letter.blobs)
+
+
+def with_raw(answer: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    letter = letters.read(answer)
+    return letters.write(letter.head, {"raw": change(letter.blobs["raw"])})
+
+
+def nan_inside(raw: bytes) -> bytes:
+    """The message with a NaN among its values, and the checksum that fits."""
+    at = raw.index(b"\x00\x00", 200)
+    broken = bytearray(raw)
+    broken[-8:-4] = b"\x00\x00\xc0\x7f"
+    assert at
+    template, reference = int.from_bytes(raw[5:9], "little"), raw[4]
+    broken[9:17] = wire.xxh3_64_intdigest(bytes(broken[17:]), seed=wire._seed(template, reference)).to_bytes(
+        8, "little"
+    )
+    return bytes(broken)
+
+
+WRONGS: dict[str, tuple[Callable[[bytes, list[bytes]], bytes], str]] = {
+    "garbage": (lambda answer, old: b"garbage" * 100, "a letter begins with"),
+    "nothing": (lambda answer, old: b"", "too short"),
+    "a head that lies": (lambda answer, old: answer[:4] + b"\xff\xff\xff\x7f" + answer[8:], "head is to have"),
+    "damaged": (lambda answer, old: with_raw(answer, lambda raw: raw[:-9] + b"x" + raw[-8:]), "checksum"),
+    "NaN": (lambda answer, old: with_raw(answer, nan_inside), "not finite|NaN"),
+    "another shape": (
+        lambda answer, old: with_raw(answer, lambda raw: wire.pack({"adapter": {"x": torch.zeros(3)}}, {}).raw),
+        "other parts, names or shapes",
+    ),
+    "a stale round": (lambda answer, old: reply_of(answer, progress=[0, 3]), "another round"),
+    "a replay": (lambda answer, old: old[0], "another round, or sent twice"),
+    "another client": (lambda answer, old: reply_of(answer, client=77), "another round"),
+    "ten times the size": (lambda answer, old: with_raw(answer, lambda raw: raw + bytes(9 * len(raw))), "larger than"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONGS)
+def test_a_wrong_answer_is_refused_named_and_the_round_goes_on(world: Path, tmp_path: Path, wrong: str) -> None:
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    change, why = WRONGS[wrong]
+    old: list[bytes] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            old.append(answer)
+            return change(answer, old) if head["progress"][0] == 1 else answer
+        return answer
+
+    result, _ = tried(chosen, tmp_path, trick)
+    assert [list(row.refused) for row in result.rows[1:]] == [[], ["4"], []]
+    assert re.search(why, result.rows[2].refused["4"])
+    assert all(torch.isfinite(value).all() for value in params(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        (Limits(tunings=("head_only",)), "tuning 'lora' is not accepted"),
+        (Limits(max_steps=0), "steps are asked for"),
+        (Limits(min_noise=1.0), "noise 0, and 1 is asked for"),
+        (Limits(min_example_noise=1.0), "examples get noise 0"),
+    ],
+)
+def test_a_site_takes_no_part_in_what_it_does_not_accept(world: Path, tmp_path: Path, limits: Limits, why: str) -> None:
+    with pytest.raises(QuorumError, match=why):
+        tried(experiment(world), tmp_path, limits=limits, rules=Rules(round_timeout=0.5))
+
+
+def test_a_job_beyond_a_site_s_limits_is_refused(world: Path, tmp_path: Path) -> None:
+    sites = shared_sites(tmp_path / "sites", 3)
+    sites["site-1"] = Site(replace(sites["site-1"].settings, limits=Limits(max_megabytes=0.001)))
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    result = federate(chosen, tmp_path / "run", Post(sites), Rules())
+    assert all(set(row.refused) == {"1", "4", "7"} for row in result.rows[1:])
+    assert "MB, and 0.001 at most" in result.rows[1].refused["4"]
+
+
+# ---- sites that are slow, lost, or few
+
+
+def test_a_site_that_is_lost_and_comes_back_is_asked_again(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9")
+    fedlora.run(chosen, tmp_path / "serial")
+    lost: list[bytes] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | Arrived | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and name == "site-2" and head["progress"][0] == 1 and len(lost) < 3:
+            lost.append(letter)
+            return Arrived("", None, "its process died", again=True)
+        return answer
+
+    result, _ = tried(chosen, tmp_path, trick)
+    assert len(lost) == 3
+    assert [row.refused for row in result.rows] == [{}] * 4
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+def test_a_site_that_stays_away_is_left_out_and_not_asked_in_the_next_round(world: Path, tmp_path: Path) -> None:
+    post = Post(shared_sites(tmp_path / "sites", 3))
+
+    def leave(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if letters.read(letter).head.get("progress", [0])[0] == 1:
+            post.away.add("site-2")
+        return answer
+
+    post.trick = leave
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    result = federate(chosen, tmp_path / "run", post, Rules(rejoin_timeout=0.0))
+    assert set(result.rows[2].refused) | set(map(str, result.rows[2].late)) <= {"2", "5", "8"}
+    assert sorted(result.rows[3].cohort) == [0, 1, 3, 4, 6, 7]
+
+
+def test_who_answers_late_is_dropped_and_told_so(world: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def slow(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        return None if head["kind"] == "job" and head["client"] == 4 else answer
+
+    chosen = experiment(world, "lora", "clients.per_round=9", rounds=2)
+    result, _ = tried(chosen, tmp_path, slow, Rules(round_timeout=3.0), tell=told.append)
+    assert [row.late for row in result.rows[1:]] == [(4,), (4,)]
+    assert any("client 4 (site-1) is late" in line for line in told)
+
+
+def test_the_first_to_answer_count_where_more_are_asked(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", "clients.per_round=4", rounds=2)
+    result, _ = tried(chosen, tmp_path, rules=Rules(over_sample=1.5))
+    assert [(len(row.cohort), len(row.late)) for row in result.rows[1:]] == [(6, 2), (6, 2)]
+
+
+def test_a_round_with_too_few_answers_is_tried_again_and_changes_nothing(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    fedlora.run(chosen, tmp_path / "serial")
+    once: list[str] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["progress"][0] == 1 and len(once) < 7:
+            once.append(name)
+            return b"nonsense"
+        return answer
+
+    result, _ = tried(chosen, tmp_path, trick, Rules(min_clients=5))
+    assert any("was tried again: 2 of 9 clients answered" in text for text in result.rows[2].warnings)
+    left, right = params(tmp_path / "run"), params(tmp_path / "serial")
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def test_a_run_ends_with_a_sentence_where_nobody_answers(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        return answer if letters.read(letter).head["kind"] == "open" else b"nonsense"
+
+    with pytest.raises(QuorumError, match="0 of 3 clients answered, and 1 must"):
+        tried(experiment(world), tmp_path, trick)
+
+
+def test_a_deadline_travels_with_a_job(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", "clients.per_round=9", "method.local.epochs=100000", rounds=1)
+    with pytest.raises(QuorumError, match="out of time"):
+        tried(chosen, tmp_path, rules=Rules(round_timeout=2.0, attempts=1))
+
+
+# ---- rows of sites' own
+
+
+def own_sites(world: Path, folder: Path, **settings: Any) -> dict[str, Site]:
+    rows = make_rows(72, 0)
+    sites = {}
+    for number, name in enumerate(("clinic", "hospital", "practice")):
+        file = write_rows(folder / f"{name}.jsonl", rows[number * 24 : number * 24 + 24])
+        given = {"model": {"path": str(world / "bert")}, "tier": ("weak", "strong")[number % 2], **settings}
+        text = {"name": name, "rows": str(file), "state": str(folder / "state" / name), **given}
+        sites[name] = Site(remote_config(text))
+    return sites
+
+
+def remote_config(values: dict[str, Any]) -> SiteConfig:
+    from fedlora.engines.rules import parse_as
+
+    return parse_as(SiteConfig, values, Path("site.toml"))
+
+
+def sites_experiment(world: Path, *overrides: str) -> Experiment:
+    return experiment(
+        world, "lora", f"data={{kind='sites', test='{world / 'test.jsonl'}'}}", "clients.num=3", *overrides
+    )
+
+
+def test_rows_of_sites_train_as_they_would_here(world: Path, tmp_path: Path) -> None:
+    rows = [{**row, "site": "abc"[number // 24]} for number, row in enumerate(make_rows(72, 0))]
+    file = write_rows(tmp_path / "all.jsonl", rows)
+    natural = experiment(
+        world, "lora", f"data.train={file}", "clients.partition={kind='natural', column='site'}", "clients.num=3"
+    )
+    fedlora.run(natural, tmp_path / "serial")
+    post = Post(own_sites(world, tmp_path))
+    federate(sites_experiment(world), tmp_path / "run", post, Rules(min_clients=3), names=list(post.homes))
+    assert ledger(tmp_path / "run") == ledger(tmp_path / "serial")
+    left, right = params(tmp_path / "run"), params(tmp_path / "serial")
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    # no row of a site is in what it sent or was sent
+    assert not any(row["text"].encode() in raw for row in rows for raw in post.sent)
+
+
+def test_what_a_site_says_it_is_decides_its_tier(world: Path, tmp_path: Path) -> None:
+    tiers = "clients.tiers=[{name='small', values=['weak'], rank=1}, {name='large', values=['strong']}]"
+    chosen = sites_experiment(world, tiers, "clients.tier_column=tier")
+    post = Post(own_sites(world, tmp_path))
+    result = federate(chosen, tmp_path / "run", post, Rules(min_clients=3), names=list(post.homes))
+    assert {name: share["clients"]["num"] for name, share in result.rows[1].tiers.items()} == {"small": 2, "large": 1}
+
+
+def test_another_pre_trained_model_is_found_out_before_training(world: Path, tmp_path: Path) -> None:
+    from tiny import save_model
+
+    other = save_model(tmp_path / "other", "distilbert")
+    assert base_digest(fedlora.Model(path=str(other))) != base_digest(fedlora.Model(path=str(world / "bert")))
+    post = Post(own_sites(world, tmp_path, model={"path": str(other)}))
+    with pytest.raises(QuorumError, match="the pre-trained model here"):
+        federate(sites_experiment(world), tmp_path / "run", post, Rules(round_timeout=0.5), names=list(post.homes))
+
+
+def test_a_server_does_not_choose_which_files_a_site_reads(world: Path, tmp_path: Path) -> None:
+    post = Post(own_sites(world, tmp_path, model=None))
+    with pytest.raises(QuorumError, match=r"say in the site's file where it is: model\.path"):
+        federate(sites_experiment(world), tmp_path / "run", post, Rules(round_timeout=0.5), names=list(post.homes))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (("clients.num=4",), "clients.num = 4, and 3 sites are registered"),
+        (("clients.holdout=0.2",), "sites keep their rows"),
+        (("mode=centralised",), "nothing for sites"),
+    ],
+)
+def test_what_makes_no_sense_on_sites_is_refused(
+    world: Path, tmp_path: Path, overrides: tuple[str, ...], why: str
+) -> None:
+    post = Post(own_sites(world, tmp_path))
+    with pytest.raises(ConfigError, match=why):
+        federate(sites_experiment(world, *overrides), tmp_path / "run", post, Rules(), names=list(post.homes))
+
+
+def test_rows_of_sites_cannot_be_trained_on_here(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fedlora serve"):
+        fedlora.run(sites_experiment(world), tmp_path / "run")
+
+
+# ---- letters
+
+
+def test_a_job_comes_back_from_its_letter(world: Path, tmp_path: Path) -> None:
+    _, post = tried(experiment(world, *OTHERS["folds remembered"], "clients.per_round=9", rounds=4), tmp_path)
+    jobs = [letters.read(raw) for raw in post.sent]
+    found = [letters.to_job(letter) for letter in jobs if letter.head["kind"] == "job"]
+    assert len(found) == 36
+    assert {job.fold.version for job in found if job.fold} == {1, 2}
+    again = [letters.to_job(letters.read(letters.of_job(job, "ab" * 4, "t", None))) for job in found]
+    for one, other in zip(found, again, strict=True):
+        assert one._replace(fold=None) == other._replace(fold=None)
+
+
+@pytest.mark.parametrize("raw", [b"", b"FLL", b"FLL\x02\x02\0\0\0{}", b"FLL\x01\x02\0\0\0{}", b"FLL\x01\x02\0\0\0[]"])
+def test_what_is_no_letter_is_refused(raw: bytes) -> None:
+    with pytest.raises(WireError):
+        letters.read(raw)
+
+
+def test_a_letter_is_as_long_as_it_says() -> None:
+    raw = letters.write({"kind": "reply"}, {"raw": b"12345"})
+    assert letters.read(raw).blobs == {"raw": b"12345"}
+    with pytest.raises(WireError, match="bytes after its head"):
+        letters.read(raw + b"6")
+    with pytest.raises(WireError, match="bytes after its head"):
+        letters.read(raw[:-1])
+    head = json.dumps({"blobs": {"a": -5, "b": 10}}).encode()
+    with pytest.raises(WireError, match="bytes after its head"):
+        letters.read(letters._START.pack(b"FLL", 1, len(head)) + head + b"12345")
+
+
+def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "site.toml"
+    file.write_text("name = 'a'\nrows = 'rows.csv'\n")
+    loaded = SiteConfig.load(file)
+    assert loaded.rows == str(tmp_path / "rows.csv")
+    assert loaded.state == str(tmp_path / "state")
+    file.write_text("name = 'a'\nrowz = 'rows.csv'\n")
+    with pytest.raises(ConfigError, match="rowz"):
+        SiteConfig.load(file)
+    file.write_text("name = 'a'\n")
+    with pytest.raises(ConfigError, match="give one of them"):
+        SiteConfig.load(file)
+    file.write_text("name = '../a'\nrows = 'x'\n")
+    with pytest.raises(ConfigError, match="name"):
+        SiteConfig.load(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SiteConfig.load(tmp_path / "none.toml")
