@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Flower wants older versions of three packages than the others are tested with, so it has an environment of its own
+FLOWER := .venv-flower
+OLDER := typer|rich|protobuf
 # threads that spin while they wait starve each other on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test check format bench fuzz clean
+.PHONY: help demo test check flower format bench fuzz clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -21,7 +24,18 @@ demo: $(STAMP)  ## train a real model with four methods on one federation, and c
 	$(BIN)/python -m fedlora demo
 
 test: $(STAMP)  ## run the tests, offline
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore tests/flower
+
+$(FLOWER)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(FLOWER)
+	grep -v -E '^($(OLDER))==' constraints.txt > $(FLOWER)/constraints.txt
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(FLOWER)/constraints.txt
+	$(FLOWER)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,flower,tests]' \
+		-c $(FLOWER)/constraints.txt
+	touch $(FLOWER)/.installed
+
+flower: $(FLOWER)/.installed  ## the tests of federations over several machines: real servers, TLS, Ray
+	$(FLOWER)/bin/python -m pytest tests/flower tests/test_structure.py
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/python -m ruff format --check .
@@ -43,4 +57,4 @@ fuzz: $(STAMP)  ## search for messages that decoding does not refuse as it shoul
 		-artifact_prefix=tests/fuzz/corpus/ -max_total_time=$(SECONDS) -max_len=2048 -timeout=10
 
 clean:  ## remove what these commands made, runs excepted
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache benchmarks/out build/fuzz
+	rm -rf .venv $(FLOWER) .pytest_cache .mypy_cache .ruff_cache benchmarks/out build/fuzz
