@@ -104,8 +104,8 @@ def scale() -> None:
             whole = time.perf_counter() - start
             first, *others = clock.rounds
             print(
-                f"{name}: first round {first:.1f} s, later {statistics.median(others):.2f} s ({_spread(others)}), whole "
-                f"run {whole:.0f} s, peak {peak[0] / 1e6:,.0f} MB"
+                f"{name}: first round {first:.1f} s, later {statistics.median(others):.2f} s ({_spread(others)}), "
+                f"whole run {whole:.0f} s, peak {peak[0] / 1e6:,.0f} MB"
             )
 
 

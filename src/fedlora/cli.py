@@ -345,9 +345,6 @@ def _run(
     trackers: list[Tracker] = [TRACKERS[name](folder / name) for name in tracks]
     try:
         if engine == "flower-simulation":
-            from fedlora.engines import flower
-
-            flower.check_flower(flower.PRIVATE)
             from fedlora.federation.simulate import simulate
 
             return simulate(experiment, folder, watcher=watcher, trackers=trackers)

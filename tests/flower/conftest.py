@@ -70,7 +70,7 @@ class Federation:
         import tomli_w
 
         number = self.names.index(name)
-        document = {"name": name, "share": {"number": number, "of": self.count}, "poll_seconds": 0.1, **settings}
+        document = {"name": name, "share": {"number": number, "of": self.count}, "poll_seconds": 0.2, **settings}
         where = self.place / "sites" / name
         (where / "site.toml").write_text(tomli_w.dumps(document))
         port = self.config.port
@@ -97,8 +97,7 @@ class Federation:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for child in self.children.values():
-            child.stop()
+        processes.stop_all(self.children.values())
         self._superlink.__exit__(None, None, None)
 
 

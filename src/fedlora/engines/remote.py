@@ -20,7 +20,7 @@ from fedlora.jobs import Job, Reply
 from fedlora.setting import in_mode
 from fedlora.state import ClientState
 
-POLL = 0.1
+POLL = 0.2
 
 
 class Arrived(NamedTuple):

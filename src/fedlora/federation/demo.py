@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import tomli_w
@@ -14,7 +14,7 @@ from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError
 from fedlora.experiment import Result
 from fedlora.federation.folder import init
-from fedlora.federation.processes import Child, free_port
+from fedlora.federation.processes import Child, free_port, stop_all
 from fedlora.federation.serve import serve
 from fedlora.tasks import Sites
 from fedlora.watch import Watcher
@@ -63,10 +63,10 @@ def started_sites(federation: Path, count: int) -> Iterator[list[Child]]:
     if not (federation / "server").exists():
         init(federation, names, "localhost", port=free_port())
     children = [site(federation, name, number, count) for number, name in enumerate(names)]
-    with ExitStack() as stack:
-        for child in children:
-            stack.enter_context(child)
-        yield children
+    try:
+        yield [child.start() for child in children]
+    finally:
+        stop_all(children)
 
 
 def site(federation: Path, name: str, number: int, count: int) -> Child:

@@ -6,17 +6,17 @@ import ipaddress
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fedlora.engines import flower
-from fedlora.engines.rules import SiteConfig
 from fedlora.errors import ConfigError
 from fedlora.federation import keys
-from fedlora.federation.processes import Child, free_port, quiet
+from fedlora.federation.processes import Child, free_port, quiet, stop_all
+from fedlora.federation.versions import PRIVATE, check_flower
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 30.0
 """Seconds before a process that ended is started again: doubled each time up to the second."""
@@ -35,9 +35,9 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
         ConfigError: the files are not there or not for their owner alone, or plain text would leave this machine.
         KeyboardInterrupt: the user asked to leave; everything is stopped by then.
     """
-    flower.check_flower(flower.PRIVATE)
+    check_flower(PRIVATE)
     quiet()
-    settings = SiteConfig.load(file)
+    name, poll = _checked(file)
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"{server!r} is not of the form host:port")
@@ -51,7 +51,7 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
         inner = f"127.0.0.1:{free_port()}"
         node = Child(
             [
-                sys.executable, "-m", "fedlora.engines.flower.supernode", str(settings.poll_seconds),
+                sys.executable, "-m", "fedlora.engines.flower.supernode", poll,
                 "--superlink", server, *trust, "--isolation", "process",
                 "--host", "127.0.0.1", "--port", inner.rpartition(":")[2], "--superexec-auth-secret-file", str(secret),
             ],
@@ -61,9 +61,25 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
             [sys.executable, "-m", "fedlora.federation.worker", inner, str(secret), str(file.resolve())],
             home / "worker",
         )
-        _keep(settings.name, {"the SuperNode": node, "the worker": worker}, tell)
+        _keep(name, {"the SuperNode": node, "the worker": worker}, tell)
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _checked(file: Path) -> tuple[str, str]:
+    """The site's name and how often it asks for work; the process that waits here need not hold what reads the rest.
+
+    Raises:
+        ConfigError: the file is wrong.
+    """
+    command = [sys.executable, "-m", "fedlora.federation.worker", "--check", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        raise ConfigError(done.stderr.strip())
+    if done.returncode:
+        raise RuntimeError(f"{file} could not be checked: {done.stderr[-500:]}")
+    name, poll = done.stdout.split()
+    return name, poll
 
 
 def _keep(name: str, children: dict[str, Child], tell: Callable[[str], None]) -> None:
@@ -88,8 +104,7 @@ def _keep(name: str, children: dict[str, Child], tell: Callable[[str], None]) ->
                     due[what] = 0.0
             time.sleep(0.2)
     finally:
-        for child in children.values():
-            child.stop()
+        stop_all(children.values())
         tell(f"{name}: left")
 
 

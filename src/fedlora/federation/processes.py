@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -77,12 +77,18 @@ class Child:
         """Whether it runs."""
         return self.process is not None and self.process.poll() is None
 
+    def ask(self) -> None:
+        """Asks it to end."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
+
     def stop(self) -> None:
         """Asks it to end, and ends it and what it started if it does not."""
+        self.ask()
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -102,6 +108,15 @@ class Child:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def stop_all(children: Iterable[Child]) -> None:
+    """Stops several, all at once."""
+    children = list(children)
+    for child in children:
+        child.ask()
+    for child in children:
+        child.stop()
 
 
 def free_port() -> int:

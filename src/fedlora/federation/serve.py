@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora.config import Experiment
-from fedlora.engines import flower
 from fedlora.engines.remote import Courier
 from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError
@@ -20,6 +19,7 @@ from fedlora.federation import keys
 from fedlora.federation.federate import federate
 from fedlora.federation.folder import ServerConfig, public_keys
 from fedlora.federation.processes import Child, ProcessError, quiet, wait_until_up
+from fedlora.federation.versions import PRIVATE, check_flower
 from fedlora.track import Tracker
 from fedlora.watch import Watcher
 
@@ -57,7 +57,7 @@ def serve(
         ProcessError: the SuperLink does not come up.
         QuorumError: too few clients can be reached, or answer.
     """
-    flower.check_flower(flower.PRIVATE)
+    check_flower(PRIVATE)
     quiet()
     config = ServerConfig.load(federation)
     keys_of = {} if insecure else public_keys(federation, config)

@@ -20,6 +20,7 @@ from fedlora.errors import ConfigError
 from fedlora.experiment import Result
 from fedlora.federation.federate import federate
 from fedlora.federation.processes import ProcessError, quiet
+from fedlora.federation.versions import PRIVATE, check_flower
 from fedlora.tasks import Sites
 from fedlora.track import Tracker
 from fedlora.watch import Watcher
@@ -89,6 +90,7 @@ def with_ray(
     Raises:
         ProcessError: the workers are gone.
     """
+    check_flower(PRIVATE)
     quiet()
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation

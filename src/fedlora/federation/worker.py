@@ -10,15 +10,29 @@ from fedlora.engines.flower.app import answer
 from fedlora.engines.flower.runtime import Link, take_messages
 from fedlora.engines.rules import SiteConfig
 from fedlora.engines.site import Site
+from fedlora.errors import ConfigError
 
 
 def main() -> None:
     """Answers the messages of the SuperNode at an address, until it is stopped."""
+    if sys.argv[1] == "--check":
+        _check(Path(sys.argv[2]))
+        return
     address, secret, file = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     site = Site(SiteConfig.load(Path(file)))
     take_messages(Link(address, None, Path(secret).read_bytes()), lambda message: answer(site, message))
+
+
+def _check(file: Path) -> None:
+    """Prints what the process that waits needs to know, or what is wrong with a site's file."""
+    try:
+        settings = SiteConfig.load(file)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(settings.name, settings.poll_seconds)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-POLL = 0.05
+POLL = 0.2
 _PROJECT = b"""[project]
 name = "fedlora-app"
 version = "0.1.0"

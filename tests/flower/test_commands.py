@@ -1,0 +1,99 @@
+"""The commands as their users type them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import tomli_w
+from tiny import document, ledger
+
+import fedlora
+from fedlora import cli
+from fedlora.config import parse
+from fedlora.errors import ConfigError
+from fedlora.federation import versions
+
+from .conftest import processes_of
+
+
+def fedlora_said(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "fedlora", *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_the_demo_is_a_whole_federation_and_takes_itself_down(root: Path) -> None:
+    values = document(root, "lora", "clients.num=4", "clients.per_round=4", rounds=2)
+    file = root / "demo.toml"
+    file.write_text(tomli_w.dumps(values))
+    place = root / "demo"
+    out = ("--out", str(place / "run"), "--federation", str(place / "federation"))
+    done = fedlora_said("federation", "demo", str(file), "--sites", "2", *out, "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rounds"] == 2
+    assert "site-1 is there with 36 examples of 2 clients" in done.stderr
+    assert processes_of(str(place)) == []
+    fedlora.run(parse(values), root / "demo-serial")
+    assert ledger(place / "run") == ledger(root / "demo-serial")
+    assert (place / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_simulation_is_one_option_away(root: Path) -> None:
+    values = document(root, "flasc", "clients.num=4", "clients.per_round=4", rounds=2)
+    file = root / "simulated.toml"
+    file.write_text(tomli_w.dumps(values))
+    done = fedlora_said("run", str(file), "--engine", "flower-simulation", "--out", str(root / "simulated"))
+    assert done.returncode == 0, done.stderr
+    fedlora.run(parse(values), root / "simulated-serial")
+    assert ledger(root / "simulated") == ledger(root / "simulated-serial")
+
+
+def test_a_run_under_ray_that_cannot_go_well_ends_with_its_sentence(root: Path) -> None:
+    values = document(root, "lora", "clients.num=4", "clients.per_round=4", "method.local.optimizer.lr=1e30", rounds=2)
+    file = root / "hopeless.toml"
+    file.write_text(tomli_w.dumps(values))
+    done = fedlora_said("run", str(file), "--engine", "flower-simulation", "--out", str(root / "hopeless"))
+    assert done.returncode == 2
+    assert "0 of 4 clients answered, and 1 must" in done.stderr
+    assert "lower local.optimizer.lr" in done.stderr
+
+
+def test_serve_and_join_say_what_is_missing(root: Path, tmp_path: Path) -> None:
+    file = root / "plain.toml"
+    file.write_text(tomli_w.dumps(document(root)))
+    done = fedlora_said("serve", str(file), "--federation", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert "`fedlora federation init DIR --sites N` writes a federation" in done.stderr
+    done = fedlora_said("join", "localhost:1", "--site-config", str(tmp_path / "site.toml"))
+    assert done.returncode == 2
+    assert "cannot be read" in done.stderr
+    done = fedlora_said("federation", "init", str(tmp_path / "fed"))
+    assert done.returncode == 2
+    assert "--sites 3" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["1.28.0", "1.42.0", "2.0.0"])
+def test_another_version_of_flower_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    with pytest.raises(ConfigError, match=f"Flower {version} is installed, and this needs 1.41 or newer, below 1.42"):
+        versions.check_flower(versions.PRIVATE)
+
+
+def test_no_flower_at_all_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", gone)
+    with pytest.raises(ConfigError, match="pip install"):
+        versions.check_flower(versions.PUBLIC)
+
+
+def test_help_does_not_wait_for_flower() -> None:
+    code = (
+        "import sys, fedlora.cli; sys.exit(any(name.split('.')[0] in ('flwr', 'ray', 'torch') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert cli.app
