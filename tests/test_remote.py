@@ -438,3 +438,184 @@ def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
         SiteConfig.load(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         SiteConfig.load(tmp_path / "none.toml")
+
+
+# ---- what a review of these halves found
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b'{"kind": "reply", "blobs": {"a": 1e999}}',
+        b'{"kind": "reply", "blobs": {"a": "x"}}',
+        b'{"kind": "reply", "blobs": 5}',
+    ],
+)
+def test_numbers_without_bounds_are_no_fault_of_the_server(head: bytes) -> None:
+    with pytest.raises(WireError):
+        letters.read(letters._START.pack(b"FLL", 1, len(head)) + head)
+
+
+def test_a_reply_that_took_for_ever_is_refused(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            told = letters.read(answer)
+            lengths = json.dumps({name: len(blob) for name, blob in told.blobs.items()})
+            text = json.dumps({**told.head, "seconds": 7}).replace('"seconds": 7', '"seconds": 1' + "0" * 400)
+            raw = (text[:-1] + f', "blobs": {lengths}}}').encode()
+            return letters._START.pack(b"FLL", 1, len(raw)) + raw + b"".join(told.blobs.values())
+        return answer
+
+    result, _ = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
+    assert list(result.rows[1].refused) == ["4"]
+
+
+@pytest.mark.parametrize("sizes", [{"0": 5, "999": 3}, {"0": 10**15}, {"0": -1}, {"-1": 4}, {"0": 1e999}, [3]])
+def test_a_site_stands_for_no_clients_that_do_not_exist(world: Path, tmp_path: Path, sizes: Any) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if letters.read(letter).head["kind"] == "open" and name == "site-0" and answer:
+            told = letters.read(answer)
+            text = json.dumps({**told.head, "sizes": sizes, "blobs": {}}).encode()
+            return letters._START.pack(b"FLL", 1, len(text)) + text
+        return answer
+
+    told: list[str] = []
+    result, _ = tried(experiment(world, "lora", "clients.per_round=9"), tmp_path, trick, tell=told.append)
+    assert any("site-0 is not taken in" in line for line in told)
+    assert {client for row in result.rows[1:] for client in row.cohort} == {1, 2, 4, 5, 7, 8}
+
+
+def test_a_site_does_not_speak_for_another(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if letters.read(letter).head["kind"] == "open" and name == "hospital" and answer:
+            told = letters.read(answer)
+            return letters.write({**told.head, "sizes": {"0": 24, "1": 24, "2": 24}}, {})
+        return answer
+
+    post = Post(own_sites(world, tmp_path), trick)
+    told: list[str] = []
+    names = list(post.homes)
+    result = federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=names, tell=told.append)
+    assert any("hospital is not taken in: it stands for clients that are not its own" in line for line in told)
+    assert set(result.rows[1].cohort) == {0, 2}
+
+
+def test_a_client_counts_no_more_examples_than_it_said_it_has(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            like = wire_template(letter, tmp_path)
+            told = letters.read(answer)
+            parts = wire.unpack(told.blobs["raw"], like)
+            parts["report"]["examples"] = torch.tensor(1e9)
+            return letters.write(told.head, {"raw": wire.pack(parts, {}).raw})
+        return answer
+
+    result, _ = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
+    assert "it says that it trained on 1e+09 examples" in result.rows[1].refused["4"]
+
+
+def wire_template(letter: bytes, tmp_path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The parts of a reply, as the server expects them: what the site's own workspace has."""
+    from fedlora.jobs import empty_report
+    from fedlora.transport.link import split_groups
+
+    job = letters.to_job(letters.read(letter))
+    site = Site(replace(shared_sites(tmp_path / "sites", 3)["site-1"].settings))
+    site.answer(letter)
+    assert site._run is not None
+    installed = site._run.workspace.installed
+    like = {name: value.detach() for name, value in installed.parameters.items()}
+    return {**split_groups(like, installed.groups), "report": empty_report(job.recipe)}
+
+
+def test_a_silent_site_holds_nobody_up(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        return None if name == "site-2" else answer
+
+    chosen = experiment(world, "lora", "clients.per_round=6")
+    result, post = tried(chosen, tmp_path, trick, Rules(round_timeout=600, min_available=6))
+    assert result.rounds == 3
+    assert sum(letters.read(raw).head["kind"] == "open" for raw in post.sent) == 3
+
+
+def test_a_site_takes_no_noise_that_the_server_can_take_off_again() -> None:
+    seeded = {"noise_multiplier": 1.0, "clip_norm": 1.0, "seed": 3}
+    kinds = {seed: recipe_with(example={**seeded, "seed": seed}) for seed in (3, None)}
+    limits = Limits(min_example_noise=0.5)
+    assert "from a seed that the server knows" in limits.refusal(kinds[3], 10)
+    assert limits.refusal(kinds[None], 10) == ""
+    pending = recipe_with(central={"kind": "central_gaussian", "clip_norm": 1.0, "target_epsilon": 1e9})
+    assert Limits(min_noise=0.5).refusal(pending, 10, opening=True) == ""
+    assert "gets noise 0" in Limits(min_noise=0.5).refusal(pending, 10)
+
+
+def recipe_with(example: dict[str, Any] | None = None, central: dict[str, Any] | None = None) -> Any:
+    method: dict[str, Any] = {"kind": "fedavg", "local": {}, "aggregator": {"kind": "mean", "weighting": "uniform"}}
+    if example:
+        method["local"]["example_privacy"] = {name: value for name, value in example.items() if value is not None}
+    if central:
+        method["privacy"] = central
+    return fedlora.config.parse({"method": method}).phases[0].recipe
+
+
+def test_a_server_hears_nothing_that_quotes_rows(world: Path, tmp_path: Path) -> None:
+    rows = [{**row, "label": "SECRET-DIAGNOSIS"} for row in make_rows(24, 0)]
+    sites = own_sites(world, tmp_path)
+    write_rows(tmp_path / "clinic.jsonl", rows)
+    post = Post(sites)
+    told: list[str] = []
+    federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=list(post.homes), tell=told.append)
+    assert any("clinic is not taken in" in line for line in told)
+    assert not any("SECRET" in line for line in told)
+    assert not any(b"SECRET" in answer for answer in post.answers.values() if answer)
+
+
+def test_a_run_whose_round_needs_all_sites_gets_over_a_lost_memory(world: Path, tmp_path: Path) -> None:
+    import shutil
+
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9", rounds=4)
+    forgot = []
+
+    def forget(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["progress"][0] == 1 and name == "site-1" and not forgot:
+            shutil.rmtree(tmp_path / "sites" / "site-1")
+            forgot.append(name)
+        return answer
+
+    result, _ = tried(chosen, tmp_path, forget, Rules(min_clients=9))
+    assert forgot
+    assert result.rounds == 4
+    assert any("tried again" in text for row in result.rows for text in row.warnings)
+
+
+def test_an_empty_poisson_draw_ends_no_run(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", "clients.sampling=poisson", "clients.per_round=1", rounds=6)
+    fedlora.run(chosen, tmp_path / "serial")
+    assert any(not row["cohort"] for row in ledger(tmp_path / "serial")[1:])
+    tried(chosen, tmp_path)
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+def test_who_is_drawn_under_noise_is_not_replaced(world: Path, tmp_path: Path) -> None:
+    post = Post(shared_sites(tmp_path / "sites", 3))
+    post.away.add("site-2")
+    chosen = experiment(world, *OTHERS["private"], "clients.per_round=6")
+    result = federate(chosen, tmp_path / "run", post, Rules(rejoin_timeout=0.0))
+    undisturbed = fedlora.run(chosen, tmp_path / "serial")
+    assert [row.cohort for row in result.rows] == [row.cohort for row in undisturbed.rows]
+
+
+def test_a_job_that_kills_its_site_every_time_is_given_up(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | Arrived | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4:
+            return Arrived("", None, "its process died", again=True)
+        return answer
+
+    result, post = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
+    assert result.rows[1].refused == {"4": "site-1: its process died"}
+    sent = [letters.read(raw).head for raw in post.sent]
+    assert sum(head["kind"] == "job" and head["client"] == 4 for head in sent) == remote.TRIES

@@ -44,7 +44,12 @@ class Answer(NamedTuple):
 
 
 def read_reply(
-    job: Job, reply: Reply, like: Mapping[str, Tree], groups: Mapping[str, str], trusted: bool
+    job: Job,
+    reply: Reply,
+    like: Mapping[str, Tree],
+    groups: Mapping[str, str],
+    trusted: bool,
+    examples: int | None = None,
 ) -> tuple[Answer, Tree | None]:
     """A reply's figures, and its update if it counts.
 
@@ -54,6 +59,7 @@ def read_reply(
         like: the parts that are expected.
         groups: the group of each trained parameter.
         trusted: whether a reply that cannot be read is a fault of ours; else it is refused and told so.
+        examples: how many the client said it has.
 
     Raises:
         WireError: it cannot be read, and whoever sent it is trusted.
@@ -67,7 +73,8 @@ def read_reply(
         packet = wire.receive(reply.raw, like)
         delta = join_groups(packet.trees, groups)
         report = {name: float(value) for name, value in packet.trees["report"].items()}
-        _check(job, delta, report)
+        most = LARGEST_COUNT if examples is None else float(examples * job.recipe.local.epochs)
+        _check(job, delta, report, most)
     except WireError as error:
         if trusted:
             raise
@@ -78,7 +85,7 @@ def read_reply(
     return Answer(job.client, reply._replace(raw=None), report, packet.sizes, kept, True), delta
 
 
-def _check(job: Job, delta: Tree, report: Mapping[str, float]) -> None:
+def _check(job: Job, delta: Tree, report: Mapping[str, float], most: float) -> None:
     """Refuses what no client would send that does what it is asked.
 
     Raises:
@@ -89,6 +96,8 @@ def _check(job: Job, delta: Tree, report: Mapping[str, float]) -> None:
     counts = {name: report[name] for name in ("examples", "steps", "below") if name in report}
     if not all(0 <= value <= LARGEST_COUNT for value in counts.values()):  # NaN is not either
         raise WireError(f"the report says {counts}; these are counts")
+    if report.get("examples", 0.0) > most:
+        raise WireError(f"it says that it trained on {report['examples']:g} examples, and it has {most:g} at most")
     if not math.isfinite(report.get("loss", 0.0)):
         raise WireError("the loss is not finite")
     shrink, rank = job.recipe.shrink, job.recipe.rank

@@ -20,7 +20,20 @@ class WireError(FedloraError):
 
 
 class QuorumError(FedloraError):
-    """Too few clients answered in a round; it can be tried again."""
+    """Too few clients answered in a round; it can be tried again.
+
+    Args:
+        text: what to tell.
+        refused: the clients whose answers did not count.
+    """
+
+    def __init__(self, text: str, refused: frozenset[int] = frozenset()) -> None:
+        super().__init__(text)
+        self.refused = refused
+
+
+class ProcessError(FedloraError):
+    """A process of Flower's that did not come up, or ended."""
 
 
 class TrainingError(FedloraError):

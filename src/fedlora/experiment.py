@@ -228,7 +228,8 @@ def _round(
         engine.wait()
         cohort = draw_cohort(setting.population, num, seed, clients.sampling)
         present = engine.present()
-        if present is not None and clients.sampling == "fixed":
+        # a draw that an account of privacy counts on is as it is
+        if present is not None and clients.sampling == "fixed" and not recipe.privacy.needs_uniform_mean:
             others = np.random.default_rng(seed).permutation(sorted(present - set(cohort)))
             cohort = (*(one for one in cohort if one in present), *map(int, others))[:num]
         try:
@@ -241,6 +242,10 @@ def _round(
             if tried == engine.attempts:
                 raise
             warnings += (f"round {state.round + 1} was tried again: {error}",)
+            # they are told everything anew
+            known = {one: memory for one, memory in state.clients.items() if one not in error.refused}
+            others = {one: params for one, params in state.held.items() if one not in error.refused}
+            state = dataclasses.replace(state, clients=known, held=others)
 
 
 def _resume(files: RunFolder, facts: dict[str, str]) -> tuple[ServerState | None, list[Row]]:

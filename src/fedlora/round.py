@@ -162,7 +162,7 @@ def run_round(
 
     def updates() -> Iterator[Update]:
         for job, message, reply in zip(jobs, messages, engine.run(jobs), strict=True):
-            answer, delta = read_reply(job, reply, like, state.groups, engine.trusted)
+            answer, delta = read_reply(job, reply, like, state.groups, engine.trusted, engine.most_examples(job.client))
             answers.append(answer)  # what a cohort sent is never held together
             if delta is None:
                 continue
@@ -172,8 +172,11 @@ def run_round(
             if job.recipe.shrink:
                 start = without_ranks(start, int(answer.report["rank"]))
             yield Update(start, delta, answer.report.get("examples", 0.0))
-        if sum(answer.counts for answer in answers) < engine.min_clients and not recipe.privacy.needs_uniform_mean:
-            raise QuorumError(_too_few(answers, engine.min_clients))
+        # what was given under noise has been given, and counts
+        noisy = recipe.privacy.needs_uniform_mean or recipe.local.example_privacy
+        if sum(answer.counts for answer in answers) < min(engine.min_clients, len(jobs)) and not noisy:
+            refused = frozenset(answer.client for answer in answers if answer.reply.refused)
+            raise QuorumError(_too_few(answers, engine.min_clients), refused)
 
     arriving = updates()
     first = list(islice(arriving, 1))

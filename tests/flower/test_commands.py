@@ -14,9 +14,9 @@ from tiny import document, ledger
 
 import fedlora
 from fedlora import cli
+from fedlora import flower_versions as versions
 from fedlora.config import parse
 from fedlora.errors import ConfigError
-from fedlora.federation import versions
 
 from .conftest import processes_of
 
@@ -57,7 +57,6 @@ def test_a_run_under_ray_that_cannot_go_well_ends_with_its_sentence(root: Path) 
     file.write_text(tomli_w.dumps(values))
     done = fedlora_said("run", str(file), "--engine", "flower-simulation", "--out", str(root / "hopeless"))
     assert done.returncode == 2
-    assert "0 of 4 clients answered, and 1 must" in done.stderr
     assert "lower local.optimizer.lr" in done.stderr
 
 

@@ -179,7 +179,7 @@ def test_garbage_from_a_site_with_a_good_key_is_refused_and_the_round_goes_on(
             head = letters.read(arrived.raw).head if arrived.raw else {}
             if head.get("kind") == "reply" and head["client"] == 3:
                 spoilt.append(arrived.raw)
-                arrived = arrived._replace(raw=b"garbage" if len(spoilt) == 1 else spoilt[0])
+                arrived = arrived._replace(raw=b"garbage" * 9 if len(spoilt) == 1 else spoilt[0])
             found.append(arrived)
         return found
 

@@ -27,6 +27,10 @@ class Engine(ABC):
             QuorumError: too few clients came.
         """
 
+    def most_examples(self, client: int) -> int | None:
+        """How many examples a client said it has; None if that is not for it to say."""
+        return None
+
     def present(self) -> frozenset[int] | None:
         """The clients that can be asked now; None for all of them."""
         return None

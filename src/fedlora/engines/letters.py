@@ -65,7 +65,7 @@ def read(raw: bytes) -> Letter:
     try:
         head = json.loads(raw[_START.size : at].decode("utf-8"))
         lengths = {str(name): int(size) for name, size in head.pop("blobs").items()}
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError) as error:
         raise WireError(f"a letter's head cannot be read ({type(error).__name__})") from error
     if min(lengths.values(), default=0) < 0 or sum(lengths.values()) != len(raw) - at:
         raise WireError(f"a letter has {len(raw) - at} bytes after its head, which says {sum(lengths.values())}")
@@ -137,17 +137,24 @@ def to_job(letter: Letter) -> Job:
             fold=fold,
             memory=ClientState(has_setup=bool(has_setup), folds=Folds(int(folds)), kept=str(kept)),
         )
-    except (KeyError, ValueError, TypeError, ValidationError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, ValidationError) as error:
         raise WireError(f"a job cannot be read ({type(error).__name__}: {error})") from error
 
 
-def of_reply(reply: Reply, job: Letter) -> bytes:
-    """A reply as a letter; of what the client remembers it has the name alone."""
+def of_reply(reply: Reply, job: Letter, lost: bool = False) -> bytes:
+    """A reply as a letter; of what the client remembers it has the name alone.
+
+    Args:
+        reply: what the client answers.
+        job: the letter that asked.
+        lost: whether the site has forgotten the run.
+    """
     head = {
         "kind": "reply",
         **{key: job.head[key] for key in ("run", "ticket", "client", "progress")},
         "seconds": reply.seconds,
         "refused": reply.refused,
+        "lost": lost,
         "kept": reply.memory.kept,
     }
     return write(head, {} if reply.raw is None else {"raw": reply.raw})
@@ -168,7 +175,7 @@ def to_reply(raw: bytes, job: Job, run: str, ticket: str) -> Reply:
         seconds, refused, kept = float(head["seconds"]), str(head["refused"])[:500], str(head["kept"])[:100]
         if not (math.isfinite(seconds) and seconds >= 0):
             raise ValueError(f"it took {seconds} seconds")
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise WireError(f"a reply cannot be read ({type(error).__name__}: {error})") from error
     if refused:
         return Reply(None, ClientState(), seconds, refused, heard=False)

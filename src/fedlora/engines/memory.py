@@ -57,6 +57,7 @@ class SiteMemory:
         if told is None:
             return file.read_bytes() if file.exists() else None
         if not file.exists() or file.read_bytes() != told:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _replace(file, told)
         return told
 

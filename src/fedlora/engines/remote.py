@@ -6,7 +6,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fedlora import config
@@ -15,12 +15,16 @@ from fedlora.engines import letters
 from fedlora.engines.base import Engine
 from fedlora.engines.rules import Rules
 from fedlora.engines.site import base_digest
-from fedlora.errors import DataError, QuorumError, WireError
+from fedlora.errors import DataError, QuorumError, TrainingError, WireError
 from fedlora.jobs import Job, Reply
 from fedlora.setting import in_mode
 from fedlora.state import ClientState
 
 POLL = 0.2
+TRIES = 5
+"""How often a job is sent to a site that is lost each time."""
+LARGEST_SIZE = 2**31
+"""No client has more examples."""
 
 
 class Arrived(NamedTuple):
@@ -58,20 +62,30 @@ class Courier(ABC):
 class Guest(NamedTuple):
     """What a site said of itself: its kind, and how many examples each of its clients has."""
 
-    tier: str
+    kind: str
     sizes: dict[int, int]
+
+
+class _Invited(NamedTuple):
+    """An opening letter on its way."""
+
+    name: str
+    address: int
+    secret: str
 
 
 @dataclass
 class _Errand:
-    """A letter on its way."""
+    """A job on its way."""
 
+    job: Job
     site: str
-    raw: bytes
-    tickets: list[str] = field(default_factory=list)
-    arrived: Arrived | None = None
+    secret: str
+    ticket: str | None = None
+    tries: int = 0
     lost_since: float | None = None
-    why: str = ""
+    why: str = "its site is not there"
+    done: bool = False
 
 
 class Remote(Engine):
@@ -81,7 +95,7 @@ class Remote(Engine):
         courier: carries letters.
         rules: what is waited for.
         run: name of the run, hexadecimal digits; what sites remember is theirs by it.
-        anywhere: whether any site can take any client's turn, as in a simulation.
+        anywhere: whether any site can take any client's turn, and is ours, as in a simulation.
         tell: is told what happens to sites.
     """
 
@@ -100,17 +114,23 @@ class Remote(Engine):
         self.min_clients = rules.min_clients
         self.over_sample = rules.over_sample
         self.attempts = rules.attempts
+        self.guests: dict[str, Guest] = {}
         self._opening: dict[str, Any] = {}
         self._numbers: Mapping[str, int] = {}
-        self.guests: dict[str, Guest] = {}
+        self._clients = self._per_round = 0
+        self._invited: dict[str, _Invited] = {}
+        self._refusals: dict[str, tuple[int, str]] = {}
 
-    def open(self, experiment: Experiment, label_names: list[str], numbers: Mapping[str, int]) -> None:
-        """Says what the run is, and waits until so many sites that a round can begin have taken it up.
+    def open(
+        self, experiment: Experiment, label_names: list[str], clients: int, numbers: Mapping[str, int] | None = None
+    ) -> None:
+        """Says what the run is, and waits until so many clients can be reached that the run can begin.
 
         Args:
             experiment: the whole configuration.
             label_names: what the model was told about its outputs.
-            numbers: the client number of each site that has rows of its own.
+            clients: how many there are.
+            numbers: the client number of each site that has rows of its own, if they have.
 
         Raises:
             QuorumError: too few came in ``round_timeout`` seconds, or they refuse.
@@ -123,7 +143,8 @@ class Remote(Engine):
             "label_names": label_names,
             "base": base_digest(effective.model),
         }
-        self._numbers = numbers
+        self._clients, self._numbers = clients, numbers or {}
+        self._per_round = experiment.clients.per_round
         self._wait_for(self.rules.min_available or self.min_clients)
 
     def wait(self) -> None:
@@ -132,60 +153,65 @@ class Remote(Engine):
 
     def _wait_for(self, least: int) -> None:
         deadline = time.monotonic() + self.rules.round_timeout
-        refused: dict[str, str] = {}
         said = False
         while True:
             online = self.courier.sites()
-            new = [name for name in online if name not in self.guests and name not in refused]
-            refused |= self._invite({name: online[name] for name in new}, deadline)
-            if self._reach(online) >= least:
+            self._invite(online)
+            self._welcome()
+            reached = self._reach(online)
+            if reached >= least:
                 return
             if time.monotonic() > deadline:
-                why = "; ".join(f"{name}: {text}" for name, text in refused.items()) or f"there: {sorted(online)}"
+                refused = "; ".join(f"{name}: {text}" for name, (_, text) in self._refusals.items())
                 raise QuorumError(
-                    f"{self._reach(online)} clients can be reached, and {least} are waited for ({why}); "
+                    f"{reached} clients can be reached, and {least} are waited for ({refused or sorted(online)}); "
                     "start more sites, or lower min_clients and min_available"
                 )
             if not said:
-                self.tell(f"waiting for sites: {self._reach(online)} of {least} clients can be reached")
+                self.tell(f"waiting for sites: {reached} of {least} clients can be reached")
                 said = True
             time.sleep(POLL)
 
     def _reach(self, online: Mapping[str, int]) -> int:
         """How many clients the sites that are there stand for."""
-        if self.anywhere:
-            return sum(len(guest.sizes) for guest in self.guests.values())
-        return sum(len(self.guests[name].sizes) for name in online if name in self.guests)
+        there = self.guests if self.anywhere else [name for name in online if name in self.guests]
+        return sum(len(self.guests[name].sizes) for name in there)
 
-    def _invite(self, online: Mapping[str, int], deadline: float) -> dict[str, str]:
-        """Tells sites of the run; why those refuse that do."""
-        if self.anywhere:  # all share one memory
-            online = dict(list(online.items())[:1]) if not self.guests else {}
-        seconds = max(1.0, deadline - time.monotonic())
-        waiting: dict[str, tuple[str, str]] = {}
+    def _invite(self, online: Mapping[str, int]) -> None:
+        """Tells sites of the run that do not know of it; those that refused are asked again when they come anew."""
+        asked = {(one.name, one.address) for one in self._invited.values()}
         for name, address in online.items():
+            if name in self.guests or (name, address) in asked or self._refusals.get(name, (None,))[0] == address:
+                continue
+            if self.anywhere and (self.guests or self._invited):  # all share one memory
+                return
             secret = secrets.token_hex(8)
             head = {**self._opening, "client": self._numbers.get(name, 0), "ticket": secret}
-            ticket = self.courier.post(address, letters.write(head, {}), seconds)
+            ticket = self.courier.post(address, letters.write(head, {}), self.rules.round_timeout)
             if ticket is not None:
-                waiting[ticket] = name, secret
-        refused = {}
-        while waiting and time.monotonic() < deadline:
-            for arrived in self.courier.collect(list(waiting)):
-                name, secret = waiting.pop(arrived.ticket)
-                try:
-                    guest = self._guest(name, arrived, secret)
-                except (WireError, DataError) as error:
-                    if not arrived.again:
-                        refused[name] = str(error)
-                        self.tell(f"{name} is not taken in: {error}")
-                    continue
-                self.guests[name] = guest
-                self.tell(f"{name} is there with {sum(guest.sizes.values()):,} examples of {len(guest.sizes)} clients")
-            time.sleep(POLL)
-        return refused
+                self._invited[ticket] = _Invited(name, address, secret)
+
+    def _welcome(self) -> None:
+        """Reads the answers to opening letters that have come."""
+        for arrived in self.courier.collect(list(self._invited)) if self._invited else ():
+            name, address, secret = self._invited.pop(arrived.ticket)
+            try:
+                guest = self._guest(name, arrived, secret)
+            except (WireError, DataError) as error:
+                if not arrived.again:
+                    self._refusals[name] = address, str(error)
+                    self.tell(f"{name} is not taken in: {error}")
+                continue
+            self.guests[name] = guest
+            self.tell(f"{name} is there with {sum(guest.sizes.values()):,} examples of {len(guest.sizes)} clients")
 
     def _guest(self, name: str, arrived: Arrived, secret: str) -> Guest:
+        """What a site says of itself, as far as it can be.
+
+        Raises:
+            WireError: it cannot be.
+            DataError: the site refuses.
+        """
         if arrived.raw is None:
             raise DataError(arrived.why)
         head, _ = letters.read(arrived.raw)
@@ -195,11 +221,19 @@ class Remote(Engine):
             raise DataError(str(head["refused"])[:500])
         try:
             sizes = {int(client): int(size) for client, size in head["sizes"].items()}
-            if min(sizes.values(), default=0) < 0:
-                raise ValueError("sizes below zero")
-            return Guest(str(head["tier"])[:64], sizes)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise WireError(f"its answer cannot be read ({error})") from error
+            guest = Guest(str(head["tier"])[:64], sizes)
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise WireError(f"its answer cannot be read ({type(error).__name__})") from error
+        if not all(0 <= client < self._clients and 0 <= size <= LARGEST_SIZE for client, size in sizes.items()):
+            raise WireError("it stands for clients that do not exist, or have too many examples")
+        if self._numbers and set(sizes) != {self._numbers.get(name)}:
+            raise WireError("it stands for clients that are not its own")
+        online = self.courier.sites()
+        for other in [each for each in self.guests if each != name and set(sizes) & set(self.guests[each].sizes)]:
+            if other in online:
+                raise WireError(f"it stands for clients that {other} stands for")
+            del self.guests[other]  # the same site under another name
+        return guest
 
     def present(self) -> frozenset[int] | None:
         """The clients that can be asked now; None for all of them."""
@@ -208,82 +242,93 @@ class Remote(Engine):
         online = self.courier.sites()
         return frozenset(client for name in online if name in self.guests for client in self.guests[name].sizes)
 
+    def most_examples(self, client: int) -> int | None:
+        """See ``Engine.most_examples``."""
+        sizes = (guest.sizes[client] for guest in self.guests.values() if client in guest.sizes)
+        return next(sizes, None)
+
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
         """See ``Engine.run``: all are sent at once; answers are handed on in the order of jobs as they come."""
         deadline = time.monotonic() + self.rules.round_timeout
-        enough = max(self.min_clients, int(len(jobs) / self.over_sample + 1e-9))
+        enough = min(len(jobs), self._per_round) if self.over_sample > 1 else len(jobs)
         secret = secrets.token_hex(8)
         online = self.courier.sites()
+        homes = {client: name for name, guest in self.guests.items() for client in guest.sizes}
         errands = []
         for number, job in enumerate(jobs):
-            site = sorted(online)[number % max(1, len(online))] if self.anywhere else self._site_of(job.client)
-            left = deadline - time.monotonic()
-            errands.append(_Errand(site, letters.of_job(job, self.name, f"{secret}-{number}", left)))
-            self._post(errands[-1], online, left)
+            site = sorted(online)[number % len(online)] if self.anywhere and online else homes.get(job.client, "")
+            errands.append(_Errand(job, site, f"{secret}-{number}"))
+            self._post(errands[-1], online, deadline)
         replies: dict[int, Reply] = {}
         counted = 0
         for place, job in enumerate(jobs):
             while place not in replies and counted < enough and time.monotonic() < deadline:
                 for number, arrived in self._collect(errands, deadline):
                     if counted < enough:
-                        replies[number] = self._read(arrived, jobs[number], f"{secret}-{number}", errands[number].site)
+                        replies[number] = self._read(arrived, errands[number])
                         counted += replies[number].raw is not None
             if place not in replies:  # as far as anyone here knows, it remembers what it did
                 self.tell(f"client {job.client} ({errands[place].site}) is late; its answer is dropped")
                 replies[place] = Reply(None, job.memory, 0.0, heard=False)
             yield replies.pop(place)
-            errands[place].raw = b""
 
-    def _site_of(self, client: int) -> str:
-        """Where a client lives; empty if its site has not come yet."""
-        return next((name for name, guest in self.guests.items() if client in guest.sizes), "")
-
-    def _post(self, errand: _Errand, online: Mapping[str, int], seconds: float) -> None:
+    def _post(self, errand: _Errand, online: Mapping[str, int], deadline: float) -> None:
+        left = max(1.0, deadline - time.monotonic())
+        # who runs out of time tells of the lengths of examples
+        told = None if self.anywhere or errand.job.recipe.local.example_privacy else left
         address = online.get(errand.site)
-        ticket = None if address is None else self.courier.post(address, errand.raw, seconds)
-        if ticket is None:
+        if address is not None:
+            errand.tries += 1
+            raw = letters.of_job(errand.job, self.name, errand.secret, told)
+            errand.ticket = self.courier.post(address, raw, left)
+        if errand.ticket is None:
             errand.lost_since = errand.lost_since or time.monotonic()
-            errand.why = errand.why or "its site is gone"
         else:
-            errand.tickets.append(ticket)
             errand.lost_since = None
 
     def _collect(self, errands: list[_Errand], deadline: float) -> list[tuple[int, Arrived]]:
-        """What has come, after a short rest if nothing has; letters to lost sites go again."""
-        out = {ticket: number for number, each in enumerate(errands) if not each.arrived for ticket in each.tickets}
+        """What has come, after a short rest if nothing has; jobs of lost sites are sent again."""
+        out = {each.ticket: number for number, each in enumerate(errands) if each.ticket is not None}
         done: list[tuple[int, Arrived]] = []
         for arrived in self.courier.collect(list(out)) if out else ():
             number = out[arrived.ticket]
             errand = errands[number]
-            if errand.arrived:
-                continue
-            errand.tickets.remove(arrived.ticket)
-            if arrived.again:
-                errand.why = arrived.why
-                errand.lost_since = errand.lost_since or time.monotonic()
+            errand.ticket = None
+            if arrived.again and errand.tries < TRIES and not errand.job.recipe.local.example_privacy:
+                errand.why, errand.lost_since = arrived.why, time.monotonic()
                 self.tell(f"{errand.site} was lost ({arrived.why}); it is asked again when it is back")
-            else:
-                errand.arrived = arrived
+            else:  # noise for examples is drawn once, and nobody asks twice
+                errand.done = True
                 done.append((number, arrived))
-        lost = [(number, each) for number, each in enumerate(errands) if each.lost_since and not each.arrived]
+        lost = [(number, each) for number, each in enumerate(errands) if each.lost_since and not each.done]
         online = self.courier.sites() if lost else {}
         for number, errand in lost:
-            if errand.tickets:  # the older letter may still be answered
-                continue
             if errand.site in online:
-                self._post(errand, online, max(1.0, deadline - time.monotonic()))
+                self._post(errand, online, deadline)
             elif time.monotonic() - (errand.lost_since or 0.0) > self.rules.rejoin_timeout:
-                errand.arrived = Arrived("", None, errand.why)
-                done.append((number, errand.arrived))
+                errand.done = True
+                done.append((number, Arrived("", None, errand.why)))
         if not done:
             time.sleep(POLL)
         return done
 
-    def _read(self, arrived: Arrived, job: Job, secret: str, site: str) -> Reply:
+    def _read(self, arrived: Arrived, errand: _Errand) -> Reply:
+        """The reply of an answer, or why there is none.
+
+        Raises:
+            TrainingError: a worker of ours says that training went wrong.
+        """
+        lost = False
         try:
             if arrived.raw is None:
                 raise WireError(arrived.why)
-            return letters.to_reply(arrived.raw, job, self.name, secret)
+            reply = letters.to_reply(arrived.raw, errand.job, self.name, errand.secret)
+            lost = letters.read(arrived.raw).head.get("lost") is True
         except WireError as error:
-            self.tell(f"the answer of {site} is refused: {error}")
-            return Reply(None, ClientState(), 0.0, f"{site}: {error}", heard=False)
+            self.tell(f"the answer of {errand.site} is refused: {error}")
+            reply = Reply(None, ClientState(), 0.0, f"{errand.site}: {error}", heard=False)
+        if reply.refused and self.anywhere:
+            raise TrainingError(reply.refused)
+        if lost:  # it is told of the run anew
+            self.guests.pop(errand.site, None)
+        return reply

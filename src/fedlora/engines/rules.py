@@ -38,25 +38,29 @@ class Limits:
     min_noise: Annotated[float, Field(ge=0)] | None = None
     min_example_noise: Annotated[float, Field(ge=0)] | None = None
 
-    def refusal(self, recipe: Recipe, examples: int) -> str:
+    def refusal(self, recipe: Recipe, examples: int, opening: bool = False) -> str:
         """Why a recipe is not accepted; empty if it is.
 
         Args:
             recipe: what a job says.
             examples: of the client.
+            opening: whether no job has come yet; an epsilon to reach becomes a noise multiplier with the first.
         """
         if self.tunings is not None and recipe.tuning.kind not in self.tunings:
             return f"tuning {recipe.tuning.kind!r} is not accepted here, only {', '.join(self.tunings)}"
         steps = recipe.local.num_steps(examples)
         if self.max_steps is not None and steps > self.max_steps:
             return f"{steps} steps are asked for, and {self.max_steps} at most are taken here"
-        # an epsilon to reach has no multiplier yet; the jobs have
-        central = recipe.privacy.noise_multiplier if isinstance(recipe.privacy, CentralGaussian) else 0.0
-        if self.min_noise is not None and central is not None and central < self.min_noise:
+        noise = recipe.privacy if isinstance(recipe.privacy, CentralGaussian) else None
+        central = (noise.noise_multiplier or 0.0) if noise else 0.0
+        pending = opening and noise is not None and noise.target_epsilon is not None
+        if self.min_noise is not None and central < self.min_noise and not pending:
             return f"the mean of clients gets noise {central:g}, and {self.min_noise:g} is asked for here"
         own = recipe.local.example_privacy.noise_multiplier if recipe.local.example_privacy else 0.0
         if self.min_example_noise is not None and own < self.min_example_noise:
             return f"examples get noise {own:g}, and {self.min_example_noise:g} is asked for here"
+        if self.min_example_noise is not None and getattr(recipe.local.example_privacy, "seed", None) is not None:
+            return "noise for examples is to be drawn from a seed that the server knows, and could be taken off again"
         return ""
 
     def too_large(self, size: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -67,11 +68,23 @@ class Site:
                 f"a letter of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
             )
         job = letters.to_job(letter)
+        lost = False
         try:
             reply = self._turn(letter, job, len(raw), received)
         except (WireError, TrainingError, CheckpointError, ConfigError, DataError) as error:
-            reply = Reply(None, ClientState(), 0.0, f"{self.settings.name}: {error}", heard=False)
-        return letters.of_reply(reply, letter)
+            lost = isinstance(error, CheckpointError)
+            reply = Reply(None, ClientState(), 0.0, self._said(error), heard=False)
+        if job.recipe.local.example_privacy:  # how long it took tells of the lengths of examples
+            reply = reply._replace(seconds=0.0)
+        return letters.of_reply(reply, letter, lost)
+
+    def _said(self, error: FedloraError) -> str:
+        """What a server is told of an error: sentences about data quote them, and stay here."""
+        logging.getLogger("fedlora").warning("%s: %s", type(error).__name__, error)
+        text = (
+            "its rows are not as the task needs them; its own log says more" if isinstance(error, DataError) else error
+        )
+        return f"{self.settings.name}: {text}"
 
     def _open(self, letter: Letter) -> bytes:
         head = letter.head
@@ -83,7 +96,7 @@ class Site:
             self._run = run
             told["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
         except FedloraError as error:
-            told["refused"] = f"{self.settings.name}: {error}"
+            told["refused"] = self._said(error)
         return letters.write(told, {})
 
     def _prepared(self, head: Mapping[str, Any]) -> _Run:
@@ -112,7 +125,7 @@ class Site:
             clients = {int(head["client"]): np.arange(task.num_examples("train"))}
         largest = max(map(len, clients.values()), default=0)
         for phase in experiment.phases:
-            if refusal := self.settings.limits.refusal(phase.recipe, largest):
+            if refusal := self.settings.limits.refusal(phase.recipe, largest, opening=True):
                 raise ConfigError(refusal)
         return _Run(name, Workspace(task, experiment.seed, device), clients, memory)
 

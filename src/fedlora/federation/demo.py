@@ -13,9 +13,10 @@ from fedlora.config import Experiment
 from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError
 from fedlora.experiment import Result
-from fedlora.federation.folder import init
+from fedlora.federation.folder import ServerConfig, init
 from fedlora.federation.processes import Child, free_port, stop_all
 from fedlora.federation.serve import serve
+from fedlora.setting import prepare
 from fedlora.tasks import Sites
 from fedlora.watch import Watcher
 
@@ -46,8 +47,8 @@ def demo(
     """
     if isinstance(experiment.data, Sites):
         raise ConfigError("data.kind = 'sites' is for real sites; the demo deals the data of any other kind to sites")
+    rules = Rules(min_available=len(prepare(experiment).population))
     with started_sites(federation, sites):
-        rules = Rules(min_clients=1)
         return serve(experiment, folder, federation / "server", rules=rules, watcher=watcher, tell=tell)
 
 
@@ -62,6 +63,8 @@ def started_sites(federation: Path, count: int) -> Iterator[list[Child]]:
     names = [f"site-{number}" for number in range(count)]
     if not (federation / "server").exists():
         init(federation, names, "localhost", port=free_port())
+    if (held := ServerConfig.load(federation / "server").sites) != tuple(names):
+        raise ConfigError(f"{federation} has the sites {', '.join(held)}; name another folder with --federation")
     children = [site(federation, name, number, count) for number, name in enumerate(names)]
     try:
         yield [child.start() for child in children]
@@ -71,8 +74,6 @@ def started_sites(federation: Path, count: int) -> Iterator[list[Child]]:
 
 def site(federation: Path, name: str, number: int, count: int) -> Child:
     """A site that stands for its share of the clients."""
-    from fedlora.federation.folder import ServerConfig
-
     place = federation / "sites" / name
     document = {"name": name, "share": {"number": number, "of": count}, "poll_seconds": POLL}
     (place / "site.toml").write_text(tomli_w.dumps(document))

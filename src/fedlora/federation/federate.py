@@ -18,6 +18,9 @@ from fedlora.tasks import Sites
 from fedlora.track import Tracker
 from fedlora.watch import Watcher
 
+KNOWN = "federation.json"
+"""The file of a run's folder that names the run to sites, and has what they said of themselves."""
+
 
 def federate(
     experiment: Experiment,
@@ -60,31 +63,39 @@ def federate(
             f"min_clients = {rules.min_clients} answers are asked for, and clients.per_round = "
             f"{experiment.clients.per_round} clients are asked in a round; make the first smaller"
         )
+    if rules.over_sample > 1 and experiment.clients.sampling != "fixed":
+        raise ConfigError("over_sample asks more clients than count, and a Poisson draw has no number; leave it at 1")
     files = RunFolder(folder)
     files.claim(experiment)
-    if not (folder / "federation.json").exists():
-        files.write_json("federation.json", {"run": secrets.token_hex(8)})
+    if not (folder / KNOWN).exists():
+        files.write_json(KNOWN, {"run": secrets.token_hex(8), "sites": {}})
     begun()
-    remote = Remote(courier, rules, str(files.read_json("federation.json")["run"]), anywhere, tell)
-    setting = _setting(experiment, remote, names)
+    remote = Remote(courier, rules, str(files.read_json(KNOWN)["run"]), anywhere, tell)
+    setting = _setting(experiment, remote, files, names)
     return experiments.run(experiment, folder, watcher=watcher, trackers=trackers, setting=setting, engine=remote)
 
 
-def _setting(experiment: Experiment, remote: Remote, names: Sequence[str]) -> Setting:
+def _setting(experiment: Experiment, remote: Remote, files: RunFolder, names: Sequence[str]) -> Setting:
     """The setting, after the sites have heard of the run."""
     if not isinstance(experiment.data, Sites):
         setting = prepare(experiment)
-        remote.open(experiment, setting.task.label_names, {})
+        remote.open(experiment, setting.task.label_names, len(setting.population))
         return setting
     task = experiment.task.prepare(experiment.model, experiment.data)
     ordered = sorted(names)
-    remote.open(experiment, task.label_names, {name: number for number, name in enumerate(ordered)})
-    known = {name: guest for name, guest in remote.guests.items() if name in ordered}
-    absent = [name for name in ordered if name not in known]
-    if absent and any(phase.recipe.local.example_privacy for phase in experiment.phases):
+    numbers = {name: number for number, name in enumerate(ordered)}
+    remote.open(experiment, task.label_names, len(ordered), numbers)
+    # what is known of sites outlasts their absence
+    known = files.read_json(KNOWN)
+    for name, guest in remote.guests.items():
+        known["sites"][name] = [sum(guest.sizes.values()), guest.kind]
+    files.write_json(KNOWN, known)
+    sites = {name: known["sites"].get(name, [0, ""]) for name in ordered}
+    absent = [name for name in ordered if name not in known["sites"]]
+    if absent and (any(phase.recipe.local.example_privacy for phase in experiment.phases) or experiment.clients.tiers):
         raise ConfigError(
-            f"the account of examples' privacy needs to know how many each site has, and {absent[0]!r} is not there; "
-            "set min_clients to the number of sites"
+            f"nothing is known of {absent[0]!r} yet, and tiers or the account of examples' privacy need to know what "
+            "each site is; set min_available to the number of sites"
         )
-    sizes = {name: sum(known[name].sizes.values()) if name in known else 0 for name in ordered}
-    return prepare_sites(experiment, task, sizes, {name: guest.tier for name, guest in known.items()})
+    sizes = {name: size for name, (size, _) in sites.items()}
+    return prepare_sites(experiment, task, sizes, {name: kind for name, (_, kind) in sites.items()})

@@ -13,8 +13,9 @@ from pydantic.dataclasses import dataclass
 from fedlora.component import STRICT
 from fedlora.engines.rules import Name, Rules, parse_as, read_toml
 from fedlora.errors import ConfigError
-from fedlora.federation import keys
+from fedlora.federation.processes import write_secret
 from fedlora.federation.texts import PROXY, README, SITE, SITE_README
+from fedlora.flower_versions import PRIVATE, check_flower
 
 SERVER_FILE = "server.toml"
 
@@ -83,6 +84,9 @@ def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port
     Raises:
         ConfigError: the folder holds something, or names are no names.
     """
+    check_flower(PRIVATE)
+    from fedlora.federation import keys
+
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; name a new folder, since keys are never overwritten")
     if len(set(names)) != len(names):
@@ -100,8 +104,8 @@ def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port
     authority = keys.make_authority()
     ca = keys.certificate_pem(authority.certificate)
     key, certificate = keys.make_server(authority, host)
-    keys.write_secret(folder / "authority" / "ca.key", keys.private_pem(authority.key))
-    keys.write_secret(folder / "server" / "server.key", key)
+    write_secret(folder / "authority" / "ca.key", keys.private_pem(authority.key))
+    write_secret(folder / "server" / "server.key", key)
     (folder / "server" / "server.pem").write_bytes(certificate)
     (folder / "server" / "ca.crt").write_bytes(ca)
     (folder / "server" / SERVER_FILE).write_text(tomli_w.dumps(server))
@@ -110,7 +114,7 @@ def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port
         place = folder / "sites" / name
         place.mkdir(parents=True, mode=0o700)
         private, public = keys.make_site()
-        keys.write_secret(place / "site.key", private)
+        write_secret(place / "site.key", private)
         for file in (place / "site.pub", folder / "server" / "sites" / f"{name}.pub"):
             file.write_bytes(public)
         (place / "ca.crt").write_bytes(ca)

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlora.errors import ConfigError
-from fedlora.federation import keys
-from fedlora.federation.processes import Child, free_port, quiet, stop_all
-from fedlora.federation.versions import PRIVATE, check_flower
+from fedlora.federation.processes import Child, free_port, quiet, stop_all, write_secret
+from fedlora.flower_versions import PRIVATE, check_flower
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 30.0
 """Seconds before a process that ended is started again: doubled each time up to the second."""
@@ -47,7 +46,7 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
     home = Path(tempfile.mkdtemp(prefix="fedlora-site-"))
     try:
         secret = home / "secret"
-        keys.write_secret(secret, secrets.token_bytes(32))
+        write_secret(secret, secrets.token_bytes(32))
         inner = f"127.0.0.1:{free_port()}"
         node = Child(
             [

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
-from pathlib import Path
 from typing import NamedTuple
 
 from cryptography import x509
@@ -32,17 +30,6 @@ class Authority(NamedTuple):
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
-
-
-def write_secret(file: Path, content: bytes) -> None:
-    """Writes a new file that nobody else can read, not even for a moment.
-
-    Raises:
-        FileExistsError: there is such a file.
-    """
-    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as opened:
-        opened.write(content)
 
 
 def make_authority() -> Authority:

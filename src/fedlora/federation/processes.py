@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedlora.errors import FedloraError
+from fedlora.errors import ProcessError
 
 PATIENCE = 60.0
 """Seconds that a process has to come up."""
@@ -31,10 +31,6 @@ _QUIET = {
 }
 """No word to anyone, nothing installed at run time."""
 _PR_SET_PDEATHSIG = 1
-
-
-class ProcessError(FedloraError):
-    """A process of Flower's did not come up, or ended."""
 
 
 def quiet() -> None:
@@ -117,6 +113,17 @@ def stop_all(children: Iterable[Child]) -> None:
         child.ask()
     for child in children:
         child.stop()
+
+
+def write_secret(file: Path, content: bytes) -> None:
+    """Writes a new file that nobody else can read, not even for a moment.
+
+    Raises:
+        FileExistsError: there is such a file.
+    """
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as opened:
+        opened.write(content)
 
 
 def free_port() -> int:

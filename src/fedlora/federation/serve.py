@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING
 from fedlora.config import Experiment
 from fedlora.engines.remote import Courier
 from fedlora.engines.rules import Rules
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, FedloraError, ProcessError
 from fedlora.experiment import Result
-from fedlora.federation import keys
 from fedlora.federation.federate import federate
 from fedlora.federation.folder import ServerConfig, public_keys
-from fedlora.federation.processes import Child, ProcessError, quiet, wait_until_up
-from fedlora.federation.versions import PRIVATE, check_flower
+from fedlora.federation.processes import Child, quiet, wait_until_up, write_secret
+from fedlora.flower_versions import PRIVATE, check_flower
+from fedlora.tasks import Sites
 from fedlora.track import Tracker
 from fedlora.watch import Watcher
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from fedlora.engines.flower.runtime import Link
 
 Tell = Callable[[str], None]
+RESTARTS = 5
+"""How often in a row a SuperLink that does not come up is tried."""
 
 
 def serve(
@@ -60,6 +61,8 @@ def serve(
     check_flower(PRIVATE)
     quiet()
     config = ServerConfig.load(federation)
+    if insecure and isinstance(experiment.data, Sites):
+        raise ConfigError("in plain text nobody knows which site is which; leave --insecure out")
     keys_of = {} if insecure else public_keys(federation, config)
     rules = rules or config.rules
     with superlink(federation, config.port, tell, insecure) as link, sites_of(link, keys_of) as courier:
@@ -81,8 +84,8 @@ def sites_of(link: Link, public: Mapping[str, bytes]) -> Iterator[Courier]:
 
     known = {name: runtime.key_of(key) for name, key in public.items()}
     runtime.register(link, known)
-    runtime.start_run(link)
-    with runtime.open_grid(link) as grid:
+    run = runtime.start_run(link)
+    with runtime.open_grid(link, run) as grid:
         yield GridCourier(grid, lambda: runtime.addresses(grid, known))
 
 
@@ -108,7 +111,7 @@ def superlink(federation: Path, port: int, tell: Tell, insecure: bool) -> Iterat
     home.mkdir(exist_ok=True, mode=0o700)
     secret = home / "secret"
     if not secret.exists():
-        keys.write_secret(secret, secrets.token_bytes(32))
+        write_secret(secret, secrets.token_bytes(32))
     address = f"127.0.0.1:{port}"
     child = Child(
         [
@@ -121,30 +124,34 @@ def superlink(federation: Path, port: int, tell: Tell, insecure: bool) -> Iterat
     )  # fmt: skip
     ended = threading.Event()
     up = threading.Event()
-    failure: list[ProcessError] = []
+    failures: list[str] = []
 
-    def keep() -> None:
-        # a child dies with the thread that started it
+    def begin() -> bool:
         try:
             child.start()
             wait_until_up(child, address, ca)
-        except ProcessError as error:
-            failure.append(error)
+        except (FedloraError, OSError) as error:
+            failures.append(f"the SuperLink does not come up: {error}")
+            return False
+        failures.clear()
+        return True
+
+    def keep() -> None:
+        # a child dies with the thread that started it
+        came = begin()
         up.set()
-        while not ended.wait(0.2) and not failure:
+        while came and not ended.wait(0.2) and len(failures) < RESTARTS:
             if not child.alive:
                 tell(f"the SuperLink ended and is started again ({child.last_words()[-200:]})")
-                with contextlib.suppress(ProcessError):
-                    child.start()
-                    wait_until_up(child, address, ca)
+                begin()
         child.stop()
 
     thread = threading.Thread(target=keep, name="superlink", daemon=True)
     thread.start()
     try:
         up.wait()
-        if failure:
-            raise failure[0]
+        if failures:
+            raise ProcessError(failures[0])
         yield Link(address, ca.read_bytes() if ca else None, secret.read_bytes())
     finally:
         ended.set()

@@ -16,16 +16,18 @@ import torch
 from fedlora.config import Experiment
 from fedlora.engines.remote import Courier
 from fedlora.engines.rules import Rules
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, ProcessError
 from fedlora.experiment import Result
 from fedlora.federation.federate import federate
-from fedlora.federation.processes import ProcessError, quiet
-from fedlora.federation.versions import PRIVATE, check_flower
+from fedlora.federation.processes import quiet
+from fedlora.flower_versions import PRIVATE, check_flower
 from fedlora.tasks import Sites
 from fedlora.track import Tracker
 from fedlora.watch import Watcher
 
 T = TypeVar("T")
+LONGEST = 30 * 86400.0
+"""Seconds of a round under Ray, where nobody is late."""
 
 
 def simulate(
@@ -61,7 +63,7 @@ def simulate(
         def begun() -> None:
             write_site(place, experiment.device)
 
-        rules = Rules()
+        rules = Rules(round_timeout=LONGEST)
         return federate(
             experiment, folder, courier, rules, anywhere=True, watcher=watcher, trackers=trackers, begun=begun
         )

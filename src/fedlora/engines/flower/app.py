@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import httpx
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -18,13 +19,19 @@ from fedlora.engines.remote import Arrived, Courier
 from fedlora.engines.rules import Rules, SiteConfig
 from fedlora.engines.site import Site
 from fedlora.errors import WireError
+from fedlora.flower_versions import PUBLIC, check_flower
 
+check_flower(PUBLIC)
 CHUNK = 1 << 20
 """Bytes of an array: larger ones time out over slow links."""
 LARGEST = 1 << 33
 """No letter is longer."""
 SITE_FILE = "FEDLORA_SITE"
 """The environment variable that names a site's file."""
+TRANSPORT: tuple[type[Exception], ...] = (httpx.HTTPError, OSError)
+"""What is no answer's fault."""
+BATCHES = 32
+"""So many questions for answers at most."""
 _TYPE = "fedlora.letter/1"
 _AT_FAULT = 2
 """Flower's code for an app that raised; all others are losses on the way."""
@@ -85,20 +92,35 @@ class GridCourier(Courier):
         """See ``Courier.collect``."""
         self._check()
         done = []
-        for message in self._grid.pull_messages(list(tickets)):
-            ticket = message.metadata.reply_to_message_id
-            if ticket not in tickets:  # an error of the link itself names none
-                continue
-            if message.has_error():
-                reason = re.sub(r"\s+", " ", message.error.reason or "no reason given")[:300]
-                again = message.error.code != _AT_FAULT
-                done.append(Arrived(ticket, None, f"Flower's code {message.error.code}: {reason}", again))
-                continue
+        size = max(1, len(tickets) // BATCHES)
+        # few at a time, so that an answer that Flower cannot read spoils few others
+        for first in range(0, len(tickets), size):
+            asked = tickets[first : first + size]
             try:
-                done.append(Arrived(ticket, unpack(message.content)))
-            except WireError as error:
-                done.append(Arrived(ticket, None, str(error)))
+                found = list(self._grid.pull_messages(list(asked)))
+            except TRANSPORT:
+                raise
+            except Exception as error:
+                logging.getLogger("fedlora").warning("an answer cannot be read", exc_info=error)
+                why = f"an answer that Flower cannot read ({type(error).__name__})"
+                done += [Arrived(ticket, None, why) for ticket in asked]
+                continue
+            for message in found:
+                # an error of the link itself names no ticket
+                ticket = message.metadata.reply_to_message_id or (asked[0] if size == 1 else "")
+                if ticket in asked:
+                    done.append(self._arrived(ticket, message))
         return done
+
+    def _arrived(self, ticket: str, message: Message) -> Arrived:
+        if message.has_error():
+            reason = re.sub(r"\s+", " ", message.error.reason or "no reason given")[:300]
+            again = message.error.code != _AT_FAULT
+            return Arrived(ticket, None, f"Flower's code {message.error.code}: {reason}", again)
+        try:
+            return Arrived(ticket, unpack(message.content))
+        except WireError as error:
+            return Arrived(ticket, None, str(error))
 
 
 def nodes_of(grid: Grid) -> Mapping[str, int]:

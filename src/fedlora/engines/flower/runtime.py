@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import httpx
 from cryptography.hazmat.primitives import serialization
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto, context_to_proto, fab_to_proto, run_from_proto
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
 from flwr.serverapp import Grid
 from flwr.supercore.constant import TaskType
@@ -32,12 +32,19 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from fedlora.errors import ProcessError
+
 POLL = 0.2
+PATIENCE = 120.0
+"""Seconds that a run may take to begin."""
+LONGEST_OUTAGE = 600.0
+"""Seconds that a SuperLink may be gone."""
 _PROJECT = b"""[project]
 name = "fedlora-app"
 version = "0.1.0"
@@ -85,7 +92,7 @@ def key_of(public: bytes) -> bytes:
 
 
 def register(link: Link, keys: dict[str, bytes]) -> None:
-    """Makes the SuperLink accept these sites, those that it does not know yet.
+    """Makes the SuperLink accept these sites and no others.
 
     Args:
         link: to the SuperLink.
@@ -93,21 +100,24 @@ def register(link: Link, keys: dict[str, bytes]) -> None:
     """
     control = _control(link)
     try:
-        known = {bytes(node.public_key) for node in control.ListNodes(ListNodesRequest()).nodes_info}
+        nodes = control.ListNodes(ListNodesRequest()).nodes_info
+        known = {bytes(node.public_key): node.node_id for node in nodes if not node.unregistered_at}
         for name, key in keys.items():
             if key not in known:
                 control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+        for key in known.keys() - set(keys.values()) if keys else ():
+            control.UnregisterNode(UnregisterNodeRequest(node_id=known[key]))
     finally:
         control.close()
 
 
-def start_run(link: Link) -> None:
-    """Starts a run, whose server app is then there to be taken."""
+def start_run(link: Link) -> int:
+    """Starts a run, whose server app is then there to be taken; its number."""
     fab, _ = build_fab_from_files({"pyproject.toml": _PROJECT})
     control = _control(link)
     try:
         digest = hashlib.sha256(fab).hexdigest()
-        control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, fab, {}))))
+        return int(control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, fab, {})))).run_id)
     finally:
         control.close()
 
@@ -129,43 +139,76 @@ def _runtime(link: Link, token: str | None = None) -> RuntimeHttpClient:
     )
 
 
-def _acquire(client: RuntimeHttpClient, kind: TaskType) -> str:
-    """Waits for a task; its token."""
-    while True:
+def _acquire(client: RuntimeHttpClient, kind: TaskType, seconds: float) -> str:
+    """Waits for a task; its token.
+
+    Raises:
+        ProcessError: none came.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
         answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
         if answer.HasField("task") and answer.token:
             return str(answer.token)
         time.sleep(POLL)
+    raise ProcessError(f"the SuperLink gave no task in {seconds:.0f} s; its log says more")
 
 
 @contextmanager
-def open_grid(link: Link) -> Iterator[Grid]:
-    """The grid of the run that ``start_run`` began; when it closes, the run is over."""
+def open_grid(link: Link, run: int) -> Iterator[Grid]:
+    """The grid of a run that ``start_run`` began; when it closes, the run is over.
+
+    Args:
+        link: to the SuperLink.
+        run: its number; runs that were begun before and never taken are ended.
+
+    Raises:
+        ProcessError: the SuperLink cannot be reached any more, or gave the run up.
+    """
     client = _runtime(link)
-    token = _acquire(client, TaskType.SERVER_APP)
-    client.close()
-    grid = HttpGrid(runtime_api_address=link.address, insecure=link.ca is None, root_certificates=link.ca, token=token)
-    runtime = grid._runtime_client
+    try:
+        while True:
+            token = _acquire(client, TaskType.SERVER_APP, PATIENCE)
+            grid = HttpGrid(
+                runtime_api_address=link.address, insecure=link.ca is None, root_certificates=link.ca, token=token
+            )
+            grid._retry_invoker.max_time = LONGEST_OUTAGE
+            runtime = grid._runtime_client
+            told = runtime.PullTaskInput(PullTaskInputRequest())
+            context = context_from_proto(told.context)
+            if told.run.run_id == run:
+                break
+            _end(grid, context, SubStatus.FAILED, "it was never taken")
+    finally:
+        client.close()
     heart = HeartbeatSender(make_task_heartbeat_fn_http(runtime))
     heart.start()
-    told = runtime.PullTaskInput(PullTaskInputRequest())
     TaskIdentity.task_id, TaskIdentity.run_id = told.task_id, told.run.run_id
     TaskIdentity.node_id = told.context.node_id
-    context = context_from_proto(told.context)
     grid.set_run(run_from_proto(told.run))
     status, details = SubStatus.FAILED, "it was stopped"
     try:
         yield grid
         status, details = SubStatus.COMPLETED, ""
+    except (httpx.HTTPError, RunNotRunningException) as error:
+        raise ProcessError(
+            f"the SuperLink cannot be reached any more, or gave the run up ({type(error).__name__}); the same command "
+            "goes on"
+        ) from error
     finally:
         heart.stop()
-        grid._retry_invoker.max_tries = 1  # whoever is gone cannot be told
-        request = PushTaskOutputRequest(context=context_to_proto(context), sub_status=status, details=details)
-        try:
-            runtime.PushTaskOutput(request)
-        except httpx.HTTPError as error:
-            logging.getLogger("fedlora").debug("the end of the run could not be told: %s", error)
-        grid.close()
+        _end(grid, context, status, details)
+
+
+def _end(grid: HttpGrid, context: Context, status: str, details: str) -> None:
+    """Tells the SuperLink how a run ended, if it is there."""
+    grid._retry_invoker.max_tries = 1
+    request = PushTaskOutputRequest(context=context_to_proto(context), sub_status=status, details=details)
+    try:
+        grid._runtime_client.PushTaskOutput(request)
+    except (httpx.HTTPError, RunNotRunningException) as error:
+        logging.getLogger("fedlora").debug("the end of the run could not be told: %s", error)
+    grid.close()
 
 
 def addresses(grid: Grid, keys: dict[str, bytes]) -> dict[str, int]:
@@ -201,7 +244,8 @@ def take_messages(link: Link, handle: Callable[[Message], Message]) -> None:
                 reply, status, details = handle(message), SubStatus.COMPLETED, ""
             except Exception as error:
                 logging.getLogger("fedlora").exception("a message could not be answered")
-                status, details = SubStatus.FAILED, f"{type(error).__name__}: {error}"
+                # its words may quote rows
+                status, details = SubStatus.FAILED, f"{type(error).__name__}; the site's own log says more"
                 reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=details), reply_to=message)
             push_message(task, reply, context)
             push_task_output(task, context, status, details)
