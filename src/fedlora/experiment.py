@@ -244,8 +244,8 @@ def _round(
             warnings += (f"round {state.round + 1} was tried again: {error}",)
             # they are told everything anew
             known = {one: memory for one, memory in state.clients.items() if one not in error.refused}
-            others = {one: params for one, params in state.held.items() if one not in error.refused}
-            state = dataclasses.replace(state, clients=known, held=others)
+            told = {one: params for one, params in state.held.items() if one not in error.refused}
+            state = dataclasses.replace(state, clients=known, held=told)
 
 
 def _resume(files: RunFolder, facts: dict[str, str]) -> tuple[ServerState | None, list[Row]]:

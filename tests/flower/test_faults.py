@@ -93,12 +93,12 @@ def test_a_client_that_raises_is_refused_and_named(root: Path, federation: Feder
             folder.write_text("in the way")
 
     with at(lambda: rounds_done(where) >= 1, spoil, done):
-        result = federation.run(chosen(root, SLOW, rounds=4), where)
+        result = federation.run(chosen(root, SLOW, rounds=8), where)
     assert done
     told = [row.refused for row in result.rows[1:]]
     assert {client for row in told for client in row} == {"1"}
     assert any("Flower's code 2: FileExistsError" in row.get("1", "") for row in told)
-    assert result.rounds == 4
+    assert result.rounds == 8
 
 
 def test_a_killed_worker_is_started_again_and_asked_again(root: Path, federation: Federation) -> None:

@@ -18,7 +18,7 @@ from tiny import experiment
 from fedlora.engines.rules import Rules, SiteConfig
 from fedlora.errors import ConfigError
 from fedlora.federation import folder, join, keys
-from fedlora.federation.processes import Child
+from fedlora.federation.processes import Child, write_secret
 
 from .conftest import Federation, processes_of
 
@@ -36,7 +36,7 @@ def test_keys_are_their_owner_s_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="never overwritten"):
         folder.init(tmp_path / "fed", ["a"], "localhost")
     with pytest.raises(FileExistsError):
-        keys.write_secret(secrets[0], b"")
+        write_secret(secrets[0], b"")
     loaded = SiteConfig.load(tmp_path / "fed" / "sites" / "clinic" / "site.toml")
     assert loaded.name == "clinic"
     assert folder.ServerConfig.load(tmp_path / "fed" / "server").rules == Rules(min_available=2)
@@ -81,7 +81,7 @@ def test_an_unknown_key_gets_no_work_and_sees_no_message(root: Path, federation:
     stranger = root / "stranger"
     stranger.mkdir()
     private, _ = keys.make_site()
-    keys.write_secret(stranger / "site.key", private)
+    write_secret(stranger / "site.key", private)
     (stranger / "ca.crt").write_bytes((federation.place / "server" / "ca.crt").read_bytes())
     document = {"name": "site-0", "share": {"number": 0, "of": 1}, "poll_seconds": 0.1}
     (stranger / "site.toml").write_text(tomli_w.dumps(document))
@@ -162,7 +162,7 @@ def test_a_site_leaves_politely(root: Path, federation: Federation) -> None:
     (place / "site.toml").write_text(tomli_w.dumps({"name": "a", "share": {"number": 0, "of": 1}}))
     source = federation.place / "sites" / "site-0"
     (place / "ca.crt").write_bytes((source / "ca.crt").read_bytes())
-    keys.write_secret(place / "site.key", keys.make_site()[0])
+    write_secret(place / "site.key", keys.make_site()[0])
     command = [sys.executable, "-m", "fedlora", "join", f"127.0.0.1:{federation.config.port}"]
     process = subprocess.Popen(
         [*command, "--site-config", str(place / "site.toml")], stderr=subprocess.PIPE, text=True, start_new_session=True
