@@ -40,8 +40,8 @@ class Packet(NamedTuple):
     Attributes:
         raw: the bytes that travel.
         sizes: their number by part, and under ``envelope`` what belongs to none; the sum is ``len(raw)``.
-        kept: how many entries of each part are not zero on arrival.
-        trees: what ``unpack`` will give, bit for bit; nothing if it was not asked for.
+        kept: how many entries of each part are not zero on arrival; nothing if it was not asked for.
+        trees: what ``unpack`` will give, bit for bit; the same.
     """
 
     raw: bytes
@@ -86,7 +86,7 @@ def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = 
         section, values = _pack_section(part, tree, forms.get(part, Form()))
         if trees:
             told[part] = unflatten(torch.from_numpy(values), tree)
-        kept[part] = int(np.count_nonzero(values != 0))  # counting floats themselves is slow
+            kept[part] = int(np.count_nonzero(values != 0))  # counting floats themselves is slow
         sizes[part] = sum(map(len, section))
         chunks += section
         for chunk in section:
