@@ -113,9 +113,8 @@ def run(
         sent = experiment.mode == "federated"
         return _run_phases(effective, setting, files, watcher, trackers, sent, engine)
     except KeyboardInterrupt:
-        raise Stopped(
-            f"stopped; every finished round is saved. Go on with: fedlora run {shlex.quote(str(path))}"
-        ) from None
+        on = "The same command goes on" if engine else f"Go on with: fedlora run {shlex.quote(str(path))}"
+        raise Stopped(f"stopped; every finished round is saved. {on}") from None
 
 
 def _run_phases(

@@ -17,8 +17,8 @@ from tiny import experiment
 
 from fedlora.engines.rules import Rules, SiteConfig
 from fedlora.errors import ConfigError
-from fedlora.federation import folder, join, keys
-from fedlora.federation.processes import Child, write_secret
+from fedlora.federation import folder, join, keys, serve
+from fedlora.federation.processes import Child, free_port, write_secret
 
 from .conftest import Federation, processes_of
 
@@ -124,6 +124,45 @@ def test_a_task_is_not_handed_to_whoever_asks(federation: Federation) -> None:
     assert answer.status_code in (401, 403), answer.text
 
 
+def test_keys_of_sites_that_left_are_accepted_no_more(root: Path) -> None:
+    from flwr.proto.control_pb2 import ListNodesRequest
+
+    from fedlora.engines.flower import runtime
+
+    place = root / "leaving"
+    folder.init(place, ["clinic", "hospital"], "localhost", port=free_port())
+    config = folder.ServerConfig.load(place / "server")
+    known = {name: runtime.key_of(key) for name, key in folder.public_keys(place / "server", config).items()}
+    with serve.superlink(place / "server", config.port, print, False) as link:
+
+        def accepted() -> set[bytes]:
+            control = runtime._control(link)
+            nodes = control.ListNodes(ListNodesRequest()).nodes_info
+            control.close()
+            return {bytes(node.public_key) for node in nodes if not node.unregistered_at}
+
+        runtime.register(link, known)
+        assert accepted() == set(known.values())
+        runtime.register(link, {"clinic": known["clinic"]})
+        assert accepted() == {known["clinic"]}
+
+
+def test_plain_text_works_on_this_machine_when_it_is_asked_for(root: Path) -> None:
+    place = root / "plain"
+    folder.init(place, ["site-0"], "localhost", port=free_port())
+    port = folder.ServerConfig.load(place / "server").port
+    site = place / "sites" / "site-0"
+    (site / "site.toml").write_text(
+        tomli_w.dumps({"name": "site-0", "share": {"number": 0, "of": 1}, "poll_seconds": 0.2})
+    )
+    command = [sys.executable, "-m", "fedlora", "join", "--insecure", f"127.0.0.1:{port}"]
+    with Child([*command, "--site-config", str(site / "site.toml")], site / "processes"):
+        chosen = experiment(root, rounds=1)
+        result = serve.serve(chosen, root / "plain-run", place / "server", rules=Rules(), insecure=True)
+    assert result.rows[1].refused == {}
+    assert len(result.rows[1].cohort) == 3
+
+
 def test_nothing_is_installed_and_nobody_is_told(federation: Federation) -> None:
     seen = 0
     for pid in processes_of(str(federation.place)):
@@ -179,7 +218,6 @@ def test_a_site_leaves_politely(root: Path, federation: Federation) -> None:
 
 @pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="nginx is not installed")
 def test_the_proxy_lets_sites_through_and_nobody_to_the_control_interface(root: Path, federation: Federation) -> None:
-    from fedlora.federation.processes import free_port
     from fedlora.federation.texts import PROXY
 
     server = federation.place / "server"
