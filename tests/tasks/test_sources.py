@@ -352,6 +352,7 @@ def test_the_table_and_the_union_agree() -> None:
         "files": {"train": "a.csv"},
         "hub": {"path": "owner/name"},
         "image_folder": {"path": "pictures"},
+        "sites": {"test": "test.jsonl"},
     }
     for kind, cls in SOURCES.items():
         assert type(adapter.validate_python({"kind": kind, **needed[kind]})) is cls
