@@ -142,7 +142,7 @@ def test_a_site_killed_mid_round_and_back_changes_nothing(root: Path, federation
 def test_a_superlink_killed_mid_round_comes_back_with_its_database(root: Path, federation: Federation) -> None:
     where, done = root / "superlink", []
     text = str(federation.place / "server" / "superlink" / "state.db")
-    with at(lambda: rounds_done(where) >= 1, lambda: kill(text, "flower-superlink"), done):
+    with at(lambda: rounds_done(where) >= 1, lambda: kill(text, "engines.flower.superlink"), done):
         federation.run(chosen(root, SLOW), where, PATIENT)
     assert done
     assert any("started again" in text for text in federation.told)
