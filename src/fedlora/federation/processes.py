@@ -144,14 +144,14 @@ def wait_until_up(child: Child, address: str, ca: Path | None) -> None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if not child.alive:
-            raise ProcessError(f"{child.command[0]} ended at once: {child.last_words()}")
+            raise ProcessError(f"the process ended at once: {child.last_words()}")
         with (
             contextlib.suppress(urllib.error.URLError, OSError),
             urllib.request.urlopen(url, timeout=2, context=context),
         ):
             return
         time.sleep(0.1)
-    raise ProcessError(f"{child.command[0]} does not answer at {address}: {child.last_words()}")
+    raise ProcessError(f"nothing answers at {address}: {child.last_words()}")
 
 
 def _die_with_parent() -> None:

@@ -116,7 +116,8 @@ def superlink(federation: Path, port: int, tell: Tell, insecure: bool) -> Iterat
     address = f"127.0.0.1:{port}"
     child = Child(
         [
-            sys.executable, "-m", "fedlora.engines.flower.superlink", "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
+            sys.executable, "-m", "fedlora.engines.flower.superlink",
+            "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
             *(_tls(federation) if ca else ["--insecure"]),
             "--disable-runtime-dependency-installation", "--database", str(home / "state.db"),
             "--superexec-auth-secret-file", str(secret),
