@@ -26,6 +26,8 @@ from fedlora.federation.federate import federate
 from fedlora.federation.processes import Child
 
 SITES = 4
+# Ray's own limit; fedlora says so where it is met
+needs_ray = pytest.mark.skipif(" " in sys.executable, reason="Ray does not work where the path of Python has a space")
 torch.set_num_threads(1)
 
 
@@ -133,4 +135,4 @@ def leftovers(place: Path) -> list[str]:
     ]
 
 
-__all__ = ["SITES", "Federation", "demo", "federation", "processes_of", "root"]
+__all__ = ["SITES", "Federation", "demo", "federation", "needs_ray", "processes_of", "root"]

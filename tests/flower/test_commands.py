@@ -17,8 +17,9 @@ from fedlora import cli
 from fedlora import flower_versions as versions
 from fedlora.config import parse
 from fedlora.errors import ConfigError
+from fedlora.federation.simulate import simulate
 
-from .conftest import processes_of
+from .conftest import needs_ray, processes_of
 
 
 def fedlora_said(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,6 +42,7 @@ def test_the_demo_is_a_whole_federation_and_takes_itself_down(root: Path) -> Non
     assert (place / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
+@needs_ray
 def test_the_simulation_is_one_option_away(root: Path) -> None:
     values = document(root, "flasc", "clients.num=4", "clients.per_round=4", rounds=2)
     file = root / "simulated.toml"
@@ -51,6 +53,7 @@ def test_the_simulation_is_one_option_away(root: Path) -> None:
     assert ledger(root / "simulated") == ledger(root / "simulated-serial")
 
 
+@needs_ray
 def test_a_run_under_ray_that_cannot_go_well_ends_with_its_sentence(root: Path) -> None:
     values = document(root, "lora", "clients.num=4", "clients.per_round=4", "method.local.optimizer.lr=1e30", rounds=2)
     file = root / "hopeless.toml"
@@ -58,6 +61,14 @@ def test_a_run_under_ray_that_cannot_go_well_ends_with_its_sentence(root: Path) 
     done = fedlora_said("run", str(file), "--engine", "flower-simulation", "--out", str(root / "hopeless"))
     assert done.returncode == 2
     assert "lower local.optimizer.lr" in done.stderr
+
+
+def test_where_ray_would_wait_for_ever_it_is_told_so(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/my tools/python")
+    with pytest.raises(ConfigError, match="path of Python has a space"):
+        simulate(parse(document(root)), tmp_path / "run")
 
 
 def test_serve_and_join_say_what_is_missing(root: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fedlora.federation.simulate import with_ray, write_site
 from fedlora.methods import METHODS
 from fedlora.state import load_state
 
-from .conftest import Federation
+from .conftest import Federation, needs_ray
 
 WARM = {"warm_rounds": 1, "warm_local": LOCAL}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -104,6 +104,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert [name for name, value in left.folds.total.items() if not torch.equal(value, right.folds.total[name])] == []
 
 
+@needs_ray
 @pytest.mark.parametrize("name", NAMES)
 def test_ray_gives_the_bits_of_one_process(root: Path, serial: Path, ray: Path, name: str) -> None:
     label = runs(root)[name].label

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,8 +92,14 @@ def with_ray(
 
     Raises:
         ProcessError: the workers are gone.
+        ConfigError: Ray would not work here.
     """
     check_flower(PRIVATE)
+    if " " in sys.executable:
+        raise ConfigError(
+            f"Ray cannot start workers where the path of Python has a space ({sys.executable}), and would wait for ever; "
+            "install fedlora in another place, or use another engine"
+        )
     quiet()
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
