@@ -152,7 +152,8 @@ class Remote(Engine):
         self._wait_for(self.min_clients)
 
     def _wait_for(self, least: int) -> None:
-        deadline = time.monotonic() + self.rules.round_timeout
+        # under Ray nobody is late, and yet workers may never come
+        deadline = time.monotonic() + min(self.rules.round_timeout, 3600.0)
         said = False
         while True:
             online = self.courier.sites()

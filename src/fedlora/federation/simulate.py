@@ -97,8 +97,8 @@ def with_ray(
     check_flower(PRIVATE)
     if " " in sys.executable:
         raise ConfigError(
-            f"Ray cannot start workers where the path of Python has a space ({sys.executable}), and would wait for ever; "
-            "install fedlora in another place, or use another engine"
+            f"Ray cannot start workers where the path of Python has a space ({sys.executable}), and would wait for "
+            "ever; install fedlora in another place, or use another engine"
         )
     quiet()
     from flwr.serverapp import ServerApp
