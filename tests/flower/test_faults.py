@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -87,18 +87,18 @@ def test_a_client_that_raises_is_refused_and_named(root: Path, federation: Feder
     state = federation.place / "sites" / "site-1" / "state"
 
     def spoil() -> None:
-        # where what it remembers should go there is a file: an error of the site's own, not of a letter
-        for folder in state.glob("*/client-1"):
-            shutil.rmtree(folder)
-            folder.write_text("in the way")
+        # where a file should be there is a folder: an error of the site's own, not of a letter
+        run = json.loads((where / "federation.json").read_text())["run"]
+        (state / run / "setup-0.bin").unlink()
+        (state / run / "setup-0.bin").mkdir()
 
     with at(lambda: rounds_done(where) >= 1, spoil, done):
-        result = federation.run(chosen(root, SLOW, rounds=8), where)
+        result = federation.run(chosen(root, SLOW, rounds=4), where)
     assert done
     told = [row.refused for row in result.rows[1:]]
-    assert {client for row in told for client in row} == {"1"}
-    assert any("Flower's code 2: FileExistsError" in row.get("1", "") for row in told)
-    assert result.rounds == 8
+    assert {client for row in told for client in row} == {"1", "5"}
+    assert "Flower's code 2: IsADirectoryError" in told[-1]["5"]
+    assert result.rounds == 4
 
 
 def test_a_killed_worker_is_started_again_and_asked_again(root: Path, federation: Federation) -> None:
