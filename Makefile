@@ -34,8 +34,9 @@ $(FLOWER)/.installed: pyproject.toml constraints.txt
 		-c $(FLOWER)/constraints.txt
 	touch $(FLOWER)/.installed
 
-flower: $(FLOWER)/.installed  ## the tests of federations over several machines: real servers, TLS, Ray
-	$(FLOWER)/bin/python -m pytest tests/flower tests/test_structure.py
+WHICH ?= not slow
+flower: $(FLOWER)/.installed  ## the tests of several machines: real servers, TLS, Ray; WHICH=slow for 20 MB over a slow link
+	$(FLOWER)/bin/python -m pytest tests/flower tests/test_structure.py -m "$(WHICH)"
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/python -m ruff format --check .
