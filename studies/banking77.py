@@ -50,14 +50,17 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
 
 
 GRIDS: dict[str, tuple[float, ...]] = {
-    "full": (3e-4, 1e-3),
+    "full": (3e-4, 1e-3, 3e-3),
     "lora": (3e-3, 1e-2, 3e-2),
-    "ffa": (1e-2, 3e-2),
-    "rolora": (1e-2, 3e-2),
-    "federa": (3e-3, 1e-2),
-    "flora": (3e-3, 1e-2),
+    "ffa": (1e-2, 3e-2, 1e-1),
+    "rolora": (3e-3, 1e-2, 3e-2),
+    "fedex": (3e-3, 1e-2, 3e-2),
+    "flexlora": (3e-3, 1e-2, 3e-2),
+    "flora": (3e-3, 1e-2, 3e-2),
+    "federa": (3e-3, 1e-2, 3e-2),
+    "slora": (3e-3, 1e-2, 3e-2),
+    "primed_lora": (3e-3, 1e-2, 3e-2),
 }
-# those without a grid use LoRA's rate
 BEST = {
     "full": 1e-3,
     "lora": 1e-2,

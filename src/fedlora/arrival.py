@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fedlora import tree
 from fedlora.errors import WireError
 from fedlora.jobs import Job, Reply
 from fedlora.state import ClientState
@@ -91,15 +89,11 @@ def _check(job: Job, delta: Tree, report: Mapping[str, float], most: float) -> N
     Raises:
         WireError: a value is not finite, a count is none, or the rank is none that the client could have come to.
     """
-    if not tree.is_finite(delta):
-        raise WireError("values of the update are not finite")
     counts = {name: report[name] for name in ("examples", "steps", "below") if name in report}
     if not all(0 <= value <= LARGEST_COUNT for value in counts.values()):  # NaN is not either
         raise WireError(f"the report says {counts}; these are counts")
     if report.get("examples", 0.0) > most:
         raise WireError(f"it says that it trained on {report['examples']:g} examples, and it has {most:g} at most")
-    if not math.isfinite(report.get("loss", 0.0)):
-        raise WireError("the loss is not finite")
     shrink, rank = job.recipe.shrink, job.recipe.rank
     if shrink and report["rank"] not in (rank, shrink.fewer(rank)):
         told = report["rank"]

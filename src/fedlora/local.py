@@ -46,7 +46,7 @@ class Sgd(ClientOptimizer):
             _by_rate(parameters, self.lr, factors),
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            foreach=True,
+            fused=True,
         )
 
 
@@ -76,7 +76,7 @@ class AdamW(ClientOptimizer):
             betas=(self.beta1, self.beta2),
             eps=self.eps,
             weight_decay=self.weight_decay,
-            foreach=True,
+            fused=True,
         )
 
 

@@ -162,5 +162,4 @@ def _restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn
     for key, value in kept.items():
         name, slot = key.rsplit("/", 1)
         place = parameters[name]
-        # step counters live on the CPU, moments with their parameter
-        optimizer.state[place][slot] = value.clone() if value.dim() == 0 else value.to(place.device, copy=True)
+        optimizer.state[place][slot] = value.to(place.device, copy=True)

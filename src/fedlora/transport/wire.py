@@ -188,8 +188,9 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     with np.errstate(invalid="ignore"):  # NaN is refused where it is written
         values += 0.0  # flatten copied; -0.0 + 0.0 is 0.0. NumPy, as threads do not pay here
     stored = write_layout(values != 0, tree, form.precision.value_bits, form.draw)
+    chosen = values if stored.where is None else values[stored.where]
     try:
-        written = form.precision.write(values if stored.where is None else values[stored.where], stored.runs, form.seed)
+        written = form.precision.write(chosen, stored.runs, form.seed)
     except WireError as error:
         named = unflatten(torch.from_numpy(values), tree)
         largest = {name: float(value.abs().max()) for name, value in named.items() if value.numel()}
@@ -199,7 +200,9 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
             "precision; nothing was sent. Look for a diverged step: a lower learning rate or clipping may help."
         ) from error
     header = bytes([form.precision.code]) + form.precision.settings() + stored.raw
-    return [header, *written.chunks], _spread(written.values, stored.where, len(values))
+    if written.values is not chosen:  # they were rounded; else the rest of the vector is zero as it is
+        values = _spread(written.values, stored.where, len(values))
+    return [header, *written.chunks], values
 
 
 def _unpack_section(reader: Reader, like: Tree) -> NDArray[np.float32]:
