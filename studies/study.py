@@ -11,7 +11,6 @@ from typing import Any
 from fedlora.config import parse
 from fedlora.experiment import run
 from fedlora.folder import RunFolder
-from fedlora.setting import Setting, prepare
 
 RUNS, TABLES = Path("runs"), Path("docs/results")
 DATA, MODELS = Path("../shared/data"), Path("../shared/models")
@@ -43,22 +42,26 @@ class Study:
 
     def tune(self, labels: list[str]) -> None:
         """Runs every learning rate of every grid."""
-        setting: Setting | None = None
         for label in labels:
             for rate in self.grids[label]:
-                experiment = parse(self.document(label, rate, self.tuning_rounds, 0, True))
-                setting = setting or prepare(experiment)
-                result = run(experiment, RUNS / self.name / "tune" / f"{label}-{rate:g}", setting=setting)
-                print(self.name, label, rate, f"{result.after[self.metric]:.4f}", flush=True)
+                document = self.document(label, rate, self.tuning_rounds, 0, True)
+                value = self._run(document, RUNS / self.name / "tune" / f"{label}-{rate:g}")
+                print(self.name, label, rate, f"{value:.4f}", flush=True)
 
     def final(self, seed: int, labels: list[str]) -> None:
         """Runs every method at its chosen learning rate."""
-        setting: Setting | None = None
         for label in labels:
-            experiment = parse(self.document(label, self.chosen[label], self.rounds, seed, False))
-            setting = setting or prepare(experiment)
-            result = run(experiment, RUNS / self.name / f"{label}-{seed}", setting=setting)
-            print(self.name, label, seed, f"{result.after[self.metric]:.4f}", flush=True)
+            document = self.document(label, self.chosen[label], self.rounds, seed, False)
+            print(self.name, label, seed, f"{self._run(document, self._final(label, seed)):.4f}", flush=True)
+
+    def _final(self, label: str, seed: int) -> Path:
+        return RUNS / self.name / f"{label}-{seed}"
+
+    def _run(self, document: dict[str, Any], folder: Path) -> float:
+        """The main metric of a run, which begins, goes on, or is over already."""
+        if not (folder / "result.json").exists():
+            run(parse(document), folder)
+        return float(RunFolder(folder).read_json("result.json")["after"][self.metric])
 
     def gather(self) -> dict[str, Any]:
         """What the runs left: tuning figures, and for each final run its result and its curve."""
