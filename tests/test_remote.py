@@ -143,12 +143,10 @@ def with_raw(answer: bytes, change: Callable[[bytes], bytes]) -> bytes:
     return letters.write(letter.head, {"raw": change(letter.blobs["raw"])})
 
 
-def nan_inside(raw: bytes) -> bytes:
-    """The message with a NaN among its values, and the checksum that fits."""
-    at = raw.index(b"\x00\x00", 200)
+def nan_inside(raw: bytes, at: int) -> bytes:
+    """The message with a NaN in the eight bytes from ``at`` on, and the checksum that fits."""
     broken = bytearray(raw)
-    broken[-8:-4] = b"\x00\x00\xc0\x7f"
-    assert at
+    broken[at : at + 8] = b"\xff" * 8
     template, reference = int.from_bytes(raw[5:9], "little"), raw[4]
     broken[9:17] = wire.xxh3_64_intdigest(bytes(broken[17:]), seed=wire._seed(template, reference)).to_bytes(
         8, "little"
@@ -161,7 +159,8 @@ WRONGS: dict[str, tuple[Callable[[bytes, list[bytes]], bytes], str]] = {
     "nothing": (lambda answer, old: b"", "too short"),
     "a head that lies": (lambda answer, old: answer[:4] + b"\xff\xff\xff\x7f" + answer[8:], "head is to have"),
     "damaged": (lambda answer, old: with_raw(answer, lambda raw: raw[:-9] + b"x" + raw[-8:]), "checksum"),
-    "NaN": (lambda answer, old: with_raw(answer, nan_inside), "not finite|NaN"),
+    "NaN in the update": (lambda answer, old: with_raw(answer, lambda raw: nan_inside(raw, len(raw) // 2)), "NaN"),
+    "NaN in the report": (lambda answer, old: with_raw(answer, lambda raw: nan_inside(raw, len(raw) - 8)), "NaN"),
     "another shape": (
         lambda answer, old: with_raw(answer, lambda raw: wire.pack({"adapter": {"x": torch.zeros(3)}}, {}).raw),
         "other parts, names or shapes",
@@ -249,6 +248,17 @@ def test_a_site_that_stays_away_is_left_out_and_not_asked_in_the_next_round(worl
     result = federate(chosen, tmp_path / "run", post, Rules(rejoin_timeout=0.0))
     assert set(result.rows[2].refused) | set(map(str, result.rows[2].late)) <= {"2", "5", "8"}
     assert sorted(result.rows[3].cohort) == [0, 1, 3, 4, 6, 7]
+
+
+def test_a_site_that_is_there_and_takes_no_letters_is_given_up(world: Path, tmp_path: Path) -> None:
+    class Closed(Post):
+        def post(self, address: int, raw: bytes, seconds: float) -> str | None:
+            shut = address == 0 and letters.read(raw).head["kind"] == "job"
+            return None if shut else super().post(address, raw, seconds)
+
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    result = federate(chosen, tmp_path / "run", Closed(shared_sites(tmp_path / "sites", 3)), Rules(rejoin_timeout=0.5))
+    assert [set(row.refused) for row in result.rows[1:]] == [{"0", "3", "6"}] * 3
 
 
 def test_who_answers_late_is_dropped_and_told_so(world: Path, tmp_path: Path) -> None:

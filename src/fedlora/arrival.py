@@ -30,10 +30,10 @@ class Answer(NamedTuple):
 
     client: int
     reply: Reply
-    report: dict[str, float] = {}  # noqa: RUF012 - nobody writes to it
-    sizes: dict[str, int] = {}  # noqa: RUF012
-    kept: int = 0
-    counts: bool = False
+    report: dict[str, float]
+    sizes: dict[str, int]
+    kept: int
+    counts: bool
 
     @property
     def late(self) -> bool:
@@ -63,7 +63,7 @@ def read_reply(
         WireError: it cannot be read, and whoever sent it is trusted.
     """
     if reply.raw is None:
-        return Answer(job.client, reply), None
+        return Answer(job.client, reply, {}, {}, 0, counts=False), None
     try:
         largest = 4096 + sum(64 + 4 * value.numel() for part in like.values() for value in part.values())
         if len(reply.raw) > largest:
@@ -72,22 +72,22 @@ def read_reply(
         delta = join_groups(packet.trees, groups)
         report = {name: float(value) for name, value in packet.trees["report"].items()}
         most = LARGEST_COUNT if examples is None else float(examples * job.recipe.local.epochs)
-        _check(job, delta, report, most)
+        _check(job, report, most)
     except WireError as error:
         if trusted:
             raise
         # what such a client remembers is not known either: it is told everything anew
         refused = Reply(None, ClientState(), reply.seconds, f"a reply that cannot count: {error}", heard=False)
-        return Answer(job.client, refused, sizes={"refused": len(reply.raw)}), None
+        return Answer(job.client, refused, {}, {"refused": len(reply.raw)}, 0, counts=False), None
     kept = sum(count for part, count in packet.kept.items() if part != "report")
-    return Answer(job.client, reply._replace(raw=None), report, packet.sizes, kept, True), delta
+    return Answer(job.client, reply._replace(raw=None), report, packet.sizes, kept, counts=True), delta
 
 
-def _check(job: Job, delta: Tree, report: Mapping[str, float], most: float) -> None:
+def _check(job: Job, report: Mapping[str, float], most: float) -> None:
     """Refuses what no client would send that does what it is asked.
 
     Raises:
-        WireError: a value is not finite, a count is none, or the rank is none that the client could have come to.
+        WireError: a count is none, or the rank is none that the client could have come to.
     """
     counts = {name: report[name] for name in ("examples", "steps", "below") if name in report}
     if not all(0 <= value <= LARGEST_COUNT for value in counts.values()):  # NaN is not either

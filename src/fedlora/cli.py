@@ -24,15 +24,17 @@ from fedlora.terminal import (
     Overrides,
     RunOut,
     RunPath,
+    Tracks,
     experiment_of,
     folder_of,
+    watched,
 )
 from fedlora.terminal import show as show_result
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
     from fedlora.experiment import Result
-    from fedlora.track import Tracker
+    from fedlora.setting import Setting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,14 +55,14 @@ def run(
     set_: Overrides = None,
     out: RunOut = None,
     engine: Annotated[str, typer.Option(help="Where clients run: serial, or flower-simulation.")] = "serial",
-    track: Annotated[list[str] | None, typer.Option(help="Also send figures to: tensorboard.")] = None,
+    track: Tracks = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Run an experiment, or go on with one."""
     from fedlora.report import as_dict, result_table
 
     experiment, folder = experiment_of(config, set_, out)
-    result = _run(experiment, folder, track or [], engine=engine)
+    result = _run(experiment, folder, track, engine=engine)
     show_result(format_, as_dict(result), result_table(result))
 
 
@@ -199,17 +201,14 @@ def search(
     format_: AsFormat = Format.table,
 ) -> None:
     """Search rank and density for a budget of bytes, by short runs in pairs (FLASC-Search)."""
-    from fedlora.report import Live, search_table
+    from fedlora.report import search_table
     from fedlora.search import Bounds
     from fedlora.search import search as climb
 
     experiment, _ = experiment_of(config, set_, None)
     bounds = Bounds(rank, density, factor, 1e3 * kilobytes, max_rank)
-    watcher = Live(ERR)
-    try:
+    with watched(out, None) as (watcher, _):
         trials = climb(experiment, out, bounds, watcher=watcher)
-    finally:
-        watcher.close()
     values, table = search_table(trials)
     show_result(format_, values, table)
     if format_ is Format.table:
@@ -313,7 +312,7 @@ def demo(
     for method in METHODS:
         experiment = parse(configuration(method, set_ or []))
         setting = setting or prepare(experiment)
-        results.append(_run(experiment, out / method, [], setting))
+        results.append(_run(experiment, out / method, setting=setting))
     rows = comparison([as_dict(result) for result in results])
     show_result(format_, rows, comparison_table(rows))
     if format_ is Format.table:
@@ -328,31 +327,24 @@ def _task(experiment: Experiment) -> Any:
 
 
 def _run(
-    experiment: Experiment, folder: Path | None, tracks: list[str], setting: Any = None, engine: str = "serial"
+    experiment: Experiment,
+    folder: Path | None,
+    tracks: list[str] | None = None,
+    setting: Setting | None = None,
+    engine: str = "serial",
 ) -> Result:
     from fedlora.engines import ENGINES
     from fedlora.experiment import run as run_experiment
-    from fedlora.report import Live
-    from fedlora.track import TRACKERS
 
     folder = folder_of(experiment, folder)
-    unknown = [name for name in tracks if name not in TRACKERS]
-    if unknown:
-        raise ConfigError(f"there is no tracker {unknown[0]!r}; there are: {', '.join(TRACKERS)}")
     if engine not in ENGINES:
         raise ConfigError(f"there is no engine {engine!r}; there are: {', '.join(ENGINES)}")
-    watcher = Live(ERR)
-    trackers: list[Tracker] = [TRACKERS[name](folder / name) for name in tracks]
-    try:
+    with watched(folder, tracks) as (watcher, trackers):
         if engine == "flower-simulation":
             from fedlora.federation.simulate import simulate
 
             return simulate(experiment, folder, watcher=watcher, trackers=trackers)
         return run_experiment(experiment, folder, watcher=watcher, trackers=trackers, setting=setting)
-    finally:
-        watcher.close()
-        for tracker in trackers:
-            tracker.close()
 
 
 cli_federation.add_to(app)

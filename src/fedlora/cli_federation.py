@@ -17,9 +17,11 @@ from fedlora.terminal import (
     Format,
     Overrides,
     RunOut,
+    Tracks,
     experiment_of,
     folder_of,
     show,
+    watched,
 )
 
 federation = typer.Typer(no_args_is_help=True, help="Set up a federation over several machines, or try one on this.")
@@ -64,19 +66,18 @@ def demo(
     federation_: Annotated[
         Path, typer.Option("--federation", help="Folder of keys, certificates and what sites remember.")
     ] = Path("runs/federation"),
+    track: Tracks = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Run an experiment on sites of this machine: real processes, TLS and keys."""
     from fedlora.federation.demo import demo as run_demo
-    from fedlora.report import Live, as_dict, result_table
+    from fedlora.report import as_dict, result_table
 
     experiment, folder = experiment_of(config, set_, run_out)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (sites + 1))))
-    watcher = Live(ERR)
-    try:
-        result = run_demo(experiment, folder_of(experiment, folder), federation_, sites, watcher=watcher, tell=tell)
-    finally:
-        watcher.close()
+    where = folder_of(experiment, folder)
+    with watched(where, track) as (watcher, trackers):
+        result = run_demo(experiment, where, federation_, sites, watcher=watcher, trackers=trackers, tell=tell)
     show(format_, as_dict(result), result_table(result))
 
 
@@ -88,19 +89,19 @@ def serve(
         Path, typer.Option("--federation", help="The server's folder that `fedlora federation init` wrote.")
     ] = Path("federation/server"),
     insecure: Annotated[bool, typer.Option("--insecure", help="Plain text, on this machine alone.")] = False,
+    track: Tracks = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Run an experiment on the sites of a federation, or go on with it."""
     from fedlora.federation.serve import serve as run_server
-    from fedlora.report import Live, as_dict, result_table
+    from fedlora.report import as_dict, result_table
 
     experiment, folder = experiment_of(config, set_, run_out)
-    watcher = Live(ERR)
-    try:
-        where = folder_of(experiment, folder)
-        result = run_server(experiment, where, federation_, insecure=insecure, watcher=watcher, tell=tell)
-    finally:
-        watcher.close()
+    where = folder_of(experiment, folder)
+    with watched(where, track) as (watcher, trackers):
+        result = run_server(
+            experiment, where, federation_, insecure=insecure, watcher=watcher, trackers=trackers, tell=tell
+        )
     show(format_, as_dict(result), result_table(result))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +17,8 @@ from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
+    from fedlora.track import Tracker
+    from fedlora.watch import Watcher
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -31,6 +35,7 @@ ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, or the folder of 
 RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
 RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; goes on if it holds a checkpoint.")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value, over what the file says.")]
+Tracks = Annotated[list[str] | None, typer.Option("--track", help="Also send figures to: tensorboard.")]
 LinkText = Annotated[str | None, typer.Option("--link", help="A network: down=10Mbit,up=1Mbit,latency=50ms")]
 AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]
 
@@ -53,6 +58,32 @@ def folder_of(experiment: Experiment, folder: Path | None) -> Path:
     from fedlora.config import digest
 
     return folder or Path("runs") / f"{experiment.label}-{digest(experiment)}"
+
+
+@contextmanager
+def watched(folder: Path, tracks: list[str] | None) -> Iterator[tuple[Watcher, list[Tracker]]]:
+    """Progress on the terminal, and the places that figures also go to.
+
+    Args:
+        folder: of the run.
+        tracks: names of trackers.
+
+    Raises:
+        ConfigError: there is no such tracker.
+    """
+    from fedlora.report import Live
+    from fedlora.track import TRACKERS
+
+    if unknown := [name for name in tracks or [] if name not in TRACKERS]:
+        raise ConfigError(f"there is no tracker {unknown[0]!r}; there are: {', '.join(TRACKERS)}")
+    trackers: list[Tracker] = [TRACKERS[name](folder / name) for name in tracks or []]
+    watcher = Live(ERR)
+    try:
+        yield watcher, trackers
+    finally:
+        watcher.close()
+        for tracker in trackers:
+            tracker.close()
 
 
 def show(format_: Format, values: Any, table: Table) -> None:

@@ -26,7 +26,10 @@ def fedlora_said(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fedlora", *arguments], capture_output=True, text=True, timeout=300)
 
 
-def test_the_demo_is_a_whole_federation_and_takes_itself_down(root: Path) -> None:
+def test_the_demo_is_a_whole_federation_and_takes_itself_down(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     values = document(root, "lora", "clients.num=4", "clients.per_round=4", rounds=2)
     file = root / "demo.toml"
     file.write_text(tomli_w.dumps(values))
@@ -37,6 +40,7 @@ def test_the_demo_is_a_whole_federation_and_takes_itself_down(root: Path) -> Non
     assert json.loads(done.stdout)["rounds"] == 2
     assert "site-1 is there with 36 examples of 2 clients" in done.stderr
     assert processes_of(str(place)) == []
+    assert list(tmp_path.iterdir()) == []
     fedlora.run(parse(values), root / "demo-serial")
     assert ledger(place / "run") == ledger(root / "demo-serial")
     assert (place / "run" / "adapter" / "adapter_model.safetensors").exists()

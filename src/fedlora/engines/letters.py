@@ -160,13 +160,13 @@ def of_reply(reply: Reply, job: Letter, lost: bool = False) -> bytes:
     return write(head, {} if reply.raw is None else {"raw": reply.raw})
 
 
-def to_reply(raw: bytes, job: Job, run: str, ticket: str) -> Reply:
+def to_reply(letter: Letter, job: Job, run: str, ticket: str) -> Reply:
     """The reply to a job.
 
     Raises:
         WireError: it answers something else, or is no reply.
     """
-    head, blobs = read(raw)
+    head, blobs = letter
     expected = {"kind": "reply", "run": run, "ticket": ticket, "client": job.client, "progress": list(job.progress)}
     found = {key: head.get(key) for key in expected}
     if found != expected:

@@ -279,12 +279,12 @@ class Remote(Engine):
         told = None if self.anywhere or errand.job.recipe.local.example_privacy else left
         address = online.get(errand.site)
         if address is not None:
-            errand.tries += 1
             raw = letters.of_job(errand.job, self.name, errand.secret, told)
             errand.ticket = self.courier.post(address, raw, left)
         if errand.ticket is None:
             errand.lost_since = errand.lost_since or time.monotonic()
         else:
+            errand.tries += 1
             errand.lost_since = None
 
     def _collect(self, errands: list[_Errand], deadline: float) -> list[tuple[int, Arrived]]:
@@ -304,11 +304,11 @@ class Remote(Engine):
         lost = [(number, each) for number, each in enumerate(errands) if each.lost_since and not each.done]
         online = self.courier.sites() if lost else {}
         for number, errand in lost:
-            if errand.site in online:
-                self._post(errand, online, deadline)
-            elif time.monotonic() - (errand.lost_since or 0.0) > self.rules.rejoin_timeout:
+            if time.monotonic() - (errand.lost_since or 0.0) > self.rules.rejoin_timeout:
                 errand.done = True
                 done.append((number, Arrived("", None, errand.why)))
+            elif errand.site in online:
+                self._post(errand, online, deadline)
         if not done:
             time.sleep(POLL)
         return done
@@ -323,8 +323,9 @@ class Remote(Engine):
         try:
             if arrived.raw is None:
                 raise WireError(arrived.why)
-            reply = letters.to_reply(arrived.raw, errand.job, self.name, errand.secret)
-            lost = letters.read(arrived.raw).head.get("lost") is True
+            letter = letters.read(arrived.raw)
+            reply = letters.to_reply(letter, errand.job, self.name, errand.secret)
+            lost = letter.head.get("lost") is True
         except WireError as error:
             self.tell(f"the answer of {errand.site} is refused: {error}")
             reply = Reply(None, ClientState(), 0.0, f"{errand.site}: {error}", heard=False)

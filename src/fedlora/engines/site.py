@@ -88,7 +88,7 @@ class Site:
 
     def _open(self, letter: Letter) -> bytes:
         head = letter.head
-        told: dict[str, Any] = {"kind": "opened", "site": self.settings.name, "tier": self.settings.tier, "refused": ""}
+        told: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
         told |= {key: head.get(key) for key in ("run", "ticket")}
         try:
             run = self._prepared(head)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fedlora.federation.processes import Child, free_port, stop_all
 from fedlora.federation.serve import serve
 from fedlora.setting import prepare
 from fedlora.tasks import Sites
+from fedlora.track import Tracker
 from fedlora.watch import Watcher
 
 POLL = 0.2
@@ -30,6 +31,7 @@ def demo(
     sites: int,
     *,
     watcher: Watcher | None = None,
+    trackers: Sequence[Tracker] = (),
     tell: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Runs an experiment on sites of this machine, which share the clients of its partition among them.
@@ -40,6 +42,7 @@ def demo(
         federation: where to write keys, certificates and what sites remember; goes on with those that are there.
         sites: how many.
         watcher: is told of every round.
+        trackers: get every row of the ledger.
         tell: is told what happens to sites.
 
     Raises:
@@ -49,7 +52,9 @@ def demo(
         raise ConfigError("data.kind = 'sites' is for real sites; the demo deals the data of any other kind to sites")
     rules = Rules(min_available=len(prepare(experiment).population))
     with started_sites(federation, sites):
-        return serve(experiment, folder, federation / "server", rules=rules, watcher=watcher, tell=tell)
+        return serve(
+            experiment, folder, federation / "server", rules=rules, watcher=watcher, trackers=trackers, tell=tell
+        )
 
 
 @contextmanager

@@ -44,25 +44,35 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
         raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
     trust = ["--insecure"] if insecure else _credentials(file.parent)
     home = Path(tempfile.mkdtemp(prefix="fedlora-site-"))
+    secret = home / "secret"
+    inner = f"127.0.0.1:{free_port()}"
+    node = Child(
+        [
+            sys.executable, "-m", "fedlora.engines.flower.supernode", poll,
+            "--superlink", server, *trust, "--isolation", "process",
+            "--host", "127.0.0.1", "--port", inner.rpartition(":")[2], "--superexec-auth-secret-file", str(secret),
+        ],
+        home / "supernode",
+    )  # fmt: skip
+    worker = Child(
+        [sys.executable, "-m", "fedlora.federation.worker", inner, str(secret), str(file.resolve())],
+        home / "worker",
+    )
+    # a stop by a supervisor is as polite as Ctrl-C
+    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler)}
     try:
-        secret = home / "secret"
         write_secret(secret, secrets.token_bytes(32))
-        inner = f"127.0.0.1:{free_port()}"
-        node = Child(
-            [
-                sys.executable, "-m", "fedlora.engines.flower.supernode", poll,
-                "--superlink", server, *trust, "--isolation", "process",
-                "--host", "127.0.0.1", "--port", inner.rpartition(":")[2], "--superexec-auth-secret-file", str(secret),
-            ],
-            home / "supernode",
-        )  # fmt: skip
-        worker = Child(
-            [sys.executable, "-m", "fedlora.federation.worker", inner, str(secret), str(file.resolve())],
-            home / "worker",
-        )
         _keep(name, {"the SuperNode": node, "the worker": worker}, tell)
     finally:
+        # whoever asks twice waits as long, and nothing is left behind
+        handlers[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)
+        stop_all([node, worker])
         shutil.rmtree(home, ignore_errors=True)
+        tell(f"{name}: left")
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _checked(file: Path) -> tuple[str, str]:
@@ -82,29 +92,24 @@ def _checked(file: Path) -> tuple[str, str]:
 
 
 def _keep(name: str, children: dict[str, Child], tell: Callable[[str], None]) -> None:
-    """Keeps processes running, each after a longer wait if it ends soon."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by a supervisor is as polite as Ctrl-C
+    """Keeps processes running, each after a longer wait if it ends soon; until it is interrupted."""
     waits = dict.fromkeys(children, FIRST_WAIT)
     due = dict.fromkeys(children, 0.0)
-    try:
-        tell(f"{name}: joining; Ctrl-C leaves")
-        while True:
-            for what, child in children.items():
-                if child.alive:
-                    if time.monotonic() - child.started > 2 * LONGEST_WAIT:
-                        waits[what] = FIRST_WAIT
-                    continue
-                if child.started and not due[what]:
-                    due[what] = time.monotonic() + waits[what]
-                    tell(f"{name}: {what} ended; again in {waits[what]:.0f} s ({child.last_words()[-200:]})")
-                    waits[what] = min(2 * waits[what], LONGEST_WAIT)
-                elif time.monotonic() >= due[what]:
-                    child.start()
-                    due[what] = 0.0
-            time.sleep(0.2)
-    finally:
-        stop_all(children.values())
-        tell(f"{name}: left")
+    tell(f"{name}: joining; Ctrl-C leaves")
+    while True:
+        for what, child in children.items():
+            if child.alive:
+                if time.monotonic() - child.started > 2 * LONGEST_WAIT:
+                    waits[what] = FIRST_WAIT
+                continue
+            if child.started and not due[what]:
+                due[what] = time.monotonic() + waits[what]
+                tell(f"{name}: {what} ended; again in {waits[what]:.0f} s ({child.last_words()[-200:]})")
+                waits[what] = min(2 * waits[what], LONGEST_WAIT)
+            elif time.monotonic() >= due[what]:
+                child.start()
+                due[what] = 0.0
+        time.sleep(0.2)
 
 
 def _credentials(folder: Path) -> list[str]:

@@ -27,10 +27,11 @@ _QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
 }
 """No word to anyone, nothing installed at run time."""
 _PR_SET_PDEATHSIG = 1
+# looked up here: between fork and exec little is safe
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def quiet() -> None:
@@ -42,7 +43,7 @@ class Child:
     """A child process with a log of its own; it ends with its parent.
 
     Args:
-        command: what to run; the first word is looked for beside this Python.
+        command: what to run.
         home: a folder of its own, for its log and what Flower keeps.
         env: further environment variables.
     """
@@ -51,21 +52,18 @@ class Child:
         self.command, self.home, self.env = list(command), home, dict(env or {})
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
+        self._asked = False
 
     def start(self) -> Self:
         """Starts it, anew if it ran before."""
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = Path(sys.executable).parent
-        path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
-        env = {**os.environ, **_QUIET, "FLWR_HOME": str(self.home), "PATH": path, **self.env}
-        program = folder / self.command[0]
-        command = [str(program) if program.exists() else self.command[0], *self.command[1:]]
+        env = {**os.environ, **_QUIET, "FLWR_HOME": str(self.home), **self.env}
         with (self.home / "log.txt").open("ab") as log:
             self.process = subprocess.Popen(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                self.command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 preexec_fn=_die_with_parent,
             )  # fmt: skip
-        self.started = time.monotonic()
+        self.started, self._asked = time.monotonic(), False
         return self
 
     @property
@@ -74,10 +72,10 @@ class Child:
         return self.process is not None and self.process.poll() is None
 
     def ask(self) -> None:
-        """Asks it to end."""
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGTERM)
+        """Asks it to end; once, as a second time would stop it in the middle of cleaning up."""
+        if self.process is not None and not self._asked:
+            self._asked = True
+            self.process.terminate()
 
     def stop(self) -> None:
         """Asks it to end, and ends it and what it started if it does not."""
@@ -156,5 +154,5 @@ def wait_until_up(child: Child, address: str, ca: Path | None) -> None:
 
 def _die_with_parent() -> None:
     """Linux sends a child this signal when its parent dies, however it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
