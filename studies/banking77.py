@@ -52,7 +52,7 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
 GRIDS: dict[str, tuple[float, ...]] = {
     "full": (3e-4, 1e-3, 3e-3),
     "lora": (3e-3, 1e-2, 3e-2),
-    "ffa": (1e-2, 3e-2, 1e-1),
+    "ffa": (1e-2, 3e-2, 1e-1, 3e-1),
     "rolora": (3e-3, 1e-2, 3e-2),
     "fedex": (3e-3, 1e-2, 3e-2),
     "flexlora": (3e-3, 1e-2, 3e-2),
@@ -64,7 +64,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
 BEST = {
     "full": 1e-3,
     "lora": 1e-2,
-    "ffa": 3e-2,
+    "ffa": 1e-1,
     "rolora": 1e-2,
     "fedex": 1e-2,
     "flexlora": 1e-2,

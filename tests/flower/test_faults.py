@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -14,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
-from tiny import experiment, ledger
+from tiny import document, experiment, ledger
+from wrongs import WRONGS
 
 import fedlora
+from fedlora import config
 from fedlora.config import Experiment
-from fedlora.engines import letters
 from fedlora.engines.rules import Rules
 from fedlora.experiment import Stopped
-from fedlora.federation import serve
+from fedlora.federation import folder, serve
 from fedlora.federation.processes import Child, free_port
 from fedlora.state import load_state
 
@@ -165,29 +168,59 @@ def test_after_a_total_loss_of_the_server_the_run_goes_on_from_its_checkpoint(ro
     assert_same(where, root / "undisturbed")
 
 
-def test_garbage_from_a_site_with_a_good_key_is_refused_and_the_round_goes_on(
-    root: Path, federation: Federation, monkeypatch: pytest.MonkeyPatch
+ROGUE = """
+import sys
+if "fedlora.federation.worker" in sys.orig_argv and "--check" not in sys.orig_argv:
+    from fedlora.engines import letters, site
+    from wrongs import WRONGS
+    honest, changes, old = site.Site.answer, [lambda answer, old: answer, *(one[0] for one in WRONGS.values())], []
+    def answer(self, raw):
+        found, head = honest(self, raw), letters.read(raw).head
+        if head["kind"] == "job" and head["client"] == 3:
+            old.append(found)
+            return changes.pop(0)(found, old)
+        return found
+    site.Site.answer = answer
+"""
+"""Python runs this at the start of every process of the site; its worker then lies, in another way each round."""
+
+
+def test_a_site_that_answers_wrongly_is_refused_each_time_and_the_rounds_go_on(
+    root: Path, federation: Federation
 ) -> None:
+    (root / "rogue").mkdir()
+    (root / "rogue" / "sitecustomize.py").write_text(ROGUE)
+    tests = Path(__file__).parents[1]
+    federation.children["site-3"].stop()
+    rogue = federation.site("site-3")
+    rogue.env = {"PYTHONPATH": os.pathsep.join(map(str, (root / "rogue", tests)))}
+    rounds = 1 + len(WRONGS)
+    with rogue:
+        result = federation.run(
+            experiment(root, "lora", "clients.per_round=8", "clients.num=8", rounds=rounds), root / "rogue-run", PATIENT
+        )
+    federation.children["site-3"].start()
+    assert [set(row.refused) for row in result.rows[1:]] == [set()] + [{"3"}] * len(WRONGS)
+    for (wrong, (_, why)), row in zip(WRONGS.items(), result.rows[2:], strict=True):
+        assert re.search(why, row.refused["3"]), wrong
+
+
+def test_the_server_app_alone_runs_what_its_configuration_names(root: Path) -> None:
+    from flwr.app import Context, RecordDict
+
     from fedlora.engines.flower import app
 
-    original = app.GridCourier.collect
-    spoilt: list[bytes] = []
-
-    def collect(self: app.GridCourier, tickets: Any) -> Any:
-        found = []
-        for arrived in original(self, tickets):
-            head = letters.read(arrived.raw).head if arrived.raw else {}
-            if head.get("kind") == "reply" and head["client"] == 3:
-                spoilt.append(arrived.raw)
-                arrived = arrived._replace(raw=b"garbage" * 9 if len(spoilt) == 1 else spoilt[0])
-            found.append(arrived)
-        return found
-
-    monkeypatch.setattr(app.GridCourier, "collect", collect)
-    result = federation.run(chosen(root), root / "garbage")
-    assert [set(row.refused) for row in result.rows[1:]] == [{"3"}] * 3
-    assert "site-3: a letter begins with" in result.rows[1].refused["3"]
-    assert "another round, or sent twice" in result.rows[2].refused["3"]
+    file = root / "app.toml"
+    file.write_text(tomli_w.dumps(document(root, "flasc", "clients.num=4", "clients.per_round=4", rounds=2)))
+    with Federation(root / "app-federation", 1) as started:
+        keys = folder.public_keys(started.place / "server", started.config)
+        assert started.link is not None
+        with serve.sites_of(started.link, keys) as courier:
+            assert isinstance(courier, app.GridCourier)
+            names = {"config": str(file), "folder": str(root / "app-run")}
+            app.server_app(courier._grid, Context(1, 0, {}, RecordDict(), names))
+    fedlora.run(config.load(file), root / "app-serial")
+    assert_same(root / "app-run", root / "app-serial")
 
 
 class SlowLink:
