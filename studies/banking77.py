@@ -59,7 +59,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "flora": (3e-3, 1e-2, 3e-2),
     "federa": (3e-3, 1e-2, 3e-2),
     "slora": (3e-3, 1e-2, 3e-2),
-    "primed_lora": (3e-3, 1e-2, 3e-2),
+    "primed_lora": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 BEST = {
     "full": 1e-3,
@@ -71,7 +71,7 @@ BEST = {
     "flora": 1e-2,
     "federa": 1e-2,
     "slora": 1e-2,
-    "primed_lora": 1e-2,
+    "primed_lora": 3e-2,
 }
 STUDY = Study(
     name="banking77",
