@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import fedlora
 from fedlora.clients import Population
 from fedlora.errors import ConfigError
 from fedlora.experiment import Result
-from fedlora.picture import label_counts, partition_bars
+from fedlora.picture import comparison_html, label_counts, partition_bars
 from fedlora.report import (
     Live,
     as_dict,
@@ -156,3 +157,35 @@ def test_a_bar_is_as_long_as_its_client_is_large() -> None:
         f"c {'a' * 20} 2",
     ]
     assert text[3].split() == ["a", "no", "b", "yes"]
+
+
+def drawn(page: str) -> list[dict[str, Any]]:
+    """The lines of a page of plotly's."""
+    call = page.rindex("Plotly.newPlot(")
+    lines: list[dict[str, Any]] = json.JSONDecoder().raw_decode(page, page.index("[", call))[0]
+    return lines
+
+
+def test_a_comparison_is_drawn_by_round_and_by_bytes(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    runs = [
+        fedlora.run(experiment(world, "lora", f"seed={seed}", "evaluate.every=1", rounds=2), tmp_path / str(seed))
+        for seed in (0, 1)
+    ]
+    lines = drawn(comparison_html(comparison([as_dict(run) for run in runs])))
+    curves = [line for line in lines if line["mode"] == "lines+markers"]
+    by_round, by_bytes = curves
+    every = [[row.metrics["accuracy"] for row in run.rows] for run in runs]
+    sent = [[sum(row.down_bytes.values()) + sum(row.up_bytes.values()) for row in run.rows] for run in runs]
+    assert by_round["x"] == [0, 1, 2]
+    assert by_round["y"] == pytest.approx(np.mean(every, 0))
+    assert by_bytes["x"] == pytest.approx(np.cumsum(np.mean(sent, 0))[1:] / 1e6)
+    band = next(line for line in lines if line["mode"] == "none")
+    assert band["y"] == pytest.approx([*np.max(every, 0), *np.min(every, 0)[::-1]])
+
+
+def test_runs_that_are_judged_differently_are_not_drawn_together() -> None:
+    pytest.importorskip("plotly")
+    rows = [{"label": name, "metric": name, "folders": [], "seeds": []} for name in ("accuracy", "f1")]
+    with pytest.raises(ConfigError, match="judged by accuracy, f1"):
+        comparison_html(rows)

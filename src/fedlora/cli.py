@@ -28,6 +28,7 @@ from fedlora.terminal import (
     experiment_of,
     folder_of,
     watched,
+    write_page,
 )
 from fedlora.terminal import show as show_result
 
@@ -155,13 +156,7 @@ def partition(
     labels, names = setting.classes
     summary = setting.summary().as_dict()
     if html is not None:
-        page = partition_html(setting.population, labels, names)
-        try:
-            html.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"{html} cannot be written ({error.strerror}); name a file in a folder there is"
-            ) from error
+        write_page(html, partition_html(setting.population, labels, names))
     table = Table(show_header=False)
     for key, value in summary.items():
         table.add_row(key.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
@@ -175,16 +170,22 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     link: LinkText = None,
     target: Annotated[float | None, typer.Option(help="A value of the main metric; with --link.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also draw the metric by round and by bytes into this file.")
+    ] = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Put finished runs side by side; seeds of a method are averaged. With --link and --target, how long each takes."""
     from fedlora.network import parse_network
+    from fedlora.picture import comparison_html
     from fedlora.report import comparison, comparison_table, load_result
 
     if (link is None) != (target is None):
         raise ConfigError("--link and --target go together: the time over that network until the metric is reached")
     reached = (parse_network(link), target) if link is not None and target is not None else None
     rows = comparison([load_result(path) for path in runs], reached)
+    if html is not None:
+        write_page(html, comparison_html(rows))
     show_result(format_, rows, comparison_table(rows))
 
 

@@ -60,6 +60,18 @@ def folder_of(experiment: Experiment, folder: Path | None) -> Path:
     return folder or Path("runs") / f"{experiment.label}-{digest(experiment)}"
 
 
+def write_page(file: Path, page: str) -> None:
+    """Writes a drawing.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); name a file in a folder there is") from error
+
+
 @contextmanager
 def watched(folder: Path, tracks: list[str] | None) -> Iterator[tuple[Watcher, list[Tracker]]]:
     """Progress on the terminal, and the places that figures also go to.
