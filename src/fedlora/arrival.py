@@ -89,9 +89,11 @@ def _check(job: Job, report: Mapping[str, float], most: float) -> None:
     Raises:
         WireError: a count is none, or the rank is none that the client could have come to.
     """
-    counts = {name: report[name] for name in ("examples", "steps", "below") if name in report}
+    counts = {name: report[name] for name in ("examples", "steps") if name in report}
     if not all(0 <= value <= LARGEST_COUNT for value in counts.values()):  # NaN is not either
         raise WireError(f"the report says {counts}; these are counts")
+    if report.get("below", 0.0) not in (0.0, 1.0):
+        raise WireError(f"it says {report['below']:g} where it was asked whether its update is below the clip: 0 or 1")
     if report.get("examples", 0.0) > most:
         raise WireError(f"it says that it trained on {report['examples']:g} examples, and it has {most:g} at most")
     shrink, rank = job.recipe.shrink, job.recipe.rank

@@ -54,27 +54,27 @@ def evaluate(
     if clients is not None and limit is not None and limit < len(rows):
         rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
         rows = np.sort(rng.choice(rows, limit, replace=False))
-    views = {"": view(recipe, state, experiment.seed)}
-    if experiment.evaluate.dense and views[""] is not state.params:
-        views["dense_"] = state.params
+    compute = recipe.local.compute
+    own_view = view(recipe, state, experiment.seed)
+    views = {"": (own_view, compute)}
+    if experiment.evaluate.dense and own_view is not state.params:
+        views["dense_"] = state.params, compute
     if experiment.evaluate.dense and recipe.memory == "last_round" and recipe.down.lossy:
-        views["newcomer_"] = Downlink(recipe, state, experiment.seed).message({}).start
+        views["newcomer_"] = Downlink(recipe, state, experiment.seed).message({}).start, compute
     for name, tier_recipe in recipes_of(setting.tiers, recipe).items():
-        views[f"{name}_"] = view(tier_recipe, state, experiment.seed)
+        views[f"{name}_"] = view(tier_recipe, state, experiment.seed), tier_recipe.local.compute
     metrics: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
     main = setting.task.main_metric
-    for prefix, params in views.items():
+    for prefix, (params, precision) in views.items():
         workspace.show(recipe, params, state.folds)
-        found = workspace.evaluate(rows, setting.split, recipe.local.compute)
+        found = workspace.evaluate(rows, setting.split, precision)
         metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
         if prefix:
             continue
         warnings += found.warnings
         own = {
-            f"{main} of client {client}": workspace.evaluate(
-                setting.holdout[client], "train", recipe.local.compute
-            ).metrics[main]
+            f"{main} of client {client}": workspace.evaluate(setting.holdout[client], "train", compute).metrics[main]
             for client in clients or ()
         }
         _check_finite(own)

@@ -195,6 +195,7 @@ def _run_phases(
                 refused={} if secret else row.refused,
                 down_bytes=row.down_bytes if sent else {},
                 up_bytes=row.up_bytes if sent else {},
+                references=row.references if sent else {},
             )
             pending = {}
             files.append(row)

@@ -230,6 +230,12 @@ class Recipe:
             )
         if self.up.feedback and not isinstance(self.privacy, NoPrivacy):
             raise ConfigError("feedback would send later what the clip took away; set up.feedback to false")
+        slices = [self.down.sparsify, *(stage.sparsify for stage in self.down.stages)]
+        if self.memory == "last_round" and any(isinstance(each, RankSlice) and each.by == "norm" for each in slices):
+            raise ConfigError(
+                "ranks of the largest norm would be those of the difference from the last round, others each time, and "
+                "a client would gather all of them; choose ranks by 'order', or set memory to 'init' or 'none'"
+            )
         if self.down.feedback and self.memory == "last_round":
             raise ConfigError(
                 "the difference to what a client holds makes good for all that it lost before; set down.feedback to "

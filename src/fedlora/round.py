@@ -166,8 +166,7 @@ def run_round(
             answers.append(answer)  # what a cohort sent is never held together
             if delta is None:
                 continue
-            if job.recipe.up.rounds_values:  # rounding may have made it longer
-                delta = recipe.privacy.clip(delta)
+            delta = recipe.privacy.clip(delta)  # rounding may have made it longer, or a client that was not ours
             start = message.start
             if job.recipe.shrink:
                 start = without_ranks(start, int(answer.report["rank"]))

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from fedlora import config
+from fedlora.aggregate import factors
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.experiment import run
 from fedlora.folder import RunFolder
-from fedlora.setting import prepare
+from fedlora.phases import open_phase
+from fedlora.setting import Setting, prepare
+from fedlora.state import generator
 from fedlora.transport import Link, TopK
 from fedlora.tuning import LoRA
 from fedlora.watch import Watcher
+from fedlora.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +72,10 @@ def search(
 ) -> list[Trial]:
     """Climbs from a small adapter, sparsely sent, to what a budget of bytes allows (FLASC-Search, arXiv 2406.05233).
 
-    Of ``(rank, density)`` the next two are ``(factor rank, density)`` and ``(rank, factor density)``, which send about
-    as many values as each other. Both are trained for the configuration's rounds from the same seed, on the same
-    cohorts; the better one is kept, the denser of equals. It ends where the next step would send more than the budget,
-    told from the bytes that the last one sent. The paper's abstract says as much, and no code is public.
+    Of ``(rank, density)`` the next two are ``(factor rank, density)`` and ``(rank, a density of as many bytes)``; where
+    not even a dense adapter of the old rank has so many, the new rank is lowered until it has. Both are trained for the
+    configuration's rounds from the same seed, on the same cohorts; the better one is kept, the denser of equals. It
+    ends where the next step would send more than the budget. The paper's abstract says as much, and no code is public.
 
     A trial is a run in a folder of its own, so a search that was stopped goes on where it was.
 
@@ -90,6 +97,8 @@ def search(
     setting = prepare(experiment)
     sign = 1 if setting.task.higher_is_better else -1
 
+    sizes = _Sizes(experiment, setting, bounds)
+
     def tried(step: int, rank: int, density: float) -> Trial:
         chosen = configured(experiment, rank, density)
         try:
@@ -110,26 +119,74 @@ def search(
         )
     trials = [best]
     while True:
-        step, denser = best.step + 1, min(1.0, best.density * bounds.factor)
-        pair = [(best.rank, denser, denser / best.density), (best.rank * bounds.factor, best.density, bounds.factor)]
-        found = [
-            tried(step, rank, density)
-            for rank, density, growth in pair
-            if growth > 1 and rank <= bounds.max_rank and best.client_bytes * growth <= bounds.client_bytes
-        ]
+        spare = bounds.client_bytes - best.client_bytes + sizes.of(best.rank, best.density)
+        found = [tried(best.step + 1, *one) for one in sizes.after(best.rank, best.density) if sizes.of(*one) <= spare]
         # a trial may send more than was foretold
         fit = [one for one in found if one.metric is not None and one.client_bytes <= bounds.client_bytes]
         better = max(fit, key=lambda one: sign * (one.metric or 0.0), default=None)  # the first of equals is the denser
         trials += [one if one is better else dataclasses.replace(one, kept=False) for one in found]
+        _write(folder, setting.task.main_metric, bounds, trials)
         if better is None:
             break
         best = better
     best = max((one for one in trials if one.kept), key=lambda one: sign * (one.metric or 0.0))
-    files = RunFolder(folder)
-    table = [dataclasses.asdict(trial) for trial in trials]
-    files.write_json("search.json", {"metric": setting.task.main_metric, "bounds": bounds._asdict(), "trials": table})
-    files.write("best.toml", config.to_toml(configured(experiment, best.rank, best.density)))
+    RunFolder(folder).write("best.toml", config.to_toml(configured(experiment, best.rank, best.density)))
     return trials
+
+
+def _write(folder: Path, metric: str, bounds: Bounds, trials: Sequence[Trial]) -> None:
+    table = [dataclasses.asdict(trial) for trial in trials]
+    RunFolder(folder).write_json("search.json", {"metric": metric, "bounds": bounds._asdict(), "trials": table})
+
+
+class _Sizes:
+    """Bytes of a message down and one up, from random values in the shapes that a rank has.
+
+    Args:
+        experiment: whose links.
+        setting: its data.
+        bounds: of the search.
+    """
+
+    def __init__(self, experiment: Experiment, setting: Setting, bounds: Bounds) -> None:
+        recipe = configured(experiment, bounds.rank, bounds.density).phases[0].recipe
+        workspace = Workspace(setting.task, experiment.seed, setting.device)
+        state, _ = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
+        self._experiment, self._params, self._groups = experiment, state.params, state.groups
+        self._pairs = factors(state.params)
+        sides = [min(state.params[b].shape[0], state.params[a].shape[1]) for a, b in self._pairs]
+        self._most, self._factor = min(bounds.max_rank, *sides), bounds.factor
+        self._known: dict[tuple[int, float], int] = {}
+
+    def of(self, rank: int, density: float) -> int:
+        """The bytes of a rank and a density."""
+        if (rank, density) not in self._known:
+            shapes = {name: list(value.shape) for name, value in self._params.items()}
+            for a, b in self._pairs:
+                shapes[a][0] = shapes[b][1] = rank
+            draws = generator(0)
+            values = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+            recipe = configured(self._experiment, rank, density).phases[0].recipe
+            links = (recipe.down, recipe.up)
+            self._known[rank, density] = sum(len(link.send(values, self._groups, 0, 0).raw) for link in links)
+        return self._known[rank, density]
+
+    def after(self, rank: int, density: float) -> list[tuple[int, float]]:
+        """What is tried next: more density, or more ranks, in as many bytes as each other."""
+        if rank >= self._most:
+            return [(rank, min(1.0, self._factor * density))] if density < 1 else []
+        top = min(self._factor * rank, self._most)
+        if density == 1:
+            return [(top, 1.0)]
+        dense = self.of(rank, 1.0)
+        wider = next((wide for wide in range(top, rank, -1) if self.of(wide, density) <= dense), None)
+        if wider is None:
+            return [(rank, 1.0)]
+        low, high = density, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.of(rank, middle) < self.of(wider, density) else (low, middle)
+        return [(rank, float(f"{high:.4g}")), (wider, density)]
 
 
 def configured(experiment: Experiment, rank: int, density: float) -> Experiment:

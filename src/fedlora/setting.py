@@ -235,6 +235,7 @@ def manifest(
         "label_names": setting.task.label_names,
         "num_test": len(setting.test_rows),
         "privacy": _privacy(budget, phases),
+        "example_privacy": _example_privacy(phases),
         "partition": setting.summary().as_dict(),
     }
 
@@ -249,5 +250,27 @@ def _privacy(budget: Budget | None, phases: Sequence[Phase]) -> dict[str, Any] |
         "accountant": budget.accountant,
         **budget.sampled._asdict(),
         "noise_multiplier": [each.noise_multiplier for each in found],
-        "noise": ["a seed" if each.seed is not None else "the operating system's secure source" for each in found],
+        "noise": [_source(each.seed) for each in found],
     }
+
+
+def _example_privacy(phases: Sequence[Phase]) -> list[dict[str, Any]] | None:
+    """The same of noise for each example, by phase; the ledger says what clients spent of it."""
+    found = [phase.recipe.local.example_privacy for phase in phases]
+    told = [
+        {
+            "delta": each.delta,
+            "accountant": "rdp",
+            "clip_norm": each.clip_norm,
+            "noise_multiplier": each.noise_multiplier,
+            "noise": _source(each.seed),
+        }
+        for each in found
+        if each
+    ]
+    return told or None
+
+
+def _source(seed: int | None) -> str:
+    """Where noise comes from."""
+    return "the operating system's secure source" if seed is None else "a seed"

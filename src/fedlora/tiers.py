@@ -18,6 +18,8 @@ from fedlora.transport import Dense, Link, RankSlice
 from fedlora.tuning import LoRA
 
 Count = Annotated[int, Field(ge=1)]
+_VIEWS = {"dense", "newcomer", "client_mean", "client_worst_tenth", "client_spread"}
+"""What metrics of other models than the tiers' begin with."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -111,6 +113,8 @@ def check_tiers(tiers: Sequence[Tier], column: str | None) -> None:
         return
     if len(ways) != 1 or ways == {""}:
         raise ConfigError("each of clients.tiers needs one of share, values and clients, all of them the same one")
+    if taken := {tier.name for tier in tiers} & _VIEWS:
+        raise ConfigError(f"the metrics of a tier {taken.pop()!r} would be taken for others; give it another name")
     if len({tier.name for tier in tiers}) != len(tiers):
         raise ConfigError("two of clients.tiers have the same name")
     if ways == {"share"} and abs(sum(tier.share or 0 for tier in tiers) - 1) > 1e-6:

@@ -67,8 +67,10 @@ def weighted_mean(updates: Iterable[Update], weight_of: Callable[[Update], float
         total = tree.zeros_like(update.delta) if total is None else total
         tree.add_(total, update.delta, weight)
         weights += weight
-    if total is None or weights <= 0:
+    if total is None:
         raise TrainingError(NOBODY)
+    if weights <= 0:
+        raise TrainingError("no answer has a say in the mean: none tells of examples, or all adapters are zero")
     return tree.scale(total, 1.0 / weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
@@ -58,10 +59,10 @@ class CoordinateMedian(Aggregator):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrimmedMean(Aggregator):
-    """The mean of each coordinate without its ``int(trim * n)`` smallest and largest (arXiv 1803.01498, Def. 2).
+    """The mean of each coordinate without a share of its smallest and its largest (arXiv 1803.01498, Def. 2).
 
     Args:
-        trim: share left out at each end.
+        trim: share left out at each end, rounded up: of three answers or more, one at each end unless it is 0.
     """
 
     kind: Literal["trimmed_mean"] = "trimmed_mean"
@@ -71,7 +72,7 @@ class TrimmedMean(Aggregator):
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; all updates are in memory together."""
         like, stacked = _stacked(updates)
-        left_out = int(self.trim * len(stacked))
+        left_out = min(math.ceil(self.trim * len(stacked)), (len(stacked) - 1) // 2)
         kept = stacked.sort(dim=0).values[left_out : len(stacked) - left_out]
         return Change(tree.unflatten(kept.mean(dim=0), like), Fold())
 
