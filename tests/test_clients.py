@@ -28,10 +28,10 @@ from fedlora.clients import (
     build_population,
     draw_cohort,
     hold_out,
-    over_clients,
     summarise,
 )
 from fedlora.errors import ConfigError, DataError
+from fedlora.evaluation import over_clients
 
 NEWS = Path(__file__).parents[2] / "shared" / "data" / "20news.train.jsonl.gz"
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2])

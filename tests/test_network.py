@@ -10,10 +10,12 @@ import pytest
 from tiny import experiment, tiny_world
 
 import fedlora
+from fedlora.cost import costs
 from fedlora.errors import ConfigError
-from fedlora.network import Network, parse_network
+from fedlora.network import Network, Turn, parse_network, seconds_to, slowest_seconds
 from fedlora.report import comparison, load_result
 from fedlora.round import Row
+from fedlora.setting import prepare
 
 world = pytest.fixture(scope="module")(tiny_world)
 
@@ -46,9 +48,66 @@ def test_the_slowest_tier_decides() -> None:
 def test_time_passes_until_the_target_is_reached() -> None:
     start = replace(ROW, round=0, cohort=(), references={}, metrics={"accuracy": 0.1})
     rows = [start, ROW, replace(ROW, round=2, metrics={"accuracy": 0.5}), ROW]
-    assert NET.seconds_to(rows, "accuracy", 0.5, True) == 14.0
-    assert NET.seconds_to(rows, "accuracy", 0.6, True) is None
-    assert NET.seconds_to(rows, "accuracy", 0.2, False) == 0.0
+    assert seconds_to(rows, NET, "accuracy", 0.5, True) == 14.0
+    assert seconds_to(rows, NET, "accuracy", 0.6, True) is None
+    assert seconds_to(rows, NET, "accuracy", 0.2, False) == 0.0
+    with pytest.raises(ConfigError, match=r"no clients\.network"):
+        seconds_to(rows, None, "accuracy", 0.5, True)
+    known = [replace(row, network_seconds=2.0) if row.round else row for row in rows]
+    assert seconds_to(known, None, "accuracy", 0.5, True) == 4.0
+
+
+def test_a_round_is_as_long_as_its_slowest_client_over_its_own_network() -> None:
+    networks = {"": NET, "phone": Network(down=800.0, up=80.0, latency=1.0), "desk": NET}
+    turns = [Turn("desk", 1000, 200, 9.0), Turn("phone", 100, 20, 1.0), Turn("desk", 9000, 0, 0.0)]
+    assert slowest_seconds(networks, turns) == pytest.approx(max(1 + 1 + 9 + 2, 2 + 1 + 1 + 2, 1 + 9 + 0 + 0))
+    assert slowest_seconds({}, turns) is None
+    assert slowest_seconds(networks, []) == 0.0
+
+
+TIERS = (
+    "clients.tiers=[{name='weak', share=0.5, max_steps=1, network='down=1Mbit,up=10kbit'}, {name='strong', share=0.5}]"
+)
+
+
+def test_the_ledger_tells_what_rounds_take_over_the_networks_of_tiers(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", "clients.network='down=10Mbit,up=1Mbit,latency=1s'", TIERS, rounds=2)
+    result = fedlora.run(chosen, tmp_path / "run")
+    for row in result.rows[1:]:
+        sent = row.tiers["weak"]
+        num = sent["clients"]["num"]
+        down, up = (sum(sent[way].values()) / num for way in ("down_bytes", "up_bytes"))
+        slow = Network(1e6, 1e4).seconds(down, up, 0.0)
+        assert row.network_seconds is not None
+        # messages of one tier differ a little in length
+        assert slow <= row.network_seconds <= 1.05 * slow + row.tier_seconds["weak"]
+    reached = result.rows[-1].metrics["accuracy"]
+    (row,) = comparison([load_result(result.folder)], (None, min(reached, result.rows[0].metrics["accuracy"] + 1e-6)))
+    assert row["seconds_to_target"] <= sum(one.network_seconds or 0.0 for one in result.rows)
+
+
+def test_a_cost_is_that_of_the_slowest_tier(world: Path) -> None:
+    chosen = experiment(world, "lora", TIERS, "clients.network='down=10Mbit,up=1Mbit'", rounds=2)
+    (phase,) = costs(chosen, prepare(chosen))
+    weak, strong = phase.tiers["weak"], phase.tiers["strong"]
+    assert weak.steps == 1 < strong.steps
+    networks = chosen.clients.networks()
+    slow, fast = Network(1e6, 1e4), Network(1e7, 1e6)
+    for step in (0.0, 1.0, 1000.0):
+        each = (
+            slow.seconds(weak.down_bytes, weak.up_bytes, step),
+            fast.seconds(strong.down_bytes, strong.up_bytes, strong.steps * step),
+        )
+        assert phase.round_seconds(networks, step) == max(each)
+    down = sum(phase.down_bytes.values())
+    assert down == pytest.approx((weak.down_bytes + strong.down_bytes) / 2, abs=2)
+
+
+def test_a_tier_with_a_network_needs_one_of_the_others(world: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set clients\.network too"):
+        experiment(world, "lora", TIERS)
+    with pytest.raises(ConfigError, match="is not understood"):
+        experiment(world, "lora", "clients.network='fast'")
 
 
 def test_networks_are_read_from_words() -> None:
@@ -97,6 +156,8 @@ def test_the_command_line_tells_times(world: Path, tmp_path: Path, monkeypatch: 
     fedlora.run(config.load(path), tmp_path / "run")
     (row,) = said("compare", str(tmp_path / "run"), "--link", network, "--target", "0.0")
     assert row["seconds_to_target"] == 0.0
+    path.write_text(config.to_toml(experiment(world, "lora", f"clients.network={network!r}", rounds=2)))
+    assert said("cost", str(path), "--step-seconds", "2")["seconds"] == timed["seconds"]
     monkeypatch.setattr("sys.argv", ["fedlora", "compare", str(tmp_path / "run"), "--link", network])
     with pytest.raises(SystemExit) as stop:
         cli.main()

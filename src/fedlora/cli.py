@@ -103,14 +103,13 @@ def cost(
 ) -> None:
     """Tell the bytes of a run before it is trained, from real messages of its first rounds; with --link its time."""
     from fedlora.cost import costs
-    from fedlora.network import parse_network
     from fedlora.report import cost_table
     from fedlora.setting import in_mode, prepare
 
     experiment, _ = experiment_of(config, set_, None)
-    network = parse_network(link) if link else None
+    networks = experiment.clients.networks(link or "")
     effective = in_mode(experiment)
-    values, table = cost_table(costs(effective, prepare(effective)), network, step_seconds)
+    values, table = cost_table(costs(effective, prepare(effective)), networks, step_seconds)
     show_result(format_, values, table)
 
 
@@ -169,7 +168,9 @@ def partition(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     link: LinkText = None,
-    target: Annotated[float | None, typer.Option(help="A value of the main metric; with --link.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="A value of the main metric, to tell how long each takes to it.")
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Also draw the metric by round and by bytes into this file.")
     ] = None,
@@ -180,9 +181,9 @@ def compare(
     from fedlora.picture import comparison_html
     from fedlora.report import comparison, comparison_table, load_result
 
-    if (link is None) != (target is None):
-        raise ConfigError("--link and --target go together: the time over that network until the metric is reached")
-    reached = (parse_network(link), target) if link is not None and target is not None else None
+    if link is not None and target is None:
+        raise ConfigError("--link is for --target: the time over that network until the metric reaches it")
+    reached = None if target is None else (parse_network(link) if link else None, target)
     rows = comparison([load_result(path) for path in runs], reached)
     if html is not None:
         write_page(html, comparison_html(rows))

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
+from fedlora.network import Network, parse_network
 from fedlora.partitions import (
     PARTITIONS,
     AnyPartition,
@@ -57,7 +58,6 @@ __all__ = [
     "check_per_round",
     "draw_cohort",
     "hold_out",
-    "over_clients",
     "summarise",
 ]
 
@@ -78,6 +78,8 @@ class Clients:
         holdout: share of each client's rows, in [0, 1), that it keeps away from training as a test set of its own.
         tiers: kinds of clients that get and do less than the recipe says.
         tier_column: the column that tiers by ``values`` read.
+        network: what lies between the server and a client, such as ``down=10Mbit,up=1Mbit,latency=50ms``; with it the
+            ledger says how long each round takes there. Tiers may have others.
 
     Raises:
         ConfigError: if it is not clear who belongs to which tier, if ``test_clients`` is set without ``Natural``, or if
@@ -94,9 +96,13 @@ class Clients:
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     tiers: tuple[Tier, ...] = ()
     tier_column: str | None = None
+    network: str = ""
 
     def __post_init__(self) -> None:
         check_tiers(self.tiers, self.tier_column)
+        if not self.network and any(tier.network for tier in self.tiers):
+            raise ConfigError("a tier has a network, and the other clients have none; set clients.network too")
+        self.networks()
         if isinstance(self.partition, Natural):
             return
         if self.test_clients:
@@ -105,6 +111,19 @@ class Clients:
                 f"natural partition, not '{self.partition.kind}': set it to 0 or use kind = \"natural\""
             )
         check_per_round(self.per_round, 1 if isinstance(self.partition, Pooled) else self.num)
+
+    def networks(self, network: str = "") -> dict[str, Network]:
+        """The network of clients without tier, under an empty name, and of each tier; none without one.
+
+        Args:
+            network: in place of that of this value.
+
+        Raises:
+            ConfigError: what was written is no network.
+        """
+        if not (chosen := network or self.network):
+            return {}
+        return {"": parse_network(chosen)} | {tier.name: parse_network(tier.network or chosen) for tier in self.tiers}
 
     def column(self) -> str | None:
         """The name of the data set's column that the partition reads, or None."""
@@ -311,31 +330,6 @@ def summarise(population: Population, labels: NDArray[Any] | Sequence[int], num_
         dropped=population.dropped,
         held_out=population.held_out,
     )
-
-
-def over_clients(name: str, values: Sequence[float], higher_is_better: bool) -> dict[str, float]:
-    """What a metric is over clients, each on rows of its own; every client counts the same.
-
-    Args:
-        name: the metric.
-        values: its value for each client, finite.
-        higher_is_better: which clients are the worst.
-
-    Returns:
-        ``client_mean_``, ``client_worst_tenth_`` (the mean of the worst tenth of clients, rounded down, one at least)
-        and ``client_spread_`` (the standard deviation, divided by their number), by name; nothing without values.
-
-    >>> over_clients("loss", [1.0, 3.0], higher_is_better=False)
-    {'client_mean_loss': 2.0, 'client_worst_tenth_loss': 3.0, 'client_spread_loss': 1.0}
-    """
-    if not values:
-        return {}
-    ranked = np.sort(values) if higher_is_better else np.sort(values)[::-1]
-    return {
-        f"client_mean_{name}": float(np.mean(ranked)),
-        f"client_worst_tenth_{name}": float(np.mean(ranked[: max(1, len(ranked) // 10)])),
-        f"client_spread_{name}": float(np.std(ranked)),
-    }
 
 
 def check_per_round(per_round: int, num: int) -> None:

@@ -19,6 +19,7 @@ from fedlora.config import Experiment
 from fedlora.downlink import Downlink
 from fedlora.engines import Serial
 from fedlora.folds import message
+from fedlora.network import Network, Turn, slowest_seconds
 from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
 from fedlora.round import Kinds, run_round
@@ -34,6 +35,26 @@ PROBED_ROUNDS = 6
 PROBED_CLIENTS = 6
 
 
+class TierCost(NamedTuple):
+    """What a round costs a client of a tier.
+
+    Args:
+        down_bytes: to it, the mean over rounds.
+        up_bytes: from it, the same.
+        steps: optimiser steps of the longest turn.
+        work_seconds: of the longest turn.
+    """
+
+    down_bytes: float
+    up_bytes: float
+    steps: int
+    work_seconds: float
+
+    def work(self, step_seconds: float | None) -> float:
+        """Seconds of a turn, from its steps or as measured."""
+        return self.work_seconds if step_seconds is None else self.steps * step_seconds
+
+
 @dataclass(frozen=True)
 class PhaseCost:
     """What one phase sends.
@@ -45,8 +66,8 @@ class PhaseCost:
         first_bytes: bytes to one client in the first round, by kind.
         down_bytes: bytes to one client in a round, by kind; the mean over all rounds and clients.
         up_bytes: bytes from one client in a round, by kind; the same mean.
-        steps: optimiser steps of a client's turn, the mean of those tried.
-        work_seconds: the longest turn of those tried, on this machine.
+        tiers: of each tier, or of all clients under an empty name: a mean client's bytes, and the longest of the turns
+            that were tried, in steps and in seconds on this machine.
     """
 
     rounds: int
@@ -55,13 +76,26 @@ class PhaseCost:
     first_bytes: Kinds
     down_bytes: Kinds
     up_bytes: Kinds
-    steps: float
-    work_seconds: float
+    tiers: dict[str, TierCost]
 
     @property
     def round_bytes(self) -> tuple[int, int]:
         """Bytes of a mean round over all clients, down and up."""
         return self.clients * sum(self.down_bytes.values()), self.clients * sum(self.up_bytes.values())
+
+    def round_seconds(self, networks: Mapping[str, Network], step_seconds: float | None) -> float:
+        """A mean round over networks, by tier's name: that of the slowest tier.
+
+        Args:
+            networks: of each tier, and under an empty name of clients without.
+            step_seconds: of an optimiser step; the longest turn that was measured if None.
+        """
+        if not self.clients:
+            return max(tier.work(step_seconds) for tier in self.tiers.values())
+        turns = [
+            Turn(name, tier.down_bytes, tier.up_bytes, tier.work(step_seconds)) for name, tier in self.tiers.items()
+        ]
+        return slowest_seconds(networks, turns) or 0.0
 
     @property
     def all_bytes(self) -> tuple[int, int]:
@@ -105,8 +139,8 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
         ranks = [own.rank for name, own in recipes.items() for _ in range(max(1, round(weights[name] * per_round)))]
         told: dict[str, list[tuple[int, _Sizes]]] = {name: [] for name in recipes}
         change: Tree = {}
-        up: list[dict[str, float]] = []
-        longest = 0.0
+        longest = dict.fromkeys(recipes, 0.0)
+        sent_up: dict[str, list[dict[str, float]]] = {name: [] for name in recipes}
         for turn in range(min(phase.rounds, PROBED_ROUNDS)):
             for name, own in recipes.items():
                 told[name].append((turn, _sizes(own, state, experiment.seed, probed[name], share, ranks)))
@@ -116,21 +150,29 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
                 phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected
             )
             change = tree.subtract(state.params, before.params)
-            longest = max(longest, row.slowest_seconds)
+            for name, seconds in (row.tier_seconds or {"": row.slowest_seconds}).items():
+                longest[name] = max(longest[name], seconds)
             sent = {name: tier["up_bytes"] for name, tier in row.tiers.items()} or {"": row.up_bytes}
-            up.append(_sum((weights[name] / len(probed[name]), sizes) for name, sizes in sent.items()))
-        for turn in _later(len(up), phase.rounds):
+            for name, sizes in sent.items():
+                sent_up[name].append({kind: size / len(probed[name]) for kind, size in sizes.items()})
+        for turn in _later(state.steps, phase.rounds):
             for name, own in recipes.items():
                 grown = _grown(own, state, turn)
                 told[name].append((turn, _sizes(own, grown, experiment.seed, probed[name], share, ranks)))
         ratios = {name: _ratios(own, state, change, phase.rounds) for name, own in recipes.items()}
         same = all(ratio == 1 for each in ratios.values() for ratio in each)
-        last = _mean(up[len(up) // 2 :]) if same else up[-1]
-        for turn in range(len(up), phase.rounds):
-            factor = sum(weights[name] * ratios[name][turn - state.steps] for name in recipes)
-            up.append({kind: size * factor for kind, size in last.items()})
+        for name, up in sent_up.items():
+            last = _mean(up[len(up) // 2 :]) if same else up[-1]
+            up += [{kind: size * ratio for kind, size in last.items()} for ratio in ratios[name]]
         curves = {name: _over_rounds(sizes, phase.rounds, share) for name, sizes in told.items()}
         down = [_sum((weights[name], curve[turn]) for name, curve in curves.items()) for turn in range(phase.rounds)]
+        means = {name: (_mean(curves[name]), _mean(sent_up[name])) for name in recipes}
+        tiers = {
+            name: TierCost(
+                sum(got.values()), sum(given.values()), _most_steps(recipes[name], probed[name], setting), longest[name]
+            )
+            for name, (got, given) in means.items()
+        }
         found.append(
             PhaseCost(
                 rounds=phase.rounds,
@@ -138,9 +180,11 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
                 clients=per_round if federated else 0,
                 first_bytes={kind: round(size) for kind, size in down[0].items()},
                 down_bytes={kind: round(size) for kind, size in _mean(down).items()},
-                up_bytes={kind: round(size) for kind, size in _mean(up).items()},
-                steps=_mean_steps(recipes, probed, setting),
-                work_seconds=longest,
+                up_bytes={
+                    kind: round(size)
+                    for kind, size in _sum((weights[name], given) for name, (_, given) in means.items()).items()
+                },
+                tiers=tiers,
             )
         )
         done += phase.rounds
@@ -149,14 +193,9 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     return found
 
 
-def _mean_steps(recipes: Mapping[str, Recipe], probed: Mapping[str, Sequence[int]], setting: Setting) -> float:
-    """Optimiser steps of a turn, over the clients that were tried; under noise they do not tell."""
-    steps = [
-        recipes[name].local.num_steps(len(setting.population.rows_of(client)))
-        for name, clients in probed.items()
-        for client in clients
-    ]
-    return sum(steps) / len(steps)
+def _most_steps(recipe: Recipe, clients: Sequence[int], setting: Setting) -> int:
+    """Optimiser steps of the longest turn of those that were tried; under noise they do not tell."""
+    return max(recipe.local.num_steps(len(setting.population.rows_of(client))) for client in clients)
 
 
 def _probed(setting: Setting, seed: int, most: int) -> dict[str, tuple[int, ...]]:

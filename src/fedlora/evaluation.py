@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedlora.clients import over_clients
 from fedlora.config import Experiment
 from fedlora.downlink import Downlink, view
 from fedlora.errors import TrainingError
@@ -81,6 +80,31 @@ def evaluate(
         metrics |= over_clients(main, list(own.values()), setting.task.higher_is_better)
     _check_finite(metrics)
     return metrics, warnings
+
+
+def over_clients(name: str, values: Sequence[float], higher_is_better: bool) -> dict[str, float]:
+    """What a metric is over clients, each on rows of its own; every client counts the same.
+
+    Args:
+        name: the metric.
+        values: its value for each client, finite.
+        higher_is_better: which clients are the worst.
+
+    Returns:
+        ``client_mean_``, ``client_worst_tenth_`` (the mean of the worst tenth of clients, rounded down, one at least)
+        and ``client_spread_`` (the standard deviation, divided by their number), by name; nothing without values.
+
+    >>> over_clients("loss", [1.0, 3.0], higher_is_better=False)
+    {'client_mean_loss': 2.0, 'client_worst_tenth_loss': 3.0, 'client_spread_loss': 1.0}
+    """
+    if not values:
+        return {}
+    ranked = np.sort(values) if higher_is_better else np.sort(values)[::-1]
+    return {
+        f"client_mean_{name}": float(np.mean(ranked)),
+        f"client_worst_tenth_{name}": float(np.mean(ranked[: max(1, len(ranked) // 10)])),
+        f"client_spread_{name}": float(np.std(ranked)),
+    }
 
 
 def _check_finite(metrics: dict[str, float]) -> None:

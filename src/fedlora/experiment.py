@@ -16,11 +16,11 @@ import numpy as np
 
 from fedlora import config
 from fedlora.account import Sampled, example_epsilon, open_account
-from fedlora.clients import Population, draw_cohort, over_clients
+from fedlora.clients import Population, draw_cohort
 from fedlora.config import Experiment
 from fedlora.engines import Engine, Serial
 from fedlora.errors import CheckpointError, FedloraError, QuorumError
-from fedlora.evaluation import evaluate, tested_clients
+from fedlora.evaluation import evaluate, over_clients, tested_clients
 from fedlora.export import export_run
 from fedlora.folder import RunFolder
 from fedlora.foreign import Partitioner
@@ -234,8 +234,9 @@ def _round(
             cohort = (*(one for one in cohort if one in present), *map(int, others))[:num]
         try:
             after, row = run_round(
-                recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected
-            )
+                recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected,
+                clients.networks() if experiment.mode == "federated" else {},
+            )  # fmt: skip
             return after, dataclasses.replace(row, warnings=warnings)
         except QuorumError as error:
             tried += 1

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedlora.errors import ConfigError
-from fedlora.round import Row
+
+if TYPE_CHECKING:
+    from fedlora.round import Row
 
 _BITS = {"bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
 _SECONDS = {"s": 1.0, "ms": 1e-3}
 _EXAMPLE = "down=10Mbit,up=1Mbit,latency=50ms"
+
+
+class Turn(NamedTuple):
+    """One client's turn.
+
+    Args:
+        tier: its tier's name, empty without tiers.
+        down_bytes: what the client gets.
+        up_bytes: what it answers.
+        work: seconds that it computes.
+    """
+
+    tier: str
+    down_bytes: float
+    up_bytes: float
+    work: float
 
 
 @dataclass(frozen=True)
@@ -45,7 +64,7 @@ class Network:
         return 2 * self.latency + 8 * down_bytes / self.down + work + 8 * up_bytes / self.up
 
     def round_seconds(self, row: Row) -> float:
-        """A round of a ledger: the slowest tier, with the longest of its turns that was measured in the round."""
+        """A round of a ledger: the slowest tier, with its mean message and the longest of its turns."""
         cohort = sum(row.references.values())  # names may be secret
         if not cohort:
             return 0.0
@@ -57,15 +76,38 @@ class Network:
             turns.append(self.seconds(down, up, row.tier_seconds.get(name, row.slowest_seconds)))
         return max(turns)
 
-    def seconds_to(self, rows: Sequence[Row], metric: str, target: float, higher_is_better: bool) -> float | None:
-        """Seconds until an evaluation first reached ``target``; None if none did."""
-        passed = 0.0
-        for row in rows:
-            passed += self.round_seconds(row)
-            value = row.metrics.get(metric)
-            if value is not None and (value >= target if higher_is_better else value <= target):
-                return passed
+
+def seconds_to(
+    rows: Sequence[Row], network: Network | None, metric: str, target: float, higher_is_better: bool
+) -> float | None:
+    """Seconds until an evaluation first reached ``target``; None if none did.
+
+    Args:
+        rows: of a ledger.
+        network: between the server and every client; None for what the run's configuration names.
+        metric: which of the evaluations' metrics.
+        target: the value to reach.
+        higher_is_better: which values are beyond it.
+
+    Raises:
+        ConfigError: no network is given, and the configuration names none.
+    """
+    passed = 0.0
+    for row in rows:
+        if network is None and row.network_seconds is None and row.round:
+            raise ConfigError("the run's configuration has no clients.network; name a network with --link")
+        passed += network.round_seconds(row) if network else row.network_seconds or 0.0
+        value = row.metrics.get(metric)
+        if value is not None and (value >= target if higher_is_better else value <= target):
+            return passed
+    return None
+
+
+def slowest_seconds(networks: Mapping[str, Network], turns: Sequence[Turn]) -> float | None:
+    """What a round takes: the longest of its clients' turns, each over its own network; None without networks."""
+    if not networks:
         return None
+    return max((networks[turn.tier].seconds(turn.down_bytes, turn.up_bytes, turn.work) for turn in turns), default=0.0)
 
 
 def parse_network(text: str) -> Network:
@@ -80,10 +122,10 @@ def parse_network(text: str) -> Network:
         units = _SECONDS if match and match[1] == "latency" else _BITS
         if not match or match[3] not in units or match[2].count(".") > 1:
             raise ConfigError(
-                f"--link: {part.strip()!r} is not understood; write {_EXAMPLE}, with {', '.join(_BITS)} a second and "
-                f"{', '.join(_SECONDS)}"
+                f"a network: {part.strip()!r} is not understood; write {_EXAMPLE}, with {', '.join(_BITS)} a second "
+                f"and {', '.join(_SECONDS)}"
             )
         found[match[1]] = float(match[2]) * units[match[3]]
     if not (found.get("down") and found.get("up")):
-        raise ConfigError(f"--link needs down and up above zero, such as {_EXAMPLE}")
+        raise ConfigError(f"a network needs down and up above zero, such as {_EXAMPLE}")
     return Network(found["down"], found["up"], found.get("latency", 0.0))

@@ -18,7 +18,7 @@ from fedlora.config import Experiment
 from fedlora.cost import PhaseCost
 from fedlora.experiment import Result
 from fedlora.folder import RunFolder
-from fedlora.network import Network
+from fedlora.network import Network, seconds_to
 from fedlora.round import Row
 from fedlora.search import Trial
 from fedlora.setting import Setting
@@ -151,18 +151,18 @@ def search_table(trials: Sequence[Trial]) -> tuple[list[dict[str, Any]], Table]:
 
 
 def cost_table(
-    phases: Sequence[PhaseCost], network: Network | None, step_seconds: float | None
+    phases: Sequence[PhaseCost], networks: Mapping[str, Network], step_seconds: float | None
 ) -> tuple[dict[str, Any], Table]:
     """What each phase will send, and over a network how long it will take, as values and as a table.
 
     Args:
         phases: from ``fedlora.cost.costs``.
-        network: what lies between; None leaves time out.
+        networks: what lies between, by tier's name; none leaves time out.
         step_seconds: of a client's optimiser step; the longest turn that was measured if None.
     """
     table = Table()
     # a table of a terminal's width
-    last = ["round takes", "all take"] if network else ["round down", "round up"]
+    last = ["round takes", "all take"] if networks else ["round down", "round up"]
     for name in ("phase", "rounds", "one client down", "one client up", *last, "all down", "all up"):
         table.add_column(name, justify="right")
     values: list[dict[str, Any]] = []
@@ -180,9 +180,8 @@ def cost_table(
             "round_down_bytes": down,
             "round_up_bytes": up,
         }
-        if network:
-            work = phase.work_seconds if step_seconds is None else phase.steps * step_seconds
-            value["round_seconds"] = network.seconds(*one, work)
+        if networks:
+            value["round_seconds"] = phase.round_seconds(networks, step_seconds)
             middle = [human_seconds(value["round_seconds"]), human_seconds(phase.rounds * value["round_seconds"])]
         ends = map(human_bytes, phase.all_bytes)
         table.add_row(f"{number} {phase.tuning}", str(phase.rounds), *map(human_bytes, one), *middle, *ends)
@@ -190,7 +189,7 @@ def cost_table(
     totals = [sum(phase.all_bytes[way] for phase in phases) for way in (0, 1)]
     whole: dict[str, Any] = {"phases": values, "down_bytes": totals[0], "up_bytes": totals[1]}
     takes = ""
-    if network:
+    if networks:
         whole["seconds"] = sum(value["rounds"] * value["round_seconds"] for value in values)
         takes = human_seconds(whole["seconds"])
     if len(phases) > 1:
@@ -200,7 +199,7 @@ def cost_table(
 
 
 def comparison(
-    results: Sequence[Mapping[str, Any]], reached: tuple[Network, float] | None = None
+    results: Sequence[Mapping[str, Any]], reached: tuple[Network | None, float] | None = None
 ) -> list[dict[str, Any]]:
     """One row per method over the runs given, seeds together.
 
@@ -209,8 +208,9 @@ def comparison(
 
     Args:
         results: as ``load_result`` and ``as_dict`` give them.
-        reached: a network and a value of the main metric; each row then has ``seconds_to_target``, the mean over seeds
-            of the time over that network until an evaluation reached it, None where a seed never did.
+        reached: a network, or None for those of the configurations, and a value of the main metric; each row then has
+            ``seconds_to_target``, the mean over seeds of the time until an evaluation reached it, None where a seed
+            never did.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -247,9 +247,9 @@ def comparison(
     return rows
 
 
-def _seconds_to(folder: Path, metric: str, network: Network, target: float) -> float | None:
+def _seconds_to(folder: Path, metric: str, network: Network | None, target: float) -> float | None:
     higher = bool(RunFolder(folder).read_json("result.json").get("higher_is_better", True))
-    return network.seconds_to(RunFolder(folder).rows(), metric, target, higher)
+    return seconds_to(RunFolder(folder).rows(), network, metric, target, higher)
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -18,6 +18,7 @@ from fedlora.engines.base import Engine
 from fedlora.errors import QuorumError, TrainingError
 from fedlora.folds import extended
 from fedlora.jobs import Job, empty_report
+from fedlora.network import Network, Turn, slowest_seconds
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe, init_of
 from fedlora.shrink import without_ranks
@@ -51,6 +52,8 @@ class Row:
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
         slowest_seconds: the longest turn of a client in the cohort.
         tier_seconds: the same of each tier.
+        network_seconds: what the round takes over the networks that the configuration names: the slowest client's bytes
+            and work, the server's own time apart.
         ranks: of the cohort, where clients give up ranks.
         clip_norm: what updates were clipped to, if they were.
         epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.
@@ -78,6 +81,7 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     slowest_seconds: float = 0.0
     tier_seconds: dict[str, float] = field(default_factory=dict)
+    network_seconds: float | None = None
     ranks: tuple[int, ...] = ()
     clip_norm: float | None = None
     epsilon: float | None = None
@@ -96,6 +100,7 @@ def run_round(
     rounds: int,
     tiers: Mapping[int, Tier] | None = None,
     expected: int | None = None,
+    networks: Mapping[str, Network] | None = None,
 ) -> tuple[ServerState, Row]:
     """One round.
 
@@ -108,6 +113,7 @@ def run_round(
         rounds: rounds of the whole run, for schedules.
         tiers: the tier of each client, if there are tiers.
         expected: how many clients a round has on average, where chance decides; what private sums are divided by.
+        networks: of each tier by name, and under an empty one of clients without, to tell how long the round takes.
 
     Returns:
         The state after the round, and the round's row of the ledger.
@@ -129,6 +135,7 @@ def run_round(
     references: Kinds = {}
     messages: list[Message] = []
     shares: dict[str, dict[str, Kinds]] = {}
+    given: list[int] = []
     for client, name in zip(cohort, names, strict=True):
         memory = state.clients.get(client, ClientState())
         rank = state.ranks.get(client)
@@ -152,6 +159,7 @@ def run_round(
         jobs.append(job)
         received = _sum(message.sizes, {} if memory.has_setup else state.setup_bytes)
         down = _sum(down, received)
+        given.append(sum(received.values()))
         if name:
             _count(shares, name, "down_bytes", received)
         references = _sum(references, {message.reference: 1})
@@ -238,6 +246,10 @@ def run_round(
             tier_seconds[name] = max(tier_seconds.get(name, 0.0), answer.reply.seconds)
             _count(shares, name, "up_bytes", answer.sizes)
             _count(shares, name, "clients", {"num": 1})
+    turns = [
+        Turn(name, size, sum(answer.sizes.values()), answer.reply.seconds)
+        for name, size, answer in zip(names, given, answers, strict=True)
+    ]
     done = time.perf_counter()
     working = sum(answer.reply.seconds for answer in answers)
     entries = tree.num_entries(params)
@@ -261,6 +273,7 @@ def run_round(
         clip_norm=recipe.privacy.clip_norm if isinstance(recipe.privacy, CentralGaussian) else None,
         slowest_seconds=max((answer.reply.seconds for answer in answers), default=0.0),
         tier_seconds=tier_seconds,
+        network_seconds=slowest_seconds(networks or {}, turns),
         seconds={"pack": packed - clock, "clients": working, "aggregate": done - packed - working},
     )
     return after, row

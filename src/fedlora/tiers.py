@@ -42,6 +42,7 @@ class Tier:
         batch_size: another batch size.
         compute: another number format of the forward pass.
         timeout_seconds: another limit of a turn.
+        network: another network than ``clients.network``.
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")]
@@ -56,6 +57,7 @@ class Tier:
     batch_size: Count | None = None
     compute: Literal["fp32", "bf16"] | None = None
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    network: str = ""
 
     @property
     def chosen_by(self) -> str:
