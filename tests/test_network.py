@@ -87,7 +87,9 @@ def test_the_ledger_tells_what_rounds_take_over_the_networks_of_tiers(world: Pat
 
 
 def test_a_cost_is_that_of_the_slowest_tier(world: Path) -> None:
-    chosen = experiment(world, "lora", TIERS, "clients.network='down=10Mbit,up=1Mbit'", rounds=2)
+    chosen = experiment(
+        world, "lora", TIERS, "clients.network='down=10Mbit,up=1Mbit'", "method.local.batch_size=2", rounds=2
+    )
     (phase,) = costs(chosen, prepare(chosen))
     weak, strong = phase.tiers["weak"], phase.tiers["strong"]
     assert weak.steps == 1 < strong.steps
