@@ -229,6 +229,37 @@ def test_krum_needs_enough_clients() -> None:
         Krum(faulty=1).combine(updates, params)
 
 
+def test_norm_bound_equals_numpy() -> None:
+    params, updates = cohort(5)
+    rows = stacked(updates)
+    norms = np.linalg.norm(rows, axis=1)
+    bound = float(np.median(norms))  # some are longer
+    expected = (rows * np.minimum(1.0, bound / norms)[:, None]).mean(axis=0)
+    found = tree.flatten(NormBound(norm=bound).combine(updates, params).delta)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_svd_redistribute_bears_a_tie_where_it_cuts() -> None:
+    """Four equal singular values and room for three: whichever are kept, what is lost is one of them."""
+    zeros = {"m.lora_A": torch.zeros(3, 7), "m.lora_B": torch.zeros(5, 3)}
+    rows = torch.eye(7)
+    one = {"m.lora_A": rows[:3], "m.lora_B": torch.eye(5)[:, :3] * 2}
+    other = {"m.lora_A": torch.stack([rows[3], *torch.zeros(2, 7)]), "m.lora_B": torch.eye(5)[:, [3, 4, 4]] * 2}
+    updates = [Update(zeros, one, 1.0), Update(zeros, other, 1.0)]
+    mean = mean_product(updates, "uniform")
+    assert torch.linalg.svdvals(mean).tolist() == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.0])
+    after = tree.add(zeros, SvdRedistribute().combine(updates, zeros).delta)
+    gap = torch.linalg.svdvals(product(after) - mean)
+    torch.testing.assert_close(gap, torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after["m.lora_A"] @ after["m.lora_A"].T, torch.eye(3), rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_that_are_all_zero_have_no_say() -> None:
+    zeros = tree.zeros_like(params_of(0))
+    with pytest.raises(TrainingError, match="all adapters are zero"):
+        SparsityWeighted().combine([Update(zeros, zeros, 1.0)], zeros)
+
+
 @pytest.mark.parametrize("kind", ["median", "trimmed_mean", "krum", "norm_bound"])
 def test_one_client_that_lies_hardly_moves_a_robust_rule(kind: str) -> None:
     params, updates = cohort(1)
@@ -298,17 +329,19 @@ def test_the_mean_of_products_is_the_product_of_means_where_a_keeps_still() -> N
 
 
 def test_what_a_client_knows_of_a_still_factor_is_not_sent_down() -> None:
-    from fedlora.methods import dense_lora, ffa
+    from fedlora.methods import dense_lora, ffa, rolora
 
     sent = {}
     for name, phases in (
         ("ffa", ffa(rounds=3, rank=4, local=LOCAL, memory="init")),
+        ("rolora", rolora(rounds=3, rank=4, local=LOCAL, memory="last_round")),
         ("lora", dense_lora(rounds=3, rank=4, local=LOCAL)),
     ):
         federation = Federation(phases)
         federation.go_on(federation.start(), 3)
         sent[name] = federation.rows[2].down_bytes["adapter"]
     assert sent["ffa"] < 0.6 * sent["lora"]
+    assert sent["rolora"] < 0.6 * sent["lora"]
 
 
 def test_the_ratio_of_learning_rates_moves_b_further() -> None:

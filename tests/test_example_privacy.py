@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,10 @@ def test_the_ledger_tells_what_examples_have_lost(world: Path, tmp_path: Path) -
     assert 0 < spent[1] <= spent[2] <= spent[3]
     # noise that cannot be drawn again must not be drawn twice for one round
     assert len(list((result.folder / "checkpoints").iterdir())) == 2
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    (told,) = manifest["example_privacy"]
+    assert told["noise"] == "the operating system's secure source"
+    assert (told["noise_multiplier"], told["clip_norm"], told["accountant"]) == (1.0, 1.0, "rdp")
 
 
 @pytest.mark.parametrize(

@@ -487,6 +487,39 @@ def test_a_client_counts_no_more_examples_than_it_said_it_has(world: Path, tmp_p
     assert "it says that it trained on 1e+09 examples" in result.rows[1].refused["4"]
 
 
+@pytest.mark.parametrize("below", [60.0, -1.0, 0.5])
+def test_one_site_does_not_move_the_clip_of_all(world: Path, tmp_path: Path, below: float) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            told = letters.read(answer)
+            parts = wire.unpack(told.blobs["raw"], wire_template(letter, tmp_path))
+            parts["report"]["below"] = torch.tensor(below)
+            return letters.write(told.head, {"raw": wire.pack(parts, {}).raw})
+        return answer
+
+    adapting = OTHERS["private"][-1].replace("seed=3", "seed=3, quantile=0.5")
+    chosen = experiment(world, "full", *FEDAVG, adapting, "clients.per_round=9", rounds=1)
+    result, _ = tried(chosen, tmp_path, trick)
+    assert "0 or 1" in result.rows[1].refused["4"]
+
+
+def test_what_a_site_sends_is_clipped_again(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            told = letters.read(answer)
+            parts = wire.unpack(told.blobs["raw"], wire_template(letter, tmp_path))
+            long = {part: {name: 1e3 * value for name, value in tree.items()} for part, tree in parts.items()}
+            return letters.write(told.head, {"raw": wire.pack(long | {"report": parts["report"]}, {}).raw})
+        return answer
+
+    clip = "method.privacy={kind='central_gaussian', clip_norm=0.5, noise_multiplier=0.0}"
+    chosen = experiment(world, "full", *FEDAVG, clip, "clients.per_round=9", rounds=1)
+    result, _ = tried(chosen, tmp_path, trick)
+    assert 0 < result.rows[1].update_norm <= 0.5 * (1 + 1e-5)
+
+
 def wire_template(letter: bytes, tmp_path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The parts of a reply, as the server expects them: what the site's own workspace has."""
     from fedlora.jobs import empty_report

@@ -235,6 +235,33 @@ def test_a_tier_of_ranks_by_norm_gets_the_longest_and_trains() -> None:
         Tier(name="phone", rank=2, rank_by="norm").applied(Recipe(aggregator=SvdRedistribute()))
 
 
+def test_ranks_by_norm_of_a_difference_are_refused() -> None:
+    recipe = fedavg(tuning=LoRA(rank=4), local=LOCAL, memory="last_round")[0].recipe
+    with pytest.raises(ConfigError, match="would gather all of them"):
+        Tier(name="phone", rank=2, rank_by="norm").applied(recipe)
+    assert Tier(name="phone", rank=2).applied(recipe).rank == 2
+
+
+@pytest.mark.parametrize("name", ["dense", "newcomer", "client_mean"])
+def test_a_tier_is_not_called_as_another_model(world: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="would be taken for others"):
+        experiment(world, "lora", f"clients.tiers=[{{name={name!r}, share=1.0}}]")
+
+
+def test_a_tier_is_evaluated_in_its_own_precision(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    evaluate = Workspace.evaluate
+
+    def watched(self: Workspace, rows: Any, split: Any, compute: str) -> Any:
+        seen.append(compute)
+        return evaluate(self, rows, split, compute)
+
+    monkeypatch.setattr(Workspace, "evaluate", watched)
+    tiers = "clients.tiers=[{name='new', share=0.5, compute='bf16'}, {name='old', share=0.5}]"
+    fedlora.run(experiment(world, "lora", tiers, "evaluate.every=1", rounds=1), world / "precisions")
+    assert seen[:3] == ["fp32", "bf16", "fp32"]
+
+
 # ---- clients that run out of time
 
 

@@ -37,6 +37,7 @@ from fedlora.transport import (
     Quota,
     RandomK,
     RankSlice,
+    Stage,
     Threshold,
     TopK,
     Uniform,
@@ -77,12 +78,14 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "svd_of_delta": {"tuning": LoRA(rank=4, init=SvdOfDelta())},
         "train B": {"tuning": LoRA(rank=4, train="B")},
         "train alternate": {"tuning": LoRA(rank=4, train="alternate")},
+        "lr_ratio": {"tuning": LoRA(rank=4, lr_ratio=4.0)},
     },
     "down.sparsify": {
         "down top_k": {"down": {"sparsify": TopK(density=0.5)}},
         "down random_k": {"down": {"sparsify": RandomK(density=0.7, rescale=False)}},
         "down threshold": {"down": {"sparsify": Threshold(value=1e-3)}},
         "down rank_slice": {"down": {"sparsify": RankSlice(rank=2)}},
+        "down rank_slice by norm": {"down": {"sparsify": RankSlice(rank=2, by="norm")}},
     },
     "up.sparsify": {
         "up top_k": {"up": {"sparsify": TopK(density=0.3, quota=Quota(head=1.0))}},
@@ -100,6 +103,7 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "up float16": {"up": {"precision": Float16()}},
         "up uniform": {"up": {"precision": Uniform(bits=4, block=64)}},
         "up sign": {"up": {"precision": Uniform(bits=1)}},
+        "up stages": {"up": {"stages": (Stage(round=2, precision=Uniform(bits=4)),)}},
     },
     "down.reference": {"reference init": {"down": {"reference": "init"}}},
     "feedback": {"up feedback": {"up": {"feedback": True}}, "down feedback": {"down": {"feedback": True}}},
@@ -201,7 +205,9 @@ def test_a_pair_trains_and_resumes_or_is_refused(one: str, other: str, tmp_path:
     save_state(half, tmp_path / "state", {})
     end = federation.go_on(half, ROUNDS)
     assert federation.loss(end) < before
-    again = federation.go_on(load_state(tmp_path / "state")[0], ROUNDS)
+    fresh = Federation(phases_of(one, other))  # nothing is left of what was resident
+    fresh.start()
+    again = fresh.go_on(load_state(tmp_path / "state")[0], ROUNDS)
     assert all(torch.equal(again.params[name], value) for name, value in end.params.items())
-    assert federation.rows[-1].down_bytes == federation.rows[ROUNDS - 1].down_bytes
-    assert federation.rows[-1].up_bytes == federation.rows[ROUNDS - 1].up_bytes
+    assert fresh.rows[-1].down_bytes == federation.rows[-1].down_bytes
+    assert fresh.rows[-1].up_bytes == federation.rows[-1].up_bytes
