@@ -68,7 +68,7 @@ BEST = {
     "rolora": 1e-2,
     "fedex": 1e-2,
     "flexlora": 1e-2,
-    "flora": 3e-2,
+    "flora": 1e-2,
     "federa": 1e-2,
     "slora": 1e-2,
     "primed_lora": 3e-2,
