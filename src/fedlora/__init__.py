@@ -15,7 +15,24 @@ if TYPE_CHECKING:
     from fedlora.experiment import Result, run
     from fedlora.inference import load_run
     from fedlora.local import Local, Schedule
-    from fedlora.methods import dense_lora, fedavg, federa, flasc, full, primed_lora, slora
+    from fedlora.methods import (
+        adapter_lth,
+        dense_lora,
+        fed_select,
+        fedavg,
+        federa,
+        fedex,
+        ffa,
+        flasc,
+        flexlora,
+        flora,
+        full,
+        het_lora,
+        primed_lora,
+        rolora,
+        slora,
+        sparse_adapter,
+    )
     from fedlora.recipe import Phase, Recipe
     from fedlora.tasks import (
         CausalLM,
@@ -77,16 +94,25 @@ _HOME = {
     "TokenClassification": "tasks",
     "TopK": "transport",
     "Uniform": "transport",
+    "adapter_lth": "methods",
     "dense_lora": "methods",
+    "fed_select": "methods",
     "fedavg": "methods",
     "federa": "methods",
+    "fedex": "methods",
+    "ffa": "methods",
     "flasc": "methods",
+    "flexlora": "methods",
+    "flora": "methods",
     "full": "methods",
+    "het_lora": "methods",
     "load": "config",
     "load_run": "inference",
     "primed_lora": "methods",
+    "rolora": "methods",
     "run": "experiment",
     "slora": "methods",
+    "sparse_adapter": "methods",
 }
 
 __version__ = "0.1.0"
@@ -134,16 +160,25 @@ __all__ = [
     "TokenClassification",
     "TopK",
     "Uniform",
+    "adapter_lth",
     "dense_lora",
+    "fed_select",
     "fedavg",
     "federa",
+    "fedex",
+    "ffa",
     "flasc",
+    "flexlora",
+    "flora",
     "full",
+    "het_lora",
     "load",
     "load_run",
     "primed_lora",
+    "rolora",
     "run",
     "slora",
+    "sparse_adapter",
 ]
 
 

@@ -232,7 +232,10 @@ class Remote(Engine):
         online = self.courier.sites()
         for other in [each for each in self.guests if each != name and set(sizes) & set(self.guests[each].sizes)]:
             if other in online:
-                raise WireError(f"it stands for clients that {other} stands for")
+                raise WireError(
+                    f"it stands for clients that {other} stands for; where sites have rows of their own, set "
+                    "data.kind = 'sites'"
+                )
             del self.guests[other]  # the same site under another name
         return guest
 
