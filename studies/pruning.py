@@ -13,7 +13,7 @@ from studies.study import Study
 
 RATE = 1e-2
 ROUNDS = 30
-SHARES = (4, 8, 16)
+SHARES = (2, 4, 8, 16)
 METHODS = ("flasc", "sparse_adapter", "adapter_lth", "fed_select", "rank")
 
 

@@ -59,8 +59,11 @@ class Study:
 
     def _run(self, document: dict[str, Any], folder: Path) -> float:
         """The main metric of a run, which begins, goes on, or is over already."""
-        if not (folder / "result.json").exists():
-            run(parse(document), folder)
+        experiment = parse(document)
+        if (folder / "result.json").exists():
+            RunFolder(folder).claim(experiment)  # refuses a run of other settings
+        else:
+            run(experiment, folder)
         return float(RunFolder(folder).read_json("result.json")["after"][self.metric])
 
     def gather(self) -> dict[str, Any]:

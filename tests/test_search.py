@@ -43,6 +43,11 @@ def test_each_step_tries_more_density_and_more_ranks_of_the_better_one(world: Pa
         (best,) = kept
         assert best.metric == max(trial.metric or 0.0 for trial in pair)
     assert all(trial.client_bytes <= BOUNDS.client_bytes for trial in trials if trial.kept)
+    chosen = experiment(world, "flasc", rounds=2)
+    sizes = _Sizes(chosen, prepare(chosen), BOUNDS)
+    spare = BOUNDS.client_bytes - best.client_bytes + sizes.of(best.rank, best.density)
+    # nothing more fits, or what was tried at last turned out too long
+    assert all(sizes.of(*one) > spare for one in sizes.after(best.rank, best.density)) or not trials[-1].kept
 
 
 def test_a_trial_that_fails_has_lost(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +74,17 @@ def test_the_two_of_a_pair_cost_the_same(world: Path, tmp_path: Path, rank: int,
     trials = search(experiment(world, "flasc", rounds=8), tmp_path / "search", bounds)
     one, other = (trial for trial in trials if trial.step == 1)
     assert (one.rank, other.density) == (rank, density)
+    assert one.client_bytes == pytest.approx(other.client_bytes, rel=0.08)
+
+
+def test_a_pair_costs_the_same_where_a_factor_keeps_still(world: Path, tmp_path: Path) -> None:
+    sparse = "sparsify={kind='top_k', density=0.25}"
+    chosen = experiment(
+        world, "full", "method.kind='fedavg'", "method.tuning={kind='lora', rank=2, train='B'}",
+        f"method.down={{{sparse}, reference='init'}}", f"method.up={{{sparse}}}", rounds=6,
+    )  # fmt: skip
+    trials = search(chosen, tmp_path / "search", Bounds(2, 0.25, 2, client_bytes=30_000.0, max_rank=16))
+    one, other = (trial for trial in trials if trial.step == 1)
     assert one.client_bytes == pytest.approx(other.client_bytes, rel=0.08)
 
 

@@ -113,7 +113,7 @@ def experiment(root: Path, method: str = "lora", *overrides: str, rounds: int = 
 def ledger(folder: Path) -> list[dict[str, Any]]:
     """The ledger without what the clock says."""
     lines = (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
-    clock = ("seconds", "slowest_seconds", "tier_seconds")
+    clock = ("seconds", "slowest_seconds", "tier_seconds", "network_seconds")
     return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
 
 

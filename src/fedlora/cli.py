@@ -101,7 +101,7 @@ def cost(
     ] = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Tell the bytes of a run before it is trained, from real messages of its first rounds; with --link its time."""
+    """Tell the bytes of a run before it is trained, from real messages of its first rounds; over a network its time."""
     from fedlora.cost import costs
     from fedlora.report import cost_table
     from fedlora.setting import in_mode, prepare
@@ -176,7 +176,7 @@ def compare(
     ] = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Put finished runs side by side; seeds of a method are averaged. With --link and --target, how long each takes."""
+    """Put finished runs side by side; seeds of a method are averaged. With --target, how long each takes to it."""
     from fedlora.network import parse_network
     from fedlora.picture import comparison_html
     from fedlora.report import comparison, comparison_table, load_result

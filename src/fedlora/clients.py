@@ -116,14 +116,15 @@ class Clients:
         """The network of clients without tier, under an empty name, and of each tier; none without one.
 
         Args:
-            network: in place of that of this value.
+            network: of all clients, in place of what is set here.
 
         Raises:
             ConfigError: what was written is no network.
         """
-        if not (chosen := network or self.network):
+        if not (network or self.network):
             return {}
-        return {"": parse_network(chosen)} | {tier.name: parse_network(tier.network or chosen) for tier in self.tiers}
+        own = {tier.name: network or tier.network or self.network for tier in self.tiers}
+        return {name: parse_network(words) for name, words in {"": network or self.network, **own}.items()}
 
     def column(self) -> str | None:
         """The name of the data set's column that the partition reads, or None."""

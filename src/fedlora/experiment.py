@@ -196,6 +196,7 @@ def _run_phases(
                 down_bytes=row.down_bytes if sent else {},
                 up_bytes=row.up_bytes if sent else {},
                 references=row.references if sent else {},
+                network_seconds=row.network_seconds if sent or not clients.network else row.slowest_seconds,
             )
             pending = {}
             files.append(row)

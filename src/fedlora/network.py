@@ -66,8 +66,8 @@ class Network:
     def round_seconds(self, row: Row) -> float:
         """A round of a ledger: the slowest tier, with its mean message and the longest of its turns."""
         cohort = sum(row.references.values())  # names may be secret
-        if not cohort:
-            return 0.0
+        if not cohort:  # nothing was sent
+            return row.slowest_seconds
         tiers = row.tiers or {"": {"down_bytes": row.down_bytes, "up_bytes": row.up_bytes}}
         turns = []
         for name, tier in tiers.items():

@@ -53,7 +53,7 @@ class Row:
         slowest_seconds: the longest turn of a client in the cohort.
         tier_seconds: the same of each tier.
         network_seconds: what the round takes over the networks that the configuration names: the slowest client's bytes
-            and work, the server's own time apart.
+            and work. The server's own time, waiting for clients that are late, and attempts that failed are left out.
         ranks: of the cohort, where clients give up ranks.
         clip_norm: what updates were clipped to, if they were.
         epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.

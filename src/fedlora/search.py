@@ -73,9 +73,10 @@ def search(
     """Climbs from a small adapter, sparsely sent, to what a budget of bytes allows (FLASC-Search, arXiv 2406.05233).
 
     Of ``(rank, density)`` the next two are ``(factor rank, density)`` and ``(rank, a density of as many bytes)``; where
-    not even a dense adapter of the old rank has so many, the new rank is lowered until it has. Both are trained for the
-    configuration's rounds from the same seed, on the same cohorts; the better one is kept, the denser of equals. It
-    ends where the next step would send more than the budget. The paper's abstract says as much, and no code is public.
+    not even a dense adapter of the old rank has so many, the new rank is lowered until it has, and where one rank more
+    is too many, only the density grows. Both are trained for the configuration's rounds from the same seed, on the same
+    cohorts; the better one is kept, the denser of equals. It ends where the next step would send more than the budget.
+    The paper's abstract says as much, and no code is public.
 
     A trial is a run in a folder of its own, so a search that was stopped goes on where it was.
 
@@ -165,8 +166,10 @@ class _Sizes:
             for a, b in self._pairs:
                 shapes[a][0] = shapes[b][1] = rank
             draws = generator(0)
-            values = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
             recipe = configured(self._experiment, rank, density).phases[0].recipe
+            values = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+            # what keeps still does not travel
+            values = {name: value * (not recipe.tuning.still(name, 0)) for name, value in values.items()}
             links = (recipe.down, recipe.up)
             self._known[rank, density] = sum(len(link.send(values, self._groups, 0, 0).raw) for link in links)
         return self._known[rank, density]

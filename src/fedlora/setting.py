@@ -254,10 +254,10 @@ def _privacy(budget: Budget | None, phases: Sequence[Phase]) -> dict[str, Any] |
     }
 
 
-def _example_privacy(phases: Sequence[Phase]) -> list[dict[str, Any]] | None:
+def _example_privacy(phases: Sequence[Phase]) -> list[dict[str, Any] | None]:
     """The same of noise for each example, by phase; the ledger says what clients spent of it."""
     found = [phase.recipe.local.example_privacy for phase in phases]
-    told = [
+    return [
         {
             "delta": each.delta,
             "accountant": "rdp",
@@ -265,10 +265,10 @@ def _example_privacy(phases: Sequence[Phase]) -> list[dict[str, Any]] | None:
             "noise_multiplier": each.noise_multiplier,
             "noise": _source(each.seed),
         }
-        for each in found
         if each
+        else None
+        for each in found
     ]
-    return told or None
 
 
 def _source(seed: int | None) -> str:

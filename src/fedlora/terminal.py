@@ -36,7 +36,7 @@ RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
 RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; goes on if it holds a checkpoint.")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value, over what the file says.")]
 Tracks = Annotated[list[str] | None, typer.Option("--track", help="Also send figures to: tensorboard.")]
-LinkText = Annotated[str | None, typer.Option("--link", help="A network: down=10Mbit,up=1Mbit,latency=50ms")]
+LinkText = Annotated[str | None, typer.Option("--link", help="A network for all: down=10Mbit,up=1Mbit,latency=50ms")]
 AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]
 
 

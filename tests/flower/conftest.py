@@ -77,7 +77,7 @@ class Federation:
         (where / "site.toml").write_text(tomli_w.dumps(document))
         port = self.config.port
         command = [sys.executable, "-m", "fedlora", "join", f"127.0.0.1:{port}"]
-        return Child([*command, "--site-config", str(where / "site.toml")], where / "processes")
+        return Child([*command, "--site-config", str(where / "site.toml")], where / "processes", grace=40.0)
 
     def run(
         self, experiment: Experiment, where: Path, rules: Rules | None = None, before: Callable[[], None] = lambda: None

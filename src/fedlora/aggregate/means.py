@@ -62,7 +62,7 @@ class TrimmedMean(Aggregator):
     """The mean of each coordinate without a share of its smallest and its largest (arXiv 1803.01498, Def. 2).
 
     Args:
-        trim: share left out at each end, rounded up: of three answers or more, one at each end unless it is 0.
+        trim: share left out at each end, rounded up: of three answers or more, at least one unless it is 0.
     """
 
     kind: Literal["trimmed_mean"] = "trimmed_mean"
@@ -72,7 +72,7 @@ class TrimmedMean(Aggregator):
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; all updates are in memory together."""
         like, stacked = _stacked(updates)
-        left_out = min(math.ceil(self.trim * len(stacked)), (len(stacked) - 1) // 2)
+        left_out = min(math.ceil(round(self.trim * len(stacked), 9)), (len(stacked) - 1) // 2)
         kept = stacked.sort(dim=0).values[left_out : len(stacked) - left_out]
         return Change(tree.unflatten(kept.mean(dim=0), like), Fold())
 

@@ -307,11 +307,10 @@ class Remote(Engine):
         lost = [(number, each) for number, each in enumerate(errands) if each.lost_since and not each.done]
         online = self.courier.sites() if lost else {}
         for number, errand in lost:
-            if time.monotonic() - (errand.lost_since or 0.0) > self.rules.rejoin_timeout:
+            self._post(errand, online, deadline)
+            if errand.lost_since and time.monotonic() - errand.lost_since > self.rules.rejoin_timeout:
                 errand.done = True
                 done.append((number, Arrived("", None, errand.why)))
-            elif errand.site in online:
-                self._post(errand, online, deadline)
         if not done:
             time.sleep(POLL)
         return done

@@ -84,4 +84,4 @@ def site(federation: Path, name: str, number: int, count: int) -> Child:
     (place / "site.toml").write_text(tomli_w.dumps(document))
     port = ServerConfig.load(federation / "server").port
     command = [sys.executable, "-m", "fedlora", "join", f"127.0.0.1:{port}", "--site-config", str(place / "site.toml")]
-    return Child(command, place / "processes")
+    return Child(command, place / "processes", grace=40.0)

@@ -43,6 +43,8 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
     if insecure and not _is_loopback(host):
         raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
     trust = ["--insecure"] if insecure else _credentials(file.parent)
+    # a stop by a supervisor is as polite as Ctrl-C
+    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler)}
     home = Path(tempfile.mkdtemp(prefix="fedlora-site-"))
     secret = home / "secret"
     inner = f"127.0.0.1:{free_port()}"
@@ -58,8 +60,6 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
         [sys.executable, "-m", "fedlora.federation.worker", inner, str(secret), str(file.resolve())],
         home / "worker",
     )
-    # a stop by a supervisor is as polite as Ctrl-C
-    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler)}
     try:
         write_secret(secret, secrets.token_bytes(32))
         _keep(name, {"the SuperNode": node, "the worker": worker}, tell)

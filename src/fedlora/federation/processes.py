@@ -46,10 +46,13 @@ class Child:
         command: what to run.
         home: a folder of its own, for its log and what Flower keeps.
         env: further environment variables.
+        grace: seconds that it has to end once it was asked; longer than what it grants to children of its own.
     """
 
-    def __init__(self, command: Sequence[str], home: Path, env: Mapping[str, str] | None = None) -> None:
-        self.command, self.home, self.env = list(command), home, dict(env or {})
+    def __init__(
+        self, command: Sequence[str], home: Path, env: Mapping[str, str] | None = None, grace: float = 10.0
+    ) -> None:
+        self.command, self.home, self.env, self.grace = list(command), home, dict(env or {}), grace
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
         self._asked = False
@@ -84,7 +87,7 @@ class Child:
             return
         with contextlib.suppress(ProcessLookupError):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
+                self.process.wait(self.grace)
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
