@@ -1,11 +1,18 @@
-"""One thread per test process: tiny models gain nothing from more, and several processes would starve each other."""
+"""What holds for every test process.
+
+One thread each: tiny models gain nothing from more, and several processes would starve each other. Ctrl-C works as in a
+terminal: whoever starts the tests in the background has it ignored, and so would they.
+"""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -146,9 +146,40 @@ def test_who_took_part_is_not_told_where_noise_is_secure(world: Path, tmp_path: 
     assert told["noise_multiplier"][0] > 0
 
 
+def test_nor_is_their_tier(world: Path, tmp_path: Path) -> None:
+    slow = "network='down=1kbit,up=1kbit'"
+    tiers = f"clients.tiers=[{{name='vip',share=0.2,{slow}}},{{name='rest',share=0.8}}]"
+    tiers = (tiers, "clients.network='down=1Mbit,up=1Mbit'")
+    chosen = (PRIVATE[0].replace("seed=3,", ""), PRIVATE[1])
+    fedlora.run(experiment(world, "flasc", *chosen, *tiers, rounds=2), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert [(row["tiers"], row["tier_seconds"], row["network_seconds"]) for row in rows] == [({}, {}, None)] * 3
+
+
+@pytest.mark.parametrize(("sampling", "used"), [("poisson", "pld"), ("fixed", "rdp")])
+def test_the_manifest_has_the_accountant_that_was_used(world: Path, tmp_path: Path, sampling: str, used: str) -> None:
+    privacy = "method.privacy={kind='central_gaussian',clip_norm=0.5,noise_multiplier=1.0,delta=0.01,seed=3}"
+    chosen = experiment(world, "flasc", privacy, f"clients.sampling={sampling!r}", "clients.per_round=2", rounds=1)
+    fedlora.run(chosen, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["privacy"]["accountant"] == used
+
+
 def test_little_noise_and_great_targets_are_accounted_for() -> None:
     assert epsilon(((0.05, 1),), CHANCE, DELTA, "auto") > 50
     assert calibrate(300.0, 1, CHANCE, DELTA, "auto") < 0.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise_multiplier": 0.0, "max_epsilon": 1.0}, "would never be met"),
+        ({"noise_multiplier": 1.0, "clip_lr": 0.5}, "a clip that adapts"),
+        ({"noise_multiplier": 1.0, "count_noise": 5.0}, "a clip that adapts"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CentralGaussian(clip_norm=1.0, **settings)  # type: ignore[arg-type]
 
 
 def test_one_of_multiplier_and_target_is_asked_for() -> None:

@@ -288,6 +288,7 @@ def test_one_client_that_lies_hardly_moves_a_robust_rule(kind: str) -> None:
         ({"aggregator": Stack(), "up": Link(feedback=True), "memory": "init"}, "start anew"),
         ({"aggregator": Stack(), "local": Local(keep_optimizer=True)}, "start anew"),
         ({"aggregator": SparsityWeighted(), "tuning": Full()}, "about products"),
+        ({"aggregator": SparsityWeighted(), "down": Link(sparsify=TopK(density=0.5))}, "and these die"),
         ({"aggregator": SvdRedistribute(), "down": Link(sparsify=TopK(density=0.5))}, "would be lost"),
         ({"aggregator": CoordinateMedian(), "up": Link(sparsify=TopK(density=0.5))}, "hardly anything would move"),
         ({"aggregator": Krum(), "up": Link(sparsify=RandomK(density=0.5))}, "a plain mean only"),

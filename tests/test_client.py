@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from tiny import experiment, tiny_world
+from toy import Federation
 
-from fedlora.local import Local, Schedule
+import fedlora
+from fedlora.local import AdamW, Local, Schedule, Sgd
+from fedlora.methods import fedavg
 from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.testing import toy_task
-from fedlora.tree import flatten
+from fedlora.testing import TensorTask, toy_task
+from fedlora.tree import Tree, flatten
 from fedlora.tuning import BitFit, Bottleneck, Full, LoRA, SparseMask
 from fedlora.workspace import Workspace
+
+world = pytest.fixture(scope="module")(tiny_world)
 
 
 @pytest.mark.parametrize("tuning", [LoRA(rank=4), Full(), BitFit(), SparseMask(density=0.2), Bottleneck(width=4)])
@@ -52,3 +61,39 @@ def test_a_schedule_runs_over_the_whole_run_and_never_starts_again() -> None:
     assert [round(Schedule(shape="linear").factor(done, 4), 2) for done in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert Schedule(warmup=0.5).factor(0, 4) == pytest.approx(1 / 3)
     assert Schedule(warmup=0.5).factor(2, 4) == 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["{kind='sgd',lr=0.1}", "{kind='adamw',lr=0.01}"])
+@pytest.mark.parametrize("mode", ["mode='centralised'", "method.memory='init'"])
+def test_a_factor_that_begins_to_move_later_joins_what_is_remembered(
+    world: Path, tmp_path: Path, optimizer: str, mode: str
+) -> None:
+    chosen = [f"method.local.optimizer={optimizer}", "method.local.keep_optimizer=true", "method.memory='init'", mode]
+    rolora = "method.tuning={kind='lora',rank=4,train='alternate'}"
+    result = fedlora.run(experiment(world, "bitfit", rolora, *chosen, rounds=3), tmp_path / "run")
+    assert all(row.update_norm > 0 for row in result.rows[1:])
+
+
+@pytest.mark.parametrize("optimizer", [Sgd(lr=0.1), AdamW(lr=0.01)], ids=["sgd", "adamw"])
+def test_weights_that_lie_otherwise_in_memory_are_trained_to_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, optimizer: Sgd | AdamW
+) -> None:
+    local = Local(optimizer=optimizer, batch_size=8, dropout=False)
+
+    def trained() -> Tree:
+        federation = Federation(fedavg(rounds=2, tuning=Full(), local=local))
+        return federation.go_on(federation.start(), 2).params
+
+    expected = trained()
+    load = TensorTask.load_model
+
+    def transposed(*arguments: Any) -> Any:
+        model, head = load(*arguments)
+        for value in model.parameters():
+            if value.ndim == 2:
+                value.data = value.data.t().contiguous().t()
+        return model, head
+
+    monkeypatch.setattr(TensorTask, "load_model", transposed)
+    found = trained()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())

@@ -96,5 +96,11 @@ def test_telling_draws_the_same_each_time(world: Path) -> None:
     assert told(world, "flasc") == told(world, "flasc")
 
 
+def test_alone_no_message_is_told(world: Path) -> None:
+    chosen = experiment(world, "lora", "mode='centralised'", rounds=1)
+    (phase,) = costs(in_mode(chosen), prepare(in_mode(chosen)))
+    assert (phase.first_bytes, phase.down_bytes, phase.up_bytes) == ({}, {}, {})
+
+
 def test_centralised_training_sends_nothing(world: Path) -> None:
     assert told(world, "lora", "mode='centralised'", rounds=2) == (0, 0)

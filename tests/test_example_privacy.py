@@ -17,6 +17,7 @@ from toy import LOCAL, Federation
 import fedlora
 from fedlora.account import example_epsilon
 from fedlora.aggregate import Mean
+from fedlora.config import Experiment
 from fedlora.errors import ConfigError
 from fedlora.example_privacy import ExampleNoise
 from fedlora.local import AdamW, Local
@@ -116,7 +117,10 @@ def test_the_account_is_that_of_the_client_that_lost_most() -> None:
     assert example_epsilon(phases(), [(0,)], [(8, turns[0][1])]) == pytest.approx(direct(1.0, 2))
     assert example_epsilon(phases(), [], turns) == 0.0
     assert example_epsilon(phases(noise_multiplier=0.0), cohorts, turns) is None
-    assert example_epsilon((Phase(), *phases()), cohorts, turns) is None
+    with pytest.raises(ConfigError, match="in warm_local too"):
+        Experiment(phases=(Phase(), *phases()))
+    with pytest.raises(ConfigError, match="in warm_local too"):
+        Experiment(phases=(*phases(noise_multiplier=0.0), *phases()))
 
 
 def test_a_tier_with_larger_batches_or_more_steps_loses_more() -> None:

@@ -15,10 +15,12 @@ from tiny import COLOURS, METHODS, contents, document, experiment, ledger, make_
 
 import fedlora
 from fedlora import config
+from fedlora.cost import costs
 from fedlora.engines import Serial
-from fedlora.errors import DataError
+from fedlora.errors import ConfigError, DataError
 from fedlora.experiment import Result
 from fedlora.folder import RunFolder
+from fedlora.inference import load_run, read_inputs
 from fedlora.jobs import Job, Reply
 from fedlora.setting import prepare
 from fedlora.state import named_seed
@@ -193,6 +195,41 @@ def test_the_head_starts_alike_under_every_method(ran: Ran) -> None:
 # ---- modes
 
 
+def test_a_file_that_is_not_there_is_no_text() -> None:
+    with pytest.raises(DataError, match="there is no file notes"):
+        read_inputs("notes.txt")
+    assert read_inputs("see notes.txt") == ["see notes.txt"]
+
+
+@pytest.mark.parametrize("mode", ["centralised", "local"])
+def test_alone_no_rule_for_cohorts_bounds_what_is_learnt(world: Path, tmp_path: Path, mode: str) -> None:
+    chosen = [f"mode={mode!r}", "num_local=1"]
+    plain = fedlora.run(experiment(world, "lora", *chosen, rounds=2), tmp_path / "plain")
+    for rule in ("{kind='norm_bound',norm=0.001}", "{kind='krum'}", "{kind='svd_redistribute'}"):
+        ruled = experiment(
+            world, "bitfit", "method.tuning={kind='lora',rank=4}", f"method.aggregator={rule}", *chosen, rounds=2
+        )
+        assert fedlora.run(ruled, tmp_path / rule[7:11]).after == plain.after
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["clients.sampling='poisson'"], "clients.sampling to 'fixed'"),
+        (["clients.per_round=4"], "clients.per_round to 5 or more, not 4"),
+    ],
+)
+def test_krum_is_refused_where_a_round_may_have_too_few_clients(world: Path, settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        experiment(world, "bitfit", "method.aggregator={kind='krum'}", *settings)
+
+
+def test_the_cost_of_krum_is_told(world: Path) -> None:
+    rule = "method.aggregator={kind='krum',faulty=2,select=2}"
+    (phase,) = costs(chosen := experiment(world, "bitfit", rule, "clients.per_round=8"), prepare(chosen))
+    assert phase.clients == 8
+
+
 def test_centralised_training_sends_nothing(world: Path, tmp_path: Path) -> None:
     result = fedlora.run(experiment(world, "lora", 'mode="centralised"'), tmp_path / "run")
     assert (result.down_bytes, result.up_bytes) == ({}, {})
@@ -227,6 +264,8 @@ def test_local_training_reports_the_mean_over_clients(world: Path, tmp_path: Pat
     assert alone[0]["after"]["loss"] != alone[1]["after"]["loss"]
     assert result.after["loss"] == pytest.approx(sum(one["after"]["loss"] for one in alone) / 2)
     assert (result.down_bytes, result.up_bytes) == ({}, {})
+    with pytest.raises(ConfigError, match="each has a model of its own"):
+        load_run(tmp_path / "run")
 
 
 def test_local_training_goes_on_where_it_stopped(world: Path, tmp_path: Path) -> None:

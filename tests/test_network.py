@@ -13,7 +13,7 @@ import fedlora
 from fedlora.cost import costs
 from fedlora.errors import ConfigError
 from fedlora.network import Network, Turn, parse_network, seconds_to, slowest_seconds
-from fedlora.report import comparison, load_result
+from fedlora.report import comparison, cost_table, load_result
 from fedlora.round import Row
 from fedlora.setting import prepare
 
@@ -108,6 +108,10 @@ def test_a_cost_is_that_of_the_slowest_tier(world: Path) -> None:
             fast.seconds(strong.down_bytes, strong.up_bytes, strong.steps * step),
         )
         assert phase.round_seconds(networks, step) == max(each)
+        values, table = cost_table([phase], networks, step)
+        told = values["phases"][0]["tiers"]
+        assert [told[name]["round_seconds"] for name in ("weak", "strong")] == list(each)
+        assert [str(cell).strip() for cell in table.columns[0].cells] == ["0 lora", "tier weak", "tier strong"]
     down = sum(phase.down_bytes.values())
     assert down == pytest.approx((weak.down_bytes + strong.down_bytes) / 2, abs=2)
 
@@ -124,7 +128,20 @@ def test_networks_are_read_from_words() -> None:
     assert parse_network(" up=56kbit, down=1.5Gbit ") == Network(1.5e9, 56e3, 0.0)
 
 
-@pytest.mark.parametrize("text", ["", "down=10", "down=10Mbit", "down=0Mbit,up=1Mbit", "down=1s,up=1bit", "x=1bit"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "down=10",
+        "down=10Mbit",
+        "down=0Mbit,up=1Mbit",
+        "down=1s,up=1bit",
+        "x=1bit",
+        "down=.Mbit,up=1bit",
+        "down=" + "9" * 400 + "bit,up=1bit",
+        "down=1bit,down=2bit,up=1bit",
+    ],
+)
 def test_other_words_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="down=10Mbit,up=1Mbit,latency=50ms"):
         parse_network(text)
@@ -167,7 +184,9 @@ def test_the_command_line_tells_times(world: Path, tmp_path: Path, monkeypatch: 
     assert row["seconds_to_target"] == 0.0
     path.write_text(config.to_toml(experiment(world, "lora", f"clients.network={network!r}", rounds=2)))
     assert said("cost", str(path), "--step-seconds", "2")["seconds"] == timed["seconds"]
-    monkeypatch.setattr("sys.argv", ["fedlora", "compare", str(tmp_path / "run"), "--link", network])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
+    path.write_text(config.to_toml(experiment(world, "lora", rounds=2)))
+    for wrong in (["compare", str(tmp_path / "run"), "--link", network], ["cost", str(path), "--step-seconds", "2"]):
+        monkeypatch.setattr("sys.argv", ["fedlora", *wrong])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy import LOCAL, Federation
+from toy import LOCAL, Federation, num_nonzero
 
 from fedlora import tree
 from fedlora.aggregate import SvdRedistribute
@@ -43,7 +43,7 @@ def test_densities_by_round() -> None:
 
 
 def density(params: tree.Tree) -> float:
-    return tree.num_nonzero(params) / tree.num_entries(params)
+    return num_nonzero(params) / tree.num_entries(params)
 
 
 @pytest.mark.parametrize("server", [Sgd(), Adam(lr=0.01)])

@@ -97,6 +97,38 @@ def test_without_dense_lora_the_first_method_is_compared_with() -> None:
     assert [(row["ratio"], row["reference"]) for row in rows] == [(1.0, "full"), (5.0, "full")]
 
 
+def test_runs_of_one_name_that_are_no_seeds_of_each_other_are_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="have the seed 0: name them apart"):
+        comparison([result("lora", 0, 0.5), result("lora", 0, 0.5)])
+    with pytest.raises(ConfigError, match="judged by accuracy and f1"):
+        comparison([result("lora", 0, 0.5), result("other", 0, 0.5) | {"main_metric": "f1"}])
+    runs = []
+    for seed, density in ((0, 0.25), (1, 0.25), (2, 0.5)):
+        chosen = experiment(world, "flasc", f"seed={seed}", f"method.up={density}", rounds=1)
+        runs.append(as_dict(fedlora.run(chosen, tmp_path / str(seed))))
+    assert comparison(runs[:2])[0]["seeds"] == [0, 1]
+    with pytest.raises(ConfigError, match=r"differ in phases\.0\.recipe\.up\.sparsify\.density: 0\.25 against 0\.5"):
+        comparison(runs)
+
+
+@pytest.mark.parametrize(
+    ("made", "mend"),
+    [
+        ([], "there is no such folder"),
+        (["config.toml"], "finish it with: fedlora run"),
+        (["config.toml", "result.json"], "remove that file"),
+        (["notes.txt"], "there is no result.json in it"),
+    ],
+)
+def test_an_unfinished_run_says_how_to_go_on(tmp_path: Path, made: list[str], mend: str) -> None:
+    folder = tmp_path / "run"
+    for name in made:
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("{")
+    with pytest.raises(ConfigError, match=mend):
+        load_result(folder)
+
+
 def test_what_sends_nothing_has_no_ratio() -> None:
     rows = comparison([result("lora", 0, 0.5), result("alone", 0, 0.5, down=0, up=0)])
     assert rows[1]["ratio"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from typer.testing import CliRunner
 
 from fedlora import config
 from fedlora.cli import app
+from fedlora.config import Experiment
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.search import Bounds, Trial, _Sizes, configured, search
-from fedlora.setting import prepare
+from fedlora.setting import Setting, prepare
 from fedlora.transport import TopK
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -41,13 +43,53 @@ def test_each_step_tries_more_density_and_more_ranks_of_the_better_one(world: Pa
         if not kept:
             break
         (best,) = kept
-        assert best.metric == max(trial.metric or 0.0 for trial in pair)
     assert all(trial.client_bytes <= BOUNDS.client_bytes for trial in trials if trial.kept)
     chosen = experiment(world, "flasc", rounds=2)
     sizes = _Sizes(chosen, prepare(chosen), BOUNDS)
     spare = BOUNDS.client_bytes - best.client_bytes + sizes.of(best.rank, best.density)
+    last = [trial for trial in trials if trial.step == trials[-1].step]
     # nothing more fits, or what was tried at last turned out too long
-    assert all(sizes.of(*one) > spare for one in sizes.after(best.rank, best.density)) or not trials[-1].kept
+    if any(trial.kept for trial in last):
+        assert all(sizes.of(*one) > spare for one in sizes.after(best.rank, best.density))
+    else:
+        assert all(trial.client_bytes > BOUNDS.client_bytes for trial in last)
+
+
+@pytest.mark.parametrize("higher", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
+def test_the_better_of_a_pair_is_kept_whichever_way_is_better(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, higher: bool, wide: bool
+) -> None:
+    def made_up(chosen: Experiment, folder: Path, *, setting: Setting, watcher: None) -> SimpleNamespace:
+        recipe = chosen.phases[0].recipe
+        rank, density = recipe.tuning.rank, recipe.up.sparsify.density
+        good = (rank if wide else 0) + density
+        return SimpleNamespace(
+            rounds=2,
+            down_bytes={"adapter": 0},
+            up_bytes={"adapter": 6 * round(700 * rank * density)},
+            main_metric="m",
+            after={"m": good if higher else -good},
+        )
+
+    def prepared(chosen: Experiment) -> Setting:
+        setting = prepare(chosen)
+        setting.task.higher_is_better = higher
+        return setting
+
+    monkeypatch.setattr("fedlora.search.run", made_up)
+    monkeypatch.setattr("fedlora.search.prepare", prepared)
+    trials = searched(world, tmp_path / "search")
+    kept = [(trial.rank, trial.density) for trial in trials if trial.kept]
+    assert len(kept) >= 3
+    assert len(trials) > len(kept)
+    ranks, densities = zip(*kept, strict=True)
+    if wide:
+        assert densities[0] == densities[1]
+        assert ranks[:2] == (1, 2)
+    else:
+        assert ranks[:3] == (1, 1, 1)
+        assert densities[0] < densities[1] < densities[2] <= 1.0
 
 
 def test_a_trial_that_fails_has_lost(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +192,13 @@ def test_a_search_that_was_stopped_goes_on_and_says_the_same(
         ("flasc", ("mode='centralised'",), BOUNDS, "only a federation sends"),
         ("flasc", (), BOUNDS._replace(client_bytes=100.0), "above the budget of 100"),
         ("flasc", (), BOUNDS._replace(density=0.0), "above 0 and at most 1"),
+        ("flasc", (), BOUNDS._replace(rank=8), "above --max-rank 4"),
+        (
+            "flasc",
+            ("method.privacy={kind='none'}", "clients.tiers=[{name='a',share=1.0,rank=1}]"),
+            BOUNDS,
+            "of its own",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused(
@@ -157,6 +206,32 @@ def test_what_cannot_be_searched_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         search(experiment(world, method, *overrides, rounds=2), tmp_path / "search", bounds)
+
+
+def test_why_the_first_trial_failed_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise TrainingError("client 3 got a loss of nan")
+
+    monkeypatch.setattr("fedlora.search.run", failing)
+    with pytest.raises(ConfigError, match="did not train: client 3 got a loss of nan"):
+        searched(world, tmp_path / "search")
+
+
+def test_a_budget_that_nothing_fits_is_refused_before_training(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlora.search.run", None)
+    with pytest.raises(ConfigError, match="begin smaller, or raise it"):
+        searched(world, tmp_path / "search", BOUNDS._replace(client_bytes=100.0))
+
+
+def test_folds_are_not_searched(world: Path) -> None:
+    top = "method.up={sparsify={kind='top_k',density=0.25}}"
+    chosen = experiment(
+        world, "bitfit", "method.tuning={kind='lora',rank=4}", top, "method.aggregator={kind='product_exact'}"
+    )
+    with pytest.raises(ConfigError, match="an aggregator without folds"):
+        configured(chosen, 2, 0.5)
 
 
 def test_the_other_link_and_everything_else_stay_as_they_are(world: Path) -> None:

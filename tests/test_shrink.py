@@ -12,6 +12,7 @@ from toy import LOCAL, Federation
 from fedlora import tree
 from fedlora.aggregate import SparsityWeighted
 from fedlora.errors import ConfigError, WireError
+from fedlora.local import Local
 from fedlora.methods import het_lora
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
@@ -114,6 +115,7 @@ def test_without_a_penalty_clients_that_learn_keep_their_ranks_at_first() -> Non
         ({"tuning": LoRA(train="B")}, "train 'both'"),
         ({"down": Link(sparsify=TopK(density=0.5))}, "which ranks go down"),
         ({"memory": "last_round"}, "which ranks go down"),
+        ({"local": Local(keep_optimizer=True)}, "would bring them back"),
         ({"privacy": CentralGaussian(clip_norm=1.0, noise_multiplier=1.0)}, "without noise"),
     ],
 )

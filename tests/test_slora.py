@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from toy import num_nonzero
 
 from fedlora import tree
 from fedlora.downlink import view
@@ -226,7 +227,7 @@ def test_a_fold_is_billed_and_a_client_that_receives_it_settles_alike(fold: str)
 
 def test_the_rest_costs_what_moved_and_not_the_whole_model() -> None:
     over = HandOver(phases_of(fold="rest", density=0.01))
-    moved = tree.num_nonzero(over.carry.delta)
+    moved = num_nonzero(over.carry.delta)
     entries = sum(value.numel() for value in over.pretrained.values())
     positions = entries * -(0.01 * math.log2(0.01) + 0.99 * math.log2(0.99)) / 8
     assert over.state.setup_bytes["fold"] < 4 * moved + positions + 100

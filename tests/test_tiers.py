@@ -20,7 +20,8 @@ from fedlora.clients import Clients
 from fedlora.cost import costs
 from fedlora.downlink import Downlink, view
 from fedlora.errors import ConfigError, DataError, TrainingError
-from fedlora.methods import fedavg
+from fedlora.example_privacy import ExampleNoise
+from fedlora.methods import fedavg, ffa, flora
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.round import run_round
@@ -81,6 +82,9 @@ def test_tiers_by_name() -> None:
         ((Tier(name="a", values=("x",)),), None, "set clients.tier_column"),
         (shares(1.0), "size", "and only then"),
         ((), "size", "there are none"),
+        ((Tier(name="a", clients=("c", "d")), Tier(name="b", clients=("d",))), None, "'d' is named twice"),
+        ((Tier(name="a", values=("c",)), Tier(name="b", values=("c",))), "size", "'c' is named twice"),
+        ((Tier(name="a", share=1.0, rank_by="norm"),), None, "read for its rank"),
     ],
 )
 def test_tiers_of_unclear_membership_are_refused(tiers: tuple[Tier, ...], column: str | None, message: str) -> None:
@@ -96,12 +100,10 @@ THIN = Link(sparsify=TopK(density=0.25), reference="init")
 @pytest.mark.parametrize(
     ("tier", "recipe", "message"),
     [
-        (Tier(name="a", rank=2, down=THIN), Recipe(down=Link(reference="init")), "a downlink of its own"),
-        (
-            Tier(name="a", rank=2),
-            Recipe(tuning=LoRA(init=SvdOfWeight())),
-            "a sparse downlink would set weights to zero",
-        ),
+        (Tier(name="a", rank=2, down=THIN), Recipe(down=Link(reference="init")), "in place of the rank"),
+        (Tier(name="a", rank=2), Recipe(tuning=LoRA(init=SvdOfWeight())), "'a' has a rank, .* leave out the tier's"),
+        (Tier(name="a", rank=2), ffa()[0].recipe, "'a' has a rank, .* leave out the tier's"),
+        (Tier(name="a", rank=2), flora()[0].recipe, "flora with reference = 'zero'"),
         (Tier(name="a", compute="fp32"), fedavg(local=LOCAL)[0].recipe, None),
         (Tier(name="a"), Recipe(down=Link(reference="init", feedback=True)), "one error for all clients"),
         (Tier(name="a", down=THIN), Recipe(), "announced to all clients or to none"),
@@ -166,6 +168,31 @@ def test_a_client_of_a_lower_rank_gets_it_trains_it_and_sends_it() -> None:
     whole = federation.rows[0].up_bytes["adapter"] / 3
     assert row.up_bytes["adapter"] < 0.3 * whole  # the rest is not even told to be zero
     assert row.tiers["small"]["clients"] == {"num": 1}
+
+
+def test_under_noise_for_examples_a_lower_rank_stays_one() -> None:
+    noise = ExampleNoise(clip_norm=1.0, noise_multiplier=1.0, seed=0)
+    (phase,) = fedavg(rounds=3, tuning=LoRA(rank=4), local=replace(LOCAL, example_privacy=noise))
+    federation = Federation((phase,))
+    state = federation.go_on(federation.start(), 1)
+    tier = Tier(name="small", rank=1, share=1.0)
+    after, _ = run_round(phase.recipe, state, (0,), federation.engine, 0, 3, {0: tier})
+    for name, value in after.params.items():
+        moved = value - state.params[name]
+        if name.endswith("lora_A"):
+            assert bool(moved[:1].any())
+            assert not moved[1:].any()
+        elif name.endswith("lora_B"):
+            assert bool(moved[:, :1].any())
+            assert not moved[:, 1:].any()
+
+
+def test_stacked_clients_may_have_unequal_ranks(world: Path, tmp_path: Path) -> None:
+    ranks = "clients.tiers=[{name='small',share=0.5,rank=1},{name='large',share=0.5}]"
+    chosen = experiment(world, "flora", ranks, "method.reference='zero'", "clients.per_round=6", rounds=2)
+    tiers = fedlora.run(chosen, tmp_path / "run").rows[-1].tiers
+    small, large = (tiers[name]["up_bytes"]["adapter"] / tiers[name]["clients"]["num"] for name in ("small", "large"))
+    assert small < 0.5 * large
 
 
 def test_flascs_densities_per_tier() -> None:

@@ -13,6 +13,7 @@ from fedlora.phases import close_phase, open_phase
 from fedlora.round import Row, run_round
 from fedlora.state import ServerState
 from fedlora.testing import equal_population, toy_task
+from fedlora.tree import Tree
 from fedlora.workspace import Workspace
 
 CPU = torch.device("cpu")
@@ -47,3 +48,8 @@ class Federation:
         recipe = self.phases[state.phase].recipe
         self.workspace.show(recipe, view(recipe, state, 0), state.folds)
         return self.workspace.evaluate(np.arange(48), "train", recipe.local.compute).metrics["loss"]
+
+
+def num_nonzero(tree: Tree) -> int:
+    """How many of a tree's numbers are not zero."""
+    return sum(int(torch.count_nonzero(value)) for value in tree.values())

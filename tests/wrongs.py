@@ -45,6 +45,13 @@ WRONGS: dict[str, tuple[Callable[[bytes, list[bytes]], bytes], str]] = {
     ),
     "a stale round": (lambda answer, old: reply_of(answer, progress=[0, 3]), "another round"),
     "a replay": (lambda answer, old: old[0], "another round, or sent twice"),
+    "a long story": (lambda answer, old: reply_of(answer, run="A" * 1_000_000), r"^site-\d: its run are not those"),
+    "a turn of ages": (lambda answer, old: reply_of(answer, seconds=1.7e308), "it took 1.7e.308 seconds"),
+    "a number of words": (
+        lambda answer, old: reply_of(answer, seconds="9" * 1_000_000 + "x"),
+        "^.{,700}$",
+    ),
+    "words for a terminal": (lambda answer, old: reply_of(answer, refused="no\x1b[2J"), r"no  ?\[2J$"),
     "another client": (lambda answer, old: reply_of(answer, client=77), "another round"),
     "ten times the size": (lambda answer, old: with_raw(answer, lambda raw: raw + bytes(9 * len(raw))), "larger than"),
 }

@@ -54,12 +54,20 @@ def epsilon(spent: tuple[tuple[float, int], ...], sampled: Sampled, delta: float
     """
     if any(multiplier == 0 and rounds for multiplier, rounds in spent):
         return float("inf")
-    little = min((multiplier for multiplier, rounds in spent if rounds), default=1.0) < _LITTLE_NOISE
-    account = _accountant(sampled, "rdp" if accountant == "auto" and little else accountant)
+    multipliers = [multiplier for multiplier, rounds in spent if rounds]
+    account = _accountant(sampled, chosen(multipliers, sampled, accountant))
     for multiplier, rounds in spent:
         if rounds:
             account.compose(_event(sampled, multiplier), rounds)
     return float(account.get_epsilon(delta))
+
+
+def chosen(multipliers: Sequence[float], sampled: Sampled, accountant: str) -> str:
+    """``rdp`` or ``pld``: what ``auto`` means for such noise and such sampling."""
+    if accountant != "auto":
+        return accountant
+    little = min(multipliers, default=1.0) < _LITTLE_NOISE
+    return "rdp" if little or not _is_tight(sampled) else "pld"
 
 
 def calibrate(target: float, rounds: int, sampled: Sampled, delta: float, accountant: str) -> float:
@@ -110,19 +118,19 @@ def example_epsilon(
         turns: number of each client's examples, and its turn, that of its tier if there are tiers.
 
     Returns:
-        None if there is a phase without noise for examples.
+        None without noise for examples.
 
     Raises:
         ConfigError: phases differ in what the account depends on, or ``dp-accounting`` is not installed.
     """
+    noises = [phase.recipe.local.example_privacy for phase in phases]
+    noise = noises[-1]
+    if noise is None or any(each is None or each.noise_multiplier == 0 for each in noises):
+        return None
     settings = {
         (turn.example_privacy, turn.batch_size, turn.epochs, turn.max_steps)
         for turn in (phase.recipe.local for phase in phases)
     }
-    noise = phases[-1].recipe.local.example_privacy
-    without = any(phase.recipe.local.example_privacy is None for phase in phases)
-    if noise is None or noise.noise_multiplier == 0 or without:
-        return None
     if len(settings) > 1:
         raise ConfigError(
             "phases share one account of examples; give them the same example_privacy, batch_size, epochs and max_steps"
@@ -180,6 +188,11 @@ class Budget(NamedTuple):
             used.append((multiplier, min(left, phase.rounds)))
             left -= used[-1][1]
         return epsilon(tuple(used), self.sampled, self.delta, self.accountant)
+
+    def used(self, phases: Sequence[Phase]) -> str:
+        """The accountant of the whole run."""
+        multipliers = [getattr(phase.recipe.privacy, "noise_multiplier", None) or 0.0 for phase in phases]
+        return chosen(multipliers, self.sampled, self.accountant)
 
     def exhausted(self, phases: Sequence[Phase], rounds: int) -> bool:
         """Whether one more round would spend more than the budget."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fedlora.errors import WireError
+from fedlora.errors import WireError, plain
 from fedlora.jobs import Job, Reply
 from fedlora.state import ClientState
 from fedlora.transport import wire
@@ -77,7 +77,7 @@ def read_reply(
         if trusted:
             raise
         # what such a client remembers is not known either: it is told everything anew
-        refused = Reply(None, ClientState(), reply.seconds, f"a reply that cannot count: {error}", heard=False)
+        refused = Reply(None, ClientState(), reply.seconds, f"a reply that cannot count: {plain(error)}", heard=False)
         return Answer(job.client, refused, {}, {"refused": len(reply.raw)}, 0, counts=False), None
     kept = sum(count for part, count in packet.kept.items() if part != "report")
     return Answer(job.client, reply._replace(raw=None), report, packet.sizes, kept, counts=True), delta

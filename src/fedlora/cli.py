@@ -97,7 +97,8 @@ def cost(
     set_: Overrides = None,
     link: LinkText = None,
     step_seconds: Annotated[
-        float | None, typer.Option(help="Seconds of a client's step; with --link. Measured here by default.")
+        float | None,
+        typer.Option(min=0.0, help="Seconds of a client's step, over a network. Measured here by default."),
     ] = None,
     format_: AsFormat = Format.table,
 ) -> None:
@@ -108,6 +109,8 @@ def cost(
 
     experiment, _ = experiment_of(config, set_, None)
     networks = experiment.clients.networks(link or "")
+    if step_seconds is not None and not networks:
+        raise ConfigError("--step-seconds is for the time over a network; name one with --link or clients.network")
     effective = in_mode(experiment)
     values, table = cost_table(costs(effective, prepare(effective)), networks, step_seconds)
     show_result(format_, values, table)
@@ -310,11 +313,10 @@ def demo(
         "to tell apart; 100 clients with skewed labels.",
         highlight=False,
     )
-    setting, results = None, []
-    for method in METHODS:
-        experiment = parse(configuration(method, set_ or []))
-        setting = setting or prepare(experiment)
-        results.append(_run(experiment, out / method, setting=setting))
+    # what cannot run is refused before anything is trained
+    experiments = {method: parse(configuration(method, set_ or [])) for method in METHODS}
+    setting = prepare(experiments["lora"])
+    results = [_run(experiment, out / method, setting=setting) for method, experiment in experiments.items()]
     rows = comparison([as_dict(result) for result in results])
     show_result(format_, rows, comparison_table(rows))
     if format_ is Format.table:

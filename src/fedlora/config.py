@@ -104,6 +104,23 @@ class Experiment:
             raise ConfigError(
                 "privacy is that of clients in a federation; leave it out in mode 'centralised' or 'local'"
             )
+        noises = [phase.recipe.local.example_privacy for phase in self.phases]
+        if len({each is not None and each.noise_multiplier > 0 for each in noises}) > 1:
+            raise ConfigError(
+                "some phases have noise for examples and some have none, which tells all; set example_privacy in every "
+                "phase (slora and primed_lora: in warm_local too)"
+            )
+        least = max(phase.recipe.aggregator.least for phase in self.phases)
+        if self.mode == "federated" and least > 1 and self.clients.sampling == "poisson":
+            raise ConfigError(
+                f"the aggregator needs {least} clients in every round, and a Poisson sample may have any number; set "
+                "clients.sampling to 'fixed'"
+            )
+        if self.mode == "federated" and self.clients.per_round < least:
+            raise ConfigError(
+                f"the aggregator needs {least} clients in a round: set clients.per_round to {least} or more, not "
+                f"{self.clients.per_round}"
+            )
         for tier in self.clients.tiers:
             for phase in self.phases:
                 tier.applied(phase.recipe)

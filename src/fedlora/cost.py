@@ -19,7 +19,7 @@ from fedlora.config import Experiment
 from fedlora.downlink import Downlink
 from fedlora.engines import Serial
 from fedlora.folds import message
-from fedlora.network import Network, Turn, slowest_seconds
+from fedlora.network import Network
 from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
 from fedlora.round import Kinds, run_round
@@ -90,12 +90,13 @@ class PhaseCost:
             networks: of each tier, and under an empty name of clients without.
             step_seconds: of an optimiser step; the longest turn that was measured if None.
         """
-        if not self.clients:
-            return max(tier.work(step_seconds) for tier in self.tiers.values())
-        turns = [
-            Turn(name, tier.down_bytes, tier.up_bytes, tier.work(step_seconds)) for name, tier in self.tiers.items()
-        ]
-        return slowest_seconds(networks, turns) or 0.0
+        return max(self.tier_seconds(name, networks, step_seconds) for name in self.tiers)
+
+    def tier_seconds(self, name: str, networks: Mapping[str, Network], step_seconds: float | None) -> float:
+        """A mean turn of a tier's client; the arguments are those of ``round_seconds``."""
+        tier = self.tiers[name]
+        work = tier.work(step_seconds)
+        return networks[name].seconds(tier.down_bytes, tier.up_bytes, work) if self.clients else work
 
     @property
     def all_bytes(self) -> tuple[int, int]:
@@ -110,7 +111,8 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     How many bytes a message takes depends on the values in it, wherever entries are left out or rounded. So the first
     ``PROBED_ROUNDS`` rounds of each phase are run in earnest, with ``PROBED_CLIENTS`` clients at most. Later downlinks
     are made from parameters that went on in the same direction, as far as the square root of the rounds; later uplinks
-    are like the last ones. Whether a client is new to the run is a matter of chance, and its expectation is counted.
+    are like the last ones, and ranks that clients give up (``shrink``) are not foreseen. Whether a client is new to the
+    run is a matter of chance, and its expectation is counted.
 
     Args:
         experiment: the configuration.
@@ -127,7 +129,8 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     )
     private = any(phase.recipe.privacy.needs_uniform_mean for phase in phases)
     expected = per_round if private else None  # noise as small as in the run
-    probed = _probed(setting, experiment.seed, min(PROBED_CLIENTS, per_round))
+    least = max(PROBED_CLIENTS, *(phase.recipe.aggregator.least for phase in phases))
+    probed = _probed(setting, experiment.seed, min(least, per_round))
     cohort = tuple(client for members in probed.values() for client in members)
     weights = {name: _share(setting, name) for name in probed}
     share = per_round / len(setting.population)
@@ -178,12 +181,12 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
                 rounds=phase.rounds,
                 tuning=phase.recipe.tuning.kind,
                 clients=per_round if federated else 0,
-                first_bytes={kind: round(size) for kind, size in down[0].items()},
-                down_bytes={kind: round(size) for kind, size in _mean(down).items()},
-                up_bytes={
-                    kind: round(size)
-                    for kind, size in _sum((weights[name], given) for name, (_, given) in means.items()).items()
-                },
+                # alone, nothing is sent
+                first_bytes=_rounded(down[0]) if federated else {},
+                down_bytes=_rounded(_mean(down)) if federated else {},
+                up_bytes=_rounded(_sum((weights[name], given) for name, (_, given) in means.items()))
+                if federated
+                else {},
                 tiers=tiers,
             )
         )
@@ -264,7 +267,7 @@ def _fold_bytes(folds: Folds, version: int) -> Kinds:
 
 
 def _added(sizes: Iterable[Mapping[str, float]]) -> Kinds:
-    return {kind: round(size) for kind, size in _sum((1.0, one) for one in sizes).items()}
+    return _rounded(_sum((1.0, one) for one in sizes))
 
 
 def _later(done: int, rounds: int) -> list[int]:
@@ -315,6 +318,10 @@ def _over_rounds(told: Sequence[tuple[int, _Sizes]], rounds: int, share: float) 
         for kind in kinds
     }
     return [{kind: float(curve[turn]) for kind, curve in curves.items()} for turn in turns]
+
+
+def _rounded(sizes: Mapping[str, float]) -> Kinds:
+    return {kind: round(size) for kind, size in sizes.items()}
 
 
 def _sum(weighted: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:

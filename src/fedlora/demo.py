@@ -15,7 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # plain averaging and a mask of what changed: the official code's server needs more rounds than a demo has
     "flasc": {"server": {"kind": "sgd", "lr": 1.0}, "reference": "init", "memory": "init"},
     "federa": {},
-    "slora": {"warm_rounds": 4, "warm_local": _LOCAL},
+    "slora": {"warm_local": _LOCAL},
 }
 """The methods of the demo, with what each needs beyond the common settings."""
 
@@ -38,4 +38,6 @@ def configuration(method: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     document = copy.deepcopy(document)  # overrides must not reach the tables above
     for one in overrides:
         override(document, one)
+    if "warm_local" in METHODS[method] and isinstance(rounds := document["method"].get("rounds"), int):
+        document["method"].setdefault("warm_rounds", max(1, rounds // 4))
     return document

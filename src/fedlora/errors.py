@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def plain(text: object, longest: int = 500) -> str:
+    """What others said, as it may be shown: cut, and without characters that would steer a terminal."""
+    return "".join(one if one.isprintable() else " " for one in str(text)[:longest])
+
+
 class FedloraError(Exception):
     """An error a user can mend; the command line prints its text alone and exits with 2."""
 

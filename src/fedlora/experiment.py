@@ -193,11 +193,15 @@ def _run_phases(
                 cohort=told,
                 late=() if secret else row.late,
                 refused={} if secret else row.refused,
+                tiers={} if secret else row.tiers,
+                tier_seconds={} if secret else row.tier_seconds,
                 down_bytes=row.down_bytes if sent else {},
                 up_bytes=row.up_bytes if sent else {},
                 references=row.references if sent else {},
                 network_seconds=row.network_seconds if sent or not clients.network else row.slowest_seconds,
             )
+            if secret and any(tier.network for tier in clients.tiers):  # it would tell who was drawn
+                row = dataclasses.replace(row, network_seconds=None)
             pending = {}
             files.append(row)
             rows.append(row)

@@ -91,7 +91,15 @@ class RunFolder:
         try:
             value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.path} is not the folder of a finished run: {name} cannot be read") from error
+            if not self.path.is_dir():
+                mend = "there is no such folder"
+            elif (self.path / name).exists():
+                mend = f"its {name} is damaged; remove that file and give the command of the run again"
+            elif (self.path / "config.toml").exists():
+                mend = f"it has no {name} yet; finish it with: fedlora run {self.path}"
+            else:
+                mend = f"there is no {name} in it"
+            raise ConfigError(f"{self.path} is not the folder of a finished run: {mend}") from error
         return value
 
     def rows(self) -> list[Row]:

@@ -81,6 +81,10 @@ class Trained:
         export(folder, self.experiment, self.task, self.workspace, self.recipe, self.state, self.metrics, merge)
 
 
+_LISTS = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
+"""What ends like this and has no blank is meant to be a file."""
+
+
 def read_inputs(text: str) -> list[str]:
     """The inputs that a text names: itself, or the lines of the file that it is the name of.
 
@@ -88,6 +92,8 @@ def read_inputs(text: str) -> list[str]:
         DataError: the file is not text, or there is nothing in it.
     """
     file = Path(text)
+    if file.suffix.lower() in _LISTS and not text.split()[1:] and not file.exists():
+        raise DataError(f"there is no file {text}; name one with an input per line, or give the input itself")
     try:
         # a picture is an input, not a list of inputs
         by_line = file.is_file() and file.suffix.lower() not in PICTURES
@@ -113,6 +119,10 @@ def load_run(path: Path) -> Trained:
         raise ConfigError(f"{path} is not a run's folder: it has no config.toml")
     latest = files.latest()
     if latest is None:
+        if config.load(path).mode == "local":
+            raise ConfigError(
+                f"in {path} clients trained alone, and each has a model of its own: see {path / 'clients'}/N/adapter"
+            )
         raise ConfigError(f"the run in {path} has no checkpoint yet; go on with: fedlora run {path}")
     experiment = in_mode(config.load(path))
     state, _ = latest

@@ -46,7 +46,8 @@ class Sgd(ClientOptimizer):
             _by_rate(parameters, self.lr, factors),
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            fused=True,
+            # the fused kernel cannot go on where some parameters have momentum and some have none yet
+            foreach=True,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,12 +91,15 @@ def seconds_to(
         higher_is_better: which values are beyond it.
 
     Raises:
-        ConfigError: no network is given, and the configuration names none.
+        ConfigError: no network is given, and the ledger has no times.
     """
     passed = 0.0
     for row in rows:
         if network is None and row.network_seconds is None and row.round:
-            raise ConfigError("the run's configuration has no clients.network; name a network with --link")
+            raise ConfigError(
+                "the run's configuration has no clients.network, or its cohorts are secret and tiers have networks of "
+                "their own; name a network with --link"
+            )
         passed += network.round_seconds(row) if network else row.network_seconds or 0.0
         value = row.metrics.get(metric)
         if value is not None and (value >= target if higher_is_better else value <= target):
@@ -118,14 +122,14 @@ def parse_network(text: str) -> Network:
     """
     found: dict[str, float] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(down|up|latency)\s*=\s*([0-9.]+)\s*([A-Za-z]+)\s*", part)
+        match = re.fullmatch(r"\s*(down|up|latency)\s*=\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]+)\s*", part)
         units = _SECONDS if match and match[1] == "latency" else _BITS
-        if not match or match[3] not in units or match[2].count(".") > 1:
+        if not match or match[3] not in units or match[1] in found:
             raise ConfigError(
                 f"a network: {part.strip()!r} is not understood; write {_EXAMPLE}, with {', '.join(_BITS)} a second "
                 f"and {', '.join(_SECONDS)}"
             )
         found[match[1]] = float(match[2]) * units[match[3]]
-    if not (found.get("down") and found.get("up")):
-        raise ConfigError(f"a network needs down and up above zero, such as {_EXAMPLE}")
+    if not (found.get("down") and found.get("up") and all(map(math.isfinite, found.values()))):
+        raise ConfigError(f"a network needs finite down and up above zero, such as {_EXAMPLE}")
     return Network(found["down"], found["up"], found.get("latency", 0.0))

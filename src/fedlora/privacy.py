@@ -102,13 +102,14 @@ class CentralGaussian(Privacy):
         max_epsilon: the run ends before it would spend more.
         normalise: divide the noisy mean by C, as FLASC's code does; nothing but a rate, and to Adam not even that.
         quantile: the share of clients whose updates the clip is to leave as they are; None keeps the clip.
-        clip_lr: how fast it adapts.
+        clip_lr: how fast it adapts; 0.2 by default.
         count_noise: standard deviation of the noise on the sum of bits; by default the larger of a twentieth of the
             cohort and z.
         seed: of noise that can be repeated, for tests; without one the operating system's secure source is read.
 
     Raises:
-        ConfigError: not one of ``noise_multiplier`` and ``target_epsilon`` is given, or ``count_noise`` is too small.
+        ConfigError: not one of ``noise_multiplier`` and ``target_epsilon`` is given, ``count_noise`` is too small, or a
+            setting would have no effect.
     """
 
     kind: Literal["central_gaussian"] = "central_gaussian"
@@ -120,7 +121,7 @@ class CentralGaussian(Privacy):
     max_epsilon: Annotated[float, Field(gt=0)] | None = None
     normalise: bool = False
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
-    clip_lr: Annotated[float, Field(gt=0)] = 0.2
+    clip_lr: Annotated[float, Field(gt=0)] | None = None
     count_noise: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=0)] | None = None
     needs_uniform_mean: ClassVar[bool] = True
@@ -128,8 +129,10 @@ class CentralGaussian(Privacy):
     def __post_init__(self) -> None:
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ConfigError("central_gaussian needs one of noise_multiplier and target_epsilon")
-        if self.quantile is None and self.count_noise is not None:
-            raise ConfigError("count_noise is of the bits by which the clip adapts; set quantile, or leave it out")
+        if self.quantile is None and (self.count_noise, self.clip_lr) != (None, None):
+            raise ConfigError("count_noise and clip_lr are of a clip that adapts; set quantile, or leave them out")
+        if self.noise_multiplier == 0 and self.max_epsilon is not None:
+            raise ConfigError("without noise nothing is private, and max_epsilon would never be met; leave it out")
         if self.count_noise is not None and self.count_noise <= (self.noise_multiplier or 0.0) / 2:
             raise ConfigError(
                 f"count_noise = {self.count_noise:g} alone spends more than noise_multiplier = "
@@ -152,7 +155,7 @@ class CentralGaussian(Privacy):
         draws = None if self.seed is None else generator(named_seed(self.seed, "count", round))
         noise = self._count_noise(num_clients) * float(normal(torch.zeros(1), draws))
         share = (below - answered / 2 + noise) / num_clients + 0.5
-        return self.clip_norm * math.exp(-self.clip_lr * (share - self.quantile))
+        return self.clip_norm * math.exp(-(self.clip_lr or 0.2) * (share - self.quantile))
 
     def _count_noise(self, num_clients: int) -> float:
         """``s``; none where updates get none either."""

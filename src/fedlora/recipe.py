@@ -162,6 +162,11 @@ class Recipe:
                 "shrink chooses which ranks go down; leave down dense and relative to zero, feedback and prune out, "
                 "and memory at 'none' or 'init'"
             )
+        if self.local.keep_optimizer:
+            raise ConfigError(
+                "what a client's optimiser remembers of ranks given up would bring them back; set local.keep_optimizer "
+                "to false, or leave shrink out"
+            )
         if self.aggregator.restarts or not isinstance(self.privacy, NoPrivacy):
             raise ConfigError(
                 "clients tell their ranks, without noise, and compare them with those before; leave privacy out, and "
@@ -211,6 +216,12 @@ class Recipe:
             raise ConfigError(
                 f"{self.aggregator.kind!r} rebuilds the factors from what clients got, and what was left out would be "
                 "lost; leave down.sparsify at dense"
+            )
+        zeros = isinstance(self.aggregator, SparsityWeighted) and self.aggregator.padding == "zero"
+        if zeros and self.down.thins and not slices:
+            raise ConfigError(
+                "padding with zeros takes ranks that a thinned link happened to leave out for ranks that the client "
+                "lacks, and these die; set aggregator.padding = 'keep', or leave down.sparsify at dense"
             )
         if isinstance(self.aggregator, CoordinateMedian | TrimmedMean) and thin:
             raise ConfigError(

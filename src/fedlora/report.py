@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,8 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedlora.config import Experiment
+from fedlora.config import Experiment, differences
 from fedlora.cost import PhaseCost
+from fedlora.errors import ConfigError
 from fedlora.experiment import Result
 from fedlora.folder import RunFolder
 from fedlora.network import Network, seconds_to
@@ -185,6 +187,18 @@ def cost_table(
             middle = [human_seconds(value["round_seconds"]), human_seconds(phase.rounds * value["round_seconds"])]
         ends = map(human_bytes, phase.all_bytes)
         table.add_row(f"{number} {phase.tuning}", str(phase.rounds), *map(human_bytes, one), *middle, *ends)
+        for name, tier in phase.tiers.items() if "" not in phase.tiers else ():
+            own: dict[str, float] = {
+                "client_down_bytes": round(tier.down_bytes),
+                "client_up_bytes": round(tier.up_bytes),
+            }
+            takes = ""
+            if networks:
+                own["round_seconds"] = phase.tier_seconds(name, networks, step_seconds)
+                takes = human_seconds(own["round_seconds"])
+            sizes = (human_bytes(own[key]) for key in ("client_down_bytes", "client_up_bytes"))
+            table.add_row(escape(f"  tier {name}"), "", *sizes, takes, "", "", "")
+            value.setdefault("tiers", {})[name] = own
         values.append(value)
     totals = [sum(phase.all_bytes[way] for phase in phases) for way in (0, 1)]
     whole: dict[str, Any] = {"phases": values, "down_bytes": totals[0], "up_bytes": totals[1]}
@@ -211,10 +225,17 @@ def comparison(
         reached: a network, or None for those of the configurations, and a value of the main metric; each row then has
             ``seconds_to_target``, the mean over seeds of the time until an evaluation reached it, None where a seed
             never did.
+
+    Raises:
+        ConfigError: runs are of different tasks, or those of one label are not seeds of one configuration.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault(str(result["label"]), []).append(result)
+    if len(judged := sorted({str(result["main_metric"]) for result in results})) > 1:
+        raise ConfigError(f"these runs are judged by {' and '.join(judged)}; compare runs of one task")
+    for label, group in groups.items():
+        _check_seeds(label, group)
     rows = []
     for label, group in groups.items():
         main = str(group[0]["main_metric"])
@@ -245,6 +266,35 @@ def comparison(
         row["ratio"] = total / sent if sent else None
         row["reference"] = reference["label"]
     return rows
+
+
+def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses runs of one name that are not seeds of one configuration.
+
+    Raises:
+        ConfigError: with what differs.
+    """
+    apart = "name them apart with -s label=..., or compare one of them"
+    first = _configuration(group[0])
+    for number, one in enumerate(group):
+        other = _configuration(one)
+        found = [
+            line
+            for line in (differences(first, other) if first and other else [])
+            if line.split(":")[0].rpartition(".")[2] not in ("seed", "checkpoint_every", "device")
+        ]
+        if found:
+            raise ConfigError(
+                f"{group[0]['folder']} and {one['folder']} are both called {label!r} and differ in "
+                f"{'; '.join(found[:3])}: {apart}"
+            )
+        if one["seed"] in [earlier["seed"] for earlier in group[:number]]:
+            raise ConfigError(f"two runs called {label!r} have the seed {one['seed']}: {apart}")
+
+
+def _configuration(result: Mapping[str, Any]) -> dict[str, Any]:
+    file = Path(result["folder"]) / "config.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _seconds_to(folder: Path, metric: str, network: Network | None, target: float) -> float | None:

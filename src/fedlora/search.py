@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,7 @@ class Trial:
         client_bytes: to one client and back in a round, the mean over the run.
         metric: the main metric at the end; None if training failed.
         kept: whether the search went on from here.
+        failure: why training failed; empty if it did not.
     """
 
     step: int
@@ -43,6 +45,7 @@ class Trial:
     client_bytes: float
     metric: float | None
     kept: bool
+    failure: str = ""
 
 
 class Bounds(NamedTuple):
@@ -94,25 +97,33 @@ def search(
     """
     if not 0 < bounds.density <= 1:
         raise ConfigError(f"a density is above 0 and at most 1, and {bounds.density:g} is not; set --density")
+    if bounds.rank > bounds.max_rank:
+        raise ConfigError(f"it would begin at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise that")
     configured(experiment, bounds.rank, bounds.density)  # refuses before data are read
     setting = prepare(experiment)
     sign = 1 if setting.task.higher_is_better else -1
 
     sizes = _Sizes(experiment, setting, bounds)
+    # what is foretold is not exact
+    if (least := sizes.of(bounds.rank, bounds.density)) > 1.5 * bounds.client_bytes:
+        raise ConfigError(
+            f"rank {bounds.rank} at density {bounds.density:g} sends about {least:,} bytes to a client and back, above "
+            f"the budget of {bounds.client_bytes:,.0f}; begin smaller, or raise it"
+        )
 
     def tried(step: int, rank: int, density: float) -> Trial:
         chosen = configured(experiment, rank, density)
         try:
             result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, watcher=watcher)
-        except TrainingError:  # one that diverges has lost
-            return Trial(step, rank, density, 0.0, None, False)
+        except TrainingError as error:  # one that diverges has lost
+            return Trial(step, rank, density, 0.0, None, False, str(error))
         sent = sum(result.down_bytes.values()) + sum(result.up_bytes.values())
         turns = result.rounds * experiment.clients.per_round
         return Trial(step, rank, density, sent / turns, result.after[result.main_metric], True)
 
     best = tried(0, bounds.rank, bounds.density)
     if best.metric is None:
-        raise ConfigError(f"the first trial (rank {best.rank}, density {best.density:g}) did not train; lower its rate")
+        raise ConfigError(f"the first trial (rank {best.rank}, density {best.density:g}) did not train: {best.failure}")
     if best.client_bytes > bounds.client_bytes:
         raise ConfigError(
             f"rank {best.rank} at density {best.density:g} sends {best.client_bytes:,.0f} bytes to a client and back, "
@@ -186,8 +197,8 @@ class _Sizes:
         if wider is None:
             return [(rank, 1.0)]
         low, high = density, 1.0
-        for _ in range(12):
-            middle = (low + high) / 2
+        for _ in range(16):
+            middle = math.sqrt(low * high)
             low, high = (middle, high) if self.of(rank, middle) < self.of(wider, density) else (low, middle)
         return [(rank, float(f"{high:.4g}")), (wider, density)]
 
@@ -196,7 +207,8 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
     """The experiment with a rank and a density.
 
     Raises:
-        ConfigError: there is more than one phase, no LoRA, or no link that is ``top_k``.
+        ConfigError: there is more than one phase, no LoRA, no link that is ``top_k``, or bytes that neither a rank nor
+            a density decides.
     """
     if experiment.mode != "federated":
         raise ConfigError("a search weighs bytes, which only a federation sends; set mode = 'federated'")
@@ -208,6 +220,15 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
         raise ConfigError(
             "a search varies the density of links that are top_k and have no stages, and there is none; use method "
             "flasc, or set down.sparsify and up.sparsify"
+        )
+    if recipe.aggregator.folds:
+        raise ConfigError(
+            f"{recipe.aggregator.kind!r} sends folds, whose bytes no density changes; use an aggregator without folds"
+        )
+    if own := [tier.name for tier in experiment.clients.tiers if tier.rank or tier.down or tier.up]:
+        raise ConfigError(
+            f"tier {own[0]!r} has a rank or links of its own, and a search varies the same for all clients; leave them "
+            "out"
         )
     tuning = dataclasses.replace(experiment.phases[0].recipe.tuning, rank=rank)
     down, up = _thinned(recipe.down, density), _thinned(recipe.up, density)

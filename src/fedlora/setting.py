@@ -209,9 +209,8 @@ def in_mode(experiment: Experiment) -> Experiment:
 
     def alone(recipe: Recipe) -> Recipe:
         local = dataclasses.replace(recipe.local, keep_optimizer=True)
-        # one client has nothing to fold, and no use for fewer ranks
-        rule = Mean() if recipe.aggregator.folds else recipe.aggregator
-        links = dataclasses.replace(recipe, aggregator=rule, shrink=None, down=Link(), up=Link(), server=Sgd())
+        # there is nobody to weigh, bound or fold, and no use for fewer ranks
+        links = dataclasses.replace(recipe, aggregator=Mean(), shrink=None, down=Link(), up=Link(), server=Sgd())
         return dataclasses.replace(links, local=local, memory="init")
 
     phases = tuple(Phase(recipe=alone(phase.recipe), rounds=phase.rounds) for phase in experiment.phases)
@@ -247,7 +246,7 @@ def _privacy(budget: Budget | None, phases: Sequence[Phase]) -> dict[str, Any] |
     found = [phase.recipe.privacy for phase in phases if isinstance(phase.recipe.privacy, CentralGaussian)]
     return {
         "delta": budget.delta,
-        "accountant": budget.accountant,
+        "accountant": budget.used(phases),
         **budget.sampled._asdict(),
         "noise_multiplier": [each.noise_multiplier for each in found],
         "noise": [_source(each.seed) for each in found],

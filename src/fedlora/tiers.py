@@ -73,15 +73,10 @@ class Tier:
         """
         down = self.down or recipe.down
         if self.rank is not None and isinstance(recipe.tuning, LoRA):
-            if not isinstance(down.sparsify, Dense) or down.stages or down.reference == "init":
-                raise ConfigError(
-                    f"tier {self.name!r} has a rank, which is a downlink of its own; leave out its down.sparsify and "
-                    "down.stages, and set down.reference to zero"
-                )
             if self.rank > recipe.tuning.rank:
                 raise ConfigError(f"tier {self.name!r} has rank {self.rank}, above the recipe's {recipe.tuning.rank}")
             if self.rank < recipe.tuning.rank:
-                down = replace(down, sparsify=RankSlice(rank=self.rank, by=self.rank_by))
+                down = self._sliced(down, recipe.tuning)
         if down.reference != recipe.down.reference:
             raise ConfigError(
                 f"tier {self.name!r}: the start is announced to all clients or to none; set its down.reference to "
@@ -100,6 +95,22 @@ class Tier:
                 "down.feedback keeps one error for all clients, and tiers get different messages; unset it"
             )
         return own
+
+    def _sliced(self, down: Link, tuning: LoRA) -> Link:
+        """The downlink that sends the tier's ranks alone."""
+        if not tuning.zero_is_neutral or tuning.train != "both":
+            raise ConfigError(
+                f"tier {self.name!r} has a rank, and ranks that a client lacks are zero in both factors: with this "
+                "method that would take knowledge away, or what keeps still; leave out the tier's rank, and give it "
+                "a density or fewer steps"
+            )
+        if not isinstance(down.sparsify, Dense) or down.stages or down.reference == "init":
+            raise ConfigError(
+                f"tier {self.name!r} has a rank, which is a downlink of its own, and needs one that is dense and "
+                "relative to zero: method lora or het_lora, or flora with reference = 'zero'; or give the tier a "
+                "density (down, up) in place of the rank"
+            )
+        return replace(down, sparsify=RankSlice(rank=self.rank or tuning.rank, by=self.rank_by))
 
 
 def check_tiers(tiers: Sequence[Tier], column: str | None) -> None:
@@ -121,6 +132,11 @@ def check_tiers(tiers: Sequence[Tier], column: str | None) -> None:
         raise ConfigError("two of clients.tiers have the same name")
     if ways == {"share"} and abs(sum(tier.share or 0 for tier in tiers) - 1) > 1e-6:
         raise ConfigError(f"the shares of clients.tiers add up to {sum(tier.share or 0 for tier in tiers):g}, not to 1")
+    members = [member for tier in tiers for member in (*tier.values, *tier.clients)]
+    if twice := sorted({member for member in members if members.count(member) > 1}):
+        raise ConfigError(f"{twice[0]!r} is named twice in clients.tiers; each client belongs to one tier")
+    if ignored := [tier.name for tier in tiers if tier.rank is None and tier.rank_by != "order"]:
+        raise ConfigError(f"tier {ignored[0]!r} has rank_by, which is read for its rank; set rank, or leave it out")
     if (ways == {"values"}) != (column is not None):
         raise ConfigError("tiers by values read a column: set clients.tier_column, and only then")
 

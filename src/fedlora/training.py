@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedlora import tree
+from fedlora.aggregate import factors
 from fedlora.errors import TrainingError
 from fedlora.jobs import Job
 from fedlora.local import Local
@@ -68,6 +69,8 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
     anchors = [start[name].to(device) for name in parameters] if local.proximal else []
     pruned = job.recipe.prune is not None and job.round >= job.recipe.prune.first
     masks = [(start[name] != 0).to(device) for name in parameters] if pruned else []
+    if noise and not pruned:
+        masks = [mask.to(device) for mask in _sent_ranks(start, parameters)]
     factor = local.schedule.factor(*job.progress)
     optimizer = local.optimizer.build(values, [factor * job.recipe.tuning.rate(name) for name in parameters])
     if local.keep_optimizer:
@@ -102,6 +105,15 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
         )
     kept = _state_of(optimizer, parameters) if local.keep_optimizer else {}
     return Trained(mean, len(batches), sum(len(chosen) for chosen in batches), kept)
+
+
+def _sent_ranks(start: Tree, names: Iterable[str]) -> list[Tensor]:
+    """False at ranks of which a client was sent neither factor: they have no gradient, and noise would move them."""
+    masks = {name: torch.ones((), dtype=torch.bool) for name in names}
+    for a, b in factors(masks):
+        sent = start[a].any(1) | start[b].any(0)
+        masks[a], masks[b] = sent[:, None], sent
+    return list(masks.values())
 
 
 def _batches(rows: Rows, local: Local, shuffle: torch.Generator) -> list[Rows]:

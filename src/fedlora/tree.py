@@ -48,11 +48,6 @@ def num_entries(tree: Mapping[str, Tensor]) -> int:
     return sum(value.numel() for value in tree.values())
 
 
-def num_nonzero(tree: Mapping[str, Tensor]) -> int:
-    """How many of them are not zero."""
-    return sum(int(torch.count_nonzero(value)) for value in tree.values())
-
-
 def norm(tree: Mapping[str, Tensor]) -> float:
     """Euclidean norm of all entries together, summed in float64."""
     return math.sqrt(sum(float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in tree.values()))

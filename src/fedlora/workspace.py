@@ -64,6 +64,8 @@ class Workspace:
         self._installed = self._decoded = self._folds = None  # free the old model first
         model, head = self.task.load_model(named_seed(self._seed, "head"), recipe.local.compute, self.device)
         self._installed = recipe.tuning.install(model, head, named_seed(self._seed, "install", phase))
+        for parameter in self._installed.parameters.values():  # fused optimisers look at no strides
+            parameter.data = parameter.data.contiguous()
         if recipe.aggregator.folds:
             for name, layer in lora_layers(model).items():
                 if layer.packed:

@@ -89,14 +89,19 @@ def test_a_client_that_raises_is_refused_and_named(root: Path, federation: Feder
     where, done = root / "raises", []
     state = federation.place / "sites" / "site-1" / "state"
 
+    def setup() -> Path:
+        run = json.loads((where / "federation.json").read_text())["run"]
+        return Path(state / run / "setup-0.bin")
+
     def spoil() -> None:
         # where a file should be there is a folder: an error of the site's own, not of a letter
-        run = json.loads((where / "federation.json").read_text())["run"]
-        (state / run / "setup-0.bin").unlink()
-        (state / run / "setup-0.bin").mkdir()
+        setup().unlink()
+        setup().mkdir()
 
-    with at(lambda: rounds_done(where) >= 1, spoil, done):
-        result = federation.run(chosen(root, SLOW, rounds=4), where)
+    with at(lambda: rounds_done(where) >= 1 and setup().is_file(), spoil, done):
+        result = federation.run(
+            chosen(root, SLOW, rounds=4), where, Rules(min_clients=1, min_available=8, round_timeout=120)
+        )
     assert done
     told = [row.refused for row in result.rows[1:]]
     assert {client for row in told for client in row} == {"1", "5"}

@@ -28,6 +28,11 @@ class Aggregator(ABC):
     restarts: ClassVar[bool] = False
     """Whether the adapters start anew after each round."""
 
+    @property
+    def least(self) -> int:
+        """How many answers it needs."""
+        return 1
+
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
         """The rank of a round's fold.
 

@@ -94,15 +94,19 @@ class Krum(Aggregator):
     select: Annotated[int, Field(ge=1)] = 1
     exact_for_products: ClassVar[bool] = False
 
+    @property
+    def least(self) -> int:
+        """See ``Aggregator.least``."""
+        return 2 * self.faulty + 2 + self.select
+
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; all updates are in memory together."""
         like, stacked = _stacked(updates)
         num = len(stacked)
-        needed = max(2 * self.faulty + 3, 2 * self.faulty + 2 + self.select)
-        if num < needed:
+        if num < self.least:
             raise TrainingError(
-                f"krum with faulty = {self.faulty} and select = {self.select} needs {needed} clients in a round, and "
-                f"{num} answered; raise clients.per_round"
+                f"krum with faulty = {self.faulty} and select = {self.select} needs {self.least} clients in a round, "
+                f"and {num} answered; raise clients.per_round"
             )
         distances = torch.cdist(stacked.double(), stacked.double()).square()
         nearest = distances.sort(dim=1).values[:, 1 : num - self.faulty - 1]

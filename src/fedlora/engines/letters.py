@@ -6,14 +6,13 @@ A letter is ``FLL``, a version, the length of a JSON head, the head, and the blo
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora.errors import WireError
+from fedlora.errors import WireError, plain
 from fedlora.folds import FoldMessage
 from fedlora.jobs import Job, Reply
 from fedlora.recipe import Recipe
@@ -22,6 +21,8 @@ from fedlora.state import ClientState, Folds
 MAGIC = b"FLL"
 VERSION = 1
 LARGEST_HEAD = 1 << 22
+LARGEST_SECONDS = 1e7
+"""What a site may say that a turn took; more than any round waits."""
 _START = struct.Struct("<3sBI")
 _RECIPES = TypeAdapter(Recipe)
 
@@ -170,13 +171,14 @@ def to_reply(letter: Letter, job: Job, run: str, ticket: str) -> Reply:
     expected = {"kind": "reply", "run": run, "ticket": ticket, "client": job.client, "progress": list(job.progress)}
     found = {key: head.get(key) for key in expected}
     if found != expected:
-        raise WireError(f"it answers {found}, and the job is {expected}: a reply of another round, or sent twice")
+        other = ", ".join(key for key in expected if found[key] != expected[key])
+        raise WireError(f"its {other} are not those of the job: a reply of another round, or sent twice")
     try:
-        seconds, refused, kept = float(head["seconds"]), str(head["refused"])[:500], str(head["kept"])[:100]
-        if not (math.isfinite(seconds) and seconds >= 0):
+        seconds, refused, kept = float(head["seconds"]), plain(head["refused"]), str(head["kept"])[:100]
+        if not 0 <= seconds <= LARGEST_SECONDS:
             raise ValueError(f"it took {seconds} seconds")
     except (KeyError, ValueError, TypeError, OverflowError) as error:
-        raise WireError(f"a reply cannot be read ({type(error).__name__}: {error})") from error
+        raise WireError(f"a reply cannot be read ({type(error).__name__}: {plain(error)})") from error
     if refused:
         return Reply(None, ClientState(), seconds, refused, heard=False)
     remembers = job.recipe.memory != "none"

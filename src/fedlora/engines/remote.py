@@ -15,7 +15,7 @@ from fedlora.engines import letters
 from fedlora.engines.base import Engine
 from fedlora.engines.rules import Rules
 from fedlora.engines.site import base_digest
-from fedlora.errors import DataError, QuorumError, TrainingError, WireError
+from fedlora.errors import DataError, QuorumError, TrainingError, WireError, plain
 from fedlora.jobs import Job, Reply
 from fedlora.setting import in_mode
 from fedlora.state import ClientState
@@ -219,10 +219,10 @@ class Remote(Engine):
         if (head.get("kind"), head.get("run"), head.get("ticket")) != ("opened", self.name, secret):
             raise WireError("its answer is to something else")
         if head.get("refused"):
-            raise DataError(str(head["refused"])[:500])
+            raise DataError(plain(head["refused"]))
         try:
             sizes = {int(client): int(size) for client, size in head["sizes"].items()}
-            guest = Guest(str(head["tier"])[:64], sizes)
+            guest = Guest(plain(head["tier"], 64), sizes)
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise WireError(f"its answer cannot be read ({type(error).__name__})") from error
         if not all(0 <= client < self._clients and 0 <= size <= LARGEST_SIZE for client, size in sizes.items()):

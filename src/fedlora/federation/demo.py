@@ -64,6 +64,9 @@ def started_sites(federation: Path, count: int) -> Iterator[list[Child]]:
     Args:
         federation: written if it is not there.
         count: how many sites.
+
+    Raises:
+        ConfigError: the federation that is there has other sites.
     """
     names = [f"site-{number}" for number in range(count)]
     if not (federation / "server").exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import secrets
 import shutil
 import signal
@@ -36,6 +37,15 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
     """
     check_flower(PRIVATE)
     quiet()
+    # a stop by a supervisor is as polite as Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _work(server, file, tell, insecure)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _work(server: str, file: Path, tell: Callable[[str], None], insecure: bool) -> None:
     name, poll = _checked(file)
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
@@ -43,8 +53,6 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
     if insecure and not _is_loopback(host):
         raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
     trust = ["--insecure"] if insecure else _credentials(file.parent)
-    # a stop by a supervisor is as polite as Ctrl-C
-    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, signal.default_int_handler)}
     home = Path(tempfile.mkdtemp(prefix="fedlora-site-"))
     secret = home / "secret"
     inner = f"127.0.0.1:{free_port()}"
@@ -65,7 +73,7 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
         _keep(name, {"the SuperNode": node, "the worker": worker}, tell)
     finally:
         # whoever asks twice waits as long, and nothing is left behind
-        handlers[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in handlers:
             signal.signal(number, signal.SIG_IGN)
         stop_all([node, worker])
@@ -92,12 +100,20 @@ def _checked(file: Path) -> tuple[str, str]:
 
 
 def _keep(name: str, children: dict[str, Child], tell: Callable[[str], None]) -> None:
-    """Keeps processes running, each after a longer wait if it ends soon; until it is interrupted."""
+    """Keeps processes running, each after a longer wait if it ends soon; until it is interrupted.
+
+    What they complain of is told, each sentence once.
+    """
     waits = dict.fromkeys(children, FIRST_WAIT)
     due = dict.fromkeys(children, 0.0)
+    said: set[str] = set()
     tell(f"{name}: joining; Ctrl-C leaves")
     while True:
         for what, child in children.items():
+            for line in child.complaints():
+                if (sentence := re.sub(r"[\d.]+", "", line)) not in said:
+                    said.add(sentence)
+                    tell(f"{name}: {line}")
             if child.alive:
                 if time.monotonic() - child.started > 2 * LONGEST_WAIT:
                     waits[what] = FIRST_WAIT

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedlora.errors import ProcessError
+from fedlora.errors import ProcessError, plain
 
 PATIENCE = 60.0
 """Seconds that a process has to come up."""
@@ -29,6 +29,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """No word to anyone, nothing installed at run time."""
+_COMPLAINTS = ("WARNING", "ERROR", "Connection attempt failed", "Exit Code")
 _PR_SET_PDEATHSIG = 1
 # looked up here: between fork and exec little is safe
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -56,6 +57,7 @@ class Child:
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
         self._asked = False
+        self._read = 0
 
     def start(self) -> Self:
         """Starts it, anew if it ran before."""
@@ -92,11 +94,22 @@ class Child:
         self.process.wait()
 
     def last_words(self) -> str:
-        """The end of its log, in one line."""
+        """The end of its log, in one line; from its last error on, if there is one near."""
         with contextlib.suppress(OSError):
-            lines = (self.home / "log.txt").read_text(errors="replace").strip().splitlines()
-            return " ".join(line.strip() for line in lines[-3:])[-400:]
+            lines = (self.home / "log.txt").read_text(errors="replace").strip().splitlines()[-40:]
+            wrong = [number for number, line in enumerate(lines) if "ERROR" in line or "Exit Code" in line]
+            told = lines[wrong[-1] : wrong[-1] + 3] if wrong else lines[-3:]
+            return " ".join(line.strip() for line in told)[-400:]
         return ""
+
+    def complaints(self) -> list[str]:
+        """Warnings and errors that its log has got since this was asked last."""
+        with contextlib.suppress(OSError), (self.home / "log.txt").open(errors="replace") as log:
+            log.seek(self._read)
+            lines = log.readlines()
+            self._read = log.tell()
+            return [plain(line.strip()) for line in lines if any(word in line for word in _COMPLAINTS)]
+        return []
 
     def __enter__(self) -> Self:
         return self.start()

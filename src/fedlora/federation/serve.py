@@ -99,6 +99,10 @@ def superlink(federation: Path, port: int, tell: Tell, insecure: bool) -> Iterat
         port: on the loopback interface.
         tell: is told when it is started again.
         insecure: plain text and no keys.
+
+    Raises:
+        ConfigError: the files of TLS are not there.
+        ProcessError: it does not come up.
     """
     from fedlora.engines.flower.runtime import Link
 

@@ -186,14 +186,14 @@ def flora(
     precision: AnyPrecision = Float32(),
     local: Local = Local(),
     memory: Memory = "none",
+    reference: Literal["zero", "init"] = "init",
 ) -> Phases:
     """FLoRA (arXiv 2409.05976): clients' factors are stacked into frozen weights, and adapters start anew each round.
 
-    Down go the fold and the head: clients draw the new ``A`` from its seed.
+    Down go the fold and the head: clients draw the new ``A`` from its seed. With ``reference = "zero"`` it is sent, of
+    as many ranks as a client's tier has.
     """
-    return _of_products(
-        Stack(weighting=weighting), rounds, rank, alpha, targets, precision, local, memory, reference="init"
-    )
+    return _of_products(Stack(weighting=weighting), rounds, rank, alpha, targets, precision, local, memory, reference)
 
 
 def flexlora(

@@ -55,7 +55,7 @@ def rename(rows: datasets.Dataset, columns: Mapping[str, str], which: str) -> da
             f"columns = {dict(columns)} names one column twice, but each has its own use: name different ones"
         )
     for use, given in columns.items():
-        check_column(rows, given, which)
+        check_column(rows, given, which, use)
         if use != given and use in rows.column_names and use not in columns.values():
             raise DataError(
                 f"column '{given}' is to become '{use}', but the {which} rows have another column of that name: "
@@ -64,15 +64,22 @@ def rename(rows: datasets.Dataset, columns: Mapping[str, str], which: str) -> da
     return rows.rename_columns({given: use for use, given in columns.items() if use != given})
 
 
-def check_column(rows: datasets.Dataset, name: str, which: str) -> None:
+def check_column(rows: datasets.Dataset, name: str, which: str, use: str = "") -> None:
     """Refuses rows without a column.
+
+    Args:
+        rows: which ought to have it.
+        name: of the column.
+        which: what the rows are, for messages.
+        use: what the task calls it, if that is another name.
 
     Raises:
         DataError: with the nearest name there is.
     """
     if name not in rows.column_names:
         near = difflib.get_close_matches(name, rows.column_names, n=1)
-        other = f'data.columns = {{ {name} = "..." }}, or `evaluate -c {name}=...`, names another'
+        use = use or name
+        other = f'data.columns = {{ {use} = "..." }}, or `evaluate -c {use}=...`, names another'
         hint = f"did you mean '{near[0]}'?" if near else other
         raise DataError(f"the {which} rows have no column '{name}', only {', '.join(rows.column_names)}: {hint}")
 

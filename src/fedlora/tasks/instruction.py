@@ -13,22 +13,21 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
-from fedlora.tasks import generation, tokens_out
+from fedlora.tasks import generation
 from fedlora.tasks.answers import check_pattern, extract
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
+from fedlora.tasks.base import Evaluation, Model, Prepared, Rows, Split, Task
 from fedlora.tasks.chat import Learn, Message, check_chat, encode_chat, read_messages, render, up_to_last_answer
 from fedlora.tasks.columns import Splits, check_rows, check_texts, fingerprint, rename, split, values_of
 from fedlora.tasks.embeddings import embed
 from fedlora.tasks.encoded import cached
-from fedlora.tasks.loading import load_tokenizer, quiet_transformers, save_tokenizer
+from fedlora.tasks.loading import load_tokenizer, quiet_transformers
+from fedlora.tasks.next_token import PreparedNextToken
 from fedlora.tasks.sources import Source, read_rows
 from fedlora.tasks.tokens_out import Examples
-
-_LACKING = "no answer to learn"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -128,7 +127,7 @@ class Instruction(Task):
         return PreparedInstruction(self, model, load_tokenizer(model), {})
 
 
-class PreparedInstruction(Prepared):
+class PreparedInstruction(PreparedNextToken):
     """Prompts and answers as tokens, and the model they are for.
 
     Args:
@@ -143,44 +142,24 @@ class PreparedInstruction(Prepared):
         ConfigError: a chat template is needed and the tokenizer has none.
     """
 
-    auto_class = "AutoModelForCausalLM"
-    peft_task = "CAUSAL_LM"
-    higher_is_better = True
-
     def __init__(self, settings: Instruction, model: Model, tokenizer: Any, data: Mapping[Split, Any]) -> None:
         if settings.chat:
             check_chat(tokenizer, model.path)
-        self.settings = settings
-        self.tokenizer = tokenizer
-        self.main_metric = "exact_match" if settings.generate else "accuracy"
-        self._model = model
-        self._examples = {name: _encode(rows, tokenizer, settings) for name, rows in data.items()}
-        self._data = {
-            name: tokens_out.learnable(rows, self._examples[name], name, _LACKING) for name, rows in data.items()
-        }
-        limit = f"max_length = {settings.max_length} tokens"
-        self._notes = tuple(
-            note
-            for name, rows in data.items()
-            for note in tokens_out.notes(len(rows), self._examples[name], name, _LACKING, limit)
+        super().__init__(
+            model,
+            tokenizer,
+            data,
+            {name: _encode(rows, tokenizer, settings) for name, rows in data.items()},
+            longest=settings.max_length,
+            eval_batch_size=settings.eval_batch_size,
+            packing=settings.packing,
+            lacking="no answer to learn",
+            cut_to=f"max_length = {settings.max_length} tokens",
         )
+        self.settings = settings
+        self.main_metric = "exact_match" if settings.generate else "accuracy"
         if settings.generate and "test" in data:
             self._check_answers()
-
-    @property
-    def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``."""
-        return self._data
-
-    @property
-    def labels(self) -> Rows:
-        """See ``Prepared.labels``: zeros."""
-        return np.zeros(len(self._data["train"]), dtype=np.int64)
-
-    @property
-    def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``: none."""
-        return []
 
     def texts(self, split: Split) -> list[str]:
         """See ``Prepared.texts``: the prompts; of conversations all turns."""
@@ -194,41 +173,14 @@ class PreparedInstruction(Prepared):
         alone = dataclasses.replace(self.settings, packing=False)
         return embed(PreparedInstruction(alone, self._model, self.tokenizer, self._data), split, device)
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``; the head is what the checkpoint lacks, in general nothing.
-
-        Raises:
-            ConfigError: there is no such model, or it reads fewer tokens than an example has.
-        """
-        longest = max((examples.longest() for examples in self._examples.values()), default=0)
-        return tokens_out.load_language_model(self.auto_class, self._model, seed, device, longest)
-
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``; see ``tokens_out.batch_of``."""
-        return tokens_out.batch_of(
-            self._examples[split],
-            rows,
-            self.settings.max_length,
-            self.tokenizer.pad_token_id,
-            self.settings.packing,
-            device,
-        )
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See ``Prepared.loss``: that of ``tokens_out.mean_loss``."""
-        return tokens_out.mean_loss(model, batch)
-
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: those of ``tokens_out.score`` over answers, and ``exact_match`` if asked for."""
-        settings, pad = self.settings, self.tokenizer.pad_token_id
-        found = tokens_out.score(
-            model, self._examples[split], rows, settings.eval_batch_size, settings.max_length, pad, device
-        )
-        metrics = found.metrics
-        if settings.generate:
-            places = np.linspace(0, len(rows) - 1, min(settings.generate, len(rows))).round().astype(np.int64)
-            metrics = {"exact_match": self._exact_match(model, rows[places], split, device), **metrics}
-        return Evaluation(metrics, found.warnings + self._notes)
+        found = super().evaluate(model, rows, split, device)
+        if not (wanted := min(self.settings.generate, len(rows))):
+            return found
+        places = np.linspace(0, len(rows) - 1, wanted).round().astype(np.int64)
+        matches = self._exact_match(model, rows[places], split, device)
+        return found._replace(metrics={"exact_match": matches, **found.metrics})
 
     def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
         """See ``Prepared.with_rows``."""
@@ -246,10 +198,6 @@ class PreparedInstruction(Prepared):
             messages = _given_messages(text, f"input {number}") if self.settings.chat else None
             prompts.append(self._prompt_tokens(text if messages is None else messages, f"input {number}"))
         return [{"answer": answer} for answer in self._answer(model, prompts, device)]
-
-    def save_pretrained(self, folder: Path) -> None:
-        """See ``Prepared.save_pretrained``."""
-        save_tokenizer(self.tokenizer, folder)
 
     def _prompt_tokens(self, prompt: str | Sequence[Message], where: str) -> list[int]:
         if self.settings.chat:

@@ -12,20 +12,19 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora.component import STRICT
 from fedlora.errors import DataError
-from fedlora.tasks import generation, tokens_out
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
+from fedlora.tasks import generation
+from fedlora.tasks.base import Model, Prepared, Split, Task
 from fedlora.tasks.columns import Splits, check_rows, check_texts, fingerprint, rename, split, values_of
 from fedlora.tasks.embeddings import embed
 from fedlora.tasks.encoded import cached
-from fedlora.tasks.loading import load_tokenizer, quiet_transformers, save_tokenizer
+from fedlora.tasks.loading import load_tokenizer, quiet_transformers
+from fedlora.tasks.next_token import PreparedNextToken
 from fedlora.tasks.sources import Source, read_rows
 from fedlora.tasks.tokens_out import Examples
-
-_LACKING = "fewer than two tokens"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -80,7 +79,7 @@ class CausalLM(Task):
         return PreparedLanguage(self, model, load_tokenizer(model), {})
 
 
-class PreparedLanguage(Prepared):
+class PreparedLanguage(PreparedNextToken):
     """Texts as blocks of tokens, and the model they are for.
 
     Args:
@@ -94,39 +93,19 @@ class PreparedLanguage(Prepared):
         DataError: no text is left.
     """
 
-    main_metric = "accuracy"
-    higher_is_better = True
-    auto_class = "AutoModelForCausalLM"
-    peft_task = "CAUSAL_LM"
-
     def __init__(self, settings: CausalLM, model: Model, tokenizer: Any, data: Mapping[Split, Any]) -> None:
-        self.settings = settings
-        self.tokenizer = tokenizer
-        self._model = model
-        self._examples = {name: _encode(rows, tokenizer, settings) for name, rows in data.items()}
-        self._data = {
-            name: tokens_out.learnable(rows, self._examples[name], name, _LACKING) for name, rows in data.items()
-        }
-        self._notes = tuple(
-            note
-            for name, rows in data.items()
-            for note in tokens_out.notes(len(rows), self._examples[name], name, _LACKING, "")
+        examples = {name: _encode(rows, tokenizer, settings) for name, rows in data.items()}
+        super().__init__(
+            model,
+            tokenizer,
+            data,
+            examples,
+            longest=settings.block_size,
+            eval_batch_size=settings.eval_batch_size,
+            packing=settings.packing,
+            lacking="fewer than two tokens",
         )
-
-    @property
-    def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``."""
-        return self._data
-
-    @property
-    def labels(self) -> Rows:
-        """See ``Prepared.labels``: zeros."""
-        return np.zeros(len(self._data["train"]), dtype=np.int64)
-
-    @property
-    def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``: none."""
-        return []
+        self.settings = settings
 
     def texts(self, split: Split) -> list[str]:
         """See ``Prepared.texts``."""
@@ -136,38 +115,6 @@ class PreparedLanguage(Prepared):
         """See ``Prepared.embeddings``; never packed."""
         alone = dataclasses.replace(self.settings, packing=False)
         return embed(PreparedLanguage(alone, self._model, self.tokenizer, self._data), split, device)
-
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``; the head is what the checkpoint lacks, in general nothing.
-
-        Raises:
-            ConfigError: there is no such model, or it reads fewer tokens than a block has.
-        """
-        longest = max((examples.longest() for examples in self._examples.values()), default=0)
-        return tokens_out.load_language_model(self.auto_class, self._model, seed, device, longest)
-
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``: all blocks of the texts ``rows``; see ``tokens_out.batch_of``."""
-        return tokens_out.batch_of(
-            self._examples[split],
-            rows,
-            self.settings.block_size,
-            self.tokenizer.pad_token_id,
-            self.settings.packing,
-            device,
-        )
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See ``Prepared.loss``: that of ``tokens_out.mean_loss``."""
-        return tokens_out.mean_loss(model, batch)
-
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
-        """See ``Prepared.evaluate``: ``accuracy``, ``loss`` and ``perplexity`` of ``tokens_out.score``."""
-        settings, pad = self.settings, self.tokenizer.pad_token_id
-        found = tokens_out.score(
-            model, self._examples[split], rows, settings.eval_batch_size, settings.block_size, pad, device
-        )
-        return found._replace(warnings=found.warnings + self._notes)
 
     def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
         """See ``Prepared.with_rows``."""
@@ -187,10 +134,6 @@ class PreparedLanguage(Prepared):
             model, self.tokenizer, prompts, settings.max_new_tokens, settings.eval_batch_size, device
         )
         return [{"continuation": self._after(prompt, new)} for prompt, new in zip(prompts, found, strict=True)]
-
-    def save_pretrained(self, folder: Path) -> None:
-        """See ``Prepared.save_pretrained``."""
-        save_tokenizer(self.tokenizer, folder)
 
     def _after(self, prompt: list[int], new: list[int]) -> str:
         # decoded alone, the first word would lose the space before it

@@ -161,7 +161,11 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def readable(model: Model) -> Iterator[None]:
-    """Turns what ``transformers`` raises for a model that cannot be had into one sentence."""
+    """Turns what ``transformers`` raises for a model that cannot be had into one sentence.
+
+    Raises:
+        ConfigError: the model cannot be had.
+    """
     try:
         yield
     except ImportError as error:
