@@ -14,7 +14,8 @@ RULES: dict[str, dict[str, Any]] = {
     "fedex": {"kind": "product_exact"},
     "flora": {"kind": "stack"},
 }
-WARM = {"slora", "primed_lora"}
+# rates of first phases: a mask of one weight in a hundred wants a far higher one than all weights
+WARM = {"slora": 1e-1, "primed_lora": 1e-3}
 ALPHAS = ("0.5", "0.1", "0.01")
 
 
@@ -30,8 +31,7 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
     elif name != "full":
         method["rank"] = 8
     if name in WARM:
-        # full fine-tuning and sparse masks like the rate of the former
-        warm = turn | {"optimizer": {"kind": "adamw", "lr": 1e-3}}
+        warm = turn | {"optimizer": {"kind": "adamw", "lr": WARM[name]}}
         method |= {"warm_rounds": rounds // 4, "warm_local": warm}
     return {
         "label": label,

@@ -12,7 +12,7 @@ from typing import Any
 from studies import newsgroups
 from studies.study import Study
 
-RATE = 1e-2
+TUNED = ("density", "rank", "norm", "het", "none")
 NAMES = ("weak", "middle", "strong")
 
 
@@ -49,9 +49,10 @@ STUDY = Study(
     name="tiers",
     metric="accuracy",
     document=document,
-    grids={},
-    chosen=dict.fromkeys(("all", "density", "rank", "norm", "het", "none"), RATE),
-    tuning_rounds=10,
+    # everyone strong is dense LoRA, whose grid `newsgroups` has
+    grids=dict.fromkeys(TUNED, (3e-3, 1e-2, 3e-2)),
+    chosen={"all": 1e-2, **dict.fromkeys(TUNED, 3e-2), "het": 1e-2},
+    tuning_rounds=20,
     rounds=30,
     shown=(10, 20, 30),
 )

@@ -1,7 +1,8 @@
 """20 Newsgroups as in ``newsgroups``, at several densities and precisions: accuracy against real bytes.
 
 A label names what is sent: ``dense-bfloat16``; ``flasc-16-4bit`` (FLASC, a sixteenth both ways, ranked from the start,
-values of 4 bits), ``flasc-16-4bit-ef`` (with error feedback up, and down the difference to what a client holds); and
+values of 4 bits), ``flasc-16-4bit-ef`` (with error feedback up, and down the difference to what a client holds),
+``flasc-4-4bit-tuned`` (at the clients' learning rate that suits a quarter: see ``newsgroups``); and
 ``links-4bit-1bit_1.5`` for any links down and up, and the server's learning rate; ``ffa-...`` the same with an ``A``
 that keeps still.
 """
@@ -13,7 +14,7 @@ from typing import Any
 from studies import newsgroups
 from studies.study import Study
 
-RATE = 1e-2  # the best of the grid for dense LoRA and for FLASC in ``newsgroups``
+RATE = 1e-2  # the best of dense LoRA's grid in ``newsgroups``, and in `pruning` of FLASC's at a sixteenth
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"kind": "float32"},
     "bf16": {"kind": "bfloat16"},
@@ -38,11 +39,11 @@ def link(text: str) -> dict[str, Any]:
     return {"precision": PRECISIONS[text]}
 
 
-def table(label: str, rounds: int) -> dict[str, Any]:
-    """The ``[method]`` table of a label."""
+def table(label: str, client_rate: float, rounds: int) -> dict[str, Any]:
+    """The ``[method]`` table of a label at a client learning rate."""
     kind, *settings = label.split("-")
     server = {"kind": "sgd", "lr": 1.0}
-    local = newsgroups.document("lora", RATE, rounds, 0, False)["method"]["local"]
+    local = newsgroups.document("lora", client_rate, rounds, 0, False)["method"]["local"]
     common = {"rounds": rounds, "local": local, "server": server}
     if kind == "dense":
         precision, _, rate = settings[0].partition("_")
@@ -66,7 +67,7 @@ def document(label: str, rate: float, rounds: int, seed: int, tuning: bool) -> d
     """The whole configuration of one run."""
     whole = newsgroups.document("lora", rate, rounds, seed, tuning)
     evaluate = {"every": 15, "num_examples": 1000, "dense": label.endswith("-ef")}
-    return whole | {"label": label, "evaluate": evaluate, "method": table(label, rounds)}
+    return whole | {"label": label, "evaluate": evaluate, "method": table(label, rate, rounds)}
 
 
 LABELS = (
@@ -112,13 +113,14 @@ LABELS = (
     "flasc-64-8bit-ef",
     "flasc-16-fp32-ef",
     "flasc-64-fp32-ef",
+    "flasc-4-4bit-tuned",
 )
 STUDY = Study(
     name="wire",
     metric="accuracy",
     document=document,
     grids={},
-    chosen=dict.fromkeys(LABELS, RATE),
+    chosen=dict.fromkeys(LABELS, RATE) | {"flasc-4-4bit-tuned": 3e-2},
     tuning_rounds=20,
     rounds=60,
     shown=(15, 30, 45, 60),
