@@ -35,8 +35,9 @@ $(FLOWER)/.installed: pyproject.toml constraints.txt
 	touch $(FLOWER)/.installed
 
 WHICH ?= not slow
-flower: $(FLOWER)/.installed  ## the tests of several machines: real servers, TLS, Ray; WHICH=slow for 20 MB over a slow link
-	$(FLOWER)/bin/python -m pytest tests/flower tests/test_structure.py -m "$(WHICH)"
+# of the tests of structure those of Flower's modules alone: `make test` has the others
+flower: $(FLOWER)/.installed  ## the tests of several machines: real servers, TLS, Ray; WHICH=slow for all methods over TLS, and 20 MB over a slow link
+	$(FLOWER)/bin/python -m pytest tests/flower tests/test_structure.py -m "$(WHICH)" -k flower
 
 check: $(STAMP)  ## formatting, lint, types
 	$(BIN)/python -m ruff format --check .
