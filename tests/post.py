@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedlora.engines.remote import Arrived, Courier
+from fedlora.engines.courier import Arrived, Courier
 from fedlora.engines.rules import Limits, Share, SiteConfig
 from fedlora.engines.site import Site
 

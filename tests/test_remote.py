@@ -16,8 +16,8 @@ from wrongs import WRONGS
 
 import fedlora
 from fedlora.config import Experiment
-from fedlora.engines import letters, remote
-from fedlora.engines.remote import Arrived
+from fedlora.engines import letters, probes, remote
+from fedlora.engines.courier import Arrived
 from fedlora.engines.rules import Limits, Rules, SiteConfig
 from fedlora.engines.site import Site, base_digest
 from fedlora.errors import ConfigError, QuorumError, WireError
@@ -194,6 +194,60 @@ def test_a_site_that_is_lost_and_comes_back_is_asked_again(world: Path, tmp_path
     assert len(lost) == 3
     assert [row.refused for row in result.rows] == [{}] * 4
     assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+@pytest.mark.parametrize("client", [2, 8])
+def test_a_letter_lost_on_the_way_is_sent_again(
+    world: Path, tmp_path: Path, client: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # of site-2's clients 8 is the last to be asked, so that nothing later is answered but a probe
+    monkeypatch.setattr(probes, "FIRST_SILENCE", 0.01)
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9")
+    fedlora.run(chosen, tmp_path / "serial")
+    lost: list[bytes] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if not lost and head["kind"] == "job" and head["client"] == client and head["progress"][0] == 1:
+            lost.append(letter)
+        return None if letter in lost else answer
+
+    result, post = tried(chosen, tmp_path, trick)
+    assert [(row.refused, row.late) for row in result.rows] == [({}, ())] * 4
+    assert_same(tmp_path / "run", tmp_path / "serial")
+    again = [raw for raw in post.sent if letters.read(raw).head["ticket"] == letters.read(lost[0]).head["ticket"]]
+    assert len(again) == 2
+
+
+def test_a_lost_invitation_is_sent_again(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "FIRST_SILENCE", 0.01)
+    lost: list[bytes] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if name == "site-1" and not lost:
+            lost.append(letter)
+        return None if letter in lost else answer
+
+    result, post = tried(experiment(world, "lora"), tmp_path, trick, Rules(min_available=9, round_timeout=30.0))
+    assert result.rounds == 3
+    assert [letters.read(raw).head["kind"] for raw in post.sent].count("open") == 4
+
+
+def test_a_busy_site_is_probed_ever_more_seldom_and_not_asked_twice(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "FIRST_SILENCE", 0.01)
+    looks: list[str] = []
+
+    def busy(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if name == "site-1" and letters.read(letter).head["kind"] != "open":
+            looks.append(name)
+        return None if 0 < len(looks) < 500 else answer
+
+    _, post = tried(experiment(world, "lora", "clients.per_round=9"), tmp_path, busy)
+    kinds = [letters.read(raw).head["kind"] for raw in post.sent]
+    assert (kinds.count("open"), kinds.count("job")) == (3, 27)
+    assert 2 <= kinds.count("probe") < 50
 
 
 def test_a_site_that_stays_away_is_left_out_and_not_asked_in_the_next_round(world: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tiny import LOCAL, document, ledger
 import fedlora
 from fedlora import config
 from fedlora.config import Experiment
-from fedlora.engines.remote import Courier
+from fedlora.engines.courier import Courier
 from fedlora.engines.rules import Rules
 from fedlora.federation.federate import federate
 from fedlora.federation.simulate import with_ray, write_site
@@ -120,5 +120,7 @@ def test_four_sites_over_tls_give_the_bits_of_one_process(
     root: Path, serial: Path, federation: Federation, name: str
 ) -> None:
     experiment = runs(root)[name]
+    before = len(federation.told)
     federation.run(experiment, root / "deployed" / experiment.label, Rules(min_available=8, round_timeout=120))
     assert_same(root / "deployed" / experiment.label, serial / experiment.label)
+    assert [text for text in federation.told[before:] if "lost" in text] == []

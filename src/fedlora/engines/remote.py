@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ from fedlora import config
 from fedlora.config import Experiment
 from fedlora.engines import letters
 from fedlora.engines.base import Engine
+from fedlora.engines.courier import Arrived, Courier
+from fedlora.engines.probes import Probing
 from fedlora.engines.rules import Rules
 from fedlora.engines.site import base_digest
 from fedlora.errors import DataError, QuorumError, TrainingError, WireError, plain
@@ -25,38 +26,6 @@ TRIES = 5
 """How often a job is sent to a site that is lost each time."""
 LARGEST_SIZE = 2**31
 """No client has more examples."""
-
-
-class Arrived(NamedTuple):
-    """What came of a letter: an answer, or why there is none.
-
-    Args:
-        ticket: what ``Courier.post`` gave.
-        raw: the answer; None if there is none.
-        why: a sentence then.
-        again: whether it is worth asking again, as the site was lost rather than at fault.
-    """
-
-    ticket: str
-    raw: bytes | None
-    why: str = ""
-    again: bool = False
-
-
-class Courier(ABC):
-    """Carries letters to sites and answers back."""
-
-    @abstractmethod
-    def sites(self) -> Mapping[str, int]:
-        """The sites that are there now: an address by name."""
-
-    @abstractmethod
-    def post(self, address: int, raw: bytes, seconds: float) -> str | None:
-        """Sends a letter that is worth nothing after ``seconds``; its ticket, or None where the site is gone."""
-
-    @abstractmethod
-    def collect(self, tickets: Sequence[str]) -> list[Arrived]:
-        """What has come of these letters since the last call."""
 
 
 class Guest(NamedTuple):
@@ -109,7 +78,9 @@ class Remote(Engine):
         anywhere: bool = False,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.courier, self.rules, self.name = courier, rules, run
+        # who can take any turn is not asked in order
+        self.courier = courier if anywhere else Probing(courier)
+        self.rules, self.name = rules, run
         self.anywhere, self.tell = anywhere, tell
         self.min_clients = rules.min_clients
         self.over_sample = rules.over_sample

@@ -63,6 +63,8 @@ class Site:
         kind = letter.head.get("kind")
         if kind == "open":
             return self._open(letter)
+        if kind == "probe":  # that it is answered is all that it asks
+            return letters.write({"kind": "probed"}, {})
         if kind != "job":
             raise WireError(
                 f"a letter of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"

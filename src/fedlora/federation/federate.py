@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fedlora import experiment as experiments
 from fedlora.config import Experiment
-from fedlora.engines.remote import Courier, Remote
+from fedlora.engines.courier import Courier
+from fedlora.engines.remote import Remote
 from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError
 from fedlora.experiment import Result

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora.config import Experiment
-from fedlora.engines.remote import Courier
+from fedlora.engines.courier import Courier
 from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError, FedloraError, ProcessError
 from fedlora.experiment import Result

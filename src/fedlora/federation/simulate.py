@@ -15,7 +15,7 @@ import tomli_w
 import torch
 
 from fedlora.config import Experiment
-from fedlora.engines.remote import Courier
+from fedlora.engines.courier import Courier
 from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError, ProcessError
 from fedlora.experiment import Result

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora import config
-from fedlora.engines.remote import Arrived, Courier
+from fedlora.engines.courier import Arrived, Courier
 from fedlora.engines.rules import Rules, SiteConfig
 from fedlora.engines.site import Site
 from fedlora.errors import WireError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -38,8 +39,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from fedlora.engines.flower.uploads import believe
 from fedlora.errors import ProcessError
 
+believe(RuntimeHttpClient)
 POLL = 0.2
 PATIENCE = 120.0
 """Seconds that a run may take to begin."""
@@ -154,6 +157,18 @@ def _acquire(client: RuntimeHttpClient, kind: TaskType, seconds: float) -> str:
     raise ProcessError(f"the SuperLink gave no task in {seconds:.0f} s; its log says more")
 
 
+class _Grid(HttpGrid):  # type: ignore[misc]
+    """A grid that takes a letter for not sent where the SuperLink was gone for longer than it keeps half a letter."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        try:
+            tickets: Iterable[str] = super().push_messages(messages)
+            return tickets
+        except ObjectPushError as error:
+            logging.getLogger("fedlora").warning("a letter was not stored, and is sent again: %s", error)
+            return []
+
+
 @contextmanager
 def open_grid(link: Link, run: int) -> Iterator[Grid]:
     """The grid of a run that ``start_run`` began; when it closes, the run is over.
@@ -169,7 +184,7 @@ def open_grid(link: Link, run: int) -> Iterator[Grid]:
     try:
         while True:
             token = _acquire(client, TaskType.SERVER_APP, PATIENCE)
-            grid = HttpGrid(
+            grid = _Grid(
                 runtime_api_address=link.address, insecure=link.ca is None, root_certificates=link.ca, token=token
             )
             grid._retry_invoker.max_time = LONGEST_OUTAGE
@@ -249,6 +264,8 @@ def take_messages(link: Link, handle: Callable[[Message], Message]) -> None:
                 reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=details), reply_to=message)
             push_message(task, reply, context)
             push_task_output(task, context, status, details)
+        except (Exception, RunNotRunningException) as error:  # the SuperNode hears no heartbeat, and says so
+            logging.getLogger("fedlora").warning("a message went away: %s: %s", type(error).__name__, error)
         finally:
             heart.stop()
             task.close()

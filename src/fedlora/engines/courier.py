@@ -1,0 +1,39 @@
+"""What carries letters to sites and answers back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class Arrived(NamedTuple):
+    """What came of a letter: an answer, or why there is none.
+
+    Args:
+        ticket: what ``Courier.post`` gave.
+        raw: the answer; None if there is none.
+        why: a sentence then.
+        again: whether it is worth asking again, as the site was lost rather than at fault.
+    """
+
+    ticket: str
+    raw: bytes | None
+    why: str = ""
+    again: bool = False
+
+
+class Courier(ABC):
+    """Carries letters to sites and answers back."""
+
+    @abstractmethod
+    def sites(self) -> Mapping[str, int]:
+        """The sites that are there now: an address by name."""
+
+    @abstractmethod
+    def post(self, address: int, raw: bytes, seconds: float) -> str | None:
+        """Sends a letter that is worth nothing after ``seconds``; its ticket, or None where the site is gone."""
+
+    @abstractmethod
+    def collect(self, tickets: Sequence[str]) -> list[Arrived]:
+        """What has come of these letters since the last call."""
