@@ -111,3 +111,9 @@ def test_help_does_not_wait_for_flower() -> None:
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert cli.app
+
+
+@pytest.mark.parametrize("process", ["supernode", "superlink"])
+def test_flower_s_own_processes_hold_no_torch(process: str) -> None:
+    code = f"import sys, fedlora.engines.flower.{process}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -14,7 +14,7 @@ class Arrived(NamedTuple):
         ticket: what ``Courier.post`` gave.
         raw: the answer; None if there is none.
         why: a sentence then.
-        again: whether it is worth asking again, as the site was lost rather than at fault.
+        again: whether it is worth asking again, as the site or a letter was lost rather than the site at fault.
     """
 
     ticket: str

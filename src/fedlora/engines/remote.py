@@ -271,7 +271,7 @@ class Remote(Engine):
             errand.ticket = None
             if arrived.again and errand.tries < TRIES and not errand.job.recipe.local.example_privacy:
                 errand.why, errand.lost_since = arrived.why, time.monotonic()
-                self.tell(f"{errand.site} was lost ({arrived.why}); it is asked again when it is back")
+                self.tell(f"{errand.site} has not answered ({arrived.why}); it is asked again when it is there")
             else:  # noise for examples is drawn once, and nobody asks twice
                 errand.done = True
                 done.append((number, arrived))
