@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid import http_grid
 from tiny import document, experiment, ledger
 from wrongs import WRONGS
 
@@ -155,6 +157,50 @@ def test_a_superlink_killed_mid_round_comes_back_with_its_database(root: Path, f
     assert done
     assert any("started again" in text for text in federation.told)
     assert_same(where, root / "undisturbed")
+
+
+def test_objects_whose_answers_are_lost_are_not_taken_for_refused(
+    root: Path, federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what the client does by itself where the connection breaks before the answer: it asks once more
+    once = RuntimeHttpClient._unary_unary
+    doubled = []
+
+    def twice(self: RuntimeHttpClient, **request: Any) -> Any:
+        if request["path"].endswith("push-object"):
+            doubled.append(once(self, **request))
+        return once(self, **request)
+
+    one = experiment(root, "lora", "clients.per_round=8", "clients.num=8", rounds=1)
+    fedlora.run(one, root / "doubled-serial")
+    monkeypatch.setattr(RuntimeHttpClient, "_unary_unary", twice)
+    federation.run(one, root / "doubled", PATIENT)
+    assert len(doubled) > 8
+    assert_same(root / "doubled", root / "doubled-serial")
+
+
+def test_a_run_stopped_amid_an_upload_leaves_sites_that_work(
+    root: Path, federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = http_grid.push_objects, []
+
+    def torn(objects: dict[str, Any], push_object_fn: Callable[[str, bytes], None], **which: Any) -> None:
+        if rounds_done(root / "torn") >= 0:
+            name = next(iter(objects))
+            push_object_fn(name, objects[name].deflate())
+            time.sleep(4)  # until its site waits for the rest
+            stopped.append(name)
+            raise KeyboardInterrupt
+        whole(objects, push_object_fn, **which)
+
+    monkeypatch.setattr(http_grid, "push_objects", torn)
+    one = experiment(root, "lora", "clients.per_round=8", "clients.num=8", rounds=1)
+    with pytest.raises((Stopped, KeyboardInterrupt)):
+        federation.run(one, root / "torn", PATIENT)
+    monkeypatch.undo()
+    assert len(stopped) == 1
+    federation.run(one, root / "torn", Rules(min_available=8, round_timeout=60))
+    assert_same(root / "torn", root / "doubled-serial")
 
 
 def test_after_a_total_loss_of_the_server_the_run_goes_on_from_its_checkpoint(root: Path) -> None:
