@@ -101,14 +101,12 @@ def test_a_client_that_raises_is_refused_and_named(root: Path, federation: Feder
         setup().mkdir()
 
     with at(lambda: rounds_done(where) >= 1 and setup().is_file(), spoil, done):
-        result = federation.run(
-            chosen(root, SLOW, rounds=4), where, Rules(min_clients=1, min_available=8, round_timeout=120)
-        )
+        result = federation.run(chosen(root, SLOW), where, Rules(min_clients=1, min_available=8, round_timeout=120))
     assert done
     told = [row.refused for row in result.rows[1:]]
     assert {client for row in told for client in row} == {"1", "5"}
     assert "Flower's code 2: IsADirectoryError" in told[-1]["5"]
-    assert result.rounds == 4
+    assert result.rounds == 3
 
 
 def test_a_killed_worker_is_started_again_and_asked_again(root: Path, federation: Federation) -> None:
@@ -219,12 +217,14 @@ def test_after_a_total_loss_of_the_server_the_run_goes_on_from_its_checkpoint(ro
     assert_same(where, root / "undisturbed")
 
 
+LIES = dict(list(WRONGS.items())[::4])
+"""Some of what sites may answer; ``test_remote.py`` has all, without a network."""
 ROGUE = """
 import sys
 if "fedlora.federation.worker" in sys.orig_argv and "--check" not in sys.orig_argv:
     from fedlora.engines import letters, site
     from wrongs import WRONGS
-    honest, changes, old = site.Site.answer, [one[0] for one in WRONGS.values()], []
+    honest, changes, old = site.Site.answer, [one[0] for one in WRONGS.values()][::4], []
     def answer(self, raw):
         found, head = honest(self, raw), letters.read(raw).head
         if head["kind"] == "job" and head["client"] == 3:
@@ -246,15 +246,15 @@ def test_a_site_that_answers_wrongly_is_refused_each_time_and_the_rounds_go_on(
     federation.children["site-3"].stop()
     rogue = federation.site("site-3")
     rogue.env = {"PYTHONPATH": os.pathsep.join(map(str, (root / "rogue", tests)))}
-    rounds = 1 + len(WRONGS)
+    rounds = 1 + len(LIES)
     lies = experiment(root, "lora", "clients.per_round=8", "clients.num=8", rounds=rounds)
     try:
         with rogue:
             result = federation.run(lies, root / "rogue-run", PATIENT)
     finally:
         federation.children["site-3"].start()
-    assert [set(row.refused) for row in result.rows[1:]] == [set()] + [{"3"}] * len(WRONGS)
-    for (wrong, (_, why)), row in zip(WRONGS.items(), result.rows[2:], strict=True):
+    assert [set(row.refused) for row in result.rows[1:]] == [set()] + [{"3"}] * len(LIES)
+    for (wrong, (_, why)), row in zip(LIES.items(), result.rows[2:], strict=True):
         assert re.search(why, row.refused["3"]), wrong
 
 

@@ -46,12 +46,12 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
 
 
 def _work(server: str, file: Path, tell: Callable[[str], None], insecure: bool) -> None:
-    name, poll = _checked(file)
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"{server!r} is not of the form host:port")
     if insecure and not _is_loopback(host):
         raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
+    name, poll = _checked(file)
     trust = ["--insecure"] if insecure else _credentials(file.parent)
     home = Path(tempfile.mkdtemp(prefix="fedlora-site-"))
     secret = home / "secret"
