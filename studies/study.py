@@ -67,9 +67,14 @@ class Study:
         return float(RunFolder(folder).read_json("result.json")["after"][self.metric])
 
     def gather(self) -> dict[str, Any]:
-        """What the runs left: tuning figures, and for each final run its result and its curve."""
+        """Tuning figures, and for each final run its result and its curve; those that were told, and the runs here."""
+        file = TABLES / f"{self.name}.json"
+        told = json.loads(file.read_text()) if file.exists() else {"tuning": {}, "final": {}}
         gathered: dict[str, Any] = {"tuning": {}, "final": {}}
         for label in {**self.chosen, **self.grids}:
+            for kind in gathered:
+                if label in told[kind]:
+                    gathered[kind][label] = dict(told[kind][label])
             for rate in self.grids.get(label, ()):
                 folder = RUNS / self.name / "tune" / f"{label}-{rate:g}"
                 if (folder / "result.json").exists():
@@ -91,7 +96,7 @@ class Study:
         return gathered
 
     def table(self) -> None:
-        """Writes ``docs/results/<name>.json`` and prints it as Markdown."""
+        """Adds the runs here to ``docs/results/<name>.json`` and prints it as Markdown."""
         gathered = self.gather()
         TABLES.mkdir(parents=True, exist_ok=True)
         (TABLES / f"{self.name}.json").write_text(json.dumps(gathered, indent=1) + "\n")
