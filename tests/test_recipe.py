@@ -13,10 +13,11 @@ from pydantic import TypeAdapter, ValidationError
 from fedlora.aggregate import Mean
 from fedlora.engines import Serial
 from fedlora.errors import ConfigError
-from fedlora.local import AdamW, Local, Schedule, Sgd
+from fedlora.local import AdamW, Local, Sgd
 from fedlora.methods import METHODS, fedavg, federa, flasc, slora
 from fedlora.phases import open_phase
 from fedlora.privacy import CentralGaussian
+from fedlora.rates import Schedule
 from fedlora.recipe import Phase, Recipe
 from fedlora.round import run_round
 from fedlora.server_optim import AdamW as ServerAdamW

@@ -38,7 +38,8 @@ DOORS = {
     "constriction": ("transport/",),
 }
 LAYERS = (
-    ("tree", "errors", "component"),
+    ("tree", "errors", "component", "upgrade"),
+    ("rates",),
     ("state",),
     ("transport", "aggregate", "server_optim", "privacy", "tuning", "local"),
     ("folds",),

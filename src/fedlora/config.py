@@ -26,6 +26,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase
 from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
 from fedlora.tuning import LoRA
+from fedlora.upgrade import upgraded
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -171,7 +172,7 @@ def parse(document: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: with the offending key, the nearest known one, and all that are known there.
     """
-    content = dict(document)
+    content = upgraded(document)
     if "method" in content:
         if "phases" in content:
             raise ConfigError("a configuration has either [method] or [[phases]], not both; remove one of them")

@@ -71,8 +71,9 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
     masks = [(start[name] != 0).to(device) for name in parameters] if pruned else []
     if noise and not pruned:
         masks = [mask.to(device) for mask in _sent_ranks(start, parameters)]
-    factor = local.schedule.factor(*job.progress)
-    optimizer = local.optimizer.build(values, [factor * job.recipe.tuning.rate(name) for name in parameters])
+    factor, groups = local.schedule.factor(*job.progress), workspace.installed.groups
+    rates = local.lr_scale.by_name(groups, job.recipe.tuning.factor_of, factor)
+    optimizer = local.optimizer.build(values, [rates[name] for name in parameters])
     if local.keep_optimizer:
         _restore(optimizer, parameters, job.memory.optimizer)
     losses, shrink = [], job.recipe.shrink

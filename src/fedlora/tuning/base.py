@@ -91,9 +91,14 @@ class Tuning(ABC):
         """Whether a trained parameter keeps its value in a round of the phase (0-based)."""
         return False
 
-    def rate(self, name: str) -> float:
-        """What a parameter's learning rate on clients is multiplied with."""
-        return 1.0
+    @property
+    def has_factors(self) -> bool:
+        """Whether it trains low-rank factors ``A`` and ``B``."""
+        return False
+
+    def factor_of(self, name: str) -> str:
+        """Which low-rank factor a trained parameter is: ``A``, ``B``, or an empty text if it is none."""
+        return ""
 
     @abstractmethod
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:

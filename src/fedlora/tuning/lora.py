@@ -38,7 +38,6 @@ class LoRA(Tuning):
         dropout: on the adapters' input, while training.
         train: which factors move: ``both``; ``B`` alone (FFA-LoRA, arXiv 2403.12313), where the mean of products is the
             product of means; or ``alternate``, ``B`` in the first round, ``A`` in the next (RoLoRA, arXiv 2409.02346).
-        lr_ratio: learning rate of ``B`` over that of ``A`` (LoRA+, arXiv 2402.12354).
     """
 
     kind: Literal["lora"] = "lora"
@@ -48,7 +47,6 @@ class LoRA(Tuning):
     init: AnyLoRAInit = Kaiming()
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     train: Literal["both", "B", "alternate"] = "both"
-    lr_ratio: Annotated[float, Field(gt=0)] = 1.0
 
     def still(self, name: str, round: int) -> bool:
         """See ``Tuning.still``: the factor that ``train`` leaves out."""
@@ -57,9 +55,14 @@ class LoRA(Tuning):
         moving = "lora_A" if self.train == "alternate" and round % 2 else "lora_B"
         return not name.endswith(moving)
 
-    def rate(self, name: str) -> float:
-        """See ``Tuning.rate``: ``lr_ratio`` for ``B``."""
-        return self.lr_ratio if name.endswith("lora_B") else 1.0
+    @property
+    def has_factors(self) -> bool:
+        """See ``Tuning.has_factors``."""
+        return True
+
+    def factor_of(self, name: str) -> str:
+        """See ``Tuning.factor_of``."""
+        return name[-1] if name.endswith((".lora_A", ".lora_B")) else ""
 
     @property
     def scale(self) -> float:
