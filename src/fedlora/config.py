@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
-import inspect
 import json
 import tomllib
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, TypeAdapter, ValidationError, validate_call
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedlora.clients import Clients
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
+from fedlora.explain import explain
+from fedlora.method_table import build_method
 from fedlora.methods import METHODS
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase
@@ -166,8 +163,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 def parse(document: Mapping[str, Any]) -> Experiment:
     """An experiment from the content of a TOML file.
 
-    ``[method]`` with ``kind`` and that method's arguments is expanded into ``phases``; the resolved form has ``phases``
-    alone.
+    ``[method]`` (see ``build_method``) is expanded into ``phases``; the resolved form has ``phases`` alone.
 
     Raises:
         ConfigError: with the offending key, the nearest known one, and all that are known there.
@@ -179,28 +175,12 @@ def parse(document: Mapping[str, Any]) -> Experiment:
         method = content.pop("method")
         if not isinstance(method, Mapping) or "kind" not in method:
             raise ConfigError(f"[method] needs a kind, one of: {', '.join(METHODS)}")
-        arguments = {key: value for key, value in method.items() if key != "kind"}
-        content["phases"] = build_method(str(method["kind"]), arguments)
+        content["phases"] = build_method(method)
         content.setdefault("label", method["kind"])
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
-        raise ConfigError(_explain(error, Experiment, "")) from error
-
-
-def build_method(kind: str, arguments: Mapping[str, Any]) -> tuple[Phase, ...]:
-    """The phases of the method ``kind``.
-
-    Raises:
-        ConfigError: there is no such method, or it has no such argument.
-    """
-    if kind not in METHODS:
-        raise ConfigError(f"there is no method {kind!r}{_nearest(kind, list(METHODS))}; known: {', '.join(METHODS)}")
-    try:
-        phases: tuple[Phase, ...] = validate_call(METHODS[kind])(**arguments)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, METHODS[kind], "method")) from error
-    return phases
+        raise ConfigError(explain(error, Experiment, "")) from error
 
 
 def resolved(experiment: Experiment) -> dict[str, Any]:
@@ -270,76 +250,3 @@ def _entry(assignment: str, key: str, place: list[Any]) -> int:
             "phases.0.rounds"
         )
     return int(key)
-
-
-def _explain(error: ValidationError, root: Any, prefix: str) -> str:
-    sentences = []
-    problems = error.errors(include_url=False)
-    # entries that were refused count as absent, which is no second mistake
-    problems = [one for one in problems if one["type"] != "too_short"] or problems
-    for problem in problems[:5]:
-        location = problem["loc"]
-        path, fields, kind = _walk(root, location)
-        dotted = ".".join(filter(None, [prefix, *path]))
-        if problem["type"] == "unexpected_keyword_argument":
-            wrong = str(location[-1])
-            known = ", ".join(fields)
-            sentences.append(f"unknown key {dotted!r}{_nearest(wrong, fields)}; known here: {known}")
-        elif problem["type"] == "union_tag_invalid":
-            tags = str(problem["ctx"]["expected_tags"])
-            wrong = str(problem["ctx"]["tag"])
-            names = [tag.strip().strip("'") for tag in tags.split(",")]
-            sentences.append(
-                f"{dotted}.kind = {wrong!r} is not known{_nearest(wrong, names)}; known: {', '.join(names)}"
-            )
-        elif problem["type"] == "union_tag_not_found":
-            kinds = ", ".join(member.kind for member in _members(kind))
-            sentences.append(f"{dotted} needs a kind, one of: {kinds}")
-        elif problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            sentences.append(f"{dotted} is missing")
-        else:
-            sentences.append(f"{dotted} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
-    return "; ".join(sentences)
-
-
-def _nearest(wrong: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}" if near else ""
-
-
-def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
-    """An error's dotted path without the tags that unions put in, the fields known at its last step, its type."""
-    path: list[str] = []
-    fields = _fields(kind)
-    for step in location:
-        fields = _fields(kind)
-        members = _members(kind)
-        if members and not fields:
-            # a union of components puts the chosen one's tag into the path
-            chosen = [member for member in members if getattr(member, "kind", None) == step]
-            kind = chosen[0] if chosen else kind
-            continue
-        path.append(str(step))
-        kind = _plain(typing.get_args(kind)[0] if isinstance(step, int) else fields.get(step, Any))
-    return path, list(fields), kind
-
-
-def _plain(kind: Any) -> Any:
-    while typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
-    members = [member for member in _members(kind) if member is not type(None)]
-    return members[0] if len(members) == 1 else kind
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) in (UnionType, typing.Union) else ()
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-    if inspect.isfunction(kind):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        return {name: hints[name] for name in inspect.signature(kind).parameters}
-    return {}

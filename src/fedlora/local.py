@@ -35,7 +35,7 @@ class Sgd(ClientOptimizer):
     """
 
     kind: Literal["sgd"] = "sgd"
-    lr: Rate = 0.1
+    lr: Rate = 0.05
     momentum: Decay = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
@@ -106,7 +106,7 @@ class Local:
         batch_size: examples in a step; the last batch of a pass may be smaller and is kept.
         clip_norm: largest Euclidean norm of a step's gradient.
         proximal: FedProx's mu (arXiv 1812.06127, Eq. 2): adds ``mu / 2 ||x - x_start||^2`` to the loss.
-        dropout: whether the pre-trained model's own dropout is on; FLASC's code has it off by an oversight.
+        dropout: whether the pre-trained model's own dropout is on; a client takes few steps, and they need no noise.
         compute: ``bf16`` keeps frozen weights in bfloat16 and what is trained in float32.
         timeout_seconds: a client that is not done by then gives up, and the round goes on without it; a run in which
             that happens cannot be repeated bit for bit.
@@ -114,7 +114,7 @@ class Local:
         example_privacy: clip and noise for each example, if there are.
     """
 
-    optimizer: AnyClientOptimizer = AdamW()
+    optimizer: AnyClientOptimizer = Sgd()
     schedule: Schedule = Schedule()
     lr_scale: LrScale = LrScale()
     epochs: Annotated[int, Field(ge=1)] = 1
@@ -123,7 +123,7 @@ class Local:
     batch_size: Annotated[int, Field(ge=1)] = 16
     clip_norm: Rate | None = None
     proximal: Annotated[float, Field(ge=0)] = 0.0
-    dropout: bool = True
+    dropout: bool = False
     compute: Literal["fp32", "bf16"] = "fp32"
     timeout_seconds: Rate | None = None
     keep_optimizer: bool = False
