@@ -1,4 +1,4 @@
-"""Every method learns as `fedlora new` prints it: no key of it changed but the rounds, on two layers of the real model."""
+"""Every method learns as `fedlora new` prints it, no key of it changed but the rounds, on a cut of the real model."""
 
 from __future__ import annotations
 
