@@ -22,7 +22,7 @@ _RULES = "calibrated for a mean of clients that all weigh the same"
 REFUSED = {
     **dict.fromkeys(("fedex", "flexlora", "flora"), _RULES),
     **dict.fromkeys(("sparse_adapter", "adapter_lth"), "noise falls on what was pruned"),
-    "het_lora": "leave privacy out",
+    "het_lora": "the penalty of shrink|without noise|all weigh the same",
 }
 
 
