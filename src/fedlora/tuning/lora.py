@@ -169,7 +169,8 @@ class LoRA(Tuning):
             if self.residual:
                 for name, layer in layers.items():
                     product = self.scale * init[f"{name}.lora_B"] @ init[f"{name}.lora_A"]
-                    layer.frozen[0].sub_(layer.as_weight(product).to(layer.lora_A.device))
+                    weight = layer.frozen[0]
+                    weight.sub_(layer.as_weight(product).to(weight.device))
         return {name: init[name] for name in installed.parameters if name in init}
 
     def fold(self, installed: Installed, folds: Folds) -> None:

@@ -98,7 +98,7 @@ class SparseMask(Tuning):
             assert isinstance(weight, Tensor)
             check_trainable(name, weight)
             count = max(1, int(self.density * weight.numel()))
-            packed[name] = nn.Parameter(torch.zeros(count))
+            packed[name] = nn.Parameter(torch.zeros(count, device=weight.device))
         order = [name for name, _ in model.named_parameters() if name in packed or name in direct]
         parameters = {name: packed[name] if name in packed else direct[name] for name in order}
         return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
@@ -132,7 +132,6 @@ class SparseMask(Tuning):
         for name, index in places.items():
             packed, weight = installed.parameters[name], named[name]
             places[name] = index = index.to(weight.device)
-            packed.data = packed.data.to(weight.device)
             weight.requires_grad_(True)
             weight.register_post_accumulate_grad_hook(_gather(packed, index))  # type: ignore[no-untyped-call]
 
