@@ -97,7 +97,7 @@ def _write(
         workspace.installed.load(state.params)
         save_peft(workspace.installed, temporary)
     elif isinstance(tuning, Bottleneck):
-        save_file(dict(state.params), temporary / "params.safetensors")
+        save_file(state.params | workspace.installed.head_values(state.params), temporary / "params.safetensors")
     else:
         raise ConfigError(
             f"what `{tuning.kind}` learnt here is no low-rank adapter; use --merge to write the whole model"

@@ -16,6 +16,7 @@ from torch import nn
 from fedlora.errors import ConfigError
 from fedlora.tasks import cpu
 from fedlora.tasks.base import Model
+from fedlora.tasks.heads import parameters_of
 from fedlora.tasks.pooling import PooledClassifier, Pooling
 
 FEW_BITS: dict[str, dict[str, Any]] = {
@@ -54,7 +55,8 @@ def load_pretrained(
         The model, and the names of the head's parameters.
 
     Raises:
-        ConfigError: there is no such model, or not in the form asked for, or it reads fewer tokens.
+        ConfigError: there is no such model, or not in the form asked for, or it reads fewer tokens, or it lacks a
+            module that ``model.head`` names.
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
         torch.manual_seed(seed)
@@ -84,7 +86,7 @@ def load_pretrained(
             loaded = PooledClassifier(loaded, pooling, seed)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     head = head_names(loaded, missing)
-    head = head if fresh_head else head & missing
+    head = (head if fresh_head else head & missing) | parameters_of(loaded, model.head)
     return loaded if model.load in FEW_BITS else loaded.to(device), head
 
 

@@ -26,7 +26,7 @@ _DROPOUTS = (
 """Where families keep the dropout rate before their classifier, the most specific first."""
 
 
-class PooledClassifier(PreTrainedModel):
+class PooledClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
     """``logits = W dropout(p) + b`` with ``p`` the mean of the attended tokens' last hidden states, or the first one.
 
     The backbone keeps its name and its parameters, less its pooler, which nothing would read.
@@ -128,7 +128,9 @@ def _classifier(stock: PreTrainedModel, size: int, seed: int) -> nn.Linear:
     own = getattr(stock, "classifier", None)
     if type(own) is nn.Linear and own.in_features == size:
         return own
-    fresh = nn.Linear(size, stock.config.num_labels)
+    outputs = stock.config.num_labels
+    assert outputs is not None
+    fresh = nn.Linear(size, outputs)
     scale = float(getattr(stock.config, "initializer_range", None) or 0.02)
     with torch.no_grad():
         fresh.weight.normal_(0.0, scale, generator=generator(named_seed(seed, "classifier")))

@@ -145,6 +145,7 @@ class PreparedText(Prepared):
         self.tokenizer = tokenizer
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
         self._model = model
+        self.train_head = model.train_head
         self._names = names
         self._data = dict(data)
         arrays = {name: _encode(part, tokenizer, settings.max_length) for name, part in data.items()}

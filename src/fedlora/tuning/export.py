@@ -56,7 +56,7 @@ def save_lora(
             a = torch.cat([a, init[f"{name}.lora_A"]], dim=0)
             b = torch.cat([b, -init[f"{name}.lora_B"]], dim=1)
         factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a, b
-    head = {name: value for name, value in params.items() if installed.groups[name] == "head"}
+    head = installed.head_values(params)
     rank = tuning.rank * (2 if tuning.residual else 1)
     settings = peft.LoraConfig(
         r=rank,

@@ -146,7 +146,9 @@ class LoRA(Tuning):
             parts["fold"] = {
                 name: start.fold.dense.get(name, torch.zeros_like(value, dtype=torch.float32, device="cpu"))
                 for name, value in installed.model.named_parameters()
-                if name not in installed.parameters and (self.folds == "rest" or value.dim() < 2)
+                if name not in installed.parameters
+                and name not in installed.frozen_head
+                and (self.folds == "rest" or value.dim() < 2)
             }
         return parts
 
