@@ -98,6 +98,8 @@ class Prepared(ABC):
     """What ``peft`` calls the task; None where it has no word for it."""
     train_head: bool = True
     """Whether the head is trained; see ``Model``."""
+    backbone_only: bool = False
+    """Whether exports hold the backbone, since no class of ``transformers`` has this head; see ``save_head``."""
 
     @property
     @abstractmethod
@@ -163,6 +165,20 @@ class Prepared(ABC):
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Writes what goes beside a model, such as the tokenizer."""
+
+    def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes the head beside an exported backbone; called where ``backbone_only``.
+
+        Args:
+            folder: the exported folder.
+            weights: the head's parameters by name, float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has heads that classes of transformers have too")
+
+    @property
+    def usage(self) -> str:
+        """How a head that ``save_head`` wrote is loaded, as Markdown, for model cards."""
+        return ""
 
     @property
     def load_arguments(self) -> str:

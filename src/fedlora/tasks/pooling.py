@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,10 @@ class PooledClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
             setattr(self, flag, getattr(stock, flag))
         super().__init__(stock.config)
         backbone = _encoder(stock, pooling)
-        if isinstance(getattr(backbone, "pooler", None), nn.Module):
+        pooler = getattr(backbone, "pooler", None)
+        # in a tuple it is no part of the model, yet there for exports
+        self._pooler = (pooler,)
+        if isinstance(pooler, nn.Module):
             backbone.pooler = nn.Identity()  # some families call it unasked
         setattr(self, self.base_model_prefix, backbone)
         self.pooling = pooling
@@ -54,6 +58,17 @@ class PooledClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
         self.dropout = Dropout(next((float(rate) for rate in rates if rate is not None), 0.0))
         self.classifier = _classifier(stock, _hidden_size(stock, backbone, pooling), seed)
         self.train(stock.training)
+
+    def save_backbone(self, folder: Path) -> None:
+        """Writes the backbone, its pooler as it was pre-trained, for ``AutoModel``."""
+        backbone: Any = self.base_model
+        (own,) = self._pooler
+        if own is None:
+            backbone.save_pretrained(str(folder))
+            return
+        spare, backbone.pooler = backbone.pooler, own
+        backbone.save_pretrained(str(folder))
+        backbone.pooler = spare
 
     def forward(
         self,

@@ -34,6 +34,7 @@ from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, cac
 from fedlora.tasks.labels import class_sets, class_sets_of, class_table
 from fedlora.tasks.loading import class_settings, load_pretrained, load_tokenizer, save_tokenizer
 from fedlora.tasks.pooling import Pooling
+from fedlora.tasks.sentence import save_modules, usage
 from fedlora.tasks.sources import Source, read_rows
 
 PROBLEM_TYPES: dict[scores.Problem, str] = {
@@ -146,6 +147,8 @@ class PreparedText(Prepared):
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
         self._model = model
         self.train_head = model.train_head
+        if settings.pooling != "model":
+            self.auto_class, self.peft_task, self.backbone_only = "AutoModel", "FEATURE_EXTRACTION", True
         self._names = names
         self._data = dict(data)
         arrays = {name: _encode(part, tokenizer, settings.max_length) for name, part in data.items()}
@@ -186,7 +189,7 @@ class PreparedText(Prepared):
         settings |= class_settings(self._names) if self._names else {"num_labels": 1}
         longest = max((tokens.longest() for tokens in self._tokens.values()), default=0)
         model, head = load_pretrained(
-            self.auto_class, self._model, seed, device, settings, longest=longest, pooling=self.settings.pooling
+            PreparedText.auto_class, self._model, seed, device, settings, longest=longest, pooling=self.settings.pooling
         )
         # decoders find a text's last token by it
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
@@ -273,6 +276,17 @@ class PreparedText(Prepared):
     def save_pretrained(self, folder: Path) -> None:
         """See ``Prepared.save_pretrained``."""
         save_tokenizer(self.tokenizer, folder)
+
+    def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """See ``Prepared.save_head``: the modules of ``sentence-transformers``."""
+        if self.settings.pooling != "model":
+            weight, bias = weights["classifier.weight"], weights["classifier.bias"]
+            save_modules(folder, self.settings.pooling, self.settings.max_length, weight, bias)
+
+    @property
+    def usage(self) -> str:
+        """See ``Prepared.usage``."""
+        return "" if self.settings.pooling == "model" else usage(self.settings.pooling, self._names)
 
     def _read_labels(self, rows: Any) -> Rows:
         if self.settings.problem == "multi":
