@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_export import original, ours, probabilities, with_peft
 from tiny import contents, experiment, ledger, save_model, tiny_world
@@ -23,10 +25,15 @@ from fedlora.errors import ConfigError
 from fedlora.experiment import Stopped
 from fedlora.round import Row
 from fedlora.state import named_seed
+from fedlora.tasks import Model
 from fedlora.tasks.heads import parameters_of
+from fedlora.tasks.loading import load_pretrained
 from fedlora.testing import tiny_model
+from fedlora.tuning import LoRA
+from fedlora.tuning.export import save_lora
 from fedlora.watch import Silent
 
+CPU = torch.device("cpu")
 POOLER = "model.head=['bert.pooler']"
 FROZEN = "model.train_head=false"
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -136,7 +143,7 @@ def test_a_frozen_head_is_neither_trained_nor_sent(world: Path, tmp_path: Path, 
         assert set(row["up_bytes"]) == {"envelope", "adapter", "report"}
         assert set(row["down_bytes"]) <= {"envelope", "adapter", "seed", "init", "fold"}
     trained = fedlora.load_run(tmp_path / "run")
-    fresh = dict(trained.task.load_model(_head_seed(chosen), "fp32", torch.device("cpu"))[0].named_parameters())
+    fresh = dict(trained.task.load_model(_head_seed(chosen), "fp32", CPU)[0].named_parameters())
     now = dict(trained.workspace.installed.frozen_head)
     assert {name.replace(".modules_to_save", "") for name in now} == HEAD
     for name, value in now.items():
@@ -204,6 +211,43 @@ def test_a_resumed_run_ends_where_one_without_a_stop_does(
     written = contents(tmp_path / "whole" / "adapter")
     assert "adapter_model.safetensors" in written
     assert contents(tmp_path / "cut" / "adapter") == written
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "family", "entry", "task_type"),
+    [
+        ("TokenClassification", "bert", "encoder.layer.1", "TOKEN_CLS"),
+        ("QuestionAnswering", "distilbert", "layer.1.ffn", "QUESTION_ANS"),
+        ("ImageClassification", "vit", "layernorm", None),
+        ("CausalLM", "gpt2", "ln_f", "CAUSAL_LM"),
+    ],
+)
+def test_heads_of_every_task_are_exported(
+    tmp_path: Path, kind: Any, family: str, entry: str, task_type: str | None, frozen: bool
+) -> None:
+    tiny_model(family, head=kind).base_model.save_pretrained(str(tmp_path / "base"))
+    chosen = Model(path=str(tmp_path / "base"), head=(entry,))
+    model, head = load_pretrained(f"AutoModelFor{kind}", chosen, 0, CPU, fresh_head=kind != "CausalLM")
+    assert any(f"{entry}." in name for name in head)
+    installed = LoRA(rank=2, targets="all-linear").install(model, head, 0)
+    assert not any(name.rsplit(".", 1)[0] + ".weight" in head for name in installed.groups if "lora" in name)
+    if frozen:
+        installed.freeze_head()
+        assert set(installed.groups.values()) == {"adapter"}
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == installed.parameters.keys()
+    params = {name: value + 0.1 * torch.randn(value.shape) for name, value in installed.read().items()}
+    installed.load(params)
+    save_lora(LoRA(rank=2), installed, {}, params, chosen.path, tmp_path / "adapter", task_type)
+    base = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(chosen.path)
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    inputs = (
+        {"pixel_values": torch.randn(2, 3, 16, 16)} if family == "vit" else {"input_ids": torch.arange(8, 16)[None]}
+    )
+    with torch.no_grad():
+        for one, other in zip(model.eval()(**inputs)[:1], theirs(**inputs)[:1], strict=True):
+            torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
 
 
 def test_a_linear_probe_of_a_frozen_head_is_refused(world: Path) -> None:

@@ -17,7 +17,7 @@ _STATES = {"mean": "the mean of the attended tokens' last hidden states", "cls":
 def save_modules(folder: Path, pooling: Literal["cls", "mean"], max_length: int, weight: Tensor, bias: Tensor) -> None:
     """Writes ``modules.json`` and the modules ``Pooling`` and ``Dense`` beside a backbone or an adapter for one.
 
-    Types and keys are those that the releases 2 to 6 of ``sentence-transformers`` read.
+    Types and keys are the older ones of ``sentence-transformers``, which release 6 reads too.
 
     Args:
         folder: the exported folder.
