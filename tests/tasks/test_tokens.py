@@ -601,6 +601,12 @@ def test_a_federated_run_learns_and_says_what_it_learnt(run: fedlora.Result) -> 
     assert 1 <= manifest["partition"]["effective_classes"] <= len(NAMES)
 
 
+def test_a_frozen_head_is_not_sent(world: Path, tmp_path: Path) -> None:
+    chosen = document(world, kind="lora", rank=4, rounds=1)
+    chosen["model"]["train_head"] = False
+    assert "head" not in fedlora.run(config.parse(chosen), tmp_path / "run").up_bytes
+
+
 def test_training_finds_the_entities(world: Path, tmp_path: Path) -> None:
     chosen = {**document(world, kind="full", rounds=6), "mode": "centralised"}
     result = fedlora.run(config.parse(chosen), tmp_path / "run")

@@ -22,7 +22,8 @@ from fedlora.tuning.lora_layer import LoRAConv, LoRAEmbedding, LoRALayer, lora_l
 from fedlora.tuning.matrices import is_packed, matrix_shape
 from fedlora.tuning.targets import Targets, find, replace_module
 
-_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+"""What ``peft`` puts before the names of a model's parameters."""
 _FACTOR = re.compile(r"(?P<module>.*)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 
 
@@ -149,7 +150,9 @@ class LoRA(Tuning):
             parts["fold"] = {
                 name: start.fold.dense.get(name, torch.zeros_like(value, dtype=torch.float32, device="cpu"))
                 for name, value in installed.model.named_parameters()
-                if name not in installed.parameters and (self.folds == "rest" or value.dim() < 2)
+                if name not in installed.parameters
+                and name not in installed.frozen_head
+                and (self.folds == "rest" or value.dim() < 2)
             }
         return parts
 
@@ -255,9 +258,9 @@ def from_peft(state: Mapping[str, Tensor]) -> Tree:
     """
     result = {}
     for key, value in state.items():
-        if not key.startswith(_PREFIX):
-            raise ConfigError(f"{key!r} is not a name of a PEFT state dict: it should start with {_PREFIX!r}")
-        name = key.removeprefix(_PREFIX).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+        if not key.startswith(PEFT_PREFIX):
+            raise ConfigError(f"{key!r} is not a name of a PEFT state dict: it should start with {PEFT_PREFIX!r}")
+        name = key.removeprefix(PEFT_PREFIX).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
         factor = _FACTOR.fullmatch(name)
         if factor is not None:
             name = f"{factor['module']}.lora_{factor['side']}"
@@ -286,5 +289,5 @@ def to_peft(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tre
                 name = f"{name}.weight"
             if isinstance(layer, LoRAConv):
                 value = layer.kernel(value, leaf)
-        result[_PREFIX + name] = value
+        result[PEFT_PREFIX + name] = value
     return result
