@@ -126,10 +126,6 @@ def test_rates_of_what_is_not_there_are_refused() -> None:
         Recipe(tuning=Full(), server=Sgd(lr_scale=LrScale(B=2.0)))
     with pytest.raises(ConfigError, match=r"local\.lr_scale\.A has no effect where tuning\.train = 'B'"):
         ffa(local=Local(lr_scale=LrScale(A=2.0)))
-    recipe = Recipe(tuning=LoRA(), local=Local(lr_scale=LrScale(head=2.0)))
-    with pytest.raises(ConfigError, match=r"local\.lr_scale\.head has no effect: nothing that is trained here"):
-        recipe.check_groups({"layer.lora_A": "adapter"})
-    recipe.check_groups(GROUPS)
 
 
 def test_rates_stand_in_a_configuration_as_tables() -> None:

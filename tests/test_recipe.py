@@ -17,7 +17,7 @@ from fedlora.local import AdamW, Local, Sgd
 from fedlora.methods import METHODS, fedavg, federa, flasc, slora
 from fedlora.phases import open_phase
 from fedlora.privacy import CentralGaussian
-from fedlora.rates import Schedule
+from fedlora.rates import LrScale, Schedule
 from fedlora.recipe import Phase, Recipe
 from fedlora.round import run_round
 from fedlora.server_optim import AdamW as ServerAdamW
@@ -180,7 +180,7 @@ def test_flasc_is_lora_with_two_sparse_links_and_adamw_on_the_server() -> None:
     recipe = phase.recipe
     assert recipe.tuning == LoRA(rank=4, alpha=16.0, init=Kaiming())
     assert (recipe.down, recipe.up) == (Link(sparsify=TopK(density=0.25)), Link(sparsify=TopK(density=0.5)))
-    assert recipe.server == ServerAdamW(lr=5e-3, weight_decay=0.01)
+    assert recipe.server == ServerAdamW(lr=5e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
     assert recipe.aggregator == Mean(weighting="uniform")
 
 
@@ -200,7 +200,9 @@ def test_flasc_over_an_svd_start_never_sends_raw_weights_thinned() -> None:
 
 def test_federa_is_lora_that_starts_at_the_svd_of_the_weights() -> None:
     (phase,) = federa(rank=4, alpha=8.0)
-    assert phase.recipe == Recipe(tuning=LoRA(rank=4, alpha=8.0, init=SvdOfWeight(split="symmetric")))
+    tuning = LoRA(rank=4, alpha=8.0, init=SvdOfWeight(split="symmetric"))
+    assert phase.recipe == Recipe(tuning=tuning, server=phase.recipe.server)
+    assert phase.recipe.server.weight_decay == 0  # type: ignore[attr-defined]
     assert phase.recipe.local.optimizer.weight_decay == 0  # decay would pull pre-trained knowledge to zero
 
 

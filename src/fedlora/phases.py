@@ -26,7 +26,6 @@ def open_phase(
         The state before the phase's first round, and the start's figures.
     """
     installed = workspace.open(phase, recipe)
-    recipe.check_groups(installed.groups)
     start = recipe.tuning.start(installed, named_seed(seed, "start", phase), carry)
     parts = setup_parts(recipe, installed, start)
     # where the rest of the start is redrawn from a seed, the head's travels like the head

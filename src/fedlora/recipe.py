@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -163,22 +162,6 @@ class Recipe:
                 )
             if moving == "B" and "A" in factors:
                 raise ConfigError(f"{place}.lr_scale.A has no effect where tuning.train = 'B'; leave it out")
-
-    def check_groups(self, groups: Mapping[str, str]) -> None:
-        """Refuses learning rates of a group that the model does not have.
-
-        Args:
-            groups: ``adapter`` or ``head`` of what is trained, by name.
-
-        Raises:
-            ConfigError: there is nothing in a group that a ``lr_scale`` names.
-        """
-        for place, scale in (("local", self.local.lr_scale), ("server", self.server.lr_scale)):
-            for name in {"adapter", "head"} & {*scale.moved} - {*groups.values()}:
-                raise ConfigError(
-                    f"{place}.lr_scale.{name} has no effect: nothing that is trained here belongs to the {name}; "
-                    "leave it out"
-                )
 
     def _check_shrink(self, moving: str) -> None:
         """What hides ranks, or has a use for those that clients would give up."""
