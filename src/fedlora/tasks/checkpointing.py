@@ -26,7 +26,7 @@ def checkpointing_without_dropout(model: nn.Module) -> Iterator[None]:
     Args:
         model: in evaluation mode; it is in evaluation mode afterwards too.
     """
-    layers = [
+    layers: list[Any] = [
         layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) and _is_checkpointed(layer)
     ]
     inner = [layer._gradient_checkpointing_func for layer in layers]
