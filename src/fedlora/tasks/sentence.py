@@ -61,9 +61,9 @@ def usage(pooling: Literal["cls", "mean"], names: Sequence[str]) -> str:
     """
     columns = f"One column for each class: {', '.join(names)}." if names else "The one column is the number."
     return f"""
-The classifier is linear in {_STATES[pooling]} (`task.pooling = "{pooling}"`), for which `transformers` has no class:
-what is loaded above is the backbone alone. `sentence-transformers` computes the logits, with the classifier in
-`2_Dense`. {columns}
+This is the backbone alone, since `transformers` has no class for the classifier: it is linear in
+{_STATES[pooling]} (`task.pooling = "{pooling}"`).
+`sentence-transformers` computes the logits, with the classifier's weights in `2_Dense`. {columns}
 
 ```python
 from sentence_transformers import SentenceTransformer
