@@ -4,8 +4,8 @@ RUN is the folder of a run whose tuning is `sparse_mask`, such as the first phas
 
     fedlora run warm.toml --out runs/warm    # [method] kind = "fedavg", tuning = { kind = "sparse_mask" }
 
-All layouts send as many numbers as a LoRA of `--rank` on `--targets` does. `rank by energy` gives each singular triplet of
-each matrix to the adapters in the order of energy per number, the most that any choice of ranks could keep.
+All layouts send as many numbers as a LoRA of `--rank` on the default targets. `rank by energy` takes the singular
+triplets of all matrices in the order of energy per number, the most that any choice of ranks could keep.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def main() -> None:
         few = kept(spectra, {name: given.rank for name in spectra if name in targets})
         wide = kept(spectra, dict.fromkeys(spectra, everywhere))
         best = kept(spectra, by_energy(spectra, sides, numbers))
-        print(
-            f"| {run.name} | {numbers:,} | {few:.3f} (rank {given.rank}) | {wide:.3f} (rank {everywhere}) | {best:.3f} |"
-        )
+        columns = (run.name, f"{numbers:,}", f"{few:.3f} (rank {given.rank})", f"{wide:.3f} (rank {everywhere})")
+        print(f"| {' | '.join(columns)} | {best:.3f} |")
 
 
 if __name__ == "__main__":

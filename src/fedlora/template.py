@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from fedlora.config import Experiment, parse, resolved
 from fedlora.method_table import build_method
 from fedlora.methods import METHODS
-from fedlora.recipe import Recipe
+from fedlora.recipe import Phase, Recipe
 
 _KEPT = ("model", "task", "data", "clients", "evaluate")
 _NOTES = {
@@ -42,7 +42,7 @@ def template(method: str) -> str:
     ]
     for table in _KEPT:
         lines += [f"# {_NOTES[table]}", tomli_w.dumps({table: values[table]})]
-    table_of_method = {"kind": method, **_arguments(method), **_slots(method, phases[-1].recipe)}
+    table_of_method = {"kind": method, **_arguments(method, phases), **_slots(method, phases[-1].recipe)}
     lines += [
         "# the method: its own arguments, and the slots of its recipe (`fedlora list` names what each can hold)",
         tomli_w.dumps({"method": table_of_method}),
@@ -50,9 +50,13 @@ def template(method: str) -> str:
     return "\n".join(lines)
 
 
-def _arguments(method: str) -> dict[str, Any]:
+def _arguments(method: str, phases: tuple[Phase, ...]) -> dict[str, Any]:
+    """The method's arguments; of those that follow from others, what they come to."""
+    last = phases[-1].recipe
+    follows = {"warm_rounds": phases[0].rounds, "reference": last.down.reference}
     parameters = inspect.signature(METHODS[method]).parameters
     values = {name: _plain(parameter.default) for name, parameter in parameters.items()}
+    values |= {name: follows[name] for name, value in values.items() if value is None and name in follows}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -171,7 +171,7 @@ def federa(
 def slora(
     *,
     rounds: Rounds = 40,
-    warm_rounds: Rounds = 10,
+    warm_rounds: Rounds | None = None,
     rank: Rank = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
@@ -189,8 +189,10 @@ def slora(
 ) -> Phases:
     """SLoRA (arXiv 2308.06522, Sec. 3): train a random sparse mask, then LoRA from the SVD of what was learnt.
 
-    ``rounds`` counts both phases. At the hand-over the base is reset to the pre-trained weights, the head is carried,
-    and ``fold`` says what else is (biases if they were trained; ``rest`` keeps everything the truncation would lose).
+    ``rounds`` counts both phases; the first has a quarter of them unless ``warm_rounds`` says otherwise, and the
+    optimisers of the second unless ``warm_local`` and ``warm_server`` do. At the hand-over the base is reset to the
+    pre-trained weights, the head is carried, and ``fold`` says what else is (biases if they were trained; ``rest``
+    keeps everything the truncation would lose).
 
     Raises:
         ConfigError: the first phase would leave no round for the second.
@@ -215,7 +217,7 @@ def slora(
 def primed_lora(
     *,
     rounds: Rounds = 40,
-    warm_rounds: Rounds = 10,
+    warm_rounds: Rounds | None = None,
     rank: Rank = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
@@ -229,6 +231,8 @@ def primed_lora(
     memory: Memory = "none",
 ) -> Phases:
     """Primed-LoRA, SLoRA's ablation: the first phase is full fine-tuning instead of a sparse mask.
+
+    ``warm_rounds``, ``warm_local`` and ``warm_server`` are as in ``slora``.
 
     Raises:
         ConfigError: the first phase would leave no round for the second.
@@ -249,19 +253,20 @@ def _two_phases(
     first: AnyTuning,
     second: AnyTuning,
     rounds: int,
-    warm_rounds: int,
+    warm_rounds: int | None,
     precision: AnyPrecision,
     warm: tuple[AnyServerOptimizer, Local],
     rest: tuple[AnyServerOptimizer, Local],
     memory: Memory,
 ) -> Phases:
-    if warm_rounds >= rounds:
+    first_rounds = warm_rounds or max(1, rounds // 4)
+    if first_rounds >= rounds:
         raise ConfigError(
-            f"warm_rounds = {warm_rounds} leaves no round for LoRA out of rounds = {rounds}; make it smaller than that"
+            f"warm_rounds = {first_rounds} leaves no round for LoRA out of rounds = {rounds}; make it smaller than that"
         )
     link = Link(precision=precision)
     return tuple(
         phase
-        for tuning, count, (server, local) in ((first, warm_rounds, warm), (second, rounds - warm_rounds, rest))
+        for tuning, count, (server, local) in ((first, first_rounds, warm), (second, rounds - first_rounds, rest))
         for phase in fedavg(rounds=count, tuning=tuning, down=link, up=link, server=server, local=local, memory=memory)
     )
