@@ -207,10 +207,21 @@ def test_federa_is_lora_that_starts_at_the_svd_of_the_weights() -> None:
 
 
 def test_slora_is_a_sparse_mask_and_then_lora_from_the_svd_of_the_delta() -> None:
-    warm, rest = slora(rounds=10, warm_rounds=4, rank=8, density=0.05)
+    warm, rest = slora(rounds=10, warm_rounds=4, rank=8, density=0.05, mask_targets="all-linear")
     assert (warm.rounds, rest.rounds) == (4, 6)
     assert warm.recipe.tuning == SparseMask(density=0.05, targets="all-linear")
     assert rest.recipe.tuning == LoRA(rank=8, init=SvdOfDelta())
+    warm, rest = slora(rounds=10, rank=8)
+    assert (warm.rounds, warm.recipe.tuning) == (2, SparseMask(rank=8, targets="default"))
+
+
+def test_a_mask_is_as_large_as_a_lora_of_its_rank_or_a_share_of_the_matrix() -> None:
+    assert SparseMask(rank=2).entries(10, 6) == 32
+    assert SparseMask(rank=8).entries(10, 6) == 60
+    assert SparseMask(density=0.5).entries(10, 6) == 30
+    assert SparseMask().entries(20, 30) == 6
+    with pytest.raises(ConfigError, match="follows from density = 0.1 or from rank = 2, not from both"):
+        SparseMask(density=0.1, rank=2)
 
 
 def test_precision_goes_to_both_links() -> None:
