@@ -8,7 +8,7 @@ OLDER := typer|rich|protobuf
 # threads that spin while they wait starve each other on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test check flower format bench fuzz clean
+.PHONY: help demo test slow check flower format bench fuzz clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -23,8 +23,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a real model with four methods on one federation, and compare them
 	$(BIN)/python -m fedlora demo
 
-test: $(STAMP)  ## run the tests, offline
-	$(BIN)/python -m pytest -n 2 --ignore tests/flower
+test: $(STAMP)  ## run the tests, offline; make slow runs those that take minutes
+	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m "not slow"
+
+slow: $(STAMP)  ## every pair of choices trained by itself, and what else takes minutes
+	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m slow
 
 $(FLOWER)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FLOWER)
