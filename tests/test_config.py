@@ -31,6 +31,7 @@ STATED: dict[str, dict[str, Any]] = {
     "hub": {"path": "owner/name", "revision": "abc", "test_split": ""},
     "image_folder": {"path": "pictures"},
     "sites": {"test": "test.jsonl"},
+    "validation": {"source": {"kind": "docstrings"}},
     "column": {"name": "user"},
     "peft": {"config": {"peft_type": "IA3", "target_modules": ["query"]}},
     "central_gaussian": {"clip_norm": 0.5, "noise_multiplier": 1.0},

@@ -52,7 +52,8 @@ LAYERS = (
     ("experiment",),
     ("federation",),
     ("report",),
-    ("cli_federation",),
+    ("study",),
+    ("cli_federation", "cli_study"),
     ("cli",),
 )
 NEEDED = {
@@ -68,6 +69,7 @@ NEEDED = {
     "threshold": {"value"},
     "rank_slice": {"rank"},
     "sites": {"test"},
+    "validation": {"source"},
     "norm_bound": {"norm"},
 }
 
