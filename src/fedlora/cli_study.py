@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,9 +20,26 @@ Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at a time; one 
 Budget = Annotated[str | None, typer.Option(help="Time after which nothing new begins: 45s, 90m, 2h.")]
 
 
+class Stage(StrEnum):
+    """Parts of a study that can be asked for alone."""
+
+    tune = "tune"
+    final = "final"
+    table = "table"
+
+
+class TableFormat(StrEnum):
+    """How tables are written."""
+
+    markdown = "markdown"
+    csv = "csv"
+    latex = "latex"
+
+
 def add_to(app: typer.Typer) -> None:
     """Adds these commands to the others."""
     app.command()(tune)
+    app.command()(study)
 
 
 def progress(text: str) -> None:
@@ -69,6 +87,54 @@ def tune(
         raise ConfigError(f"no trial gave a figure; the first one: {found.trials[0].failure or 'never began'}")
     if format_ is Format.table:
         OUT.print(f"the best of them: fedlora run {folder / 'best.toml'}", soft_wrap=True, highlight=False)
+
+
+def study(
+    file: Annotated[Path, typer.Argument(help="A study in TOML; or a results.json, to print its tables.")],
+    jobs: Jobs = None,
+    budget: Budget = None,
+    stage: Annotated[Stage | None, typer.Option(help="This part alone; table runs nothing.")] = None,
+    only: Annotated[str | None, typer.Option(help="Methods to run, with commas between; all by default.")] = None,
+    table: Annotated[TableFormat, typer.Option(help="How tables are written.")] = TableFormat.markdown,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs and of results.json; goes on there.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count runs and rounds, and run nothing.")] = False,
+) -> None:
+    """Compare methods over settings and seeds, each tuned alike on held-out data, and print tables."""
+    from fedlora.study import FORMATS, load_study, run_study
+    from fedlora.study.results import read
+    from fedlora.study.runner import Runner
+    from fedlora.study.tuning import seconds_of
+
+    if file.suffix == ".json":
+        if stage is not Stage.table:
+            raise ConfigError(f"{file} holds results, of which tables can be printed: add --stage table")
+        print(FORMATS[table.value](read(file)))
+        return
+    chosen = load_study(file)
+    folder = out or Path("runs") / chosen.name
+    methods = [label.strip() for label in only.split(",")] if only else []
+    if dry_run:
+        _print_left(Runner(chosen, folder, methods).left(), jobs)
+        return
+    part = stage.value if stage else None
+    found = run_study(chosen, folder, stage=part, only=methods, jobs=jobs, budget=seconds_of(budget), tell=progress)
+    print(FORMATS[table.value](found))
+    for sentence in found["broken_gates"]:
+        ERR.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    ERR.print(f"all figures: {folder / 'results.json'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_left(left: dict[str, Any], jobs: int | None) -> None:
+    from fedlora.report import human_seconds
+    from fedlora.study.pool import processes_for
+
+    for stage, text in (("tune", "tunings (of several trials each)"), ("final", "final runs")):
+        OUT.print(f"{left[stage]['runs']} {text} are left, {left[stage]['rounds']:,} rounds", highlight=False)
+    if left["seconds"]:
+        processes = processes_for(jobs)
+        unknown = f", without {', '.join(left['not_timed'])}" if left["not_timed"] else ""
+        takes = human_seconds(left["seconds"] / processes)
+        OUT.print(f"about {takes} with {processes} processes{unknown}, by what runs took so far", highlight=False)
 
 
 def _trials_table(found: Tuned) -> Table:

@@ -194,7 +194,7 @@ def parse(document: Mapping[str, Any]) -> Experiment:
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
-        raise ConfigError(_explain(error, Experiment, "")) from error
+        raise ConfigError(explain(error, Experiment)) from error
 
 
 def build_method(kind: str, arguments: Mapping[str, Any]) -> tuple[Phase, ...]:
@@ -208,7 +208,7 @@ def build_method(kind: str, arguments: Mapping[str, Any]) -> tuple[Phase, ...]:
     try:
         phases: tuple[Phase, ...] = validate_call(METHODS[kind])(**arguments)
     except ValidationError as error:
-        raise ConfigError(_explain(error, METHODS[kind], "method")) from error
+        raise ConfigError(explain(error, METHODS[kind], "method")) from error
     return phases
 
 
@@ -324,7 +324,8 @@ def _entry(path: str, key: str, place: list[Any]) -> int:
     return int(key)
 
 
-def _explain(error: ValidationError, root: Any, prefix: str) -> str:
+def explain(error: ValidationError, root: Any, prefix: str = "") -> str:
+    """A refusal in words: the key, the nearest known one, and all that are known there."""
     sentences = []
     problems = error.errors(include_url=False)
     # entries that were refused count as absent, which is no second mistake

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ RUNGS = ((1 / 3, 1.0), (2 / 3, 3 / 8), (1.0, 0.0))
 """Of each rung the part of the rounds that it runs to, and the part of the trials that it takes, one at least."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """A setting that is tried.
 
@@ -30,6 +30,7 @@ class Trial:
         folder: of its run.
         metrics: the main metric at each rung that it reached, by round.
         failure: why it was given up; empty if it was not.
+        seconds: that it has taken.
     """
 
     values: Values
@@ -37,6 +38,7 @@ class Trial:
     folder: Path
     metrics: dict[int, float] = field(default_factory=dict)
     failure: str = ""
+    seconds: float = 0.0
 
     def row(self) -> dict[str, Any]:
         """As JSON values."""
@@ -157,6 +159,7 @@ class Race(Source):
         else:
             self.main_metric, self.higher_is_better = outcome.main_metric, outcome.higher_is_better
             trial.metrics[self.rungs[self._rung]] = outcome.value
+            trial.seconds = outcome.seconds
         if not self._waiting and not self._open:
             self._advance()
         self._changed()
@@ -210,8 +213,3 @@ def held_out(document: Mapping[str, Any], share: float, seed: int) -> dict[str, 
     kept = {key: value for key, value in found.get("evaluate", {}).items() if key == "dense"}
     found["evaluate"] = {**kept, "every": experiment.rounds}
     return found
-
-
-def same_order(values: Sequence[Values]) -> list[str]:
-    """The keys of settings, in order of first use."""
-    return list(dict.fromkeys(key for one in values for key in one))

@@ -209,8 +209,7 @@ class _Queue:
                 if outcome is not None:
                     source.record(job, outcome)
                 elif self._deadline is not None and time.monotonic() >= self._deadline:
-                    self.late = True
-                    return None
+                    self.late = True  # others may be done already
                 else:
                     return source, job
         return None
