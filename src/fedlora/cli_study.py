@@ -78,7 +78,7 @@ def tune(
         seed=seed,
         jobs=jobs,
         budget=seconds_of(budget),
-        tell=progress,
+        log=progress,
     )
     show(format_, found.as_dict(), _trials_table(found))
     for warning in found.warnings:
@@ -117,7 +117,7 @@ def study(
         _print_left(Runner(chosen, folder, methods).left(), jobs)
         return
     part = stage.value if stage else None
-    found = run_study(chosen, folder, stage=part, only=methods, jobs=jobs, budget=seconds_of(budget), tell=progress)
+    found = run_study(chosen, folder, stage=part, only=methods, jobs=jobs, budget=seconds_of(budget), log=progress)
     print(FORMATS[table.value](found))
     for sentence in found["broken_gates"]:
         ERR.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from fedlora.errors import ConfigError, FedloraError
 INSIDE = "inside the grid"
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _NUMBER = r"\d+\.?\d*(?:[eE][+-]?\d+)?"
-_SIDE = re.compile(rf"\s*(?:({_NUMBER})\s*\*\s*)?([A-Za-z][\w.-]*?)\s*(?:([+-])\s*({_NUMBER}))?\s*")
+_SIDE = re.compile(rf"\s*(?:({_NUMBER})\s*\*\s*)?([A-Za-z][\w.-]*?)\s*(?:\s([+-])\s*({_NUMBER}))?\s*")
 Figures = Mapping[tuple[str, str], float]
 """The main metric of a method at a setting, by both names."""
 
@@ -152,8 +152,8 @@ def check(
                 continue
             left, right = (term.value(figures.get((term.label, name), 0.0)) for term in (rule.left, rule.right))
             if not _COMPARE[rule.compare](left, right):
-                told = ", ".join(f"{label} {figures[label, at]:.4f}" for label, at in wanted)
-                broken.append(f"the gate {rule.text!r} does not hold{_at(name)} on {where}: {told}")
+                shown_figures = ", ".join(f"{label} {figures[label, at]:.4f}" for label, at in wanted)
+                broken.append(f"the gate {rule.text!r} does not hold{_at(name)} on {where}: {shown_figures}")
     return broken
 
 

@@ -29,8 +29,9 @@ class Trial:
         experiment: the whole configuration.
         folder: of its run.
         metrics: the main metric at each rung that it reached, by round.
-        failure: why it was given up; empty if it was not.
+        failure: why it ended early; empty if it did not.
         seconds: that it has taken.
+        ranks: what it is compared by at each rung, more being better: the metric, then the loss.
     """
 
     values: Values
@@ -39,6 +40,7 @@ class Trial:
     metrics: dict[int, float] = field(default_factory=dict)
     failure: str = ""
     seconds: float = 0.0
+    ranks: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """As JSON values."""
@@ -50,7 +52,7 @@ class Trial:
         }
 
 
-class Race(Source):
+class Halving(Source):
     """The trials of one configuration.
 
     Args:
@@ -124,18 +126,12 @@ class Race(Source):
     def best(self) -> Trial | None:
         """The best of those that came farthest; None if all failed or none has come to a rung."""
         fine = [trial for trial in self.trials if trial.metrics]
-        return max(
-            fine, key=lambda trial: (max(trial.metrics), self._sign * trial.metrics[max(trial.metrics)]), default=None
-        )
+        return max(fine, key=lambda trial: (max(trial.ranks), trial.ranks[max(trial.ranks)]), default=None)
 
     @property
     def ends(self) -> list[str]:
         """The keys whose best value is an end of what was tried."""
         return at_ends(self.vary, self.best.values) if self.best else []
-
-    @property
-    def _sign(self) -> int:
-        return 1 if self.higher_is_better else -1
 
     def take(self) -> Job | None:
         """See ``Source.take``."""
@@ -158,8 +154,10 @@ class Race(Source):
             trial.failure = outcome.failure
         else:
             self.main_metric, self.higher_is_better = outcome.main_metric, outcome.higher_is_better
-            trial.metrics[self.rungs[self._rung]] = outcome.value
-            trial.seconds = outcome.seconds
+            reached, sign = self.rungs[self._rung], 1 if outcome.higher_is_better else -1
+            trial.metrics[reached], trial.seconds = outcome.value, outcome.seconds
+            # early figures are often equal, those of chance
+            trial.ranks[reached] = sign * outcome.value, -outcome.metrics.get("loss", 0.0)
         if not self._waiting and not self._open:
             self._advance()
         self._changed()
@@ -170,7 +168,7 @@ class Race(Source):
         self._rung += 1
         fine = [trial for trial in self._in if not trial.failure]
         if before is not None:
-            fine.sort(key=lambda trial: -self._sign * trial.metrics[before])
+            fine.sort(key=lambda trial: trial.ranks[before], reverse=True)
         last = self.done or not fine
         self._in = [] if last else fine[: self._counts[self._rung]]
         self._waiting = list(self._in)

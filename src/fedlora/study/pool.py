@@ -153,7 +153,7 @@ def _setting(experiment: Experiment) -> Setting:
 
 
 def execute(
-    sources: Sequence[Source], processes: int, deadline: float | None, tell: Callable[[str], None] = lambda text: None
+    sources: Sequence[Source], processes: int, deadline: float | None, log: Callable[[str], None] = lambda text: None
 ) -> bool:
     """Does all jobs of ``sources``, those of the first one first.
 
@@ -161,7 +161,7 @@ def execute(
         sources: where jobs come from.
         processes: how many run at a time; 1 is this process.
         deadline: the ``time.monotonic()`` after which none is begun.
-        tell: gets a line for each job that ends.
+        log: gets a line for each job that ends.
 
     Returns:
         Whether all were done; False if the deadline came first.
@@ -172,13 +172,13 @@ def execute(
     queue = _Queue(sources, deadline)
     try:
         if processes > 1:
-            while _in_processes(queue, processes, tell):
+            while _in_processes(queue, processes, log):
                 pass
             return not queue.late
         while found := queue.next():
             source, job = found
             outcome = perform(job)
-            tell(_line(job, outcome))
+            log(_line(job, outcome))
             source.record(job, outcome)
         return not queue.late
     finally:
@@ -224,7 +224,7 @@ class _Queue:
         source.record(job, Outcome({}, failure=reason, kind="fault"))
 
 
-def _in_processes(queue: _Queue, processes: int, tell: Callable[[str], None]) -> bool:
+def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> bool:
     """Runs jobs until none is left, or a process ended without a word; then True, to go on with another pool."""
     running: dict[Future[Outcome], tuple[Source, Job]] = {}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin) as pool:
@@ -238,7 +238,7 @@ def _in_processes(queue: _Queue, processes: int, tell: Callable[[str], None]) ->
                     source, job = running[future]
                     outcome = future.result()
                     del running[future]
-                    tell(_line(job, outcome))
+                    log(_line(job, outcome))
                     source.record(job, outcome)
         except BrokenProcessPool:
             for source, job in running.values():

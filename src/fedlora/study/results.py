@@ -12,7 +12,7 @@ from fedlora.errors import ConfigError
 from fedlora.folder import RunFolder
 from fedlora.network import Network, parse_network
 from fedlora.study.gates import Figures
-from fedlora.study.halving import Race
+from fedlora.study.halving import Halving
 from fedlora.study.pool import Job, Outcome
 
 VERSION = 1
@@ -28,23 +28,25 @@ def compact(value: Any) -> Any:
     return [compact(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def tuning_rows(races: Mapping[Key, Race]) -> list[dict[str, Any]]:
+def tuning_rows(tunings: Mapping[Key, Halving]) -> list[dict[str, Any]]:
     """What was tried, one row for each method and setting."""
     rows = []
-    for (label, setting), race in races.items():
-        best = race.best
-        trials = [{**trial.row(), "seconds": trial.seconds} for trial in race.trials if trial.metrics or trial.failure]
+    for (label, setting), halving in tunings.items():
+        best = halving.best
+        trials = [
+            {**trial.row(), "seconds": trial.seconds} for trial in halving.trials if trial.metrics or trial.failure
+        ]
         for trial in trials:
             del trial["folder"]
         rows.append(
             {
                 "method": label,
                 "setting": setting,
-                "done": race.done,
-                "rounds": race.rungs,
+                "done": halving.done,
+                "rounds": halving.rungs,
                 "best": best.values if best else None,
                 "value": best.metrics[max(best.metrics)] if best else None,
-                "ends": race.ends if race.done else [],
+                "ends": halving.ends if halving.done else [],
                 "trials": trials,
             }
         )
@@ -107,15 +109,15 @@ def final_rows(
     return rows
 
 
-def tune_rows(races: Mapping[Key, Race], seed: int) -> list[dict[str, Any]]:
+def tune_rows(tunings: Mapping[Key, Halving], seed: int) -> list[dict[str, Any]]:
     """Every evaluation of the trials."""
     rows: list[dict[str, Any]] = []
-    for (label, setting), race in races.items():
-        for number, trial in enumerate(race.trials):
+    for (label, setting), halving in tunings.items():
+        for number, trial in enumerate(halving.trials):
             facts = {"stage": "tune", "method": label, "setting": setting, "seed": seed, "trial": number}
             found = list(evaluations(facts, trial.folder, None, False, None))
             rows += found or [
-                {**facts, "round": round_, "metrics": {race.main_metric: trial.metrics[round_]}}
+                {**facts, "round": round_, "metrics": {halving.main_metric: trial.metrics[round_]}}
                 for round_ in trial.metrics
             ]
     return rows

@@ -14,14 +14,14 @@ from fedlora.errors import ConfigError
 from fedlora.network import parse_network
 from fedlora.study import results as figures
 from fedlora.study.gates import GateError, check, parse_rules, parse_term
-from fedlora.study.halving import Race, with_values
+from fedlora.study.halving import Halving, with_values
 from fedlora.study.plan import Study
 from fedlora.study.pool import Job, Outcome, Source, deadline_of, execute, known, processes_for, shown
 from fedlora.study.results import Key
 
 STAGES = ("tune", "final", "table")
 """Parts of a study that can be asked for alone."""
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 def setting_names(study: Study) -> dict[str, dict[str, Any]]:
@@ -66,7 +66,7 @@ class Runner:
         study: what is asked for.
         folder: of all its runs and of ``results.json``.
         only: the methods to run; all if empty.
-        races: the tunings, by method and setting.
+        tunings: the tunings, by method and setting.
 
     Raises:
         ConfigError: a configuration of the study is refused.
@@ -75,7 +75,7 @@ class Runner:
     study: Study
     folder: Path
     only: Sequence[str] = ()
-    races: dict[Key, Race] = field(init=False)
+    tunings: dict[Key, Halving] = field(init=False)
     finals: Finals = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,11 +85,13 @@ class Runner:
         if study.report.link:
             parse_network(study.report.link)
         if study.report.target is not None:
-            parse_term(str(study.report.target))
+            label = parse_term(str(study.report.target)).label
+            if label and label not in study.labels:
+                raise ConfigError(f"report.target: there is no method {label!r}; there are: {', '.join(study.labels)}")
         self._settings = setting_names(study)
         self._rules = parse_rules(study.gates.rules, study.labels, study.vary)
         self._alone: list[str] = []
-        self.races = {}
+        self.tunings = {}
         for name, setting in self._settings.items():
             for label in study.labels:
                 self._add(label, name, setting)
@@ -105,7 +107,7 @@ class Runner:
             if experiment.mode != "federated" and label not in self._alone:
                 self._alone.append(label)
             if study.tuned:
-                self.races[label, name] = Race(
+                self.tunings[label, name] = Halving(
                     f"{label} {name}" if name != "all" else label,
                     document,
                     study.varied(label),
@@ -117,29 +119,30 @@ class Runner:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 
-    def tune(self, processes: int, deadline: float | None, tell: Tell) -> bool:
+    def tune(self, processes: int, deadline: float | None, log: Log) -> bool:
         """Tunes; True if nothing is left to do."""
-        chosen = [race for (label, _), race in self.races.items() if self._asked(label)]
-        return execute(chosen, processes, deadline, tell)
+        chosen = [halving for (label, _), halving in self.tunings.items() if self._asked(label)]
+        return execute(chosen, processes, deadline, log)
 
-    def final(self, processes: int, deadline: float | None, tell: Tell) -> bool:
+    def final(self, processes: int, deadline: float | None, log: Log) -> bool:
         """Runs what is tuned with every seed; True if nothing is left to do."""
         self.finals = Finals({key: job for key, (job, _) in self._jobs().items() if self._asked(key[0])})
-        return execute([self.finals], processes, deadline, tell)
+        return execute([self.finals], processes, deadline, log)
 
     def gather(self) -> dict[str, Any]:
         """All figures there are, also of methods that were not asked for now, written to ``results.json``."""
-        execute([race for race in self.races.values() if not race.done], 1, time.monotonic())
+        execute([halving for halving in self.tunings.values() if not halving.done], 1, time.monotonic())
         jobs = self._jobs()
         ended = {key: (job, self.finals.outcomes.get(key) or known(job)) for key, (job, _) in jobs.items()}
         begun = {key: one for key, one in ended.items() if one[1] or (one[0].folder / "ledger.jsonl").exists()}
         study = self.study
         outcomes = [one for _, one in ended.values() if one and not one.failure]
         metric = next(
-            iter([one.main_metric for one in outcomes] or [r.main_metric for r in self.races.values() if r.best]), ""
+            iter([one.main_metric for one in outcomes] or [r.main_metric for r in self.tunings.values() if r.best]), ""
         )
         higher = all(
-            [one.higher_is_better for one in outcomes] or [race.higher_is_better for race in self.races.values()]
+            [one.higher_is_better for one in outcomes]
+            or [halving.higher_is_better for halving in self.tunings.values()]
         )
         found: dict[str, Any] = {
             "version": figures.VERSION,
@@ -154,8 +157,8 @@ class Runner:
             "settings": [{"name": name, "values": setting} for name, setting in self._settings.items()],
             "broken_gates": [],
             "failures": self._failures(ended),
-            "tuning": figures.tuning_rows(self.races),
-            "rows": figures.tune_rows(self.races, study.tune.seed)
+            "tuning": figures.tuning_rows(self.tunings),
+            "rows": figures.tune_rows(self.tunings, study.tune.seed)
             + figures.final_rows(begun, study.report.link, self._alone),
         }
         found["broken_gates"] = self.broken(found)
@@ -181,20 +184,20 @@ class Runner:
             )
 
     def left(self) -> dict[str, Any]:
-        """What is left to do: runs, rounds, and the seconds of these where runs of the same method tell how long."""
-        execute([race for race in self.races.values() if not race.done], 1, time.monotonic())
+        """What is left to do: runs, rounds, and the seconds of these by earlier runs of the same method."""
+        execute([halving for halving in self.tunings.values() if not halving.done], 1, time.monotonic())
         jobs = self._jobs(guess=True)
         runs: dict[str, list[int]] = {"tune": [], "final": []}
         rounds: dict[str, int] = {}
         spent: dict[str, tuple[float, int]] = {}
-        for (label, _), race in self.races.items():
+        for (label, _), halving in self.tunings.items():
             seconds, passed = spent.get(label, (0.0, 0))
-            tried = [trial for trial in race.trials if trial.metrics]
+            tried = [trial for trial in halving.trials if trial.metrics]
             passed += sum(max(trial.metrics) for trial in tried)
             spent[label] = seconds + sum(trial.seconds for trial in tried), passed
-            if self._asked(label) and race.left:
-                runs["tune"].append(race.left)
-                rounds[label] = rounds.get(label, 0) + race.left
+            if self._asked(label) and halving.left:
+                runs["tune"].append(halving.left)
+                rounds[label] = rounds.get(label, 0) + halving.left
         for (label, _, _), (job, length) in jobs.items():
             if self._asked(label) and known(job) is None:
                 runs["final"].append(length)
@@ -219,10 +222,12 @@ class Runner:
         for name, setting in self._settings.items():
             for seed in self.study.seeds:
                 for label in self.study.labels:
-                    race = self.races.get((label, name))
-                    if race is not None and not (race.done and race.best) and not guess:
+                    halving = self.tunings.get((label, name))
+                    if halving is not None and not (halving.done and halving.best) and not guess:
                         continue
-                    values = race.best.values if race and race.best else race.trials[0].values if race else {}
+                    values = (
+                        halving.best.values if halving and halving.best else halving.trials[0].values if halving else {}
+                    )
                     experiment = config.parse(with_values(self.study.document(label, setting, seed), values))
                     folder = self.folder / "final" / name / label / f"seed-{seed}-{config.digest(experiment)[:8]}"
                     job = Job(config.to_toml(experiment), folder, None, f"{label} {name} seed {seed}")
@@ -231,9 +236,9 @@ class Runner:
 
     def _failures(self, ended: dict[tuple[str, str, int], tuple[Job, Outcome | None]]) -> list[dict[str, Any]]:
         found = [
-            {"stage": "tune", "method": label, "setting": name, "reason": race.trials[0].failure}
-            for (label, name), race in self.races.items()
-            if all(trial.failure for trial in race.trials)
+            {"stage": "tune", "method": label, "setting": name, "reason": halving.trials[0].failure}
+            for (label, name), halving in self.tunings.items()
+            if all(trial.failure for trial in halving.trials)
         ]
         return found + [
             {"stage": "final", "method": label, "setting": name, "seed": seed, "reason": outcome.failure}
@@ -250,7 +255,7 @@ def run_study(
     only: Sequence[str] = (),
     jobs: int | None = 1,
     budget: float | None = None,
-    tell: Tell = lambda text: None,
+    log: Log = lambda text: None,
 ) -> dict[str, Any]:
     """Does a study, or goes on with it: tunes, checks gates, runs the best with every seed, checks gates again.
 
@@ -261,7 +266,7 @@ def run_study(
         only: the methods to run; all if empty.
         jobs: processes at a time; None for one for each core.
         budget: seconds after which nothing new begins.
-        tell: gets a line for each run that ends.
+        log: gets a line for each run that ends.
 
     Returns:
         All figures, as ``results.json`` holds them.
@@ -275,14 +280,14 @@ def run_study(
     processes, deadline = processes_for(jobs), deadline_of(budget)
     done = True
     if stage in (None, "tune"):
-        done = runner.tune(processes, deadline, tell)
+        done = runner.tune(processes, deadline, log)
     found = runner.gather()
     if stage != "table" and done:
         runner.stop_at_gates(found)
     if stage in (None, "final"):
-        done = runner.final(processes, deadline, tell) and done
+        done = runner.final(processes, deadline, log) and done
         found = runner.gather()
         runner.stop_at_gates(found)
     if not done:
-        tell("the budget was spent before the end; the same command goes on")
+        log("the budget was spent before the end; the same command goes on")
     return found

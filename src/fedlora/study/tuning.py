@@ -14,7 +14,7 @@ from fedlora import config
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError
 from fedlora.folder import RunFolder
-from fedlora.study.halving import Race, Trial, with_values
+from fedlora.study.halving import Halving, Trial, with_values
 from fedlora.study.pool import deadline_of, execute, processes_for, shown
 from fedlora.study.space import Values
 
@@ -68,7 +68,7 @@ def tune(
     seed: int = 0,
     jobs: int | None = 1,
     budget: float | None = None,
-    tell: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Tuned:
     """Tries settings by successive halving (arXiv 1502.07943) and keeps the best.
 
@@ -86,7 +86,7 @@ def tune(
         jobs: processes at a time; None for one for each core. More than one needs a script that guards its start with
             ``if __name__ == "__main__"``.
         budget: seconds after which nothing new begins.
-        tell: gets a line for each run that ends.
+        log: gets a line for each run that ends.
 
     Returns:
         The trials and the best of them.
@@ -102,31 +102,33 @@ def tune(
     late = False
 
     def write() -> None:
-        files.write_json("tune.json", _tuned(race, late, files.path).as_dict())
+        files.write_json("tune.json", _tuned(halving, late, files.path).as_dict())
 
-    race = Race("", document, vary, files.path, trials=trials, seed=seed, share=holdout, strict=True, changed=write)
-    late = not execute([race], processes_for(jobs), deadline_of(budget), tell)
-    found = _tuned(race, late, files.path)
+    halving = Halving(
+        "", document, vary, files.path, trials=trials, seed=seed, share=holdout, strict=True, changed=write
+    )
+    late = not execute([halving], processes_for(jobs), deadline_of(budget), log)
+    found = _tuned(halving, late, files.path)
     write()
     if found.best is not None:
         files.write("best.toml", tomli_w.dumps(with_values(document, found.best)))
     return found
 
 
-def _tuned(race: Race, late: bool, folder: Path) -> Tuned:
-    best = race.best
-    warnings = [end_warning(key, race.vary[key], best.values[key]) for key in race.ends if best]
+def _tuned(halving: Halving, late: bool, folder: Path) -> Tuned:
+    best = halving.best
+    warnings = [end_warning(key, halving.vary[key], best.values[key]) for key in halving.ends if best]
     if late:
         reached = max(best.metrics) if best else 0
         warnings.append(
-            f"the budget was spent before the end: the best so far, of round {reached} of {race.rungs[-1]}; the same "
-            "command goes on"
+            f"the budget was spent before the end: the best so far, at round {reached} of {halving.rungs[-1]}; the "
+            "same command goes on"
         )
     return Tuned(
-        metric=race.main_metric,
-        higher_is_better=race.higher_is_better,
-        rounds=tuple(race.rungs),
-        trials=tuple(race.trials),
+        metric=halving.main_metric,
+        higher_is_better=halving.higher_is_better,
+        rounds=tuple(halving.rungs),
+        trials=tuple(halving.trials),
         best=best.values if best else None,
         value=best.metrics[max(best.metrics)] if best else None,
         warnings=tuple(warnings),
