@@ -62,13 +62,13 @@ def test_equal_figures_are_told_apart_by_the_loss(world: Path, tmp_path: Path) -
 def test_one_that_diverges_has_lost(world: Path, tmp_path: Path) -> None:
     def value(number: int, job: Job) -> Outcome:
         failed = number == 7 or (number == 6 and job.until == 6)
-        return Outcome({}, failure="it diverged", kind="diverged") if failed else figure(number)
+        return Outcome({}, failure="it diverged", cause="diverged") if failed else figure(number)
 
     halving, steps = halved(world, tmp_path, value)
     assert steps == [list(range(8)), [6, 5, 4], [5]]
     assert halving.trials[7].failure == "it diverged"
     assert halving.best is halving.trials[5]
-    halving, steps = halved(world, tmp_path, lambda number, job: Outcome({}, failure="no", kind="diverged"))
+    halving, steps = halved(world, tmp_path, lambda number, job: Outcome({}, failure="no", cause="diverged"))
     assert (halving.best, len(steps)) == (None, 1)
 
 

@@ -145,9 +145,9 @@ class Halving(Source):
 
     def record(self, job: Job, outcome: Outcome) -> None:
         """See ``Source.record``."""
-        if self._strict and outcome.kind == "refused":
+        if self._strict and outcome.cause == "refused":
             raise ConfigError(f"{job.name}: {outcome.failure}")
-        if self._strict and outcome.kind == "fault":
+        if self._strict and outcome.cause == "fault":
             raise RuntimeError(f"{job.name}: {outcome.failure}")
         trial = self._open.pop(job.folder)
         if outcome.failure:

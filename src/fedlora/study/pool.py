@@ -59,7 +59,7 @@ class Outcome:
         main_metric: which of them counts.
         higher_is_better: its direction.
         failure: why there are none; empty if there are.
-        kind: ``diverged`` is training that went wrong, ``refused`` an error that the user can mend, ``fault`` another.
+        cause: ``diverged`` is training that went wrong, ``refused`` an error that the user can mend, ``fault`` another.
         seconds: that the run has taken so far.
     """
 
@@ -67,7 +67,7 @@ class Outcome:
     main_metric: str = ""
     higher_is_better: bool = True
     failure: str = ""
-    kind: Literal["", "diverged", "refused", "fault"] = ""
+    cause: Literal["", "diverged", "refused", "fault"] = ""
     seconds: float = 0.0
 
     @property
@@ -97,7 +97,7 @@ def known(job: Job) -> Outcome | None:
         if held := found if job.until is None else found.get(str(job.until)):
             return Outcome(held["after"], held["main_metric"], held["higher_is_better"], seconds=held["seconds"])
     if (files.path / _FAILED).exists():
-        return Outcome({}, failure=files.read_json(_FAILED)["reason"], kind="diverged")
+        return Outcome({}, failure=files.read_json(_FAILED)["reason"], cause="diverged")
     return None
 
 
@@ -115,11 +115,11 @@ def perform(job: Job) -> Outcome:
         raise
     except TrainingError as error:
         files.write_json(_FAILED, {"reason": str(error)})
-        return Outcome({}, failure=str(error), kind="diverged")
+        return Outcome({}, failure=str(error), cause="diverged")
     except FedloraError as error:
-        return Outcome({}, failure=str(error), kind="refused")
+        return Outcome({}, failure=str(error), cause="refused")
     except Exception as error:
-        return Outcome({}, failure=f"{type(error).__name__}: {error}", kind="fault")
+        return Outcome({}, failure=f"{type(error).__name__}: {error}", cause="fault")
     figures = {
         "after": result.after,
         "main_metric": result.main_metric,
@@ -221,7 +221,7 @@ class _Queue:
             self._again.append((source, job))
             return
         reason = "its process was ended, twice, as systems do that run out of memory; use fewer --jobs"
-        source.record(job, Outcome({}, failure=reason, kind="fault"))
+        source.record(job, Outcome({}, failure=reason, cause="fault"))
 
 
 def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> bool:
