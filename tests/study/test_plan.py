@@ -61,6 +61,11 @@ def test_every_method_gets_a_configuration_at_every_setting() -> None:
     assert found.base == values["base"]
 
 
+def test_lines_can_be_of_several_methods() -> None:
+    found = parse_study(study(lines={"head_only": False, "local_only": False, "centralised": ["ffa", "lora"]}))
+    assert found.labels == ["lora", "ffa", "centralised_ffa", "centralised_lora"]
+
+
 def test_lines_can_be_left_out_or_changed() -> None:
     lines = {"head_only": False, "local_only": False, "centralised": {"methods": ["ffa"], "set": {"rounds": 2}}}
     found = parse_study(study(lines=lines))
@@ -121,6 +126,14 @@ def test_what_a_method_does_not_accept_is_found_before_anything_runs(
         Runner(parse_study({**values, **more}), tmp_path / "study")
     assert expected in str(caught.value)
     assert not (tmp_path / "study").exists()
+
+
+def test_the_file_that_the_documentation_shows_is_a_study(tmp_path: Path) -> None:
+    text = (EXAMPLE.parents[1] / "docs" / "studies.md").read_text(encoding="utf-8")
+    found = parse_study(tomllib.loads(text.split("```toml\n")[1].split("```")[0]))
+    assert found.labels[-3:] == ["head_only", "centralised_lora", "centralised_full"]
+    left = Runner(found, tmp_path / "study").left()
+    assert left["final"] == {"runs": 63, "rounds": 3 * 3 * (5 * 40 + 2 * 10)}
 
 
 def test_the_example_is_a_study(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Lines:
-    """What methods are held against, tuned alike; ``true`` is a line with nothing set, ``false`` none.
+    """What methods are held against, tuned alike: ``true``, ``false``, a list of methods, or a ``Line``.
 
     Args:
         head_only: the head on frozen features, under federated averaging.
@@ -79,8 +79,8 @@ class Lines:
     """
 
     head_only: bool | Line = True
-    centralised: bool | Line = True
-    local_only: bool | Line = True
+    centralised: bool | tuple[str, ...] | Line = True
+    local_only: bool | tuple[str, ...] | Line = True
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -253,7 +253,9 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     return found
 
 
-def _line(given: bool | Line) -> Line | None:
+def _line(given: bool | tuple[str, ...] | Line) -> Line | None:
     if isinstance(given, Line):
         return given
+    if isinstance(given, tuple):
+        return Line(methods=given)
     return Line() if given else None

@@ -81,8 +81,9 @@ def evaluations(
             sizes = {"down_bytes": down, "up_bytes": up, "seconds": seconds}
             found.append({**facts, "round": row.round, **sizes, **time, "metrics": row.metrics})
     if outcome is not None and not found:  # clients that train alone have ledgers of their own
+        rounds = RunFolder(folder).read_json("result.json")["rounds"]
         found.append(
-            {**facts, "round": None, "down_bytes": 0, "up_bytes": 0, "seconds": outcome.seconds, "metrics": {}}
+            {**facts, "round": rounds, "down_bytes": 0, "up_bytes": 0, "seconds": outcome.seconds, "metrics": {}}
         )
     if outcome is not None:
         found[-1]["test"] = outcome.metrics
