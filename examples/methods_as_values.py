@@ -7,18 +7,16 @@ import dataclasses
 import sys
 
 import fedlora
-from fedlora.local import AdamW
-from fedlora.server_optim import Sgd
+from fedlora.methods.defaults import ADAPTIVE
 from fedlora.setting import prepare
 from fedlora.tuning import SvdOfWeight
 
 rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
-local = fedlora.Local(optimizer=AdamW(lr=1e-2), compute="bf16")
 
 # A method is a value: a tuple of phases, each a recipe and a number of rounds.
 methods = {
-    "lora": fedlora.dense_lora(rounds=rounds, local=local),
-    "flasc": fedlora.flasc(rounds=rounds, local=local, server=Sgd(lr=1.0), reference="init", memory="init"),
+    "lora": fedlora.dense_lora(rounds=rounds),
+    "flasc": fedlora.flasc(rounds=rounds),
     # FeDeRA's start over FLASC's links: the difference from the start is thinned, not the factors
     "both": (
         fedlora.Phase(
@@ -26,7 +24,7 @@ methods = {
                 tuning=fedlora.LoRA(rank=16, init=SvdOfWeight()),
                 down=fedlora.Link(sparsify=fedlora.TopK(density=0.25, quota=fedlora.Quota(head=1)), reference="init"),
                 up=fedlora.Link(sparsify=fedlora.TopK(density=0.25, quota=fedlora.Quota(head=1))),
-                local=local,
+                server=ADAPTIVE,
                 memory="init",
             ),
             rounds=rounds,

@@ -13,10 +13,11 @@ from pydantic import TypeAdapter, ValidationError
 from fedlora.aggregate import Mean
 from fedlora.engines import Serial
 from fedlora.errors import ConfigError
-from fedlora.local import AdamW, Local, Schedule, Sgd
+from fedlora.local import AdamW, Local, Sgd
 from fedlora.methods import METHODS, fedavg, federa, flasc, slora
 from fedlora.phases import open_phase
 from fedlora.privacy import CentralGaussian
+from fedlora.rates import LrScale, Schedule
 from fedlora.recipe import Phase, Recipe
 from fedlora.round import run_round
 from fedlora.server_optim import AdamW as ServerAdamW
@@ -179,7 +180,7 @@ def test_flasc_is_lora_with_two_sparse_links_and_adamw_on_the_server() -> None:
     recipe = phase.recipe
     assert recipe.tuning == LoRA(rank=4, alpha=16.0, init=Kaiming())
     assert (recipe.down, recipe.up) == (Link(sparsify=TopK(density=0.25)), Link(sparsify=TopK(density=0.5)))
-    assert recipe.server == ServerAdamW(lr=5e-3, weight_decay=0.01)
+    assert recipe.server == ServerAdamW(lr=5e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
     assert recipe.aggregator == Mean(weighting="uniform")
 
 
@@ -199,15 +200,28 @@ def test_flasc_over_an_svd_start_never_sends_raw_weights_thinned() -> None:
 
 def test_federa_is_lora_that_starts_at_the_svd_of_the_weights() -> None:
     (phase,) = federa(rank=4, alpha=8.0)
-    assert phase.recipe == Recipe(tuning=LoRA(rank=4, alpha=8.0, init=SvdOfWeight(split="symmetric")))
+    tuning = LoRA(rank=4, alpha=8.0, init=SvdOfWeight(split="symmetric"))
+    assert phase.recipe == Recipe(tuning=tuning, server=phase.recipe.server)
+    assert phase.recipe.server.weight_decay == 0  # type: ignore[attr-defined]
     assert phase.recipe.local.optimizer.weight_decay == 0  # decay would pull pre-trained knowledge to zero
 
 
 def test_slora_is_a_sparse_mask_and_then_lora_from_the_svd_of_the_delta() -> None:
-    warm, rest = slora(rounds=10, warm_rounds=4, rank=8, density=0.05)
+    warm, rest = slora(rounds=10, warm_rounds=4, rank=8, density=0.05, mask_targets="all-linear")
     assert (warm.rounds, rest.rounds) == (4, 6)
     assert warm.recipe.tuning == SparseMask(density=0.05, targets="all-linear")
     assert rest.recipe.tuning == LoRA(rank=8, init=SvdOfDelta())
+    warm, rest = slora(rounds=10, rank=8)
+    assert (warm.rounds, warm.recipe.tuning) == (2, SparseMask(rank=8, targets="default"))
+
+
+def test_a_mask_is_as_large_as_a_lora_of_its_rank_or_a_share_of_the_matrix() -> None:
+    assert SparseMask(rank=2).entries(10, 6) == 32
+    assert SparseMask(rank=8).entries(10, 6) == 60
+    assert SparseMask(density=0.5).entries(10, 6) == 30
+    assert SparseMask().entries(20, 30) == 6
+    with pytest.raises(ConfigError, match="follows from density = 0.1 or from rank = 2, not from both"):
+        SparseMask(density=0.1, rank=2)
 
 
 def test_precision_goes_to_both_links() -> None:

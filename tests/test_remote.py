@@ -369,6 +369,22 @@ def test_rows_of_sites_train_as_they_would_here(world: Path, tmp_path: Path) -> 
     assert not any(row["text"].encode() in raw for row in rows for raw in post.sent)
 
 
+@pytest.mark.parametrize("head", ["model.train_head=false", "model.head=['pooler']"])
+def test_what_is_head_is_for_the_server_to_say(world: Path, tmp_path: Path, head: str) -> None:
+    file = write_rows(
+        tmp_path / "all.jsonl", [{**row, "site": "abc"[n // 24]} for n, row in enumerate(make_rows(72, 0))]
+    )
+    by_site = ("clients.partition={kind='natural', column='site'}", "clients.num=3", f"data.train={file}")
+    pooling = (
+        "task={kind='text_classification', pooling='mean'}" if "train" in head else "task.kind=text_classification"
+    )
+    fedlora.run(experiment(world, "lora", *by_site, head, pooling), tmp_path / "serial")
+    post = Post(own_sites(world, tmp_path))
+    chosen = sites_experiment(world, head, pooling)
+    federate(chosen, tmp_path / "run", post, Rules(min_clients=3), names=list(post.homes))
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
 def test_what_a_site_says_it_is_decides_its_tier(world: Path, tmp_path: Path) -> None:
     tiers = "clients.tiers=[{name='small', values=['weak'], rank=1}, {name='large', values=['strong']}]"
     chosen = sites_experiment(world, tiers, "clients.tier_column=tier")

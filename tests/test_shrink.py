@@ -17,6 +17,7 @@ from fedlora.methods import het_lora
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.round import run_round
+from fedlora.server_optim import Sgd
 from fedlora.shrink import Shrink, without_ranks
 from fedlora.state import Update, load_state, save_state
 from fedlora.tiers import Tier
@@ -77,7 +78,7 @@ def test_zero_padding_is_the_weighted_mean_of_padded_adapters() -> None:
 
 
 def federation(**settings: float) -> Federation:
-    return Federation(het_lora(rounds=8, rank=8, local=LOCAL, shrink=Shrink(keep=0.5, **settings)))
+    return Federation(het_lora(rounds=8, rank=8, local=LOCAL, server=Sgd(), shrink=Shrink(keep=0.5, **settings)))
 
 
 def test_a_strong_penalty_makes_clients_give_up_ranks_and_send_less(tmp_path: Path) -> None:

@@ -38,13 +38,15 @@ DOORS = {
     "constriction": ("transport/",),
 }
 LAYERS = (
-    ("tree", "errors", "component"),
+    ("tree", "errors", "component", "upgrade", "explain"),
+    ("rates",),
     ("state",),
     ("transport", "aggregate", "server_optim", "privacy", "tuning", "local"),
     ("folds",),
     ("recipe",),
     ("methods",),
-    ("jobs",),
+    ("method_table",),
+    ("config", "jobs"),
     ("training",),
     ("client",),
     ("round",),

@@ -23,7 +23,8 @@ from fedlora.testing import tiny_model
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = [f"w{number}" for number in range(57)]
 COLOURS = ("blue", "green", "red")
-LOCAL = {"optimizer": {"kind": "adamw", "lr": 0.01}, "batch_size": 8}
+LOCAL = {"optimizer": {"kind": "adamw", "lr": 0.01}, "batch_size": 8, "lr_scale": {"head": 1.0}, "dropout": True}
+PLAIN = {"kind": "sgd"}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 4},
     "flasc": {"kind": "flasc", "rank": 4},
@@ -98,7 +99,7 @@ def document(root: Path, method: str = "lora", *overrides: str, rounds: int = 3)
         "data": {"kind": "files", "train": str(root / "train.jsonl"), "test": str(root / "test.jsonl")},
         "clients": {"num": 9, "per_round": 3, "partition": {"kind": "iid"}},
         "evaluate": {"every": 2},
-        "method": {"rounds": rounds, "local": LOCAL, **METHODS[method]},
+        "method": {"rounds": rounds, "local": LOCAL, "server": PLAIN, **METHODS[method]},
     }
     values = copy.deepcopy(values)  # overrides must not reach the tables above
     for one in overrides:

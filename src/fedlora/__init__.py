@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedlora.errors import FedloraError
     from fedlora.experiment import Result, run
     from fedlora.inference import load_run
-    from fedlora.local import Local, Schedule
+    from fedlora.local import Local
     from fedlora.methods import (
         adapter_lth,
         dense_lora,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         slora,
         sparse_adapter,
     )
+    from fedlora.rates import LrScale, Schedule
     from fedlora.recipe import Phase, Recipe
     from fedlora.tasks import (
         CausalLM,
@@ -74,6 +75,7 @@ _HOME = {
     "Link": "transport",
     "LoRA": "tuning",
     "Local": "local",
+    "LrScale": "rates",
     "Model": "tasks",
     "Natural": "clients",
     "Peft": "tuning",
@@ -85,7 +87,7 @@ _HOME = {
     "RandomK": "transport",
     "Recipe": "recipe",
     "Result": "experiment",
-    "Schedule": "local",
+    "Schedule": "rates",
     "Shards": "clients",
     "Sites": "tasks",
     "SparseMask": "tuning",
@@ -140,6 +142,7 @@ __all__ = [
     "Link",
     "LoRA",
     "Local",
+    "LrScale",
     "Model",
     "Natural",
     "Peft",

@@ -9,24 +9,25 @@ import hashlib
 import inspect
 import json
 import tomllib
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, TypeAdapter, ValidationError, validate_call
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedlora.clients import Clients
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
+from fedlora.explain import explain
+from fedlora.method_table import build_method
 from fedlora.methods import METHODS
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
 from fedlora.tuning import LoRA
+from fedlora.upgrade import upgraded
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -175,41 +176,24 @@ def document_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def parse(document: Mapping[str, Any]) -> Experiment:
     """An experiment from the content of a TOML file.
 
-    ``[method]`` with ``kind`` and that method's arguments is expanded into ``phases``; the resolved form has ``phases``
-    alone.
+    ``[method]`` (see ``build_method``) is expanded into ``phases``; the resolved form has ``phases`` alone.
 
     Raises:
         ConfigError: with the offending key, the nearest known one, and all that are known there.
     """
-    content = dict(document)
+    content = upgraded(document)
     if "method" in content:
         if "phases" in content:
             raise ConfigError("a configuration has either [method] or [[phases]], not both; remove one of them")
         method = content.pop("method")
         if not isinstance(method, Mapping) or "kind" not in method:
             raise ConfigError(f"[method] needs a kind, one of: {', '.join(METHODS)}")
-        arguments = {key: value for key, value in method.items() if key != "kind"}
-        content["phases"] = build_method(str(method["kind"]), arguments)
+        content["phases"] = build_method(method)
         content.setdefault("label", method["kind"])
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
-        raise ConfigError(explain(error, Experiment)) from error
-
-
-def build_method(kind: str, arguments: Mapping[str, Any]) -> tuple[Phase, ...]:
-    """The phases of the method ``kind``.
-
-    Raises:
-        ConfigError: there is no such method, or it has no such argument.
-    """
-    if kind not in METHODS:
-        raise ConfigError(f"there is no method {kind!r}{_nearest(kind, list(METHODS))}; known: {', '.join(METHODS)}")
-    try:
-        phases: tuple[Phase, ...] = validate_call(METHODS[kind])(**arguments)
-    except ValidationError as error:
-        raise ConfigError(explain(error, METHODS[kind], "method")) from error
-    return phases
+        raise ConfigError(explain(error, Experiment, "")) from error
 
 
 def resolved(experiment: Experiment) -> dict[str, Any]:
@@ -298,10 +282,11 @@ def _routed(document: Mapping[str, Any], path: str) -> list[str]:
     """The places in the document that a key stands for."""
     first, phases = path.split(".")[0], document.get("phases")
     method = document.get("method")
-    kind = METHODS.get(str(method.get("kind"))) if isinstance(method, Mapping) else Recipe
-    own = ["method", *_fields(Experiment)]
+    function = METHODS.get(str(method.get("kind"))) if isinstance(method, Mapping) else None
+    own = ["method", *(field.name for field in dataclasses.fields(Experiment))]
+    others = [*(inspect.signature(function).parameters if function else ()), *inspect.signature(Recipe).parameters]
     # a slip in a key of the experiment is no key of the method
-    near = difflib.get_close_matches(first, [*own, *_fields(kind)], n=1)
+    near = difflib.get_close_matches(first, [*own, *others], n=1)
     if first in own or (near and near[0] in own):
         return [path]
     if "method" in document or not isinstance(phases, list):
@@ -322,77 +307,3 @@ def _entry(path: str, key: str, place: list[Any]) -> int:
             "phases.0.rounds"
         )
     return int(key)
-
-
-def explain(error: ValidationError, root: Any, prefix: str = "") -> str:
-    """A refusal in words: the key, the nearest known one, and all that are known there."""
-    sentences = []
-    problems = error.errors(include_url=False)
-    # entries that were refused count as absent, which is no second mistake
-    problems = [one for one in problems if one["type"] != "too_short"] or problems
-    for problem in problems[:5]:
-        location = problem["loc"]
-        path, fields, kind = _walk(root, location)
-        dotted = ".".join(filter(None, [prefix, *path]))
-        if problem["type"] == "unexpected_keyword_argument":
-            wrong = str(location[-1])
-            known = ", ".join(fields)
-            sentences.append(f"unknown key {dotted!r}{_nearest(wrong, fields)}; known here: {known}")
-        elif problem["type"] == "union_tag_invalid":
-            tags = str(problem["ctx"]["expected_tags"])
-            wrong = str(problem["ctx"]["tag"])
-            names = [tag.strip().strip("'") for tag in tags.split(",")]
-            sentences.append(
-                f"{dotted}.kind = {wrong!r} is not known{_nearest(wrong, names)}; known: {', '.join(names)}"
-            )
-        elif problem["type"] == "union_tag_not_found":
-            kinds = ", ".join(member.kind for member in _members(kind))
-            sentences.append(f"{dotted} needs a kind, one of: {kinds}")
-        elif problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-            sentences.append(f"{dotted} is missing")
-        else:
-            sentences.append(f"{dotted} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
-    return "; ".join(sentences)
-
-
-def _nearest(wrong: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}" if near else ""
-
-
-def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
-    """An error's dotted path without the tags that unions put in, the fields known at its last step, its type."""
-    path: list[str] = []
-    fields = _fields(kind)
-    for step in location:
-        fields = _fields(kind)
-        members = _members(kind)
-        if members and not fields:
-            # a union of components puts the chosen one's tag into the path
-            chosen = [member for member in members if getattr(member, "kind", None) == step]
-            kind = chosen[0] if chosen else kind
-            continue
-        path.append(str(step))
-        kind = _plain(typing.get_args(kind)[0] if isinstance(step, int) else fields.get(step, Any))
-    return path, list(fields), kind
-
-
-def _plain(kind: Any) -> Any:
-    while typing.get_origin(kind) is Annotated:
-        kind = typing.get_args(kind)[0]
-    members = [member for member in _members(kind) if member is not type(None)]
-    return members[0] if len(members) == 1 else kind
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) in (UnionType, typing.Union) else ()
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-    if inspect.isfunction(kind):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        return {name: hints[name] for name in inspect.signature(kind).parameters}
-    return {}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fedlora.config import Experiment
 from fedlora.downlink import view
@@ -20,8 +21,11 @@ from fedlora.recipe import Recipe
 from fedlora.state import ServerState, named_seed
 from fedlora.tasks import Prepared
 from fedlora.tasks.loading import quiet_transformers
-from fedlora.tuning import Bottleneck, LoRA, Peft
+from fedlora.tasks.pooling import PooledClassifier
+from fedlora.tree import Tree
+from fedlora.tuning import Bottleneck, Installed, LoRA, Peft
 from fedlora.tuning.export import dilated, save_lora, save_peft
+from fedlora.tuning.lora import PEFT_PREFIX
 from fedlora.workspace import Workspace
 
 
@@ -87,24 +91,28 @@ def _write(
     metrics: Mapping[str, float],
     merge: bool,
 ) -> None:
-    tuning = recipe.tuning
+    tuning, installed = recipe.tuning, workspace.installed
+    root = f"{getattr(installed.model, 'base_model_prefix', '')}." if task.backbone_only else ""
+    alone = isinstance(tuning, Bottleneck) and not merge  # what nothing but fedlora loads
     if merge:
         _save_merged(temporary, experiment, task, workspace, recipe, state)
     elif isinstance(tuning, LoRA) and not (workspace.installed.folded or state.folds.version):
         base = experiment.model.resolve()
-        save_lora(tuning, workspace.installed, state.init, state.params, base, temporary, task.peft_task)
+        save_lora(tuning, installed, state.init, state.params, base, temporary, task.peft_task, root)
     elif isinstance(tuning, Peft):
-        workspace.installed.load(state.params)
-        save_peft(workspace.installed, temporary)
+        installed.load(state.params)
+        save_peft(installed, temporary, task.peft_task, root)
     elif isinstance(tuning, Bottleneck):
-        save_file(dict(state.params), temporary / "params.safetensors")
+        save_file(state.params | installed.head_values(state.params), temporary / "params.safetensors")
     else:
         raise ConfigError(
             f"what `{tuning.kind}` learnt here is no low-rank adapter; use --merge to write the whole model"
         )
+    if task.backbone_only and not alone:
+        task.save_head(temporary, _head(installed, state.params))
     task.save_pretrained(temporary)  # a model is of no use without its tokenizer or image processor
     (temporary / "README.md").write_text(
-        model_card(experiment, state.round, task.auto_class, task.load_arguments, tuning.kind, metrics, merge),
+        model_card(experiment, state.round, task, tuning.kind, metrics, merge) + (task.usage if not alone else ""),
         encoding="utf-8",
     )
 
@@ -124,20 +132,32 @@ def _save_merged(
         for name, value in learnt.head.items():
             named[name].copy_(value)
     with quiet_transformers():
-        model.save_pretrained(str(folder))  # type: ignore[operator]
+        if isinstance(model, PooledClassifier):
+            model.save_backbone(folder)
+        else:
+            model.save_pretrained(str(folder))  # type: ignore[operator]
+
+
+def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
+    """The head's parameters by the names that the model had before any tuning, float32 on the CPU."""
+    now = {name.removeprefix(PEFT_PREFIX): value for name, value in installed.model.named_parameters()}
+    values = {name: value.detach().to("cpu", torch.float32) for name, value in now.items()}
+    # what `peft` itself installed keeps a head in a module of its own
+    head = {name.replace(".modules_to_save.", "."): value for name, value in installed.head_values(params).items()}
+    return values | head
 
 
 def model_card(
     experiment: Experiment,
     rounds: int,
-    auto_class: str,
-    arguments: str,
+    task: Prepared,
     tuning: str,
     metrics: Mapping[str, float],
     merged: bool,
 ) -> str:
     """The README of an exported folder."""
     base = experiment.model.path if experiment.model.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
+    auto_class, arguments = task.auto_class, task.load_arguments
     found = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
     if merged:
         load = f'model = {auto_class}.from_pretrained("THIS FOLDER")'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
@@ -12,8 +11,8 @@ from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
 from fedlora.example_privacy import ExampleNoise
+from fedlora.rates import LrScale, Rate, Schedule
 
-Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -36,7 +35,7 @@ class Sgd(ClientOptimizer):
     """
 
     kind: Literal["sgd"] = "sgd"
-    lr: Rate = 0.1
+    lr: Rate = 0.05
     momentum: Decay = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
@@ -94,44 +93,20 @@ AnyClientOptimizer = Annotated[Sgd | AdamW, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Schedule:
-    """The learning rate's factor over the *whole run*: it never starts again with a round.
-
-    Args:
-        shape: ``constant``; ``linear`` to zero; ``cosine`` to zero.
-        warmup: share of the run's rounds in which the factor rises from zero.
-    """
-
-    shape: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def factor(self, round: int, rounds: int) -> float:
-        """The factor of round ``round`` (from 0) of ``rounds``; above zero in every round."""
-        warm = self.warmup * rounds
-        if round < warm:
-            return (round + 1) / (warm + 1)
-        progress = (round - warm) / max(1.0, rounds - warm)
-        if self.shape == "linear":
-            return 1.0 - progress
-        if self.shape == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * progress))
-        return 1.0
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Local:
     """A client's turn.
 
     Args:
         optimizer: the client's optimiser; its state starts anew in each round unless ``keep_optimizer``.
         schedule: the learning rate over the run.
+        lr_scale: the learning rate of groups and factors; LoRA+ (arXiv 2402.12354) is ``{ B = 16.0 }``.
         epochs: passes over the client's examples.
         max_steps: at most so many optimiser steps in a turn; 0 trains nothing and answers with zeros.
         shuffle: whether each pass takes the examples in a new order.
         batch_size: examples in a step; the last batch of a pass may be smaller and is kept.
         clip_norm: largest Euclidean norm of a step's gradient.
         proximal: FedProx's mu (arXiv 1812.06127, Eq. 2): adds ``mu / 2 ||x - x_start||^2`` to the loss.
-        dropout: whether the pre-trained model's own dropout is on; FLASC's code has it off by an oversight.
+        dropout: whether the pre-trained model's own dropout is on; a client takes few steps, and they need no noise.
         compute: ``bf16`` keeps frozen weights in bfloat16 and what is trained in float32.
         timeout_seconds: a client that is not done by then gives up, and the round goes on without it; a run in which
             that happens cannot be repeated bit for bit.
@@ -139,15 +114,16 @@ class Local:
         example_privacy: clip and noise for each example, if there are.
     """
 
-    optimizer: AnyClientOptimizer = AdamW()
+    optimizer: AnyClientOptimizer = Sgd()
     schedule: Schedule = Schedule()
+    lr_scale: LrScale = LrScale()
     epochs: Annotated[int, Field(ge=1)] = 1
     max_steps: Annotated[int, Field(ge=0)] | None = None
     shuffle: bool = True
     batch_size: Annotated[int, Field(ge=1)] = 16
     clip_norm: Rate | None = None
     proximal: Annotated[float, Field(ge=0)] = 0.0
-    dropout: bool = True
+    dropout: bool = False
     compute: Literal["fp32", "bf16"] = "fp32"
     timeout_seconds: Rate | None = None
     keep_optimizer: bool = False

@@ -23,6 +23,7 @@ from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
+from fedlora.rates import LrScale
 from fedlora.server_optim import AnyServerOptimizer, Sgd
 from fedlora.shrink import Shrink
 from fedlora.state import named_seed
@@ -93,6 +94,7 @@ class Recipe:
             raise ConfigError(
                 "the server's weight decay would move the factor that is to keep still; set weight_decay = 0 in server"
             )
+        self._check_lr_scale(moving)
         self._check_memory()
         self._check_rules()
         if moving != "both" and (self.prune or (self.down.thins and self.down.reference == "zero")):
@@ -128,10 +130,11 @@ class Recipe:
         kind = self.aggregator.kind
         if isinstance(self.aggregator, _OF_PRODUCTS | SparsityWeighted) and not isinstance(self.tuning, LoRA):
             raise ConfigError(f"aggregator {kind!r} is about products B A; use it with tuning 'lora'")
-        if isinstance(self.aggregator, _OF_PRODUCTS) and self.server != Sgd():
+        head_alone = replace(self.server, lr_scale=LrScale()) == Sgd() and {*self.server.lr_scale.moved} <= {"head"}
+        if isinstance(self.aggregator, _OF_PRODUCTS) and not head_alone:
             raise ConfigError(
-                f"{kind!r} chooses both factors anew, so a server step that adds up changes has no meaning; leave "
-                "server at { kind = 'sgd', lr = 1 }"
+                f"{kind!r} chooses both factors anew, so a server step that adds up changes has no meaning for them; "
+                "leave server at { kind = 'sgd', lr = 1 }, where lr_scale may name the head"
             )
         if isinstance(self.aggregator, SvdRedistribute) and moving != "both":
             raise ConfigError("svd_redistribute moves both factors; leave tuning.train at 'both'")
@@ -147,6 +150,18 @@ class Recipe:
     def of_rank(self, rank: int) -> Recipe:
         """The recipe of a client that has come down to ``rank``."""
         return replace(self, down=replace(self.down, sparsify=RankSlice(rank=rank)))
+
+    def _check_lr_scale(self, moving: str) -> None:
+        """Learning rates of what is not there."""
+        for place, scale in (("local", self.local.lr_scale), ("server", self.server.lr_scale)):
+            factors = [name for name in scale.moved if name in ("A", "B")]
+            if factors and not self.tuning.has_factors:
+                raise ConfigError(
+                    f"{place}.lr_scale.{factors[0]} is about low-rank factors, and tuning {self.tuning.kind!r} has "
+                    "none; name adapter or head, or leave it out"
+                )
+            if moving == "B" and "A" in factors:
+                raise ConfigError(f"{place}.lr_scale.A has no effect where tuning.train = 'B'; leave it out")
 
     def _check_shrink(self, moving: str) -> None:
         """What hides ranks, or has a use for those that clients would give up."""

@@ -197,7 +197,8 @@ def run_round(
     if recipe.privacy.needs_uniform_mean:  # the noise is that of a sum over as many clients as were to answer
         moving = tree.scale(moving, len(told) / (expected or len(jobs)))
     delta = change.delta | recipe.privacy.noise(moving, expected or len(jobs), state.round)
-    params, slots = recipe.server.step(state.params, delta, state.slots, state.steps)
+    rates = recipe.server.rates(state.groups, recipe.tuning.factor_of, (state.round, rounds))
+    params, slots = recipe.server.step(state.params, delta, state.slots, state.steps, rates)
     if recipe.prune:
         params, slots = recipe.prune.apply(params, slots, state.groups, state.steps + 1)
     folds, init = state.folds, state.init

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -12,18 +14,39 @@ from pydantic.dataclasses import dataclass
 
 from fedlora import tree
 from fedlora.component import STRICT
+from fedlora.rates import LrScale, Rate, Rates, Schedule
 from fedlora.tree import Tree
 
 Slots = dict[str, Tree]
-Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+ALIKE: Rates = MappingProxyType({})
+"""One learning rate for all."""
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ServerOptimizer(ABC):
-    """A pure function of parameters, change and state."""
+    """A pure function of parameters, change and state.
+
+    Args:
+        lr_scale: the learning rate of groups and factors.
+        schedule: the learning rate over the run.
+    """
+
+    lr_scale: LrScale = LrScale()
+    schedule: Schedule = Schedule()
+
+    def rates(self, groups: Mapping[str, str], factor_of: Callable[[str], str], progress: tuple[int, int]) -> Rates:
+        """What the learning rate of each parameter is multiplied by in a round.
+
+        Args:
+            groups: the group of each name.
+            factor_of: see ``LrScale.by_name``.
+            progress: rounds finished in the whole run, and rounds in the whole run.
+        """
+        return self.lr_scale.by_name(groups, factor_of, self.schedule.factor(*progress))
 
     @abstractmethod
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         """Applies one change.
 
         Args:
@@ -31,6 +54,7 @@ class ServerOptimizer(ABC):
             delta: the change that the cohort asks for, with the same names and shapes.
             slots: the optimiser's state, empty before the first step.
             steps: how many steps were taken before this one.
+            rates: what the learning rate of a parameter is multiplied by, by name; decoupled weight decay too.
 
         Returns:
             The new parameters and the new state; the arguments are left as they were.
@@ -50,12 +74,12 @@ class Sgd(ServerOptimizer):
     lr: Rate = 1.0
     momentum: Decay = 0.0
 
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         """One step; see ``ServerOptimizer.step``."""
         if not self.momentum:
-            return tree.add(params, delta, self.lr), {}
+            return _stepped(params, delta, self.lr, rates), {}
         momentum = tree.add(tree.scale(slots["m"], self.momentum), delta, -1.0) if slots else tree.scale(delta, -1.0)
-        return tree.add(params, momentum, -self.lr), {"m": momentum}
+        return _stepped(params, momentum, -self.lr, rates), {"m": momentum}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -75,10 +99,10 @@ class Adam(ServerOptimizer):
     beta2: Decay = 0.999
     eps: Rate = 1e-8
 
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         """One step; see ``ServerOptimizer.step``."""
         first, second = _moments(delta, slots, self.beta1, self.beta2)
-        return _adam(params, first, second, self.lr, self.beta1, self.beta2, self.eps, steps + 1), {
+        return _adam(params, first, second, self.lr, self.beta1, self.beta2, self.eps, steps + 1, rates), {
             "m": first,
             "v": second,
         }
@@ -105,11 +129,12 @@ class AdamW(ServerOptimizer):
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
 
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         """One step; see ``ServerOptimizer.step``."""
         first, second = _moments(delta, slots, self.beta1, self.beta2)
-        shrunk = tree.scale(params, 1.0 - self.lr * self.weight_decay)
-        return _adam(shrunk, first, second, self.lr, self.beta1, self.beta2, self.eps, steps + 1), {
+        decay = self.lr * self.weight_decay
+        shrunk = {name: value * (1.0 - decay * rates.get(name, 1.0)) for name, value in params.items()}
+        return _adam(shrunk, first, second, self.lr, self.beta1, self.beta2, self.eps, steps + 1, rates), {
             "m": first,
             "v": second,
         }
@@ -132,11 +157,11 @@ class FedAdam(ServerOptimizer):
     beta2: Decay = 0.99
     tau: Rate = 1e-3
 
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         """One step; see ``ServerOptimizer.step``."""
         first, second = _reddi(delta, slots, self.beta1, self.tau)
         second = {name: self.beta2 * value + (1 - self.beta2) * delta[name].square() for name, value in second.items()}
-        return _reddi_apply(params, first, second, self.lr, self.tau), {"m": first, "v": second}
+        return _reddi_apply(params, first, second, self.lr, self.tau, rates), {"m": first, "v": second}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -156,7 +181,7 @@ class FedYogi(ServerOptimizer):
     beta2: Decay = 0.99
     tau: Rate = 1e-3
 
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         """One step; see ``ServerOptimizer.step``."""
         first, second = _reddi(delta, slots, self.beta1, self.tau)
         squares = {name: value.square() for name, value in delta.items()}
@@ -164,7 +189,7 @@ class FedYogi(ServerOptimizer):
             name: value - (1 - self.beta2) * squares[name] * torch.sign(value - squares[name])
             for name, value in second.items()
         }
-        return _reddi_apply(params, first, second, self.lr, self.tau), {"m": first, "v": second}
+        return _reddi_apply(params, first, second, self.lr, self.tau, rates), {"m": first, "v": second}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -182,11 +207,11 @@ class FedAdagrad(ServerOptimizer):
     beta1: Decay = 0.0
     tau: Rate = 1e-3
 
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int) -> tuple[Tree, Slots]:
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         """One step; see ``ServerOptimizer.step``."""
         first, second = _reddi(delta, slots, self.beta1, self.tau)
         second = {name: value + delta[name].square() for name, value in second.items()}
-        return _reddi_apply(params, first, second, self.lr, self.tau), {"m": first, "v": second}
+        return _reddi_apply(params, first, second, self.lr, self.tau, rates), {"m": first, "v": second}
 
 
 def _moments(delta: Tree, slots: Slots, beta1: float, beta2: float) -> tuple[Tree, Tree]:
@@ -198,13 +223,25 @@ def _moments(delta: Tree, slots: Slots, beta1: float, beta2: float) -> tuple[Tre
     )
 
 
+def _stepped(params: Tree, direction: Tree, lr: float, rates: Rates) -> Tree:
+    return {name: value.add(direction[name], alpha=lr * rates.get(name, 1.0)) for name, value in params.items()}
+
+
 def _adam(
-    params: Tree, first: Tree, second: Tree, lr: float, beta1: float, beta2: float, eps: float, count: int
+    params: Tree,
+    first: Tree,
+    second: Tree,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    count: int,
+    rates: Rates,
 ) -> Tree:
     step = lr / (1 - beta1**count)
     root = math.sqrt(1 - beta2**count)
     return {
-        name: value.addcdiv(first[name], second[name].sqrt() / root + eps, value=-step)
+        name: value.addcdiv(first[name], second[name].sqrt() / root + eps, value=-step * rates.get(name, 1.0))
         for name, value in params.items()
     }
 
@@ -215,8 +252,11 @@ def _reddi(delta: Tree, slots: Slots, beta1: float, tau: float) -> tuple[Tree, T
     return {name: beta1 * value + (1 - beta1) * delta[name] for name, value in first.items()}, second
 
 
-def _reddi_apply(params: Tree, first: Tree, second: Tree, lr: float, tau: float) -> Tree:
-    return {name: value.addcdiv(first[name], second[name].sqrt() + tau, value=lr) for name, value in params.items()}
+def _reddi_apply(params: Tree, first: Tree, second: Tree, lr: float, tau: float, rates: Rates) -> Tree:
+    return {
+        name: value.addcdiv(first[name], second[name].sqrt() + tau, value=lr * rates.get(name, 1.0))
+        for name, value in params.items()
+    }
 
 
 SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 import tomli_w
 from pydantic import TypeAdapter
 
-from fedlora.config import Experiment, build_method, parse, resolved
+from fedlora.config import Experiment, parse, resolved
+from fedlora.method_table import build_method
 from fedlora.methods import METHODS
+from fedlora.recipe import Phase, Recipe
 
 _KEPT = ("model", "task", "data", "clients", "evaluate")
 _NOTES = {
@@ -27,7 +30,7 @@ def template(method: str) -> str:
     Raises:
         ConfigError: there is no such method.
     """
-    build_method(method, {})
+    phases = build_method({"kind": method})
     text = (inspect.getdoc(METHODS[method]) or "").split("\n")[0].replace("``", "")
     values = resolved(parse({"method": {"kind": method}}))
     lines = [
@@ -39,14 +42,36 @@ def template(method: str) -> str:
     ]
     for table in _KEPT:
         lines += [f"# {_NOTES[table]}", tomli_w.dumps({table: values[table]})]
-    lines += ["# the method and its arguments", tomli_w.dumps({"method": {"kind": method, **_arguments(method)}})]
+    table_of_method = {"kind": method, **_arguments(method, phases), **_slots(method, phases[-1].recipe)}
+    lines += [
+        "# the method: its own arguments, and the slots of its recipe (`fedlora list` names what each can hold)",
+        tomli_w.dumps({"method": table_of_method}),
+    ]
     return "\n".join(lines)
 
 
-def _arguments(method: str) -> dict[str, Any]:
-    arguments = {}
-    for name, parameter in inspect.signature(METHODS[method]).parameters.items():
-        value = TypeAdapter(Any).dump_python(parameter.default, mode="json", exclude_none=True)
-        if value is not None:
-            arguments[name] = value
-    return arguments
+def _arguments(method: str, phases: tuple[Phase, ...]) -> dict[str, Any]:
+    """The method's arguments; of those that follow from others, what they come to."""
+    last = phases[-1].recipe
+    follows = {"warm_rounds": phases[0].rounds, "reference": last.down.reference}
+    parameters = inspect.signature(METHODS[method]).parameters
+    values = {name: _plain(parameter.default) for name, parameter in parameters.items()}
+    values |= {name: follows[name] for name, value in values.items() if value is None and name in follows}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _slots(method: str, recipe: Recipe) -> dict[str, Any]:
+    """The slots that no argument of the method decides; tuning and links are what its own arguments are about."""
+    own = inspect.signature(METHODS[method]).parameters
+    untouched = Recipe()
+    return {
+        field.name: _plain(value)
+        for field in dataclasses.fields(Recipe)
+        if field.name not in (*own, "tuning", "down", "up")
+        and (value := getattr(recipe, field.name)) is not None
+        and value == getattr(untouched, field.name)
+    }
+
+
+def _plain(value: Any) -> Any:
+    return TypeAdapter(Any).dump_python(value, mode="json", exclude_none=True)

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
+from fedlora.rates import LrScale
 from fedlora.recipe import Recipe
 from fedlora.transport import Dense, Link, RankSlice
 from fedlora.tuning import LoRA
@@ -40,6 +41,7 @@ class Tier:
         up: another uplink.
         max_steps: another number of optimiser steps at most.
         batch_size: another batch size.
+        lr_scale: other learning rates of groups and factors on the client.
         compute: another number format of the forward pass.
         timeout_seconds: another limit of a turn.
         network: another network than ``clients.network``.
@@ -55,6 +57,7 @@ class Tier:
     up: Link | None = None
     max_steps: Count | None = None
     batch_size: Count | None = None
+    lr_scale: LrScale | None = None
     compute: Literal["fp32", "bf16"] | None = None
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
     network: str = ""
@@ -87,7 +90,7 @@ class Tier:
                 f"tier {self.name!r} computes in fp32, but local.compute = 'bf16' keeps frozen weights in bfloat16: "
                 "set local.compute to fp32, and compute of the other tiers to bf16"
             )
-        keys = ("max_steps", "batch_size", "compute", "timeout_seconds")
+        keys = ("max_steps", "batch_size", "lr_scale", "compute", "timeout_seconds")
         changes = {key: value for key in keys if (value := getattr(self, key)) is not None}
         own = replace(recipe, down=down, up=self.up or recipe.up, local=replace(recipe.local, **changes))
         if recipe.down.feedback or own.down.feedback:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedlora import tree
@@ -18,6 +19,7 @@ from fedlora.jobs import Job
 from fedlora.local import Local
 from fedlora.state import generator, named_seed
 from fedlora.tasks.base import Rows
+from fedlora.tasks.checkpointing import checkpointing_without_dropout
 from fedlora.tree import Tree
 from fedlora.tuning.lora import lora_layers
 from fedlora.workspace import Workspace
@@ -56,13 +58,6 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
     if not batches:
         return Trained(0.0, 0, 0, {})
     model, parameters = workspace.model, workspace.installed.parameters
-    # adapters have dropout of their own, whatever the pre-trained model's is told
-    model.train(local.dropout)
-    for layer in lora_layers(model).values():
-        layer.train()
-    # one model serves all clients, so statistics of a client's batches must not stay in it
-    for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
-        norm.eval()
     for name, parameter in parameters.items():
         parameter.requires_grad_(not job.recipe.tuning.still(name, job.round))
     values = list(parameters.values())
@@ -71,12 +66,13 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
     masks = [(start[name] != 0).to(device) for name in parameters] if pruned else []
     if noise and not pruned:
         masks = [mask.to(device) for mask in _sent_ranks(start, parameters)]
-    factor = local.schedule.factor(*job.progress)
-    optimizer = local.optimizer.build(values, [factor * job.recipe.tuning.rate(name) for name in parameters])
+    factor, groups = local.schedule.factor(*job.progress), workspace.installed.groups
+    rates = local.lr_scale.by_name(groups, job.recipe.tuning.factor_of, factor)
+    optimizer = local.optimizer.build(values, [rates[name] for name in parameters])
     if local.keep_optimizer:
         _restore(optimizer, parameters, job.memory.optimizer)
     losses, shrink = [], job.recipe.shrink
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
         torch.manual_seed(named_seed(job.seed, "dropout"))
         for chosen in batches:
             if time.perf_counter() > deadline:
@@ -105,6 +101,25 @@ def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: flo
         )
     kept = _state_of(optimizer, parameters) if local.keep_optimizer else {}
     return Trained(mean, len(batches), sum(len(chosen) for chosen in batches), kept)
+
+
+@contextlib.contextmanager
+def training_mode(model: nn.Module, dropout: bool) -> Iterator[None]:
+    """A model ready for training steps.
+
+    Args:
+        model: the model with its tuning.
+        dropout: whether the pre-trained model's own dropout is on; LoRA's own is on in any case, and without either
+            gradient checkpointing still works.
+    """
+    model.train(dropout)
+    for layer in lora_layers(model).values():
+        layer.train()
+    # one model serves all clients, so statistics of a client's batches must not stay in it
+    for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
+        norm.eval()
+    with contextlib.nullcontext() if dropout else checkpointing_without_dropout(model):
+        yield
 
 
 def _sent_ranks(start: Tree, names: Iterable[str]) -> list[Tensor]:

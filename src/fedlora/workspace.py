@@ -59,11 +59,18 @@ class Workspace:
             recipe: what to install.
 
         Raises:
-            ConfigError: rounds would fold something into weights that are stored quantised.
+            ConfigError: nothing would be trained, or rounds would fold something into quantised weights.
         """
         self._installed = self._decoded = self._folds = None  # free the old model first
         model, head = self.task.load_model(named_seed(self._seed, "head"), recipe.local.compute, self.device)
         self._installed = recipe.tuning.install(model, head, named_seed(self._seed, "install", phase))
+        if not self.task.train_head:
+            self._installed.freeze_head()
+            if not self._installed.parameters:
+                raise ConfigError(
+                    f"{recipe.tuning.kind} would train nothing: model.train_head = false freezes the head; use `lora`, "
+                    "`bitfit` or `full`, or set model.train_head = true"
+                )
         for parameter in self._installed.parameters.values():  # fused optimisers look at no strides
             parameter.data = parameter.data.contiguous()
         if recipe.aggregator.folds:
@@ -162,7 +169,8 @@ def setup_parts(recipe: Recipe, installed: Installed, start: Start) -> dict[str,
 
 def _to_bfloat16(installed: Installed, keep: bool) -> None:
     """Frozen weights in bfloat16; where rounds edit some, these ``keep`` what bfloat16 would round away."""
-    trained = {id(parameter) for parameter in installed.parameters.values()}
+    # a head that is not trained has nothing that could make up for rounding
+    trained = {id(parameter) for parameter in (*installed.parameters.values(), *installed.frozen_head.values())}
     for module in installed.model.modules():
         own = list(module.parameters(recurse=False))
         if keep and isinstance(module, LoRALayer):

@@ -25,6 +25,7 @@ from fedlora.local import Sgd as ClientSgd
 from fedlora.methods import fedavg
 from fedlora.privacy import PRIVACY, CentralGaussian
 from fedlora.prune import Prune
+from fedlora.rates import LrScale, Schedule
 from fedlora.server_optim import SERVER_OPTIMIZERS, Adam, AdamW, FedAdagrad, FedAdam, FedYogi, Sgd
 from fedlora.shrink import Shrink
 from fedlora.state import load_state, save_state
@@ -78,7 +79,6 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "svd_of_delta": {"tuning": LoRA(rank=4, init=SvdOfDelta())},
         "train B": {"tuning": LoRA(rank=4, train="B")},
         "train alternate": {"tuning": LoRA(rank=4, train="alternate")},
-        "lr_ratio": {"tuning": LoRA(rank=4, lr_ratio=4.0)},
     },
     "down.sparsify": {
         "down top_k": {"down": {"sparsify": TopK(density=0.5)}},
@@ -120,6 +120,8 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "fed_adam": {"server": FedAdam(lr=0.02)},
         "fed_yogi": {"server": FedYogi(lr=0.02)},
         "fed_adagrad": {"server": FedAdagrad(lr=0.02)},
+        "server lr_scale": {"server": Sgd(lr_scale=LrScale(head=1.5))},
+        "server schedule": {"server": Sgd(schedule=Schedule(shape="cosine", warmup=0.2))},
     },
     "privacy": {
         "central_gaussian": {"privacy": NOISE},
@@ -132,6 +134,7 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "proximal": {"local": {"proximal": 0.01}},
         "clip_norm": {"local": {"clip_norm": 1.0}},
         "bf16": {"local": {"compute": "bf16"}},
+        "client lr_scale": {"local": {"lr_scale": LrScale(head=2.0)}},
     },
     "shrink": {"shrink": {"shrink": Shrink(keep=0.6)}},
     "prune": {"prune": {"prune": Prune(density=0.6)}},

@@ -240,6 +240,18 @@ def test_a_federated_run_learns_and_is_exported(world: Path, tmp_path: Path, met
     assert set(trained.predict(["w1 w2"])[0]) == {"continuation"}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_pre_trained_module_may_be_head(world: Path, tmp_path: Path) -> None:
+    chosen = document(world, "flasc")
+    chosen["model"]["head"] = ["model.norm"]
+    result = fedlora.run(config.parse(chosen), tmp_path / "run")
+    assert result.up_bytes["head"] > 0
+    peft_agrees(tmp_path / "run", world / "llama")
+    chosen["model"]["train_head"] = False
+    assert "head" not in fedlora.run(config.parse(chosen), tmp_path / "frozen").up_bytes
+    peft_agrees(tmp_path / "frozen", world / "llama")
+
+
 @pytest.mark.parametrize(
     "method",
     [

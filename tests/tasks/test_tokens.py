@@ -581,7 +581,7 @@ def document(world: Path, **method: Any) -> dict[str, Any]:
         "task": {"kind": "token_classification", "max_length": 16, "stride": 4},
         "data": {"kind": "files", "train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},
         "clients": {"num": 6, "per_round": 3, "partition": {"kind": "dirichlet", "alpha": 5.0}},
-        "method": {"rounds": 2, "local": local, **method},
+        "method": {"rounds": 2, "local": local, "server": {"kind": "sgd"}, **method},
     }
 
 
@@ -601,8 +601,14 @@ def test_a_federated_run_learns_and_says_what_it_learnt(run: fedlora.Result) -> 
     assert 1 <= manifest["partition"]["effective_classes"] <= len(NAMES)
 
 
+def test_a_frozen_head_is_not_sent(world: Path, tmp_path: Path) -> None:
+    chosen = document(world, kind="lora", rank=4, rounds=1)
+    chosen["model"]["train_head"] = False
+    assert "head" not in fedlora.run(config.parse(chosen), tmp_path / "run").up_bytes
+
+
 def test_training_finds_the_entities(world: Path, tmp_path: Path) -> None:
-    chosen = {**document(world, kind="full", rounds=6), "mode": "centralised"}
+    chosen = {**document(world, kind="full", rounds=10), "mode": "centralised"}
     result = fedlora.run(config.parse(chosen), tmp_path / "run")
     assert result.after["f1"] > 0.9
     (found,) = fedlora.load_run(result.folder).predict(["ann bobs saw bobby in Paris."])

@@ -134,7 +134,8 @@ class Site:
     def _model(self, experiment: Experiment) -> Model:
         """The model that is loaded here: whose code may run and which files are read is not for a server to say."""
         if self.settings.model is not None:
-            return self.settings.model
+            # what is trained decides the form of messages, so that is for the server to say
+            return replace(self.settings.model, head=experiment.model.head, train_head=experiment.model.train_head)
         if self.settings.share is None and experiment.model.path != "embedded":
             raise ConfigError(
                 f"the server trains {experiment.model.path!r}; say in the site's file where it is: model.path"

@@ -16,6 +16,7 @@ from fedlora.methods.baselines import (
     sparse_adapter,
 )
 from fedlora.methods.papers import Phases, dense_lora, fedavg, federa, flasc, full, primed_lora, slora
+from fedlora.methods.presets import paper
 
 __all__ = [
     "METHODS",
@@ -32,6 +33,7 @@ __all__ = [
     "flora",
     "full",
     "het_lora",
+    "paper",
     "primed_lora",
     "rolora",
     "slora",

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from fedlora.aggregate import AnyAggregator, ProductExact, SparsityWeighted, Stack, SvdRedistribute
 from fedlora.local import Local
+from fedlora.methods.defaults import ADAPTIVE, PLAIN
 from fedlora.methods.papers import Memory, Phases, Rank, Rounds, Share, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
@@ -27,7 +28,7 @@ def ffa(
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerSgd(),
+    server: AnyServerOptimizer = ADAPTIVE,
     privacy: AnyPrivacy = NoPrivacy(),
     local: Local = Local(),
     memory: Memory = "none",
@@ -57,7 +58,7 @@ def rolora(
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ServerSgd(),
-    local: Local = Local(),
+    local: Local = PLAIN,
     memory: Memory = "none",
 ) -> Phases:
     """RoLoRA (arXiv 2409.02346): ``B`` is trained in one round and ``A`` in the next, the other factor keeping still.
@@ -84,7 +85,7 @@ def sparse_adapter(
     density: Share = 0.25,
     scope: Literal["global", "tensor"] = "tensor",
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerSgd(),
+    server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
     """SparseAdapter (arXiv 2210.04284) as FLASC's paper compares with it: one dense round, then a fixed mask.
@@ -112,7 +113,7 @@ def adapter_lth(
     keep: Share = 0.9,
     every: Annotated[int, Field(ge=1)] = 1,
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerSgd(),
+    server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
     """Adapter-LTH (FLASC, arXiv 2406.05233): every ``every`` rounds the share ``keep`` of what is left stays.
@@ -139,7 +140,7 @@ def fed_select(
     keep: Share = 0.9,
     every: Annotated[int, Field(ge=1)] = 1,
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerSgd(),
+    server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
     """Federated Select (FLASC, arXiv 2406.05233): the density of both links decays, clients train everything."""
@@ -163,7 +164,7 @@ def fedex(
     fold_rank: Rank | None = None,
     weighting: Weighting = "uniform",
     precision: AnyPrecision = Float32(),
-    local: Local = Local(),
+    local: Local = PLAIN,
     memory: Memory = "none",
 ) -> Phases:
     """FedEx-LoRA (arXiv 2410.09432): factors are averaged, what the products have beside goes into frozen weights.
@@ -184,7 +185,7 @@ def flora(
     targets: str | tuple[str, ...] = "default",
     weighting: Weighting = "uniform",
     precision: AnyPrecision = Float32(),
-    local: Local = Local(),
+    local: Local = PLAIN,
     memory: Memory = "none",
     reference: Literal["zero", "init"] = "init",
 ) -> Phases:
@@ -205,7 +206,7 @@ def flexlora(
     weighting: Weighting = "uniform",
     split: Literal["left", "symmetric"] = "left",
     precision: AnyPrecision = Float32(),
-    local: Local = Local(),
+    local: Local = PLAIN,
     memory: Memory = "none",
 ) -> Phases:
     """FlexLoRA (arXiv 2402.11505): the mean of the products, cut to the rank by an SVD in each round."""
@@ -222,7 +223,7 @@ def het_lora(
     shrink: Shrink | None = Shrink(),
     padding: Literal["zero", "keep"] = "zero",
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerSgd(),
+    server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
     """HetLoRA (arXiv 2401.06432): clients of unequal ranks, a say by the size of their adapters, ranks given up.

@@ -9,10 +9,10 @@ from pydantic import Field
 from fedlora.aggregate import AnyAggregator, Mean
 from fedlora.errors import ConfigError
 from fedlora.local import Local
+from fedlora.methods.defaults import ADAPTIVE, ADAPTIVE_FULL, PLAIN
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
 from fedlora.recipe import Phase, Recipe
-from fedlora.server_optim import AdamW as ServerAdamW
 from fedlora.server_optim import AnyServerOptimizer
 from fedlora.server_optim import Sgd as ServerSgd
 from fedlora.shrink import Shrink
@@ -35,7 +35,7 @@ def fedavg(
     aggregator: AnyAggregator = Mean(),
     server: AnyServerOptimizer = ServerSgd(),
     privacy: AnyPrivacy = NoPrivacy(),
-    local: Local = Local(),
+    local: Local = PLAIN,
     prune: Prune | None = None,
     shrink: Shrink | None = None,
     memory: Memory = "none",
@@ -66,7 +66,7 @@ def dense_lora(
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerSgd(),
+    server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
     """LoRA (arXiv 2106.09685) under federated averaging, every value sent: what the papers compare with."""
@@ -80,7 +80,7 @@ def dense_lora(
     )
 
 
-def full(*, rounds: Rounds = 40, server: AnyServerOptimizer = ServerSgd(), local: Local = Local()) -> Phases:
+def full(*, rounds: Rounds = 40, server: AnyServerOptimizer = ADAPTIVE_FULL, local: Local = Local()) -> Phases:
     """Full fine-tuning under federated averaging (FFT): the ceiling in accuracy and in bytes."""
     return fedavg(rounds=rounds, tuning=Full(), server=server, local=local)
 
@@ -102,7 +102,7 @@ def flasc(
     reference: Literal["zero", "init"] | None = None,
     precision: AnyPrecision = Float32(),
     feedback: bool = False,
-    server: AnyServerOptimizer | None = None,
+    server: AnyServerOptimizer = ADAPTIVE,
     privacy: AnyPrivacy = NoPrivacy(),
     local: Local = Local(),
     memory: Memory = "none",
@@ -134,7 +134,7 @@ def flasc(
         tuning=tuning,
         down=link(down, reference or ("zero" if init == "kaiming" and memory != "last_round" else "init"), False),
         up=link(up, "zero", feedback),
-        server=server or ServerAdamW(lr=5e-3, weight_decay=0.01 if init == "kaiming" else 0.0),
+        server=server,
         privacy=privacy,
         local=local,
         memory=memory,
@@ -149,7 +149,7 @@ def federa(
     targets: str | tuple[str, ...] = "default",
     split: Literal["symmetric", "left"] = "symmetric",
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerSgd(),
+    server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
     memory: Memory = "none",
 ) -> Phases:
@@ -171,31 +171,40 @@ def federa(
 def slora(
     *,
     rounds: Rounds = 40,
-    warm_rounds: Rounds = 10,
+    warm_rounds: Rounds | None = None,
     rank: Rank = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
-    density: Share = 0.01,
-    mask_targets: str | tuple[str, ...] = "all-linear",
+    density: Share | None = None,
+    mask_targets: str | tuple[str, ...] | None = None,
     biases: bool = False,
     split: Literal["symmetric", "left"] = "symmetric",
     fold: Literal["none", "biases", "rest"] | None = None,
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerSgd(),
-    warm_local: Local = Local(),
+    server: AnyServerOptimizer = ADAPTIVE,
+    warm_server: AnyServerOptimizer | None = None,
     local: Local = Local(),
+    warm_local: Local | None = None,
     memory: Memory = "none",
 ) -> Phases:
     """SLoRA (arXiv 2308.06522, Sec. 3): train a random sparse mask, then LoRA from the SVD of what was learnt.
 
-    ``rounds`` counts both phases. At the hand-over the base is reset to the pre-trained weights, the head is carried,
-    and ``fold`` says what else is (biases if they were trained; ``rest`` keeps everything the truncation would lose).
+    ``rounds`` counts both phases; the first has a quarter of them unless ``warm_rounds`` says otherwise, and the
+    optimisers of the second unless ``warm_local`` and ``warm_server`` do. At the hand-over the base is reset to the
+    pre-trained weights, the head is carried, and ``fold`` says what else is (biases if they were trained; ``rest``
+    keeps everything the truncation would lose).
+
+    The mask lies on the adapters' own targets and has as many entries as they have numbers: at equal bytes that keeps
+    six times as much of what it learns as one weight in a hundred of all matrices does, which is the paper's
+    description (``density=0.01, mask_targets="all-linear"``; ``benchmarks/handover.py``).
 
     Raises:
         ConfigError: the first phase would leave no round for the second.
     """
     return _two_phases(
-        SparseMask(density=density, targets=mask_targets, biases=biases),
+        SparseMask(
+            density=density, rank=rank if density is None else None, targets=mask_targets or targets, biases=biases
+        ),
         LoRA(
             rank=rank,
             alpha=alpha,
@@ -205,9 +214,8 @@ def slora(
         rounds,
         warm_rounds,
         precision,
-        server,
-        warm_local,
-        local,
+        (warm_server or server, warm_local or local),
+        (server, local),
         memory,
     )
 
@@ -215,19 +223,22 @@ def slora(
 def primed_lora(
     *,
     rounds: Rounds = 40,
-    warm_rounds: Rounds = 10,
+    warm_rounds: Rounds | None = None,
     rank: Rank = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     split: Literal["symmetric", "left"] = "symmetric",
     fold: Literal["none", "biases", "rest"] = "none",
     precision: AnyPrecision = Float32(),
-    server: AnyServerOptimizer = ServerSgd(),
-    warm_local: Local = Local(),
+    server: AnyServerOptimizer = ADAPTIVE,
+    warm_server: AnyServerOptimizer | None = None,
     local: Local = Local(),
+    warm_local: Local | None = None,
     memory: Memory = "none",
 ) -> Phases:
     """Primed-LoRA, SLoRA's ablation: the first phase is full fine-tuning instead of a sparse mask.
+
+    ``warm_rounds``, ``warm_local`` and ``warm_server`` are as in ``slora``.
 
     Raises:
         ConfigError: the first phase would leave no round for the second.
@@ -238,9 +249,8 @@ def primed_lora(
         rounds,
         warm_rounds,
         precision,
-        server,
-        warm_local,
-        local,
+        (warm_server or server, warm_local or local),
+        (server, local),
         memory,
     )
 
@@ -249,19 +259,20 @@ def _two_phases(
     first: AnyTuning,
     second: AnyTuning,
     rounds: int,
-    warm_rounds: int,
+    warm_rounds: int | None,
     precision: AnyPrecision,
-    server: AnyServerOptimizer,
-    warm_local: Local,
-    local: Local,
+    warm: tuple[AnyServerOptimizer, Local],
+    rest: tuple[AnyServerOptimizer, Local],
     memory: Memory,
 ) -> Phases:
-    if warm_rounds >= rounds:
+    first_rounds = warm_rounds or max(1, rounds // 4)
+    if first_rounds >= rounds:
         raise ConfigError(
-            f"warm_rounds = {warm_rounds} leaves no round for LoRA out of rounds = {rounds}; make it smaller than that"
+            f"warm_rounds = {first_rounds} leaves no round for LoRA out of rounds = {rounds}; make it smaller than that"
         )
     link = Link(precision=precision)
-    warm = fedavg(rounds=warm_rounds, tuning=first, down=link, up=link, server=server, local=warm_local, memory=memory)
-    return warm + fedavg(
-        rounds=rounds - warm_rounds, tuning=second, down=link, up=link, server=server, local=local, memory=memory
+    return tuple(
+        phase
+        for tuning, count, (server, local) in ((first, first_rounds, warm), (second, rounds - first_rounds, rest))
+        for phase in fedavg(rounds=count, tuning=tuning, down=link, up=link, server=server, local=local, memory=memory)
     )

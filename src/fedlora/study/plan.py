@@ -13,9 +13,9 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from fedlora import config
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
+from fedlora.explain import explain
 from fedlora.study.halving import with_values
 
 _SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning")
@@ -237,7 +237,7 @@ def parse_study(document: Mapping[str, Any]) -> Study:
     try:
         return _ADAPTER.validate_python(document)
     except ValidationError as error:
-        raise ConfigError(config.explain(error, Study)) from error
+        raise ConfigError(explain(error, Study, "")) from error
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:

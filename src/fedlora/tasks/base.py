@@ -51,6 +51,9 @@ class Model:
             that ``transformers`` prefers.
         load: ``full`` precision, or frozen matrices in ``8bit`` or ``4bit`` by ``bitsandbytes``.
         gradient_checkpointing: compute activations twice and keep few of them.
+        head: pre-trained modules that count as head too, by name or its last parts, such as ``bert.pooler`` or
+            ``pooler``: trained and sent as the head is, and no targets of adapters.
+        train_head: whether the head is trained; if not, it keeps the values that its seed gives it and is never sent.
     """
 
     path: str = "embedded"
@@ -59,6 +62,8 @@ class Model:
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     load: Literal["full", "8bit", "4bit"] = "full"
     gradient_checkpointing: bool = False
+    head: tuple[str, ...] = ()
+    train_head: bool = True
 
     def resolve(self) -> str:
         """The path or hub id to load from.
@@ -91,6 +96,10 @@ class Prepared(ABC):
     """The class of ``transformers`` that loads the model, for model cards."""
     peft_task: str | None
     """What ``peft`` calls the task; None where it has no word for it."""
+    train_head: bool = True
+    """Whether the head is trained; see ``Model``."""
+    backbone_only: bool = False
+    """Whether exports hold the backbone, since no class of ``transformers`` has this head; see ``save_head``."""
 
     @property
     @abstractmethod
@@ -156,6 +165,20 @@ class Prepared(ABC):
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Writes what goes beside a model, such as the tokenizer."""
+
+    def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes the head beside an exported backbone; called where ``backbone_only``.
+
+        Args:
+            folder: the exported folder.
+            weights: the head's parameters by name, float32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has heads that classes of transformers have too")
+
+    @property
+    def usage(self) -> str:
+        """How a head that ``save_head`` wrote is loaded, as Markdown, for model cards."""
+        return ""
 
     @property
     def load_arguments(self) -> str:

@@ -140,6 +140,7 @@ class PreparedImages(Prepared):
         self.processor = processor
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
         self._model = model
+        self.train_head = model.train_head
         self._names = names
         self._data = dict(data)
         self._pictures = dict(pictures)

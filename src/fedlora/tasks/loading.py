@@ -16,6 +16,8 @@ from torch import nn
 from fedlora.errors import ConfigError
 from fedlora.tasks import cpu
 from fedlora.tasks.base import Model
+from fedlora.tasks.heads import parameters_of
+from fedlora.tasks.pooling import PooledClassifier, Pooling
 
 FEW_BITS: dict[str, dict[str, Any]] = {
     "8bit": {"load_in_8bit": True},
@@ -32,6 +34,7 @@ def load_pretrained(
     settings: Mapping[str, Any] | None = None,
     fresh_head: bool = True,
     longest: int = 0,
+    pooling: Pooling = "model",
 ) -> tuple[nn.Module, frozenset[str]]:
     """A pre-trained model in float32, with a fresh head where the checkpoint has none.
 
@@ -46,12 +49,14 @@ def load_pretrained(
         fresh_head: whether all that lies outside the backbone is head; if not, only what the checkpoint lacks, as for
             language models, whose last matrix is pre-trained.
         longest: tokens of the longest sequence that it will read.
+        pooling: what a classifier of sequences reads; see ``tasks.pooling``.
 
     Returns:
         The model, and the names of the head's parameters.
 
     Raises:
-        ConfigError: there is no such model, or not in the form asked for, or it reads fewer tokens.
+        ConfigError: there is no such model, or not in the form asked for, or it reads fewer tokens, or it lacks a
+            module that ``model.head`` names.
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
         torch.manual_seed(seed)
@@ -76,9 +81,12 @@ def load_pretrained(
         cpu.speed_up(loaded, model.attention == "auto")
     if model.gradient_checkpointing:
         _checkpoint(loaded, model)
+    if pooling != "model":
+        with quiet_transformers():
+            loaded = PooledClassifier(loaded, pooling, seed)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     head = head_names(loaded, missing)
-    head = head if fresh_head else head & missing
+    head = (head if fresh_head else head & missing) | parameters_of(loaded, model.head)
     return loaded if model.load in FEW_BITS else loaded.to(device), head
 
 

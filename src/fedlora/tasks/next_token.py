@@ -53,6 +53,7 @@ class PreparedNextToken(Prepared):
     ) -> None:
         self.tokenizer = tokenizer
         self._model = model
+        self.train_head = model.train_head
         self._examples = examples
         self._longest = longest
         self._eval_batch_size = eval_batch_size

@@ -116,6 +116,7 @@ class PreparedQuestions(Prepared):
         # the class that `peft` has for the task drops the types of tokens, its plain one passes them on
         self.peft_task = None if "token_type_ids" in tokenizer.model_input_names else "QUESTION_ANS"
         self._model = model
+        self.train_head = model.train_head
         self._data = dict(data)
         self._passages = {name: _passages(part, tokenizer, settings) for name, part in data.items()}
         self._references = {name: spans.references_of(part, name) for name, part in data.items()}

@@ -33,6 +33,8 @@ from fedlora.tasks.columns import (
 from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, cached, width_of
 from fedlora.tasks.labels import class_sets, class_sets_of, class_table
 from fedlora.tasks.loading import class_settings, load_pretrained, load_tokenizer, save_tokenizer
+from fedlora.tasks.pooling import Pooling
+from fedlora.tasks.sentence import save_modules, usage
 from fedlora.tasks.sources import Source, read_rows
 
 PROBLEM_TYPES: dict[scores.Problem, str] = {
@@ -54,6 +56,9 @@ class TextClassification(Task):
         problem: ``single`` class, ``multi`` (any number of classes), or ``regression``.
         max_length: tokens after which a text is cut.
         pad_to: ``longest`` pads a batch to its longest text; a number pads every batch to that length.
+        pooling: what the classifier reads: ``model`` leaves it to the class that ``transformers`` has for the family;
+            ``mean`` is the mean of the attended tokens' last hidden states, ``cls`` the first token's, both without
+            the pooler or dense layer that the family's class has in between (encoders only).
         eval_batch_size: examples in an evaluation batch; they are sorted by length.
 
     Raises:
@@ -64,6 +69,7 @@ class TextClassification(Task):
     problem: scores.Problem = "single"
     max_length: Annotated[int, Field(ge=2)] = 128
     pad_to: Literal["longest"] | Annotated[int, Field(ge=2)] = "longest"
+    pooling: Pooling = "model"
     eval_batch_size: Annotated[int, Field(ge=1)] = 64
 
     def __post_init__(self) -> None:
@@ -140,6 +146,9 @@ class PreparedText(Prepared):
         self.tokenizer = tokenizer
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
         self._model = model
+        self.train_head = model.train_head
+        if settings.pooling != "model":
+            self.auto_class, self.peft_task, self.backbone_only = "AutoModel", "FEATURE_EXTRACTION", True
         self._names = names
         self._data = dict(data)
         arrays = {name: _encode(part, tokenizer, settings.max_length) for name, part in data.items()}
@@ -174,12 +183,14 @@ class PreparedText(Prepared):
         """See ``Prepared.load_model``.
 
         Raises:
-            ConfigError: there is no such model.
+            ConfigError: there is no such model, or it cannot be pooled as asked.
         """
         settings: dict[str, Any] = {"problem_type": PROBLEM_TYPES[self.settings.problem]}
         settings |= class_settings(self._names) if self._names else {"num_labels": 1}
         longest = max((tokens.longest() for tokens in self._tokens.values()), default=0)
-        model, head = load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
+        model, head = load_pretrained(
+            PreparedText.auto_class, self._model, seed, device, settings, longest=longest, pooling=self.settings.pooling
+        )
         # decoders find a text's last token by it
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
         return model, head
@@ -265,6 +276,17 @@ class PreparedText(Prepared):
     def save_pretrained(self, folder: Path) -> None:
         """See ``Prepared.save_pretrained``."""
         save_tokenizer(self.tokenizer, folder)
+
+    def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """See ``Prepared.save_head``: the modules of ``sentence-transformers``."""
+        if self.settings.pooling != "model":
+            weight, bias = weights["classifier.weight"], weights["classifier.bias"]
+            save_modules(folder, self.settings.pooling, self.settings.max_length, weight, bias)
+
+    @property
+    def usage(self) -> str:
+        """See ``Prepared.usage``."""
+        return "" if self.settings.pooling == "model" else usage(self.settings.pooling, self._names)
 
     def _read_labels(self, rows: Any) -> Rows:
         if self.settings.problem == "multi":

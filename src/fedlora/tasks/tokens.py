@@ -200,6 +200,7 @@ class PreparedTokens(Prepared):
         self.settings = settings
         self.tokenizer = tokenizer
         self._model = model
+        self.train_head = model.train_head
         self._names = names
         self._iob2 = [settings.iob2(name) for name in names]
         self._data = dict(data)

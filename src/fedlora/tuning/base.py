@@ -50,6 +50,7 @@ class Installed:
         folds: those of a phase's rounds that are in the frozen weights now.
         base: the weights that these edit as they were before, by module name.
         seed: what random parts were redrawn from, where a setup told it.
+        frozen_head: the head's parameters where it is not trained, by name; exports carry their values.
         refresh: carries ``parameters`` into the weights that the forward pass reads, where they are not the same.
     """
 
@@ -61,7 +62,20 @@ class Installed:
     folds: Folds = field(default_factory=Folds)
     base: Tree = field(default_factory=dict)
     seed: int = 0
+    frozen_head: dict[str, nn.Parameter] = field(default_factory=dict)
     refresh: Callable[[], None] = field(default=_nothing)
+
+    def freeze_head(self) -> None:
+        """Takes the head out of what is trained, so that it keeps its values and is not sent."""
+        self.frozen_head = {name: self.parameters[name] for name, group in self.groups.items() if group == "head"}
+        for name, parameter in self.frozen_head.items():
+            parameter.requires_grad_(False)
+            del self.parameters[name], self.groups[name]
+
+    def head_values(self, params: Mapping[str, Tensor]) -> Tree:
+        """The whole head's values for an export: those in ``params``, and the frozen ones."""
+        trained = {name: value for name, value in params.items() if self.groups[name] == "head"}
+        return trained | {name: value.detach().to("cpu", torch.float32) for name, value in self.frozen_head.items()}
 
     def read(self) -> Tree:
         """A copy of the trained parameters, float32 on the CPU."""
@@ -91,9 +105,14 @@ class Tuning(ABC):
         """Whether a trained parameter keeps its value in a round of the phase (0-based)."""
         return False
 
-    def rate(self, name: str) -> float:
-        """What a parameter's learning rate on clients is multiplied with."""
-        return 1.0
+    @property
+    def has_factors(self) -> bool:
+        """Whether it trains low-rank factors ``A`` and ``B``."""
+        return False
+
+    def factor_of(self, name: str) -> str:
+        """Which low-rank factor a trained parameter is: ``A``, ``B``, or an empty text if it is none."""
+        return ""
 
     @abstractmethod
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
@@ -101,7 +120,8 @@ class Tuning(ABC):
 
         Args:
             model: a freshly loaded model in float32.
-            head: names of the parameters that belong to the task head, which is trained by every tuning.
+            head: names of the parameters that belong to the task head, which is trained by every tuning; whether it is
+                frozen afterwards is not the tuning's affair.
             seed: for random parts that are drawn while installing.
 
         Raises:

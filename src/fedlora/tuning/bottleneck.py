@@ -35,10 +35,12 @@ class BottleneckLinear(nn.Module):
         # a quantised module goes on computing its own product
         self.own = None if is_plain(old) else old
         self.transposed = is_transposed(old)
-        self.adapter_down = nn.Parameter(torch.zeros(width, size))
-        self.adapter_down_bias = nn.Parameter(torch.zeros(width))
-        self.adapter_up = nn.Parameter(torch.zeros(size, width))
-        self.adapter_up_bias = nn.Parameter(torch.zeros(size))
+        assert isinstance(old.weight, Tensor)
+        device = old.weight.device
+        self.adapter_down = nn.Parameter(torch.zeros(width, size, device=device))
+        self.adapter_down_bias = nn.Parameter(torch.zeros(width, device=device))
+        self.adapter_up = nn.Parameter(torch.zeros(size, width, device=device))
+        self.adapter_up_bias = nn.Parameter(torch.zeros(size, device=device))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The matrix, then the bottleneck with its own skip connection."""

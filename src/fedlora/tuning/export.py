@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fedlora.errors import ConfigError
 from fedlora.tree import Tree
 from fedlora.tuning.base import Installed
-from fedlora.tuning.lora import LoRA, lora_layers, to_peft
+from fedlora.tuning.lora import PEFT_PREFIX, LoRA, lora_layers, to_peft
 from fedlora.tuning.lora_layer import LoRAConv, LoRALinear
 from fedlora.tuning.targets import saved_modules
+
+_FILE = "adapter_model.safetensors"
 
 
 def save_lora(
@@ -24,6 +28,7 @@ def save_lora(
     base: str,
     folder: Path,
     task_type: str | None = "SEQ_CLS",
+    root: str = "",
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -39,6 +44,8 @@ def save_lora(
         folder: where to write.
         task_type: ``SEQ_CLS``, ``TOKEN_CLS``, ``QUESTION_ANS``, ``CAUSAL_LM``, or None where ``peft`` has no word for
             the task, as for images.
+        root: what the names of the backbone begin with, such as ``bert.``, for an adapter on the backbone alone; what
+            lies outside it is left out then.
 
     Raises:
         ConfigError: ``peft`` has no adapter that would compute the same.
@@ -56,14 +63,15 @@ def save_lora(
             a = torch.cat([a, init[f"{name}.lora_A"]], dim=0)
             b = torch.cat([b, -init[f"{name}.lora_B"]], dim=1)
         factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a, b
-    head = {name: value for name, value in params.items() if installed.groups[name] == "head"}
+    values = installed.head_values(params)
+    head = {name: value for name, value in values.items() if name.startswith(root)}
     rank = tuning.rank * (2 if tuning.residual else 1)
     settings = peft.LoraConfig(
         r=rank,
         lora_alpha=tuning.scale * rank,  # type: ignore[arg-type]
         lora_dropout=tuning.dropout,
-        target_modules=sorted(layers),
-        modules_to_save=saved_modules(installed.model, frozenset(head)) or None,
+        target_modules=sorted(name.removeprefix(root) for name in layers),
+        modules_to_save=_saved(installed, head, root) or None,
         fan_in_fan_out=any(isinstance(layer, LoRALinear) and layer.transposed for layer in layers.values()),
         task_type=task_type,
         base_model_name_or_path=base,
@@ -72,7 +80,17 @@ def save_lora(
     folder.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(folder))
     tensors = {name: value.contiguous() for name, value in to_peft(factors | head, installed.model).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(_on_backbone(tensors, root), folder / _FILE, metadata={"format": "pt"})
+
+
+def _saved(installed: Installed, head: Tree, root: str) -> list[str]:
+    return [name.removeprefix(root) for name in saved_modules(installed.model, frozenset(head))]
+
+
+def _on_backbone(tensors: Tree, root: str) -> Tree:
+    """Tensors under the names that they have beside a backbone that is loaded by itself."""
+    outer, inner = PEFT_PREFIX, PEFT_PREFIX + root
+    return {outer + name.removeprefix(inner): value for name, value in tensors.items() if name.startswith(inner)}
 
 
 def dilated(installed: Installed) -> list[str]:
@@ -81,7 +99,28 @@ def dilated(installed: Installed) -> list[str]:
     return [name for name, layer in layers.items() if isinstance(layer, LoRAConv) and max(layer.dilation) > 1]
 
 
-def save_peft(installed: Installed, folder: Path) -> None:
-    """Writes what ``peft`` itself installed, with the values that are in the model now."""
-    assert isinstance(installed.model, peft.PeftModel)
-    installed.model.save_pretrained(str(folder))
+def save_peft(installed: Installed, folder: Path, task_type: str | None = None, root: str = "") -> None:
+    """Writes what ``peft`` itself installed, with the values that are in the model now.
+
+    Args:
+        installed: the model.
+        folder: where to write.
+        task_type: with ``root``, the task that the configuration is to name.
+        root: see ``save_lora``.
+    """
+    model = installed.model
+    assert isinstance(model, peft.PeftModel)
+    model.save_pretrained(str(folder))
+    if not root:
+        return
+    save_file(_on_backbone(load_file(folder / _FILE), root), folder / _FILE, metadata={"format": "pt"})
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings |= {"task_type": task_type, "auto_mapping": None}
+    if "target_modules" in settings:  # an expression was matched against names that are longer
+        tuner: Any = model.base_model
+        settings["target_modules"] = sorted(name.removeprefix(root) for name in tuner.targeted_module_names)
+    saved = settings.get("modules_to_save") or []
+    inside = [name.removeprefix(root) for name in saved if name.startswith(root)]
+    settings["modules_to_save"] = inside or None
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")

@@ -22,7 +22,8 @@ from fedlora.tuning.lora_layer import LoRAConv, LoRAEmbedding, LoRALayer, lora_l
 from fedlora.tuning.matrices import is_packed, matrix_shape
 from fedlora.tuning.targets import Targets, find, replace_module
 
-_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+"""What ``peft`` puts before the names of a model's parameters."""
 _FACTOR = re.compile(r"(?P<module>.*)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 
 
@@ -38,7 +39,6 @@ class LoRA(Tuning):
         dropout: on the adapters' input, while training.
         train: which factors move: ``both``; ``B`` alone (FFA-LoRA, arXiv 2403.12313), where the mean of products is the
             product of means; or ``alternate``, ``B`` in the first round, ``A`` in the next (RoLoRA, arXiv 2409.02346).
-        lr_ratio: learning rate of ``B`` over that of ``A`` (LoRA+, arXiv 2402.12354).
     """
 
     kind: Literal["lora"] = "lora"
@@ -48,7 +48,6 @@ class LoRA(Tuning):
     init: AnyLoRAInit = Kaiming()
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     train: Literal["both", "B", "alternate"] = "both"
-    lr_ratio: Annotated[float, Field(gt=0)] = 1.0
 
     def still(self, name: str, round: int) -> bool:
         """See ``Tuning.still``: the factor that ``train`` leaves out."""
@@ -57,9 +56,14 @@ class LoRA(Tuning):
         moving = "lora_A" if self.train == "alternate" and round % 2 else "lora_B"
         return not name.endswith(moving)
 
-    def rate(self, name: str) -> float:
-        """See ``Tuning.rate``: ``lr_ratio`` for ``B``."""
-        return self.lr_ratio if name.endswith("lora_B") else 1.0
+    @property
+    def has_factors(self) -> bool:
+        """See ``Tuning.has_factors``."""
+        return True
+
+    def factor_of(self, name: str) -> str:
+        """See ``Tuning.factor_of``."""
+        return name[-1] if name.endswith((".lora_A", ".lora_B")) else ""
 
     @property
     def scale(self) -> float:
@@ -146,7 +150,9 @@ class LoRA(Tuning):
             parts["fold"] = {
                 name: start.fold.dense.get(name, torch.zeros_like(value, dtype=torch.float32, device="cpu"))
                 for name, value in installed.model.named_parameters()
-                if name not in installed.parameters and (self.folds == "rest" or value.dim() < 2)
+                if name not in installed.parameters
+                and name not in installed.frozen_head
+                and (self.folds == "rest" or value.dim() < 2)
             }
         return parts
 
@@ -166,7 +172,8 @@ class LoRA(Tuning):
             if self.residual:
                 for name, layer in layers.items():
                     product = self.scale * init[f"{name}.lora_B"] @ init[f"{name}.lora_A"]
-                    layer.frozen[0].sub_(layer.as_weight(product).to(layer.lora_A.device))
+                    weight = layer.frozen[0]
+                    weight.sub_(layer.as_weight(product).to(weight.device))
         return {name: init[name] for name in installed.parameters if name in init}
 
     def fold(self, installed: Installed, folds: Folds) -> None:
@@ -251,9 +258,9 @@ def from_peft(state: Mapping[str, Tensor]) -> Tree:
     """
     result = {}
     for key, value in state.items():
-        if not key.startswith(_PREFIX):
-            raise ConfigError(f"{key!r} is not a name of a PEFT state dict: it should start with {_PREFIX!r}")
-        name = key.removeprefix(_PREFIX).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+        if not key.startswith(PEFT_PREFIX):
+            raise ConfigError(f"{key!r} is not a name of a PEFT state dict: it should start with {PEFT_PREFIX!r}")
+        name = key.removeprefix(PEFT_PREFIX).replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
         factor = _FACTOR.fullmatch(name)
         if factor is not None:
             name = f"{factor['module']}.lora_{factor['side']}"
@@ -282,5 +289,5 @@ def to_peft(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tre
                 name = f"{name}.weight"
             if isinstance(layer, LoRAConv):
                 value = layer.kernel(value, leaf)
-        result[_PREFIX + name] = value
+        result[PEFT_PREFIX + name] = value
     return result

@@ -34,8 +34,10 @@ class LoRALayer(nn.Module, ABC):
         self.transposed = is_transposed(old)
         self.scale = scale
         self.dropout = dropout
-        self.lora_A = nn.Parameter(torch.zeros(rank, self.columns))
-        self.lora_B = nn.Parameter(torch.zeros(self.rows, rank))
+        # the model is on its device already; a quantised weight is stored there too
+        device = self.frozen[0].device
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.columns, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.rows, rank, device=device))
 
     @abstractmethod
     def forward(self, inputs: Tensor) -> Tensor:

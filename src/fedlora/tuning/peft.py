@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any, Literal
 
@@ -65,6 +66,16 @@ class Peft(Tuning):
             config.modules_to_save = modules
         assert isinstance(config, peft.PeftConfig)
         return config
+
+    @property
+    def has_factors(self) -> bool:
+        """See ``Tuning.has_factors``: those that ``peft`` calls ``lora_A`` and ``lora_B``."""
+        return str(self.config.get("peft_type", "")).upper() == "LORA"
+
+    def factor_of(self, name: str) -> str:
+        """See ``Tuning.factor_of``."""
+        found = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name)
+        return found[1] if found else ""
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``."""

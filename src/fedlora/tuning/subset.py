@@ -24,7 +24,10 @@ from fedlora.tuning.base import (
     seed_from_tree,
     seed_to_tree,
 )
+from fedlora.tuning.matrices import matrix_shape
 from fedlora.tuning.targets import Targets, find
+
+_DENSITY = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -75,30 +78,47 @@ class SparseMask(Tuning):
     trained *is* the packed vector: optimiser state, weight decay and proximal terms exist on the mask alone.
 
     Args:
-        density: share of each matrix that moves; ``int(density * entries)``, at least one.
+        density: share of each matrix that moves; ``int(density * entries)``, at least one. 0.01 unless ``rank`` is set.
+        rank: in place of a density, as many entries of each matrix as a LoRA of this rank has numbers beside it:
+            ``min(entries, rank * (out + in))``.
         targets: see ``tuning.targets.find``.
         biases: whether the targets' biases move too, all of them.
     """
 
     kind: Literal["sparse_mask"] = "sparse_mask"
-    density: Annotated[float, Field(gt=0, le=1)] = 0.01
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    rank: Annotated[int, Field(ge=1)] | None = None
     targets: Targets = "all-linear"
     biases: bool = False
+
+    def __post_init__(self) -> None:
+        if self.density is not None and self.rank is not None:
+            raise ConfigError(
+                f"the size of a sparse mask follows from density = {self.density:g} or from rank = {self.rank}, not "
+                "from both; leave one of them out"
+            )
+
+    def entries(self, rows: int, columns: int) -> int:
+        """How many entries of a matrix move."""
+        if self.rank is not None:
+            return min(rows * columns, self.rank * (rows + columns))
+        return max(1, int((_DENSITY if self.density is None else self.density) * rows * columns))
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``; the mask itself comes with ``settle``."""
         found = find(model, self.targets, head)
-        weights = {f"{name}.weight": module.weight for name, module in found.items()}
+        weights = {f"{name}.weight": module for name, module in found.items()}
         dense = set(head)
         if self.biases:
             dense |= {f"{name}.bias" for name, module in found.items() if getattr(module, "bias", None) is not None}
         direct = freeze_all_but(model, dense)
         packed: dict[str, nn.Parameter] = {}
-        for name, weight in weights.items():
+        for name, module in weights.items():
+            weight = module.weight
             assert isinstance(weight, Tensor)
             check_trainable(name, weight)
-            count = max(1, int(self.density * weight.numel()))
-            packed[name] = nn.Parameter(torch.zeros(count))
+            count = self.entries(*matrix_shape(module))
+            packed[name] = nn.Parameter(torch.zeros(count, device=weight.device))
         order = [name for name, _ in model.named_parameters() if name in packed or name in direct]
         parameters = {name: packed[name] if name in packed else direct[name] for name in order}
         return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
@@ -132,7 +152,6 @@ class SparseMask(Tuning):
         for name, index in places.items():
             packed, weight = installed.parameters[name], named[name]
             places[name] = index = index.to(weight.device)
-            packed.data = packed.data.to(weight.device)
             weight.requires_grad_(True)
             weight.register_post_accumulate_grad_hook(_gather(packed, index))  # type: ignore[no-untyped-call]
 

@@ -145,7 +145,9 @@ def saved_modules(model: nn.Module, head: frozenset[str]) -> list[str]:
         head: names of the head's parameters.
     """
     backbone = f"{getattr(model, 'base_model_prefix', '')}."
-    return sorted({name.rsplit(".", 1)[0] if name.startswith(backbone) else name.split(".", 1)[0] for name in head})
+    found = {name.rsplit(".", 1)[0] if name.startswith(backbone) else name.split(".", 1)[0] for name in head}
+    # a module that is saved as a whole has those inside it with it
+    return sorted(name for name in found if not any(name.startswith(f"{other}.") for other in found))
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -1,0 +1,94 @@
+"""What pydantic says of a configuration, in sentences that name the key, the nearest known one, and all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Sequence
+from types import UnionType
+from typing import Annotated, Any
+
+from pydantic import ValidationError
+
+
+def explain(error: ValidationError, root: Any, prefix: str) -> str:
+    """The first five problems as sentences.
+
+    Args:
+        error: what pydantic raised.
+        root: the class or function that was validated.
+        prefix: the dotted path to it; empty at the top.
+    """
+    sentences = []
+    problems = error.errors(include_url=False)
+    # entries that were refused count as absent, which is no second mistake
+    problems = [one for one in problems if one["type"] != "too_short"] or problems
+    for problem in problems[:5]:
+        location = problem["loc"]
+        path, fields, kind = _walk(root, location)
+        dotted = ".".join(filter(None, [prefix, *path]))
+        if problem["type"] == "unexpected_keyword_argument":
+            wrong = str(location[-1])
+            known = ", ".join(fields)
+            sentences.append(f"unknown key {dotted!r}{nearest(wrong, fields)}; known here: {known}")
+        elif problem["type"] == "union_tag_invalid":
+            tags = str(problem["ctx"]["expected_tags"])
+            wrong = str(problem["ctx"]["tag"])
+            names = [tag.strip().strip("'") for tag in tags.split(",")]
+            sentences.append(
+                f"{dotted}.kind = {wrong!r} is not known{nearest(wrong, names)}; known: {', '.join(names)}"
+            )
+        elif problem["type"] == "union_tag_not_found":
+            kinds = ", ".join(member.kind for member in _members(kind))
+            sentences.append(f"{dotted} needs a kind, one of: {kinds}")
+        elif problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            sentences.append(f"{dotted} is missing")
+        else:
+            sentences.append(f"{dotted} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "; ".join(sentences)
+
+
+def nearest(wrong: str, known: Sequence[str]) -> str:
+    """``, did you mean 'x'`` where something like ``wrong`` is known; empty otherwise."""
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}" if near else ""
+
+
+def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
+    """An error's dotted path without the tags that unions put in, the fields known at its last step, its type."""
+    path: list[str] = []
+    fields = _fields(kind)
+    for step in location:
+        fields = _fields(kind)
+        members = _members(kind)
+        if members and not fields:
+            # a union of components puts the chosen one's tag into the path
+            chosen = [member for member in members if getattr(member, "kind", None) == step]
+            kind = chosen[0] if chosen else kind
+            continue
+        path.append(str(step))
+        kind = _plain(typing.get_args(kind)[0] if isinstance(step, int) else fields.get(step, Any))
+    return path, list(fields), kind
+
+
+def _plain(kind: Any) -> Any:
+    while typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    members = [member for member in _members(kind) if member is not type(None)]
+    return members[0] if len(members) == 1 else kind
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (UnionType, typing.Union) else ()
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    if inspect.isfunction(kind):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        return {name: hints[name] for name in inspect.signature(kind).parameters}
+    return {}

@@ -1,0 +1,51 @@
+"""What the papers' official code does, where there is any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlora.errors import ConfigError
+
+_FLASC_CODE: dict[str, Any] = {
+    "server": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.01},
+    "local": {
+        "optimizer": {"kind": "sgd", "lr": 5e-4, "momentum": 0.9},
+        "batch_size": 16,
+        "epochs": 1,
+        "dropout": False,
+    },
+}
+"""Of github.com/imkevinkuo/flasc at commit 17c7063, the script of unequal clients, which trains on 20 Newsgroups.
+
+Its server is ``torch.optim.AdamW`` with PyTorch's decay of 0.01; ``from_pretrained`` leaves the model in evaluation
+mode, so that its own dropout is off, while PEFT's new layers have theirs on."""
+
+_DROPOUT = {"tuning": {"dropout": 0.1}}
+
+PAPER: dict[str, dict[str, Any]] = {
+    "flasc": _FLASC_CODE | {"dropout": 0.1, "reference": "zero"},
+    "lora": _FLASC_CODE | _DROPOUT,
+    "ffa": _FLASC_CODE | _DROPOUT | {"server": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.0}},
+    "full": _FLASC_CODE,
+    "sparse_adapter": _FLASC_CODE | _DROPOUT,
+    "adapter_lth": _FLASC_CODE | _DROPOUT,
+    "fed_select": _FLASC_CODE | _DROPOUT,
+}
+"""What ``preset = "paper"`` gives, by method: FLASC, and the baselines that FLASC's code has flags for.
+
+``ffa`` is without the server's decay: it would move the factor that is frozen, which the official code, whose optimiser
+passes over parameters without a gradient, does not do."""
+
+
+def paper(method: str) -> dict[str, Any]:
+    """The arguments of ``preset = "paper"``, to be given as keys of ``[method]``.
+
+    Raises:
+        ConfigError: no official code of this method is known.
+    """
+    if method not in PAPER:
+        raise ConfigError(
+            f"method {method!r} has no preset 'paper': no official code with its settings is public; docs/methods.md "
+            f"says what is known. There is one for: {', '.join(PAPER)}"
+        )
+    return PAPER[method]
