@@ -88,7 +88,10 @@ class Halving(Source):
         self._changed, self._strict = changed, strict
         self.trials = []
         for values in points(vary, trials, seed):
-            experiment = config.parse(held_out(with_values(document, values), share, seed))
+            try:
+                experiment = config.parse(held_out(with_values(document, values), share, seed))
+            except ConfigError as error:
+                raise ConfigError(f"{error} (with {_words(values)})" if values else str(error)) from error
             self.trials.append(Trial(values, experiment, folder / config.digest(experiment)))
         rounds = [trial.experiment.rounds for trial in self.trials]
         if len(set(rounds)) > 1:
@@ -139,9 +142,8 @@ class Halving(Source):
             return None
         trial = self._waiting.pop(0)
         self._open[trial.folder] = trial
-        values = " ".join(f"{key}={shown(value)}" for key, value in trial.values.items())
-        text = config.to_toml(trial.experiment)
-        return Job(text, trial.folder, self.rungs[self._rung], f"{self.name} {values}".strip())
+        name = f"{self.name} {_words(trial.values)}".strip()
+        return Job(config.to_toml(trial.experiment), trial.folder, self.rungs[self._rung], name)
 
     def record(self, job: Job, outcome: Outcome) -> None:
         """See ``Source.record``."""
@@ -177,6 +179,10 @@ class Halving(Source):
         for trial in self.trials:
             if trial not in self._in and trial.folder.exists():
                 drop_checkpoints(trial.folder)
+
+
+def _words(values: Values) -> str:
+    return " ".join(f"{key}={shown(value)}" for key, value in values.items())
 
 
 def with_values(document: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
