@@ -31,6 +31,7 @@ STATED: dict[str, dict[str, Any]] = {
     "hub": {"path": "owner/name", "revision": "abc", "test_split": ""},
     "image_folder": {"path": "pictures"},
     "sites": {"test": "test.jsonl"},
+    "validation": {"source": {"kind": "docstrings"}},
     "column": {"name": "user"},
     "peft": {"config": {"peft_type": "IA3", "target_modules": ["query"]}},
     "central_gaussian": {"clip_norm": 0.5, "noise_multiplier": 1.0},
@@ -157,6 +158,41 @@ def test_an_override_reaches_into_a_phase_by_number() -> None:
     document = config.resolved(config.parse({"method": {"kind": "slora"}}))
     config.override(document, "phases.1.rounds=3")
     assert [phase.rounds for phase in config.parse(document).phases] == [10, 3]
+
+
+@pytest.mark.parametrize("key", ["local.optimizer.lr", "server.lr"])
+def test_a_key_of_no_table_belongs_to_the_method(key: str) -> None:
+    server = {"kind": "adam", "lr": 1.0}
+    method = {"kind": "slora", "server": server, "local": {"optimizer": {"kind": "sgd"}}}
+    document: dict[str, Any] = {"method": method}
+    config.override(document, f"{key}=0.25")
+    assert str(document["method"]).count("'lr': 0.25") == 1
+    assert config.parse(document)
+    phases = config.resolved(config.parse({"method": {"kind": "slora", "server": server}}))
+    config.override(phases, f"{key}=0.25")
+    assert str(phases).count("'lr': 0.25") == 2
+    assert config.parse(phases)
+
+
+def test_rounds_are_those_of_one_phase() -> None:
+    document = config.resolved(config.parse({"method": {"kind": "lora"}}))
+    config.override(document, "rounds=3")
+    assert config.parse(document).rounds == 3
+    config.override(shorthand := {"method": {"kind": "lora"}}, "rounds=4")
+    assert config.parse(shorthand).rounds == 4
+    with pytest.raises(ConfigError, match=r"name one, as in phases\.0\.rounds"):
+        config.override(config.resolved(config.parse({"method": {"kind": "slora"}})), "rounds=3")
+
+
+def test_a_slip_in_a_key_of_the_top_is_no_key_of_the_method() -> None:
+    document: dict[str, Any] = {"method": {"kind": "lora"}}
+    config.override(document, "clinets.num=3")
+    with pytest.raises(ConfigError, match="unknown key 'clinets', did you mean 'clients'"):
+        config.parse(document)
+    document = {"method": {"kind": "lora"}}
+    config.override(document, "loca.epochs=3")
+    with pytest.raises(ConfigError, match=r"unknown key 'method\.loca', did you mean 'local'"):
+        config.parse(document)
 
 
 def test_later_overrides_win(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ LAYERS = (
     ("experiment",),
     ("federation",),
     ("report",),
-    ("cli_federation",),
+    ("study",),
+    ("cli_federation", "cli_study"),
     ("cli",),
 )
 NEEDED = {
@@ -70,6 +71,7 @@ NEEDED = {
     "threshold": {"value"},
     "rank_slice": {"rank"},
     "sites": {"test"},
+    "validation": {"source"},
     "norm_bound": {"norm"},
 }
 

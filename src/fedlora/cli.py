@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedlora import cli_federation
+from fedlora import cli_federation, cli_study
 from fedlora.errors import ConfigError, FedloraError
 from fedlora.terminal import (
     ERR,
@@ -352,6 +352,7 @@ def _run(
 
 
 cli_federation.add_to(app)
+cli_study.add_to(app)
 
 
 def main() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import difflib
 import hashlib
+import inspect
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -20,7 +24,7 @@ from fedlora.explain import explain
 from fedlora.method_table import build_method
 from fedlora.methods import METHODS
 from fedlora.privacy import CentralGaussian
-from fedlora.recipe import Phase
+from fedlora.recipe import Phase, Recipe
 from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
 from fedlora.tuning import LoRA
 from fedlora.upgrade import upgraded
@@ -144,6 +148,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: there is no such file, it is no TOML, or it asks for something that is not there.
     """
+    return parse(document_of(path, overrides))
+
+
+def document_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a TOML file, or of a run folder's, with overrides; as for ``load``.
+
+    Raises:
+        ConfigError: there is no such file, it is no TOML, or an override is none.
+    """
     file = path / "config.toml" if path.is_dir() else path
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -157,7 +170,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
     for assignment in overrides:
         override(document, assignment)
-    return parse(document)
+    return document
 
 
 def parse(document: Mapping[str, Any]) -> Experiment:
@@ -218,7 +231,7 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
 
 
 def override(document: dict[str, Any], assignment: str) -> None:
-    """Sets one value of a TOML document in place.
+    """Sets one value of a TOML document in place; keys as for ``assign``.
 
     Args:
         document: what ``tomllib`` read.
@@ -230,23 +243,67 @@ def override(document: dict[str, Any], assignment: str) -> None:
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise ConfigError(f"-s {assignment!r} is not of the form key.key=value")
+    assign(document, path.strip(), toml_value(text))
+
+
+def toml_value(text: str) -> Any:
+    """A value read as TOML, and as plain text where that fails."""
     try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
+        return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
-    *parents, last = path.strip().split(".")
-    place: Any = document
-    for key in parents:
-        place = place[_entry(assignment, key, place)] if isinstance(place, list) else place.setdefault(key, {})
-        if not isinstance(place, dict | list):
-            raise ConfigError(f"-s {assignment!r}: {key!r} is a value, not a table")
-    place[_entry(assignment, last, place) if isinstance(place, list) else last] = value
+        return text
 
 
-def _entry(assignment: str, key: str, place: list[Any]) -> int:
+def assign(document: dict[str, Any], path: str, value: Any) -> None:
+    """Sets one value of a TOML document in place.
+
+    A key whose first part is no key of an ``Experiment`` belongs to the method: ``local.epochs`` is
+    ``method.local.epochs``. Where the document has phases instead, it is set in the recipe of every phase.
+
+    Args:
+        document: what ``tomllib`` read.
+        path: dotted; entries of a list by their number.
+        value: a TOML value.
+
+    Raises:
+        ConfigError: a key on the way is no table, or ``rounds`` is set for several phases at once.
+    """
+    for full in _routed(document, path):
+        *parents, last = full.split(".")
+        place: Any = document
+        for key in parents:
+            place = place[_entry(path, key, place)] if isinstance(place, list) else place.setdefault(key, {})
+            if not isinstance(place, dict | list):
+                raise ConfigError(f"-s {path!r}: {key!r} is a value, not a table")
+        place[_entry(path, last, place) if isinstance(place, list) else last] = copy.deepcopy(value)
+
+
+def _routed(document: Mapping[str, Any], path: str) -> list[str]:
+    """The places in the document that a key stands for."""
+    first, phases = path.split(".")[0], document.get("phases")
+    method = document.get("method")
+    function = METHODS.get(str(method.get("kind"))) if isinstance(method, Mapping) else None
+    own = ["method", *(field.name for field in dataclasses.fields(Experiment))]
+    others = [*(inspect.signature(function).parameters if function else ()), *inspect.signature(Recipe).parameters]
+    # a slip in a key of the experiment is no key of the method
+    near = difflib.get_close_matches(first, [*own, *others], n=1)
+    if first in own or (near and near[0] in own):
+        return [path]
+    if "method" in document or not isinstance(phases, list):
+        return [f"method.{path}"]
+    if path != "rounds":
+        return [f"phases.{number}.recipe.{path}" for number in range(len(phases))]
+    if len(phases) > 1:
+        raise ConfigError(
+            f"'rounds' could be those of any of the {len(phases)} phases; name one, as in phases.0.rounds"
+        )
+    return ["phases.0.rounds"]
+
+
+def _entry(path: str, key: str, place: list[Any]) -> int:
     if not key.isdigit() or int(key) >= len(place):
         raise ConfigError(
-            f"-s {assignment!r}: {key!r} should be the number of one of the {len(place)} entries there, from 0, as in "
+            f"-s {path!r}: {key!r} should be the number of one of the {len(place)} entries there, from 0, as in "
             "phases.0.rounds"
         )
     return int(key)

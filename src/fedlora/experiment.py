@@ -82,6 +82,7 @@ def run(
     trackers: Sequence[Tracker] = (),
     setting: Setting | None = None,
     engine: Engine | None = None,
+    until: int | None = None,
 ) -> Result:
     """Runs an experiment, or goes on with it where its folder holds a checkpoint.
 
@@ -93,9 +94,10 @@ def run(
         trackers: get every row of the ledger; not in the mode ``local``, where there is a ledger per client.
         setting: data that ``prepare`` gave for the same experiment, to share among runs.
         engine: where clients run; in this process if absent.
+        until: the round to stop after for now, evaluated and saved; a later call goes on from it. Nothing is exported.
 
     Returns:
-        Metrics, bytes and the folder.
+        Metrics, bytes and the folder; with ``until``, of the rounds up to it, metrics being those of the ledger.
 
     Raises:
         FedloraError: something that the message says how to mend.
@@ -109,9 +111,9 @@ def run(
     try:
         setting = setting or prepare(effective, partitioner)
         if experiment.mode == "local":
-            return _run_local(experiment, effective, setting, files, watcher)
+            return _run_local(experiment, effective, setting, files, watcher, until)
         sent = experiment.mode == "federated"
-        return _run_phases(effective, setting, files, watcher, trackers, sent, engine)
+        return _run_phases(effective, setting, files, watcher, trackers, sent, engine, until)
     except KeyboardInterrupt:
         on = "The same command goes on" if engine else f"Go on with: fedlora run {shlex.quote(str(path))}"
         raise Stopped(f"stopped; every finished round is saved. {on}") from None
@@ -125,6 +127,7 @@ def _run_phases(
     trackers: Sequence[Tracker],
     sent: bool,
     engine: Engine | None = None,
+    until: int | None = None,
 ) -> Result:
     workspace = Workspace(setting.task, experiment.seed, setting.device)
     engine = engine or Serial(workspace, setting.population)
@@ -165,7 +168,7 @@ def _run_phases(
     # `recorded` is the last state whose row is in the ledger, `saved` the round of the newest checkpoint
     recorded, saved = state, state.round if files.checkpoints else 0
     try:
-        while not (budget and budget.exhausted(phases, state.round)):
+        while not (budget and budget.exhausted(phases, state.round)) and (until is None or state.round < until):
             if state.steps == phases[phase].rounds:
                 if phase + 1 == len(phases):
                     break
@@ -177,7 +180,7 @@ def _run_phases(
             told = () if secret else row.cohort
             last = state.round == experiment.rounds or bool(budget and budget.exhausted(phases, state.round))
             metrics, warnings, seconds = {}, (), 0.0
-            if last or state.round % experiment.evaluate.every == 0:
+            if last or state.round == until or state.round % experiment.evaluate.every == 0:
                 clock = time.perf_counter()
                 tested = tested_clients(experiment, setting, last)
                 metrics, warnings = evaluate(experiment, setting, workspace, recipe, state, tested)
@@ -209,7 +212,7 @@ def _run_phases(
             # noise that cannot be drawn again must not be drawn twice for one round that anyone heard of
             # and sites cannot go far back
             often = secret or drawn or not engine.trusted
-            if last or often or state.round % experiment.checkpoint_every == 0:
+            if last or often or state.round == until or state.round % experiment.checkpoint_every == 0:
                 files.save(state, facts)
                 saved = state.round
             _tell(row, watcher, trackers)
@@ -217,6 +220,13 @@ def _run_phases(
         if recorded.round > saved:
             files.save(recorded, facts)
         raise
+    if until is not None:
+        done = [row for row in rows if row.round <= until]
+        newest = [row for row in done if row.metrics][-1]
+        seconds = sum(sum(row.seconds.values()) for row in done)
+        return Result(
+            folder=files.path, rows=tuple(done), **_figures(experiment, setting, done, newest.metrics, seconds)
+        )
     return _finish(experiment, setting, workspace, recipe, state, rows, files, watcher)
 
 
@@ -303,26 +313,29 @@ def _finish(
         seconds = sum(sum(row.seconds.values()) for row in rows) + time.perf_counter() - clock
     if adapter is None or not adapter.exists():
         adapter = export_run(files.path, experiment, setting.task, workspace, recipe, state, after)
-    kinds = {
-        "down_bytes": _total(row.down_bytes for row in rows),
-        "up_bytes": _total(row.up_bytes for row in rows),
-    }
-    figures = {
-        "label": experiment.label,
-        "seed": experiment.seed,
-        "rounds": state.round,
-        "main_metric": setting.task.main_metric,
-        "higher_is_better": setting.task.higher_is_better,
-        "before": rows[0].metrics,
-        "after": after,
-        **kinds,
-        "seconds": seconds,
-    }
+    figures = _figures(experiment, setting, rows, after, seconds)
     if not held:
         files.write_json("result.json", {**figures, "adapter": adapter.name})
     result = Result(folder=files.path, rows=tuple(rows), adapter=adapter, **figures)
     watcher.finished(result)
     return result
+
+
+def _figures(
+    experiment: Experiment, setting: Setting, rows: list[Row], after: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    return {
+        "label": experiment.label,
+        "seed": experiment.seed,
+        "rounds": rows[-1].round,
+        "main_metric": setting.task.main_metric,
+        "higher_is_better": setting.task.higher_is_better,
+        "before": rows[0].metrics,
+        "after": after,
+        "down_bytes": _total(row.down_bytes for row in rows),
+        "up_bytes": _total(row.up_bytes for row in rows),
+        "seconds": seconds,
+    }
 
 
 def _total(kinds: Any) -> Kinds:
@@ -339,6 +352,7 @@ def _run_local(
     setting: Setting,
     files: RunFolder,
     watcher: Watcher,
+    until: int | None,
 ) -> Result:
     count = min(asked.num_local, len(setting.population))
     chosen = draw_cohort(setting.population, count, named_seed(asked.seed, "local"))
@@ -350,7 +364,7 @@ def _run_local(
         own = dataclasses.replace(setting, population=single, holdout=kept)
         inner = RunFolder(files.path / "clients" / str(client))
         inner.path.mkdir(parents=True, exist_ok=True)
-        results.append(_run_phases(experiment, own, inner, watcher, (), sent=False))
+        results.append(_run_phases(experiment, own, inner, watcher, (), sent=False, until=until))
     first = results[0]
     result = dataclasses.replace(
         first,
@@ -360,6 +374,8 @@ def _run_local(
         seconds=sum(one.seconds for one in results),
         adapter=None,
     )
+    if until is not None:
+        return result
     document = {
         key: getattr(result, key)
         for key in ("label", "seed", "rounds", "main_metric", "higher_is_better", "before", "after")

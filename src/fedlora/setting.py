@@ -37,7 +37,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import Sgd
 from fedlora.state import named_seed
-from fedlora.tasks import Prepared, Sites
+from fedlora.tasks import Prepared, Sites, Validation
 from fedlora.tasks.base import Rows, Split
 from fedlora.tiers import Tier, assign_tiers
 from fedlora.transport import Link
@@ -106,9 +106,15 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
     device = pick_device(experiment.device)
     classes = clients.skew.classes(task, named_seed(experiment.seed, "skew"), device)
     pooled = experiment.mode == "centralised"
-    if pooled and not (clients.holdout or clients.test_clients):
+    data = experiment.data
+    further = data if isinstance(data, Validation) and data.hold_out == "clients" else None
+    if pooled and not (clients.holdout or clients.test_clients or further):
         clients, partitioner = Clients(partition=Pooled(), num=1, per_round=1), None
     division = _divide(clients, task, classes, named_seed(experiment.seed, "partition"), partitioner)
+    away = [] if division.test_rows is None else [division.test_rows]
+    if further:
+        division = _hold_out_clients(division, further.share, named_seed(further.seed, "validation"))
+        away += [rows for rows in [division.test_rows] if rows is not None]
     if experiment.mode == "federated":
         check_per_round(clients.per_round, len(division.population))
     population, holdout = hold_out(division.population, clients.holdout, named_seed(experiment.seed, "holdout"))
@@ -122,8 +128,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
     if division.test_rows is not None:
         test_rows, split = division.test_rows, "train"
     if pooled:
-        away = [*holdout.values(), *([] if division.test_rows is None else [division.test_rows])]
-        population = _pool(task.num_examples("train"), away, population.held_out)
+        population = _pool(task.num_examples("train"), [*holdout.values(), *away], population.held_out)
     tiers: dict[int, Tier] = {}
     if experiment.mode == "federated":
         column = task.column(clients.tier_column, "train") if clients.tier_column else None
@@ -181,6 +186,23 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
                 "trained on; set clients.test_clients = 0.2 to hold out whole clients instead"
             )
     return division
+
+
+def _hold_out_clients(division: Division, share: float, seed: int) -> Division:
+    """The division with a share of its training clients, one at least and not all, as the clients to test on.
+
+    Raises:
+        DataError: there is one client only.
+    """
+    population = division.population
+    num = len(population)
+    if num < 2:
+        raise DataError("there is one client, but holding clients out to choose settings by needs 2 or more")
+    held = set(np.random.default_rng(seed).permutation(num)[: min(max(round(share * num), 1), num - 1)].tolist())
+    kept = [client for client in range(num) if client not in held]
+    deal = Deal([population.rows_of(client) for client in kept], [population.names[client] for client in kept])
+    test_rows = np.sort(np.concatenate([population.rows_of(client) for client in sorted(held)]))
+    return Division(assemble(deal, sum(map(len, deal.groups)), allow_empty=False), test_rows)
 
 
 def _pool(total: int, kept_away: list[Rows], held_out: int) -> Population:

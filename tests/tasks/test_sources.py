@@ -314,7 +314,7 @@ def test_docstrings_of_a_small_library(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / name).write_text(content, encoding="utf-8")
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     raw = Docstrings(num_classes=2, test_fraction=0.5, seed=1).load()
-    assert raw[1:] == (None, 0.5, 1)
+    assert raw[1:] == (None, 0.5, 1, None)
     train, test = read(Docstrings(num_classes=2, test_fraction=0.5, seed=1))
     assert sorted((row["text"], row["label"], row["file"]) for part in (train, test) for row in part) == [
         ("A class within a package.", 1, "two/__init__.py"),
@@ -353,6 +353,7 @@ def test_the_table_and_the_union_agree() -> None:
         "hub": {"path": "owner/name"},
         "image_folder": {"path": "pictures"},
         "sites": {"test": "test.jsonl"},
+        "validation": {"source": {"kind": "docstrings"}},
     }
     for kind, cls in SOURCES.items():
         assert type(adapter.validate_python({"kind": kind, **needed[kind]})) is cls

@@ -11,7 +11,7 @@ from fedlora.tasks.images import ImageClassification
 from fedlora.tasks.instruction import Instruction
 from fedlora.tasks.language import CausalLM
 from fedlora.tasks.questions import QuestionAnswering
-from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, ImageFolder, Sites, Source
+from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, ImageFolder, Sites, Source, Validation
 from fedlora.tasks.text import TextClassification
 from fedlora.tasks.tokens import TokenClassification
 
@@ -52,4 +52,5 @@ __all__ = [
     "Task",
     "TextClassification",
     "TokenClassification",
+    "Validation",
 ]

@@ -23,12 +23,15 @@ class Raw(NamedTuple):
         test: test rows, or None to hold a part of the training rows out.
         test_fraction: the part to hold out.
         seed: of the hash that holds out.
+        final: share and seed of the final test rows, which are among the training rows and are dropped first; None
+            without any.
     """
 
     train: datasets.Dataset
     test: datasets.Dataset | None
     test_fraction: float
     seed: int
+    final: tuple[float, int] | None = None
 
 
 class Splits(NamedTuple):
@@ -145,7 +148,8 @@ def split_by_content(rows: datasets.Dataset, key: str, test_fraction: float, see
 def split(raw: Raw, key: str) -> Splits:
     """The two sides of ``raw``; rows are held out by ``key`` where there are no test rows."""
     if raw.test is None:
-        return split_by_content(raw.train, key, raw.test_fraction, raw.seed)
+        rows = split_by_content(raw.train, key, *raw.final).train if raw.final else raw.train
+        return split_by_content(rows, key, raw.test_fraction, raw.seed)
     return Splits(raw.train, raw.test)
 
 

@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
 from fedlora.errors import DataError
+from fedlora.state import named_seed
 from fedlora.tasks.columns import Raw, rename
 from fedlora.tasks.folders import picture_folders, read_folder
 
@@ -231,7 +232,37 @@ class Sites(Source):
         return Raw(rows, rows, 0.5, 0)
 
 
-AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Sites, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Validation(Source):
+    """Another source with a part of its training rows in place of the test rows, to choose settings by.
+
+    The test rows of the other source are in neither split. Classes are those of all its training rows, as in the final
+    run.
+
+    Args:
+        source: the other source.
+        share: the part of the training rows, or of the training clients.
+        seed: of the draw.
+        hold_out: ``rows`` by a hash of their content, as ``Files`` does; or whole ``clients``, beside those that
+            ``clients.test_clients`` already holds out.
+    """
+
+    kind: Literal["validation"] = "validation"
+    source: Annotated[Docstrings | Files | Hub | ImageFolder, Field(discriminator="kind")]
+    share: Fraction = 0.1
+    seed: int = 0
+    hold_out: Literal["rows", "clients"] = "rows"
+
+    def load(self) -> Raw:
+        """Read the other source and drop its test rows; see ``Source.load``."""
+        raw = self.source.load()
+        if self.hold_out == "clients":  # they are known only once the rows are dealt
+            return raw
+        final = (raw.test_fraction, raw.seed) if raw.test is None else None
+        return Raw(raw.train, None, self.share, named_seed(self.seed, "validation"), final)
+
+
+AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Sites | Validation, Field(discriminator="kind")]
 """Any source, told apart by ``kind``."""
 
 SOURCES: dict[str, type[Source]] = {
@@ -240,6 +271,7 @@ SOURCES: dict[str, type[Source]] = {
     "hub": Hub,
     "image_folder": ImageFolder,
     "sites": Sites,
+    "validation": Validation,
 }
 """The sources by ``kind``."""
 

@@ -1,0 +1,166 @@
+"""A study's figures in one file: what was tried, every evaluation of every run, what failed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fedlora.errors import ConfigError
+from fedlora.folder import RunFolder
+from fedlora.network import Network, parse_network
+from fedlora.study.gates import Figures
+from fedlora.study.halving import Halving
+from fedlora.study.pool import Job, Outcome
+
+VERSION = 1
+Key = tuple[str, str]
+
+
+def compact(value: Any) -> Any:
+    """The same JSON value with numbers of five digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: compact(one) for key, one in value.items()}
+    return [compact(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def tuning_rows(tunings: Mapping[Key, Halving]) -> list[dict[str, Any]]:
+    """What was tried, one row for each method and setting."""
+    rows = []
+    for (label, setting), halving in tunings.items():
+        best = halving.best
+        trials = [
+            {**trial.row(), "seconds": trial.seconds} for trial in halving.trials if trial.metrics or trial.failure
+        ]
+        for trial in trials:
+            del trial["folder"]
+        rows.append(
+            {
+                "method": label,
+                "setting": setting,
+                "done": halving.done,
+                "rounds": halving.rungs,
+                "best": best.values if best else None,
+                "value": best.metrics[max(best.metrics)] if best else None,
+                "ends": halving.ends if halving.done else [],
+                "trials": trials,
+            }
+        )
+    return [row for row in rows if row["trials"]]
+
+
+def evaluations(
+    facts: Mapping[str, Any], folder: Path, network: Network | None, sent: bool, outcome: Outcome | None
+) -> Iterator[dict[str, Any]]:
+    """One row for each evaluation of a run.
+
+    Args:
+        facts: what all of them have in common: stage, method, setting, seed.
+        folder: of the run.
+        network: to model the time over; None for that of the configuration, if it names one.
+        sent: whether anything is sent; else there is no time over a network.
+        outcome: the figures on all test rows at the end, of a run that has ended.
+    """
+    down = up = 0
+    passed = seconds = 0.0
+    timed = sent
+    found: list[dict[str, Any]] = []
+    for row in RunFolder(folder).rows():
+        down += sum(row.down_bytes.values())
+        up += sum(row.up_bytes.values())
+        seconds += sum(row.seconds.values())
+        timed = timed and (network is not None or row.network_seconds is not None or not row.round)
+        if timed:
+            passed += network.round_seconds(row) if network else row.network_seconds or 0.0
+        if row.metrics:
+            time = {"link_seconds": passed} if timed and (network or row.round) else {}
+            sizes = {"down_bytes": down, "up_bytes": up, "seconds": seconds}
+            found.append({**facts, "round": row.round, **sizes, **time, "metrics": row.metrics})
+    if outcome is not None and not found:  # clients that train alone have ledgers of their own
+        rounds = RunFolder(folder).read_json("result.json")["rounds"]
+        found.append(
+            {**facts, "round": rounds, "down_bytes": 0, "up_bytes": 0, "seconds": outcome.seconds, "metrics": {}}
+        )
+    if outcome is not None:
+        found[-1]["test"] = outcome.metrics
+    yield from found
+
+
+def final_rows(
+    finals: Mapping[tuple[str, str, int], tuple[Job, Outcome | None]], link: str, alone: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every evaluation of the final runs.
+
+    Args:
+        finals: the job and what came of it, by method, setting and seed.
+        link: the network to model the time over; that of the configuration if empty.
+        alone: the methods that send nothing.
+    """
+    network = parse_network(link) if link else None
+    rows: list[dict[str, Any]] = []
+    for (label, setting, seed), (job, outcome) in finals.items():
+        if outcome is not None and outcome.failure:
+            continue
+        facts = {"stage": "final", "method": label, "setting": setting, "seed": seed}
+        rows += evaluations(facts, job.folder, network, label not in alone, outcome)
+    return rows
+
+
+def tune_rows(tunings: Mapping[Key, Halving], seed: int) -> list[dict[str, Any]]:
+    """Every evaluation of the trials."""
+    rows: list[dict[str, Any]] = []
+    for (label, setting), halving in tunings.items():
+        for number, trial in enumerate(halving.trials):
+            facts = {"stage": "tune", "method": label, "setting": setting, "seed": seed, "trial": number}
+            found = list(evaluations(facts, trial.folder, None, False, None))
+            rows += found or [
+                {**facts, "round": round_, "metrics": {halving.main_metric: trial.metrics[round_]}}
+                for round_ in trial.metrics
+            ]
+    return rows
+
+
+def figures(results: Mapping[str, Any], stage: str) -> Figures:
+    """The main metric by method and setting: the best held-out one, or the mean over seeds on the test data."""
+    if stage == "tune":
+        return {
+            (row["method"], row["setting"]): row["value"] for row in results["tuning"] if row["done"] and row["best"]
+        }
+    groups: dict[Key, list[float]] = {}
+    for row in results["rows"]:
+        if "test" in row:
+            groups.setdefault((row["method"], row["setting"]), []).append(row["test"][results["metric"]])
+    return {key: mean(values) for key, values in groups.items() if len(values) == len(results["seeds"])}
+
+
+def write(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes results, one row in a line, all at once."""
+    lines = []
+    for key, value in compact(results).items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n".join(f"  {json.dumps(row, separators=(',', ':'), allow_nan=False)}" for row in value)
+            lines.append(f" {json.dumps(key)}: [\n{rows}\n ]")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+    RunFolder(path.parent).write(path.name, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results that ``write`` wrote.
+
+    Raises:
+        ConfigError: there are none, or of another version.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} holds no results of a study ({error}); `fedlora study FILE.toml` makes them"
+        ) from error
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        raise ConfigError(f"{path} holds no results of a study that this version reads")
+    return found

@@ -1,0 +1,113 @@
+"""Which values a tuning tries: lists and ranges, whole grids and balanced samples."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedlora.config import toml_value
+from fedlora.errors import ConfigError
+from fedlora.state import named_seed
+
+Values = dict[str, Any]
+_RANGE = re.compile(r"\s*(-?[\d.]+(?:[eE][+-]?\d+)?)\s*\.\.\s*(-?[\d.]+(?:[eE][+-]?\d+)?)\s*")
+_DESIGNS = 200
+"""Random designs that are drawn; the one whose points are farthest apart is taken."""
+
+
+def parse_vary(assignments: Sequence[str]) -> dict[str, Any]:
+    """The keys to vary from words such as ``rank=1,2,4`` and ``server.lr=1e-3..1e-1``.
+
+    Raises:
+        ConfigError: one is not of that form, or a key is given twice.
+    """
+    found: dict[str, Any] = {}
+    for one in assignments:
+        key, equals, text = one.partition("=")
+        if not equals or not key.strip() or not text.strip():
+            raise ConfigError(f"--vary {one!r} is not of the form key=value,value or key=low..high")
+        if key.strip() in found:
+            raise ConfigError(f"--vary {key.strip()} is given twice; name all its values once")
+        found[key.strip()] = text if _RANGE.fullmatch(text) else _list(text)
+    return found
+
+
+def _list(text: str) -> list[Any]:
+    listed = toml_value(f"[{text}]")
+    return listed if isinstance(listed, list) else [toml_value(part.strip()) for part in text.split(",")]
+
+
+def points(vary: Mapping[str, Any], num: int, seed: int) -> list[Values]:
+    """The settings to try: every combination where these are few enough, else a balanced sample.
+
+    Args:
+        vary: key -> a list of values, or a range ``low..high``. Ranges of positive numbers are geometric; a range of
+            integers gives integers.
+        num: how many at most.
+        seed: of the sample. Every value of a list occurs equally often, up to one; a range is cut evenly, both ends
+            included (a Latin hypercube).
+
+    Raises:
+        ConfigError: a list is empty or has a value twice, or a range is none.
+    """
+    axes = {key: _axis(key, given, num) for key, given in vary.items()}
+    size = int(np.prod([len(axis) for axis in axes.values()], dtype=object)) if axes else 1
+    if size <= num:
+        return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
+    rng = np.random.default_rng(named_seed(seed, "tune"))
+    designs = [np.stack([_balanced(len(axis), num, rng) for axis in axes.values()], 1) for _ in range(_DESIGNS)]
+    scale = np.array([max(1, len(axis) - 1) for axis in axes.values()])
+    best = max(designs, key=lambda design: _apart(design / scale))
+    return [{key: axis[place] for (key, axis), place in zip(axes.items(), row, strict=True)} for row in best.tolist()]
+
+
+def at_ends(vary: Mapping[str, Any], best: Values) -> list[str]:
+    """The varied numbers whose best value is the least or the greatest that the list or range has."""
+    found = []
+    for key, given in vary.items():
+        ends = _ends(key, given) if isinstance(given, str) else list(given)
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in ends)
+        if numbers and len(ends) > 1 and best[key] in (min(ends), max(ends)):
+            found.append(key)
+    return found
+
+
+def _ends(key: str, given: str) -> list[Any]:
+    match = _RANGE.fullmatch(given)
+    ends = [toml_value(text) for text in match.groups()] if match else []
+    if len(ends) != 2 or not all(isinstance(one, int | float) for one in ends) or ends[0] >= ends[1]:
+        raise ConfigError(f"the values of {key!r} are {given!r}: write a list, or a range such as 1e-3..1e-1")
+    return ends
+
+
+def _axis(key: str, given: Any, num: int) -> list[Any]:
+    if isinstance(given, str):
+        low, high = _ends(key, given)
+        steps = np.linspace(0, 1, num) if num > 1 else np.array([0.5])
+        values = low * (high / low) ** steps if low > 0 else low + (high - low) * steps
+        if isinstance(low, int) and isinstance(high, int):
+            return sorted({round(value) for value in values.tolist()})
+        inner = [float(f"{value:.3g}") for value in values.tolist()]
+        return [low, *inner[1:-1], high] if num > 1 else inner
+    if not isinstance(given, Sequence) or not given:
+        raise ConfigError(f"{key!r} has no values to try: write a list, or a range such as 1e-3..1e-1")
+    if any(one == other for number, one in enumerate(given) for other in given[:number]):
+        raise ConfigError(f"the values of {key!r} name one twice: {given}")
+    return list(given)
+
+
+def _balanced(values: int, num: int, rng: np.random.Generator) -> Any:
+    """A random order of ``num`` places among ``values``, each as often as any other, up to one."""
+    rounds = [rng.permutation(values) for _ in range(-(-num // values))]
+    return rng.permutation(np.concatenate(rounds)[:num])
+
+
+def _apart(design: Any) -> tuple[int, float, float]:
+    """How good a design is: different points, the least distance of two, the mean distance."""
+    gaps = np.abs(design[:, None] - design[None]).sum(-1)[np.triu_indices(len(design), 1)]
+    different = len(np.unique(design, axis=0))
+    return different, float(gaps.min(initial=np.inf)), float(gaps.mean()) if len(gaps) else 0.0

@@ -1,0 +1,246 @@
+"""Tables of a study from its results alone: Markdown, CSV, LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from fedlora.study.gates import parse_term
+from fedlora.study.pool import shown
+
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method at a setting, over seeds.
+
+    Args:
+        method: its label.
+        setting: the setting's name.
+        test: the main metric on all test rows, by seed.
+        tuned: that on the held-out part; None without tuning.
+        down_bytes: mean over seeds.
+        up_bytes: mean over seeds.
+        times: modelled seconds to the target, by seed; None where it was not reached.
+        target: the value to reach; None if none is asked for or known.
+        values: the tuned values.
+        difference: mean of the paired differences to the reference, and half of the 95 % interval of a t distribution,
+            None of one pair; None for the reference itself.
+    """
+
+    method: str
+    setting: str
+    test: dict[int, float]
+    tuned: float | None
+    down_bytes: float | None
+    up_bytes: float | None
+    times: dict[int, float | None]
+    target: float | None
+    values: dict[str, Any]
+    difference: tuple[float, float | None] | None
+
+
+def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float | None] | None:
+    """The mean difference over common seeds, and half of its 95 % interval: ``t(0.975, n - 1) s / sqrt(n)``."""
+    from scipy import stats
+
+    gaps = [value - other[seed] for seed, value in mine.items() if seed in other]
+    if not gaps:
+        return None
+    if len(gaps) == 1:
+        return gaps[0], None
+    return mean(gaps), float(stats.t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
+
+
+def summaries(results: Results) -> list[Summary]:
+    """Every method at every setting that has a figure, in the study's order."""
+    metric, sign = results["metric"], 1 if results["higher_is_better"] else -1
+    runs: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
+    for row in results["rows"]:
+        if row["stage"] == "final":
+            runs.setdefault((row["method"], row["setting"]), {}).setdefault(row["seed"], []).append(row)
+    tuning = {(row["method"], row["setting"]): row for row in results["tuning"]}
+    found = []
+    for setting in results["settings"]:
+        name = setting["name"]
+        target = _target(results, {label: seeds for (label, at), seeds in runs.items() if at == name}, metric, sign)
+        tests = {
+            label: {
+                seed: rows[-1]["test"][metric]
+                for seed, rows in runs.get((label, name), {}).items()
+                if "test" in rows[-1]
+            }
+            for label in results["labels"]
+        }
+        for label in results["labels"]:
+            ended = [rows for rows in runs.get((label, name), {}).values() if "test" in rows[-1]]
+            tuned = tuning.get((label, name))
+            if not ended and not tuned:
+                continue
+            sizes = [mean(rows[-1][way] for rows in ended) if ended else None for way in ("down_bytes", "up_bytes")]
+            times = {rows[0]["seed"]: _time(rows, metric, target, sign) for rows in ended} if target is not None else {}
+            alone = not any("link_seconds" in row for rows in ended for row in rows)
+            reference = results["reference"]
+            found.append(
+                Summary(
+                    label, name, tests[label], tuned["value"] if tuned else None, sizes[0], sizes[1],
+                    {} if alone else times, target, (tuned or {}).get("best") or {},
+                    paired(tests[label], tests.get(reference, {})) if label != reference else None,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _target(
+    results: Results, runs: Mapping[str, Mapping[int, list[dict[str, Any]]]], metric: str, sign: int
+) -> float | None:
+    """The value to reach at a setting; of a method, its best evaluation, the mean over seeds."""
+    if results["target"] is None:
+        return None
+    term = parse_term(str(results["target"]))
+    if not term.label:
+        return term.value(0.0)
+    curves = runs.get(term.label, {}).values()
+    best = [sign * max(sign * row["metrics"][metric] for row in rows if metric in row["metrics"]) for rows in curves]
+    return term.value(mean(best)) if best else None
+
+
+def _time(rows: Sequence[Mapping[str, Any]], metric: str, target: float | None, sign: int) -> float | None:
+    for row in rows:
+        value = row["metrics"].get(metric)
+        if target is not None and value is not None and sign * value >= sign * target and "link_seconds" in row:
+            return float(row["link_seconds"])
+    return None
+
+
+def _cells(results: Results, found: Summary) -> dict[str, str]:
+    values = list(found.test.values())
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    sizes = [found.down_bytes, found.up_bytes]
+    whole = [*sizes, None if None in sizes else sum(size or 0.0 for size in sizes)]
+    cells = {
+        "method": found.method,
+        results["metric"]: f"{mean(values):.3f}{spread}" if values else "",
+        "seeds": str(len(values)),
+        f"minus {results['reference']}": _difference(found.difference),
+    }
+    cells |= {
+        f"MB {way}": "" if size is None else f"{size / 1e6:.4g}"
+        for way, size in zip(("down", "up", "both"), whole, strict=True)
+    }
+    if results["target"] is not None:
+        cells[f"time to {results['target']}"] = _duration(found)
+    if results["tuning"]:
+        cells["held out"] = "" if found.tuned is None else f"{found.tuned:.3f}"
+        cells["tuned"] = ", ".join(f"{key} {shown(value)}" for key, value in found.values.items())
+    return cells
+
+
+def _difference(found: tuple[float, float | None] | None) -> str:
+    if found is None:
+        return ""
+    middle, half = found
+    return f"{middle:+.3f}" if half is None else f"{middle:+.3f} [{middle - half:+.3f}, {middle + half:+.3f}]"
+
+
+def _duration(found: Summary) -> str:
+    reached = [time for time in found.times.values() if time is not None]
+    if not found.times:
+        return ""
+    if len(reached) < len(found.times):
+        return f"not reached ({len(reached)} of {len(found.times)} seeds)"
+    seconds = mean(reached)
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 600
+        else f"{seconds / 60:.0f} min"
+        if seconds < 36000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def markdown(results: Results) -> str:
+    """A Markdown table for each setting, then what failed and which gates do not hold."""
+    found = summaries(results)
+    parts = []
+    for setting in results["settings"]:
+        rows = [_cells(results, one) for one in found if one.setting == setting["name"]]
+        if not rows:
+            continue
+        title = ", ".join(f"{key} = {shown(value)}" for key, value in setting["values"].items())
+        head = [f"**{title}**", ""] if title else []
+        lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+        parts.append("\n".join([*head, *lines, *(f"| {' | '.join(row.values())} |" for row in rows)]))
+    remarks = [f"- {one['method']} at {one['setting']}, {one['stage']}: {one['reason']}" for one in results["failures"]]
+    remarks += [f"- {one}" for one in results["broken_gates"]]
+    if remarks:
+        parts.append("\n".join(remarks))
+    return "\n\n".join(parts)
+
+
+def comma_separated(results: Results) -> str:
+    """One CSV table, a row for each method and setting, numbers as they are."""
+    out = io.StringIO()
+    rows = []
+    values = {one["name"]: one["values"] for one in results["settings"]}
+    for one in summaries(results):
+        tests = list(one.test.values())
+        middle, half = one.difference or (None, None)
+        times = [time for time in one.times.values() if time is not None]
+        rows.append(
+            {
+                **values[one.setting],
+                "method": one.method,
+                "metric": results["metric"],
+                "mean": mean(tests) if tests else None,
+                "sd": stdev(tests) if len(tests) > 1 else None,
+                "seeds": len(tests),
+                "difference": middle,
+                "difference_half_interval": half,
+                "down_bytes": one.down_bytes,
+                "up_bytes": one.up_bytes,
+                "target": one.target,
+                "seconds_to_target": mean(times) if times and len(times) == len(one.times) else None,
+                "held_out": one.tuned,
+                "tuned": " ".join(f"{key}={shown(value)}" for key, value in one.values.items()),
+            }
+        )
+    if rows:
+        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return out.getvalue().rstrip("\n")
+
+
+def latex(results: Results) -> str:
+    """One ``tabular`` for ``booktabs``, settings one below the other."""
+    found = summaries(results)
+    if not found:
+        return ""
+    columns = list(_cells(results, found[0]))
+    lines = [rf"\begin{{tabular}}{{{'l' * len(columns)}}}", r"\toprule", " & ".join(map(_tex, columns)) + r" \\"]
+    before = None
+    for one in found:
+        if one.setting != before:
+            lines.append(r"\midrule")
+            if one.setting != "all":
+                lines.append(rf"\multicolumn{{{len(columns)}}}{{l}}{{{_tex(one.setting)}}} \\")
+            before = one.setting
+        lines.append(" & ".join(map(_tex, _cells(results, one).values())) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _tex(text: str) -> str:
+    for plain, written in (("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#"), ("±", r"$\pm$"), ("*", r"$\times$")):
+        text = text.replace(plain, written)
+    return text
+
+
+FORMATS: dict[str, Callable[[Results], str]] = {"markdown": markdown, "csv": comma_separated, "latex": latex}
+"""How tables are written, by name."""

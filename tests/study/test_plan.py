@@ -1,0 +1,143 @@
+"""Study files: what each run's configuration is, and what is refused."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora import config
+from fedlora.errors import ConfigError
+from fedlora.study import parse_study
+from fedlora.study.plan import merged
+from fedlora.study.runner import Runner, setting_names
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "study.toml"
+
+
+def study(**more: Any) -> dict[str, Any]:
+    return {
+        "name": "small",
+        "seeds": [0, 1],
+        "base": {
+            "clients": {"num": 20, "per_round": 5},
+            "method": {"rounds": 6, "local": {"max_steps": 4}, "server": {"kind": "adamw", "lr": 5e-3}},
+        },
+        "methods": {"lora": {"kind": "lora", "rank": 4}, "ffa": {"kind": "ffa", "server": {"kind": "sgd", "lr": 1.0}}},
+        "vary": {"clients.partition.alpha": [0.5, 0.1], "local.max_steps": [2, 3]},
+        "tune": {"trials": 2, "vary": {"local.optimizer.lr": [1e-3, 1e-2], "server.lr": "1e-3..1e-1"}},
+        **more,
+    }
+
+
+def test_every_method_gets_a_configuration_at_every_setting() -> None:
+    values = study()
+    values["base"]["method"]["local"]["optimizer"] = {"kind": "sgd", "lr": 0.5}
+    values["base"]["clients"]["partition"] = {"kind": "dirichlet"}
+    found = parse_study(values)
+    assert found.labels == ["lora", "ffa", "head_only", "centralised_lora", "local_lora"]
+    assert list(setting_names(found)) == [f"alpha={a},max_steps={s}" for a in (0.5, 0.1) for s in (2, 3)]
+    settings = found.settings()
+    experiments = {label: config.parse(found.document(label, settings[3], 7)) for label in found.labels}
+    for label, experiment in experiments.items():
+        assert (experiment.label, experiment.seed, experiment.rounds) == (label, 7, 6)
+        assert experiment.clients.partition.alpha == 0.1  # type: ignore[union-attr]
+        assert experiment.phases[0].recipe.local.max_steps == 3
+        assert experiment.phases[0].recipe.local.optimizer.lr == 0.5  # type: ignore[attr-defined]
+    recipes = {label: experiment.phases[0].recipe for label, experiment in experiments.items()}
+    assert {label: recipe.server.kind for label, recipe in recipes.items()} == {  # type: ignore[attr-defined]
+        "lora": "adamw",
+        "ffa": "sgd",
+        "head_only": "adamw",
+        "centralised_lora": "adamw",
+        "local_lora": "adamw",
+    }
+    assert recipes["head_only"].tuning.kind == "head_only"  # type: ignore[attr-defined]
+    assert [experiment.mode for experiment in experiments.values()][2:] == ["federated", "centralised", "local"]
+    assert found.varied("lora").keys() == {"local.optimizer.lr", "server.lr"}
+    assert found.varied("local_lora").keys() == {"local.optimizer.lr"}
+    assert found.base == values["base"]
+
+
+def test_lines_can_be_of_several_methods() -> None:
+    found = parse_study(study(lines={"head_only": False, "local_only": False, "centralised": ["ffa", "lora"]}))
+    assert found.labels == ["lora", "ffa", "centralised_ffa", "centralised_lora"]
+
+
+def test_lines_can_be_left_out_or_changed() -> None:
+    lines = {"head_only": False, "local_only": False, "centralised": {"methods": ["ffa"], "set": {"rounds": 2}}}
+    found = parse_study(study(lines=lines))
+    assert found.labels == ["lora", "ffa", "centralised_ffa"]
+    assert config.parse(found.document("centralised_ffa", {}, 0)).rounds == 2
+
+
+def test_tables_of_another_kind_replace_and_others_merge() -> None:
+    base = {"a": {"kind": "x", "p": 1}, "b": {"q": {"r": 1}}, "c": 1}
+    assert merged(base, {"a": {"kind": "y"}}) == {**base, "a": {"kind": "y"}}
+    assert merged(base, {"a": {"kind": "x", "s": 2}})["a"] == {"kind": "x", "p": 1, "s": 2}
+    assert merged(base, {"a": {"p": 3}, "b": {"q": {"t": 2}}}) == {
+        "a": {"kind": "x", "p": 3},
+        "b": {"q": {"r": 1, "t": 2}},
+        "c": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"sedes": [0]}, "unknown key 'sedes', did you mean 'seeds'"),
+        ({"seeds": [1, 1]}, "names one twice"),
+        ({"methods": {}}, "methods = {}"),
+        ({"methods": {"a/b": {"kind": "lora"}}}, "is to name a folder"),
+        ({"report": {"reference": "nothing"}}, "report.reference = 'nothing' is no method"),
+        ({"tune": {"methods": {"nothing": {"vary": {}}}}}, "tune.methods.nothing: there is no such method"),
+        ({"lines": {"centralised": {"methods": ["nothing"]}}}, "no method 'nothing' to be centralised"),
+        ({"vary": {"a": []}}, "vary.a = "),
+    ],
+)
+def test_what_is_wrong_is_named(more: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_study(study(**more))
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (
+            {"tune": {"vary": {"reference": ["zero"]}}},
+            "method 'lora' at alpha=0.5,max_steps=2: unknown key 'method.reference'",
+        ),
+        ({"methods": {"lora": {"kind": "lora"}, "full": {"kind": "full", "rank": 4}}}, "method 'full' at alpha=0.5"),
+        ({"gates": {"rules": ["lora >= nothing"]}}, "there is no method 'nothing'"),
+        ({"report": {"link": "fast"}}, "is not understood"),
+        ({"report": {"target": "much"}}, "report.target: there is no method 'much'"),
+    ],
+)
+def test_what_a_method_does_not_accept_is_found_before_anything_runs(
+    tmp_path: Path, more: dict[str, Any], expected: str
+) -> None:
+    values = study(lines={"head_only": False, "centralised": False, "local_only": False})
+    values["base"]["clients"]["partition"] = {"kind": "dirichlet"}
+    values["base"]["method"]["local"]["optimizer"] = {"kind": "sgd", "lr": 0.5}
+    with pytest.raises(ConfigError) as caught:
+        Runner(parse_study({**values, **more}), tmp_path / "study")
+    assert expected in str(caught.value)
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_file_that_the_documentation_shows_is_a_study(tmp_path: Path) -> None:
+    text = (EXAMPLE.parents[1] / "docs" / "studies.md").read_text(encoding="utf-8")
+    found = parse_study(tomllib.loads(text.split("```toml\n")[1].split("```")[0]))
+    assert found.labels[-3:] == ["head_only", "centralised_lora", "centralised_full"]
+    left = Runner(found, tmp_path / "study").left()
+    assert left["final"] == {"runs": 63, "rounds": 3 * 3 * (5 * 40 + 2 * 10)}
+
+
+def test_the_example_is_a_study(tmp_path: Path) -> None:
+    found = parse_study(tomllib.loads(EXAMPLE.read_text(encoding="utf-8")))
+    left = Runner(found, tmp_path / "study").left()
+    assert left["final"]["runs"] == len(found.labels) * len(found.seeds) * len(found.settings())
+    assert left["tune"]["runs"] == len(found.labels) * len(found.settings())

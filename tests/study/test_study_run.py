@@ -1,0 +1,202 @@
+"""Whole studies: tuned, gated, run with every seed, stopped, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from tiny import LOCAL, tiny_world
+from typer.testing import CliRunner
+
+from fedlora.cli import app
+from fedlora.errors import ConfigError, TrainingError
+from fedlora.experiment import Stopped
+from fedlora.study import GateError, parse_study, pool, run_study
+
+world = pytest.fixture(scope="module")(tiny_world)
+LINES = {"centralised": False, "local_only": {"set": {"num_local": 2}}}
+
+
+def document(world: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "seeds": [0, 1],
+        "base": {
+            "model": {"path": str(world / "bert")},
+            "data": {"kind": "files", "train": str(world / "train.jsonl"), "test": str(world / "test.jsonl")},
+            "clients": {"num": 9, "per_round": 3, "partition": {"kind": "iid"}},
+            "evaluate": {"every": 2},
+            "method": {"rounds": 3, "local": LOCAL},
+        },
+        "methods": {"lora": {"kind": "lora", "rank": 4}},
+        "tune": {"trials": 2, "holdout": 0.3, "vary": {"local.optimizer.lr": [1e-3, 3e-2]}},
+        "lines": LINES,
+        "report": {"target": 0.01, "link": "down=1Mbit,up=1Mbit"},
+        **more,
+    }
+
+
+def timeless(results: dict[str, Any]) -> dict[str, Any]:
+    """Results without what the clock says."""
+    found: dict[str, Any] = json.loads(json.dumps(results))
+    for row in found["rows"]:
+        row.pop("seconds", None)
+        row.pop("link_seconds", None)
+    for row in found["tuning"]:
+        for trial in row["trials"]:
+            del trial["seconds"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A study that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "study"
+    return folder, run_study(parse_study(document(world)), folder)
+
+
+def test_a_study_tunes_everything_alike_and_runs_every_seed(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, found = whole
+    labels = ["lora", "head_only", "local_lora"]
+    assert found["labels"] == labels
+    assert [row["method"] for row in found["tuning"]] == labels
+    for row in found["tuning"]:
+        assert (len(row["trials"]), row["done"], row["rounds"]) == (2, True, [1, 2, 3])
+        assert set(row["best"]) == {"local.optimizer.lr"}
+    ended = [row for row in found["rows"] if "test" in row]
+    assert sorted((row["method"], row["seed"]) for row in ended) == sorted((m, s) for m in labels for s in (0, 1))
+    for row in ended:
+        alone = row["method"] == "local_lora"
+        assert (row["down_bytes"] == 0) == alone
+        assert ("link_seconds" in row) != alone
+    rounds = [
+        row["round"] for row in found["rows"] if (row["stage"], row["method"], row["seed"]) == ("final", "lora", 1)
+    ]
+    assert rounds == [0, 2, 3]
+    configuration = next(folder.glob("final/all/lora/seed-0-*/config.toml")).read_text()
+    assert "test.jsonl" in configuration
+    trial = next(folder.glob("tune/all/lora/*/config.toml")).read_text()
+    assert "every = 3" in trial
+    assert not list(folder.glob("tune/**/checkpoints"))
+
+
+def test_nothing_is_run_twice(world: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, found = whole
+    monkeypatch.setattr(pool, "run", None)
+    assert run_study(parse_study(document(world)), folder) == found
+
+
+def test_what_was_stopped_goes_on_to_the_same(
+    world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    real = pool.run
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 15):
+            raise Stopped("stopped")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(pool, "run", stopping)
+    study = parse_study(document(world))
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            run_study(study, tmp_path / "study")
+    assert timeless(run_study(study, tmp_path / "study")) == timeless(whole[1])
+
+
+def test_stages_and_methods_can_be_asked_for_alone(
+    world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    study = parse_study(document(world))
+    empty = run_study(study, tmp_path / "study", stage="final")
+    assert empty["rows"] == []
+    first = run_study(study, tmp_path / "study", stage="tune", only=["lora"])
+    assert {row["method"] for row in first["rows"]} == {"lora"}
+    second = run_study(study, tmp_path / "study", only=["head_only", "local_lora"])
+    assert {row["method"] for row in second["rows"] if "test" in row} == {"head_only", "local_lora"}
+    assert timeless(run_study(study, tmp_path / "study", stage="final")) == timeless(whole[1])
+    assert timeless(run_study(study, tmp_path / "study", stage="table")) == timeless(whole[1])
+    with pytest.raises(ConfigError, match="no method 'nothing'"):
+        run_study(study, tmp_path / "study", only=["nothing"])
+
+
+def test_a_gate_stops_before_the_final_runs(world: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = whole
+    gated = parse_study(document(world, gates={"rules": ["lora >= 2"]}))
+    with pytest.raises(GateError, match=r"'lora >= 2' does not hold on held-out data: lora 0\."):
+        run_study(gated, folder, stage="tune")
+    lenient = parse_study(document(world, gates={"rules": ["lora >= 2"], "stop": False}))
+    assert len(run_study(lenient, folder)["broken_gates"]) == 2
+
+
+def test_runs_that_fail_are_recorded_and_stop_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pool.run
+
+    def failing(experiment: Any, folder: Path, **named: Any) -> Any:
+        if experiment.label == "lora" and named["until"] is None and experiment.seed == 1:
+            raise TrainingError("the loss is not finite")
+        if experiment.label == "head_only":
+            raise KeyError("a slip")
+        return real(experiment, folder, **named)
+
+    monkeypatch.setattr(pool, "run", failing)
+    found = run_study(parse_study(document(world, lines={"centralised": False, "local_only": False})), tmp_path / "s")
+    reasons = [(one["stage"], one["method"], one["reason"]) for one in found["failures"]]
+    assert reasons == [("tune", "head_only", "KeyError: 'a slip'"), ("final", "lora", "the loss is not finite")]
+    assert len([row for row in found["rows"] if "test" in row]) == 1
+
+
+def test_without_anything_to_tune_only_the_final_runs_are_done(world: Path, tmp_path: Path) -> None:
+    values = document(world, tune={}, seeds=[0], lines={"centralised": False, "local_only": False, "head_only": False})
+    found = run_study(parse_study(values), tmp_path / "study")
+    assert found["tuning"] == []
+    assert {row["stage"] for row in found["rows"]} == {"final"}
+
+
+def test_a_spent_budget_begins_nothing(world: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    found = run_study(parse_study(document(world)), tmp_path / "study", budget=0.0, log=lines.append)
+    assert found["rows"] == []
+    assert lines == ["the budget was spent before the end; the same command goes on"]
+
+
+def test_the_command(world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = whole
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(document(world)))
+    arguments = ["study", str(tmp_path / "study.toml"), "--jobs", "1", "--out"]
+    shown = CliRunner().invoke(app, [*arguments, str(folder)], catch_exceptions=False)
+    assert "| lora | 0." in shown.stdout
+    counted = CliRunner().invoke(app, [*arguments, str(tmp_path / "new"), "--dry-run"], catch_exceptions=False)
+    assert "3 tunings (of several trials each) are left, 12 rounds" in counted.stdout
+    assert "6 final runs are left, 18 rounds" in counted.stdout
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_what_was_killed_goes_on_to_the_same(world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(document(world)))
+    command = [sys.executable, "-m", "fedlora", "study", str(tmp_path / "study.toml"), "--jobs", "2"]
+    command += ["--out", str(tmp_path / "study")]
+    environment = {**os.environ, "FEDLORA_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1"}
+    for lines in (4, 8):
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+            assert process.stderr is not None
+            for _ in range(lines):
+                assert process.stderr.readline()
+            process.send_signal(signal.SIGKILL)
+        time.sleep(1.0)
+    found = run_study(parse_study(document(world)), tmp_path / "study", jobs=2)
+    assert timeless(found) == timeless(whole[1])
