@@ -179,7 +179,10 @@ def test_flasc_is_lora_with_two_sparse_links_and_adamw_on_the_server() -> None:
     (phase,) = flasc(down=0.25, up=0.5, rank=4)
     recipe = phase.recipe
     assert recipe.tuning == LoRA(rank=4, alpha=16.0, init=Kaiming())
-    assert (recipe.down, recipe.up) == (Link(sparsify=TopK(density=0.25)), Link(sparsify=TopK(density=0.5)))
+    assert (recipe.down, recipe.up) == (
+        Link(sparsify=TopK(density=0.25), reference="init"),
+        Link(sparsify=TopK(density=0.5)),
+    )
     assert recipe.server == ServerAdamW(lr=5e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
     assert recipe.aggregator == Mean(weighting="uniform")
 
@@ -220,7 +223,7 @@ def test_a_mask_is_as_large_as_a_lora_of_its_rank_or_a_share_of_the_matrix() -> 
     assert SparseMask(rank=8).entries(10, 6) == 60
     assert SparseMask(density=0.5).entries(10, 6) == 30
     assert SparseMask().entries(20, 30) == 6
-    with pytest.raises(ConfigError, match="follows from density = 0.1 or from rank = 2, not from both"):
+    with pytest.raises(ConfigError, match=r"follows from density = 0\.1 or from rank = 2, not from both"):
         SparseMask(density=0.1, rank=2)
 
 

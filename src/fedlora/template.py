@@ -52,8 +52,7 @@ def template(method: str) -> str:
 
 def _arguments(method: str, phases: tuple[Phase, ...]) -> dict[str, Any]:
     """The method's arguments; of those that follow from others, what they come to."""
-    last = phases[-1].recipe
-    follows = {"warm_rounds": phases[0].rounds, "reference": last.down.reference}
+    follows = {"warm_rounds": phases[0].rounds}
     parameters = inspect.signature(METHODS[method]).parameters
     values = {name: _plain(parameter.default) for name, parameter in parameters.items()}
     values |= {name: follows[name] for name, value in values.items() if value is None and name in follows}

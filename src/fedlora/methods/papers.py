@@ -99,7 +99,7 @@ def flasc(
     decay_every: Annotated[int, Field(ge=1)] = 1,
     scope: Literal["global", "tensor"] = "global",
     quota: Quota = Quota(),
-    reference: Literal["zero", "init"] | None = None,
+    reference: Literal["zero", "init"] = "init",
     precision: AnyPrecision = Float32(),
     feedback: bool = False,
     server: AnyServerOptimizer = ADAPTIVE,
@@ -109,10 +109,11 @@ def flasc(
 ) -> Phases:
     """FLASC (arXiv 2406.05233, Alg. 1): dense local LoRA, only what is sent is sparse, down and up separately.
 
-    Down, the largest ``int(P * down)`` of all ``P`` trained entries by magnitude, head included; masked entries are
-    zero on the client. Up, the largest ``int(P * up)`` entries of each client's change. The defaults are the official
-    code's; ``quota=Quota(head=1)``, ``scope="tensor"`` and ``reference="init"`` mend what ``docs/methods.md`` tells of.
-    Over an SVD start the reference is the init and the server's decay zero, so that no pre-trained knowledge is lost.
+    Down, the largest ``int(P * down)`` of all ``P`` trained entries, head included, ranked by how far they are from
+    where they started; the others are at their start on the client. Up, the largest ``int(P * up)`` entries of each
+    client's change. The official code ranks the entries themselves and sends zeros for the others
+    (``reference="zero"``): ``B``, which starts at zero, is then not sent for many rounds, and without a head nothing is
+    learnt until it is (``docs/methods.md``).
     ``feedback`` lets each client add what its last upload left out to the next one, which asks for a ``memory``.
     """
     tuning = LoRA(
@@ -132,7 +133,7 @@ def flasc(
     return fedavg(
         rounds=rounds,
         tuning=tuning,
-        down=link(down, reference or ("zero" if init == "kaiming" and memory != "last_round" else "init"), False),
+        down=link(down, reference, False),
         up=link(up, "zero", feedback),
         server=server,
         privacy=privacy,
