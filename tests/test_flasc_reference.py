@@ -102,7 +102,8 @@ def rounds(
 def test_the_order_and_the_scaling_of_noise_are_those_of_flascs_code() -> None:
     clip, sigma = 0.3, 0.2
     privacy = CentralGaussian(clip_norm=clip, noise_multiplier=sigma, normalise=True, seed=5)
-    phases = flasc(rounds=ROUNDS, rank=4, down=0.5, up=0.25, server=SERVER, local=LOCAL, privacy=privacy)
+    links = {"down": 0.5, "up": 0.25, "reference": "zero"}
+    phases = flasc(rounds=ROUNDS, rank=4, **links, server=SERVER, local=LOCAL, privacy=privacy)  # type: ignore[arg-type]
     federation = Federation(phases)
     state = shaken(federation.start())
     ours = vector(federation.go_on(state, ROUNDS).params)

@@ -47,6 +47,7 @@ def test_final_parameters_equal_the_recorded_ones(name: str) -> None:
 
     task = TensorTask(make_model, tokens, labels, attention=False)
     recipe = flasc(
+        reference="zero",
         rounds=settings["rounds"],
         rank=settings["lora"]["r"],
         alpha=settings["lora"]["lora_alpha"],

@@ -189,7 +189,7 @@ def test_flasc_is_lora_with_two_sparse_links_and_adamw_on_the_server() -> None:
 
 def test_flasc_at_density_one_is_dense() -> None:
     (phase,) = flasc(down=1.0, up=1.0)
-    assert (phase.recipe.down, phase.recipe.up) == (Link(), Link())
+    assert (phase.recipe.down, phase.recipe.up) == (Link(reference="init"), Link())
 
 
 def test_flasc_over_an_svd_start_never_sends_raw_weights_thinned() -> None:
