@@ -14,15 +14,15 @@ from fedlora.methods import METHODS
 from fedlora.setting import Setting, prepare
 from fedlora.tasks import Model
 
-ROUNDS = 6
+ROUNDS = 8
 
 
 def document(model: Path, method: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": {"path": str(model)},
         "task": {"kind": "text_classification", "max_length": 32},
-        "data": {"kind": "docstrings", "num_classes": 4},
-        "clients": {"num": 20, "per_round": 5, "partition": {"kind": "dirichlet", "alpha": 1.0}},
+        "data": {"kind": "docstrings", "num_classes": 4, "test_fraction": 0.1},
+        "clients": {"num": 60, "per_round": 5, "partition": {"kind": "dirichlet", "alpha": 1.0}},
         "evaluate": {"every": ROUNDS, "dense": False},
         "method": {"rounds": ROUNDS, **method},
     }
