@@ -63,6 +63,44 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return folder, run_study(parse_study(document(world)), folder)
 
 
+def test_a_study_goes_on_from_its_results_alone(
+    world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, _ = whole
+    (tmp_path / "results.json").write_text((held / "results.json").read_text())
+
+    def perform(job: pool.Job) -> pool.Outcome:
+        raise AssertionError(f"{job.name} was run again")
+
+    monkeypatch.setattr(pool, "perform", perform)
+    run_study(parse_study(document(world)), tmp_path)
+    one, other = (timeless(json.loads((folder / "results.json").read_text())) for folder in (held, tmp_path))
+    assert one == other
+
+
+def test_a_study_without_some_of_its_results_runs_those_alone(
+    world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, _ = whole
+    kept = json.loads((held / "results.json").read_text())
+    kept["rows"] = [row for row in kept["rows"] if (row["stage"], row["method"], row["seed"]) != ("final", "lora", 1)]
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    done: list[str] = []
+    perform = pool.perform
+
+    def counted(job: pool.Job) -> pool.Outcome:
+        done.append(job.name)
+        return perform(job)
+
+    monkeypatch.setattr(pool, "perform", counted)
+    again = run_study(parse_study(document(world)), tmp_path)
+    assert len(done) == 1
+    assert "lora" in done[0]
+    expected = timeless(json.loads((held / "results.json").read_text()))
+    assert timeless(json.loads((tmp_path / "results.json").read_text())) == expected
+    assert again["labels"] == expected["labels"]
+
+
 def test_a_study_tunes_everything_alike_and_runs_every_seed(whole: tuple[Path, dict[str, Any]]) -> None:
     folder, found = whole
     labels = ["lora", "head_only", "local_lora"]

@@ -48,7 +48,8 @@ class Trial:
             "values": self.values,
             "metrics": {str(round_): value for round_, value in self.metrics.items()},
             "failure": self.failure,
-            "folder": self.folder.name,
+            "run": self.folder.name,
+            "ranks": {str(round_): list(rank) for round_, rank in self.ranks.items()},
         }
 
 

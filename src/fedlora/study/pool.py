@@ -98,7 +98,22 @@ def known(job: Job) -> Outcome | None:
             return Outcome(held["after"], held["main_metric"], held["higher_is_better"], seconds=held["seconds"])
     if (files.path / _FAILED).exists():
         return Outcome({}, failure=files.read_json(_FAILED)["reason"], cause="diverged")
+    if remembered(job.folder).exists() and not job.folder.exists():
+        return _remembered(job)
     return None
+
+
+def remembered(folder: Path) -> Path:
+    """The file beside a run's place that holds what is known of it where the run itself is gone."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _remembered(job: Job) -> Outcome | None:
+    file = remembered(job.folder)
+    found = RunFolder(file.parent).read_json(file.name)
+    if held := found["outcomes"].get("end" if job.until is None else str(job.until)):
+        return Outcome(held["after"], held["main_metric"], held["higher_is_better"], seconds=held["seconds"])
+    return Outcome({}, failure=found["failure"], cause="diverged") if found["failure"] else None
 
 
 def perform(job: Job) -> Outcome:

@@ -13,18 +13,18 @@ from fedlora.folder import RunFolder
 from fedlora.network import Network, parse_network
 from fedlora.study.gates import Figures
 from fedlora.study.halving import Halving
-from fedlora.study.pool import Job, Outcome
+from fedlora.study.pool import Job, Outcome, remembered
 
 VERSION = 1
 Key = tuple[str, str]
 
 
 def compact(value: Any) -> Any:
-    """The same JSON value with numbers of five digits."""
+    """The same JSON value with numbers of five digits, but for those that trials are ranked by."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
-        return {key: compact(one) for key, one in value.items()}
+        return {key: one if key == "ranks" else compact(one) for key, one in value.items()}
     return [compact(one) for one in value] if isinstance(value, list | tuple) else value
 
 
@@ -36,8 +36,6 @@ def tuning_rows(tunings: Mapping[Key, Halving]) -> list[dict[str, Any]]:
         trials = [
             {**trial.row(), "seconds": trial.seconds} for trial in halving.trials if trial.metrics or trial.failure
         ]
-        for trial in trials:
-            del trial["folder"]
         rows.append(
             {
                 "method": label,
@@ -65,11 +63,15 @@ def evaluations(
         sent: whether anything is sent; else there is no time over a network.
         outcome: the figures on all test rows at the end, of a run that has ended.
     """
+    files, held = RunFolder(folder), remembered(folder)
+    if held.exists() and not folder.exists():
+        yield from RunFolder(held.parent).read_json(held.name)["rows"]
+        return
     down = up = 0
     passed = seconds = 0.0
     timed = sent
     found: list[dict[str, Any]] = []
-    for row in RunFolder(folder).rows():
+    for row in files.rows():
         down += sum(row.down_bytes.values())
         up += sum(row.up_bytes.values())
         seconds += sum(row.seconds.values())
@@ -81,7 +83,7 @@ def evaluations(
             sizes = {"down_bytes": down, "up_bytes": up, "seconds": seconds}
             found.append({**facts, "round": row.round, **sizes, **time, "metrics": row.metrics})
     if outcome is not None and not found:  # clients that train alone have ledgers of their own
-        rounds = RunFolder(folder).read_json("result.json")["rounds"]
+        rounds = files.read_json("result.json")["rounds"]
         found.append(
             {**facts, "round": rounds, "down_bytes": 0, "up_bytes": 0, "seconds": outcome.seconds, "metrics": {}}
         )
@@ -105,7 +107,7 @@ def final_rows(
     for (label, setting, seed), (job, outcome) in finals.items():
         if outcome is not None and outcome.failure:
             continue
-        facts = {"stage": "final", "method": label, "setting": setting, "seed": seed}
+        facts = {"stage": "final", "method": label, "setting": setting, "seed": seed, "run": job.folder.name}
         rows += evaluations(facts, job.folder, network, label not in alone, outcome)
     return rows
 
@@ -116,6 +118,7 @@ def tune_rows(tunings: Mapping[Key, Halving], seed: int) -> list[dict[str, Any]]
     for (label, setting), halving in tunings.items():
         for number, trial in enumerate(halving.trials):
             facts = {"stage": "tune", "method": label, "setting": setting, "seed": seed, "trial": number}
+            facts["run"] = trial.folder.name
             found = list(evaluations(facts, trial.folder, None, False, None))
             rows += found or [
                 {**facts, "round": round_, "metrics": {halving.main_metric: trial.metrics[round_]}}

@@ -17,6 +17,7 @@ from fedlora.study.gates import GateError, check, parse_rules, parse_term
 from fedlora.study.halving import Halving, with_values
 from fedlora.study.plan import Study
 from fedlora.study.pool import Job, Outcome, Source, deadline_of, execute, known, processes_for, shown
+from fedlora.study.restore import restore
 from fedlora.study.results import Key
 
 STAGES = ("tune", "final", "table")
@@ -276,6 +277,7 @@ def run_study(
         GateError: a gate does not hold.
         Stopped: the user interrupted; the same call goes on.
     """
+    restore(Path(folder))
     runner = Runner(study, Path(folder), only)
     processes, deadline = processes_for(jobs), deadline_of(budget)
     done = True

@@ -1,0 +1,49 @@
+"""Goes on from a committed ``results.json`` where the runs themselves are gone, as on another machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.folder import RunFolder
+from fedlora.study.pool import remembered
+from fedlora.study.results import read
+
+
+def restore(folder: Path) -> None:
+    """Writes down, beside the place of each run that ``results.json`` knows and that is gone, what is known of it.
+
+    A run is found by its configuration's digest, so another configuration never takes its place. One that has to go on
+    starts anew, to the same bits.
+
+    Args:
+        folder: of the study.
+    """
+    if not (folder / "results.json").exists():
+        return
+    found = read(folder / "results.json")
+    figures = {"main_metric": found["metric"], "higher_is_better": found["higher_is_better"]}
+    runs: dict[Path, dict[str, Any]] = {}
+    for row in found["rows"]:
+        run = runs.setdefault(_place(folder, row), {"rows": [], "outcomes": {}, "failure": ""})
+        run["rows"].append(row)
+        if "test" in row:
+            run["outcomes"]["end"] = {"after": row["test"], "seconds": row["seconds"], **figures}
+    for tuned in found["tuning"]:
+        for trial in tuned["trials"]:
+            place = _place(folder, {"stage": "tune", **tuned, "run": trial["run"]})
+            run = runs.setdefault(place, {"rows": [], "outcomes": {}})
+            run["failure"] = trial["failure"]
+            for rung, (rank, loss) in trial["ranks"].items():
+                value = rank if found["higher_is_better"] else -rank
+                reached = {"after": {found["metric"]: value, "loss": -loss}, "seconds": trial["seconds"], **figures}
+                run["outcomes"][rung] = reached
+    for path, run in runs.items():
+        if not path.exists() and (run["outcomes"] or run["failure"]):
+            file = remembered(path)
+            RunFolder(file.parent).write_json(file.name, run)
+
+
+def _place(folder: Path, row: Mapping[str, Any]) -> Path:
+    return folder / str(row["stage"]) / str(row["setting"]) / str(row["method"]) / str(row["run"])
