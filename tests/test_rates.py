@@ -151,3 +151,10 @@ def test_both_phases_of_slora_take_rates() -> None:
     )
     assert (first.recipe.local.lr_scale.head, second.recipe.local.lr_scale.B) == (3.0, 2.0)
     assert full(local=Local(lr_scale=LrScale(head=2.0)))[0].recipe.local.lr_scale.moved == ("head",)
+
+
+def test_classifiers_of_older_runs_read_what_the_stock_class_does() -> None:
+    task = {"kind": "text_classification", "problem": "single", "max_length": 64, "pad_to": "longest"}
+    old = {"task": {**task, "eval_batch_size": 64}, "phases": [{"rounds": 1}]}
+    assert config.parse(old).task.pooling == "model"  # type: ignore[union-attr]
+    assert config.parse({"task": task, "phases": [{"rounds": 1}]}).task.pooling == "auto"  # type: ignore[union-attr]

@@ -20,6 +20,7 @@ from fedlora.methods import Phases, primed_lora, slora
 from fedlora.phases import close_phase, open_phase
 from fedlora.round import Row, run_round
 from fedlora.server_optim import Adam
+from fedlora.server_optim import Sgd as ServerSgd
 from fedlora.state import Carry, ServerState
 from fedlora.testing import FAMILIES, TensorTask, equal_population, toy_task
 from fedlora.tuning import Bottleneck, Full, HeadOnly, LoRA, SparseMask, SvdOfWeight
@@ -41,7 +42,8 @@ def phases_of(**settings: Any) -> Phases:
             "alpha": 12.0,
             "density": 0.3,
             "local": LOCAL,
-            "warm_local": LOCAL,
+            "server": ServerSgd(),
+            "mask_targets": "all-linear",
             **settings,
         }
     )

@@ -96,6 +96,8 @@ def document(root: Path, method: str = "lora", *overrides: str, rounds: int = 3)
     values: dict[str, Any] = {
         "label": method,
         "model": {"path": str(root / "bert")},
+        # exports that the stock class loads
+        "task": {"kind": "text_classification", "pooling": "model"},
         "data": {"kind": "files", "train": str(root / "train.jsonl"), "test": str(root / "test.jsonl")},
         "clients": {"num": 9, "per_round": 3, "partition": {"kind": "iid"}},
         "evaluate": {"every": 2},

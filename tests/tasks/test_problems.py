@@ -57,14 +57,14 @@ def _rows(world: Path) -> None:
 
 def prepare(world: Path, problem: Problem) -> PreparedText:
     files = Files(train=str(world / f"{problem}-train.jsonl"), test=str(world / f"{problem}-test.jsonl"))
-    task = TextClassification(problem=problem).prepare(Model(path=str(world / "bert")), files)
+    task = TextClassification(problem=problem, pooling="model").prepare(Model(path=str(world / "bert")), files)
     assert isinstance(task, PreparedText)
     return task
 
 
 def settings(world: Path, problem: Problem) -> tuple[str, ...]:
     files = (f"data.{side}={world / f'{problem}-{side}.jsonl'}" for side in ("train", "test"))
-    return (*files, f"task={{kind='text_classification', problem='{problem}'}}")
+    return (*files, f"task={{kind='text_classification', pooling='model', problem='{problem}'}}")
 
 
 # ---- the task
@@ -113,7 +113,8 @@ def test_an_evaluation_is_made_of_the_logits(world: Path, problem: Problem) -> N
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_task_comes_back_without_its_data(world: Path, problem: Problem) -> None:
     whole = prepare(world, problem)
-    alone = TextClassification(problem=problem).restore(Model(path=str(world / "bert")), whole.label_names)
+    settings = TextClassification(problem=problem, pooling="model")
+    alone = settings.restore(Model(path=str(world / "bert")), whole.label_names)
     model = whole.load_model(0, "fp32", CPU)[0].eval()
     file = world / f"{problem}-test.jsonl"
     with torch.no_grad():

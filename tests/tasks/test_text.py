@@ -167,7 +167,7 @@ def test_what_the_checkpoint_lacks_belongs_to_the_head(world: Path, tmp_path: Pa
     tensors = load_file(folder / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if "pooler" not in name}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    task = TextClassification().restore(Model(path=str(folder)), list(COLOURS))
+    task = TextClassification(pooling="model").restore(Model(path=str(folder)), list(COLOURS))
     head = task.load_model(0, "fp32", CPU)[1]
     assert head == {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     assert head_names(tiny_model(), set()) == {"classifier.weight", "classifier.bias"}

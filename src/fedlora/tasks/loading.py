@@ -17,7 +17,7 @@ from fedlora.errors import ConfigError
 from fedlora.tasks import cpu
 from fedlora.tasks.base import Model
 from fedlora.tasks.heads import parameters_of
-from fedlora.tasks.pooling import PooledClassifier, Pooling
+from fedlora.tasks.pooling import POOLER_FAMILIES, PooledClassifier, Pooling
 
 FEW_BITS: dict[str, dict[str, Any]] = {
     "8bit": {"load_in_8bit": True},
@@ -88,6 +88,19 @@ def load_pretrained(
     head = head_names(loaded, missing)
     head = (head if fresh_head else head & missing) | parameters_of(loaded, model.head)
     return loaded if model.load in FEW_BITS else loaded.to(device), head
+
+
+def pooling_of(model: Model) -> Pooling:
+    """What a classifier reads where nobody said so: the mean, in families whose stock class reads a frozen pooler.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    with quiet_transformers(), readable(model):
+        config = transformers.AutoConfig.from_pretrained(
+            model.resolve(), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    return "mean" if config.model_type in POOLER_FAMILIES else "model"
 
 
 def positions(model: nn.Module) -> int | None:

@@ -15,6 +15,9 @@ from fedlora.state import generator, named_seed
 from fedlora.tasks.cpu import Dropout
 
 Pooling = Literal["model", "cls", "mean"]
+POOLER_FAMILIES = frozenset({"albert", "bert", "ernie", "megatron-bert", "mobilebert", "rembert"})
+"""Families whose stock class classifies what a pooler makes of the first token. The pooler belongs to the backbone, so
+adapters leave it as it was pre-trained."""
 
 _FLAGS = (
     *("base_model_prefix", "main_input_name", "supports_gradient_checkpointing", "_no_split_modules"),

@@ -32,7 +32,7 @@ from fedlora.tasks.columns import (
 )
 from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, cached, width_of
 from fedlora.tasks.labels import class_sets, class_sets_of, class_table
-from fedlora.tasks.loading import class_settings, load_pretrained, load_tokenizer, save_tokenizer
+from fedlora.tasks.loading import class_settings, load_pretrained, load_tokenizer, pooling_of, save_tokenizer
 from fedlora.tasks.pooling import Pooling
 from fedlora.tasks.sentence import save_modules, usage
 from fedlora.tasks.sources import Source, read_rows
@@ -56,7 +56,8 @@ class TextClassification(Task):
         problem: ``single`` class, ``multi`` (any number of classes), or ``regression``.
         max_length: tokens after which a text is cut.
         pad_to: ``longest`` pads a batch to its longest text; a number pads every batch to that length.
-        pooling: what the classifier reads: ``model`` leaves it to the class that ``transformers`` has for the family;
+        pooling: what the classifier reads: ``model`` leaves it to the class of the family in ``transformers``;
+            ``auto`` is ``mean`` where that class reads a pooler that adapters leave frozen (BERT), else ``model``;
             ``mean`` is the mean of the attended tokens' last hidden states, ``cls`` the first token's, both without
             the pooler or dense layer that the family's class has in between (encoders only).
         eval_batch_size: examples in an evaluation batch; they are sorted by length.
@@ -69,7 +70,7 @@ class TextClassification(Task):
     problem: scores.Problem = "single"
     max_length: Annotated[int, Field(ge=2)] = 128
     pad_to: Literal["longest"] | Annotated[int, Field(ge=2)] = "longest"
-    pooling: Pooling = "model"
+    pooling: Literal["auto"] | Pooling = "auto"
     eval_batch_size: Annotated[int, Field(ge=1)] = 64
 
     def __post_init__(self) -> None:
@@ -146,8 +147,9 @@ class PreparedText(Prepared):
         self.tokenizer = tokenizer
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
         self._model = model
+        self._pooling: Pooling = pooling_of(model) if settings.pooling == "auto" else settings.pooling
         self.train_head = model.train_head
-        if settings.pooling != "model":
+        if self._pooling != "model":
             self.auto_class, self.peft_task, self.backbone_only = "AutoModel", "FEATURE_EXTRACTION", True
         self._names = names
         self._data = dict(data)
@@ -189,7 +191,7 @@ class PreparedText(Prepared):
         settings |= class_settings(self._names) if self._names else {"num_labels": 1}
         longest = max((tokens.longest() for tokens in self._tokens.values()), default=0)
         model, head = load_pretrained(
-            PreparedText.auto_class, self._model, seed, device, settings, longest=longest, pooling=self.settings.pooling
+            PreparedText.auto_class, self._model, seed, device, settings, longest=longest, pooling=self._pooling
         )
         # decoders find a text's last token by it
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
@@ -279,14 +281,14 @@ class PreparedText(Prepared):
 
     def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """See ``Prepared.save_head``: the modules of ``sentence-transformers``."""
-        if self.settings.pooling != "model":
+        if self._pooling != "model":
             weight, bias = weights["classifier.weight"], weights["classifier.bias"]
-            save_modules(folder, self.settings.pooling, self.settings.max_length, weight, bias)
+            save_modules(folder, self._pooling, self.settings.max_length, weight, bias)
 
     @property
     def usage(self) -> str:
         """See ``Prepared.usage``."""
-        return "" if self.settings.pooling == "model" else usage(self.settings.pooling, self._names)
+        return "" if self._pooling == "model" else usage(self._pooling, self._names)
 
     def _read_labels(self, rows: Any) -> Rows:
         if self.settings.problem == "multi":
