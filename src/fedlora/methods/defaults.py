@@ -15,6 +15,5 @@ server makes up for how unequal these are. A fresh head wants a higher rate than
 ADAPTIVE_FULL = AdamW(lr=1e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
 """The same where pre-trained weights themselves move."""
 
-PLAIN = Local(optimizer=Sgd(lr=0.5), lr_scale=LrScale(head=0.4))
-"""The clients of methods whose server must take the mean as it is: what a round moves is decided here alone. Plain SGD
-moves adapters little, so their rate is as high as is stable, and the head's lower."""
+PLAIN = Local(optimizer=Sgd(lr=0.2))
+"""The clients of methods whose server must take the mean as it is: what a round moves is decided here alone."""
