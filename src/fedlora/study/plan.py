@@ -21,6 +21,11 @@ from fedlora.study.halving import with_values
 _SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning")
 """First parts of the keys that mean something where nothing is sent."""
 HEAD_ONLY, CENTRALISED, LOCAL = "head_only", "centralised", "local"
+_HEAD_OPTIMISERS = {
+    "server": {"kind": "adamw", "lr": 3e-2, "weight_decay": 0.0},
+    "local": {"optimizer": {"kind": "sgd", "lr": 0.05}},
+}
+"""What a head trains well with, where a study does not name a server for all."""
 Table = dict[str, Any]
 Vary = dict[str, list[Any] | str]
 
@@ -197,7 +202,8 @@ class Study:
         }
         head = _line(self.lines.head_only)
         if head and HEAD_ONLY not in found:
-            found[HEAD_ONLY] = "federated", {"kind": "fedavg", "tuning": {"kind": "head_only"}}, head.set
+            optimisers = {} if "server" in self.base.get("method", {}) else _HEAD_OPTIMISERS
+            found[HEAD_ONLY] = "federated", {"kind": "fedavg", "tuning": {"kind": "head_only"}, **optimisers}, head.set
         for mode, given in ((CENTRALISED, self.lines.centralised), (LOCAL, self.lines.local_only)):
             line = _line(given)
             for label in (line.methods or (next(iter(self.methods)),)) if line else ():
