@@ -111,7 +111,7 @@ def side_by_side(
 @functools.cache
 def docstrings(pad_to: int | None = None) -> PreparedText:
     """The built-in data, encoded for the embedded model; padded to the longest text of a batch, or to ``pad_to``."""
-    task = TextClassification(pad_to=pad_to or "longest").prepare(Model(), Docstrings())
+    task = TextClassification(pad_to=pad_to or "longest", pooling="model").prepare(Model(), Docstrings())
     assert isinstance(task, PreparedText)
     return task
 

@@ -39,8 +39,8 @@ def _one(settings: Settings, recipe: Recipe, compute: str) -> list[Figure]:
         seed = named_seed(named_seed(0, "client", 0, client), "shuffle")
         rows = population.rows_of(client)[torch.randperm(SIZE, generator=generator(seed)).numpy()]
         batches += [rows[first : first + size] for first in range(0, SIZE, size)]
-    model = other.model.train()
-    optimizer = torch.optim.AdamW(list(other.installed.parameters.values()), lr=1e-3, weight_decay=0.0)
+    model = other.model.eval()  # the clients' dropout is off
+    optimizer = torch.optim.SGD(list(other.installed.parameters.values()), lr=0.05, momentum=0.9)
 
     def plain() -> None:
         for rows in batches:

@@ -28,7 +28,7 @@ def measure(settings: Settings) -> list[Figure]:
     workspace, _, _ = opened(task, recipe, spread_rows(task.num_examples("train"), 1, BATCH))
     model, parameters = workspace.model, list(workspace.installed.parameters.values())
     batch = task.batch(np.arange(BATCH), CPU)
-    optimizer = recipe.local.optimizer.build(parameters, 1.0)
+    optimizer = recipe.local.optimizer.build(parameters, [1.0] * len(parameters))
     matrices = [
         (tuple(parameter.shape), parameter.numel())
         for name, parameter in model.named_parameters()
