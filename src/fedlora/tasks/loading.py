@@ -96,11 +96,7 @@ def pooling_of(model: Model) -> Pooling:
     Raises:
         ConfigError: there is no such model.
     """
-    with quiet_transformers(), readable(model):
-        config = transformers.AutoConfig.from_pretrained(
-            model.resolve(), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    return "mean" if config.model_type in POOLER_FAMILIES else "model"
+    return "mean" if _of(model, transformers.AutoConfig).model_type in POOLER_FAMILIES else "model"
 
 
 def positions(model: nn.Module) -> int | None:
@@ -126,16 +122,21 @@ def load_tokenizer(model: Model) -> Any:
     Raises:
         ConfigError: there is no such model.
     """
-    with quiet_transformers(), readable(model):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            model.resolve(), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+    tokenizer = _of(model, transformers.AutoTokenizer)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer of {model.path!r} has no token to pad with; give it a pad_token")
     return tokenizer
+
+
+def _of(model: Model, auto_class: Any) -> Any:
+    """What ``auto_class`` reads of a model's folder or hub entry."""
+    with quiet_transformers(), readable(model):
+        return auto_class.from_pretrained(
+            model.resolve(), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
