@@ -89,7 +89,7 @@ def test_a_tied_weight_is_refused() -> None:
 
 def test_a_pooler_that_pooling_leaves_out_is_refused(world: Path) -> None:
     chosen = experiment(world, "lora", POOLER, "task={kind='text_classification', pooling='mean'}")
-    with pytest.raises(ConfigError, match=r"model.head has 'bert.pooler', but PooledClassifier has no such module"):
+    with pytest.raises(ConfigError, match=r"model.head has 'bert.pooler', but a classifier that reads pooled tokens"):
         groups(chosen)
 
 

@@ -28,6 +28,11 @@ def parameters_of(model: nn.Module, modules: tuple[str, ...]) -> frozenset[str]:
             for name, module in model.named_modules()
             if (name == entry or name.endswith(f".{entry}")) and next(module.parameters(), None) is not None
         ]
+        if not names and entry.endswith("pooler"):
+            raise ConfigError(
+                f"model.head has {entry!r}, but a classifier that reads pooled tokens has no pooler; set task.pooling = "
+                "'model' for the stock class, or leave it out of model.head"
+            )
         if not names:
             raise ConfigError(
                 f"model.head has {entry!r}, but {type(model).__name__} has no such module with parameters"
