@@ -30,8 +30,8 @@ def parameters_of(model: nn.Module, modules: tuple[str, ...]) -> frozenset[str]:
         ]
         if not names and entry.endswith("pooler"):
             raise ConfigError(
-                f"model.head has {entry!r}, but a classifier that reads pooled tokens has no pooler; set task.pooling = "
-                "'model' for the stock class, or leave it out of model.head"
+                f"model.head has {entry!r}, but a classifier that reads pooled tokens has no pooler; set "
+                "task.pooling = 'model' for the stock class, or leave it out of model.head"
             )
         if not names:
             raise ConfigError(
