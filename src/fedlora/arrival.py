@@ -96,7 +96,7 @@ def _check(job: Job, report: Mapping[str, float], most: float) -> None:
         raise WireError(f"it says {report['below']:g} where it was asked whether its update is below the clip: 0 or 1")
     if report.get("examples", 0.0) > most:
         raise WireError(f"it says that it trained on {report['examples']:g} examples, and it has {most:g} at most")
-    shrink, rank = job.recipe.shrink, job.recipe.rank
-    if shrink and report["rank"] not in (rank, shrink.fewer(rank)):
-        told = report["rank"]
+    rank = job.recipe.rank
+    told = report.get("rank", rank)
+    if told not in (rank, job.recipe.rank_pruning.fewer(rank)):
         raise WireError(f"client {job.client} of rank {rank} says that its rank is {told:g} now; it cannot be")

@@ -45,6 +45,10 @@ class Prune:
             return float(self.density * self.decay ** ((steps - self.first) // self.every))
         return None
 
+    def kept(self, params: Tree, steps: int) -> Tree:
+        """Masks of what is left of a round's parameters, once something was pruned; empty before."""
+        return {name: value != 0 for name, value in params.items()} if steps >= self.first else {}
+
     def apply(
         self, params: Tree, slots: dict[str, Tree], groups: dict[str, str], steps: int
     ) -> tuple[Tree, dict[str, Tree]]:
@@ -54,6 +58,23 @@ class Prune:
             return params, slots
         kept = TopK(density=density, scope=self.scope, quota=self.quota).mask(params, groups, 0)
         return _masked(params, kept), {slot: _masked(state, kept) for slot, state in slots.items()}
+
+
+class NoPrune:
+    """Nothing is pruned; what ``Prune`` does, done to nothing."""
+
+    def density_after(self, steps: int) -> None:
+        """None: nothing is pruned then."""
+
+    def kept(self, params: Tree, steps: int) -> Tree:
+        """No masks."""
+        return {}
+
+    def apply(
+        self, params: Tree, slots: dict[str, Tree], groups: dict[str, str], steps: int
+    ) -> tuple[Tree, dict[str, Tree]]:
+        """``params`` and ``slots`` themselves."""
+        return params, slots
 
 
 def _masked(values: Tree, kept: Tree) -> Tree:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from fedlora import tree
 from fedlora.aggregate import factors
 from fedlora.component import STRICT
 from fedlora.tree import Tree
@@ -30,6 +31,8 @@ class Shrink:
 
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.99
     weight: Annotated[float, Field(ge=0)] = 1e-3
+    reports: ClassVar[tuple[str, ...]] = ("rank",)
+    """What clients report of it: what their rank is from then on."""
 
     def fewer(self, rank: int) -> int:
         """The rank that a client of ``rank`` may come down to; one at least."""
@@ -49,9 +52,44 @@ class Shrink:
         ]
         return torch.stack(sizes).sum()
 
+    def penalty(self, params: Mapping[str, Tensor], rank: int) -> Tensor | float:
+        """What a client adds to its loss."""
+        return self.weight * self.tail(params, rank)
+
     def after(self, before: Mapping[str, Tensor], now: Mapping[str, Tensor], rank: int) -> int:
         """The client's rank after its turn."""
         return self.fewer(rank) if float(self.tail(now, rank)) < float(self.tail(before, rank)) else rank
+
+    def apply(self, delta: Tree, start: Tree, rank: int) -> tuple[Tree, int]:
+        """What a client of ``rank`` sends of ``delta``, and its rank after its turn."""
+        left = self.after(start, tree.add(start, delta), rank)
+        return (self.keep_ranks(delta, left) if left < rank else delta), left
+
+    def keep_ranks(self, values: Tree, rank: int) -> Tree:
+        """``values`` as a client has them that has come down to ``rank``."""
+        return without_ranks(values, rank)
+
+
+class NoShrink:
+    """Clients keep their ranks; what ``Shrink`` does, done to nothing."""
+
+    reports: ClassVar[tuple[str, ...]] = ()
+
+    def fewer(self, rank: int) -> int:
+        """``rank`` itself."""
+        return rank
+
+    def penalty(self, params: Mapping[str, Tensor], rank: int) -> float:
+        """Nothing."""
+        return 0.0
+
+    def apply(self, delta: Tree, start: Tree, rank: int) -> tuple[Tree, int]:
+        """``delta`` and ``rank`` themselves."""
+        return delta, rank
+
+    def keep_ranks(self, values: Tree, rank: int) -> Tree:
+        """``values`` themselves."""
+        return values
 
 
 def without_ranks(delta: Tree, first: int) -> Tree:

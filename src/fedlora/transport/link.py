@@ -156,6 +156,14 @@ class Link:
         }
         return wire.pack(split_groups(tree, groups) | dict(others or {}), forms, reference, trees)
 
+    def with_lost(self, tree: Tree, lost: Tree) -> Tree:
+        """``tree`` and what the message before lost."""
+        return trees.add(tree, lost) if lost else tree
+
+    def lost(self, tree: Tree, packet: Packet, groups: Mapping[str, str]) -> Tree:
+        """What the next message is to make good for: with ``feedback`` what ``packet`` lost of ``tree``."""
+        return trees.subtract(tree, join_groups(packet.trees, groups)) if self.feedback else {}
+
     def send(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int, reference: str = "zero") -> Packet:
         """``encode`` of ``thin``."""
         return self.encode(self.thin(tree, groups, round, seed), groups, round, seed, reference=reference)
