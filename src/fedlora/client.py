@@ -44,7 +44,7 @@ def run_job(job: Job, workspace: Workspace, rows: Rows, seconds: float = math.in
     base = recipe if same else replace(recipe, local=replace(recipe.local, compute=job.base))
     workspace.settle(job.phase, base, job.setup)
     installed, groups = workspace.installed, workspace.installed.groups
-    moving = job.round if recipe.aggregator.restarts else 0
+    moving = job.round if recipe.aggregator.reinitialises else 0
     start = workspace.decode(job.payload, moving, lambda: _received(job, workspace))
     folds = workspace.folds(job.fold, job.memory.folds)
     workspace.show(recipe, start, folds)
