@@ -92,7 +92,7 @@ def test_equal_clients_give_what_each_of_them_has(kind: str) -> None:
     expected = tree.add(params, one.delta)
     torch.testing.assert_close(product(after) + folded(change), product(expected), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after["head.weight"], expected["head.weight"])
-    assert bool(change.fold) == VALUES[kind].restarts
+    assert bool(change.fold) == VALUES[kind].reinitialises
 
 
 @pytest.mark.parametrize("kind", VALUES)

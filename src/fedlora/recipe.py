@@ -192,7 +192,7 @@ class Recipe:
                 "what a client's optimiser remembers of ranks given up would bring them back; set local.keep_optimizer "
                 "to false, or leave shrink out"
             )
-        if self.aggregator.restarts or not isinstance(self.privacy, NoPrivacy):
+        if self.aggregator.reinitialises or not isinstance(self.privacy, NoPrivacy):
             raise ConfigError(
                 "clients tell their ranks, without noise, and compare them with those before; leave privacy out, and "
                 "use an aggregator without new starts"
@@ -202,7 +202,7 @@ class Recipe:
 
     def _check_restarts(self, moving: str) -> None:
         """What cannot go with adapters that start anew after each round."""
-        if not self.aggregator.restarts or not isinstance(self.tuning, LoRA):
+        if not self.aggregator.reinitialises or not isinstance(self.tuning, LoRA):
             return
         kind = self.aggregator.kind
         if not self.tuning.init.from_seed:
@@ -295,7 +295,7 @@ def init_of(recipe: Recipe, init: Tree, seed: int, steps: int) -> Tree:
         seed: of the phase's start.
         steps: rounds of the phase that are done.
     """
-    if not recipe.aggregator.restarts or not steps:
+    if not recipe.aggregator.reinitialises or not steps:
         return init
     return recipe.tuning.redrawn(init, named_seed(seed, "restart", steps))
 

@@ -204,7 +204,7 @@ def run_round(
     folds, init = state.folds, state.init
     if change.fold:
         folds = extended(folds, change.fold)
-    if recipe.aggregator.restarts:
+    if recipe.aggregator.reinitialises:
         init = init_of(recipe, init, named_seed(seed, "start", state.phase), state.steps + 1)
         params |= {name: value for name, value in init.items() if state.groups[name] == "adapter"}
     if not tree.is_finite(params | folds.total):

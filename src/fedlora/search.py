@@ -221,7 +221,7 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
             "a search varies the density of links that are top_k and have no stages, and there is none; use method "
             "flasc, or set down.sparsify and up.sparsify"
         )
-    if recipe.aggregator.folds:
+    if recipe.aggregator.edits_base:
         raise ConfigError(
             f"{recipe.aggregator.kind!r} sends folds, whose bytes no density changes; use an aggregator without folds"
         )

@@ -73,7 +73,7 @@ class Workspace:
                 )
         for parameter in self._installed.parameters.values():  # fused optimisers look at no strides
             parameter.data = parameter.data.contiguous()
-        if recipe.aggregator.folds:
+        if recipe.aggregator.edits_base:
             for name, layer in lora_layers(model).items():
                 if layer.packed:
                     raise ConfigError(
@@ -107,7 +107,7 @@ class Workspace:
         like = setup_parts(recipe, installed, Start(installed.read(), Fold(), 0, {}))
         self.init = recipe.tuning.settle(installed, wire.unpack(setup, like) if like else {})
         if recipe.local.compute == "bf16":
-            _to_bfloat16(installed, keep=recipe.aggregator.folds)
+            _to_bfloat16(installed, keep=recipe.aggregator.edits_base)
         self._setup = setup
 
     def show(self, recipe: Recipe, params: Tree, folds: Folds) -> None:

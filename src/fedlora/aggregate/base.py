@@ -23,9 +23,9 @@ class Aggregator(ABC):
 
     exact_for_products: ClassVar[bool]
     """Whether the mean of the products ``B @ A`` is what the result's product is, its fold included."""
-    folds: ClassVar[bool] = False
+    edits_base: ClassVar[bool] = False
     """Whether frozen weights are edited, which clients must get to know."""
-    restarts: ClassVar[bool] = False
+    reinitialises: ClassVar[bool] = False
     """Whether the adapters start anew after each round."""
 
     @property

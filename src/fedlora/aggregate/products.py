@@ -108,7 +108,7 @@ class ProductExact(Aggregator):
     weighting: Literal["uniform", "examples"] = "uniform"
     rank: Annotated[int, Field(ge=1)] | None = None
     exact_for_products: ClassVar[bool] = True
-    folds: ClassVar[bool] = True
+    edits_base: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
         """See ``Aggregator.fold_rank``; nothing where one factor keeps still."""
@@ -155,8 +155,8 @@ class Stack(Aggregator):
     kind: Literal["stack"] = "stack"
     weighting: Literal["uniform", "examples"] = "uniform"
     exact_for_products: ClassVar[bool] = True
-    folds: ClassVar[bool] = True
-    restarts: ClassVar[bool] = True
+    edits_base: ClassVar[bool] = True
+    reinitialises: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
         """See ``Aggregator.fold_rank``."""
