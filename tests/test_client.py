@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import experiment, tiny_world
-from toy import Federation
+from toy import LOCAL, Federation
 
 import fedlora
+from fedlora.client import close_turn, open_turn
+from fedlora.engines import Serial
+from fedlora.jobs import Job, Reply
 from fedlora.local import AdamW, Local, Schedule, Sgd
-from fedlora.methods import fedavg
+from fedlora.methods import fedavg, het_lora
 from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
 from fedlora.testing import TensorTask, toy_task
+from fedlora.training import train
+from fedlora.transport import Link, TopK
 from fedlora.tree import Tree, flatten
 from fedlora.tuning import BitFit, Bottleneck, Full, LoRA, SparseMask
 from fedlora.workspace import Workspace
@@ -97,3 +103,31 @@ def test_weights_that_lie_otherwise_in_memory_are_trained_to_the_same_bits(
     monkeypatch.setattr(TensorTask, "load_model", transposed)
     found = trained()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+class Together(Serial):
+    """Opens the turns of a whole cohort, trains them, and closes them, the last one first."""
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
+        turns = [open_turn(job, self.workspace, self.population.rows_of(job.client)) for job in jobs]
+        ended = list(zip(turns, train(self.workspace, turns), strict=True))
+        return reversed([close_turn(ready, trained) for ready, trained in reversed(ended)])
+
+
+SPARSE = Link(sparsify=TopK(density=0.3), feedback=True)
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        fedavg(rounds=3, local=Local(keep_optimizer=True), up=SPARSE, memory="last_round"),
+        het_lora(rounds=3, rank=8, local=LOCAL),
+    ],
+    ids=["memory", "ranks"],
+)
+def test_turns_of_a_cohort_can_be_taken_together(phases: Any) -> None:
+    one, other = Federation(phases), Federation(phases)
+    other.engine = Together(other.workspace, other.engine.population)
+    found, expected = (each.go_on(each.start(), 3) for each in (other, one))
+    assert all(torch.equal(value, expected.params[name]) for name, value in found.params.items())
+    assert [row.up_bytes for row in other.rows] == [row.up_bytes for row in one.rows]

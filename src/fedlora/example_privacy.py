@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fedlora.aggregate import factors
 from fedlora.component import STRICT
-from fedlora.gradients import GradientSource
 from fedlora.privacy import normal, uniform
 from fedlora.state import generator, named_seed
 from fedlora.tree import Tree
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ExampleNoise(GradientSource):
+class ExampleNoise:
     """A client's steps by DP-SGD (Abadi et al., arXiv 1607.00133, Alg. 1).
 
     How many examples a client has is public; what is in each of them is protected. In a step each example takes part
@@ -50,11 +49,11 @@ class ExampleNoise(GradientSource):
 
     @property
     def repeatable(self) -> bool:
-        """See ``GradientSource.repeatable``."""
+        """See ``Backward.repeatable``."""
         return self.seed is not None
 
     def draws(self, turn: int) -> torch.Generator | None:
-        """See ``GradientSource.draws``."""
+        """See ``Backward.draws``."""
         return None if self.seed is None else generator(named_seed(self.seed, "examples", turn))
 
     def batches(self, rows: Rows, num_steps: int, batch_size: int, draws: torch.Generator | None) -> list[Rows]:
@@ -71,7 +70,7 @@ class ExampleNoise(GradientSource):
         draws: torch.Generator | None,
         penalty: Callable[[], Tensor | float] = float,
     ) -> Tensor:
-        """See ``GradientSource.gradients``; the loss stays on the client."""
+        """See ``Backward.gradients``; the loss stays on the client."""
         moving = [value for value in values if value.requires_grad]
         sums = [torch.zeros_like(value) for value in moving]
         losses = []
@@ -91,7 +90,7 @@ class ExampleNoise(GradientSource):
         return torch.stack(losses).mean() if losses else torch.zeros((), device=values[0].device)
 
     def kept(self, start: Tree) -> Tree:
-        """See ``GradientSource.kept``: ranks of which a client was sent no factor have no gradient, only noise."""
+        """See ``Backward.kept``: ranks of which a client was sent no factor have no gradient, only noise."""
         masks = {name: torch.ones((), dtype=torch.bool) for name in start}
         for a, b in factors(masks):
             sent = start[a].any(1) | start[b].any(0)

@@ -60,21 +60,8 @@ class Prune:
         return _masked(params, kept), {slot: _masked(state, kept) for slot, state in slots.items()}
 
 
-class NoPrune:
-    """Nothing is pruned; what ``Prune`` does, done to nothing."""
-
-    def density_after(self, steps: int) -> None:
-        """None: nothing is pruned then."""
-
-    def kept(self, params: Tree, steps: int) -> Tree:
-        """No masks."""
-        return {}
-
-    def apply(
-        self, params: Tree, slots: dict[str, Tree], groups: dict[str, str], steps: int
-    ) -> tuple[Tree, dict[str, Tree]]:
-        """``params`` and ``slots`` themselves."""
-        return params, slots
+NO_PRUNE = Prune(density=1.0, first=2**62)
+"""Pruning that never begins."""
 
 
 def _masked(values: Tree, kept: Tree) -> Tree:

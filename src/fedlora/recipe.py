@@ -22,7 +22,7 @@ from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
-from fedlora.prune import NoPrune, Prune
+from fedlora.prune import NO_PRUNE, Prune
 from fedlora.rates import LrScale
 from fedlora.server_optim import AnyServerOptimizer, Sgd
 from fedlora.shrink import NoShrink, Shrink
@@ -153,9 +153,9 @@ class Recipe:
         return self.shrink or NoShrink()
 
     @property
-    def pruning(self) -> Prune | NoPrune:
-        """``prune``, or what does nothing in its place."""
-        return self.prune or NoPrune()
+    def pruning(self) -> Prune:
+        """``prune``, or one that never begins."""
+        return self.prune or NO_PRUNE
 
     def of_rank(self, rank: int) -> Recipe:
         """The recipe of a client that has come down to ``rank``."""

@@ -114,7 +114,7 @@ def _take_steps(
     job, recipe, local = ready.job, ready.job.recipe, ready.job.recipe.local
     task, model, device, parameters = workspace.task, workspace.model, workspace.device, workspace.installed.parameters
     values = list(parameters.values())
-    proximal = Proximal.of(local.proximal, ready.start, parameters)
+    proximal = Proximal(local.proximal, [ready.start[name].to(device) for name in parameters if local.proximal])
     # what was pruned is zero, and so are ranks that were not sent
     kept = recipe.pruning.kept(ready.start, job.round) or source.kept(ready.start)
     masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]

@@ -1,0 +1,104 @@
+"""What may be known of clients under each setting of privacy, and that their reports say no more."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from toy import LOCAL, Federation
+
+from fedlora.aggregate import Mean
+from fedlora.client import run_job
+from fedlora.disclosure import Disclosure, disclosure_of
+from fedlora.example_privacy import ExampleNoise
+from fedlora.jobs import Job, Reply, empty_report
+from fedlora.privacy import CentralGaussian
+from fedlora.recipe import Phase, Recipe
+from fedlora.shrink import Shrink
+from fedlora.transport import wire
+from fedlora.transport.link import split_groups
+from fedlora.tuning import LoRA
+
+ALL = frozenset({"examples", "steps", "loss", "rank"})
+NONE: frozenset[str] = frozenset()
+BELOW = frozenset({"below"})
+
+
+def central(**settings: Any) -> dict[str, Any]:
+    return {"privacy": CentralGaussian(**{"clip_norm": 1.0, "noise_multiplier": 0.5, **settings})}
+
+
+def examples(**settings: Any) -> dict[str, Any]:
+    noise = ExampleNoise(**{"clip_norm": 1.0, "noise_multiplier": 0.5, **settings})
+    return {"local": replace(LOCAL, example_privacy=noise)}
+
+
+ADAPTIVE = {"quantile": 0.5, "count_noise": 2.0, "clip_norm": 100.0, "noise_multiplier": 1e-3}
+# figures; then failures, timing, retries, attempts, absence, cohort, replays
+SETTINGS: dict[str, tuple[dict[str, Any], frozenset[str], str]] = {
+    "none": ({}, ALL, "1111111"),
+    "central": (central(), NONE, "0110000"),
+    "central, seeded": (central(seed=0), NONE, "0110011"),
+    "central, to an epsilon": (central(noise_multiplier=None, target_epsilon=8.0), NONE, "0110000"),
+    "central, a clip alone": (central(noise_multiplier=0.0), NONE, "0110011"),
+    "adaptive": (central(**ADAPTIVE), BELOW, "0110000"),
+    "adaptive, seeded": (central(**ADAPTIVE, seed=0), BELOW, "0110011"),
+    "examples": (examples(), NONE, "0000110"),
+    "examples, seeded": (examples(seed=0), NONE, "0000111"),
+    "examples, clipped alone": (examples(noise_multiplier=0.0), NONE, "0000110"),
+    "both": (central() | examples(), NONE, "0000000"),
+    "both, clients' noise seeded": (central(seed=0) | examples(), NONE, "0000010"),
+    "both, seeded": (central(seed=0) | examples(seed=0), NONE, "0000011"),
+    "both, adaptive": (central(**ADAPTIVE, seed=0) | examples(seed=0), BELOW, "0000011"),
+}
+
+
+def recipe_of(slots: dict[str, Any]) -> Recipe:
+    return Recipe(**{"tuning": LoRA(rank=4), "aggregator": Mean(weighting="uniform"), "local": LOCAL, **slots})
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_each_setting_of_privacy_leaves_open(setting: str) -> None:
+    slots, figures, rest = SETTINGS[setting]
+    found = asdict(disclosure_of(recipe_of(slots)))
+    assert found.pop("figures") == figures
+    names = ("failures", "timing", "retries", "attempts", "absence", "cohort", "replays")
+    assert found == {name: value == "1" for name, value in zip(names, rest, strict=True)}
+
+
+def reports(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """What three clients say in two rounds."""
+    federation = Federation((Phase(recipe=recipe, rounds=2),))
+    state, found = federation.start(), []
+
+    def listened(job: Job, *arguments: Any) -> Reply:
+        reply = run_job(job, *arguments)
+        assert reply.raw is not None
+        like = split_groups(state.params, state.groups) | {"report": empty_report(job.recipe)}
+        report = wire.receive(reply.raw, like).trees["report"]
+        found.append({name: float(value) for name, value in report.items()})
+        return reply
+
+    monkeypatch.setattr("fedlora.engines.serial.run_job", listened)
+    federation.go_on(state, 2)
+    return found
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if "epsilon" not in name] + ["ranks"])
+def test_a_report_says_what_may_be_known_and_nothing_else(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots: dict[str, Any] = {"shrink": Shrink(keep=0.5)} if setting == "ranks" else SETTINGS[setting][0]
+    recipe = recipe_of(slots)
+    known = disclosure_of(recipe).figures
+    found = reports(recipe, monkeypatch)
+    assert len(found) == 6
+    assert [name for report in found for name, value in report.items() if value and name not in known] == []
+    for name in (known - {"rank"}) | set(recipe.rank_pruning.reports):
+        assert any(report[name] for report in found), name
+
+
+def test_a_report_that_said_more_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    loose = Disclosure(ALL, **dict.fromkeys(("failures", "timing", "retries", "attempts"), True), absence=True,
+                       cohort=True, replays=True)  # fmt: skip
+    monkeypatch.setattr("fedlora.jobs.disclosure_of", lambda recipe: loose)
+    assert any(report["loss"] for report in reports(recipe_of(central(seed=0)), monkeypatch))
