@@ -28,7 +28,7 @@ from fedlora.setting import VERSIONED, pick_device
 from fedlora.tasks import SOURCES, TASKS, Prepared
 from fedlora.tasks.encoded import cache_folder
 from fedlora.track import TRACKERS
-from fedlora.transport import PRECISIONS, SPARSIFIERS, split_groups
+from fedlora.transport import PRECISIONS, SPARSIFIERS
 from fedlora.tuning import LORA_INITS, TUNINGS
 from fedlora.workspace import Workspace
 
@@ -82,7 +82,7 @@ def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
     facts, carry, done = [], None, 0
     for number, phase in enumerate(experiment.phases):
         state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
-        groups = split_groups(state.params, state.groups)
+        groups = state.schema.split(state.params)
         facts.append(
             PhaseFacts(
                 rounds=phase.rounds,

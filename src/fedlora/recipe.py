@@ -25,6 +25,7 @@ from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
 from fedlora.rates import LrScale
 from fedlora.server_optim import AnyServerOptimizer, Sgd
+from fedlora.schema import Schema
 from fedlora.shrink import Shrink
 from fedlora.state import named_seed
 from fedlora.transport import Dense, Link, RandomK, RankSlice, Uniform
@@ -276,18 +277,20 @@ class Recipe:
                 )
 
 
-def init_of(recipe: Recipe, init: Tree, seed: int, steps: int) -> Tree:
-    """The start that both ends know before a round: the phase's, or where adapters start anew, this round's.
+def restarted(recipe: Recipe, schema: Schema, init: Tree, seed: int, steps: int) -> Tree:
+    """The adapters' values where these start anew after each round; nothing where they go on.
 
     Args:
         recipe: its aggregator says whether they do.
+        schema: what is trained.
         init: the phase's start, or any round's.
         seed: of the phase's start.
         steps: rounds of the phase that are done.
     """
     if not recipe.aggregator.reinitialises or not steps:
-        return init
-    return recipe.tuning.redrawn(init, named_seed(seed, "restart", steps))
+        return {}
+    drawn = recipe.tuning.redrawn(schema, init, named_seed(seed, "restart", steps))
+    return {name: value for name, value in drawn.items() if schema[name].group == "adapter"}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -15,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from fedlora import tree
 from fedlora.component import STRICT
 from fedlora.rates import LrScale, Rate, Rates, Schedule
+from fedlora.schema import Schema
 from fedlora.tree import Tree
 
 Slots = dict[str, Tree]
@@ -35,15 +35,14 @@ class ServerOptimizer(ABC):
     lr_scale: LrScale = LrScale()
     schedule: Schedule = Schedule()
 
-    def rates(self, groups: Mapping[str, str], factor_of: Callable[[str], str], progress: tuple[int, int]) -> Rates:
+    def rates(self, schema: Schema, progress: tuple[int, int]) -> Rates:
         """What the learning rate of each parameter is multiplied by in a round.
 
         Args:
-            groups: the group of each name.
-            factor_of: see ``LrScale.by_name``.
+            schema: what each parameter is.
             progress: rounds finished in the whole run, and rounds in the whole run.
         """
-        return self.lr_scale.by_name(groups, factor_of, self.schedule.factor(*progress))
+        return self.lr_scale.by_name(schema, self.schedule.factor(*progress))
 
     @abstractmethod
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:

@@ -8,9 +8,9 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedlora import tree as trees
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
+from fedlora.schema import Schema
 from fedlora.transport import wire
 from fedlora.transport.layout import Draw
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
@@ -65,7 +65,8 @@ class Link:
     Raises:
         ConfigError: stages are not in order.
 
-    >>> Link(sparsify=TopK(density=0.5)).prepare({"a": torch.tensor([1.0, -2.0])}, {"a": "adapter"}, round=0)
+    >>> from fedlora.schema import Leaf
+    >>> Link(sparsify=TopK(density=0.5)).prepare({"a": torch.tensor([1.0, -2.0])}, Schema({"a": Leaf()}), round=0)
     {'a': tensor([ 0., -2.])}
 
     References:
@@ -113,22 +114,22 @@ class Link:
                 precision, head = stage.precision or precision, stage.head_precision or head
         return Stage(round=round, sparsify=sparsify, precision=precision, head_precision=head or precision)
 
-    def thin(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> Tree:
+    def thin(self, tree: Tree, schema: Schema, round: int, seed: int) -> Tree:
         """The tree with zeros where nothing travels.
 
         Args:
             tree: float32 tensors of any shape; not modified.
-            groups: the group (``adapter``, ``head``) of every name in ``tree``.
+            schema: what every name in ``tree`` is.
             round: 0-based number of the round.
             seed: read only by sparsifiers that draw.
         """
         sparsify = self.at(round).sparsify
-        return sparsify(tree, groups, round, seed) if sparsify else tree
+        return sparsify(tree, schema, round, seed) if sparsify else tree
 
     def encode(
         self,
         tree: Tree,
-        groups: Mapping[str, str],
+        schema: Schema,
         round: int,
         seed: int,
         others: Mapping[str, Tree] | None = None,
@@ -139,7 +140,7 @@ class Link:
 
         Args:
             tree: float32 tensors of any shape; not modified.
-            groups: the group of every name in ``tree``.
+            schema: what every name in ``tree`` is.
             round: 0-based number of the round.
             seed: that of ``thin``.
             others: further parts, sent in float32.
@@ -149,29 +150,27 @@ class Link:
         stage = self.at(round)
         draw = None
         if isinstance(stage.sparsify, RandomK):
-            draw = Draw(seed, stage.sparsify.counts(tree, groups))
+            draw = Draw(seed, stage.sparsify.counts(tree, schema))
         forms = {
             "adapter": Form(stage.precision or Float32(), seed, draw),
             "head": Form(stage.head_precision or Float32(), seed + 1, draw),
         }
-        return wire.pack(split_groups(tree, groups) | dict(others or {}), forms, reference, trees)
+        return wire.pack(schema.split(tree) | dict(others or {}), forms, reference, trees)
 
-    def send(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int, reference: str = "zero") -> Packet:
+    def send(self, tree: Tree, schema: Schema, round: int, seed: int, reference: str = "zero") -> Packet:
         """``encode`` of ``thin``."""
-        return self.encode(self.thin(tree, groups, round, seed), groups, round, seed, reference=reference)
+        return self.encode(self.thin(tree, schema, round, seed), schema, round, seed, reference=reference)
 
-    def prepare(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int = 0) -> Tree:
+    def prepare(self, tree: Tree, schema: Schema, round: int, seed: int = 0) -> Tree:
         """What the receiver will hold: the tree thinned, then rounded."""
-        return join_groups(self.send(tree, groups, round, seed).trees, groups)
+        return schema.join(self.send(tree, schema, round, seed).trees)
 
 
 def split_groups(params: Tree, groups: Mapping[str, str]) -> dict[str, Tree]:
-    """``params`` as the parts of a message, ``adapter`` and ``head``; a group without names is no part."""
-    return {
-        group: trees.select(params, groups, group) for group in ("adapter", "head") if group in set(groups.values())
-    }
+    from fedlora.schema import Leaf
+    return Schema({n: Leaf(g) for n, g in groups.items()}).split(params)
 
 
 def join_groups(parts: Mapping[str, Tree], groups: Mapping[str, str]) -> Tree:
-    """The inverse of ``split_groups``, in the order of ``groups``."""
-    return {name: parts[group][name] for name, group in groups.items()}
+    from fedlora.schema import Leaf
+    return Schema({n: Leaf(g) for n, g in groups.items()}).join(parts)
