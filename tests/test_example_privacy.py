@@ -39,7 +39,9 @@ def gradients(tuning: Tuning, family: str, noise: ExampleNoise, rows: Any, batch
     installed = tuning.install(model, head, 0)
     model.eval()
     values = list(installed.parameters.values())
-    noise.gradients(task, model, values, np.asarray(rows), batch_size, CPU, noise.draws(1))
+    noise.gradients(
+        lambda chosen: task.loss(model, task.batch(chosen, CPU)), values, np.asarray(rows), batch_size, noise.draws(1)
+    )
     return {name: value.grad.clone() for name, value in installed.parameters.items() if value.grad is not None}
 
 
@@ -154,7 +156,7 @@ def test_an_example_without_a_finite_gradient_is_left_out() -> None:
     model, head = task.load_model(0, "fp32", CPU)
     installed = LoRA(rank=2).install(model, head, 0)
     values = list(installed.parameters.values())
-    SILENT.gradients(task, model, values, np.arange(6), 6, CPU, None)
+    SILENT.gradients(lambda chosen: task.loss(model, task.batch(chosen, CPU)), values, np.arange(6), 6, None)
     assert all(bool(torch.isfinite(value.grad).all()) for value in values if value.grad is not None)
 
 

@@ -23,7 +23,7 @@ from fedlora.config import to_toml
 from fedlora.describe import phase_facts
 from fedlora.errors import ConfigError
 from fedlora.experiment import Stopped
-from fedlora.round import Row
+from fedlora.ledger import Row
 from fedlora.state import named_seed
 from fedlora.tasks import Model
 from fedlora.tasks.heads import parameters_of

@@ -142,7 +142,7 @@ def test_ranks_that_a_client_gives_up_are_zero_at_once() -> None:
 @pytest.mark.parametrize("told", [-3.0, 0.0, 1e9, 7.5, float(2**40)])
 def test_a_rank_that_a_client_cannot_have_is_refused(told: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Shrink, "after", lambda self, before, now, rank: told)
-    monkeypatch.setattr("fedlora.client.without_ranks", lambda delta, first: delta)
+    monkeypatch.setattr("fedlora.shrink.without_ranks", lambda delta, first: delta)
     lying = federation(weight=0.0)
     with pytest.raises(WireError, match="cannot be"):
         lying.go_on(lying.start(), 1)

@@ -18,7 +18,7 @@ from fedlora.errors import ConfigError
 from fedlora.local import Local, Sgd
 from fedlora.methods import Phases, primed_lora, slora
 from fedlora.phases import close_phase, open_phase
-from fedlora.round import Row, run_round
+from fedlora.ledger import Row, run_round
 from fedlora.server_optim import Adam
 from fedlora.server_optim import Sgd as ServerSgd
 from fedlora.state import Carry, ServerState

@@ -10,7 +10,7 @@ from fedlora.engines import Serial
 from fedlora.local import AdamW, Local
 from fedlora.methods import Phases
 from fedlora.phases import close_phase, open_phase
-from fedlora.round import Row, run_round
+from fedlora.ledger import Row, run_round
 from fedlora.state import ServerState
 from fedlora.testing import equal_population, toy_task
 from fedlora.tree import Tree

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -12,13 +13,18 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fedlora.component import STRICT
+from fedlora.gradients import GradientSource
 from fedlora.privacy import normal, uniform
+from fedlora.schema import Schema
 from fedlora.state import generator, named_seed
-from fedlora.tasks.base import Prepared, Rows
+from fedlora.tree import Tree
+
+if TYPE_CHECKING:
+    from fedlora.tasks.base import Rows
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ExampleNoise:
+class ExampleNoise(GradientSource):
     """A client's steps by DP-SGD (Abadi et al., arXiv 1607.00133, Alg. 1).
 
     How many examples a client has is public; what is in each of them is protected. In a step each example takes part
@@ -40,9 +46,15 @@ class ExampleNoise:
     noise_multiplier: Annotated[float, Field(ge=0)]
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     seed: Annotated[int, Field(ge=0)] | None = None
+    hides_examples: ClassVar[bool] = True
+
+    @property
+    def repeatable(self) -> bool:
+        """See ``GradientSource.repeatable``."""
+        return self.seed is not None
 
     def draws(self, turn: int) -> torch.Generator | None:
-        """The generator of a client's turn; None for the secure source."""
+        """See ``GradientSource.draws``."""
         return None if self.seed is None else generator(named_seed(self.seed, "examples", turn))
 
     def batches(self, rows: Rows, num_steps: int, batch_size: int, draws: torch.Generator | None) -> list[Rows]:
@@ -52,20 +64,19 @@ class ExampleNoise:
 
     def gradients(
         self,
-        task: Prepared,
-        model: nn.Module,
+        loss_of: Callable[[Rows], Tensor],
         values: list[nn.Parameter],
         chosen: Rows,
         batch_size: int,
-        device: torch.device,
         draws: torch.Generator | None,
+        penalty: Callable[[], Tensor | float] = float,
     ) -> Tensor:
-        """Puts the noisy gradient of a step into ``values`` and returns the mean loss, which stays on the client."""
+        """See ``GradientSource.gradients``; the loss stays on the client."""
         moving = [value for value in values if value.requires_grad]
         sums = [torch.zeros_like(value) for value in moving]
         losses = []
         for row in chosen:
-            loss = task.loss(model, task.batch(np.array([row]), device))
+            loss = loss_of(np.array([row]))
             # an unlabelled example may have no gradient
             found = torch.autograd.grad(loss, moving, allow_unused=True)
             norm = math.sqrt(sum(float(each.double().square().sum()) for each in found if each is not None))
@@ -75,6 +86,14 @@ class ExampleNoise:
                     total.add_(each, alpha=1.0 / max(1.0, norm / self.clip_norm))
             losses.append(loss.detach())
         for value, total in zip(moving, sums, strict=True):
-            noise = self.noise_multiplier * self.clip_norm * normal(total.cpu(), draws).to(device)
+            noise = self.noise_multiplier * self.clip_norm * normal(total.cpu(), draws).to(total.device)
             value.grad = (total + noise) / batch_size
-        return torch.stack(losses).mean() if losses else torch.zeros((), device=device)
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=values[0].device)
+
+    def kept(self, start: Tree, schema: Schema) -> Tree:
+        """See ``GradientSource.kept``: ranks of which a client was sent no factor have no gradient, only noise."""
+        masks = {name: torch.ones((), dtype=torch.bool) for name in start}
+        for a, b, _ in schema.pairs:
+            sent = start[a].any(1) | start[b].any(0)
+            masks[a], masks[b] = sent[:, None], sent
+        return masks

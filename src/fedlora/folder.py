@@ -14,8 +14,9 @@ from typing import Any
 from fedlora import config
 from fedlora.config import Experiment
 from fedlora.errors import CheckpointError, ConfigError, DataError
-from fedlora.round import Row
-from fedlora.state import ServerState, load_state, save_state
+from fedlora.ledger import Row
+from fedlora.checkpoint import load_state, save_state
+from fedlora.state import ServerState
 
 KEPT = 2
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
 
+from fedlora.disclosure import disclosure_of
 from fedlora.folds import FoldMessage
 from fedlora.recipe import Recipe
 from fedlora.state import ClientState
@@ -15,12 +17,20 @@ from fedlora.tree import Tree
 def empty_report(recipe: Recipe) -> Tree:
     """What clients report beside their update, as zeros: the template of that part.
 
-    ``rank`` is what a client's is from then on, where clients give up ranks.
-    ``below`` says whether an update was not longer than the clip, where that adapts; under noise nothing else is told.
+    ``rank`` is what a client's is from then on, where clients give up ranks; ``below`` says whether an update was not
+    longer than the clip, where that adapts.
     """
-    names: tuple[str, ...] = ("below",) if recipe.privacy.adapts else ("examples", "steps", "loss")
-    names += ("rank",) if recipe.shrink else ()
-    return {name: torch.zeros(()) for name in names}
+    names = ("below",) if recipe.privacy.adapts else ("examples", "steps", "loss")
+    return {name: torch.zeros(()) for name in names + recipe.rank_pruning.reports}
+
+
+def report_of(recipe: Recipe, figures: Mapping[str, float]) -> Tree:
+    """A client's report: of its figures those that may be known, and zero in place of the others."""
+    known = disclosure_of(recipe).figures
+    return {
+        name: torch.tensor(float(figures[name])) if name in known else zero
+        for name, zero in empty_report(recipe).items()
+    }
 
 
 class Job(NamedTuple):

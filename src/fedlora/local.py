@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
 from fedlora.example_privacy import ExampleNoise
+from fedlora.gradients import Backward, GradientSource
 from fedlora.rates import LrScale, Rate, Schedule
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -128,6 +129,11 @@ class Local:
     timeout_seconds: Rate | None = None
     keep_optimizer: bool = False
     example_privacy: ExampleNoise | None = None
+
+    @property
+    def gradient_source(self) -> GradientSource:
+        """Where the gradients of its steps come from."""
+        return self.example_privacy or Backward(self.shuffle)
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps of a turn of a client that holds ``num_examples``."""

@@ -33,6 +33,11 @@ class Privacy(ABC):
         """Whether the clip moves from round to round, for which clients tell whether they were below it."""
         return False
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether a round can be repeated, noise and all; else its secrets must be kept, its cohort too."""
+        return True
+
     @abstractmethod
     def at(self, clip_norm: float | None) -> Privacy:
         """The mechanism of a round.
@@ -52,13 +57,28 @@ class Privacy(ABC):
         """
         return None
 
-    @abstractmethod
     def clip(self, delta: Tree) -> Tree:
         """What a client may send of ``delta``."""
+        return self.clipped(delta)[0]
+
+    @abstractmethod
+    def clipped(self, delta: Tree) -> tuple[Tree, bool]:
+        """What a client may send of ``delta``, and whether that is all of it."""
+
+    @property
+    def bound(self) -> float | None:
+        """The norm that updates are clipped to, if they are."""
+        return None
 
     @abstractmethod
     def noise(self, delta: Tree, num_clients: int, round: int) -> Tree:
         """The mean ``delta`` of ``num_clients`` clients, with the noise of a round of the run."""
+
+    def cover(self, delta: Tree, answered: int, num_clients: int, round: int) -> Tree:
+        """The mean ``delta`` of those that answered as the server may use it: of a sum over all, with noise."""
+        if self.needs_uniform_mean:
+            delta = tree.scale(delta, answered / num_clients)
+        return self.noise(delta, num_clients, round)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -72,9 +92,9 @@ class NoPrivacy(Privacy):
         """Itself."""
         return self
 
-    def clip(self, delta: Tree) -> Tree:
+    def clipped(self, delta: Tree) -> tuple[Tree, bool]:
         """``delta`` itself."""
-        return delta
+        return delta, True
 
     def noise(self, delta: Tree, num_clients: int, round: int) -> Tree:
         """``delta`` itself."""
@@ -144,6 +164,16 @@ class CentralGaussian(Privacy):
         """See ``Privacy.adapts``."""
         return self.quantile is not None
 
+    @property
+    def bound(self) -> float:
+        """See ``Privacy.bound``."""
+        return self.clip_norm
+
+    @property
+    def repeatable(self) -> bool:
+        """See ``Privacy.repeatable``."""
+        return self.seed is not None or self.noise_multiplier == 0
+
     def at(self, clip_norm: float | None) -> CentralGaussian:
         """See ``Privacy.at``."""
         return self if clip_norm is None else replace(self, clip_norm=clip_norm)
@@ -163,10 +193,10 @@ class CentralGaussian(Privacy):
             return 0.0
         return self.count_noise or max(num_clients / 20, self.noise_multiplier)
 
-    def clip(self, delta: Tree) -> Tree:
+    def clipped(self, delta: Tree) -> tuple[Tree, bool]:
         """``delta / max(1, ||delta|| / C)``; ``delta`` itself where it is short enough."""
         norm = tree.norm(delta)
-        return delta if norm <= self.clip_norm else tree.scale(delta, self.clip_norm / norm)
+        return (delta, True) if norm <= self.clip_norm else (tree.scale(delta, self.clip_norm / norm), False)
 
     def noise(self, delta: Tree, num_clients: int, round: int) -> Tree:
         """``delta + N(0, (z C / n)^2)`` on every coordinate, over C with ``normalise``.

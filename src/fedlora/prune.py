@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -46,15 +47,36 @@ class Prune:
             return float(self.density * self.decay ** ((steps - self.first) // self.every))
         return None
 
+    def kept(self, params: Tree, steps: int) -> Tree:
+        """Masks of what is left of a round's parameters, once something was pruned; empty before."""
+        return {name: value != 0 for name, value in params.items()} if steps >= self.first else {}
+
     def apply(
-        self, params: Tree, slots: dict[str, Tree], schema: Schema, steps: int
-    ) -> tuple[Tree, dict[str, Tree]]:
+        self, params: Tree, slots: Mapping[str, Tree], schema: Schema, steps: int
+    ) -> tuple[Tree, Mapping[str, Tree]]:
         """Parameters and the server optimiser's state, pruned if it is time for it."""
         density = self.density_after(steps)
         if density is None:
             return params, slots
         kept = TopK(density=density, scope=self.scope, quota=self.quota).mask(params, schema, 0)
         return _masked(params, kept), {slot: _masked(state, kept) for slot, state in slots.items()}
+
+
+class NoPrune:
+    """Nothing is pruned; what ``Prune`` does, done to nothing."""
+
+    def density_after(self, steps: int) -> None:
+        """None: nothing is pruned then."""
+
+    def kept(self, params: Tree, steps: int) -> Tree:
+        """No masks."""
+        return {}
+
+    def apply(
+        self, params: Tree, slots: Mapping[str, Tree], schema: Schema, steps: int
+    ) -> tuple[Tree, Mapping[str, Tree]]:
+        """``params`` and ``slots`` themselves."""
+        return params, slots
 
 
 def _masked(values: Tree, kept: Tree) -> Tree:

@@ -22,11 +22,11 @@ from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
-from fedlora.prune import Prune
+from fedlora.prune import NoPrune, Prune
 from fedlora.rates import LrScale
 from fedlora.server_optim import AnyServerOptimizer, Sgd
 from fedlora.schema import Schema
-from fedlora.shrink import Shrink
+from fedlora.shrink import NoShrink, Shrink
 from fedlora.state import named_seed
 from fedlora.transport import Dense, Link, RandomK, RankSlice, Uniform
 from fedlora.tree import Tree
@@ -147,6 +147,16 @@ class Recipe:
         """The rank of a client's adapters."""
         whole = self.tuning.rank if isinstance(self.tuning, LoRA) else 0
         return min(whole, self.down.sparsify.rank) if isinstance(self.down.sparsify, RankSlice) else whole
+
+    @property
+    def rank_pruning(self) -> Shrink | NoShrink:
+        """``shrink``, or what does nothing in its place."""
+        return self.shrink or NoShrink()
+
+    @property
+    def pruning(self) -> Prune | NoPrune:
+        """``prune``, or what does nothing in its place."""
+        return self.prune or NoPrune()
 
     def of_rank(self, rank: int) -> Recipe:
         """The recipe of a client that has come down to ``rank``."""

@@ -17,7 +17,7 @@ from fedlora.rates import LrScale, Rate, Rates, Schedule
 from fedlora.schema import Schema
 from fedlora.tree import Tree
 
-Slots = dict[str, Tree]
+Slots = Mapping[str, Tree]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 ALIKE: Rates = MappingProxyType({})
 """One learning rate for all."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.aggregate import factors
+from fedlora import tree
 from fedlora.component import STRICT
+from fedlora.schema import Schema
 from fedlora.tree import Tree
 
 
@@ -30,35 +31,68 @@ class Shrink:
 
     keep: Annotated[float, Field(gt=0, lt=1)] = 0.99
     weight: Annotated[float, Field(ge=0)] = 1e-3
+    reports: ClassVar[tuple[str, ...]] = ("rank",)
+    """What clients report of it: what their rank is from then on."""
 
     def fewer(self, rank: int) -> int:
         """The rank that a client of ``rank`` may come down to; one at least."""
         return max(1, int(self.keep * rank))
 
-    def tail(self, params: Mapping[str, Tensor], rank: int) -> Tensor:
+    def tail(self, params: Mapping[str, Tensor], schema: Schema, rank: int) -> Tensor:
         """``sum_m ||B_m[:, t:r]|| ||A_m[t:r]||``, a scalar.
 
         Args:
             params: at least the factors of all adapters.
+            schema: what they are.
             rank: of the client.
         """
         first = self.fewer(rank)
         sizes = [
             torch.linalg.vector_norm(params[b][:, first:rank]) * torch.linalg.vector_norm(params[a][first:rank])
-            for a, b in factors(params)
+            for a, b, _ in schema.pairs
         ]
         return torch.stack(sizes).sum()
 
-    def after(self, before: Mapping[str, Tensor], now: Mapping[str, Tensor], rank: int) -> int:
+    def penalty(self, params: Mapping[str, Tensor], schema: Schema, rank: int) -> Tensor | float:
+        """What a client adds to its loss."""
+        return self.weight * self.tail(params, schema, rank)
+
+    def after(self, before: Tree, now: Tree, schema: Schema, rank: int) -> int:
         """The client's rank after its turn."""
-        return self.fewer(rank) if float(self.tail(now, rank)) < float(self.tail(before, rank)) else rank
+        return self.fewer(rank) if float(self.tail(now, schema, rank)) < float(self.tail(before, schema, rank)) else rank
+
+    def apply(self, delta: Tree, start: Tree, schema: Schema, rank: int) -> tuple[Tree, int]:
+        """What a client of ``rank`` sends of ``delta``, and its rank after its turn."""
+        left = self.after(start, tree.add(start, delta), schema, rank)
+        return (self.keep_ranks(delta, schema, left) if left < rank else delta), left
+
+    def keep_ranks(self, values: Tree, schema: Schema, rank: int) -> Tree:
+        """``values`` as a client has them that has come down to ``rank``."""
+        result = dict(values)
+        for a, b, _ in schema.pairs:
+            result[a], result[b] = values[a].clone(), values[b].clone()
+            result[a][rank:] = 0.0
+            result[b][:, rank:] = 0.0
+        return result
 
 
-def without_ranks(delta: Tree, first: int) -> Tree:
-    """``delta`` with zeros in the ranks from ``first`` on."""
-    result = dict(delta)
-    for a, b in factors(delta):
-        result[a], result[b] = delta[a].clone(), delta[b].clone()
-        result[a][first:] = 0.0
-        result[b][:, first:] = 0.0
-    return result
+class NoShrink:
+    """Clients keep their ranks; what ``Shrink`` does, done to nothing."""
+
+    reports: ClassVar[tuple[str, ...]] = ()
+
+    def fewer(self, rank: int) -> int:
+        """``rank`` itself."""
+        return rank
+
+    def penalty(self, params: Mapping[str, Tensor], schema: Schema, rank: int) -> float:
+        """Nothing."""
+        return 0.0
+
+    def apply(self, delta: Tree, start: Tree, schema: Schema, rank: int) -> tuple[Tree, int]:
+        """``delta`` and ``rank`` themselves."""
+        return delta, rank
+
+    def keep_ranks(self, values: Tree, schema: Schema, rank: int) -> Tree:
+        """``values`` themselves."""
+        return values

@@ -45,6 +45,10 @@ class Memory(dict[str, Store]):
         """One of a part's values; None if it has none."""
         return self.store(part).values.get(name)
 
+    def without_trees(self) -> Memory:
+        """The values alone."""
+        return Memory({part: Store(values=store.values) for part, store in self.items() if store.values})
+
     def having(self, stores: Mapping[str, Store]) -> Memory:
         """This memory with other ``stores`` for their parts."""
         return Memory({part: store for part, store in {**self, **stores}.items() if store})

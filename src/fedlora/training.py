@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,94 +14,149 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedlora import tree
-from fedlora.aggregate import factors
 from fedlora.errors import TrainingError
+from fedlora.gradients import GradientSource, Proximal
 from fedlora.jobs import Job
-from fedlora.local import Local
-from fedlora.state import generator, named_seed
+from fedlora.schema import Schema
+from fedlora.state import Folds, named_seed
 from fedlora.tasks.base import Rows
 from fedlora.tasks.checkpointing import checkpointing_without_dropout
 from fedlora.tree import Tree
+from fedlora.tuning import Installed
 from fedlora.tuning.lora import lora_layers
 from fedlora.workspace import Workspace
 
 
-class Trained(NamedTuple):
-    """What local training reports: mean loss per step, optimiser steps, examples seen, the optimiser's state."""
+class Ready(NamedTuple):
+    """A client's turn before its training: all that is needed, wherever that happens.
 
+    Args:
+        job: what to do.
+        rows: the client's training examples.
+        start: the parameters to start from; not to be written to.
+        folds: the edits of frozen weights to start from.
+        schema: what is trained.
+        deadline: when to give up, on ``time.perf_counter``.
+        seconds: how long the client has worked.
+    """
+
+    job: Job
+    rows: Rows
+    start: Tree
+    folds: Folds
+    schema: Schema
+    deadline: float
+    seconds: float
+
+
+class Trained(NamedTuple):
+    """A client's turn after its training.
+
+    Args:
+        delta: what it changed; None where time ran out.
+        loss: mean of its steps.
+        steps: of the optimiser.
+        examples: that it saw, passes counted.
+        optimizer: the optimiser's state, where that is kept.
+        seconds: how long the client has worked.
+    """
+
+    delta: Tree | None
     loss: float
     steps: int
     examples: int
     optimizer: Tree
+    seconds: float
 
 
-def train(workspace: Workspace, rows: Rows, job: Job, start: Tree, deadline: float = math.inf) -> Trained:
-    """Local training of the parameters that are in the model now.
+def train(workspace: Workspace, turns: Sequence[Ready]) -> list[Trained]:
+    """Local training of some clients, one after another on the resident model."""
+    return [_train(workspace, ready, time.perf_counter() - ready.seconds) for ready in turns]
 
-    Args:
-        workspace: the resident model.
-        rows: the client's training examples.
-        job: its settings, seed and memory.
-        start: where the client started, for the proximal term.
-        deadline: on ``time.perf_counter``.
+
+def _train(workspace: Workspace, ready: Ready, clock: float) -> Trained:
+    job, local, installed = ready.job, ready.job.recipe.local, workspace.installed
+    workspace.show(job.recipe, ready.start, ready.folds)
+    source = local.gradient_source
+    draws = source.draws(job.seed)
+    batches = source.batches(ready.rows, local.num_steps(len(ready.rows)), local.batch_size, draws)
+    if not batches:
+        return Trained(installed.since(ready.start), 0.0, 0, 0, {}, time.perf_counter() - clock)
+    roles = job.recipe.tuning.in_round(ready.schema, job.round)
+    for name, parameter in installed.parameters.items():
+        parameter.requires_grad_(roles[name].role != "frozen")
+    optimizer = _optimizer(installed, job)
+    try:
+        losses = _take_steps(workspace, ready, source, draws, batches, optimizer)
+    except TimeoutError:
+        return Trained(None, 0.0, 0, 0, {}, time.perf_counter() - clock)
+    return Trained(
+        delta=installed.since(ready.start),
+        loss=float(torch.stack(losses).mean()),
+        steps=len(batches),
+        examples=sum(map(len, batches)),
+        optimizer=_state_of(optimizer, installed.parameters) if local.keep_optimizer else {},
+        seconds=time.perf_counter() - clock,
+    )
+
+
+def _take_steps(
+    workspace: Workspace,
+    ready: Ready,
+    source: GradientSource,
+    draws: torch.Generator | None,
+    batches: Sequence[Rows],
+    optimizer: torch.optim.Optimizer,
+) -> list[Tensor]:
+    """The loss of each step.
 
     Raises:
         TimeoutError: the deadline passed.
-        TrainingError: the loss is not finite.
     """
-    local, task, device = job.recipe.local, workspace.task, workspace.device
-    noise = local.example_privacy
-    draws = noise.draws(job.seed) if noise else None
-    if noise:
-        batches = noise.batches(rows, local.num_steps(len(rows)), local.batch_size, draws)
-    else:
-        batches = _batches(rows, local, generator(named_seed(job.seed, "shuffle")))
-    if not batches:
-        return Trained(0.0, 0, 0, {})
-    model, parameters = workspace.model, workspace.installed.parameters
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(not job.recipe.tuning.still(name, job.round))
+    job, recipe, local = ready.job, ready.job.recipe, ready.job.recipe.local
+    task, model, device, parameters = workspace.task, workspace.model, workspace.device, workspace.installed.parameters
     values = list(parameters.values())
-    anchors = [start[name].to(device) for name in parameters] if local.proximal else []
-    pruned = job.recipe.prune is not None and job.round >= job.recipe.prune.first
-    masks = [(start[name] != 0).to(device) for name in parameters] if pruned else []
-    if noise and not pruned:
-        masks = [mask.to(device) for mask in _sent_ranks(start, parameters)]
-    factor, groups = local.schedule.factor(*job.progress), workspace.installed.groups
-    rates = local.lr_scale.by_name(groups, job.recipe.tuning.factor_of, factor)
-    optimizer = local.optimizer.build(values, [rates[name] for name in parameters])
-    if local.keep_optimizer:
-        _restore(optimizer, parameters, job.memory.optimizer)
-    losses, shrink = [], job.recipe.shrink
+    proximal = Proximal.of(local.proximal, ready.start, parameters)
+    # what was pruned is zero, and so are ranks that were not sent
+    kept = recipe.pruning.kept(ready.start, job.round) or source.kept(ready.start, ready.schema)
+    masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
+    penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
+
+    def loss_of(chosen: Rows) -> Tensor:
+        with workspace.autocast(local.compute):
+            return task.loss(model, task.batch(chosen, device))
+
+    losses = []
     with torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
         torch.manual_seed(named_seed(job.seed, "dropout"))
         for chosen in batches:
-            if time.perf_counter() > deadline:
+            if time.perf_counter() > ready.deadline:
                 raise TimeoutError
-            if noise:
-                with workspace.autocast(local.compute):
-                    loss = noise.gradients(task, model, values, chosen, local.batch_size, device, draws)
-            else:
-                with workspace.autocast(local.compute):
-                    loss = task.loss(model, task.batch(chosen, device))
-                penalty = shrink.weight * shrink.tail(parameters, job.recipe.rank) if shrink else 0.0
-                (loss + penalty).backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            _adjust(values, anchors, masks, local)
+            losses.append(source.gradients(loss_of, values, chosen, local.batch_size, draws, penalty))
+            proximal.add_to(values)
+            for value, mask in masks:
+                if value.grad is not None:
+                    value.grad.mul_(mask)
+            if local.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(values, local.clip_norm)
             optimizer.step()
-            for value, mask in zip(values, masks, strict=False):
+            for value, mask in masks:
                 value.data.mul_(mask)
             optimizer.zero_grad()
             workspace.installed.refresh()
-    mean = float(torch.stack(losses).mean())
-    silent = job.recipe.privacy.needs_uniform_mean or noise is not None
-    if not math.isfinite(mean) and not silent:
-        raise TrainingError(
-            f"client {job.client} got a loss of {mean} in round {sum(job.progress[:1]) + 1}; the learning rate is the "
-            "usual reason: lower local.optimizer.lr, or set local.clip_norm"
-        )
-    kept = _state_of(optimizer, parameters) if local.keep_optimizer else {}
-    return Trained(mean, len(batches), sum(len(chosen) for chosen in batches), kept)
+    return losses
+
+
+def _optimizer(installed: Installed, job: Job) -> torch.optim.Optimizer:
+    """The optimiser of a turn, as the client remembers it if it does."""
+    local, parameters = job.recipe.local, installed.parameters
+    rates = local.lr_scale.by_name(installed.schema, local.schedule.factor(*job.progress))
+    optimizer = local.optimizer.build(list(parameters.values()), [rates[name] for name in parameters])
+    for key, value in job.memory.parts.tree("optimizer", "state").items() if local.keep_optimizer else ():
+        name, slot = key.rsplit("/", 1)
+        place = parameters[name]
+        optimizer.state[place][slot] = value.to(place.device, copy=True)
+    return optimizer
 
 
 @contextlib.contextmanager
@@ -122,57 +178,33 @@ def training_mode(model: nn.Module, dropout: bool) -> Iterator[None]:
         yield
 
 
-def _sent_ranks(start: Tree, names: Iterable[str]) -> list[Tensor]:
-    """False at ranks of which a client was sent neither factor: they have no gradient, and noise would move them."""
-    masks = {name: torch.ones((), dtype=torch.bool) for name in names}
-    for a, b in factors(masks):
-        sent = start[a].any(1) | start[b].any(0)
-        masks[a], masks[b] = sent[:, None], sent
-    return list(masks.values())
-
-
-def _batches(rows: Rows, local: Local, shuffle: torch.Generator) -> list[Rows]:
-    batches: list[Rows] = []
-    for _ in range(local.epochs if local.max_steps != 0 else 0):
-        order = torch.randperm(len(rows), generator=shuffle).numpy() if local.shuffle else range(len(rows))
-        shuffled = rows[order] if local.shuffle else rows
-        batches += [shuffled[first : first + local.batch_size] for first in range(0, len(rows), local.batch_size)]
-    return batches[: local.max_steps]
-
-
-def _adjust(values: list[torch.nn.Parameter], anchors: list[Tensor], masks: list[Tensor], local: Local) -> None:
-    with torch.no_grad():
-        for value, anchor in zip(values, anchors, strict=False):
-            if value.grad is not None:
-                value.grad.add_(value - anchor, alpha=local.proximal)
-        for value, mask in zip(values, masks, strict=False):
-            if value.grad is not None:
-                value.grad.mul_(mask)
-    if local.clip_norm is not None:
-        torch.nn.utils.clip_grad_norm_(values, local.clip_norm)
-
-
-def check_moved(client: int, trained: Trained, delta: Tree, groups: Mapping[str, str]) -> None:
-    """Refuses what no training would be right to give.
+def check_trained(ready: Ready, trained: Trained, delta: Tree) -> None:
+    """Refuses what no training of one step or more would be right to give.
 
     Args:
-        client: whose turn it was.
-        trained: what training reported.
+        ready: the turn.
+        trained: what training gave.
         delta: what it changed.
-        groups: the group of every name in ``delta``.
 
     Raises:
         TrainingError: a value is not finite, or the adapter or the head did not move at all.
     """
+    job = ready.job
+    if not math.isfinite(trained.loss):
+        raise TrainingError(
+            f"client {job.client} got a loss of {trained.loss} in round {job.progress[0] + 1}; the learning rate is "
+            "the usual reason: lower local.optimizer.lr, or set local.clip_norm"
+        )
     if not tree.is_finite(delta):
         raise TrainingError(
-            f"client {client} trained to values that are not finite; lower local.optimizer.lr, or set local.clip_norm"
+            f"client {job.client} trained to values that are not finite; lower local.optimizer.lr, or set "
+            "local.clip_norm"
         )
-    for group in set(groups.values()):
-        if not any(bool(value.any()) for value in tree.select(delta, groups, group).values()):
+    for group, part in ready.schema.split(delta).items():
+        if not any(bool(value.any()) for value in part.values()):
             raise TrainingError(
-                f"client {client} took {trained.steps} steps and its {group} did not move; nothing would be learnt: "
-                "check the targets, the learning rate and the number of labelled examples"
+                f"client {job.client} took {trained.steps} steps and its {group} did not move; nothing would be "
+                "learnt: check the targets, the learning rate and the number of labelled examples"
             )
 
 
@@ -183,10 +215,3 @@ def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.n
         for slot, value in optimizer.state[parameter].items()
         if isinstance(value, Tensor)
     }
-
-
-def _restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], kept: Tree) -> None:
-    for key, value in kept.items():
-        name, slot = key.rsplit("/", 1)
-        place = parameters[name]
-        optimizer.state[place][slot] = value.to(place.device, copy=True)

@@ -22,7 +22,7 @@ from fedlora.errors import ConfigError, WireError
 from fedlora.methods import Phases, fedavg, flasc
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
-from fedlora.round import Row
+from fedlora.ledger import Row
 from fedlora.server_optim import Sgd
 from fedlora.state import Change, Fold, Update, load_state, save_state
 from fedlora.transport import (

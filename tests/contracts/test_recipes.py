@@ -15,7 +15,7 @@ from toy import LOCAL, Federation
 from fedlora import config
 from fedlora.config import Experiment
 from fedlora.methods import METHODS, Phases
-from fedlora.round import Row
+from fedlora.ledger import Row
 from fedlora.server_optim import Sgd
 from fedlora.state import load_state, save_state
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fedlora import config
 from fedlora.config import Experiment
+from fedlora.disclosure import disclosure_of
 from fedlora.engines import letters
 from fedlora.engines.base import Engine
 from fedlora.engines.courier import Arrived, Courier
@@ -249,8 +250,7 @@ class Remote(Engine):
 
     def _post(self, errand: _Errand, online: Mapping[str, int], deadline: float) -> None:
         left = max(1.0, deadline - time.monotonic())
-        # who runs out of time tells of the lengths of examples
-        told = None if self.anywhere or errand.job.recipe.local.example_privacy else left
+        told = left if disclosure_of(errand.job.recipe).timing and not self.anywhere else None
         address = online.get(errand.site)
         if address is not None:
             raw = letters.of_job(errand.job, self.name, errand.secret, told)
@@ -269,10 +269,10 @@ class Remote(Engine):
             number = out[arrived.ticket]
             errand = errands[number]
             errand.ticket = None
-            if arrived.again and errand.tries < TRIES and not errand.job.recipe.local.example_privacy:
+            if arrived.again and errand.tries < TRIES and disclosure_of(errand.job.recipe).retries:
                 errand.why, errand.lost_since = arrived.why, time.monotonic()
                 self.tell(f"{errand.site} has not answered ({arrived.why}); it is asked again when it is there")
-            else:  # noise for examples is drawn once, and nobody asks twice
+            else:
                 errand.done = True
                 done.append((number, arrived))
         lost = [(number, each) for number, each in enumerate(errands) if each.lost_since and not each.done]

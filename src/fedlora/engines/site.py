@@ -17,6 +17,7 @@ import xxhash
 from fedlora import config
 from fedlora.client import run_job
 from fedlora.config import Experiment
+from fedlora.disclosure import disclosure_of
 from fedlora.engines import letters
 from fedlora.engines.letters import Letter
 from fedlora.engines.memory import SiteMemory
@@ -76,7 +77,7 @@ class Site:
         except (WireError, TrainingError, CheckpointError, ConfigError, DataError) as error:
             lost = isinstance(error, CheckpointError)
             reply = Reply(None, ClientState(), 0.0, self._said(error), heard=False)
-        if job.recipe.local.example_privacy:  # how long it took tells of the lengths of examples
+        if not disclosure_of(job.recipe).timing:
             reply = reply._replace(seconds=0.0)
         return letters.of_reply(reply, letter, lost)
 

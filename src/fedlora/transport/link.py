@@ -8,6 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from fedlora import tree as trees
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.schema import Schema
@@ -157,6 +158,14 @@ class Link:
         }
         return wire.pack(schema.split(tree) | dict(others or {}), forms, reference, trees)
 
+    def with_lost(self, tree: Tree, lost: Tree) -> Tree:
+        """``tree`` and what the message before lost."""
+        return trees.add(tree, lost) if lost else tree
+
+    def lost(self, tree: Tree, packet: Packet, schema: Schema) -> Tree:
+        """What the next message is to make good for: with ``feedback`` what ``packet`` lost of ``tree``."""
+        return trees.subtract(tree, schema.join(packet.trees)) if self.feedback else {}
+
     def send(self, tree: Tree, schema: Schema, round: int, seed: int, reference: str = "zero") -> Packet:
         """``encode`` of ``thin``."""
         return self.encode(self.thin(tree, schema, round, seed), schema, round, seed, reference=reference)
@@ -164,13 +173,3 @@ class Link:
     def prepare(self, tree: Tree, schema: Schema, round: int, seed: int = 0) -> Tree:
         """What the receiver will hold: the tree thinned, then rounded."""
         return schema.join(self.send(tree, schema, round, seed).trees)
-
-
-def split_groups(params: Tree, groups: Mapping[str, str]) -> dict[str, Tree]:
-    from fedlora.schema import Leaf
-    return Schema({n: Leaf(g) for n, g in groups.items()}).split(params)
-
-
-def join_groups(parts: Mapping[str, Tree], groups: Mapping[str, str]) -> Tree:
-    from fedlora.schema import Leaf
-    return Schema({n: Leaf(g) for n, g in groups.items()}).join(parts)
