@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fedlora import state as module
 from fedlora.engines import Serial
 from fedlora.errors import CheckpointError
 from fedlora.local import Local
@@ -201,10 +200,10 @@ def test_a_checkpoint_replaces_the_one_before_it_and_leaves_nothing_beside_it(tm
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("save_file", OSError("disk full")),
-        ("save_file", SafetensorError("disk full")),
-        ("_flush", OSError("disk full")),
-        ("save_file", KeyboardInterrupt()),
+        ("state.save_file", OSError("disk full")),
+        ("state.save_file", SafetensorError("disk full")),
+        ("files._flush", OSError("disk full")),
+        ("state.save_file", KeyboardInterrupt()),
     ],
     ids=str,
 )
@@ -217,7 +216,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, fail)
+        patch.setattr(f"fedlora.{name}", fail)
         with pytest.raises((OSError, KeyboardInterrupt)):
             save_state(replace(make_state(), round=13), tmp_path / "c", {"n": 2})
     loaded, facts = load_state(tmp_path / "c")

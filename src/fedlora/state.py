@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 from xxhash import xxh3_64
 
 from fedlora.errors import CheckpointError
+from fedlora.files import new_folder
 from fedlora.tree import Tree
 
 SEED_BITS = 48
@@ -216,27 +215,15 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
     clients = {
         str(client): [memory.has_setup, memory.folds.version, memory.kept] for client, memory in state.clients.items()
     }
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        # safetensors reports a full disk as an error of its own
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / "state.safetensors")
-    except SafetensorError as error:
-        raise OSError(f"could not write {temporary}: {error}") from error
-    digest = _digest(temporary / "state.safetensors")
-    document = {"format": FORMAT, "digest": digest, **numbers, "order": order, "clients": clients, "facts": dict(facts)}
-    (temporary / "state.json").write_text(json.dumps(document, indent=1))
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    # a crash here leaves two whole folders rather than half of one
-    replaced = folder.with_name(folder.name + ".old.tmp")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    temporary.rename(folder)
-    _flush(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    document = {"format": FORMAT, **numbers, "order": order, "clients": clients, "facts": dict(facts)}
+    with new_folder(folder) as place:
+        try:
+            # safetensors reports a full disk as an error of its own
+            save_file({name: value.contiguous() for name, value in tensors.items()}, place / "state.safetensors")
+        except SafetensorError as error:
+            raise OSError(f"could not write {place}: {error}") from error
+        document["digest"] = _digest(place / "state.safetensors")
+        (place / "state.json").write_text(json.dumps(document, indent=1))
 
 
 def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
@@ -326,11 +313,3 @@ def _digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

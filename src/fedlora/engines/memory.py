@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shutil
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedlora.errors import CheckpointError
+from fedlora.files import new_file, write_atomically
 from fedlora.state import ClientState, Folds
 from fedlora.tree import Tree
 
@@ -41,7 +41,7 @@ class SiteMemory:
     def open(self, text: str) -> None:
         """Notes what the run is; of the oldest runs the files are removed."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _replace(self.folder / "run.json", text.encode())
+        write_atomically(self.folder / "run.json", text.encode())
         others = sorted(self.folder.parent.glob("*/run.json"), key=lambda file: file.stat().st_mtime)
         for old in others[:-RUNS]:
             shutil.rmtree(old.parent, ignore_errors=True)
@@ -58,7 +58,7 @@ class SiteMemory:
             return file.read_bytes() if file.exists() else None
         if not file.exists() or file.read_bytes() != told:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _replace(file, told)
+            write_atomically(file, told)
         return told
 
     def load(self, client: int, known: ClientState) -> ClientState:
@@ -103,12 +103,10 @@ class SiteMemory:
         names = [(part, name) for part, name, _ in flat]
         told = {"has_setup": memory.has_setup, "folds": memory.folds.version, "names": names}
         kept = secrets.token_hex(8)
-        target = folder / f"{kept}.safetensors"
-        temporary = target.with_suffix(".tmp")
         # safetensors refuses tensors that share memory
         tensors = {str(number): value.detach().cpu().clone() for number, (_, _, value) in enumerate(flat)}
-        save_file(tensors, temporary, {"told": json.dumps(told)})
-        os.replace(temporary, target)
+        with new_file(folder / f"{kept}.safetensors") as temporary:
+            save_file(tensors, temporary, {"told": json.dumps(told)})
         others = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
         for old in [file for file in others if file.stem not in (kept, memory.kept)][: -(KEPT - 2)]:
             old.unlink(missing_ok=True)
@@ -120,9 +118,3 @@ def _checked(name: str) -> str:
     if not _NAME.match(name):
         raise CheckpointError(f"{name[:80]!r} is no name of a run or of a state")
     return name
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
