@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,17 +85,23 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()], ids=str)
-def test_what_fails_half_way_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
-    for way in (new_file, new_folder):
-        path = tmp_path / way.__name__
+@pytest.mark.parametrize("way", [new_file, new_folder])
+def test_what_fails_half_way_leaves_what_was_there(tmp_path: Path, way: Any, error: BaseException) -> None:
+    path = tmp_path / "it"
+    inner = "file" if way is new_folder else ""
+
+    def write(text: str, error: BaseException | None = None) -> None:
         with way(path) as place:
-            (place if way is new_file else place / "file").write_text("old")
-        before = names(tmp_path)
-        with pytest.raises(type(error)), way(path) as place:
-            (place if way is new_file else place / "file").write_text("half")
-            raise error
-        assert names(tmp_path) == before
-        assert (path if way is new_file else path / "file").read_text() == "old"
+            (place / inner).write_text(text)
+            if error:
+                raise error
+
+    write("old")
+    before = names(tmp_path)
+    with pytest.raises(type(error)):
+        write("half", error)
+    assert names(tmp_path) == before
+    assert (path / inner).read_text() == "old"
 
 
 def test_a_new_folder_holds_nothing_of_the_old_one_or_of_a_crash(tmp_path: Path) -> None:

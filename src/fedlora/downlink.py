@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fedlora import tree
+from fedlora.byte_counts import ByteCounts, add_up
 from fedlora.folds import FoldMessage, message
 from fedlora.recipe import Recipe
 from fedlora.state import ServerState, named_seed
@@ -37,12 +38,9 @@ class Message(NamedTuple):
     fold: FoldMessage | None = None
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> ByteCounts:
         """Bytes by kind."""
-        sizes = dict(self.packet.sizes)
-        for kind, size in self.fold.sizes.items() if self.fold else ():
-            sizes[kind] = sizes.get(kind, 0) + size
-        return sizes
+        return add_up([self.packet.sizes, self.fold.sizes if self.fold else {}])
 
 
 class Downlink:

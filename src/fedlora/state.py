@@ -215,7 +215,7 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
     clients = {
         str(client): [memory.has_setup, memory.folds.version, memory.kept] for client, memory in state.clients.items()
     }
-    document = {"format": FORMAT, **numbers, "order": order, "clients": clients, "facts": dict(facts)}
+    document: dict[str, Any] = {"format": FORMAT, **numbers, "order": order, "clients": clients, "facts": dict(facts)}
     with new_folder(folder) as place:
         try:
             # safetensors reports a full disk as an error of its own
