@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
+from fedlora.schema import Schema
 
 Rate = Annotated[float, Field(gt=0)]
 Rates = Mapping[str, float]

@@ -24,8 +24,8 @@ from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import NoPrune, Prune
 from fedlora.rates import LrScale
-from fedlora.server_optim import AnyServerOptimizer, Sgd
 from fedlora.schema import Schema
+from fedlora.server_optim import AnyServerOptimizer, Sgd
 from fedlora.shrink import NoShrink, Shrink
 from fedlora.state import named_seed
 from fedlora.transport import Dense, Link, RandomK, RankSlice, Uniform

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from fedlora import config
-from fedlora.aggregate import factors
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.experiment import run

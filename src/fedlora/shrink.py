@@ -59,7 +59,9 @@ class Shrink:
 
     def after(self, before: Tree, now: Tree, schema: Schema, rank: int) -> int:
         """The client's rank after its turn."""
-        return self.fewer(rank) if float(self.tail(now, schema, rank)) < float(self.tail(before, schema, rank)) else rank
+        return (
+            self.fewer(rank) if float(self.tail(now, schema, rank)) < float(self.tail(before, schema, rank)) else rank
+        )
 
     def apply(self, delta: Tree, start: Tree, schema: Schema, rank: int) -> tuple[Tree, int]:
         """What a client of ``rank`` sends of ``delta``, and its rank after its turn."""

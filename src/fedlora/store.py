@@ -111,7 +111,9 @@ class Reader:
         """A memory from what ``Writer.memory`` returned."""
         return Memory(
             {
-                str(part): Store({name: self.tree(tree) for name, tree in store["trees"].items()}, dict(store["values"]))
+                str(part): Store(
+                    {name: self.tree(tree) for name, tree in store["trees"].items()}, dict(store["values"])
+                )
                 for part, store in document.items()
             }
         )

@@ -91,7 +91,9 @@ class SvdRedistribute(Aggregator):
     def _of(self, cohort: Factors, delta: Tree) -> Change:
         params = cohort.params
         for a, b, _ in cohort.pairs:
-            tall = torch.cat([share * one.double() for share, one in zip(cohort.shares, cohort.of[b], strict=True)], dim=1)
+            tall = torch.cat(
+                [share * one.double() for share, one in zip(cohort.shares, cohort.of[b], strict=True)], dim=1
+            )
             wide = torch.cat([one.double() for one in cohort.of[a]])
             new_b, new_a = truncated_product(tall, wide, params[a].shape[0], self.split)
             delta[a], delta[b] = new_a.float() - params[a], new_b.float() - params[b]
@@ -202,9 +204,7 @@ class Factors(Accumulator):
         schema: what each of them is.
     """
 
-    def __init__(
-        self, rule: Callable[[Factors, Tree], Change], weighting: str, params: Tree, schema: Schema
-    ) -> None:
+    def __init__(self, rule: Callable[[Factors, Tree], Change], weighting: str, params: Tree, schema: Schema) -> None:
         self._rule, self._weight_of = rule, say(weighting)
         self._mean = WeightedMean(self._weight_of)
         self._weights: list[float] = []
@@ -225,8 +225,8 @@ class Factors(Accumulator):
         for name, values in self.of.items():
             values.append(update.start[name] + update.delta[name])
         if self._first is None:  # of one client the changes of A are kept too
-            kept = [{a: part[a] for a, _, _ in self.pairs} for part in (update.start, update.delta)]
-            self._first = Update(*kept, weight=0.0)
+            start, delta = ({a: part[a] for a, _, _ in self.pairs} for part in (update.start, update.delta))
+            self._first = Update(start, delta, 0.0)
         trees = ((self._first.delta, update.delta), (self._first.start, update.start))
         self.same_a &= all(torch.equal(first[a], own[a]) for first, own in trees for a, _, _ in self.pairs)
 

@@ -70,7 +70,7 @@ class Installed:
         """Takes the head out of what is trained, so that it keeps its values and is not sent."""
         head = self.schema.names("head")
         self.frozen_head = {name: self.parameters.pop(name) for name in self.schema if name in head}
-        for name, parameter in self.frozen_head.items():
+        for parameter in self.frozen_head.values():
             parameter.requires_grad_(False)
         self.schema = Schema({name: leaf for name, leaf in self.schema.items() if name not in head})
 
