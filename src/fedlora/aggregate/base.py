@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedlora import tree
 from fedlora.errors import TrainingError
@@ -21,12 +21,30 @@ NOBODY = (
 class Aggregator(ABC):
     """Turns the updates of a cohort, in job order, into one change."""
 
-    exact_for_products: ClassVar[bool]
+    exact_for_products: ClassVar[bool] = False
     """Whether the mean of the products ``B @ A`` is what the result's product is, its fold included."""
+    unbiased: ClassVar[bool] = False
+    """Whether the change is a weighted mean of the updates, so that what is right on average stays right."""
+    coordinatewise: ClassVar[bool] = False
+    """Whether each coordinate is decided by its order among the clients'."""
+    needs_factors: ClassVar[bool] = False
+    """Whether the factors ``A`` and ``B`` of low-rank adapters are read as such."""
+    rebuilds_factors: ClassVar[bool] = False
+    """Whether new factors are made from the clients' whole factors, not from their changes."""
     edits_base: ClassVar[bool] = False
-    """Whether frozen weights are edited, which clients must get to know."""
+    """Whether frozen weights are edited, and the edit is sent to clients."""
     reinitialises: ClassVar[bool] = False
-    """Whether the adapters start anew after each round."""
+    """Whether the adapters are drawn anew after each round."""
+
+    @property
+    def weighs_by_examples(self) -> bool:
+        """Whether clients report their numbers of examples, which decide their weights."""
+        return False
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        """Whether ranks that a client did not receive count as zeros."""
+        return False
 
     @property
     def least(self) -> int:
@@ -53,6 +71,17 @@ class Aggregator(ABC):
         Raises:
             TrainingError: there are too few updates.
         """
+
+
+class Weighted(Aggregator):
+    """A rule whose setting ``weighting`` is ``uniform`` or ``examples``."""
+
+    weighting: Literal["uniform", "examples"]
+
+    @property
+    def weighs_by_examples(self) -> bool:
+        """See ``Aggregator.weighs_by_examples``."""
+        return self.weighting == "examples"
 
 
 def weighted_mean(updates: Iterable[Update], weight_of: Callable[[Update], float]) -> Tree:

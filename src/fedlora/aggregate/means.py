@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.aggregate.base import NOBODY, Aggregator, weighted_mean
+from fedlora.aggregate.base import NOBODY, Aggregator, Weighted, weighted_mean
 from fedlora.component import STRICT
 from fedlora.errors import TrainingError
 from fedlora.state import Change, Fold, Update
@@ -20,7 +20,7 @@ from fedlora.tree import Tree
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Mean(Aggregator):
+class Mean(Weighted):
     """Weighted mean of the deltas, ``sum_k p_k delta_k`` with ``sum_k p_k = 1`` (FedAvg, arXiv 1602.05629, Alg. 1).
 
     Args:
@@ -30,7 +30,7 @@ class Mean(Aggregator):
 
     kind: Literal["mean"] = "mean"
     weighting: Literal["uniform", "examples"] = "uniform"
-    exact_for_products: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = True
 
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; no more than one update is in memory at a time."""
@@ -47,7 +47,7 @@ class CoordinateMedian(Aggregator):
     """
 
     kind: Literal["median"] = "median"
-    exact_for_products: ClassVar[bool] = False
+    coordinatewise: ClassVar[bool] = True
 
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; all updates are in memory together."""
@@ -67,7 +67,7 @@ class TrimmedMean(Aggregator):
 
     kind: Literal["trimmed_mean"] = "trimmed_mean"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    exact_for_products: ClassVar[bool] = False
+    coordinatewise: ClassVar[bool] = True
 
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; all updates are in memory together."""
@@ -92,7 +92,6 @@ class Krum(Aggregator):
     kind: Literal["krum"] = "krum"
     faulty: Annotated[int, Field(ge=0)] = 1
     select: Annotated[int, Field(ge=1)] = 1
-    exact_for_products: ClassVar[bool] = False
 
     @property
     def least(self) -> int:
@@ -124,7 +123,6 @@ class NormBound(Aggregator):
 
     kind: Literal["norm_bound"] = "norm_bound"
     norm: Annotated[float, Field(gt=0)]
-    exact_for_products: ClassVar[bool] = False
 
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; no more than one update is in memory at a time."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.aggregate.base import Aggregator, factors, shared_out, weighted_mean
+from fedlora.aggregate.base import Aggregator, Weighted, factors, shared_out, weighted_mean
 from fedlora.component import STRICT
 from fedlora.state import Change, Fold, Update
 from fedlora.tree import Tree
@@ -30,7 +30,12 @@ class SparsityWeighted(Aggregator):
 
     kind: Literal["sparsity_weighted"] = "sparsity_weighted"
     padding: Literal["zero", "keep"] = "zero"
-    exact_for_products: ClassVar[bool] = False
+    needs_factors: ClassVar[bool] = True
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        """See ``Aggregator.pads_with_zeros``."""
+        return self.padding == "zero"
 
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; no more than one update is in memory at a time."""
@@ -60,7 +65,7 @@ def _size_of_products(update: Update) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SvdRedistribute(Aggregator):
+class SvdRedistribute(Weighted):
     """The best adapter of the same rank for the mean of the products (FlexLoRA, arXiv 2402.11505).
 
     ``sum_k p_k B_k A_k = U S V^T``; the new factors are ``B = U_r S_r``, ``A = V_r^T``, or have the root of ``S`` each.
@@ -76,7 +81,8 @@ class SvdRedistribute(Aggregator):
     kind: Literal["svd_redistribute"] = "svd_redistribute"
     weighting: Literal["uniform", "examples"] = "uniform"
     split: Literal["left", "symmetric"] = "left"
-    exact_for_products: ClassVar[bool] = False
+    needs_factors: ClassVar[bool] = True
+    rebuilds_factors: ClassVar[bool] = True
 
     def combine(self, updates: Iterable[Update], params: Tree) -> Change:
         """See ``Aggregator.combine``; the factors of all updates are in memory together."""
@@ -93,7 +99,7 @@ class SvdRedistribute(Aggregator):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ProductExact(Aggregator):
+class ProductExact(Weighted):
     """Factors are averaged, and frozen weights take what the mean of the products has beside (FedEx-LoRA, 2410.09432).
 
     ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and ``W += scale (sum_k p_k B_k A_k - B A)``. As the ``B_k - B`` add
@@ -108,6 +114,8 @@ class ProductExact(Aggregator):
     weighting: Literal["uniform", "examples"] = "uniform"
     rank: Annotated[int, Field(ge=1)] | None = None
     exact_for_products: ClassVar[bool] = True
+    needs_factors: ClassVar[bool] = True
+    rebuilds_factors: ClassVar[bool] = True
     edits_base: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
@@ -142,7 +150,7 @@ class ProductExact(Aggregator):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Stack(Aggregator):
+class Stack(Weighted):
     """Frozen weights take all clients' products, and the adapters start anew (FLoRA, arXiv 2409.05976, Eq. 6).
 
     ``W += scale sum_k p_k B_k A_k``, told as the factors side by side; then ``B = 0`` and ``A`` is drawn anew, the same
@@ -155,6 +163,8 @@ class Stack(Aggregator):
     kind: Literal["stack"] = "stack"
     weighting: Literal["uniform", "examples"] = "uniform"
     exact_for_products: ClassVar[bool] = True
+    needs_factors: ClassVar[bool] = True
+    rebuilds_factors: ClassVar[bool] = True
     edits_base: ClassVar[bool] = True
     reinitialises: ClassVar[bool] = True
 

@@ -49,6 +49,21 @@ class LoRA(Tuning):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     train: Literal["both", "B", "alternate"] = "both"
 
+    @property
+    def adapter_rank(self) -> int:
+        """See ``Tuning.adapter_rank``."""
+        return self.rank
+
+    @property
+    def moving(self) -> str:
+        """See ``Tuning.moving``."""
+        return self.train
+
+    @property
+    def init_from_seed(self) -> bool:
+        """See ``Tuning.init_from_seed``."""
+        return self.init.from_seed
+
     def still(self, name: str, round: int) -> bool:
         """See ``Tuning.still``: the factor that ``train`` leaves out."""
         if self.train == "both" or not name.endswith(("lora_A", "lora_B")):
