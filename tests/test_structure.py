@@ -42,7 +42,7 @@ LAYERS = (
     ("rates",),
     ("state",),
     ("transport", "aggregate", "server_optim", "privacy", "tuning", "local"),
-    ("folds",),
+    ("folds", "refusals"),
     ("recipe",),
     ("methods",),
     ("method_table",),

@@ -105,7 +105,7 @@ def choices(slot: str) -> list[tuple[str, str, str]]:
         ConfigError: there is no such slot.
     """
     if slot not in SLOTS:
-        raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}")
+        raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}; and the list refusals")
     rows = []
     for name, value in SLOTS[slot].items():
         text = (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")

@@ -25,6 +25,8 @@ from fedlora.tree import Tree
 class Privacy(ABC):
     """Both halves of a mechanism in one value, so that the noise always belongs to the clip."""
 
+    is_none: ClassVar[bool] = False
+    """Whether nothing is clipped and no noise is added."""
     needs_uniform_mean: ClassVar[bool]
     """Whether the noise is calibrated for clients that all weigh the same."""
 
@@ -86,6 +88,7 @@ class NoPrivacy(Privacy):
     """Nothing is clipped and no noise is added."""
 
     kind: Literal["none"] = "none"
+    is_none: ClassVar[bool] = True
     needs_uniform_mean: ClassVar[bool] = False
 
     def at(self, clip_norm: float | None) -> NoPrivacy:

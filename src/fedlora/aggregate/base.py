@@ -40,15 +40,31 @@ class Accumulator(ABC):
 class Aggregator(ABC):
     """Turns the updates of a cohort into one change."""
 
-    exact_for_products: ClassVar[bool]
+    exact_for_products: ClassVar[bool] = False
     """Whether the mean of the products ``B @ A`` is what the result's product is, its fold included."""
+    unbiased: ClassVar[bool] = False
+    """Whether the change is a weighted mean of the updates, so that what is right on average stays right."""
+    coordinatewise: ClassVar[bool] = False
+    """Whether each coordinate is decided by its order among the clients'."""
+    needs_factors: ClassVar[bool] = False
+    """Whether the factors ``A`` and ``B`` of low-rank adapters are read as such."""
     edits_base: ClassVar[bool] = False
-    """Whether frozen weights are edited, which clients must get to know."""
+    """Whether frozen weights are edited, and the edit is sent to clients."""
     reinitialises: ClassVar[bool] = False
-    """Whether the adapters start anew after each round."""
+    """Whether the adapters are drawn anew after each round."""
     needs: ClassVar[Needs]
     """What it must be given, and holds until the round ends: a weighted ``sum`` alone; each ``update`` by itself, in
     passing; the low-rank ``factors`` of all; or the updates of the whole ``cohort``."""
+
+    @property
+    def weighs_by_examples(self) -> bool:
+        """Whether clients report their numbers of examples, which decide their weights."""
+        return False
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        """Whether ranks that a client did not receive count as zeros."""
+        return False
 
     @property
     def least(self) -> int:
@@ -73,6 +89,17 @@ class Aggregator(ABC):
             schema: what each of them is.
             store: what the change of the round before remembered.
         """
+
+
+class Weighted(Aggregator):
+    """A rule whose setting ``weighting`` is ``uniform`` or ``examples``."""
+
+    weighting: Literal["uniform", "examples"]
+
+    @property
+    def weighs_by_examples(self) -> bool:
+        """See ``Aggregator.weighs_by_examples``."""
+        return self.weighting == "examples"
 
 
 class WeightedMean(Accumulator):

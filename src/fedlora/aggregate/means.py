@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.aggregate.base import Accumulator, Aggregator, Collected, Needs, WeightedMean, say
+from fedlora.aggregate.base import Accumulator, Aggregator, Collected, Needs, Weighted, WeightedMean, say
 from fedlora.component import STRICT
 from fedlora.errors import TrainingError
 from fedlora.schema import Schema
@@ -21,7 +21,7 @@ from fedlora.tree import Tree
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Mean(Aggregator):
+class Mean(Weighted):
     """Weighted mean of the deltas, ``sum_k p_k delta_k`` with ``sum_k p_k = 1`` (FedAvg, arXiv 1602.05629, Alg. 1).
 
     Args:
@@ -31,7 +31,7 @@ class Mean(Aggregator):
 
     kind: Literal["mean"] = "mean"
     weighting: Literal["uniform", "examples"] = "uniform"
-    exact_for_products: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = True
     needs: ClassVar[Needs] = "sum"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
@@ -47,7 +47,7 @@ class CoordinateMedian(Aggregator):
     """
 
     kind: Literal["median"] = "median"
-    exact_for_products: ClassVar[bool] = False
+    coordinatewise: ClassVar[bool] = True
     needs: ClassVar[Needs] = "cohort"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
@@ -70,7 +70,7 @@ class TrimmedMean(Aggregator):
 
     kind: Literal["trimmed_mean"] = "trimmed_mean"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    exact_for_products: ClassVar[bool] = False
+    coordinatewise: ClassVar[bool] = True
     needs: ClassVar[Needs] = "cohort"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
@@ -99,7 +99,6 @@ class Krum(Aggregator):
     kind: Literal["krum"] = "krum"
     faulty: Annotated[int, Field(ge=0)] = 1
     select: Annotated[int, Field(ge=1)] = 1
-    exact_for_products: ClassVar[bool] = False
     needs: ClassVar[Needs] = "cohort"
 
     @property
@@ -135,7 +134,6 @@ class NormBound(Aggregator):
 
     kind: Literal["norm_bound"] = "norm_bound"
     norm: Annotated[float, Field(gt=0)]
-    exact_for_products: ClassVar[bool] = False
     needs: ClassVar[Needs] = "update"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:

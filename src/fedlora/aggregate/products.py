@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.aggregate.base import Accumulator, Aggregator, Needs, WeightedMean, say
+from fedlora.aggregate.base import Accumulator, Aggregator, Needs, Weighted, WeightedMean, say
 from fedlora.component import STRICT
 from fedlora.schema import Pair, Schema
 from fedlora.state import Change, Fold, Update
@@ -33,8 +33,13 @@ class SparsityWeighted(Aggregator):
 
     kind: Literal["sparsity_weighted"] = "sparsity_weighted"
     padding: Literal["zero", "keep"] = "zero"
-    exact_for_products: ClassVar[bool] = False
+    needs_factors: ClassVar[bool] = True
     needs: ClassVar[Needs] = "update"
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        """See ``Aggregator.pads_with_zeros``."""
+        return self.padding == "zero"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
         """See ``Aggregator.begin``."""
@@ -65,7 +70,7 @@ def _size_of_products(update: Update, pairs: Sequence[Pair]) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SvdRedistribute(Aggregator):
+class SvdRedistribute(Weighted):
     """The best adapter of the same rank for the mean of the products (FlexLoRA, arXiv 2402.11505).
 
     ``sum_k p_k B_k A_k = U S V^T``; the new factors are ``B = U_r S_r``, ``A = V_r^T``, or have the root of ``S`` each.
@@ -81,7 +86,7 @@ class SvdRedistribute(Aggregator):
     kind: Literal["svd_redistribute"] = "svd_redistribute"
     weighting: Literal["uniform", "examples"] = "uniform"
     split: Literal["left", "symmetric"] = "left"
-    exact_for_products: ClassVar[bool] = False
+    needs_factors: ClassVar[bool] = True
     needs: ClassVar[Needs] = "factors"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
@@ -101,7 +106,7 @@ class SvdRedistribute(Aggregator):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ProductExact(Aggregator):
+class ProductExact(Weighted):
     """Factors are averaged, and frozen weights take what the mean of the products has beside (FedEx-LoRA, 2410.09432).
 
     ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and ``W += scale (sum_k p_k B_k A_k - B A)``. As the ``B_k - B`` add
@@ -116,6 +121,7 @@ class ProductExact(Aggregator):
     weighting: Literal["uniform", "examples"] = "uniform"
     rank: Annotated[int, Field(ge=1)] | None = None
     exact_for_products: ClassVar[bool] = True
+    needs_factors: ClassVar[bool] = True
     needs: ClassVar[Needs] = "factors"
     edits_base: ClassVar[bool] = True
 
@@ -154,7 +160,7 @@ class ProductExact(Aggregator):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Stack(Aggregator):
+class Stack(Weighted):
     """Frozen weights take all clients' products, and the adapters start anew (FLoRA, arXiv 2409.05976, Eq. 6).
 
     ``W += scale sum_k p_k B_k A_k``, told as the factors side by side; then ``B = 0`` and ``A`` is drawn anew, the same
@@ -167,6 +173,7 @@ class Stack(Aggregator):
     kind: Literal["stack"] = "stack"
     weighting: Literal["uniform", "examples"] = "uniform"
     exact_for_products: ClassVar[bool] = True
+    needs_factors: ClassVar[bool] = True
     needs: ClassVar[Needs] = "factors"
     edits_base: ClassVar[bool] = True
     reinitialises: ClassVar[bool] = True

@@ -15,7 +15,7 @@ from fedlora.schema import Schema
 from fedlora.transport import wire
 from fedlora.transport.layout import Draw
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
-from fedlora.transport.sparsify import Dense, RandomK, RankSlice, Sparsifier, Threshold, TopK
+from fedlora.transport.sparsify import Dense, Facts, RandomK, RankSlice, Sparsifier, Threshold, TopK
 from fedlora.transport.uniform import Uniform
 from fedlora.transport.wire import Form, Packet
 from fedlora.tree import Tree
@@ -88,18 +88,37 @@ class Link:
             raise ConfigError(f"stages begin in rounds {starts}; name them in order, each round once")
 
     @property
+    def facts(self) -> tuple[Facts, ...]:
+        """What is true of its sparsifiers, those of stages included."""
+        chosen = (self.sparsify, *(stage.sparsify for stage in self.stages))
+        return tuple(each.facts for each in chosen if each is not None)
+
+    @property
     def thins(self) -> bool:
         """Whether entries are left out in any round."""
-        return any(
-            not isinstance(each, Dense)
-            for each in (self.sparsify, *(stage.sparsify or Dense() for stage in self.stages))
-        )
+        return any(each.drops for each in self.facts)
+
+    @property
+    def slices_ranks(self) -> bool:
+        """Whether it sends the first ranks, the same in every round, and leaves out nothing else."""
+        facts = self.sparsify.facts
+        return facts.slices_ranks and not facts.reads_values and not self.stages
+
+    @property
+    def rescales(self) -> bool:
+        """Whether kept entries are multiplied to make up for those left out, in any round."""
+        return any(each.drops and each.unbiased for each in self.facts)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Its number formats, those of stages included."""
+        stages = (each for stage in self.stages for each in (stage.precision, stage.head_precision))
+        return tuple(each for each in (self.precision, self.head_precision, *stages) if each is not None)
 
     @property
     def rounds_values(self) -> bool:
         """Whether values are rounded in any round."""
-        stages = (each for stage in self.stages for each in (stage.precision, stage.head_precision))
-        return any(each is not None and each.lossy for each in (self.precision, self.head_precision, *stages))
+        return any(form.lossy for form in self.precisions)
 
     @property
     def lossy(self) -> bool:

@@ -48,10 +48,14 @@ class Facts(NamedTuple):
         unbiased: the mean of what is sent, over its own random draws, is the input.
         reads_values: which entries are kept depends on the values, so positions differ between clients and reveal
             something about them.
+        drops: entries may be left out.
+        slices_ranks: what is left out are whole ranks of LoRA's factors.
     """
 
     unbiased: bool
     reads_values: bool
+    drops: bool = True
+    slices_ranks: bool = False
 
 
 class Sparsifier(ABC):
@@ -127,7 +131,7 @@ class Dense(Sparsifier):
     @property
     def facts(self) -> Facts:
         """Nothing is lost."""
-        return Facts(unbiased=True, reads_values=False)
+        return Facts(unbiased=True, reads_values=False, drops=False)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
         """Every tensor is kept whole."""
@@ -302,7 +306,7 @@ class RankSlice(Sparsifier):
     @property
     def facts(self) -> Facts:
         """By order the same entries are kept always."""
-        return Facts(unbiased=False, reads_values=self.by == "norm")
+        return Facts(unbiased=False, reads_values=self.by == "norm", slices_ranks=True)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
         """True within the ranks that are kept."""

@@ -103,6 +103,21 @@ class Tuning(ABC):
         """Whether a trained entry that a client gets as zero leaves the pre-trained function as it is."""
         return False
 
+    @property
+    def adapter_rank(self) -> int:
+        """The rank of low-rank adapters that aggregators and links may look into; 0 if there are none."""
+        return 0
+
+    @property
+    def moving(self) -> str:
+        """The factors that are trained: ``both``, ``B``, or ``alternate``."""
+        return "both"
+
+    @property
+    def init_from_seed(self) -> bool:
+        """Whether adapters can be drawn anew from a seed and their shapes alone."""
+        return False
+
     def in_round(self, schema: Schema, round: int) -> Schema:
         """``schema`` with the roles that hold in a round of the phase (0-based)."""
         return schema

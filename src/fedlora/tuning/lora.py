@@ -50,6 +50,21 @@ class LoRA(Tuning):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     train: Literal["both", "B", "alternate"] = "both"
 
+    @property
+    def adapter_rank(self) -> int:
+        """See ``Tuning.adapter_rank``."""
+        return self.rank
+
+    @property
+    def moving(self) -> str:
+        """See ``Tuning.moving``."""
+        return self.train
+
+    @property
+    def init_from_seed(self) -> bool:
+        """See ``Tuning.init_from_seed``."""
+        return self.init.from_seed
+
     def in_round(self, schema: Schema, round: int) -> Schema:
         """See ``Tuning.in_round``: the factor that ``train`` leaves out is frozen."""
         if self.train == "both":
