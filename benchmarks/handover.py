@@ -61,7 +61,7 @@ def main() -> None:
         delta = close_phase(workspace, trained.recipe, state).delta
         spectra = energies(delta)
         sides = {name: sum(delta[name].shape) for name in spectra}
-        head = frozenset(name for name, group in state.groups.items() if group == "head")
+        head = frozenset(name for name, group in state.schema.groups.items() if group == "head")
         targets = {f"{name}.weight" for name in find(workspace.model, "default", head)}
         numbers = given.rank * sum(size for name, size in sides.items() if name in targets)
         everywhere = numbers // sum(sides.values())

@@ -26,7 +26,7 @@ from fedlora.federation.federate import federate
 from fedlora.federation.folder import ServerConfig, public_keys
 from fedlora.federation.serve import sites_of, superlink
 from fedlora.federation.simulate import simulate
-from fedlora.round import Row
+from fedlora.ledger import Row
 from fedlora.setting import Setting
 from fedlora.watch import Watcher
 

@@ -24,7 +24,6 @@ from fedlora.transport import (
     Precision,
     TopK,
     Uniform,
-    split_groups,
     unpack,
 )
 from fedlora.tree import Tree
@@ -127,7 +126,7 @@ def _measure_density(settings: Settings, adapter: Adapter, density: str) -> tupl
     """The rows of one density, and figures of what is measured beside them."""
     groups, large = adapter.groups, adapter.name == LARGE
     thinned = _link(density, "float32").thin(adapter.params, groups, 0, SEED)
-    parts = split_groups(thinned, groups)
+    parts = groups.split(thinned)
     references, precisions = _references(thinned), list(PRECISIONS)
     if settings.quick and large:
         references, precisions = {ZSTD: references[ZSTD]}, ["float32", "uniform 8"]

@@ -185,7 +185,7 @@ def state_of(folder: Path) -> dict[str, str]:
     except ImportError:
         from fedlora.state import load_state
     state, _ = load_state(folder)
-    parts = _parts_before(state) if hasattr(state, "slots") else _parts(state)
+    parts = _parts_before(state) if hasattr(state, "groups") else _parts(state)
     return {part: _digest(value) for part, value in parts.items()}
 
 
@@ -202,15 +202,42 @@ def _parts_before(state: Any) -> dict[str, Any]:
         "held": dict(sorted(state.held.items())),
         "folds": [state.folds.version, state.folds.total, list(state.folds.recent)],
         "clients": {
-            client: [one.has_setup, one.folds.version, one.folds.total, one.optimizer, one.feedback, one.held]
+            client: [
+                one.has_setup,
+                one.folds.version,
+                one.folds.total,
+                sorted(one.optimizer.items()),
+                one.feedback,
+                one.held,
+            ]
             for client, one in sorted(state.clients.items())
         },
     }
 
 
 def _parts(state: Any) -> dict[str, Any]:
-    """The same of a state of parts."""
-    raise NotImplementedError
+    """The same of a state whose parts have stores."""
+    known = dict(sorted(state.known.items()))
+    ranks = [(client, memory.value("rank", "rank")) for client, memory in known.items() if "rank" in memory]
+    held = {client: memory.tree("down", "held") for client, memory in known.items() if "down" in memory}
+    return {
+        "numbers": [state.phase, state.round, state.steps, state.parts.value("clip", "norm"), ranks],
+        "groups": list(state.schema.groups.items()),
+        "setup": [state.setup, sorted(state.setup_bytes.items())],
+        "params": state.params,
+        "init": state.init,
+        "slots": state.parts.store("server").trees,
+        "feedback": state.parts.tree("down", "lost"),
+        "held": held,
+        "folds": [state.folds.version, state.folds.total, list(state.folds.recent)],
+        "clients": {client: _memory(one) for client, one in sorted(state.clients.items())},
+    }
+
+
+def _memory(one: Any) -> list[Any]:
+    optimizer = sorted(one.parts.tree("optimizer", "state").items())  # it is looked up by name, and has no order
+    lost, held = (one.parts.tree(*place) for place in (("residual", "lost"), ("down", "held")))
+    return [one.has_setup, one.folds.version, one.folds.total, optimizer, lost, held]
 
 
 def _digest(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import LOCAL, Federation
+from toy import LOCAL, Federation, combined
 
 from fedlora import tree
 from fedlora.aggregate import (
@@ -87,7 +87,7 @@ def test_every_aggregator_is_here() -> None:
 @pytest.mark.parametrize("kind", VALUES)
 def test_equal_clients_give_what_each_of_them_has(kind: str) -> None:
     params, (one,) = cohort(1)
-    change = VALUES[kind].combine([one] * 4, params)
+    change = combined(VALUES[kind], [one] * 4, params)
     after = tree.add(params, change.delta)
     expected = tree.add(params, one.delta)
     torch.testing.assert_close(product(after) + folded(change), product(expected), rtol=1e-5, atol=1e-5)
@@ -98,7 +98,7 @@ def test_equal_clients_give_what_each_of_them_has(kind: str) -> None:
 @pytest.mark.parametrize("kind", VALUES)
 def test_the_order_of_clients_does_not_matter(kind: str) -> None:
     params, updates = cohort(5)
-    one, other = (VALUES[kind].combine(order, params) for order in (updates, updates[::-1]))
+    one, other = (combined(VALUES[kind], order, params) for order in (updates, updates[::-1]))
     for name, value in one.delta.items():
         torch.testing.assert_close(value, other.delta[name], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(folded(one), folded(other), rtol=1e-5, atol=1e-5)
@@ -107,7 +107,7 @@ def test_the_order_of_clients_does_not_matter(kind: str) -> None:
 @pytest.mark.parametrize("kind", VALUES)
 def test_nobody_is_refused(kind: str) -> None:
     with pytest.raises(TrainingError, match="no client answered"):
-        VALUES[kind].combine([], params_of(0))
+        combined(VALUES[kind], [], params_of(0))
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -122,7 +122,7 @@ def test_its_loss_falls_on_a_real_model(kind: str) -> None:
 @pytest.mark.parametrize("split", ["left", "symmetric"])
 def test_svd_redistribute_is_the_best_approximation_of_the_mean_product(weighting: Any, split: Any) -> None:
     params, updates = cohort(4)
-    change = SvdRedistribute(weighting=weighting, split=split).combine(updates, params)
+    change = combined(SvdRedistribute(weighting=weighting, split=split), updates, params)
     after = tree.add(params, change.delta)
     u, s, vt = torch.linalg.svd(mean_product(updates, weighting))
     torch.testing.assert_close(product(after), u[:, :3] * s[:3] @ vt[:3], rtol=1e-5, atol=1e-5)
@@ -135,7 +135,7 @@ def test_svd_redistribute_is_the_best_approximation_of_the_mean_product(weightin
 @pytest.mark.parametrize("kind", [kind for kind, rule in AGGREGATORS.items() if rule.exact_for_products])
 def test_rules_that_are_exact_for_products_give_their_mean(kind: str, weighting: Any) -> None:
     params, updates = cohort(4)
-    change = VALUES[kind].__class__(weighting=weighting).combine(updates, params)  # type: ignore[call-arg]
+    change = combined(VALUES[kind].__class__(weighting=weighting), updates, params)  # type: ignore[call-arg]
     after = product(tree.add(params, change.delta)) + folded(change)
     torch.testing.assert_close(after, mean_product(updates, weighting), rtol=1e-5, atol=1e-5)
 
@@ -143,17 +143,17 @@ def test_rules_that_are_exact_for_products_give_their_mean(kind: str, weighting:
 @pytest.mark.parametrize("kind", AGGREGATORS)
 def test_rules_say_truly_whether_they_are_exact_for_products(kind: str) -> None:
     params, updates = cohort(6)
-    change = VALUES[kind].combine(updates, params)
+    change = combined(VALUES[kind], updates, params)
     gap = product(tree.add(params, change.delta)) + folded(change) - mean_product(updates, "uniform")
     assert (float(gap.abs().max()) < 1e-4) == VALUES[kind].exact_for_products
 
 
 def test_the_fold_of_product_exact_has_the_least_rank_and_may_have_less() -> None:
     params, updates = cohort(2)
-    b, a = ProductExact().combine(updates, params).fold.factors["m"]
+    b, a = combined(ProductExact(), updates, params).fold.factors["m"]
     assert (b.shape, a.shape) == ((5, 3), (3, 7))  # one client fewer than there are, times the rank
-    whole = ProductExact().combine(cohort(4)[1], params)
-    small = ProductExact(rank=2).combine(cohort(4)[1], params)
+    whole = combined(ProductExact(), cohort(4)[1], params)
+    small = combined(ProductExact(rank=2), cohort(4)[1], params)
     u, s, vt = torch.linalg.svd(folded(whole))
     torch.testing.assert_close(folded(small), u[:, :2] * s[:2] @ vt[:2], rtol=1e-5, atol=1e-5)
 
@@ -161,8 +161,8 @@ def test_the_fold_of_product_exact_has_the_least_rank_and_may_have_less() -> Non
 def test_where_a_keeps_still_product_exact_folds_nothing_and_stack_the_rank_of_one() -> None:
     params, updates = cohort(4)
     still = [update._replace(delta=update.delta | {"m.lora_A": torch.zeros(3, 7)}) for update in updates]
-    assert not ProductExact().combine(still, params).fold
-    assert Stack().combine(still, params).fold.factors["m"][1].shape == (3, 7)
+    assert not combined(ProductExact(), still, params).fold
+    assert combined(Stack(), still, params).fold.factors["m"][1].shape == (3, 7)
 
 
 def test_stack_leaves_out_ranks_that_a_client_does_not_have() -> None:
@@ -171,7 +171,7 @@ def test_stack_leaves_out_ranks_that_a_client_does_not_have() -> None:
     short["m.lora_A"][1:] = -params["m.lora_A"][1:]
     short["m.lora_B"][:, 1:] = 0.0
     updates = [Update(params, full, 1.0), Update(params, short, 1.0)]
-    change = Stack().combine(updates, params)
+    change = combined(Stack(), updates, params)
     assert change.fold.factors["m"][0].shape == (5, 4)
     torch.testing.assert_close(folded(change), mean_product(updates, "uniform"), rtol=1e-5, atol=1e-5)
 
@@ -185,7 +185,7 @@ def test_svd_redistribute_is_stable_where_singular_values_vanish_or_repeat(case:
     if case == "equal values":
         delta["m.lora_B"][:3] = torch.eye(3)
     updates = [Update(params, delta, 1.0)] * 3
-    after = tree.add(params, SvdRedistribute().combine(updates, params).delta)
+    after = tree.add(params, combined(SvdRedistribute(), updates, params).delta)
     torch.testing.assert_close(product(after), delta["m.lora_B"].double() @ params["m.lora_A"].double())
     assert torch.isfinite(after["m.lora_A"]).all()
     torch.testing.assert_close(after["m.lora_A"] @ after["m.lora_A"].T, torch.eye(3))  # no rank is lost
@@ -195,18 +195,18 @@ def test_sparsity_weights_are_the_norms_of_the_products() -> None:
     params, updates = cohort(3)
     norms = np.array([float(product(tree.add(u.start, u.delta)).norm()) for u in updates])
     expected = (norms / norms.sum()) @ stacked(updates)
-    found = tree.flatten(SparsityWeighted().combine(updates, params).delta)
+    found = tree.flatten(combined(SparsityWeighted(), updates, params).delta)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 5, 8])
 def test_median_and_trimmed_mean_equal_numpy(num: int) -> None:
     params, updates = cohort(num)
-    found = tree.flatten(CoordinateMedian().combine(updates, params).delta)
+    found = tree.flatten(combined(CoordinateMedian(), updates, params).delta)
     np.testing.assert_allclose(found.numpy(), np.median(stacked(updates), axis=0), rtol=1e-6)
     left_out = {1: 0, 2: 0, 3: 1, 5: 2, 8: 2}[num]
     expected = np.sort(stacked(updates), axis=0)[left_out : num - left_out].mean(axis=0)
-    found = tree.flatten(TrimmedMean(trim=0.25).combine(updates, params).delta)
+    found = tree.flatten(combined(TrimmedMean(trim=0.25), updates, params).delta)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -219,14 +219,14 @@ def test_krum_equals_a_slow_reference(faulty: int, select: int) -> None:
         others = sorted(((rows[i] - rows[j]) ** 2).sum() for j in range(8) if j != i)
         scores.append(sum(others[: 8 - faulty - 2]))
     best = sorted(range(8), key=lambda i: scores[i])[:select]
-    found = tree.flatten(Krum(faulty=faulty, select=select).combine(updates, params).delta)
+    found = tree.flatten(combined(Krum(faulty=faulty, select=select), updates, params).delta)
     np.testing.assert_allclose(found.numpy(), rows[best].mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
 def test_krum_needs_enough_clients() -> None:
     params, updates = cohort(4)
     with pytest.raises(TrainingError, match="needs 5 clients in a round, and 4 answered"):
-        Krum(faulty=1).combine(updates, params)
+        combined(Krum(faulty=1), updates, params)
 
 
 def test_norm_bound_equals_numpy() -> None:
@@ -235,7 +235,7 @@ def test_norm_bound_equals_numpy() -> None:
     norms = np.linalg.norm(rows, axis=1)
     bound = float(np.median(norms))  # some are longer
     expected = (rows * np.minimum(1.0, bound / norms)[:, None]).mean(axis=0)
-    found = tree.flatten(NormBound(norm=bound).combine(updates, params).delta)
+    found = tree.flatten(combined(NormBound(norm=bound), updates, params).delta)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -248,7 +248,7 @@ def test_svd_redistribute_bears_a_tie_where_it_cuts() -> None:
     updates = [Update(zeros, one, 1.0), Update(zeros, other, 1.0)]
     mean = mean_product(updates, "uniform")
     assert torch.linalg.svdvals(mean).tolist() == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.0])
-    after = tree.add(zeros, SvdRedistribute().combine(updates, zeros).delta)
+    after = tree.add(zeros, combined(SvdRedistribute(), updates, zeros).delta)
     gap = torch.linalg.svdvals(product(after) - mean)
     torch.testing.assert_close(gap, torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(after["m.lora_A"] @ after["m.lora_A"].T, torch.eye(3), rtol=1e-5, atol=1e-6)
@@ -257,7 +257,7 @@ def test_svd_redistribute_bears_a_tie_where_it_cuts() -> None:
 def test_adapters_that_are_all_zero_have_no_say() -> None:
     zeros = tree.zeros_like(params_of(0))
     with pytest.raises(TrainingError, match="all adapters are zero"):
-        SparsityWeighted().combine([Update(zeros, zeros, 1.0)], zeros)
+        combined(SparsityWeighted(), [Update(zeros, zeros, 1.0)], zeros)
 
 
 @pytest.mark.parametrize("kind", ["median", "trimmed_mean", "krum", "norm_bound"])
@@ -266,10 +266,10 @@ def test_one_client_that_lies_hardly_moves_a_robust_rule(kind: str) -> None:
     honest = [updates[0]] * 6
     liar = updates[0]._replace(delta=tree.scale(updates[0].delta, -1e6))
     rule = {"krum": Krum(faulty=1), "norm_bound": NormBound(norm=tree.norm(updates[0].delta))}.get(kind, VALUES[kind])
-    found = rule.combine([*honest, liar], params).delta
+    found = combined(rule, [*honest, liar], params).delta
     gap = tree.norm(tree.subtract(found, updates[0].delta)) / tree.norm(updates[0].delta)
     assert gap < 0.3
-    assert tree.norm(tree.subtract(Mean().combine([*honest, liar], params).delta, updates[0].delta)) > 1e4 * gap
+    assert tree.norm(tree.subtract(combined(Mean(), [*honest, liar], params).delta, updates[0].delta)) > 1e4 * gap
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_still_factor_keeps_its_bits_and_costs_nothing_up(train: Any) -> None:
 def test_the_mean_of_products_is_the_product_of_means_where_a_keeps_still() -> None:
     params, updates = cohort(4)
     still = [update._replace(delta=update.delta | {"m.lora_A": torch.zeros(3, 7)}) for update in updates]
-    after = tree.add(params, Mean().combine(still, params).delta)
+    after = tree.add(params, combined(Mean(), still, params).delta)
     products = torch.stack([product(tree.add(update.start, update.delta)) for update in still])
     torch.testing.assert_close(product(after), products.mean(0), rtol=1e-6, atol=1e-6)
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from toy import LOCAL, Federation
+from toy import LOCAL, Federation, combined
 
 from fedlora import tree
 from fedlora.aggregate import AGGREGATORS, Mean
+from fedlora.checkpoint import load_state, save_state
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.methods import fedavg
 from fedlora.privacy import PRIVACY, CentralGaussian, NoPrivacy
-from fedlora.state import Update, load_state, save_state
+from fedlora.state import Update
 from fedlora.tree import Tree
 from fedlora.tuning import LoRA
 
@@ -27,31 +28,31 @@ B = Update({}, {"x": torch.tensor([3.0, 8.0]), "y": torch.tensor([[0.0]])}, 3.0)
 
 
 def test_the_uniform_mean_ignores_weights() -> None:
-    delta = Mean().combine([A, B], {}).delta
+    delta = combined(Mean(), [A, B], {}).delta
     assert (delta["x"].tolist(), delta["y"].tolist()) == ([2.0, 4.0], [[2.0]])
 
 
 def test_the_mean_by_examples_weighs_by_them() -> None:
-    delta = Mean(weighting="examples").combine([A, B], {}).delta
+    delta = combined(Mean(weighting="examples"), [A, B], {}).delta
     assert (delta["x"].tolist(), delta["y"].tolist()) == ([2.5, 6.0], [[1.0]])
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
 def test_one_client_gives_that_client(weighting: str) -> None:
-    delta = Mean(weighting=weighting).combine([B], {}).delta  # type: ignore[arg-type]
+    delta = combined(Mean(weighting=weighting), [B], {}).delta  # type: ignore[arg-type]
     assert all(torch.equal(delta[name], value) for name, value in B.delta.items())
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
 def test_order_does_not_matter(weighting: str) -> None:
-    one, other = (Mean(weighting=weighting).combine(cohort, {}).delta for cohort in ([A, B], [B, A]))  # type: ignore[arg-type]
+    one, other = (combined(Mean(weighting=weighting), cohort, {}).delta for cohort in ([A, B], [B, A]))  # type: ignore[arg-type]
     assert all(torch.equal(one[name], value) for name, value in other.items())
 
 
 def test_a_client_without_examples_has_no_say_by_examples_and_a_full_one_uniformly() -> None:
     idle = Update({}, {"x": torch.zeros(2), "y": torch.zeros(1, 1)}, 0.0)
-    assert Mean(weighting="examples").combine([B, idle], {}).delta["x"].tolist() == [3.0, 8.0]
-    assert Mean().combine([B, idle], {}).delta["x"].tolist() == [1.5, 4.0]
+    assert combined(Mean(weighting="examples"), [B, idle], {}).delta["x"].tolist() == [3.0, 8.0]
+    assert combined(Mean(), [B, idle], {}).delta["x"].tolist() == [1.5, 4.0]
 
 
 def test_updates_are_read_once_and_left_alone() -> None:
@@ -62,7 +63,7 @@ def test_updates_are_read_once_and_left_alone() -> None:
             read.append(update)
             yield update
 
-    Mean(weighting="examples").combine(updates(), {})
+    combined(Mean(weighting="examples"), updates(), {})
     assert len(read) == 2
     assert A.delta["x"].tolist() == [1.0, 0.0]
 
@@ -71,17 +72,17 @@ def test_updates_are_read_once_and_left_alone() -> None:
 def test_no_update_and_no_weight_are_refused(cohort: list[Update]) -> None:
     why = "no answer has a say" if cohort else "at least one client that has examples"
     with pytest.raises(TrainingError, match=why):
-        Mean(weighting="examples").combine(cohort, {})
+        combined(Mean(weighting="examples"), cohort, {})
 
 
 def test_the_mean_edits_no_frozen_weights() -> None:
-    assert not Mean().combine([A], {}).fold
+    assert not combined(Mean(), [A], {}).fold
 
 
 def test_the_mean_of_factors_is_not_the_mean_of_products() -> None:
     """``mean(B A) - mean(B) mean(A) = mean((B - mean B)(A - mean A))``: why ``exact_for_products`` is false."""
     factors = [torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(k)) for k in range(3)]
-    mean = Mean().combine([Update({}, {"b": f[0], "a": f[1]}, 1.0) for f in factors], {}).delta
+    mean = combined(Mean(), [Update({}, {"b": f[0], "a": f[1]}, 1.0) for f in factors], {}).delta
     gap = sum(f[0] @ f[1] for f in factors) / 3 - mean["b"] @ mean["a"]
     expected = sum((f[0] - mean["b"]) @ (f[1] - mean["a"]) for f in factors) / 3
     torch.testing.assert_close(gap, expected, atol=1e-5, rtol=1e-5)

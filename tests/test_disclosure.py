@@ -17,7 +17,6 @@ from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.shrink import Shrink
 from fedlora.transport import wire
-from fedlora.transport.link import split_groups
 from fedlora.tuning import LoRA
 
 ALL = frozenset({"examples", "steps", "loss", "rank"})
@@ -75,7 +74,7 @@ def reports(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, f
     def listened(job: Job, *arguments: Any) -> Reply:
         reply = run_job(job, *arguments)
         assert reply.raw is not None
-        like = split_groups(state.params, state.groups) | {"report": empty_report(job.recipe)}
+        like = state.schema.split(state.params) | {"report": empty_report(job.recipe)}
         report = wire.receive(reply.raw, like).trees["report"]
         found.append({name: float(value) for name, value in report.items()})
         return reply

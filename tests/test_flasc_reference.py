@@ -148,7 +148,9 @@ def test_the_settings_of_unequal_clients_are_those_of_flascs_code(setting: str) 
     def whole(value: bool) -> Tree:
         return {name: torch.full(tensor.shape, value) for name, tensor in first.params.items()}
 
-    adapter = vector({name: torch.full(v.shape, first.groups[name] == "adapter") for name, v in first.params.items()})
+    adapter = vector(
+        {name: torch.full(v.shape, first.schema[name].group == "adapter") for name, v in first.params.items()}
+    )
 
     def down(client: int, now: Tensor) -> Tensor:
         if setting == "density":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy import LOCAL, Federation
+from toy import LOCAL, Federation, combined
 
 from fedlora import tree
 from fedlora.aggregate import Mean, ProductExact
@@ -273,7 +273,7 @@ def test_without_a_head_each_round_starts_from_its_own_a() -> None:
     federation = headless()
     assert isinstance(federation, Listening)
     state = federation.start()
-    assert set(state.groups.values()) == {"adapter"}
+    assert set(state.schema.groups.values()) == {"adapter"}
     for rounds in range(1, 4):
         federation.heard.clear()
         before = federation.go_on(state, rounds)
@@ -314,7 +314,7 @@ def test_a_truncated_fold_has_one_rank_for_modules_of_all_sizes() -> None:
         return {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
 
     params = tree_of()
-    change = ProductExact(rank=20).combine([Update(params, tree_of(), 1.0) for _ in range(4)], params)
+    change = combined(ProductExact(rank=20), [Update(params, tree_of(), 1.0) for _ in range(4)], params)
     assert {a.shape[0] for _, a in change.fold.factors.values()} == {20}
     folds = extended(Folds(), change.fold)
     told = message(folds, 0)

@@ -23,7 +23,7 @@ from fedlora.config import to_toml
 from fedlora.describe import phase_facts
 from fedlora.errors import ConfigError
 from fedlora.experiment import Stopped
-from fedlora.round import Row
+from fedlora.ledger import Row
 from fedlora.state import named_seed
 from fedlora.tasks import Model
 from fedlora.tasks.heads import parameters_of
@@ -99,7 +99,7 @@ def test_the_pooler_in_the_head_learns_and_is_exported(world: Path, tmp_path: Pa
     result = fedlora.run(chosen, run)
     assert result.after["loss"] < result.before["loss"]
     model = fedlora.load_run(run).workspace
-    assert {name for name, group in model.installed.groups.items() if group == "head"} == HEAD | POOLED
+    assert {name for name, group in model.installed.schema.groups.items() if group == "head"} == HEAD | POOLED
     base = dict(AutoModel.from_pretrained(world / "bert").named_parameters())
     moved = weights(run)["bert.pooler.dense.weight"] - base["pooler.dense.weight"]
     assert float(moved.detach().abs().max()) > 1e-3
@@ -124,7 +124,7 @@ def test_a_whole_layer_may_be_head(world: Path, tmp_path: Path) -> None:
     chosen = experiment(world, "lora", "model.head=['encoder.layer.1', 'embeddings']")
     run = tmp_path / "run"
     fedlora.run(chosen, run)
-    trained = fedlora.load_run(run).workspace.installed.groups
+    trained = fedlora.load_run(run).workspace.installed.schema.groups
     assert not any("layer.1." in name for name, group in trained.items() if group == "adapter")
     found = with_peft(world, "bert", run / "adapter")
     torch.testing.assert_close(probabilities(found, world / "bert"), ours(run), atol=1e-4, rtol=0)
@@ -232,10 +232,10 @@ def test_heads_of_every_task_are_exported(
     model, head = load_pretrained(f"AutoModelFor{kind}", chosen, 0, CPU, fresh_head=kind != "CausalLM")
     assert any(f"{entry}." in name for name in head)
     installed = LoRA(rank=2, targets="all-linear").install(model, head, 0)
-    assert not any(name.rsplit(".", 1)[0] + ".weight" in head for name in installed.groups if "lora" in name)
+    assert not any(name.rsplit(".", 1)[0] + ".weight" in head for name in installed.schema if "lora" in name)
     if frozen:
         installed.freeze_head()
-        assert set(installed.groups.values()) == {"adapter"}
+        assert set(installed.schema.groups.values()) == {"adapter"}
     assert {name for name, value in model.named_parameters() if value.requires_grad} == installed.parameters.keys()
     params = {name: value + 0.1 * torch.randn(value.shape) for name, value in installed.read().items()}
     installed.load(params)

@@ -28,7 +28,7 @@ from fedlora import experiment as experiments
 from fedlora.config import Experiment
 from fedlora.errors import CheckpointError, DataError
 from fedlora.experiment import Result, Stopped
-from fedlora.round import Row
+from fedlora.ledger import Row
 from fedlora.setting import Setting
 from fedlora.tuning import export as adapters
 from fedlora.watch import Watcher

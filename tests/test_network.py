@@ -12,9 +12,9 @@ from tiny import experiment, tiny_world
 import fedlora
 from fedlora.cost import costs
 from fedlora.errors import ConfigError
+from fedlora.ledger import Row
 from fedlora.network import Network, Turn, parse_network, seconds_to, slowest_seconds
 from fedlora.report import comparison, cost_table, load_result
-from fedlora.round import Row
 from fedlora.setting import prepare
 
 world = pytest.fixture(scope="module")(tiny_world)

@@ -17,17 +17,18 @@ from fedlora.rates import LrScale, Schedule
 from fedlora.recipe import Recipe
 from fedlora.server_optim import SERVER_OPTIMIZERS, ServerOptimizer, Sgd
 from fedlora.state import ServerState
+from fedlora.testing import schema_of
 from fedlora.tiers import Tier
 from fedlora.tuning import Full, LoRA, Peft
 
-GROUPS = {"layer.lora_A": "adapter", "layer.lora_B": "adapter", "score.weight": "head"}
+GROUPS = schema_of({"layer.lora_A": "adapter", "layer.lora_B": "adapter", "score.weight": "head"})
 
 
 def by_group(before: ServerState, after: ServerState) -> dict[str, float]:
     """How far ``A``, ``B`` and the head moved."""
     moved = {"A": 0.0, "B": 0.0, "head": 0.0}
     for name, value in before.params.items():
-        kind = "head" if before.groups[name] == "head" else name[-1]
+        kind = before.schema[name].factor or "head"
         moved[kind] += float((after.params[name] - value).abs().sum())
     return moved
 
@@ -38,7 +39,7 @@ def round_of(federation: Federation) -> dict[str, float]:
 
 
 def test_a_multiplier_is_that_of_the_group_times_that_of_the_factor() -> None:
-    rates = LrScale(adapter=2.0, head=10.0, B=16.0).by_name(GROUPS, LoRA().factor_of, 0.5)
+    rates = LrScale(adapter=2.0, head=10.0, B=16.0).by_name(GROUPS, 0.5)
     assert rates == {"layer.lora_A": 1.0, "layer.lora_B": 16.0, "score.weight": 5.0}
 
 
@@ -46,7 +47,15 @@ def test_factors_are_found_under_the_names_of_peft_too() -> None:
     tuning = Peft(config={"peft_type": "LORA"})
     assert tuning.has_factors
     assert not Peft(config={"peft_type": "IA3"}).has_factors
-    assert [tuning.factor_of(name) for name in ("a.lora_A.weight", "a.lora_embedding_B", "a.bias")] == ["A", "B", ""]
+    federation = Federation(
+        fedavg(rounds=1, tuning=replace(tuning, config=tuning.config | {"target_modules": ["query"]}))
+    )
+    leaves = federation.start().schema.values()
+    assert {(leaf.group, leaf.factor, leaf.rank_axis) for leaf in leaves} == {
+        ("adapter", "A", 0),
+        ("adapter", "B", 1),
+        ("head", "", None),
+    }
 
 
 @pytest.mark.parametrize("kind", CLIENT_OPTIMIZERS)
@@ -66,7 +75,7 @@ def test_every_client_optimizer_moves_a_group_by_its_own_rate(kind: str) -> None
 def test_every_server_optimizer_steps_as_one_with_that_rate_would(kind: str) -> None:
     params = {name: torch.linspace(-1, 1, 6) * (place + 1) for place, name in enumerate(GROUPS)}
     optimizer: ServerOptimizer = replace(SERVER_OPTIMIZERS[kind](), lr_scale=LrScale(head=5.0, A=0.5))
-    rates = optimizer.rates(GROUPS, LoRA().factor_of, (0, 4))
+    rates = optimizer.rates(GROUPS, (0, 4))
     apart = {name: replace(optimizer, lr=optimizer.lr * rates[name]) for name in params}
     slots: dict[str, dict[str, torch.Tensor]] = {}
     alone = {name: ({name: value}, {}) for name, value in params.items()}
@@ -81,7 +90,7 @@ def test_every_server_optimizer_steps_as_one_with_that_rate_would(kind: str) -> 
 
 def test_the_servers_schedule_runs_over_the_whole_run() -> None:
     cosine = Sgd(schedule=Schedule(shape="linear"))
-    assert cosine.rates({"x": "head"}, LoRA().factor_of, (3, 4)) == {"x": 0.25}
+    assert cosine.rates(schema_of({"x": "head"}), (3, 4)) == {"x": 0.25}
     local = Local(optimizer=AdamW(lr=0.01), batch_size=16)
     plain = Federation(fedavg(rounds=2, tuning=LoRA(rank=4), local=local, server=Sgd()))
     falling = Federation(fedavg(rounds=2, tuning=LoRA(rank=4), local=local, server=cosine))

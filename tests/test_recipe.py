@@ -85,7 +85,9 @@ def test_zero_is_neutral_as_claimed(tuning: Any) -> None:
     state, _ = open_phase(workspace, 0, Recipe(tuning=small), seed=0, rounds_done=0, carry=None)
     mask = torch.Generator().manual_seed(1)
     sent = {
-        name: value * (torch.rand(value.shape, generator=mask) < 0.3) if state.groups[name] == "adapter" else value
+        name: value * (torch.rand(value.shape, generator=mask) < 0.3)
+        if state.schema[name].group == "adapter"
+        else value
         for name, value in state.params.items()
     }
     workspace.installed.load(sent)

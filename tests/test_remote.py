@@ -15,6 +15,7 @@ from tiny import METHODS, experiment, ledger, make_rows, tiny_world, write_rows
 from wrongs import WRONGS
 
 import fedlora
+from fedlora.checkpoint import load_state
 from fedlora.config import Experiment
 from fedlora.engines import letters, probes, remote
 from fedlora.engines.courier import Arrived
@@ -23,7 +24,6 @@ from fedlora.engines.site import Site, base_digest
 from fedlora.errors import ConfigError, QuorumError, WireError
 from fedlora.experiment import Result
 from fedlora.federation.federate import federate
-from fedlora.state import load_state
 from fedlora.transport import wire
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -593,7 +593,6 @@ def test_what_a_site_sends_is_clipped_again(world: Path, tmp_path: Path) -> None
 def wire_template(letter: bytes, tmp_path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The parts of a reply, as the server expects them: what the site's own workspace has."""
     from fedlora.jobs import empty_report
-    from fedlora.transport.link import split_groups
 
     job = letters.to_job(letters.read(letter))
     site = Site(replace(shared_sites(tmp_path / "sites", 3)["site-1"].settings))
@@ -601,7 +600,7 @@ def wire_template(letter: bytes, tmp_path: Path) -> dict[str, dict[str, torch.Te
     assert site._run is not None
     installed = site._run.workspace.installed
     like = {name: value.detach() for name, value in installed.parameters.items()}
-    return {**split_groups(like, installed.groups), "report": empty_report(job.recipe)}
+    return {**installed.schema.split(like), "report": empty_report(job.recipe)}
 
 
 def test_a_silent_site_holds_nobody_up(world: Path, tmp_path: Path) -> None:

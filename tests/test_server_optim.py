@@ -162,3 +162,14 @@ def test_the_state_is_all_there_is(optimizer: ServerOptimizer) -> None:
     anew = type(optimizer)(**{field: getattr(optimizer, field) for field in optimizer.__dataclass_fields__})  # type: ignore[attr-defined]
     one, other = (each.step(params, DELTAS[1], slots, 1)[0] for each in (optimizer, anew))
     assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
+@pytest.mark.parametrize("optimizer", [*ALL, Sgd(lr=0.5), AdamW(weight_decay=0.0)], ids=str)
+def test_what_it_declares_is_true(optimizer: ServerOptimizer) -> None:
+    params, (first, second) = tensors(0), DELTAS[:2]
+    once, slots = optimizer.step(params, first, {}, 0)
+    twice, _ = optimizer.step(once, second, slots, 1)
+    assert optimizer.remembers == bool(slots)
+    assert optimizer.adds_unscaled == all(torch.equal(twice[n], params[n] + first[n] + second[n]) for n in params)
+    at_rest, _ = optimizer.step(params, {name: torch.zeros_like(value) for name, value in first.items()}, {}, 0)
+    assert optimizer.decays == any(bool((at_rest[name].abs() < params[name].abs()).any()) for name in params)

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy import LOCAL, Federation
+from toy import LOCAL, Federation, combined
 
 from fedlora import tree
 from fedlora.aggregate import SparsityWeighted
+from fedlora.checkpoint import load_state, save_state
 from fedlora.errors import ConfigError, WireError
 from fedlora.local import Local
 from fedlora.methods import het_lora
@@ -18,8 +19,10 @@ from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.round import run_round
 from fedlora.server_optim import Sgd
-from fedlora.shrink import Shrink, without_ranks
-from fedlora.state import Update, load_state, save_state
+from fedlora.shrink import Shrink
+from fedlora.state import Update
+from fedlora.store import Memory
+from fedlora.testing import schema_of
 from fedlora.tiers import Tier
 from fedlora.transport import Link, RankSlice, TopK
 from fedlora.tuning import Full, LoRA
@@ -29,28 +32,29 @@ FACTORS = {
     "m.lora_B": torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]]),
     "head": torch.tensor([1.0]),
 }
+SCHEMA = schema_of({"m.lora_A": "adapter", "m.lora_B": "adapter", "head": "head"})
 
 
 def test_the_tail_by_hand() -> None:
     assert Shrink(keep=0.99).fewer(3) == 2
     assert Shrink(keep=0.4).fewer(3) == 1
     assert Shrink(keep=0.1).fewer(3) == 1
-    assert float(Shrink(keep=0.7).tail(FACTORS, 3)) == pytest.approx(2.0 * 10.0)
-    assert float(Shrink(keep=0.4).tail(FACTORS, 3)) == pytest.approx(8**0.5 * 101**0.5)
+    assert float(Shrink(keep=0.7).tail(FACTORS, SCHEMA, 3)) == pytest.approx(2.0 * 10.0)
+    assert float(Shrink(keep=0.4).tail(FACTORS, SCHEMA, 3)) == pytest.approx(8**0.5 * 101**0.5)
     # a client of rank 2 has no third
-    assert float(Shrink(keep=0.7).tail(FACTORS, 2)) == pytest.approx(2.0 * 1.0)
+    assert float(Shrink(keep=0.7).tail(FACTORS, SCHEMA, 2)) == pytest.approx(2.0 * 1.0)
 
 
 def test_a_tail_that_became_smaller_is_given_up() -> None:
     smaller = {**FACTORS, "m.lora_B": FACTORS["m.lora_B"] * 0.9}
     shrink = Shrink(keep=0.7)
-    assert shrink.after(FACTORS, smaller, 3) == 2
-    assert shrink.after(smaller, FACTORS, 3) == 3
-    assert shrink.after(FACTORS, FACTORS, 3) == 3
+    assert shrink.after(FACTORS, smaller, SCHEMA, 3) == 2
+    assert shrink.after(smaller, FACTORS, SCHEMA, 3) == 3
+    assert shrink.after(FACTORS, FACTORS, SCHEMA, 3) == 3
 
 
 def test_what_is_given_up_is_not_sent() -> None:
-    left = without_ranks(FACTORS, 2)
+    left = Shrink().keep_ranks(FACTORS, SCHEMA, 2)
     assert left["m.lora_A"].tolist() == [[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]]
     assert left["m.lora_B"].tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
     assert left["head"] is FACTORS["head"]
@@ -61,18 +65,19 @@ def test_zero_padding_is_the_weighted_mean_of_padded_adapters() -> None:
     draws = torch.Generator().manual_seed(0)
     shapes = {"m.lora_A": (4, 6), "m.lora_B": (5, 4), "head": (3,)}
     params = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+    schema = schema_of(dict.fromkeys(params, "adapter"))
     updates = []
     for rank in (1, 2, 4):
-        start = RankSlice(rank=rank)(params, dict.fromkeys(params, "adapter"), 0)
+        start = RankSlice(rank=rank)(params, schema, 0)
         delta = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
-        updates.append(Update(start, without_ranks(delta, rank), 1.0))
+        updates.append(Update(start, Shrink().keep_ranks(delta, schema, rank), 1.0))
     whole = [tree.add(update.start, update.delta) for update in updates]
     norms = np.array([float((one["m.lora_B"] @ one["m.lora_A"]).norm()) for one in whole])
-    after = tree.add(params, SparsityWeighted().combine(updates, params).delta)
+    after = tree.add(params, combined(SparsityWeighted(), updates, params).delta)
     for name in shapes:
         expected = sum(w * one[name].numpy() for w, one in zip(norms / norms.sum(), whole, strict=True))
         np.testing.assert_allclose(after[name].numpy(), expected, rtol=1e-5, atol=1e-6)
-    kept = tree.add(params, SparsityWeighted(padding="keep").combine(updates, params).delta)
+    kept = tree.add(params, combined(SparsityWeighted(padding="keep"), updates, params).delta)
     expected = params["m.lora_A"][3] + norms[2] / norms.sum() * updates[2].delta["m.lora_A"][3]
     torch.testing.assert_close(kept["m.lora_A"][3], expected.float())
 
@@ -130,7 +135,7 @@ def test_ranks_that_a_client_gives_up_are_zero_at_once() -> None:
     state = shrinking.start()
     for rounds in range(1, 9):
         before, state = state, shrinking.go_on(state, rounds, cohort=(1,))
-        had, has = before.ranks.get(1, 8), state.ranks[1]
+        had, has = (known.get(1, Memory()).value("rank", "rank") or 8 for known in (before.known, state.known))
         if has < had:
             b = next(name for name in state.params if name.endswith("lora_B"))
             assert bool(before.params[b][:, has:had].any())
@@ -141,8 +146,8 @@ def test_ranks_that_a_client_gives_up_are_zero_at_once() -> None:
 
 @pytest.mark.parametrize("told", [-3.0, 0.0, 1e9, 7.5, float(2**40)])
 def test_a_rank_that_a_client_cannot_have_is_refused(told: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Shrink, "after", lambda self, before, now, rank: told)
-    monkeypatch.setattr("fedlora.shrink.without_ranks", lambda delta, first: delta)
+    monkeypatch.setattr(Shrink, "after", lambda self, before, now, schema, rank: told)
+    monkeypatch.setattr(Shrink, "keep_ranks", lambda self, values, schema, rank: values)
     lying = federation(weight=0.0)
     with pytest.raises(WireError, match="cannot be"):
         lying.go_on(lying.start(), 1)

@@ -15,10 +15,11 @@ from fedlora import tree
 from fedlora.downlink import view
 from fedlora.engines import Serial
 from fedlora.errors import ConfigError
+from fedlora.ledger import Row
 from fedlora.local import Local, Sgd
 from fedlora.methods import Phases, primed_lora, slora
 from fedlora.phases import close_phase, open_phase
-from fedlora.round import Row, run_round
+from fedlora.round import run_round
 from fedlora.server_optim import Adam
 from fedlora.server_optim import Sgd as ServerSgd
 from fedlora.state import Carry, ServerState
@@ -95,7 +96,7 @@ def best(source: Tensor, rank: int) -> Tensor:
 
 def test_the_delta_is_what_the_weights_moved_by() -> None:
     over = HandOver(phases_of())
-    assert set(over.carry.delta) == {n for n in over.warm.params if over.warm.groups[n] == "adapter"}
+    assert set(over.carry.delta) == {n for n in over.warm.params if over.warm.schema[n].group == "adapter"}
     for name, delta in over.carry.delta.items():
         moved = over.trained[name] - over.pretrained[name].detach()
         assert bool(moved.any())
@@ -134,9 +135,9 @@ def test_the_head_is_carried() -> None:
 def test_server_and_client_optimisers_start_anew() -> None:
     local = Local(optimizer=Sgd(lr=0.1), batch_size=4, keep_optimizer=True)
     over = HandOver(phases_of(server=Adam(), local=local, warm_local=local, memory="init"))
-    assert over.warm.slots
-    assert over.warm.clients[0].optimizer
-    assert (over.state.slots, over.state.clients, over.state.steps) == ({}, {}, 0)
+    assert over.warm.parts.store("server").trees
+    assert over.warm.clients[0].parts.tree("optimizer", "state")
+    assert (over.state.parts, over.state.clients, over.state.steps) == ({}, {}, 0)
     assert (over.state.phase, over.state.round) == (1, 1)
 
 
@@ -266,7 +267,7 @@ def test_both_phases_train_in_every_family(family: str) -> None:
     state, row = rounds_of(over.workspace, phases, 1, over.state)
     assert (row.phase, row.round) == (1, 2)
     assert math.isfinite(row.loss)
-    adapters = [name for name, group in state.groups.items() if group == "adapter"]
+    adapters = [name for name, group in state.schema.groups.items() if group == "adapter"]
     assert all(not torch.equal(state.params[name], over.state.params[name]) for name in adapters)
     assert 0 < over.facts["energy_kept"] < 1
 
@@ -298,7 +299,7 @@ def test_the_first_phase_sends_fewer_bytes_than_the_model_and_the_second_those_o
     phases = phases_of(density=0.01)
     over = HandOver(phases)
     _, row = rounds_of(over.workspace, phases, 1, over.state)
-    factors = sum(v.numel() for n, v in over.state.params.items() if over.state.groups[n] == "adapter")
+    factors = sum(v.numel() for n, v in over.state.params.items() if over.state.schema[n].group == "adapter")
     assert 2 * 4 * factors <= row.up_bytes["adapter"] <= 2 * (4 * factors + 8)
 
 

@@ -38,11 +38,14 @@ DOORS = {
     "constriction": ("transport/",),
 }
 LAYERS = (
-    ("tree", "errors", "component", "upgrade", "explain"),
+    ("tree", "errors", "files", "byte_counts", "component", "upgrade", "explain"),
     ("rates",),
     ("state",),
     ("transport", "aggregate", "server_optim", "privacy", "tuning", "local", "gradients"),
-    ("folds",),
+    (
+        "folds",
+        "refusals",
+    ),
     ("recipe",),
     ("disclosure",),
     ("methods",),

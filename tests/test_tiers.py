@@ -337,10 +337,12 @@ def test_a_late_client_keeps_what_it_remembers(monkeypatch: pytest.MonkeyPatch) 
     before = federation.go_on(federation.start(), 1)
     slow(federation, 0, monkeypatch)
     after = federation.go_on(before, 2)
-    kept, new = before.clients[0].feedback, after.clients[0].feedback
+    kept, new = (one.clients[0].parts.tree("residual", "lost") for one in (before, after))
     assert all(torch.equal(new[name], value) for name, value in kept.items())
-    assert all(torch.equal(after.clients[0].held[name], value) for name, value in after.held[0].items())
-    assert any(not torch.equal(before.clients[1].feedback[n], v) for n, v in after.clients[1].feedback.items())
+    held = after.clients[0].parts.tree("down", "held")
+    assert all(torch.equal(held[name], value) for name, value in after.known[0].tree("down", "held").items())
+    kept, new = (one.clients[1].parts.tree("residual", "lost") for one in (before, after))
+    assert any(not torch.equal(kept[name], value) for name, value in new.items())
 
 
 def test_where_all_are_late_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
+from fedlora.aggregate import Aggregator
 from fedlora.downlink import view
 from fedlora.engines import Serial
+from fedlora.ledger import Row
 from fedlora.local import AdamW, Local
 from fedlora.methods import Phases
 from fedlora.phases import close_phase, open_phase
-from fedlora.round import Row, run_round
-from fedlora.state import ServerState
-from fedlora.testing import equal_population, toy_task
+from fedlora.round import run_round
+from fedlora.state import Change, ServerState, Update
+from fedlora.store import EMPTY
+from fedlora.testing import equal_population, schema_of, toy_task
 from fedlora.tree import Tree
 from fedlora.workspace import Workspace
 
@@ -53,3 +58,11 @@ class Federation:
 def num_nonzero(tree: Tree) -> int:
     """How many of a tree's numbers are not zero."""
     return sum(int(torch.count_nonzero(value)) for value in tree.values())
+
+
+def combined(rule: Aggregator, updates: Iterable[Update], params: Tree) -> Change:
+    """The change that a rule makes of updates, given one by one."""
+    accumulator = rule.begin(params, schema_of(dict.fromkeys(params, "adapter")), EMPTY)
+    for update in updates:
+        accumulator.add(update)
+    return accumulator.finish()

@@ -118,9 +118,16 @@ def cost(
 
 @app.command("list")
 def list_(slot: Annotated[str | None, typer.Argument()] = None, format_: AsFormat = Format.table) -> None:
-    """List the slots, or the values of one slot with their settings."""
+    """List the slots, the values of one slot with their settings, or `refusals`: combinations that are refused."""
     from fedlora.describe import SLOTS, choices
+    from fedlora.refusals import REFUSALS
 
+    if slot == "refusals":
+        table = Table(slot, "why, and what to do")
+        for sentence in REFUSALS.items():
+            table.add_row(*map(Text, sentence))
+        show_result(format_, REFUSALS, table)
+        return
     if slot is None:
         table = Table("slot", "values")
         for name, values in SLOTS.items():

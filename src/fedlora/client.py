@@ -10,12 +10,13 @@ from fedlora import tree
 from fedlora.disclosure import disclosure_of
 from fedlora.errors import WireError
 from fedlora.jobs import Job, Reply, report_of
-from fedlora.recipe import init_of
-from fedlora.state import ClientState, Folds, named_seed
+from fedlora.recipe import restarted
+from fedlora.schema import Schema
+from fedlora.state import ClientState, named_seed
+from fedlora.store import EMPTY, Store
 from fedlora.tasks.base import Rows
 from fedlora.training import Ready, Trained, check_trained, train
 from fedlora.transport import wire
-from fedlora.transport.link import join_groups, split_groups
 from fedlora.tree import Tree
 from fedlora.workspace import Workspace
 
@@ -58,12 +59,13 @@ def open_turn(job: Job, workspace: Workspace, rows: Rows, deadline: float = math
     base = recipe if local.compute == job.base else replace(recipe, local=replace(local, compute=job.base))
     workspace.settle(job.phase, base, job.setup)
     moving = job.round if recipe.aggregator.reinitialises else 0
+    shared = workspace.decode(job.payload, moving, lambda: _received(job, workspace))
     return Ready(
         job=job,
         rows=rows,
-        start=workspace.decode(job.payload, moving, lambda: _received(job, workspace)),
+        start=_with_personal(job, workspace, shared),
         folds=workspace.folds(job.fold, job.memory.folds),
-        groups=workspace.installed.groups,
+        schema=workspace.installed.schema,
         deadline=min(deadline, clock + (local.timeout_seconds or math.inf)),
         seconds=time.perf_counter() - clock,
     )
@@ -80,18 +82,26 @@ def close_turn(ready: Ready, trained: Trained) -> Reply:
         TrainingError: the loss or the update is not finite, or the adapter did not move.
     """
     clock = time.perf_counter() - trained.seconds
-    job, recipe, groups = ready.job, ready.job.recipe, ready.groups
-    memory = _remembered(ready)
+    job, recipe, schema = ready.job, ready.job.recipe, ready.schema.sent()
+    memory = _remembered(ready, schema)
     if trained.delta is None:
         return Reply(None, memory, trained.seconds)
+    changed = _checked(ready, trained, trained.delta)
+    personal = {name: ready.start[name] + changed[name] for name in ready.schema.personal}
+    delta = {name: changed[name] for name in schema}
+    delta = recipe.up.with_lost(delta, job.memory.parts.tree("residual", "lost"))
+    delta, rank = recipe.rank_pruning.apply(delta, ready.start, schema, recipe.rank)
     seed = named_seed(job.seed, "up")
-    delta = recipe.up.with_lost(_checked(ready, trained, trained.delta), job.memory.feedback)
-    delta, rank = recipe.rank_pruning.apply(delta, ready.start, recipe.rank)
-    sent, below = recipe.privacy.clipped(recipe.up.thin(delta, groups, job.round, seed))
+    sent, below = recipe.privacy.clipped(recipe.up.thin(delta, schema, job.round, seed))
     figures = {"examples": trained.examples, "steps": trained.steps, "loss": trained.loss, "rank": rank, "below": below}
     others = {"report": report_of(recipe, figures)}
-    packet = recipe.up.encode(sent, groups, job.round, seed, others, trees=recipe.up.feedback)
-    memory = replace(memory, optimizer=trained.optimizer, feedback=recipe.up.lost(delta, packet, groups))
+    packet = recipe.up.encode(sent, schema, job.round, seed, others, trees=recipe.up.feedback)
+    stores = {
+        "optimizer": Store({"state": trained.optimizer}),
+        "residual": Store({"lost": recipe.up.lost(delta, packet, schema)}),
+        "personal": Store({"values": personal if memory.has_setup else {}}),
+    }
+    memory = replace(memory, parts=memory.parts.having(stores))
     return Reply(packet.raw, memory, time.perf_counter() - clock)
 
 
@@ -104,27 +114,36 @@ def _checked(ready: Ready, trained: Trained, delta: Tree) -> Tree:
     return delta
 
 
-def _remembered(ready: Ready) -> ClientState:
+def _remembered(ready: Ready, schema: Schema) -> ClientState:
     """What a client remembers of a message, whatever becomes of its turn."""
-    memory = ready.job.recipe.memory
-    return replace(
-        ready.job.memory,
-        has_setup=memory != "none",
-        held=ready.start if memory == "last_round" else {},
-        folds=ready.folds if memory != "none" else Folds(),
-    )
+    memory, parts = ready.job.recipe.memory, ready.job.memory.parts
+    held = {name: ready.start[name] for name in schema} if memory == "last_round" else {}
+    base = ready.folds.store() if memory != "none" else EMPTY
+    stores = {"down": Store({"held": held}), "base": base}
+    return replace(ready.job.memory, has_setup=memory != "none", parts=parts.having(stores))
 
 
 def _received(job: Job, workspace: Workspace) -> Tree:
-    """The parameters that a payload tells, whatever it is relative to."""
-    installed, groups = workspace.installed, workspace.installed.groups
-    like = {name: value.detach() for name, value in installed.parameters.items()}
-    sent = join_groups(wire.unpack(job.payload, split_groups(like, groups)), groups)
+    """The parameters that a payload tells, whatever it is relative to; all but what is personal."""
+    installed, schema = workspace.installed, workspace.installed.schema.sent()
+    like = {name: value.detach() for name, value in installed.parameters.items() if name in schema}
+    sent = schema.join(wire.unpack(job.payload, schema.split(like)))
     reference = wire.reference_of(job.payload)
     if reference == "init":
-        return tree.add(init_of(job.recipe, workspace.init, installed.seed, job.round), sent)
+        init = workspace.init | restarted(job.recipe, installed.schema, workspace.init, installed.seed, job.round)
+        return tree.add({name: init[name] for name in schema}, sent)
     if reference == "last_round":
-        if not job.memory.held:
+        held = job.memory.parts.tree("down", "held")
+        if not held:
             raise WireError("The message tells what changed since the last round, and this client remembers none.")
-        return tree.add(job.memory.held, sent)
+        return tree.add(held, sent)
     return sent
+
+
+def _with_personal(job: Job, workspace: Workspace, shared: Tree) -> Tree:
+    """The parameters to start from: those that came, and those that the client keeps for itself."""
+    schema = workspace.installed.schema
+    if not schema.personal:
+        return shared
+    own = job.memory.parts.tree("personal", "values") or workspace.personal
+    return {name: own[name] if name in own else shared[name] for name in schema}

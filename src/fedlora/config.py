@@ -26,7 +26,6 @@ from fedlora.methods import METHODS
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
-from fedlora.tuning import LoRA
 from fedlora.upgrade import upgraded
 
 
@@ -126,7 +125,7 @@ class Experiment:
         for tier in self.clients.tiers:
             for phase in self.phases:
                 tier.applied(phase.recipe)
-            if tier.rank is not None and not any(isinstance(phase.recipe.tuning, LoRA) for phase in self.phases):
+            if tier.rank is not None and not any(phase.recipe.tuning.adapter_rank for phase in self.phases):
                 raise ConfigError(f"tier {tier.name!r} has a rank, and no phase trains LoRA; leave it out")
 
     @property

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -13,18 +13,20 @@ import torch
 
 from fedlora import tree
 from fedlora.account import Sampled, open_account
-from fedlora.aggregate import factors
+from fedlora.byte_counts import ByteCounts, add_up, mean, rounded, scaled
 from fedlora.clients import draw_cohort
 from fedlora.config import Experiment
 from fedlora.downlink import Downlink
 from fedlora.engines import Serial
 from fedlora.folds import message
+from fedlora.modes import MODES
 from fedlora.network import Network
 from fedlora.phases import close_phase, open_phase
-from fedlora.recipe import Recipe
-from fedlora.round import Kinds, run_round
+from fedlora.recipe import Phase, Recipe
+from fedlora.round import run_round
 from fedlora.setting import Setting
 from fedlora.state import Folds, ServerState, named_seed
+from fedlora.store import EMPTY, Memory
 from fedlora.tiers import recipes_of
 from fedlora.transport import TopK
 from fedlora.tree import Tree
@@ -73,9 +75,9 @@ class PhaseCost:
     rounds: int
     tuning: str
     clients: int
-    first_bytes: Kinds
-    down_bytes: Kinds
-    up_bytes: Kinds
+    first_bytes: ByteCounts
+    down_bytes: ByteCounts
+    up_bytes: ByteCounts
     tiers: dict[str, TierCost]
 
     @property
@@ -121,79 +123,134 @@ def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
     Raises:
         TrainingError: training fails already here.
     """
-    workspace = Workspace(setting.task, experiment.seed, setting.device)
-    federated = experiment.mode == "federated"
-    per_round = experiment.clients.per_round if federated else 1
-    _, phases = open_account(
-        experiment.phases, Sampled(len(setting.population), per_round, experiment.clients.sampling)
-    )
-    private = any(phase.recipe.privacy.needs_uniform_mean for phase in phases)
-    expected = per_round if private else None  # noise as small as in the run
-    least = max(PROBED_CLIENTS, *(phase.recipe.aggregator.least for phase in phases))
-    probed = _probed(setting, experiment.seed, min(least, per_round))
-    cohort = tuple(client for members in probed.values() for client in members)
-    weights = {name: _share(setting, name) for name in probed}
-    share = per_round / len(setting.population)
-    found, carry, done = [], None, 0
-    for number, phase in enumerate(phases):
-        state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
-        recipes = recipes_of(setting.tiers, phase.recipe) or {"": phase.recipe}
+    return _Costs(experiment, setting).of_phases()
+
+
+class _Sizes(NamedTuple):
+    """Bytes by kind of a message to a client that is new to the phase, and to one that is not."""
+
+    new: ByteCounts
+    known: ByteCounts
+
+
+@dataclass
+class _Tier:
+    """What is found out about a tier, or about all clients where there are none, in a phase.
+
+    Args:
+        recipe: its own.
+        clients: those that are tried.
+        weight: its share of all clients.
+        down: a message to one client, for some rounds of the phase.
+        up: bytes from one client, for each round.
+        seconds: the longest of its turns.
+    """
+
+    recipe: Recipe
+    clients: tuple[int, ...]
+    weight: float
+    down: list[tuple[int, _Sizes]] = field(default_factory=list)
+    up: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class _Costs:
+    """The three parts of a phase's costs: a probe of its first rounds, later rounds from these, and the sum."""
+
+    def __init__(self, experiment: Experiment, setting: Setting) -> None:
+        self._experiment, self._setting = experiment, setting
+        self._workspace = Workspace(setting.task, experiment.seed, setting.device)
+        self._sends = MODES[experiment.mode].sends
+        clients = experiment.clients
+        self._per_round = clients.per_round if self._sends else 1
+        sampled = Sampled(len(setting.population), self._per_round, clients.sampling)
+        _, self._phases = open_account(experiment.phases, sampled)
+        private = any(phase.recipe.privacy.needs_uniform_mean for phase in self._phases)
+        self._expected = self._per_round if private else None  # noise as small as in the run
+        least = max(PROBED_CLIENTS, *(phase.recipe.aggregator.least for phase in self._phases))
+        self._probed = _probed(setting, experiment.seed, min(least, self._per_round))
+        self._share = self._per_round / len(setting.population)
+
+    def of_phases(self) -> list[PhaseCost]:
+        """What each phase will send."""
+        found, carry, done = [], None, 0
+        for number, phase in enumerate(self._phases):
+            state, _ = open_phase(self._workspace, number, phase.recipe, self._experiment.seed, done, carry)
+            recipes = recipes_of(self._setting.tiers, phase.recipe) or {"": phase.recipe}
+            tiers = {name: _Tier(own, self._probed[name], _share(self._setting, name)) for name, own in recipes.items()}
+            state, change = self._probe(phase, state, tiers)
+            self._extrapolate(phase, state, change, tiers)
+            found.append(self._sum(phase, tiers))
+            done += phase.rounds
+            if number + 1 < len(self._phases):
+                carry = close_phase(self._workspace, phase.recipe, state)
+        return found
+
+    def _measure(self, turn: int, states: Mapping[str, ServerState], tiers: Mapping[str, _Tier]) -> None:
+        """Adds the messages of a round, from the state that each tier's are made of."""
         # the ranks of a cohort that has each tier in its share
-        ranks = [own.rank for name, own in recipes.items() for _ in range(max(1, round(weights[name] * per_round)))]
-        told: dict[str, list[tuple[int, _Sizes]]] = {name: [] for name in recipes}
+        ranks = [one.recipe.rank for one in tiers.values() for _ in range(max(1, round(one.weight * self._per_round)))]
+        for name, one in tiers.items():
+            sizes = _sizes(one.recipe, states[name], self._experiment.seed, one.clients, self._share, ranks)
+            one.down.append((turn, sizes))
+
+    def _probe(self, phase: Phase, state: ServerState, tiers: Mapping[str, _Tier]) -> tuple[ServerState, Tree]:
+        """Runs the first rounds; returns the state after them and what the last one changed."""
+        experiment, setting = self._experiment, self._setting
+        engine = Serial(self._workspace, setting.population)
+        cohort = tuple(client for members in self._probed.values() for client in members)
         change: Tree = {}
-        longest = dict.fromkeys(recipes, 0.0)
-        sent_up: dict[str, list[dict[str, float]]] = {name: [] for name in recipes}
         for turn in range(min(phase.rounds, PROBED_ROUNDS)):
-            for name, own in recipes.items():
-                told[name].append((turn, _sizes(own, state, experiment.seed, probed[name], share, ranks)))
-            engine = Serial(workspace, setting.population)
+            self._measure(turn, dict.fromkeys(tiers, state), tiers)
             before = state
             state, row = run_round(
-                phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected
+                phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, self._expected
             )
             change = tree.subtract(state.params, before.params)
             for name, seconds in (row.tier_seconds or {"": row.slowest_seconds}).items():
-                longest[name] = max(longest[name], seconds)
+                tiers[name].seconds = max(tiers[name].seconds, seconds)
             sent = {name: tier["up_bytes"] for name, tier in row.tiers.items()} or {"": row.up_bytes}
             for name, sizes in sent.items():
-                sent_up[name].append({kind: size / len(probed[name]) for kind, size in sizes.items()})
+                tiers[name].up.append({kind: size / len(tiers[name].clients) for kind, size in sizes.items()})
+        return state, change
+
+    def _extrapolate(self, phase: Phase, state: ServerState, change: Tree, tiers: Mapping[str, _Tier]) -> None:
+        """Adds what rounds after the probe send."""
         for turn in _later(state.steps, phase.rounds):
-            for name, own in recipes.items():
-                grown = _grown(own, state, turn)
-                told[name].append((turn, _sizes(own, grown, experiment.seed, probed[name], share, ranks)))
-        ratios = {name: _ratios(own, state, change, phase.rounds) for name, own in recipes.items()}
+            self._measure(turn, {name: _grown(one.recipe, state, turn) for name, one in tiers.items()}, tiers)
+        ratios = {name: _ratios(one.recipe, state, change, phase.rounds) for name, one in tiers.items()}
         same = all(ratio == 1 for each in ratios.values() for ratio in each)
-        for name, up in sent_up.items():
-            last = _mean(up[len(up) // 2 :]) if same else up[-1]
-            up += [{kind: size * ratio for kind, size in last.items()} for ratio in ratios[name]]
-        curves = {name: _over_rounds(sizes, phase.rounds, share) for name, sizes in told.items()}
-        down = [_sum((weights[name], curve[turn]) for name, curve in curves.items()) for turn in range(phase.rounds)]
-        means = {name: (_mean(curves[name]), _mean(sent_up[name])) for name in recipes}
-        tiers = {
+        for name, one in tiers.items():
+            last = mean(one.up[len(one.up) // 2 :]) if same else one.up[-1]
+            one.up += [scaled(last, ratio) for ratio in ratios[name]]
+
+    def _sum(self, phase: Phase, tiers: Mapping[str, _Tier]) -> PhaseCost:
+        """Over rounds and tiers."""
+        curves = {name: _over_rounds(one.down, phase.rounds, self._share) for name, one in tiers.items()}
+        down = [
+            add_up(scaled(curves[name][turn], one.weight) for name, one in tiers.items())
+            for turn in range(phase.rounds)
+        ]
+        up = {name: mean(one.up) for name, one in tiers.items()}
+        found = {
             name: TierCost(
-                sum(got.values()), sum(given.values()), _most_steps(recipes[name], probed[name], setting), longest[name]
+                sum(mean(curves[name]).values()),
+                sum(up[name].values()),
+                _most_steps(one.recipe, one.clients, self._setting),
+                one.seconds,
             )
-            for name, (got, given) in means.items()
+            for name, one in tiers.items()
         }
-        found.append(
-            PhaseCost(
-                rounds=phase.rounds,
-                tuning=phase.recipe.tuning.kind,
-                clients=per_round if federated else 0,
-                # alone, nothing is sent
-                first_bytes=_rounded(down[0]) if federated else {},
-                down_bytes=_rounded(_mean(down)) if federated else {},
-                up_bytes=_rounded(_sum((weights[name], given) for name, (_, given) in means.items()))
-                if federated
-                else {},
-                tiers=tiers,
-            )
+        alone = PhaseCost(phase.rounds, phase.recipe.tuning.kind, 0, {}, {}, {}, found)
+        if not self._sends:
+            return alone
+        return dataclasses.replace(
+            alone,
+            clients=self._per_round,
+            first_bytes=rounded(down[0]),
+            down_bytes=rounded(mean(down)),
+            up_bytes=rounded(add_up(scaled(up[name], one.weight) for name, one in tiers.items())),
         )
-        done += phase.rounds
-        if number + 1 < len(phases):
-            carry = close_phase(workspace, phase.recipe, state)
-    return found
 
 
 def _most_steps(recipe: Recipe, clients: Sequence[int], setting: Setting) -> int:
@@ -217,24 +274,17 @@ def _share(setting: Setting, tier: str) -> float:
     return members.count(tier) / len(members) if members else 1.0
 
 
-class _Sizes(NamedTuple):
-    """Bytes by kind of a message to a client that is new to the phase, and to one that is not."""
-
-    new: Kinds
-    known: Kinds
-
-
 def _folds(recipe: Recipe, state: ServerState, ranks: Sequence[int]) -> Folds:
     """Folds of the sizes that whole cohorts would have made by now; their values do not matter."""
-    pairs = factors(state.params)
+    pairs = state.schema.pairs
     moving = recipe.tuning.train if isinstance(recipe.tuning, LoRA) else "both"
     rank = recipe.aggregator.fold_rank(ranks, moving) if pairs else 0
     if not rank:
         return Folds()
     fold: Tree = {}
     total: Tree = {}
-    for a, b in pairs:
-        name, rows, columns = a.removesuffix(".lora_A"), len(state.params[b]), state.params[a].shape[1]
+    for a, b, name in pairs:
+        rows, columns = len(state.params[b]), state.params[a].shape[1]
         fold |= {f"{name}.B": torch.ones(rows, rank), f"{name}.A": torch.ones(rank, columns)}
         total[name] = torch.ones(rows, columns)
     most = (tree.num_entries(total) - 1) // tree.num_entries(fold)
@@ -245,29 +295,26 @@ def _sizes(
     recipe: Recipe, state: ServerState, seed: int, clients: Sequence[int], share: float, ranks: Sequence[int]
 ) -> _Sizes:
     folds = _folds(recipe, state, ranks)
-    downlink = Downlink(recipe, dataclasses.replace(state, folds=Folds()), seed)
+    downlink = Downlink(recipe, dataclasses.replace(state, parts=state.parts.having({"base": EMPTY})), seed)
     whole = downlink.message({}).sizes
-    new = _added([whole, state.setup_bytes, _fold_bytes(folds, 0)])
+    new = add_up([whole, state.setup_bytes, _fold_bytes(folds, 0)])
     if recipe.memory == "none":
         return _Sizes(new, new)
-    held = [downlink.message(state.held[client]).sizes for client in clients if client in state.held]
+    known = (state.known.get(client, Memory()).tree("down", "held") for client in clients)
+    held = [downlink.message(params).sizes for params in known if params]
     # how many rounds a client missed is a matter of chance too
     behind = range(1, min(folds.version, len(folds.recent) + 1) + 1)
     missed = [share * (1 - share) ** (rounds - 1) for rounds in behind]
     missed[-1:] = [1 - sum(missed[:-1])] if missed else []
-    lacking = _sum(
-        (chance, _fold_bytes(folds, folds.version - gone)) for chance, gone in zip(missed, behind, strict=True)
+    lacking = add_up(
+        scaled(_fold_bytes(folds, folds.version - gone), chance) for chance, gone in zip(missed, behind, strict=True)
     )
-    return _Sizes(new, _added([_mean(held) if held else whole, lacking]))
+    return _Sizes(new, rounded(add_up([mean(held or [whole]), lacking])))
 
 
-def _fold_bytes(folds: Folds, version: int) -> Kinds:
+def _fold_bytes(folds: Folds, version: int) -> ByteCounts:
     told = message(folds, version)
     return told.sizes if told else {}
-
-
-def _added(sizes: Iterable[Mapping[str, float]]) -> Kinds:
-    return _rounded(_sum((1.0, one) for one in sizes))
 
 
 def _later(done: int, rounds: int) -> list[int]:
@@ -281,26 +328,26 @@ def _grown(recipe: Recipe, state: ServerState, turn: int) -> ServerState:
     """The state before a later round of the phase, had the parameters gone on as far as the root of the rounds."""
     growth = math.sqrt(turn / state.steps) - 1.0
     moved = tree.add(state.params, tree.subtract(state.params, state.init), growth)
-    if recipe.prune:
-        moved = {name: torch.where(state.params[name] != 0, value, 0.0) for name, value in moved.items()}
-        for steps in range(state.steps + 1, turn + 1):
-            moved, _ = recipe.prune.apply(moved, {}, state.groups, steps)
+    moved |= {n: torch.where(kept, moved[n], 0.0) for n, kept in recipe.pruning.kept(state.params, state.steps).items()}
+    for steps in range(state.steps + 1, turn + 1):
+        moved, _ = recipe.pruning.apply(moved, {}, state.schema, steps)
     return dataclasses.replace(state, params=moved, steps=turn, round=state.round + turn - state.steps)
 
 
 def _ratios(recipe: Recipe, state: ServerState, change: Tree, rounds: int) -> list[float]:
     """An upload of each later round over one of the last that was run, as schedules and pruning change it."""
     sizes: dict[object, int] = {}
+    schema = state.schema.sent()
 
     def size(turn: int) -> int:
         sparsify = recipe.up.at(turn).sparsify
         density = sparsify.density_at(turn) if isinstance(sparsify, TopK) else None
-        pruned = sum(recipe.prune.density_after(steps) is not None for steps in range(turn + 1)) if recipe.prune else 0
+        pruned = sum(recipe.pruning.density_after(steps) is not None for steps in range(turn + 1))
         key = (dataclasses.replace(recipe.up.at(turn), round=0), density, pruned)
         if key not in sizes:
-            kept = _grown(recipe, state, turn).params if recipe.prune and turn >= state.steps else None
-            sent = {n: torch.where(kept[n] != 0, v, 0.0) for n, v in change.items()} if kept else change
-            sizes[key] = len(recipe.up.send(sent, state.groups, turn, 0).raw)
+            kept = recipe.pruning.kept(_grown(recipe, state, turn).params, turn) if turn >= state.steps else {}
+            sent = {name: torch.where(kept[name], change[name], 0.0) if kept else change[name] for name in schema}
+            sizes[key] = len(recipe.up.send(sent, schema, turn, 0).raw)
         return sizes[key]
 
     return [size(turn) / size(state.steps - 1) for turn in range(state.steps, rounds)]
@@ -318,19 +365,3 @@ def _over_rounds(told: Sequence[tuple[int, _Sizes]], rounds: int, share: float) 
         for kind in kinds
     }
     return [{kind: float(curve[turn]) for kind, curve in curves.items()} for turn in turns]
-
-
-def _rounded(sizes: Mapping[str, float]) -> Kinds:
-    return {kind: round(size) for kind, size in sizes.items()}
-
-
-def _sum(weighted: Iterable[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for weight, sizes in weighted:
-        for kind, size in sizes.items():
-            total[kind] = total.get(kind, 0.0) + weight * size
-    return total
-
-
-def _mean(sizes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return _sum((1 / len(sizes), one) for one in sizes)

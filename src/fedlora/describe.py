@@ -28,7 +28,7 @@ from fedlora.setting import VERSIONED, pick_device
 from fedlora.tasks import SOURCES, TASKS, Prepared
 from fedlora.tasks.encoded import cache_folder
 from fedlora.track import TRACKERS
-from fedlora.transport import PRECISIONS, SPARSIFIERS, split_groups
+from fedlora.transport import PRECISIONS, SPARSIFIERS
 from fedlora.tuning import LORA_INITS, TUNINGS
 from fedlora.workspace import Workspace
 
@@ -82,7 +82,7 @@ def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
     facts, carry, done = [], None, 0
     for number, phase in enumerate(experiment.phases):
         state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
-        groups = split_groups(state.params, state.groups)
+        groups = state.schema.split(state.params)
         facts.append(
             PhaseFacts(
                 rounds=phase.rounds,
@@ -105,7 +105,7 @@ def choices(slot: str) -> list[tuple[str, str, str]]:
         ConfigError: there is no such slot.
     """
     if slot not in SLOTS:
-        raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}")
+        raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}; and the list refusals")
     rows = []
     for name, value in SLOTS[slot].items():
         text = (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fedlora import tree
+from fedlora.byte_counts import add_up
 from fedlora.folds import FoldMessage, message
 from fedlora.recipe import Recipe
 from fedlora.state import ServerState, named_seed
-from fedlora.transport import Packet, RankSlice, join_groups
+from fedlora.transport import Packet, RankSlice
 from fedlora.tree import Tree
 
 
@@ -22,10 +23,10 @@ def view(recipe: Recipe, state: ServerState, seed: int) -> Tree:
     if recipe.memory == "last_round":
         thin = recipe.down.at(state.steps).sparsify
         # a client of a lower rank follows no further than that
-        return thin(state.params, state.groups, state.steps) if isinstance(thin, RankSlice) else state.params
+        return thin(state.params, state.schema, state.steps) if isinstance(thin, RankSlice) else state.params
     if not recipe.down.lossy:
         return state.params
-    return Downlink(recipe, state, seed).message({}).start
+    return state.params | Downlink(recipe, state, seed).message({}).start
 
 
 class Message(NamedTuple):
@@ -39,10 +40,7 @@ class Message(NamedTuple):
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes by kind."""
-        sizes = dict(self.packet.sizes)
-        for kind, size in self.fold.sizes.items() if self.fold else ():
-            sizes[kind] = sizes.get(kind, 0) + size
-        return sizes
+        return add_up((self.packet.sizes, self.fold.sizes if self.fold else {}))
 
 
 class Downlink:
@@ -57,9 +55,12 @@ class Downlink:
     def __init__(self, recipe: Recipe, state: ServerState, seed: int) -> None:
         self._recipe, self._state = recipe, state
         self._seed = named_seed(seed, "down", state.round)
+        self._schema = state.schema.sent()
+        self._sent = {name: state.params[name] for name in self._schema}
+        self._init = {name: state.init[name] for name in self._schema}
         self._made: dict[int, Message] = {}
         self._folds: dict[int, FoldMessage | None] = {}
-        self.feedback: Tree = state.feedback
+        self.lost: Tree = state.parts.tree("down", "lost")
 
     def message(self, held: Tree, version: int = 0) -> Message:
         """The message to a client.
@@ -75,7 +76,7 @@ class Downlink:
     def _params(self, held: Tree) -> Message:
         key = id(held) if held else 0
         if key not in self._made:
-            link, init = self._recipe.down, self._state.init
+            link, init = self._recipe.down, self._init
             known = [("last_round", held)] if held else []
             known += [("init", init)] if link.reference == "init" else []
             if link.lossy:  # the nearest reference leaves the smallest error
@@ -88,12 +89,12 @@ class Downlink:
         return self._made[key]
 
     def _encode(self, reference: str, base: Tree) -> Message:
-        state, link = self._state, self._recipe.down
-        tree_sent = tree.subtract(state.params, base) if base else state.params
-        if state.feedback:
-            tree_sent = tree.add(tree_sent, state.feedback)
-        packet = link.send(tree_sent, state.groups, state.steps, self._seed, reference)
-        arrived = join_groups(packet.trees, state.groups)
+        link, lost = self._recipe.down, self._state.parts.tree("down", "lost")
+        tree_sent = tree.subtract(self._sent, base) if base else self._sent
+        if lost:
+            tree_sent = tree.add(tree_sent, lost)
+        packet = link.send(tree_sent, self._schema, self._state.steps, self._seed, reference)
+        arrived = self._schema.join(packet.trees)
         if link.feedback:
-            self.feedback = tree.subtract(tree_sent, arrived)
+            self.lost = tree.subtract(tree_sent, arrived)
         return Message(packet._replace(trees={}), reference, tree.add(base, arrived) if base else arrived)

@@ -12,9 +12,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.aggregate import factors
 from fedlora.component import STRICT
 from fedlora.privacy import normal, uniform
+from fedlora.schema import Schema
 from fedlora.state import generator, named_seed
 from fedlora.tree import Tree
 
@@ -89,10 +89,10 @@ class ExampleNoise:
             value.grad = (total + noise) / batch_size
         return torch.stack(losses).mean() if losses else torch.zeros((), device=values[0].device)
 
-    def kept(self, start: Tree) -> Tree:
+    def kept(self, start: Tree, schema: Schema) -> Tree:
         """See ``Backward.kept``: ranks of which a client was sent no factor have no gradient, only noise."""
         masks = {name: torch.ones((), dtype=torch.bool) for name in start}
-        for a, b in factors(masks):
+        for a, b, _ in schema.pairs:
             sent = start[a].any(1) | start[b].any(0)
             masks[a], masks[b] = sent[:, None], sent
         return masks

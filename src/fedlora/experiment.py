@@ -16,6 +16,7 @@ import numpy as np
 
 from fedlora import config
 from fedlora.account import Sampled, example_epsilon, open_account
+from fedlora.byte_counts import ByteCounts
 from fedlora.clients import Population, draw_cohort
 from fedlora.config import Experiment
 from fedlora.engines import Engine, Serial
@@ -24,9 +25,10 @@ from fedlora.evaluation import evaluate, over_clients, tested_clients
 from fedlora.export import export_run
 from fedlora.folder import RunFolder
 from fedlora.foreign import Partitioner
+from fedlora.ledger import Row
 from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import Kinds, Row, run_round
+from fedlora.round import run_round
 from fedlora.setting import Setting, in_mode, manifest, prepare
 from fedlora.state import ServerState, named_seed
 from fedlora.track import Tracker
@@ -66,8 +68,8 @@ class Result:
     higher_is_better: bool
     before: dict[str, float]
     after: dict[str, float]
-    down_bytes: Kinds
-    up_bytes: Kinds
+    down_bytes: ByteCounts
+    up_bytes: ByteCounts
     seconds: float
     rows: tuple[Row, ...] = field(repr=False)
     adapter: Path | None = None
@@ -258,10 +260,7 @@ def _round(
             if tried == engine.attempts:
                 raise
             warnings += (f"round {state.round + 1} was tried again: {error}",)
-            # they are told everything anew
-            known = {one: memory for one, memory in state.clients.items() if one not in error.refused}
-            told = {one: params for one, params in state.held.items() if one not in error.refused}
-            state = dataclasses.replace(state, clients=known, held=told)
+            state = state.without(error.refused)
 
 
 def _resume(files: RunFolder, facts: dict[str, str]) -> tuple[ServerState | None, list[Row]]:
@@ -338,8 +337,8 @@ def _figures(
     }
 
 
-def _total(kinds: Any) -> Kinds:
-    total: Kinds = {}
+def _total(kinds: Any) -> ByteCounts:
+    total: ByteCounts = {}
     for sizes in kinds:
         for kind, size in sizes.items():
             total[kind] = total.get(kind, 0) + size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from fedlora.config import Experiment
 from fedlora.downlink import view
 from fedlora.errors import ConfigError
+from fedlora.files import new_folder
 from fedlora.folder import cannot_write
 from fedlora.phases import close_phase
 from fedlora.recipe import Recipe
@@ -68,17 +68,11 @@ def export(
         ConfigError: the tuning cannot be written in that form.
         DataError: the disk refused.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _write(temporary, experiment, task, workspace, recipe, state, metrics, merge)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        with new_folder(folder) as temporary:
+            _write(temporary, experiment, task, workspace, recipe, state, metrics, merge)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(

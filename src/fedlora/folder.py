@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedlora import config
+from fedlora.checkpoint import load_state, save_state
 from fedlora.config import Experiment
 from fedlora.errors import CheckpointError, ConfigError, DataError
-from fedlora.round import Row
-from fedlora.state import ServerState, load_state, save_state
+from fedlora.files import append, write_atomically
+from fedlora.ledger import Row
+from fedlora.state import ServerState
 
 KEPT = 2
 
@@ -66,15 +67,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replaces a file of the folder, all at once."""
-        target = self.path / name
-        temporary = target.with_name(target.name + ".tmp")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
+            write_atomically(self.path / name, text.encode())
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
@@ -122,18 +116,14 @@ class RunFolder:
     def append(self, row: Row) -> None:
         """Adds a line to the ledger and flushes it to the disk."""
         try:
-            with (self.path / "ledger.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append(self.path / "ledger.jsonl", _line(row).encode())
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
     def rewind(self, rounds: int) -> list[Row]:
         """Drops the ledger's rows after ``rounds``, which a checkpoint does not cover, and returns the others."""
         rows = [row for row in self.rows() if row.round <= rounds]
-        text = "".join(json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n" for row in rows)
-        self.write("ledger.jsonl", text)
+        self.write("ledger.jsonl", "".join(map(_line, rows)))
         return rows
 
     def save(self, state: ServerState, facts: Mapping[str, Any]) -> None:
@@ -157,6 +147,10 @@ class RunFolder:
             CheckpointError: it is damaged.
         """
         return load_state(self.checkpoints[-1]) if self.checkpoints else None
+
+
+def _line(row: Row) -> str:
+    return json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n"
 
 
 def cannot_write(path: Path, error: Exception) -> DataError:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.example_privacy import ExampleNoise
+from fedlora.schema import Schema
 from fedlora.state import generator, named_seed
 from fedlora.tree import Tree
 
@@ -69,7 +70,7 @@ class Backward:
         torch.autograd.backward(loss + penalty())
         return loss.detach()
 
-    def kept(self, start: Tree) -> Tree:
+    def kept(self, start: Tree, schema: Schema) -> Tree:
         """Masks of what may move of the parameters, by name, broadcast to their shapes; empty if all may."""
         return {}
 

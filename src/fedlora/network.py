@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.round import Row
+    from fedlora.ledger import Row
 
 _BITS = {"bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
 _SECONDS = {"s": 1.0, "ms": 1e-3}

@@ -29,7 +29,7 @@ def open_phase(
     start = recipe.tuning.start(installed, named_seed(seed, "start", phase), carry)
     parts = setup_parts(recipe, installed, start)
     # where the rest of the start is redrawn from a seed, the head's travels like the head
-    head = {name for name, group in installed.groups.items() if group == "head"}
+    head = installed.schema.names("head")
     coarse = wire.Form(recipe.down.at(0).head_precision or Float32(), named_seed(seed, "init", phase))
     forms = {"init": coarse} if set(parts.get("init", {})) <= head else {}
     packet = wire.pack(parts, forms) if parts else wire.Packet(b"", {}, {}, {})
@@ -40,7 +40,7 @@ def open_phase(
         round=rounds_done,
         params=start.params,
         init=start.params | told,
-        groups=dict(installed.groups),
+        schema=installed.schema,
         setup=packet.raw,
         setup_bytes=packet.sizes,
     )
@@ -49,6 +49,6 @@ def open_phase(
 
 def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> Carry:
     """What a finished phase hands to the next one."""
-    head = {name: value for name, value in state.params.items() if state.groups[name] == "head"}
+    head = state.schema.split(state.params).get("head", {})
     recipe.tuning.fold(workspace.installed, state.folds)
     return Carry(recipe.tuning.changes(workspace.installed, state.init, state.params), head)

@@ -25,6 +25,8 @@ from fedlora.tree import Tree
 class Privacy(ABC):
     """Both halves of a mechanism in one value, so that the noise always belongs to the clip."""
 
+    is_none: ClassVar[bool] = False
+    """Whether nothing is clipped and no noise is added."""
     needs_uniform_mean: ClassVar[bool]
     """Whether the noise is calibrated for clients that all weigh the same."""
 
@@ -65,9 +67,20 @@ class Privacy(ABC):
     def clipped(self, delta: Tree) -> tuple[Tree, bool]:
         """What a client may send of ``delta``, and whether that is all of it."""
 
+    @property
+    def bound(self) -> float | None:
+        """The norm that updates are clipped to, if they are."""
+        return None
+
     @abstractmethod
     def noise(self, delta: Tree, num_clients: int, round: int) -> Tree:
         """The mean ``delta`` of ``num_clients`` clients, with the noise of a round of the run."""
+
+    def cover(self, delta: Tree, answered: int, num_clients: int, round: int) -> Tree:
+        """The mean ``delta`` of those that answered as the server may use it: of a sum over all, with noise."""
+        if self.needs_uniform_mean:
+            delta = tree.scale(delta, answered / num_clients)
+        return self.noise(delta, num_clients, round)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -75,6 +88,7 @@ class NoPrivacy(Privacy):
     """Nothing is clipped and no noise is added."""
 
     kind: Literal["none"] = "none"
+    is_none: ClassVar[bool] = True
     needs_uniform_mean: ClassVar[bool] = False
 
     def at(self, clip_norm: float | None) -> NoPrivacy:
@@ -152,6 +166,11 @@ class CentralGaussian(Privacy):
     def adapts(self) -> bool:
         """See ``Privacy.adapts``."""
         return self.quantile is not None
+
+    @property
+    def bound(self) -> float:
+        """See ``Privacy.bound``."""
+        return self.clip_norm
 
     @property
     def repeatable(self) -> bool:

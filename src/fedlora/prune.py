@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
+from fedlora.schema import Schema
 from fedlora.transport import Quota, TopK
 from fedlora.tree import Tree
 
@@ -50,13 +52,13 @@ class Prune:
         return {name: value != 0 for name, value in params.items()} if steps >= self.first else {}
 
     def apply(
-        self, params: Tree, slots: dict[str, Tree], groups: dict[str, str], steps: int
-    ) -> tuple[Tree, dict[str, Tree]]:
+        self, params: Tree, slots: Mapping[str, Tree], schema: Schema, steps: int
+    ) -> tuple[Tree, Mapping[str, Tree]]:
         """Parameters and the server optimiser's state, pruned if it is time for it."""
         density = self.density_after(steps)
         if density is None:
             return params, slots
-        kept = TopK(density=density, scope=self.scope, quota=self.quota).mask(params, groups, 0)
+        kept = TopK(density=density, scope=self.scope, quota=self.quota).mask(params, schema, 0)
         return _masked(params, kept), {slot: _masked(state, kept) for slot, state in slots.items()}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
+from fedlora.schema import Schema
 
 Rate = Annotated[float, Field(gt=0)]
 Rates = Mapping[str, float]
@@ -35,15 +36,14 @@ class LrScale:
     A: Rate = 1.0
     B: Rate = 1.0
 
-    def by_name(self, groups: Mapping[str, str], factor_of: Callable[[str], str], common: float = 1.0) -> Rates:
+    def by_name(self, schema: Schema, common: float = 1.0) -> Rates:
         """The multiplier of every parameter.
 
         Args:
-            groups: ``adapter`` or ``head`` of each name.
-            factor_of: ``A``, ``B``, or an empty text for what is no factor (``Tuning.factor_of``).
+            schema: what each of them is.
             common: a further multiplier for all, such as a schedule's.
         """
-        return {name: common * self._group(group) * self._factor(factor_of(name)) for name, group in groups.items()}
+        return {name: common * self._group(leaf.group) * self._factor(leaf.factor) for name, leaf in schema.items()}
 
     @property
     def moved(self) -> tuple[str, ...]:

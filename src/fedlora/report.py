@@ -20,8 +20,8 @@ from fedlora.cost import PhaseCost
 from fedlora.errors import ConfigError
 from fedlora.experiment import Result
 from fedlora.folder import RunFolder
+from fedlora.ledger import Row
 from fedlora.network import Network, seconds_to
-from fedlora.round import Row
 from fedlora.search import Trial
 from fedlora.setting import Setting
 from fedlora.watch import Watcher

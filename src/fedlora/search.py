@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from fedlora import config
-from fedlora.aggregate import factors
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.experiment import run
@@ -164,9 +163,9 @@ class _Sizes:
         recipe = configured(experiment, bounds.rank, bounds.density).phases[0].recipe
         workspace = Workspace(setting.task, experiment.seed, setting.device)
         state, _ = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
-        self._experiment, self._params, self._groups = experiment, state.params, state.groups
-        self._pairs = factors(state.params)
-        sides = [min(state.params[b].shape[0], state.params[a].shape[1]) for a, b in self._pairs]
+        self._experiment, self._params, self._schema = experiment, state.params, state.schema
+        self._pairs = state.schema.pairs
+        sides = [min(state.params[b].shape[0], state.params[a].shape[1]) for a, b, _ in self._pairs]
         self._most, self._factor = min(bounds.max_rank, *sides), bounds.factor
         self._known: dict[tuple[int, float], int] = {}
 
@@ -174,15 +173,16 @@ class _Sizes:
         """The bytes of a rank and a density."""
         if (rank, density) not in self._known:
             shapes = {name: list(value.shape) for name, value in self._params.items()}
-            for a, b in self._pairs:
+            for a, b, _ in self._pairs:
                 shapes[a][0] = shapes[b][1] = rank
             draws = generator(0)
             recipe = configured(self._experiment, rank, density).phases[0].recipe
             values = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
-            # what keeps still does not travel
-            values = {name: value * (not recipe.tuning.still(name, 0)) for name, value in values.items()}
+            # what is frozen does not travel
+            roles = recipe.tuning.in_round(self._schema, 0)
+            values = {name: value * (roles[name].role != "frozen") for name, value in values.items()}
             links = (recipe.down, recipe.up)
-            self._known[rank, density] = sum(len(link.send(values, self._groups, 0, 0).raw) for link in links)
+            self._known[rank, density] = sum(len(link.send(values, self._schema, 0, 0).raw) for link in links)
         return self._known[rank, density]
 
     def after(self, rank: int, density: float) -> list[tuple[int, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -15,9 +15,10 @@ from pydantic.dataclasses import dataclass
 from fedlora import tree
 from fedlora.component import STRICT
 from fedlora.rates import LrScale, Rate, Rates, Schedule
+from fedlora.schema import Schema
 from fedlora.tree import Tree
 
-Slots = dict[str, Tree]
+Slots = Mapping[str, Tree]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 ALIKE: Rates = MappingProxyType({})
 """One learning rate for all."""
@@ -35,15 +36,29 @@ class ServerOptimizer(ABC):
     lr_scale: LrScale = LrScale()
     schedule: Schedule = Schedule()
 
-    def rates(self, groups: Mapping[str, str], factor_of: Callable[[str], str], progress: tuple[int, int]) -> Rates:
+    @property
+    def remembers(self) -> bool:
+        """Whether a step depends on earlier changes, by momentum or moments."""
+        return True
+
+    @property
+    def decays(self) -> bool:
+        """Whether a step pulls parameters to zero."""
+        return False
+
+    @property
+    def adds_unscaled(self) -> bool:
+        """Whether a step adds the adapters' change as it is."""
+        return False
+
+    def rates(self, schema: Schema, progress: tuple[int, int]) -> Rates:
         """What the learning rate of each parameter is multiplied by in a round.
 
         Args:
-            groups: the group of each name.
-            factor_of: see ``LrScale.by_name``.
+            schema: what each parameter is.
             progress: rounds finished in the whole run, and rounds in the whole run.
         """
-        return self.lr_scale.by_name(groups, factor_of, self.schedule.factor(*progress))
+        return self.lr_scale.by_name(schema, self.schedule.factor(*progress))
 
     @abstractmethod
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
@@ -73,6 +88,17 @@ class Sgd(ServerOptimizer):
     kind: Literal["sgd"] = "sgd"
     lr: Rate = 1.0
     momentum: Decay = 0.0
+
+    @property
+    def remembers(self) -> bool:
+        """See ``ServerOptimizer.remembers``."""
+        return self.momentum > 0
+
+    @property
+    def adds_unscaled(self) -> bool:
+        """See ``ServerOptimizer.adds_unscaled``."""
+        constant = self.lr == 1 and self.schedule == Schedule() and {*self.lr_scale.moved} <= {"head"}
+        return constant and not self.momentum
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         """One step; see ``ServerOptimizer.step``."""
@@ -128,6 +154,11 @@ class AdamW(ServerOptimizer):
     beta2: Decay = 0.999
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+    @property
+    def decays(self) -> bool:
+        """See ``ServerOptimizer.decays``."""
+        return self.weight_decay > 0
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         """One step; see ``ServerOptimizer.step``."""

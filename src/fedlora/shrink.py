@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.aggregate import factors
 from fedlora.component import STRICT
+from fedlora.schema import Schema
 from fedlora.tree import Tree
 
 
@@ -38,36 +38,44 @@ class Shrink:
         """The rank that a client of ``rank`` may come down to; one at least."""
         return max(1, int(self.keep * rank))
 
-    def tail(self, params: Mapping[str, Tensor], rank: int) -> Tensor:
+    def tail(self, params: Mapping[str, Tensor], schema: Schema, rank: int) -> Tensor:
         """``sum_m ||B_m[:, t:r]|| ||A_m[t:r]||``, a scalar.
 
         Args:
             params: at least the factors of all adapters.
+            schema: what they are.
             rank: of the client.
         """
         first = self.fewer(rank)
         sizes = [
             torch.linalg.vector_norm(params[b][:, first:rank]) * torch.linalg.vector_norm(params[a][first:rank])
-            for a, b in factors(params)
+            for a, b, _ in schema.pairs
         ]
         return torch.stack(sizes).sum()
 
-    def penalty(self, params: Mapping[str, Tensor], rank: int) -> Tensor | float:
+    def penalty(self, params: Mapping[str, Tensor], schema: Schema, rank: int) -> Tensor | float:
         """What a client adds to its loss."""
-        return self.weight * self.tail(params, rank)
+        return self.weight * self.tail(params, schema, rank)
 
-    def after(self, before: Mapping[str, Tensor], now: Mapping[str, Tensor], rank: int) -> int:
+    def after(self, before: Tree, now: Tree, schema: Schema, rank: int) -> int:
         """The client's rank after its turn."""
-        return self.fewer(rank) if float(self.tail(now, rank)) < float(self.tail(before, rank)) else rank
+        return (
+            self.fewer(rank) if float(self.tail(now, schema, rank)) < float(self.tail(before, schema, rank)) else rank
+        )
 
-    def apply(self, delta: Tree, start: Tree, rank: int) -> tuple[Tree, int]:
+    def apply(self, delta: Tree, start: Tree, schema: Schema, rank: int) -> tuple[Tree, int]:
         """What a client of ``rank`` sends of ``delta``, and its rank after its turn."""
-        left = self.after(start, tree.add(start, delta), rank)
-        return (self.keep_ranks(delta, left) if left < rank else delta), left
+        left = self.after(start, tree.add(start, delta), schema, rank)
+        return (self.keep_ranks(delta, schema, left) if left < rank else delta), left
 
-    def keep_ranks(self, values: Tree, rank: int) -> Tree:
+    def keep_ranks(self, values: Tree, schema: Schema, rank: int) -> Tree:
         """``values`` as a client has them that has come down to ``rank``."""
-        return without_ranks(values, rank)
+        result = dict(values)
+        for a, b, _ in schema.pairs:
+            result[a], result[b] = values[a].clone(), values[b].clone()
+            result[a][rank:] = 0.0
+            result[b][:, rank:] = 0.0
+        return result
 
 
 class NoShrink:
@@ -79,24 +87,14 @@ class NoShrink:
         """``rank`` itself."""
         return rank
 
-    def penalty(self, params: Mapping[str, Tensor], rank: int) -> float:
+    def penalty(self, params: Mapping[str, Tensor], schema: Schema, rank: int) -> float:
         """Nothing."""
         return 0.0
 
-    def apply(self, delta: Tree, start: Tree, rank: int) -> tuple[Tree, int]:
+    def apply(self, delta: Tree, start: Tree, schema: Schema, rank: int) -> tuple[Tree, int]:
         """``delta`` and ``rank`` themselves."""
         return delta, rank
 
-    def keep_ranks(self, values: Tree, rank: int) -> Tree:
+    def keep_ranks(self, values: Tree, schema: Schema, rank: int) -> Tree:
         """``values`` themselves."""
         return values
-
-
-def without_ranks(delta: Tree, first: int) -> Tree:
-    """``delta`` with zeros in the ranks from ``first`` on."""
-    result = dict(delta)
-    for a, b in factors(delta):
-        result[a], result[b] = delta[a].clone(), delta[b].clone()
-        result[a][first:] = 0.0
-        result[b][:, first:] = 0.0
-    return result

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.clients import Population
+from fedlora.schema import Leaf, Schema, factor_leaf
 from fedlora.tasks.base import Batch, Evaluation, Prepared, Rows, Split
 from fedlora.tasks.loading import head_names
 
@@ -266,3 +267,17 @@ def equal_population(num_examples: int, num_clients: int) -> Population:
     """Clients that hold equally many rows, in order."""
     offsets = np.linspace(0, num_examples, num_clients + 1).astype(np.int64)
     return Population(tuple(map(str, range(num_clients))), np.arange(num_examples, dtype=np.int64), offsets)
+
+
+def schema_of(groups: Mapping[str, str]) -> Schema:
+    """The schema of tensors that no model has: factors are told by their names, ``lora_A`` and ``lora_B``.
+
+    Args:
+        groups: ``adapter`` or ``head`` of each name.
+    """
+    schema = Schema({name: Leaf(group) for name, group in groups.items()})
+    for name in groups:
+        if name.removesuffix(".weight").endswith("lora_A"):
+            other = name.replace("lora_A", "lora_B")
+            schema |= {name: factor_leaf("A", other)} | ({other: factor_leaf("B", name)} if other in groups else {})
+    return schema

@@ -15,8 +15,8 @@ from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
 from fedlora.rates import LrScale
 from fedlora.recipe import Recipe
-from fedlora.transport import Dense, Link, RankSlice
-from fedlora.tuning import LoRA
+from fedlora.refusals import check_tier
+from fedlora.transport import Link, RankSlice
 
 Count = Annotated[int, Field(ge=1)]
 _VIEWS = {"dense", "newcomer", "client_mean", "client_worst_tenth", "client_spread"}
@@ -74,46 +74,13 @@ class Tier:
         Raises:
             ConfigError: the tier cannot go with this recipe.
         """
-        down = self.down or recipe.down
-        if self.rank is not None and isinstance(recipe.tuning, LoRA):
-            if self.rank > recipe.tuning.rank:
-                raise ConfigError(f"tier {self.name!r} has rank {self.rank}, above the recipe's {recipe.tuning.rank}")
-            if self.rank < recipe.tuning.rank:
-                down = self._sliced(down, recipe.tuning)
-        if down.reference != recipe.down.reference:
-            raise ConfigError(
-                f"tier {self.name!r}: the start is announced to all clients or to none; set its down.reference to "
-                f"{recipe.down.reference!r}"
-            )
-        if self.compute == "fp32" and recipe.local.compute == "bf16":
-            raise ConfigError(
-                f"tier {self.name!r} computes in fp32, but local.compute = 'bf16' keeps frozen weights in bfloat16: "
-                "set local.compute to fp32, and compute of the other tiers to bf16"
-            )
+        check_tier(self, recipe)
+        down, rank = self.down or recipe.down, self.rank
+        if rank is not None and rank < recipe.tuning.adapter_rank:
+            down = replace(down, sparsify=RankSlice(rank=rank, by=self.rank_by))
         keys = ("max_steps", "batch_size", "lr_scale", "compute", "timeout_seconds")
         changes = {key: value for key in keys if (value := getattr(self, key)) is not None}
-        own = replace(recipe, down=down, up=self.up or recipe.up, local=replace(recipe.local, **changes))
-        if recipe.down.feedback or own.down.feedback:
-            raise ConfigError(
-                "down.feedback keeps one error for all clients, and tiers get different messages; unset it"
-            )
-        return own
-
-    def _sliced(self, down: Link, tuning: LoRA) -> Link:
-        """The downlink that sends the tier's ranks alone."""
-        if not tuning.zero_is_neutral or tuning.train != "both":
-            raise ConfigError(
-                f"tier {self.name!r} has a rank, and ranks that a client lacks are zero in both factors: with this "
-                "method that would take knowledge away, or what keeps still; leave out the tier's rank, and give it "
-                "a density or fewer steps"
-            )
-        if not isinstance(down.sparsify, Dense) or down.stages or down.reference == "init":
-            raise ConfigError(
-                f"tier {self.name!r} has a rank, which is a downlink of its own, and needs one that is dense and "
-                "relative to zero: method lora or het_lora, or flora with reference = 'zero'; or give the tier a "
-                "density (down, up) in place of the rank"
-            )
-        return replace(down, sparsify=RankSlice(rank=self.rank or tuning.rank, by=self.rank_by))
+        return replace(recipe, down=down, up=self.up or recipe.up, local=replace(recipe.local, **changes))
 
 
 def check_tiers(tiers: Sequence[Tier], column: str | None) -> None:

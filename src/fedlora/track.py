@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from fedlora.errors import ConfigError
-from fedlora.round import Row
+from fedlora.ledger import Row
 
 
 class Tracker(ABC):

@@ -17,6 +17,7 @@ from fedlora import tree
 from fedlora.errors import TrainingError
 from fedlora.gradients import GradientSource, Proximal
 from fedlora.jobs import Job
+from fedlora.schema import Schema
 from fedlora.state import Folds, named_seed
 from fedlora.tasks.base import Rows
 from fedlora.tasks.checkpointing import checkpointing_without_dropout
@@ -34,7 +35,7 @@ class Ready(NamedTuple):
         rows: the client's training examples.
         start: the parameters to start from; not to be written to.
         folds: the edits of frozen weights to start from.
-        groups: the group of each parameter.
+        schema: what is trained.
         deadline: when to give up, on ``time.perf_counter``.
         seconds: how long the client has worked.
     """
@@ -43,7 +44,7 @@ class Ready(NamedTuple):
     rows: Rows
     start: Tree
     folds: Folds
-    groups: Mapping[str, str]
+    schema: Schema
     deadline: float
     seconds: float
 
@@ -81,8 +82,9 @@ def _train(workspace: Workspace, ready: Ready, clock: float) -> Trained:
     batches = source.batches(ready.rows, local.num_steps(len(ready.rows)), local.batch_size, draws)
     if not batches:
         return Trained(installed.since(ready.start), 0.0, 0, 0, {}, time.perf_counter() - clock)
+    roles = job.recipe.tuning.in_round(ready.schema, job.round)
     for name, parameter in installed.parameters.items():
-        parameter.requires_grad_(not job.recipe.tuning.still(name, job.round))
+        parameter.requires_grad_(roles[name].role != "frozen")
     optimizer = _optimizer(installed, job)
     try:
         losses = _take_steps(workspace, ready, source, draws, batches, optimizer)
@@ -116,9 +118,9 @@ def _take_steps(
     values = list(parameters.values())
     proximal = Proximal(local.proximal, [ready.start[name].to(device) for name in parameters if local.proximal])
     # what was pruned is zero, and so are ranks that were not sent
-    kept = recipe.pruning.kept(ready.start, job.round) or source.kept(ready.start)
+    kept = recipe.pruning.kept(ready.start, job.round) or source.kept(ready.start, ready.schema)
     masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
-    penalty = partial(recipe.rank_pruning.penalty, parameters, recipe.rank)
+    penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
 
     def loss_of(chosen: Rows) -> Tensor:
         with workspace.autocast(local.compute):
@@ -148,9 +150,9 @@ def _take_steps(
 def _optimizer(installed: Installed, job: Job) -> torch.optim.Optimizer:
     """The optimiser of a turn, as the client remembers it if it does."""
     local, parameters = job.recipe.local, installed.parameters
-    rates = local.lr_scale.by_name(installed.groups, job.recipe.tuning.factor_of, local.schedule.factor(*job.progress))
+    rates = local.lr_scale.by_name(installed.schema, local.schedule.factor(*job.progress))
     optimizer = local.optimizer.build(list(parameters.values()), [rates[name] for name in parameters])
-    for key, value in job.memory.optimizer.items() if local.keep_optimizer else ():
+    for key, value in job.memory.parts.tree("optimizer", "state").items() if local.keep_optimizer else ():
         name, slot = key.rsplit("/", 1)
         place = parameters[name]
         optimizer.state[place][slot] = value.to(place.device, copy=True)
@@ -187,7 +189,7 @@ def check_trained(ready: Ready, trained: Trained, delta: Tree) -> None:
     Raises:
         TrainingError: a value is not finite, or the adapter or the head did not move at all.
     """
-    job, groups = ready.job, ready.groups
+    job = ready.job
     if not math.isfinite(trained.loss):
         raise TrainingError(
             f"client {job.client} got a loss of {trained.loss} in round {job.progress[0] + 1}; the learning rate is "
@@ -198,8 +200,8 @@ def check_trained(ready: Ready, trained: Trained, delta: Tree) -> None:
             f"client {job.client} trained to values that are not finite; lower local.optimizer.lr, or set "
             "local.clip_norm"
         )
-    for group in set(groups.values()):
-        if not any(bool(value.any()) for value in tree.select(delta, groups, group).values()):
+    for group, part in ready.schema.split(delta).items():
+        if not any(bool(value.any()) for value in part.values()):
             raise TrainingError(
                 f"client {job.client} took {trained.steps} steps and its {group} did not move; nothing would be "
                 "learnt: check the targets, the learning rate and the number of labelled examples"

@@ -76,11 +76,6 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
     }
 
 
-def select(tree: Mapping[str, Tensor], groups: Mapping[str, str], group: str) -> Tree:
-    """The entries of ``tree`` whose group (``adapter``, ``head``) is ``group``."""
-    return {name: value for name, value in tree.items() if groups[name] == group}
-
-
 def _align(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> list[Tensor]:
     if left.keys() != right.keys():
         raise KeyError(f"trees differ in names: {sorted(left.keys() ^ right.keys())[:4]}")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from fedlora.config import Experiment
-from fedlora.round import Row
+from fedlora.ledger import Row
 
 if TYPE_CHECKING:
     from fedlora.experiment import Result

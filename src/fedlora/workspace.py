@@ -38,6 +38,7 @@ class Workspace:
         self._decoded: tuple[tuple[bytes, int], Tree] | None = None
         self._folds: tuple[tuple[bytes, int], Folds] | None = None
         self.init: Tree = {}
+        self.personal: Tree = {}
 
     @property
     def installed(self) -> Installed:
@@ -105,7 +106,9 @@ class Workspace:
             self.open(phase, recipe)
         installed = self.installed
         like = setup_parts(recipe, installed, Start(installed.read(), Fold(), 0, {}))
-        self.init = recipe.tuning.settle(installed, wire.unpack(setup, like) if like else {})
+        parts = wire.unpack(setup, like) if like else {}
+        self.personal = parts.get("personal", {})
+        self.init = recipe.tuning.settle(installed, parts)
         if recipe.local.compute == "bf16":
             _to_bfloat16(installed, keep=recipe.aggregator.edits_base)
         self._setup = setup
@@ -164,7 +167,9 @@ class Workspace:
 
 def setup_parts(recipe: Recipe, installed: Installed, start: Start) -> dict[str, Tree]:
     """The parts of ``recipe``'s announcement; with any start of the right shapes, its template."""
-    return recipe.tuning.setup(installed, start, recipe.down.reference == "init")
+    parts = recipe.tuning.setup(installed, start, recipe.down.reference == "init")
+    personal = {name: start.params[name] for name in installed.parameters if name in installed.schema.personal}
+    return parts | ({"personal": personal} if personal else {})
 
 
 def _to_bfloat16(installed: Installed, keep: bool) -> None:

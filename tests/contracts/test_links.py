@@ -16,15 +16,16 @@ from toy import LOCAL, Federation, num_nonzero
 
 from fedlora import config, tree
 from fedlora.aggregate import Mean
+from fedlora.checkpoint import load_state, save_state
 from fedlora.config import Experiment
 from fedlora.downlink import Downlink
 from fedlora.errors import ConfigError, WireError
+from fedlora.ledger import Row
 from fedlora.methods import Phases, fedavg, flasc
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
-from fedlora.round import Row
 from fedlora.server_optim import Sgd
-from fedlora.state import Change, Fold, Update, load_state, save_state
+from fedlora.state import Change, Fold, Update
 from fedlora.transport import (
     PRECISIONS,
     SPARSIFIERS,
@@ -129,10 +130,12 @@ def test_the_server_knows_what_each_client_holds() -> None:
     state = federation.start()
     for rounds, cohort in enumerate([(0, 1), (1, 2), (0,)], 1):
         state = federation.go_on(state, rounds, cohort)
-    assert set(state.held) == set(state.clients) == {0, 1, 2}
-    for client, held in state.held.items():
-        assert all(torch.equal(held[name], value) for name, value in state.clients[client].held.items())
-    assert any(not torch.equal(state.held[0][name], state.held[2][name]) for name in state.params)
+    assert set(state.known) == set(state.clients) == {0, 1, 2}
+    held = {client: memory.tree("down", "held") for client, memory in state.known.items()}
+    for client, its in held.items():
+        own = state.clients[client].parts.tree("down", "held")
+        assert all(torch.equal(its[name], value) for name, value in own.items())
+    assert any(not torch.equal(held[0][name], held[2][name]) for name in state.params)
     assert [row.references for row in federation.rows] == [{"zero": 2}, {"last_round": 1, "zero": 1}, {"last_round": 1}]
 
 
@@ -140,7 +143,7 @@ def test_the_copy_of_a_client_follows_the_server_though_little_is_sent() -> None
     (phase,) = over(down=Link(sparsify=TopK(density=0.05), precision=Uniform(bits=4)), memory="last_round")
     federation = Federation((phase,))
     state = federation.go_on(federation.start(), 3)
-    held, errors = state.held[0], []
+    held, errors = state.known[0].tree("down", "held"), []
     for number in range(30):
         held = Downlink(phase.recipe, replace(state, round=state.round + number), 0).message(held).start
         errors.append(tree.norm(tree.subtract(state.params, held)))
@@ -165,7 +168,7 @@ def test_what_feedback_up_lost_is_kept_to_the_last_bit() -> None:
     one, other = (each.go_on(each.start(), 1, (1,)) for each in (thin, whole))
     sent = tree.subtract(one.params, one.init)
     delta = tree.subtract(other.params, other.init)
-    lost = one.clients[1].feedback
+    lost = one.clients[1].parts.tree("residual", "lost")
     assert 0 < num_nonzero(sent) < tree.num_entries(sent) / 8
     for name, value in delta.items():
         torch.testing.assert_close(sent[name] + lost[name], value, rtol=1e-6, atol=1e-8)
@@ -184,8 +187,9 @@ def test_feedback_brings_in_later_what_top_k_left_out() -> None:
 def test_feedback_down_is_what_the_last_message_lost() -> None:
     federation = Federation(LINKS["feedback down"])
     state = federation.go_on(federation.start(), 2)
-    assert tree.norm(state.feedback) > 0
-    assert list(state.feedback) == list(state.params)
+    lost = state.parts.tree("down", "lost")
+    assert tree.norm(lost) > 0
+    assert list(lost) == list(state.params)
 
 
 def test_stages_change_what_is_sent() -> None:
@@ -199,7 +203,7 @@ def test_stages_change_what_is_sent() -> None:
 def test_random_places_cost_their_seed_only() -> None:
     federation = Federation(over(up=Link(sparsify=RandomK(density=1 / 8), precision=BFloat16())))
     state = federation.go_on(federation.start(), 2)
-    entries = sum(value.numel() for name, value in state.params.items() if state.groups[name] == "adapter")
+    entries = sum(value.numel() for name, value in state.params.items() if state.schema[name].group == "adapter")
     assert federation.rows[1].up_bytes["adapter"] <= 3 * (2 * entries / 8 + 60)
 
 
@@ -273,7 +277,7 @@ def test_the_heads_start_travels_like_the_head() -> None:
         federation = Federation(over(down=link, memory="init"))
         state = federation.start()
         told[name] = state.setup_bytes["init"]
-        head = [key for key, group in state.groups.items() if group == "head"]
+        head = [key for key, group in state.schema.groups.items() if group == "head"]
         same = all(torch.equal(state.init[key], state.params[key]) for key in head)
         assert same == (name == "whole")
         after = federation.go_on(state, 1)

@@ -17,6 +17,7 @@ import torch
 from toy import LOCAL, Federation
 
 from fedlora.aggregate import AGGREGATORS, Aggregator, Krum, NormBound, TrimmedMean
+from fedlora.checkpoint import load_state, save_state
 from fedlora.errors import ConfigError
 from fedlora.example_privacy import ExampleNoise
 from fedlora.local import CLIENT_OPTIMIZERS
@@ -28,7 +29,6 @@ from fedlora.prune import Prune
 from fedlora.rates import LrScale, Schedule
 from fedlora.server_optim import SERVER_OPTIMIZERS, Adam, AdamW, FedAdagrad, FedAdam, FedYogi, Sgd
 from fedlora.shrink import Shrink
-from fedlora.state import load_state, save_state
 from fedlora.transport import (
     PRECISIONS,
     SPARSIFIERS,

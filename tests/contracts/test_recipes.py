@@ -13,11 +13,11 @@ import torch
 from toy import LOCAL, Federation
 
 from fedlora import config
+from fedlora.checkpoint import load_state, save_state
 from fedlora.config import Experiment
+from fedlora.ledger import Row
 from fedlora.methods import METHODS, Phases
-from fedlora.round import Row
 from fedlora.server_optim import Sgd
-from fedlora.state import load_state, save_state
 
 COMMON: dict[str, Any] = {"rounds": 6, "local": LOCAL}
 SMALL: dict[str, dict[str, Any]] = {
@@ -83,7 +83,9 @@ def test_every_round_sends_parameters_both_ways_and_trains_the_head(method: str)
         assert row.down_bytes["head"] > 0
         assert row.up_bytes["head"] > 0
         assert row.up_bytes["report"] > 0
-    assert any(not torch.equal(start.params[n], end.params[n]) for n, group in start.groups.items() if group == "head")
+    assert any(
+        not torch.equal(start.params[n], end.params[n]) for n, group in start.schema.groups.items() if group == "head"
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

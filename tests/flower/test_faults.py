@@ -24,12 +24,12 @@ from wrongs import WRONGS
 
 import fedlora
 from fedlora import config
+from fedlora.checkpoint import load_state
 from fedlora.config import Experiment
 from fedlora.engines.rules import Rules
 from fedlora.experiment import Stopped
 from fedlora.federation import folder, serve
 from fedlora.federation.processes import Child, free_port
-from fedlora.state import load_state
 
 from .conftest import Federation, processes_of
 

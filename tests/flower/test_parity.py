@@ -12,13 +12,13 @@ from tiny import LOCAL, document, ledger
 
 import fedlora
 from fedlora import config
+from fedlora.checkpoint import load_state
 from fedlora.config import Experiment
 from fedlora.engines.courier import Courier
 from fedlora.engines.rules import Rules
 from fedlora.federation.federate import federate
 from fedlora.federation.simulate import with_ray, write_site
 from fedlora.methods import METHODS
-from fedlora.state import load_state
 
 from .conftest import Federation, needs_ray
 

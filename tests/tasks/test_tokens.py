@@ -662,7 +662,7 @@ def test_a_family_keeps_its_backbone_and_exports_to_peft(world: Path, tmp_path: 
     chosen["model"]["path"] = str(base)
     ran = fedlora.run(config.parse(chosen), tmp_path / "run")
     trained = fedlora.load_run(ran.folder)
-    head = [name for name, group in trained.workspace.installed.groups.items() if group == "head"]
+    head = [name for name, group in trained.workspace.installed.schema.groups.items() if group == "head"]
     assert {name.split(".")[0] for name in head} <= {"classifier", "head", "score"}
     batch = trained.task.with_rows(world / "test.jsonl", {}).batch(np.arange(3), CPU, "test")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from messages import same
 
 from fedlora.errors import WireError
+from fedlora.testing import schema_of
 from fedlora.transport import (
     BFloat16,
     Dense,
@@ -70,7 +71,7 @@ def random_tree(shapes, density, scale, seed):
 
 def holds(link, tree, seed):
     """Everything that is true of a message and what it was made of."""
-    groups = {name: "head" if name.startswith("head") else "adapter" for name in tree}
+    groups = schema_of({name: "head" if name.startswith("head") else "adapter" for name in tree})
     packet = link.send(tree, groups, 0, seed)
     like = {part: {name: torch.zeros(value.shape) for name, value in t.items()} for part, t in packet.trees.items()}
     out = unpack(packet.raw, like)
@@ -80,7 +81,7 @@ def holds(link, tree, seed):
     assert packet.kept == {p: sum(int(torch.count_nonzero(v)) for v in t.values()) for p, t in out.items()}
     thinned = link.thin(tree, groups, 0, seed)
     if link.precision == Float32():
-        assert all(torch.equal(out[groups[name]][name], value) for name, value in thinned.items())
+        assert all(torch.equal(out[groups[name].group][name], value) for name, value in thinned.items())
     if link.precision in FLOATS:
         draw = Draw(seed, link.sparsify.counts(tree, groups)) if isinstance(link.sparsify, RandomK) else None
         forms = {"adapter": Form(link.precision, seed, draw), "head": Form(link.precision, seed + 1, draw)}
@@ -179,7 +180,7 @@ def test_forged_messages_allocate_no_more_than_is_stated():
     for sparsify, precision in product(SPARSIFIERS, [Float32(), Uniform(bits=1), Uniform(bits=8), UNIFORMS[-2]]):
         tree = {part: {name: torch.randn(value.shape) for name, value in each.items()} for part, each in LARGE.items()}
         flat = tree["adapter"] | tree["head"]
-        groups = {name: part for part, each in tree.items() for name in each}
+        groups = schema_of({name: part for part, each in tree.items() for name in each})
         messages.append(Link(sparsify=sparsify, precision=precision).send(flat, groups, 0, 1).raw)
     most = max(peak(raw, LARGE) for raw in messages)
     for raw in messages:

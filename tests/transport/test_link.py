@@ -9,6 +9,7 @@ from messages import same
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora.errors import ConfigError, WireError
+from fedlora.testing import schema_of
 from fedlora.transport import (
     PRECISIONS,
     AnyPrecision,
@@ -26,14 +27,12 @@ from fedlora.transport import (
     Threshold,
     TopK,
     Uniform,
-    join_groups,
     pack,
-    split_groups,
     unpack,
 )
 from fedlora.transport.wire import reference_of
 
-GROUPS = {"m.lora_A": "adapter", "head.w": "head", "m.lora_B": "adapter"}
+GROUPS = schema_of({"m.lora_A": "adapter", "head.w": "head", "m.lora_B": "adapter"})
 LINKS = [
     Link(),
     Link(sparsify=TopK(density=0.25, quota=Quota(head=1)), precision=BFloat16(), reference="init"),
@@ -54,7 +53,7 @@ def tree_of(seed=0):
 def test_a_link_sparsifies_and_then_rounds():
     link = Link(sparsify=TopK(density=0.5), precision=BFloat16(), reference="init")
     # 1.01171875 lies between 1.0078125 and 1.015625; the tie goes to the even significand
-    prepared = link.prepare({"a": torch.tensor([1.01171875, 0.5])}, {"a": "adapter"}, round=0)
+    prepared = link.prepare({"a": torch.tensor([1.01171875, 0.5])}, schema_of({"a": "adapter"}), round=0)
     assert prepared["a"].tolist() == [1.015625, 0.0]
 
 
@@ -64,13 +63,13 @@ def test_prepare_is_what_is_decoded(link, round):
     tree, seed = tree_of(), 2**60 + 7
     before = {name: value.clone() for name, value in tree.items()}
     packet = link.send(tree, GROUPS, round, seed)
-    like = split_groups(tree, GROUPS)
+    like = GROUPS.split(tree)
     out = unpack(packet.raw, like)
     assert list(out) == ["adapter", "head"]
     assert same(out, packet.trees)
     prepared = link.prepare(tree, GROUPS, round, seed)
     assert list(prepared) == list(GROUPS)
-    assert all(torch.equal(prepared[name], join_groups(out, GROUPS)[name]) for name in GROUPS)
+    assert all(torch.equal(prepared[name], GROUPS.join(out)[name]) for name in GROUPS)
     assert all(torch.equal(before[name], tree[name]) for name in GROUPS)
     assert link.encode(link.thin(tree, GROUPS, round, seed), GROUPS, round, seed).raw == packet.raw
     assert link.lossy or all(torch.equal(prepared[name], tree[name]) for name in GROUPS)
@@ -126,7 +125,7 @@ def test_stages_change_density_and_bits_at_their_rounds():
         ),
     )
     tree = {"a": torch.arange(1.0, 1001.0), "h": torch.arange(1.0, 101.0)}
-    groups = {"a": "adapter", "h": "head"}
+    groups = schema_of({"a": "adapter", "h": "head"})
     seen = []
     for round in range(8):
         stage, packet = link.at(round), link.send(tree, groups, round, 0)
@@ -179,7 +178,7 @@ def test_groups_draw_from_seeds_of_their_own():
 def test_a_seed_travels_in_place_of_random_places():
     tree, link = tree_of(), Link(sparsify=RandomK(density=0.3))
     packet = link.send(tree, GROUPS, 0, 11)
-    thinned = split_groups(link.thin(tree, GROUPS, 0, 11), GROUPS)
+    thinned = GROUPS.split(link.thin(tree, GROUPS, 0, 11))
     counts = {"m.lora_A": 36, "head.w": 9, "m.lora_B": 24}
     assert packet.raw == pack(thinned, {part: Form(draw=Draw(11, counts)) for part in thinned}).raw
     assert packet.sizes == {"envelope": 17, "adapter": 2 + 8 + 2 + 4 * 60, "head": 2 + 4 + 4 * 9}
@@ -195,9 +194,9 @@ def test_other_parts_travel_in_float32_and_the_reference_is_named():
 
 
 def test_a_group_without_names_is_no_part():
-    assert list(split_groups({"a": torch.ones(1)}, {"a": "head"})) == ["head"]
+    assert list(schema_of({"a": "head"}).split({"a": torch.ones(1)})) == ["head"]
     tree = tree_of()
-    assert list(join_groups(split_groups(tree, GROUPS), GROUPS)) == list(tree)
+    assert list(GROUPS.join(GROUPS.split(tree))) == list(tree)
 
 
 # what is claimed

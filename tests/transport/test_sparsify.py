@@ -11,11 +11,12 @@ from hypothesis.extra import numpy as hnp
 from pydantic import TypeAdapter, ValidationError
 from slow_reader import slow_places, slow_splitmix
 
+from fedlora.testing import schema_of
 from fedlora.transport import SPARSIFIERS, AnySparsifier, Dense, Quota, RandomK, RankSlice, Threshold, TopK
 from fedlora.transport.coder import splitmix
 from fedlora.transport.positions import random_positions
 
-GROUPS = {"a": "adapter", "b": "adapter", "head": "head"}
+GROUPS = schema_of({"a": "adapter", "b": "adapter", "head": "head"})
 HEAD_WHOLE = Quota(head=1)
 
 
@@ -324,7 +325,7 @@ def test_every_place_is_as_likely():
 def test_facts_are_true(sparsify, unbiased):
     generator = torch.Generator().manual_seed(0)
     tree = {"m.lora_A": torch.randn(4, 8, generator=generator), "m.lora_B": torch.randn(6, 4, generator=generator)}
-    groups = dict.fromkeys(tree, "adapter")
+    groups = schema_of(dict.fromkeys(tree, "adapter"))
     draws = 2000
     assert sparsify.facts.unbiased is unbiased
     for name, value in tree.items():

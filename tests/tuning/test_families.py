@@ -122,8 +122,10 @@ def test_a_round_moves_what_is_trained_and_nothing_else(family: str, tuning: str
     assert math.isfinite(row.loss)
     assert (row.steps, row.examples) == (4, 16)
     assert all(size > 0 for size in (*row.down_bytes.values(), *row.up_bytes.values()))
-    for group in set(state.groups.values()):
-        assert any(not torch.equal(after.params[n], v) for n, v in state.params.items() if state.groups[n] == group)
+    for group in set(state.schema.groups.values()):
+        assert any(
+            not torch.equal(after.params[n], v) for n, v in state.params.items() if state.schema[n].group == group
+        )
     now = dict(workspace.model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
 
@@ -165,7 +167,7 @@ def test_gradients_of_packed_values_are_those_of_the_matrix_at_their_places(fami
 def test_albert_has_one_adapter_per_shared_matrix(tuning: str) -> None:
     workspace, _, state = opened("albert", TUNINGS[tuning])
     assert workspace.model.config.num_hidden_layers == 2  # type: ignore[union-attr]
-    endings = sorted(".".join(n.split(".")[-2:]) for n, g in state.groups.items() if g == "adapter")
+    endings = sorted(".".join(n.split(".")[-2:]) for n, g in state.schema.groups.items() if g == "adapter")
     assert endings == ["query.lora_A", "query.lora_B", "value.lora_A", "value.lora_B"]
 
 
@@ -382,6 +384,6 @@ def test_every_method_trains_in_families_of_each_kind(family: str, method: str) 
             assert math.isfinite(row.loss)
             assert row.update_norm > 0
         moved = [name for name, value in state.params.items() if not torch.equal(value, start.params[name])]
-        assert {state.groups[name] for name in moved} == {"adapter", "head"}
+        assert {state.schema[name].group for name in moved} == {"adapter", "head"}
         carry, done = close_phase(workspace, phase.recipe, state), state.round
     assert done == 2

@@ -289,7 +289,7 @@ def test_a_tied_weight_is_trained_counted_and_sent_once(family: str) -> None:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight  # type: ignore[operator]
     assert embedding is head
     assert sum(value.numel() for value in state.params.values()) == model.num_parameters()  # type: ignore[operator]
-    assert set(state.groups.values()) == {"adapter"}
+    assert set(state.schema.groups.values()) == {"adapter"}
     after, row = run_round(recipe, state, (0,), Serial(workspace, equal_population(16, 1)), seed=3, rounds=1)
     assert row.down_bytes["adapter"] <= 4 * model.num_parameters() + 8  # type: ignore[operator]
     workspace.installed.load(after.params)
@@ -354,5 +354,5 @@ def test_peft_s_tunings_take_a_model_without_a_head() -> None:
     config = {"peft_type": "LORA", "r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
     workspace, recipe, state = opened(with_head("gpt2", "CausalLM"), Peft(config=config))
     after = turn(workspace, recipe, state)
-    assert set(state.groups.values()) == {"adapter"}
+    assert set(state.schema.groups.values()) == {"adapter"}
     assert any(not torch.equal(after.params[name], value) for name, value in state.params.items())

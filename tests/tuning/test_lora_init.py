@@ -230,7 +230,7 @@ def test_the_residual_is_taken_from_the_factors_received(family: str) -> None:
     recipe = Recipe(tuning=FEDERA)
     server, device = (Workspace(toy_task(family), 0, torch.device("cpu")) for _ in range(2))
     state, _ = open_phase(server, 0, recipe, seed=0, rounds_done=0, carry=None)
-    adapters = {name: value for name, value in state.init.items() if state.groups[name] == "adapter"}
+    adapters = {name: value for name, value in state.init.items() if state.schema[name].group == "adapter"}
     received = {name: value + 0.1 * matrix(tuple(value.shape)) for name, value in adapters.items()}  # type: ignore[arg-type]
     device.settle(0, recipe, pack({"init": received}, {}).raw)
     before = pretrained(family)
@@ -243,7 +243,7 @@ def test_the_announcement_holds_the_start_exactly_even_under_a_bfloat16_link() -
     workspace = Workspace(toy_task(), 0, torch.device("cpu"))
     recipe = Recipe(tuning=FEDERA, down=Link(precision=BFloat16()))
     state, _ = open_phase(workspace, 0, recipe, seed=0, rounds_done=0, carry=None)
-    adapters = {name: value for name, value in state.init.items() if state.groups[name] == "adapter"}
+    adapters = {name: value for name, value in state.init.items() if state.schema[name].group == "adapter"}
     received = unpack(state.setup, {"init": adapters})["init"]
     assert all(torch.equal(received[name], value) for name, value in adapters.items())
 

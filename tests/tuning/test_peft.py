@@ -203,7 +203,7 @@ def test_a_round_moves_adapter_and_head(config: dict[str, Any]) -> None:
     assert math.isfinite(row.loss)
     assert min(*row.up_bytes.values(), *row.down_bytes.values()) > 0
     for group in ("adapter", "head"):
-        names = [name for name, its in state.groups.items() if its == group]
+        names = [name for name, its in state.schema.groups.items() if its == group]
         assert any(not torch.equal(after.params[name], state.params[name]) for name in names)
     now = dict(workspace.model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
@@ -275,7 +275,7 @@ def test_a_head_inside_the_backbone_does_not_make_the_backbone_train() -> None:
     model = tiny_model("bert")
     head = frozenset(n for n, _ in model.named_parameters() if n.startswith(("classifier", "bert.pooler")))
     assert saved_modules(model, head) == ["bert.pooler.dense", "classifier"]
-    groups = Peft(config=CONFIGS["lora"]).install(model, head, 0).groups
+    groups = Peft(config=CONFIGS["lora"]).install(model, head, 0).schema.groups
     assert sum(group == "head" for group in groups.values()) == 4
     assert sum(group == "adapter" for group in groups.values()) == 8
 

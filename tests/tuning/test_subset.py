@@ -259,7 +259,7 @@ def test_dense_tunings_take_over_a_change_as_it_is(tuning: Tuning) -> None:
 
 def trained(tuning: Tuning) -> tuple[set[str], set[str], nn.Module]:
     workspace, _, state = opened(tuning)
-    adapters, head = ({n for n, g in state.groups.items() if g == group} for group in ("adapter", "head"))
+    adapters, head = ({n for n, g in state.schema.groups.items() if g == group} for group in ("adapter", "head"))
     return adapters, head, workspace.model
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from fedlora.aggregate.base import Aggregator, factors
+from fedlora.aggregate.base import Accumulator, Aggregator
 from fedlora.aggregate.means import CoordinateMedian, Krum, Mean, NormBound, TrimmedMean
 from fedlora.aggregate.products import ProductExact, SparsityWeighted, Stack, SvdRedistribute
 
@@ -26,6 +26,7 @@ AGGREGATORS: dict[str, type[Aggregator]] = {cls.kind: cls for cls in get_args(ge
 
 __all__ = [
     "AGGREGATORS",
+    "Accumulator",
     "Aggregator",
     "AnyAggregator",
     "CoordinateMedian",
@@ -37,5 +38,4 @@ __all__ = [
     "Stack",
     "SvdRedistribute",
     "TrimmedMean",
-    "factors",
 ]

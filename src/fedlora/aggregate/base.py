@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
 from fedlora import tree
 from fedlora.errors import TrainingError
-from fedlora.state import Change, Update
+from fedlora.schema import Schema
+from fedlora.state import Change, Fold, Update
+from fedlora.store import Store
 from fedlora.tree import Tree
 
 NOBODY = (
@@ -16,17 +18,53 @@ NOBODY = (
     "local.timeout_seconds"
 )
 """What a rule says when nothing came."""
+Needs = Literal["sum", "update", "factors", "cohort"]
+
+
+class Accumulator(ABC):
+    """Takes the updates of a cohort one by one, in job order."""
+
+    @abstractmethod
+    def add(self, update: Update) -> None:
+        """Takes one update; what is kept of it is what ``Aggregator.needs`` says."""
+
+    @abstractmethod
+    def finish(self) -> Change:
+        """The change that the cohort asks for.
+
+        Raises:
+            TrainingError: there are too few updates.
+        """
 
 
 class Aggregator(ABC):
-    """Turns the updates of a cohort, in job order, into one change."""
+    """Turns the updates of a cohort into one change."""
 
-    exact_for_products: ClassVar[bool]
+    exact_for_products: ClassVar[bool] = False
     """Whether the mean of the products ``B @ A`` is what the result's product is, its fold included."""
+    unbiased: ClassVar[bool] = False
+    """Whether the change is a weighted mean of the updates, so that what is right on average stays right."""
+    coordinatewise: ClassVar[bool] = False
+    """Whether each coordinate is decided by its order among the clients'."""
+    needs_factors: ClassVar[bool] = False
+    """Whether the factors ``A`` and ``B`` of low-rank adapters are read as such."""
     edits_base: ClassVar[bool] = False
-    """Whether frozen weights are edited, which clients must get to know."""
+    """Whether frozen weights are edited, and the edit is sent to clients."""
     reinitialises: ClassVar[bool] = False
-    """Whether the adapters start anew after each round."""
+    """Whether the adapters are drawn anew after each round."""
+    needs: ClassVar[Needs]
+    """What it must be given, and holds until the round ends: a weighted ``sum`` alone; each ``update`` by itself, in
+    passing; the low-rank ``factors`` of all; or the updates of the whole ``cohort``."""
+
+    @property
+    def weighs_by_examples(self) -> bool:
+        """Whether clients report their numbers of examples, which decide their weights."""
+        return False
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        """Whether ranks that a client did not receive count as zeros."""
+        return False
 
     @property
     def least(self) -> int:
@@ -43,59 +81,88 @@ class Aggregator(ABC):
         return 0
 
     @abstractmethod
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """Reads ``updates`` once, in order, and returns the change they ask for.
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """What a round's updates are added to.
 
         Args:
-            updates: the cohort's.
             params: the server's parameters, to which the change will be added.
-
-        Raises:
-            TrainingError: there are too few updates.
+            schema: what each of them is.
+            store: what the change of the round before remembered.
         """
 
 
-def weighted_mean(updates: Iterable[Update], weight_of: Callable[[Update], float]) -> Tree:
-    """``sum_k w_k delta_k / sum_k w_k``.
+class Weighted(Aggregator):
+    """A rule whose setting ``weighting`` is ``uniform`` or ``examples``."""
+
+    weighting: Literal["uniform", "examples"]
+
+    @property
+    def weighs_by_examples(self) -> bool:
+        """See ``Aggregator.weighs_by_examples``."""
+        return self.weighting == "examples"
+
+
+class WeightedMean(Accumulator):
+    """``sum_k w_k delta_k / sum_k w_k``; holds the sum alone.
 
     Args:
-        updates: read once, one at a time.
         weight_of: the say of an update.
-
-    Raises:
-        TrainingError: there is no update, or none has a say.
+        changed: what becomes of an update before it is added.
     """
-    total: Tree | None = None
-    weights = 0.0
-    for update in updates:
-        weight = weight_of(update)
-        total = tree.zeros_like(update.delta) if total is None else total
-        tree.add_(total, update.delta, weight)
-        weights += weight
-    if total is None:
-        raise TrainingError(NOBODY)
-    if weights <= 0:
-        raise TrainingError("no answer has a say in the mean: none tells of examples, or all adapters are zero")
-    return tree.scale(total, 1.0 / weights)
+
+    def __init__(
+        self, weight_of: Callable[[Update], float], changed: Callable[[Update], Update] = lambda update: update
+    ) -> None:
+        self._weight_of, self._changed = weight_of, changed
+        self._total: Tree | None = None
+        self._weights = 0.0
+
+    def add(self, update: Update) -> None:
+        """See ``Accumulator.add``."""
+        update = self._changed(update)
+        weight = self._weight_of(update)
+        if self._total is None:
+            self._total = tree.zeros_like(update.delta)
+        tree.add_(self._total, update.delta, weight)
+        self._weights += weight
+
+    def finish(self) -> Change:
+        """See ``Accumulator.finish``.
+
+        Raises:
+            TrainingError: there is no update, or none has a say.
+        """
+        if self._total is None:
+            raise TrainingError(NOBODY)
+        if self._weights <= 0:
+            raise TrainingError(
+                "the total aggregation weight is zero: no client reported examples, or all adapters are zero"
+            )
+        return Change(tree.scale(self._total, 1.0 / self._weights), Fold())
 
 
-def shared_out(updates: Iterable[Update], weighting: str) -> tuple[list[Update], list[float], Tree]:
-    """A cohort, the share that each client has in the mean, and the mean of their deltas.
+class Collected(Accumulator):
+    """Holds the deltas of the whole cohort, for rules that compare them.
 
     Args:
-        updates: of the cohort.
-        weighting: ``uniform`` or ``examples``.
-
-    Raises:
-        TrainingError: see ``weighted_mean``.
+        rule: what becomes of them.
     """
-    cohort = list(updates)
-    weights = [1.0 if weighting == "uniform" else update.weight for update in cohort]
-    mean = weighted_mean(cohort, lambda update: 1.0 if weighting == "uniform" else update.weight)
-    return cohort, [weight / sum(weights) for weight in weights], mean
+
+    def __init__(self, rule: Callable[[list[Tree]], Tree]) -> None:
+        self._rule = rule
+        self._deltas: list[Tree] = []
+
+    def add(self, update: Update) -> None:
+        """See ``Accumulator.add``."""
+        self._deltas.append(update.delta)
+
+    def finish(self) -> Change:
+        """See ``Accumulator.finish``."""
+        if not self._deltas:
+            raise TrainingError(NOBODY)
+        return Change(self._rule(self._deltas), Fold())
 
 
-def factors(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The names of ``A`` and ``B`` of every adapter."""
-    found = list(names)
-    return [(name, f"{name[:-1]}B") for name in found if name.endswith("lora_A") and f"{name[:-1]}B" in found]
+def say(weighting: str) -> Callable[[Update], float]:
+    """The weight of an update by a rule's ``weighting``: ``uniform`` or ``examples``."""
+    return (lambda update: 1.0) if weighting == "uniform" else (lambda update: update.weight)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -12,15 +11,17 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.aggregate.base import NOBODY, Aggregator, weighted_mean
+from fedlora.aggregate.base import Accumulator, Aggregator, Collected, Needs, Weighted, WeightedMean, say
 from fedlora.component import STRICT
 from fedlora.errors import TrainingError
-from fedlora.state import Change, Fold, Update
+from fedlora.schema import Schema
+from fedlora.state import Update
+from fedlora.store import Store
 from fedlora.tree import Tree
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Mean(Aggregator):
+class Mean(Weighted):
     """Weighted mean of the deltas, ``sum_k p_k delta_k`` with ``sum_k p_k = 1`` (FedAvg, arXiv 1602.05629, Alg. 1).
 
     Args:
@@ -30,13 +31,12 @@ class Mean(Aggregator):
 
     kind: Literal["mean"] = "mean"
     weighting: Literal["uniform", "examples"] = "uniform"
-    exact_for_products: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "sum"
 
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """See ``Aggregator.combine``; no more than one update is in memory at a time."""
-        return Change(
-            weighted_mean(updates, lambda update: 1.0 if self.weighting == "uniform" else update.weight), Fold()
-        )
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """See ``Aggregator.begin``."""
+        return WeightedMean(say(self.weighting))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -47,14 +47,17 @@ class CoordinateMedian(Aggregator):
     """
 
     kind: Literal["median"] = "median"
-    exact_for_products: ClassVar[bool] = False
+    coordinatewise: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "cohort"
 
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """See ``Aggregator.combine``; all updates are in memory together."""
-        like, stacked = _stacked(updates)
-        ordered = stacked.sort(dim=0).values
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """See ``Aggregator.begin``."""
+        return Collected(self._of)
+
+    def _of(self, deltas: list[Tree]) -> Tree:
+        ordered = _stacked(deltas).sort(dim=0).values
         middle = (len(ordered) - 1) // 2
-        return Change(tree.unflatten((ordered[middle] + ordered[len(ordered) // 2]) / 2, like), Fold())
+        return tree.unflatten((ordered[middle] + ordered[len(ordered) // 2]) / 2, deltas[0])
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -67,14 +70,18 @@ class TrimmedMean(Aggregator):
 
     kind: Literal["trimmed_mean"] = "trimmed_mean"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    exact_for_products: ClassVar[bool] = False
+    coordinatewise: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "cohort"
 
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """See ``Aggregator.combine``; all updates are in memory together."""
-        like, stacked = _stacked(updates)
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """See ``Aggregator.begin``."""
+        return Collected(self._of)
+
+    def _of(self, deltas: list[Tree]) -> Tree:
+        stacked = _stacked(deltas)
         left_out = min(math.ceil(round(self.trim * len(stacked), 9)), (len(stacked) - 1) // 2)
         kept = stacked.sort(dim=0).values[left_out : len(stacked) - left_out]
-        return Change(tree.unflatten(kept.mean(dim=0), like), Fold())
+        return tree.unflatten(kept.mean(dim=0), deltas[0])
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -92,16 +99,19 @@ class Krum(Aggregator):
     kind: Literal["krum"] = "krum"
     faulty: Annotated[int, Field(ge=0)] = 1
     select: Annotated[int, Field(ge=1)] = 1
-    exact_for_products: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "cohort"
 
     @property
     def least(self) -> int:
         """See ``Aggregator.least``."""
         return 2 * self.faulty + 2 + self.select
 
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """See ``Aggregator.combine``; all updates are in memory together."""
-        like, stacked = _stacked(updates)
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """See ``Aggregator.begin``."""
+        return Collected(self._of)
+
+    def _of(self, deltas: list[Tree]) -> Tree:
+        stacked = _stacked(deltas)
         num = len(stacked)
         if num < self.least:
             raise TrainingError(
@@ -111,7 +121,7 @@ class Krum(Aggregator):
         distances = torch.cdist(stacked.double(), stacked.double()).square()
         nearest = distances.sort(dim=1).values[:, 1 : num - self.faulty - 1]
         best = nearest.sum(dim=1).sort(stable=True).indices[: self.select].sort().values
-        return Change(tree.unflatten(stacked[best].mean(dim=0), like), Fold())
+        return tree.unflatten(stacked[best].mean(dim=0), deltas[0])
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -124,20 +134,16 @@ class NormBound(Aggregator):
 
     kind: Literal["norm_bound"] = "norm_bound"
     norm: Annotated[float, Field(gt=0)]
-    exact_for_products: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "update"
 
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """See ``Aggregator.combine``; no more than one update is in memory at a time."""
-        bounded = (
-            update._replace(delta=tree.scale(update.delta, 1.0 / max(1.0, tree.norm(update.delta) / self.norm)))
-            for update in updates
-        )
-        return Change(weighted_mean(bounded, lambda update: 1.0), Fold())
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """See ``Aggregator.begin``."""
+        return WeightedMean(say("uniform"), self._bounded)
+
+    def _bounded(self, update: Update) -> Update:
+        return update._replace(delta=tree.scale(update.delta, 1.0 / max(1.0, tree.norm(update.delta) / self.norm)))
 
 
-def _stacked(updates: Iterable[Update]) -> tuple[Tree, Tensor]:
-    """A tree for names and shapes, and all deltas as rows."""
-    cohort = [update.delta for update in updates]
-    if not cohort:
-        raise TrainingError(NOBODY)
-    return cohort[0], torch.stack([tree.flatten(delta) for delta in cohort])
+def _stacked(deltas: list[Tree]) -> Tensor:
+    """All deltas as rows."""
+    return torch.stack([tree.flatten(delta) for delta in deltas])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -11,9 +12,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.aggregate.base import Aggregator, factors, shared_out, weighted_mean
+from fedlora.aggregate.base import Accumulator, Aggregator, Needs, Weighted, WeightedMean, say
 from fedlora.component import STRICT
+from fedlora.schema import Pair, Schema
 from fedlora.state import Change, Fold, Update
+from fedlora.store import Store
 from fedlora.tree import Tree
 
 
@@ -30,18 +33,25 @@ class SparsityWeighted(Aggregator):
 
     kind: Literal["sparsity_weighted"] = "sparsity_weighted"
     padding: Literal["zero", "keep"] = "zero"
-    exact_for_products: ClassVar[bool] = False
+    needs_factors: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "update"
 
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """See ``Aggregator.combine``; no more than one update is in memory at a time."""
-        padded = updates if self.padding == "keep" else (_padded(update, params) for update in updates)
-        return Change(weighted_mean(padded, _size_of_products), Fold())
+    @property
+    def pads_with_zeros(self) -> bool:
+        """See ``Aggregator.pads_with_zeros``."""
+        return self.padding == "zero"
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """See ``Aggregator.begin``."""
+        pairs = schema.pairs
+        weight_of = partial(_size_of_products, pairs=pairs)
+        return WeightedMean(weight_of, partial(_padded, params=params, pairs=pairs if self.padding == "zero" else []))
 
 
-def _padded(update: Update, params: Tree) -> Update:
+def _padded(update: Update, params: Tree, pairs: Sequence[Pair]) -> Update:
     """The update with zeros, instead of the server's values, where the client has no rank."""
     start, delta = dict(update.start), dict(update.delta)
-    for a, b in factors(params):
+    for a, b, _ in pairs:
         absent = ~(start[a].any(1) | start[b].any(0) | delta[a].any(1) | delta[b].any(0))
         if bool(absent.any()):
             for name, kept in ((a, ~absent[:, None]), (b, ~absent)):
@@ -50,17 +60,17 @@ def _padded(update: Update, params: Tree) -> Update:
     return Update(start, delta, update.weight)
 
 
-def _size_of_products(update: Update) -> float:
+def _size_of_products(update: Update, pairs: Sequence[Pair]) -> float:
     """``sqrt(sum_m ||B_m A_m||_F^2)``, from the small matrices ``B^T B`` and ``A A^T``."""
     squares = 0.0
-    for a, b in factors(update.delta):
+    for a, b, _ in pairs:
         now_a, now_b = (update.start[name].double() + update.delta[name].double() for name in (a, b))
         squares += float(((now_b.T @ now_b) * (now_a @ now_a.T)).sum())
     return math.sqrt(max(0.0, squares))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SvdRedistribute(Aggregator):
+class SvdRedistribute(Weighted):
     """The best adapter of the same rank for the mean of the products (FlexLoRA, arXiv 2402.11505).
 
     ``sum_k p_k B_k A_k = U S V^T``; the new factors are ``B = U_r S_r``, ``A = V_r^T``, or have the root of ``S`` each.
@@ -76,24 +86,27 @@ class SvdRedistribute(Aggregator):
     kind: Literal["svd_redistribute"] = "svd_redistribute"
     weighting: Literal["uniform", "examples"] = "uniform"
     split: Literal["left", "symmetric"] = "left"
-    exact_for_products: ClassVar[bool] = False
+    needs_factors: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "factors"
 
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """See ``Aggregator.combine``; the factors of all updates are in memory together."""
-        cohort, shares, delta = shared_out(updates, self.weighting)
-        for a, b in factors(params):
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """See ``Aggregator.begin``."""
+        return Factors(self._of, self.weighting, params, schema)
+
+    def _of(self, cohort: Factors, delta: Tree) -> Change:
+        params = cohort.params
+        for a, b, _ in cohort.pairs:
             tall = torch.cat(
-                [share * (one.start[b] + one.delta[b]).double() for share, one in zip(shares, cohort, strict=True)],
-                dim=1,
+                [share * one.double() for share, one in zip(cohort.shares, cohort.of[b], strict=True)], dim=1
             )
-            wide = torch.cat([(one.start[a] + one.delta[a]).double() for one in cohort])
+            wide = torch.cat([one.double() for one in cohort.of[a]])
             new_b, new_a = truncated_product(tall, wide, params[a].shape[0], self.split)
             delta[a], delta[b] = new_a.float() - params[a], new_b.float() - params[b]
         return Change(delta, Fold())
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ProductExact(Aggregator):
+class ProductExact(Weighted):
     """Factors are averaged, and frozen weights take what the mean of the products has beside (FedEx-LoRA, 2410.09432).
 
     ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and ``W += scale (sum_k p_k B_k A_k - B A)``. As the ``B_k - B`` add
@@ -108,6 +121,8 @@ class ProductExact(Aggregator):
     weighting: Literal["uniform", "examples"] = "uniform"
     rank: Annotated[int, Field(ge=1)] | None = None
     exact_for_products: ClassVar[bool] = True
+    needs_factors: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "factors"
     edits_base: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
@@ -115,12 +130,15 @@ class ProductExact(Aggregator):
         whole = (len(ranks) - 1) * max(ranks) if moving == "both" else 0
         return whole if self.rank is None else min(whole, self.rank)
 
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """See ``Aggregator.combine``; the factors of all updates are in memory together."""
-        cohort, shares, delta = shared_out(updates, self.weighting)
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """See ``Aggregator.begin``."""
+        return Factors(self._of, self.weighting, params, schema)
+
+    def _of(self, cohort: Factors, delta: Tree) -> Change:
+        params, shares = cohort.params, cohort.shares
         folded: dict[str, tuple[Tensor, Tensor]] = {}
-        for a, b in factors(params):
-            ours = [((one.start[b] + one.delta[b]).double(), (one.start[a] + one.delta[a]).double()) for one in cohort]
+        for a, b, module in cohort.pairs:
+            ours = [(one.double(), other.double()) for one, other in zip(cohort.of[b], cohort.of[a], strict=True)]
             mean_b, mean_a = (
                 torch.stack([share * pair[side] for share, pair in zip(shares, ours, strict=True)]).sum(0)
                 for side in (0, 1)
@@ -136,13 +154,13 @@ class ProductExact(Aggregator):
                     lacking = self.rank - len(wide)
                     tall = torch.nn.functional.pad(tall, (0, lacking))
                     wide = torch.nn.functional.pad(wide, (0, 0, 0, lacking))
-                folded[a.removesuffix(".lora_A")] = tall.float(), wide.float()
+                folded[module] = tall.float(), wide.float()
         moved = any(bool(b.any()) and bool(a.any()) for b, a in folded.values())
         return Change(delta, Fold(folded) if moved else Fold())
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Stack(Aggregator):
+class Stack(Weighted):
     """Frozen weights take all clients' products, and the adapters start anew (FLoRA, arXiv 2409.05976, Eq. 6).
 
     ``W += scale sum_k p_k B_k A_k``, told as the factors side by side; then ``B = 0`` and ``A`` is drawn anew, the same
@@ -155,6 +173,8 @@ class Stack(Aggregator):
     kind: Literal["stack"] = "stack"
     weighting: Literal["uniform", "examples"] = "uniform"
     exact_for_products: ClassVar[bool] = True
+    needs_factors: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "factors"
     edits_base: ClassVar[bool] = True
     reinitialises: ClassVar[bool] = True
 
@@ -162,23 +182,64 @@ class Stack(Aggregator):
         """See ``Aggregator.fold_rank``."""
         return sum(ranks) if moving == "both" else max(ranks)
 
-    def combine(self, updates: Iterable[Update], params: Tree) -> Change:
-        """See ``Aggregator.combine``; the factors of all updates are in memory together."""
-        cohort, shares, delta = shared_out(updates, self.weighting)
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """See ``Aggregator.begin``."""
+        return Factors(self._of, self.weighting, params, schema)
+
+    def _of(self, cohort: Factors, delta: Tree) -> Change:
+        params = cohort.params
         stacked: dict[str, tuple[Tensor, Tensor]] = {}
-        # where A keeps still, the sum of all B is enough
-        same = all(torch.equal(cohort[0].delta[a], one.delta[a]) for a, _ in factors(params) for one in cohort[1:])
-        same = same and all(torch.equal(cohort[0].start[a], one.start[a]) for a, _ in factors(params) for one in cohort)
-        for a, b in factors(params):
-            tall = [share * (one.start[b] + one.delta[b]) for share, one in zip(shares, cohort, strict=True)]
-            wide = [one.start[a] + one.delta[a] for one in cohort]
-            if same:
+        for a, b, module in cohort.pairs:
+            tall = [share * one for share, one in zip(cohort.shares, cohort.of[b], strict=True)]
+            wide = cohort.of[a]
+            if cohort.same_a:  # where A is frozen, the sum of all B is enough
                 tall, wide = [torch.stack(tall).sum(0)], wide[:1]
-            stacked[a.removesuffix(".lora_A")] = torch.cat(tall, dim=1), torch.cat(wide)
+            stacked[module] = torch.cat(tall, dim=1), torch.cat(wide)
             delta[a], delta[b] = torch.zeros_like(params[a]), -params[b]
         used = torch.stack([b.any(0) & a.any(1) for b, a in stacked.values()]).any(0)
         folded = {name: (b[:, used], a[used]) for name, (b, a) in stacked.items()}
         return Change(delta, Fold(folded) if bool(used.any()) else Fold())
+
+
+class Factors(Accumulator):
+    """Holds the factors of all updates by name, and of everything else the sum.
+
+    Args:
+        rule: what becomes of this, and of the mean of the deltas.
+        weighting: ``uniform`` or ``examples``.
+        params: the server's parameters.
+        schema: what each of them is.
+    """
+
+    def __init__(self, rule: Callable[[Factors, Tree], Change], weighting: str, params: Tree, schema: Schema) -> None:
+        self._rule, self._weight_of = rule, say(weighting)
+        self._mean = WeightedMean(self._weight_of)
+        self._weights: list[float] = []
+        self._first: Update | None = None
+        self.params, self.pairs = params, schema.pairs
+        self.of: dict[str, list[Tensor]] = {name: [] for a, b, _ in self.pairs for name in (a, b)}
+        self.same_a = True
+
+    @property
+    def shares(self) -> list[float]:
+        """What each client has of the mean."""
+        return [weight / sum(self._weights) for weight in self._weights]
+
+    def add(self, update: Update) -> None:
+        """See ``Accumulator.add``."""
+        self._mean.add(update)
+        self._weights.append(self._weight_of(update))
+        for name, values in self.of.items():
+            values.append(update.start[name] + update.delta[name])
+        if self._first is None:  # of one client the changes of A are kept too
+            start, delta = ({a: part[a] for a, _, _ in self.pairs} for part in (update.start, update.delta))
+            self._first = Update(start, delta, 0.0)
+        trees = ((self._first.delta, update.delta), (self._first.start, update.start))
+        self.same_a &= all(torch.equal(first[a], own[a]) for first, own in trees for a, _, _ in self.pairs)
+
+    def finish(self) -> Change:
+        """See ``Accumulator.finish``."""
+        return self._rule(self, self._mean.finish().delta)
 
 
 def truncated_product(tall: Tensor, wide: Tensor, rank: int, split: str) -> tuple[Tensor, Tensor]:

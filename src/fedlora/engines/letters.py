@@ -17,6 +17,7 @@ from fedlora.folds import FoldMessage
 from fedlora.jobs import Job, Reply
 from fedlora.recipe import Recipe
 from fedlora.state import ClientState, Folds
+from fedlora.store import Memory, Reader, Writer
 
 MAGIC = b"FLL"
 VERSION = 1
@@ -101,7 +102,7 @@ def of_job(job: Job, run: str, ticket: str, seconds: float | None) -> bytes:
         "progress": list(job.progress),
         "seed": job.seed,
         "base": job.base,
-        "memory": [job.memory.has_setup, job.memory.folds.version, job.memory.kept],
+        "memory": [job.memory.has_setup, job.memory.kept, Writer().memory(job.memory.parts.without_trees())],
     }
     if job.fold is not None:
         blobs["fold"] = job.fold.raw
@@ -121,7 +122,7 @@ def to_job(letter: Letter) -> Job:
         if "fold" in head:
             version, ranks = head["fold"]
             fold = FoldMessage(blobs["fold"], {}, int(version), tuple(int(rank) for rank in ranks))
-        has_setup, folds, kept = head["memory"]
+        has_setup, kept, parts = head["memory"]
         first, rounds = head["progress"]
         if head["base"] not in ("fp32", "bf16"):
             raise ValueError(head["base"])
@@ -136,9 +137,9 @@ def to_job(letter: Letter) -> Job:
             payload=blobs["payload"],
             setup=blobs.get("setup"),
             fold=fold,
-            memory=ClientState(has_setup=bool(has_setup), folds=Folds(int(folds)), kept=str(kept)),
+            memory=ClientState(bool(has_setup), Reader({}).memory(parts), str(kept)),
         )
-    except (KeyError, ValueError, TypeError, OverflowError, ValidationError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, ValidationError) as error:
         raise WireError(f"a job cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -183,5 +184,6 @@ def to_reply(letter: Letter, job: Job, run: str, ticket: str) -> Reply:
         return Reply(None, ClientState(), seconds, refused, heard=False)
     remembers = job.recipe.memory != "none"
     version = job.fold.version if job.fold else job.memory.folds.version
-    memory = ClientState(has_setup=remembers, folds=Folds(version if remembers else 0), kept=kept)
+    parts = Memory().having({"base": Folds(version if remembers else 0).store()})
+    memory = ClientState(remembers, parts, kept)
     return Reply(blobs.get("raw"), memory, seconds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shutil
@@ -13,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedlora.errors import CheckpointError
-from fedlora.state import ClientState, Folds
-from fedlora.tree import Tree
+from fedlora.files import new_file, write_atomically
+from fedlora.state import ClientState
+from fedlora.store import Reader, Writer
 
 KEPT = 3
 """States of a client that are kept: the server may go back to an earlier one after a loss of its own."""
 RUNS = 5
 """Runs whose folders are kept."""
-_PARTS = ("optimizer", "feedback", "held")
 _NAME = re.compile(r"^[0-9a-f]{8,64}$")
 
 
@@ -41,7 +40,7 @@ class SiteMemory:
     def open(self, text: str) -> None:
         """Notes what the run is; of the oldest runs the files are removed."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _replace(self.folder / "run.json", text.encode())
+        write_atomically(self.folder / "run.json", text.encode())
         others = sorted(self.folder.parent.glob("*/run.json"), key=lambda file: file.stat().st_mtime)
         for old in others[:-RUNS]:
             shutil.rmtree(old.parent, ignore_errors=True)
@@ -58,7 +57,7 @@ class SiteMemory:
             return file.read_bytes() if file.exists() else None
         if not file.exists() or file.read_bytes() != told:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _replace(file, told)
+            write_atomically(file, told)
         return told
 
     def load(self, client: int, known: ClientState) -> ClientState:
@@ -77,16 +76,13 @@ class SiteMemory:
         try:
             with safe_open(file, "pt") as opened:
                 told = json.loads((opened.metadata() or {})["told"])
-                trees: dict[str, Tree] = {part: {} for part in (*_PARTS, "folds")}
-                # sums must not depend on a file's order
-                for number, (part, name) in enumerate(told["names"]):
-                    trees[part][name] = opened.get_tensor(str(number))
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+            parts = Reader(tensors).memory(told["parts"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"what client {client} remembers is not here any more ({type(error).__name__})"
             ) from error
-        folds = Folds(told["folds"], trees.pop("folds"))
-        return ClientState(has_setup=told["has_setup"], folds=folds, kept=known.kept, **trees)
+        return ClientState(told["has_setup"], parts, known.kept)
 
     def save(self, client: int, memory: ClientState) -> str:
         """Keeps what a client remembers, under a new name; nothing if it remembers nothing.
@@ -95,20 +91,14 @@ class SiteMemory:
             The name, empty for nothing.
         """
         folder = self.folder / f"client-{client}"
-        trees = {**{part: getattr(memory, part) for part in _PARTS}, "folds": memory.folds.total}
-        flat = [(part, name, value) for part, tree in trees.items() for name, value in tree.items()]
-        if not flat and not memory.has_setup:
+        if not memory.parts and not memory.has_setup:
             return ""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        names = [(part, name) for part, name, _ in flat]
-        told = {"has_setup": memory.has_setup, "folds": memory.folds.version, "names": names}
+        writer = Writer()
+        told = {"has_setup": memory.has_setup, "parts": writer.memory(memory.parts)}
         kept = secrets.token_hex(8)
-        target = folder / f"{kept}.safetensors"
-        temporary = target.with_suffix(".tmp")
-        # safetensors refuses tensors that share memory
-        tensors = {str(number): value.detach().cpu().clone() for number, (_, _, value) in enumerate(flat)}
-        save_file(tensors, temporary, {"told": json.dumps(told)})
-        os.replace(temporary, target)
+        with new_file(folder / f"{kept}.safetensors") as temporary:
+            save_file(writer.tensors, temporary, {"told": json.dumps(told)})
         others = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
         for old in [file for file in others if file.stem not in (kept, memory.kept)][: -(KEPT - 2)]:
             old.unlink(missing_ok=True)
@@ -120,9 +110,3 @@ def _checked(name: str) -> str:
     if not _NAME.match(name):
         raise CheckpointError(f"{name[:80]!r} is no name of a run or of a state")
     return name
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)

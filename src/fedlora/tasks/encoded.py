@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from fedlora.files import new_file
 from fedlora.tasks.base import Batch, Rows
 from fedlora.tasks.loading import forget_last_call
 
@@ -149,9 +150,7 @@ def cached(tokenizer: Any, content: str, settings: Mapping[str, Any], make: Call
     with contextlib.suppress(OSError, SafetensorError):
         return load_file(path)
     result = make()
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    # a cache that cannot be written costs time, nothing else
+    with contextlib.suppress(OSError), new_file(path) as temporary:
         save_file(result, temporary)
-        temporary.replace(path)
     return result

@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.errors import ConfigError, DataError
+from fedlora.files import new_file
 from fedlora.tasks.base import Model
 from fedlora.tasks.encoded import cache_folder
 from fedlora.tasks.loading import quiet_transformers, readable
@@ -164,22 +164,16 @@ def _kept(path: Path, shape: tuple[int, ...], make: Callable[[], Iterator[Pixels
     """The pictures in a file, made first where it is not there; in memory where it cannot be written."""
     with contextlib.suppress(OSError, ValueError):
         return _mapped(path, shape)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # written, not mapped: on a full disk a write fails, while a mapped page ends the process
-        with temporary.open("wb") as file:
+        with new_file(path) as temporary, temporary.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for picture in make():
                 file.write(picture.tobytes())
-        temporary.replace(path)
         return _mapped(path, shape)
     except OSError:
         return np.stack(list(make()))
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Pixels:

@@ -8,7 +8,6 @@ import gzip
 import inspect
 import os
 import sysconfig
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -24,6 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
 from fedlora.errors import DataError
+from fedlora.files import write_atomically
 from fedlora.state import named_seed
 from fedlora.tasks.columns import Raw, rename
 from fedlora.tasks.folders import picture_folders, read_folder
@@ -354,10 +354,7 @@ def _decompress(file: Path, suffix: str) -> Path:
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "fedlora"
     target = folder / f"{xxhash.xxh3_128_hexdigest(raw)}{suffix}"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as copy:
-            copy.write(gzip.decompress(raw))
-        os.replace(copy.name, target)
+        write_atomically(target, gzip.decompress(raw))
     return target
 
 

@@ -10,8 +10,6 @@ from fedlora.transport.link import (
     AnySparsifier,
     Link,
     Stage,
-    join_groups,
-    split_groups,
 )
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
 from fedlora.transport.sparsify import Dense, Quota, RandomK, RankSlice, Sparsifier, Threshold, TopK
@@ -40,8 +38,6 @@ __all__ = [
     "Threshold",
     "TopK",
     "Uniform",
-    "join_groups",
     "pack",
-    "split_groups",
     "unpack",
 ]

@@ -11,10 +11,11 @@ from pydantic.dataclasses import dataclass
 from fedlora import tree as trees
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
+from fedlora.schema import Schema
 from fedlora.transport import wire
 from fedlora.transport.layout import Draw
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
-from fedlora.transport.sparsify import Dense, RandomK, RankSlice, Sparsifier, Threshold, TopK
+from fedlora.transport.sparsify import Dense, Facts, RandomK, RankSlice, Sparsifier, Threshold, TopK
 from fedlora.transport.uniform import Uniform
 from fedlora.transport.wire import Form, Packet
 from fedlora.tree import Tree
@@ -65,7 +66,8 @@ class Link:
     Raises:
         ConfigError: stages are not in order.
 
-    >>> Link(sparsify=TopK(density=0.5)).prepare({"a": torch.tensor([1.0, -2.0])}, {"a": "adapter"}, round=0)
+    >>> from fedlora.schema import Leaf
+    >>> Link(sparsify=TopK(density=0.5)).prepare({"a": torch.tensor([1.0, -2.0])}, Schema({"a": Leaf()}), round=0)
     {'a': tensor([ 0., -2.])}
 
     References:
@@ -86,18 +88,37 @@ class Link:
             raise ConfigError(f"stages begin in rounds {starts}; name them in order, each round once")
 
     @property
+    def facts(self) -> tuple[Facts, ...]:
+        """What is true of its sparsifiers, those of stages included."""
+        chosen = (self.sparsify, *(stage.sparsify for stage in self.stages))
+        return tuple(each.facts for each in chosen if each is not None)
+
+    @property
     def thins(self) -> bool:
         """Whether entries are left out in any round."""
-        return any(
-            not isinstance(each, Dense)
-            for each in (self.sparsify, *(stage.sparsify or Dense() for stage in self.stages))
-        )
+        return any(each.drops for each in self.facts)
+
+    @property
+    def slices_ranks(self) -> bool:
+        """Whether it sends the first ranks, the same in every round, and leaves out nothing else."""
+        facts = self.sparsify.facts
+        return facts.slices_ranks and not facts.reads_values and not self.stages
+
+    @property
+    def rescales(self) -> bool:
+        """Whether kept entries are multiplied to make up for those left out, in any round."""
+        return any(each.drops and each.unbiased for each in self.facts)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Its number formats, those of stages included."""
+        stages = (each for stage in self.stages for each in (stage.precision, stage.head_precision))
+        return tuple(each for each in (self.precision, self.head_precision, *stages) if each is not None)
 
     @property
     def rounds_values(self) -> bool:
         """Whether values are rounded in any round."""
-        stages = (each for stage in self.stages for each in (stage.precision, stage.head_precision))
-        return any(each is not None and each.lossy for each in (self.precision, self.head_precision, *stages))
+        return any(form.lossy for form in self.precisions)
 
     @property
     def lossy(self) -> bool:
@@ -113,22 +134,22 @@ class Link:
                 precision, head = stage.precision or precision, stage.head_precision or head
         return Stage(round=round, sparsify=sparsify, precision=precision, head_precision=head or precision)
 
-    def thin(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> Tree:
+    def thin(self, tree: Tree, schema: Schema, round: int, seed: int) -> Tree:
         """The tree with zeros where nothing travels.
 
         Args:
             tree: float32 tensors of any shape; not modified.
-            groups: the group (``adapter``, ``head``) of every name in ``tree``.
+            schema: what every name in ``tree`` is.
             round: 0-based number of the round.
             seed: read only by sparsifiers that draw.
         """
         sparsify = self.at(round).sparsify
-        return sparsify(tree, groups, round, seed) if sparsify else tree
+        return sparsify(tree, schema, round, seed) if sparsify else tree
 
     def encode(
         self,
         tree: Tree,
-        groups: Mapping[str, str],
+        schema: Schema,
         round: int,
         seed: int,
         others: Mapping[str, Tree] | None = None,
@@ -139,7 +160,7 @@ class Link:
 
         Args:
             tree: float32 tensors of any shape; not modified.
-            groups: the group of every name in ``tree``.
+            schema: what every name in ``tree`` is.
             round: 0-based number of the round.
             seed: that of ``thin``.
             others: further parts, sent in float32.
@@ -149,37 +170,25 @@ class Link:
         stage = self.at(round)
         draw = None
         if isinstance(stage.sparsify, RandomK):
-            draw = Draw(seed, stage.sparsify.counts(tree, groups))
+            draw = Draw(seed, stage.sparsify.counts(tree, schema))
         forms = {
             "adapter": Form(stage.precision or Float32(), seed, draw),
             "head": Form(stage.head_precision or Float32(), seed + 1, draw),
         }
-        return wire.pack(split_groups(tree, groups) | dict(others or {}), forms, reference, trees)
+        return wire.pack(schema.split(tree) | dict(others or {}), forms, reference, trees)
 
     def with_lost(self, tree: Tree, lost: Tree) -> Tree:
         """``tree`` and what the message before lost."""
         return trees.add(tree, lost) if lost else tree
 
-    def lost(self, tree: Tree, packet: Packet, groups: Mapping[str, str]) -> Tree:
+    def lost(self, tree: Tree, packet: Packet, schema: Schema) -> Tree:
         """What the next message is to make good for: with ``feedback`` what ``packet`` lost of ``tree``."""
-        return trees.subtract(tree, join_groups(packet.trees, groups)) if self.feedback else {}
+        return trees.subtract(tree, schema.join(packet.trees)) if self.feedback else {}
 
-    def send(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int, reference: str = "zero") -> Packet:
+    def send(self, tree: Tree, schema: Schema, round: int, seed: int, reference: str = "zero") -> Packet:
         """``encode`` of ``thin``."""
-        return self.encode(self.thin(tree, groups, round, seed), groups, round, seed, reference=reference)
+        return self.encode(self.thin(tree, schema, round, seed), schema, round, seed, reference=reference)
 
-    def prepare(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int = 0) -> Tree:
+    def prepare(self, tree: Tree, schema: Schema, round: int, seed: int = 0) -> Tree:
         """What the receiver will hold: the tree thinned, then rounded."""
-        return join_groups(self.send(tree, groups, round, seed).trees, groups)
-
-
-def split_groups(params: Tree, groups: Mapping[str, str]) -> dict[str, Tree]:
-    """``params`` as the parts of a message, ``adapter`` and ``head``; a group without names is no part."""
-    return {
-        group: trees.select(params, groups, group) for group in ("adapter", "head") if group in set(groups.values())
-    }
-
-
-def join_groups(parts: Mapping[str, Tree], groups: Mapping[str, str]) -> Tree:
-    """The inverse of ``split_groups``, in the order of ``groups``."""
-    return {name: parts[group][name] for name, group in groups.items()}
+        return schema.join(self.send(tree, schema, round, seed).trees)

@@ -30,6 +30,8 @@ class Precision(ABC):
 
     code: ClassVar[int]
     """The byte that names this format in a message; never reused for another."""
+    is_floating: ClassVar[bool] = False
+    """Whether each value keeps an exponent of its own, so that only the tiniest become zero."""
 
     @property
     @abstractmethod
@@ -85,6 +87,8 @@ class Precision(ABC):
 
 class Plain(Precision):
     """A format in which every value stands for itself, in whole bytes, little-endian."""
+
+    is_floating: ClassVar[bool] = True
 
     @abstractmethod
     def to_bytes(self, values: Floats) -> bytes | memoryview:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple, final
@@ -15,11 +14,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora.component import STRICT
+from fedlora.schema import Leaf
 from fedlora.transport.positions import random_positions
 from fedlora.tree import Tree, flatten, unflatten
 
 Share = Annotated[float, Field(gt=0, le=1)]
-_SIDE = re.compile(r"lora_(?:embedding_)?([AB])\b")
 
 
 @final
@@ -49,10 +48,14 @@ class Facts(NamedTuple):
         unbiased: the mean of what is sent, over its own random draws, is the input.
         reads_values: which entries are kept depends on the values, so positions differ between clients and reveal
             something about them.
+        drops: entries may be left out.
+        slices_ranks: what is left out are whole ranks of LoRA's factors.
     """
 
     unbiased: bool
     reads_values: bool
+    drops: bool = True
+    slices_ranks: bool = False
 
 
 class Sparsifier(ABC):
@@ -67,12 +70,12 @@ class Sparsifier(ABC):
         """What is true of it."""
 
     @abstractmethod
-    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+    def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
         """Which entries are kept of those tensors that are not kept whole.
 
         Args:
             tree: float32 tensors of any shape.
-            groups: the group (``adapter``, ``head``) of every name in ``tree``.
+            schema: what every name in ``tree`` is; read by quotas and by slices of ranks.
             round: 0-based number of the round.
             seed: read only by sparsifiers that draw.
 
@@ -84,18 +87,18 @@ class Sparsifier(ABC):
         """What the kept entries of a tensor are multiplied with, of which ``kept`` is the mask."""
         return 1.0
 
-    def mask(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int = 0) -> dict[str, Tensor]:
+    def mask(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int = 0) -> dict[str, Tensor]:
         """``choose`` with a mask of True for every tensor that is kept whole."""
-        chosen = self.choose(tree, groups, round, seed)
+        chosen = self.choose(tree, schema, round, seed)
         whole = {name: torch.ones(value.shape, dtype=torch.bool) for name, value in tree.items() if name not in chosen}
         return {name: chosen[name] if name in chosen else whole[name] for name in tree}
 
-    def __call__(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int = 0) -> Tree:
+    def __call__(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int = 0) -> Tree:
         """The tree with zeros where nothing is kept: same names, shapes and dtypes.
 
         Args:
             tree: float32 tensors of any shape; not modified.
-            groups: the group (``adapter``, ``head``) of every name in ``tree``.
+            schema: what every name in ``tree`` is; read by quotas and by slices of ranks.
             round: 0-based number of the round.
             seed: read only by sparsifiers that draw.
 
@@ -103,10 +106,10 @@ class Sparsifier(ABC):
             A new dict. Tensors of which nothing is dropped may be those of ``tree`` itself.
 
         Raises:
-            KeyError: there is a quota of the head and ``groups`` lacks a name of ``tree``.
+            KeyError: there is a quota of the head and ``schema`` lacks a name of ``tree``.
         """
         thinned = dict(tree)
-        for name, kept in self.choose(tree, groups, round, seed).items():
+        for name, kept in self.choose(tree, schema, round, seed).items():
             gain = self.gain(kept)
             value = tree[name].detach()
             # `where`, not a product: -1 * 0 is a negative zero, inf * 0 is NaN
@@ -119,7 +122,7 @@ class Sparsifier(ABC):
 class Dense(Sparsifier):
     """Keeps everything.
 
-    >>> Dense()({"a": torch.tensor([1.0, -2.0])}, {"a": "adapter"}, round=0)
+    >>> Dense()({"a": torch.tensor([1.0, -2.0])}, {}, round=0)
     {'a': tensor([ 1., -2.])}
     """
 
@@ -128,9 +131,9 @@ class Dense(Sparsifier):
     @property
     def facts(self) -> Facts:
         """Nothing is lost."""
-        return Facts(unbiased=True, reads_values=False)
+        return Facts(unbiased=True, reads_values=False, drops=False)
 
-    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+    def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
         """Every tensor is kept whole."""
         return {}
 
@@ -178,10 +181,10 @@ class TopK(Sparsifier):
         """``density * decay ** (round // decay_every)``."""
         return float(self.density * self.decay ** (round // self.decay_every))
 
-    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+    def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
         """True for the ``k`` largest magnitudes."""
         chosen: dict[str, Tensor] = {}
-        for density, names in _by_quota(tree, groups, self.quota, self.density_at(round)):
+        for density, names in _by_quota(tree, schema, self.quota, self.density_at(round)):
             bucket = {name: tree[name] for name in names}
             if density == 1.0:
                 continue
@@ -216,7 +219,7 @@ class Threshold(Sparsifier):
         """Small entries never arrive."""
         return Facts(unbiased=False, reads_values=True)
 
-    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+    def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
         """True where the magnitude is large enough, and where it is NaN, so that ``pack`` sees and refuses it."""
         return {name: ~(value.detach().abs() < self.value) for name, value in tree.items()}
 
@@ -253,19 +256,19 @@ class RandomK(Sparsifier):
         """Unbiased where it is rescaled."""
         return Facts(unbiased=self.rescale, reads_values=False)
 
-    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+    def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
         """True at the places that the seed and a tensor's name draw."""
         chosen: dict[str, Tensor] = {}
-        for name, count in self.counts(tree, groups).items():
+        for name, count in self.counts(tree, schema).items():
             kept = np.zeros(tree[name].numel(), np.bool_)
             kept[random_positions(seed, name, kept.size, count)] = True
             chosen[name] = torch.from_numpy(kept).view(tree[name].shape)
         return chosen
 
-    def counts(self, tree: Tree, groups: Mapping[str, str]) -> dict[str, int]:
+    def counts(self, tree: Tree, schema: Mapping[str, Leaf]) -> dict[str, int]:
         """How many entries are kept of those tensors that are not kept whole."""
         counts = {}
-        for density, names in _by_quota(tree, groups, self.quota, self.density):
+        for density, names in _by_quota(tree, schema, self.quota, self.density):
             for name in names if density < 1 else ():
                 size = tree[name].numel()
                 counts[name] = min(size, max(1, int(size * density)))
@@ -289,8 +292,10 @@ class RankSlice(Sparsifier):
         by: ``order`` keeps the first ones; ``norm`` the longest, of ``A`` and of ``B`` each for itself, as FLASC's code
             does under the name ``rankl1``. Then ranks of which one factor arrives go on learning.
 
-    >>> kept = RankSlice(rank=1)({"m.lora_A": torch.ones(2, 3), "m.lora_B": torch.ones(2, 2)}, {}, round=0)
-    >>> kept["m.lora_A"].tolist(), kept["m.lora_B"].tolist()
+    >>> from fedlora.schema import factor_leaf
+    >>> factors = {"A": torch.ones(2, 3), "B": torch.ones(2, 2)}
+    >>> kept = RankSlice(rank=1)(factors, {"A": factor_leaf("A"), "B": factor_leaf("B")}, round=0)
+    >>> kept["A"].tolist(), kept["B"].tolist()
     ([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]])
     """
 
@@ -301,37 +306,37 @@ class RankSlice(Sparsifier):
     @property
     def facts(self) -> Facts:
         """By order the same entries are kept always."""
-        return Facts(unbiased=False, reads_values=self.by == "norm")
+        return Facts(unbiased=False, reads_values=self.by == "norm", slices_ranks=True)
 
-    def choose(self, tree: Tree, groups: Mapping[str, str], round: int, seed: int) -> dict[str, Tensor]:
+    def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
         """True within the ranks that are kept."""
         chosen: dict[str, Tensor] = {}
         for name, value in tree.items():
-            if (side := _side(name)) and value.ndim > 1:
-                rows = value if side == "A" else value.transpose(0, 1)
+            axis = schema[name].rank_axis
+            if axis is not None and value.ndim > 1:
+                rows = value.transpose(0, axis)
                 ranks = torch.arange(min(self.rank, len(rows)))
                 if self.by == "norm":
                     ranks = rows.flatten(1).norm(dim=1).sort(descending=True, stable=True).indices[: self.rank]
                 kept = torch.zeros(rows.shape, dtype=torch.bool)
                 kept[ranks] = True
-                chosen[name] = kept if side == "A" else kept.transpose(0, 1)
+                chosen[name] = kept.transpose(0, axis)
         return chosen
 
 
-def _side(name: str) -> str | None:
-    """``A`` or ``B`` if the tensor is a LoRA factor."""
-    found = _SIDE.search(name)
-    return found[1] if found else None
-
-
-def _by_quota(tree: Tree, groups: Mapping[str, str], quota: Quota, density: float) -> list[tuple[float, list[str]]]:
+def _by_quota(tree: Tree, schema: Mapping[str, Leaf], quota: Quota, density: float) -> list[tuple[float, list[str]]]:
     """Densities and the names that they hold for: each quota's, and ``density`` for the rest; in the tree's order."""
     shares = quota.shares()
     buckets: dict[str, list[str]] = {}
     for name in tree:
-        named = "head" if "head" in shares and groups[name] == "head" else _side(name) or ""
+        named = _quota_of(schema[name]) if shares else ""
         buckets.setdefault(named if named in shares else "", []).append(name)
     return [(shares.get(named, density), names) for named, names in buckets.items()]
+
+
+def _quota_of(leaf: Leaf) -> str:
+    """The quota that would name a tensor."""
+    return "head" if leaf.group == "head" else leaf.factor
 
 
 def _largest(vector: Tensor, density: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedlora import tree
 from fedlora.errors import ConfigError
+from fedlora.schema import Leaf, Schema
 from fedlora.state import SEED_BITS, Carry, Fold, Folds
 from fedlora.tree import Tree
 from fedlora.tuning.matrices import holds_numbers
@@ -44,7 +45,7 @@ class Installed:
     Args:
         model: the model, changed in place; everything that is not in ``parameters`` is frozen.
         parameters: what is trained, by name, in the model's order.
-        groups: ``adapter`` or ``head`` for each of those names.
+        schema: what each of them is.
         places: for packed parameters, their positions in the flattened weight.
         folded: edits of frozen weights that were applied, dense, by parameter name.
         folds: those of a phase's rounds that are in the frozen weights now.
@@ -56,7 +57,7 @@ class Installed:
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
-    groups: dict[str, str]
+    schema: Schema
     places: dict[str, Tensor] = field(default_factory=dict)
     folded: Tree = field(default_factory=dict)
     folds: Folds = field(default_factory=Folds)
@@ -67,14 +68,15 @@ class Installed:
 
     def freeze_head(self) -> None:
         """Takes the head out of what is trained, so that it keeps its values and is not sent."""
-        self.frozen_head = {name: self.parameters[name] for name, group in self.groups.items() if group == "head"}
-        for name, parameter in self.frozen_head.items():
+        head = self.schema.names("head")
+        self.frozen_head = {name: self.parameters.pop(name) for name in self.schema if name in head}
+        for parameter in self.frozen_head.values():
             parameter.requires_grad_(False)
-            del self.parameters[name], self.groups[name]
+        self.schema = Schema({name: leaf for name, leaf in self.schema.items() if name not in head})
 
     def head_values(self, params: Mapping[str, Tensor]) -> Tree:
         """The whole head's values for an export: those in ``params``, and the frozen ones."""
-        trained = {name: value for name, value in params.items() if self.groups[name] == "head"}
+        trained = self.schema.split(params).get("head", {})
         return trained | {name: value.detach().to("cpu", torch.float32) for name, value in self.frozen_head.items()}
 
     def read(self) -> Tree:
@@ -101,18 +103,29 @@ class Tuning(ABC):
         """Whether a trained entry that a client gets as zero leaves the pre-trained function as it is."""
         return False
 
-    def still(self, name: str, round: int) -> bool:
-        """Whether a trained parameter keeps its value in a round of the phase (0-based)."""
+    @property
+    def adapter_rank(self) -> int:
+        """The rank of low-rank adapters that aggregators and links may look into; 0 if there are none."""
+        return 0
+
+    @property
+    def moving(self) -> str:
+        """The factors that are trained: ``both``, ``B``, or ``alternate``."""
+        return "both"
+
+    @property
+    def init_from_seed(self) -> bool:
+        """Whether adapters can be drawn anew from a seed and their shapes alone."""
         return False
+
+    def in_round(self, schema: Schema, round: int) -> Schema:
+        """``schema`` with the roles that hold in a round of the phase (0-based)."""
+        return schema
 
     @property
     def has_factors(self) -> bool:
         """Whether it trains low-rank factors ``A`` and ``B``."""
         return False
-
-    def factor_of(self, name: str) -> str:
-        """Which low-rank factor a trained parameter is: ``A``, ``B``, or an empty text if it is none."""
-        return ""
 
     @abstractmethod
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
@@ -182,7 +195,7 @@ class Tuning(ABC):
         """Euclidean norm of what ``fold`` changes."""
         return 0.0
 
-    def redrawn(self, init: Tree, seed: int) -> Tree:
+    def redrawn(self, schema: Schema, init: Tree, seed: int) -> Tree:
         """Where the adapters start anew after a round, the head as in ``init``.
 
         Raises:
@@ -196,7 +209,7 @@ class Tuning(ABC):
         Raises:
             ConfigError: the change is no edit of pre-trained weights.
         """
-        return {name: params[name] - init[name] for name, group in installed.groups.items() if group == "adapter"}
+        return {name: params[name] - init[name] for name in params if name in installed.schema.names("adapter")}
 
 
 def freeze_all_but(model: nn.Module, trained: list[str] | set[str]) -> dict[str, nn.Parameter]:
@@ -216,6 +229,16 @@ def freeze_all_but(model: nn.Module, trained: list[str] | set[str]) -> dict[str,
         if name in wanted:
             kept[name] = parameter
     return kept
+
+
+def grouped(names: Iterable[str], head: frozenset[str]) -> Schema:
+    """The schema of tensors that are no low-rank factors.
+
+    Args:
+        names: of what is trained.
+        head: those that belong to the head.
+    """
+    return Schema({name: Leaf("head" if name in head else "adapter") for name in names})
 
 
 def check_trainable(name: str, weight: Tensor) -> None:

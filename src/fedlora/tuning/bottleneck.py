@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
 from fedlora.state import Carry, Fold, generator, named_seed
-from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but
+from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped
 from fedlora.tuning.matrices import is_linear, is_plain, is_transposed, matrix_shape, mirror
 from fedlora.tuning.targets import block_outputs, find, replace_module
 
@@ -99,7 +99,7 @@ class Bottleneck(Tuning):
         for name, module in found.items():
             replace_module(model, name, BottleneckLinear(module, self.width))
         parameters = freeze_all_but(model, {f"{name}.{leaf}" for name in found for leaf in _LEAVES} | head)
-        return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
+        return Installed(model, parameters, grouped(parameters, head))
 
     def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
         """See ``Tuning.start``: ``D ~ N(0, 0.01^2)``, everything else zero, so the function does not change."""

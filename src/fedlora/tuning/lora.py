@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
+from fedlora.schema import Schema, factor_leaf
 from fedlora.state import Carry, Fold, Folds, named_seed
 from fedlora.tree import Tree
-from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, seed_from_tree, seed_to_tree
+from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped, seed_from_tree, seed_to_tree
 from fedlora.tuning.lora_init import AnyLoRAInit, Kaiming, SvdOfDelta
 from fedlora.tuning.lora_layer import LoRAConv, LoRAEmbedding, LoRALayer, lora_layer
 from fedlora.tuning.matrices import is_packed, matrix_shape
@@ -49,21 +50,34 @@ class LoRA(Tuning):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     train: Literal["both", "B", "alternate"] = "both"
 
-    def still(self, name: str, round: int) -> bool:
-        """See ``Tuning.still``: the factor that ``train`` leaves out."""
-        if self.train == "both" or not name.endswith(("lora_A", "lora_B")):
-            return False
-        moving = "lora_A" if self.train == "alternate" and round % 2 else "lora_B"
-        return not name.endswith(moving)
+    @property
+    def adapter_rank(self) -> int:
+        """See ``Tuning.adapter_rank``."""
+        return self.rank
+
+    @property
+    def moving(self) -> str:
+        """See ``Tuning.moving``."""
+        return self.train
+
+    @property
+    def init_from_seed(self) -> bool:
+        """See ``Tuning.init_from_seed``."""
+        return self.init.from_seed
+
+    def in_round(self, schema: Schema, round: int) -> Schema:
+        """See ``Tuning.in_round``: the factor that ``train`` leaves out is frozen."""
+        if self.train == "both":
+            return schema
+        frozen = "B" if self.train == "alternate" and round % 2 else "A"
+        return Schema(
+            {n: leaf._replace(role="frozen") if leaf.factor == frozen else leaf for n, leaf in schema.items()}
+        )
 
     @property
     def has_factors(self) -> bool:
         """See ``Tuning.has_factors``."""
         return True
-
-    def factor_of(self, name: str) -> str:
-        """See ``Tuning.factor_of``."""
-        return name[-1] if name.endswith((".lora_A", ".lora_B")) else ""
 
     @property
     def scale(self) -> float:
@@ -108,7 +122,11 @@ class LoRA(Tuning):
             replace_module(model, name, lora_layer(module, self.rank, self.scale, self.dropout))
         adapters = {f"{name}.{factor}" for name in found for factor in ("lora_A", "lora_B")}
         parameters = freeze_all_but(model, adapters | head)
-        return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
+        schema = grouped(parameters, head)
+        for name in found:
+            a, b = f"{name}.lora_A", f"{name}.lora_B"
+            schema |= {a: factor_leaf("A", b), b: factor_leaf("B", a)}
+        return Installed(model, parameters, schema)
 
     def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
         """See ``Tuning.start``.
@@ -138,7 +156,7 @@ class LoRA(Tuning):
 
     def setup(self, installed: Installed, start: Start, reference: bool) -> dict[str, Tree]:
         """See ``Tuning.setup``: a seed where the start can be redrawn, its values where not; and the fold."""
-        head = {name: value for name, value in start.params.items() if installed.groups[name] == "head"}
+        head = installed.schema.split(start.params).get("head", {})
         parts: dict[str, Tree] = {}
         if reference and self.init.from_seed:
             parts = {"seed": seed_to_tree(start.seed), "init": head}
@@ -199,12 +217,10 @@ class LoRA(Tuning):
         )
         return self.scale * math.sqrt(max(0.0, squares))
 
-    def redrawn(self, init: Tree, seed: int) -> Tree:
+    def redrawn(self, schema: Schema, init: Tree, seed: int) -> Tree:
         """See ``Tuning.redrawn``: as at the start of a phase, from another seed."""
         result = dict(init)
-        for a in [name for name in init if name.endswith(".lora_A")]:
-            name = a.removesuffix(".lora_A")
-            b = f"{name}.lora_B"
+        for a, b, name in schema.pairs:
             shape = torch.empty(init[b].shape[0], init[a].shape[1], device="meta")
             result[b], result[a] = self.init.factors(shape, None, self.rank, self.scale, named_seed(seed, name))
         return result

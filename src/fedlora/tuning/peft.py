@@ -14,6 +14,7 @@ from torch import nn
 
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError
+from fedlora.schema import Leaf, Schema, factor_leaf
 from fedlora.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
 from fedlora.tuning.matrices import mirror
@@ -72,11 +73,6 @@ class Peft(Tuning):
         """See ``Tuning.has_factors``: those that ``peft`` calls ``lora_A`` and ``lora_B``."""
         return str(self.config.get("peft_type", "")).upper() == "LORA"
 
-    def factor_of(self, name: str) -> str:
-        """See ``Tuning.factor_of``."""
-        found = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name)
-        return found[1] if found else ""
-
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``."""
         config = self.build(saved_modules(model, head))
@@ -91,13 +87,13 @@ class Peft(Tuning):
         for module in wrapped.modules():
             if isinstance(module, BaseTunerLayer):
                 mirror(module.get_base_layer(), module)
-        parameters, groups = {}, {}
+        parameters, schema = {}, Schema()
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
                 short = name.removeprefix("base_model.model.").replace(".default", "")
                 parameters[short] = parameter
-                groups[short] = "head" if "modules_to_save" in name else "adapter"
-        return Installed(wrapped, parameters, groups)
+                schema[short] = Leaf("head") if "modules_to_save" in name else _leaf(short)
+        return Installed(wrapped, parameters, schema)
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
         """See ``Tuning.changes``.
@@ -106,3 +102,9 @@ class Peft(Tuning):
             ConfigError: always; what ``peft`` installed is opaque here.
         """
         raise ConfigError("a `peft` tuning cannot be handed to a next phase; use `lora` for that")
+
+
+def _leaf(name: str) -> Leaf:
+    """What a tensor is by ``peft``'s name; rules about products ``B A`` are not for these, so factors have no pair."""
+    found = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name)
+    return factor_leaf(found[1]) if found else Leaf()

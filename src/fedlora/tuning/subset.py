@@ -21,6 +21,7 @@ from fedlora.tuning.base import (
     check_matched,
     check_trainable,
     freeze_all_but,
+    grouped,
     seed_from_tree,
     seed_to_tree,
 )
@@ -121,7 +122,7 @@ class SparseMask(Tuning):
             packed[name] = nn.Parameter(torch.zeros(count, device=weight.device))
         order = [name for name, _ in model.named_parameters() if name in packed or name in direct]
         parameters = {name: packed[name] if name in packed else direct[name] for name in order}
-        return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
+        return Installed(model, parameters, grouped(parameters, head))
 
     def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
         """See ``Tuning.start``; a delta outside the mask is lost, and ``energy_kept`` says how much stayed."""
@@ -205,4 +206,4 @@ def _gather(packed: nn.Parameter, index: Tensor) -> Callable[[Tensor], None]:
 
 def _installed(model: nn.Module, trained: set[str], head: frozenset[str]) -> Installed:
     parameters = freeze_all_but(model, trained | head)
-    return Installed(model, parameters, {name: "head" if name in head else "adapter" for name in parameters})
+    return Installed(model, parameters, grouped(parameters, head))

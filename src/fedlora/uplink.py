@@ -1,15 +1,19 @@
-"""What comes back from a client, read and checked before it counts."""
+"""What comes back from a cohort, read and checked before it counts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from fedlora.errors import WireError, plain
-from fedlora.jobs import Job, Reply
-from fedlora.state import ClientState
+from fedlora.disclosure import disclosure_of
+from fedlora.engines.base import Engine
+from fedlora.errors import QuorumError, WireError, plain
+from fedlora.jobs import Job, Reply, empty_report
+from fedlora.plan import Order, Plan
+from fedlora.recipe import Recipe
+from fedlora.schema import Schema
+from fedlora.state import ClientState, Update
 from fedlora.transport import wire
-from fedlora.transport.link import join_groups
 from fedlora.tree import Tree
 
 LARGEST_COUNT = 2.0**40
@@ -17,7 +21,7 @@ LARGEST_COUNT = 2.0**40
 
 
 class Answer(NamedTuple):
-    """What the ledger keeps of one reply, which is all but its bytes.
+    """What is kept of one reply, which is all but its bytes.
 
     Args:
         client: who answered.
@@ -41,13 +45,70 @@ class Answer(NamedTuple):
         return not self.counts and not self.reply.refused
 
 
+class Uplink:
+    """The updates of a cohort in the order of its jobs, each read as it comes and then let go.
+
+    Args:
+        recipe: of the phase.
+        plan: what was asked.
+        schema: what is trained.
+        engine: where clients run.
+    """
+
+    def __init__(self, recipe: Recipe, plan: Plan, schema: Schema, engine: Engine) -> None:
+        self._recipe, self._plan, self._engine = recipe, plan, engine
+        self._schema = schema.sent()
+        self.answers: list[Answer] = []
+
+    @property
+    def counted(self) -> list[Answer]:
+        """The answers that are part of the round's result."""
+        return [answer for answer in self.answers if answer.counts]
+
+    def updates(self, params: Tree) -> Iterator[Update]:
+        """Runs the jobs, once, and yields the updates that count.
+
+        Args:
+            params: the server's, for shapes.
+
+        Raises:
+            WireError: a reply of this process is not of the expected form; others' are refused.
+        """
+        orders, engine = self._plan.orders, self._engine
+        like = self._schema.split(params) | {"report": empty_report(self._recipe)}
+        for order, reply in zip(orders, engine.run([order.job for order in orders]), strict=True):
+            most = engine.most_examples(order.job.client)
+            answer, delta = read_reply(order.job, reply, like, self._schema, engine.trusted, most)
+            self.answers.append(answer)
+            if delta is not None:
+                yield self._update(order, answer, delta)
+
+    def check_quorum(self) -> None:
+        """Refuses a round of too few; what was given under noise has been given, and counts.
+
+        Raises:
+            QuorumError: fewer clients than the engine is to have answered.
+        """
+        num, least = len(self.answers), self._engine.min_clients
+        if len(self.counted) >= min(least, num) or not disclosure_of(self._recipe).attempts:
+            return
+        silent = [answer for answer in self.answers if not answer.counts]
+        why = "; ".join(f"client {answer.client}: {answer.reply.refused or 'out of time'}" for answer in silent[:3])
+        raise QuorumError(
+            f"{num - len(silent)} of {num} clients answered, and {least} must ({why})",
+            frozenset(answer.client for answer in silent if answer.reply.refused),
+        )
+
+    def _update(self, order: Order, answer: Answer, delta: Tree) -> Update:
+        delta = self._recipe.privacy.clip(delta)  # rounding may have made it longer, or a client that was not ours
+        recipe = order.job.recipe
+        rank = int(answer.report.get("rank", recipe.rank))
+        start = recipe.rank_pruning.keep_ranks(order.message.start, self._schema, rank)
+        return Update(start, delta, answer.report.get("examples", 0.0))
+
+
 def read_reply(
-    job: Job,
-    reply: Reply,
-    like: Mapping[str, Tree],
-    groups: Mapping[str, str],
-    trusted: bool,
-    examples: int | None = None,
+    job: Job, reply: Reply, like: Mapping[str, Tree], schema: Schema, trusted: bool, examples: int | None = None
 ) -> tuple[Answer, Tree | None]:
     """A reply's figures, and its update if it counts.
 
@@ -55,7 +116,7 @@ def read_reply(
         job: what was asked.
         reply: what came.
         like: the parts that are expected.
-        groups: the group of each trained parameter.
+        schema: what travels.
         trusted: whether a reply that cannot be read is a fault of ours; else it is refused and told so.
         examples: how many the client said it has.
 
@@ -69,7 +130,7 @@ def read_reply(
         if len(reply.raw) > largest:
             raise WireError(f"{len(reply.raw):,} bytes, larger than any message of these parts ({largest:,})")
         packet = wire.receive(reply.raw, like)
-        delta = join_groups(packet.trees, groups)
+        delta = schema.join(packet.trees)
         report = {name: float(value) for name, value in packet.trees["report"].items()}
         most = LARGEST_COUNT if examples is None else float(examples * job.recipe.local.epochs)
         _check(job, report, most)
