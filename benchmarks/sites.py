@@ -18,35 +18,28 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import config
+from fedlora.callbacks import Callback
 from fedlora.config import Experiment
 from fedlora.engines.rules import Rules
-from fedlora.experiment import Result, run
+from fedlora.experiment import run
 from fedlora.federation.demo import started_sites
 from fedlora.federation.federate import federate
 from fedlora.federation.folder import ServerConfig, public_keys
 from fedlora.federation.serve import sites_of, superlink
 from fedlora.federation.simulate import simulate
 from fedlora.ledger import Row
-from fedlora.setting import Setting
-from fedlora.watch import Watcher
 
 ROUNDS = 8
 
 
-class Clock(Watcher):
+class Clock(Callback):
     """Notes when each round ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def started(self, experiment: Experiment, setting: Setting, rows: list[Row]) -> None:
-        pass
-
-    def finished_round(self, row: Row) -> None:
+    def row_recorded(self, row: Row) -> None:
         self.ends.append(time.perf_counter())
-
-    def finished(self, result: Result) -> None:
-        pass
 
     @property
     def rounds(self) -> list[float]:
@@ -73,13 +66,18 @@ def warm() -> None:
         with started_sites(place, 1):
             server = ServerConfig.load(place / "server")
             keys = public_keys(place / "server", server)
-            with superlink(place / "server", server.port, print, False) as link:
+            with superlink(place / "server", server.port, (), False) as link:
                 found = {}
                 for name, steps in (("idle", 0), ("work", 20)):
                     clock = Clock()
                     with sites_of(link, keys) as courier:
                         result = federate(
-                            chosen(1, 1, steps), Path(folder) / name, courier, Rules(), names=["site-0"], watcher=clock
+                            chosen(1, 1, steps),
+                            Path(folder) / name,
+                            courier,
+                            Rules(),
+                            names=["site-0"],
+                            callbacks=[clock],
                         )
                     found[name] = clock.rounds[1:], [row.slowest_seconds for row in result.rows[2:]]
     floor = statistics.median(found["idle"][0])
@@ -98,9 +96,9 @@ def scale() -> None:
             start = time.perf_counter()
             with watched() as peak:
                 if name == "one process":
-                    run(experiment, Path(folder) / "serial", watcher=clock)
+                    run(experiment, Path(folder) / "serial", callbacks=[clock])
                 else:
-                    simulate(experiment, Path(folder) / "ray", watcher=clock, workers=2)
+                    simulate(experiment, Path(folder) / "ray", callbacks=[clock], workers=2)
             whole = time.perf_counter() - start
             first, *others = clock.rounds
             print(

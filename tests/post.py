@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fedlora.callbacks import Callback
 from fedlora.engines.courier import Arrived, Courier
 from fedlora.engines.rules import Limits, Share, SiteConfig
 from fedlora.engines.site import Site
@@ -74,3 +75,13 @@ class Post(Courier):
             del self.waiting[ticket]
             done.append(found._replace(ticket=ticket) if isinstance(found, Arrived) else Arrived(ticket, found))
         return done
+
+
+class Told(Callback):
+    """Keeps the messages of a run."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)

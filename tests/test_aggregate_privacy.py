@@ -70,7 +70,7 @@ def test_updates_are_read_once_and_left_alone() -> None:
 
 @pytest.mark.parametrize("cohort", [[], [A._replace(weight=0.0)]], ids=["nobody", "no weight"])
 def test_no_update_and_no_weight_are_refused(cohort: list[Update]) -> None:
-    why = "no answer has a say" if cohort else "at least one client that has examples"
+    why = "the total aggregation weight is zero" if cohort else "at least one client that has examples"
     with pytest.raises(TrainingError, match=why):
         combined(Mean(weighting="examples"), cohort, {})
 

@@ -9,7 +9,7 @@ from tiny import experiment, tiny_world
 
 import fedlora
 from fedlora.cost import PROBED_ROUNDS, costs
-from fedlora.experiment import Result
+from fedlora.result import Result
 from fedlora.setting import in_mode, prepare
 
 world = pytest.fixture(scope="module")(tiny_world)

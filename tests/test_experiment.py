@@ -18,12 +18,13 @@ from fedlora import config
 from fedlora.cost import costs
 from fedlora.engines import Serial
 from fedlora.errors import ConfigError, DataError
-from fedlora.experiment import Result
 from fedlora.folder import RunFolder
 from fedlora.inference import load_run, read_inputs
 from fedlora.jobs import Job, Reply
+from fedlora.result import Result
 from fedlora.setting import prepare
 from fedlora.state import named_seed
+from fedlora.workspace import Workspace
 
 Ran = Callable[[str], Result]
 world = pytest.fixture(scope="module")(tiny_world)
@@ -121,6 +122,24 @@ def test_training_helps(world: Path, tmp_path: Path) -> None:
     result = fedlora.run(experiment(world, "full", "seed=1", rounds=8), tmp_path / "run")
     assert result.after["loss"] < 0.7 * result.before["loss"]
     assert result.after["accuracy"] > result.before["accuracy"]
+
+
+@pytest.mark.parametrize(("limit", "times"), [("", 3), ("evaluate.num_examples=24", 3), ("evaluate.num_examples=9", 4)])
+def test_the_last_state_is_evaluated_once_unless_rounds_look_at_fewer_examples(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, times: int
+) -> None:
+    rows: list[int] = []
+    original = Workspace.evaluate
+
+    def counted(self: Workspace, *arguments: Any) -> Any:
+        rows.append(len(arguments[0]))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Workspace, "evaluate", counted)
+    result = fedlora.run(experiment(world, "lora", *filter(None, [limit])), tmp_path / "run")
+    assert len(rows) == times
+    assert rows[-1] == 24
+    assert (result.after == result.rows[-1].metrics) == (times == 3)
 
 
 # ---- bytes

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import fedlora
+from fedlora.callbacks import Callback
 from fedlora.cli import app
 from fedlora.config import to_toml
 from fedlora.describe import phase_facts
@@ -31,7 +32,6 @@ from fedlora.tasks.loading import load_pretrained
 from fedlora.testing import tiny_model
 from fedlora.tuning import LoRA
 from fedlora.tuning.export import save_lora
-from fedlora.watch import Silent
 
 CPU = torch.device("cpu")
 POOLER = "model.head=['bert.pooler']"
@@ -151,10 +151,10 @@ def test_a_frozen_head_is_neither_trained_nor_sent(world: Path, tmp_path: Path, 
         assert not value.requires_grad
 
 
-class Stopping(Silent):
+class Stopping(Callback):
     """Ends a run after its second round."""
 
-    def finished_round(self, row: Row) -> None:
+    def row_recorded(self, row: Row) -> None:
         if row.round == 2:
             raise KeyboardInterrupt
 
@@ -205,7 +205,7 @@ def test_a_resumed_run_ends_where_one_without_a_stop_does(
     chosen = experiment(world, "slora", *overrides, rounds=4)
     whole = fedlora.run(chosen, tmp_path / "whole")
     with pytest.raises(Stopped):
-        fedlora.run(chosen, tmp_path / "cut", watcher=Stopping())
+        fedlora.run(chosen, tmp_path / "cut", callbacks=[Stopping()])
     again = fedlora.run(chosen, tmp_path / "cut")
     assert again.after == whole.after
     written = contents(tmp_path / "whole" / "adapter")

@@ -23,15 +23,13 @@ from safetensors import SafetensorError
 from tiny import contents, document, experiment, ledger, tiny_world, write_rows
 
 import fedlora
-from fedlora import cli, config, evaluation, report, state
-from fedlora import experiment as experiments
-from fedlora.config import Experiment
+from fedlora import cli, config, evaluation, report, session, state
+from fedlora.callbacks import Callback
 from fedlora.errors import CheckpointError, DataError
-from fedlora.experiment import Result, Stopped
+from fedlora.experiment import Stopped
 from fedlora.ledger import Row
-from fedlora.setting import Setting
+from fedlora.result import Result
 from fedlora.tuning import export as adapters
-from fedlora.watch import Watcher
 
 PHASES = ("method.warm_rounds=5", "method.fold='rest'")
 """SLoRA with both phases long enough to be killed in."""
@@ -39,24 +37,15 @@ PHASES = ("method.warm_rounds=5", "method.fold='rest'")
 world = pytest.fixture(scope="module")(tiny_world)
 
 
-class Deed(Watcher):
+class Deed(Callback):
     """Does something right after a round was written to the ledger."""
 
     def __init__(self, round: int, deed: Callable[[], Any]) -> None:
         self.round, self.deed = round, deed
 
-    def started(self, experiment: Experiment, setting: Setting, rows: list[Row]) -> None:
-        pass
-
-    def finished_round(self, row: Row) -> None:
+    def row_recorded(self, row: Row) -> None:
         if row.round == self.round:
             self.deed()
-
-    def finished(self, result: Result) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def interrupt() -> None:
@@ -161,7 +150,7 @@ def test_an_interrupt_after_any_row_loses_nothing(
 ) -> None:
     chosen = experiment(world, "slora", *PHASES, f"checkpoint_every={every}", rounds=12)
     with pytest.raises(Stopped):
-        fedlora.run(chosen, tmp_path / "run", watcher=Deed(round, interrupt))
+        fedlora.run(chosen, tmp_path / "run", callbacks=[Deed(round, interrupt)])
     fedlora.run(chosen, tmp_path / "run")
     assert_same(tmp_path / "run", whole)
 
@@ -173,7 +162,7 @@ def test_an_interrupt_between_a_round_and_its_row_loses_nothing(
     method = "flasc" if where == "view" else "slora"
     chosen = experiment(world, method, "checkpoint_every=2", "evaluate.every=1", rounds=4)
     undisturbed = fedlora.run(chosen, tmp_path / "whole")
-    place = evaluation if where == "view" else experiments
+    place = evaluation if where == "view" else session
     original, calls = getattr(place, where), []
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
@@ -193,7 +182,7 @@ def test_an_interrupt_between_a_round_and_its_row_loses_nothing(
 def test_a_torn_last_line_of_the_ledger_is_written_again(world: Path, tmp_path: Path, whole: Result) -> None:
     chosen, folder = experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run"
     with pytest.raises(Stopped):
-        fedlora.run(chosen, folder, watcher=Deed(9, interrupt))
+        fedlora.run(chosen, folder, callbacks=[Deed(9, interrupt)])
     with (folder / "ledger.jsonl").open("a") as file:
         file.write('{"round": 10, "phase": 1, "coh')
     fedlora.run(chosen, folder)
@@ -232,7 +221,7 @@ def test_a_finished_run_whose_adapter_was_removed_writes_it_again(world: Path, t
 def stopped(world: Path, tmp_path: Path) -> Path:
     """A run that was stopped after its third round."""
     with pytest.raises(Stopped):
-        fedlora.run(experiment(world), tmp_path / "run", watcher=Deed(3, interrupt))
+        fedlora.run(experiment(world), tmp_path / "run", callbacks=[Deed(3, interrupt)])
     return tmp_path / "run"
 
 
@@ -250,7 +239,7 @@ def test_changed_data_are_refused_and_the_manifest_stays(world: Path, tmp_path: 
     shutil.copy(world / "train.jsonl", train)
     chosen, folder = experiment(world, "lora", f"data.train={train}"), tmp_path / "run"
     with pytest.raises(Stopped):
-        fedlora.run(chosen, folder, watcher=Deed(2, interrupt))
+        fedlora.run(chosen, folder, callbacks=[Deed(2, interrupt)])
     before = contents(folder)
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     write_rows(train, [{**rows[0], "text": "w1 w2 red"}, *rows[1:]])
@@ -306,7 +295,7 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_goes_on(
 ) -> None:
     chosen, folder = experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(DataError, match="the disk is full while writing to"):
-        fedlora.run(chosen, folder, watcher=Deed(8, lambda: patch.setattr(module, name, failure)))
+        fedlora.run(chosen, folder, callbacks=[Deed(8, lambda: patch.setattr(module, name, failure))])
     assert len(list((folder / "checkpoints").glob("round-??????"))) == 2
     assert not list(folder.glob("adapter*"))
     fedlora.run(chosen, folder)

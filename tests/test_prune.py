@@ -17,6 +17,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.prune import Prune
 from fedlora.recipe import Recipe
 from fedlora.server_optim import Adam, Sgd
+from fedlora.testing import schema_of
 from fedlora.transport import Link, Quota, Uniform
 from fedlora.tuning import LoRA, SvdOfWeight
 
@@ -24,14 +25,18 @@ from fedlora.tuning import LoRA, SvdOfWeight
 def test_the_largest_stay_and_the_servers_memory_of_the_others_goes() -> None:
     params = {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([3.0, 2.0])}
     slots = {"m": {"a": torch.ones(2), "b": torch.ones(2)}}
-    kept, state = Prune(density=0.5, scope="global").apply(params, slots, {"a": "adapter", "b": "adapter"}, steps=1)
+    kept, state = Prune(density=0.5, scope="global").apply(
+        params, slots, schema_of({"a": "adapter", "b": "adapter"}), steps=1
+    )
     assert (kept["a"].tolist(), kept["b"].tolist()) == ([0.0, -4.0], [3.0, 0.0])
     assert (state["m"]["a"].tolist(), state["m"]["b"].tolist()) == ([0.0, 1.0], [1.0, 0.0])
 
 
 def test_a_quota_keeps_the_head() -> None:
     params = {"a": torch.tensor([1.0, -4.0]), "h": torch.tensor([0.1, 0.2])}
-    kept, _ = Prune(density=0.5, quota=Quota(head=1)).apply(params, {}, {"a": "adapter", "h": "head"}, steps=1)
+    kept, _ = Prune(density=0.5, quota=Quota(head=1)).apply(
+        params, {}, schema_of({"a": "adapter", "h": "head"}), steps=1
+    )
     assert (kept["a"].tolist(), kept["h"].tolist()) == ([0.0, -4.0], pytest.approx([0.1, 0.2]))
 
 

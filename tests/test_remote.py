@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from post import Post, Trick, shared_sites
+from post import Post, Told, Trick, shared_sites
 from tiny import METHODS, experiment, ledger, make_rows, tiny_world, write_rows
 from wrongs import WRONGS
 
@@ -22,8 +22,8 @@ from fedlora.engines.courier import Arrived
 from fedlora.engines.rules import Limits, Rules, SiteConfig
 from fedlora.engines.site import Site, base_digest
 from fedlora.errors import ConfigError, QuorumError, WireError
-from fedlora.experiment import Result
 from fedlora.federation.federate import federate
+from fedlora.result import Result
 from fedlora.transport import wire
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -277,16 +277,16 @@ def test_a_site_that_is_there_and_takes_no_letters_is_given_up(world: Path, tmp_
 
 
 def test_who_answers_late_is_dropped_and_told_so(world: Path, tmp_path: Path) -> None:
-    told: list[str] = []
+    told = Told()
 
     def slow(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
         head = letters.read(letter).head
         return None if head["kind"] == "job" and head["client"] == 4 else answer
 
     chosen = experiment(world, "lora", "clients.per_round=9", rounds=2)
-    result, _ = tried(chosen, tmp_path, slow, Rules(round_timeout=3.0), tell=told.append)
+    result, _ = tried(chosen, tmp_path, slow, Rules(round_timeout=3.0), callbacks=[told])
     assert [row.late for row in result.rows[1:]] == [(4,), (4,)]
-    assert any("client 4 (site-1) is late" in line for line in told)
+    assert any("client 4 (site-1) is late" in line for line in told.messages)
 
 
 def test_the_first_to_answer_count_where_more_are_asked(world: Path, tmp_path: Path) -> None:
@@ -521,9 +521,9 @@ def test_a_site_stands_for_no_clients_that_do_not_exist(world: Path, tmp_path: P
             return letters._START.pack(b"FLL", 1, len(text)) + text
         return answer
 
-    told: list[str] = []
-    result, _ = tried(experiment(world, "lora", "clients.per_round=9"), tmp_path, trick, tell=told.append)
-    assert any("site-0 is not taken in" in line for line in told)
+    told = Told()
+    result, _ = tried(experiment(world, "lora", "clients.per_round=9"), tmp_path, trick, callbacks=[told])
+    assert any("site-0 is not taken in" in line for line in told.messages)
     assert {client for row in result.rows[1:] for client in row.cohort} == {1, 2, 4, 5, 7, 8}
 
 
@@ -535,10 +535,10 @@ def test_a_site_does_not_speak_for_another(world: Path, tmp_path: Path) -> None:
         return answer
 
     post = Post(own_sites(world, tmp_path), trick)
-    told: list[str] = []
+    told = Told()
     names = list(post.homes)
-    result = federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=names, tell=told.append)
-    assert any("hospital is not taken in: it stands for clients that are not its own" in line for line in told)
+    result = federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=names, callbacks=[told])
+    assert any("hospital is not taken in: it stands for clients that are not its own" in line for line in told.messages)
     assert set(result.rows[1].cohort) == {0, 2}
 
 
@@ -638,10 +638,10 @@ def test_a_server_hears_nothing_that_quotes_rows(world: Path, tmp_path: Path) ->
     sites = own_sites(world, tmp_path)
     write_rows(tmp_path / "clinic.jsonl", rows)
     post = Post(sites)
-    told: list[str] = []
-    federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=list(post.homes), tell=told.append)
-    assert any("clinic is not taken in" in line for line in told)
-    assert not any("SECRET" in line for line in told)
+    told = Told()
+    federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=list(post.homes), callbacks=[told])
+    assert any("clinic is not taken in" in line for line in told.messages)
+    assert not any("SECRET" in line for line in told.messages)
     assert not any(b"SECRET" in answer for answer in post.answers.values() if answer)
 
 

@@ -15,7 +15,6 @@ from tiny import experiment, tiny_world
 import fedlora
 from fedlora.clients import Population
 from fedlora.errors import ConfigError
-from fedlora.experiment import Result
 from fedlora.picture import comparison_html, label_counts, partition_bars
 from fedlora.report import (
     Live,
@@ -27,6 +26,7 @@ from fedlora.report import (
     load_result,
     result_table,
 )
+from fedlora.result import Result
 
 world = pytest.fixture(scope="module")(tiny_world)
 THREE = Population(("a", "b", "c"), np.array([0, 1, 2, 3, 4, 5]), np.array([0, 3, 4, 6]))
@@ -159,7 +159,7 @@ def test_the_table_of_a_run_splits_its_bytes(done: Result) -> None:
 
 def test_without_a_terminal_evaluations_are_lines(world: Path, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
-    found = fedlora.run(experiment(world, "lora", "label='[x]'"), tmp_path / "run", watcher=Live(console))
+    found = fedlora.run(experiment(world, "lora", "label='[x]'"), tmp_path / "run", callbacks=[Live(console)])
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("[x]: 9 clients with 8 to 8 examples, 3 per round, 3 rounds on cpu\n")
     assert [line.split()[1] for line in text.splitlines() if " loss " in line] == ["0/3", "2/3", "3/3"]
@@ -170,7 +170,7 @@ def test_without_a_terminal_evaluations_are_lines(world: Path, tmp_path: Path) -
 def test_on_a_terminal_there_is_a_bar_that_goes_away(world: Path, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     live = Live(console)
-    fedlora.run(experiment(world), tmp_path / "run", watcher=live)
+    fedlora.run(experiment(world), tmp_path / "run", callbacks=[live])
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "3/3" in text
     live.close()

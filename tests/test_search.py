@@ -60,7 +60,7 @@ def test_each_step_tries_more_density_and_more_ranks_of_the_better_one(world: Pa
 def test_the_better_of_a_pair_is_kept_whichever_way_is_better(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, higher: bool, wide: bool
 ) -> None:
-    def made_up(chosen: Experiment, folder: Path, *, setting: Setting, watcher: None) -> SimpleNamespace:
+    def made_up(chosen: Experiment, folder: Path, *, setting: Setting, callbacks: Any) -> SimpleNamespace:
         recipe = chosen.phases[0].recipe
         rank, density = recipe.tuning.rank, recipe.up.sparsify.density
         good = (rank if wide else 0) + density

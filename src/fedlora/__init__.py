@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedlora.clients import Clients, Clusters, Column, Dirichlet, Iid, Natural, Pooled, Quantity, Shards
     from fedlora.config import Evaluate, Experiment, load
     from fedlora.errors import FedloraError
-    from fedlora.experiment import Result, run
+    from fedlora.experiment import run
     from fedlora.inference import load_run
     from fedlora.local import Local
     from fedlora.methods import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from fedlora.rates import LrScale, Schedule
     from fedlora.recipe import Phase, Recipe
+    from fedlora.result import Result
     from fedlora.tasks import (
         CausalLM,
         Docstrings,
@@ -86,7 +87,7 @@ _HOME = {
     "Quota": "transport",
     "RandomK": "transport",
     "Recipe": "recipe",
-    "Result": "experiment",
+    "Result": "result",
     "Schedule": "rates",
     "Shards": "clients",
     "Sites": "tasks",

@@ -25,16 +25,16 @@ from fedlora.terminal import (
     RunOut,
     RunPath,
     Tracks,
+    callbacks_of,
     experiment_of,
     folder_of,
-    watched,
     write_page,
 )
 from fedlora.terminal import show as show_result
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
-    from fedlora.experiment import Result
+    from fedlora.result import Result
     from fedlora.setting import Setting
 
 app = typer.Typer(
@@ -219,8 +219,7 @@ def search(
 
     experiment, _ = experiment_of(config, set_, None)
     bounds = Bounds(rank, density, factor, 1e3 * kilobytes, max_rank)
-    with watched(out, None) as (watcher, _):
-        trials = climb(experiment, out, bounds, watcher=watcher)
+    trials = climb(experiment, out, bounds, callbacks=callbacks_of(out, None))
     values, table = search_table(trials)
     show_result(format_, values, table)
     if format_ is Format.table:
@@ -350,12 +349,12 @@ def _run(
     folder = folder_of(experiment, folder)
     if engine not in ENGINES:
         raise ConfigError(f"there is no engine {engine!r}; there are: {', '.join(ENGINES)}")
-    with watched(folder, tracks) as (watcher, trackers):
-        if engine == "flower-simulation":
-            from fedlora.federation.simulate import simulate
+    callbacks = callbacks_of(folder, tracks)
+    if engine == "flower-simulation":
+        from fedlora.federation.simulate import simulate
 
-            return simulate(experiment, folder, watcher=watcher, trackers=trackers)
-        return run_experiment(experiment, folder, watcher=watcher, trackers=trackers, setting=setting)
+        return simulate(experiment, folder, callbacks=callbacks)
+    return run_experiment(experiment, folder, callbacks=callbacks, setting=setting)
 
 
 cli_federation.add_to(app)

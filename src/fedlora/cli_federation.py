@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fedlora.callbacks import Callback
 from fedlora.errors import ConfigError
 from fedlora.terminal import (
     ERR,
@@ -18,10 +19,10 @@ from fedlora.terminal import (
     Overrides,
     RunOut,
     Tracks,
+    callbacks_of,
     experiment_of,
     folder_of,
     show,
-    watched,
 )
 
 federation = typer.Typer(no_args_is_help=True, help="Set up a federation over several machines, or try one on this.")
@@ -34,9 +35,12 @@ def add_to(app: typer.Typer) -> None:
     app.command()(join)
 
 
-def tell(text: str) -> None:
-    """Says what happens, beside the progress."""
-    ERR.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
+class Messages(Callback):
+    """Prints what happens to sites, beside the progress."""
+
+    def message(self, text: str) -> None:
+        """See ``Callback.message``."""
+        ERR.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
 
 
 @federation.command("init")
@@ -76,8 +80,8 @@ def demo(
     experiment, folder = experiment_of(config, set_, run_out)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (sites + 1))))
     where = folder_of(experiment, folder)
-    with watched(where, track) as (watcher, trackers):
-        result = run_demo(experiment, where, federation_, sites, watcher=watcher, trackers=trackers, tell=tell)
+    callbacks = [*callbacks_of(where, track), Messages()]
+    result = run_demo(experiment, where, federation_, sites, callbacks=callbacks)
     show(format_, as_dict(result), result_table(result))
 
 
@@ -98,10 +102,8 @@ def serve(
 
     experiment, folder = experiment_of(config, set_, run_out)
     where = folder_of(experiment, folder)
-    with watched(where, track) as (watcher, trackers):
-        result = run_server(
-            experiment, where, federation_, insecure=insecure, watcher=watcher, trackers=trackers, tell=tell
-        )
+    callbacks = [*callbacks_of(where, track), Messages()]
+    result = run_server(experiment, where, federation_, insecure=insecure, callbacks=callbacks)
     show(format_, as_dict(result), result_table(result))
 
 
@@ -115,4 +117,4 @@ def join(
     """Work for a federation as one of its sites, until Ctrl-C."""
     from fedlora.federation.join import join as work
 
-    work(server, site_config, tell, insecure=insecure)
+    work(server, site_config, [Messages()], insecure=insecure)

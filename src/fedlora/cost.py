@@ -135,23 +135,14 @@ class _Sizes(NamedTuple):
 
 @dataclass
 class _Tier:
-    """What is found out about a tier, or about all clients where there are none, in a phase.
-
-    Args:
-        recipe: its own.
-        clients: those that are tried.
-        weight: its share of all clients.
-        down: a message to one client, for some rounds of the phase.
-        up: bytes from one client, for each round.
-        seconds: the longest of its turns.
-    """
+    """What is found out about a tier, or about all clients where there are none, in a phase."""
 
     recipe: Recipe
-    clients: tuple[int, ...]
-    weight: float
-    down: list[tuple[int, _Sizes]] = field(default_factory=list)
-    up: list[dict[str, float]] = field(default_factory=list)
-    seconds: float = 0.0
+    clients: tuple[int, ...]  # those that are tried
+    weight: float  # its share of all clients
+    down: list[tuple[int, _Sizes]] = field(default_factory=list)  # to one client, in some rounds
+    up: list[dict[str, float]] = field(default_factory=list)  # from one client, in each round
+    seconds: float = 0.0  # the longest turn
 
 
 class _Costs:
@@ -231,15 +222,11 @@ class _Costs:
             add_up(scaled(curves[name][turn], one.weight) for name, one in tiers.items())
             for turn in range(phase.rounds)
         ]
+        got = {name: sum(mean(curve).values()) for name, curve in curves.items()}
         up = {name: mean(one.up) for name, one in tiers.items()}
+        steps = {name: _most_steps(one.recipe, one.clients, self._setting) for name, one in tiers.items()}
         found = {
-            name: TierCost(
-                sum(mean(curves[name]).values()),
-                sum(up[name].values()),
-                _most_steps(one.recipe, one.clients, self._setting),
-                one.seconds,
-            )
-            for name, one in tiers.items()
+            name: TierCost(got[name], sum(up[name].values()), steps[name], one.seconds) for name, one in tiers.items()
         }
         alone = PhaseCost(phase.rounds, phase.recipe.tuning.kind, 0, {}, {}, {}, found)
         if not self._sends:

@@ -27,7 +27,7 @@ from fedlora.server_optim import SERVER_OPTIMIZERS
 from fedlora.setting import VERSIONED, pick_device
 from fedlora.tasks import SOURCES, TASKS, Prepared
 from fedlora.tasks.encoded import cache_folder
-from fedlora.track import TRACKERS
+from fedlora.trackers import TRACKERS
 from fedlora.transport import PRECISIONS, SPARSIFIERS
 from fedlora.tuning import LORA_INITS, TUNINGS
 from fedlora.workspace import Workspace

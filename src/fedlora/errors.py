@@ -41,6 +41,10 @@ class ProcessError(FedloraError):
     """A process of Flower's that did not come up, or ended."""
 
 
+class CallbackError(FedloraError):
+    """A callback of the user's that failed."""
+
+
 class TrainingError(FedloraError):
     """Training that went wrong silently: NaN, an adapter that did not move, every label masked."""
 

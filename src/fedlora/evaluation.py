@@ -27,6 +27,12 @@ def tested_clients(experiment: Experiment, setting: Setting, last: bool) -> list
     return sorted(rng.choice(clients, settings.num_clients, replace=False).tolist())
 
 
+def uses_all_rows(experiment: Experiment, setting: Setting) -> bool:
+    """Whether evaluations in between rounds are on all test examples, like the last one."""
+    limit = experiment.evaluate.num_examples
+    return limit is None or limit >= len(setting.test_rows)
+
+
 def evaluate(
     experiment: Experiment,
     setting: Setting,
@@ -49,10 +55,9 @@ def evaluate(
         TrainingError: a metric is not finite.
     """
     rows = setting.test_rows
-    limit = experiment.evaluate.num_examples
-    if clients is not None and limit is not None and limit < len(rows):
+    if clients is not None and not uses_all_rows(experiment, setting):
         rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
-        rows = np.sort(rng.choice(rows, limit, replace=False))
+        rows = np.sort(rng.choice(rows, experiment.evaluate.num_examples, replace=False))
     compute = recipe.local.compute
     own_view = view(recipe, state, experiment.seed)
     views = {"": (own_view, compute)}

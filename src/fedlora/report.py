@@ -15,16 +15,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedlora.callbacks import Callback
 from fedlora.config import Experiment, differences
 from fedlora.cost import PhaseCost
 from fedlora.errors import ConfigError
-from fedlora.experiment import Result
 from fedlora.folder import RunFolder
 from fedlora.ledger import Row
 from fedlora.network import Network, seconds_to
+from fedlora.result import Result
 from fedlora.search import Trial
 from fedlora.setting import Setting
-from fedlora.watch import Watcher
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -43,7 +43,7 @@ def human_seconds(seconds: float) -> str:
     return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
 
 
-class Live(Watcher):
+class Live(Callback):
     """A bar of rounds with the last metric, the bytes so far and the time left; plain lines without a terminal.
 
     Args:
@@ -58,8 +58,9 @@ class Live(Watcher):
         self._spent: list[float] = []
         self._metric = ""
 
-    def started(self, experiment: Experiment, setting: Setting, rows: list[Row]) -> None:
-        """See ``Watcher.started``."""
+    def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
+        """See ``Callback.run_started``."""
+        self.close()
         self._rounds, self._spent = experiment.rounds, []
         self._main = setting.task.main_metric
         self._done = rows[-1].round if rows else 0
@@ -86,8 +87,8 @@ class Live(Watcher):
             self._progress.start()
         self._clock = time.monotonic()
 
-    def finished_round(self, row: Row) -> None:
-        """See ``Watcher.finished_round``."""
+    def row_recorded(self, row: Row) -> None:
+        """See ``Callback.row_recorded``."""
         now = time.monotonic()
         self._spent.append(now - self._clock)
         self._clock, self._done = now, row.round
@@ -104,12 +105,8 @@ class Live(Watcher):
         for warning in row.warnings:
             self._console.print(f"  round {row.round}: {warning}", style="yellow", markup=False, soft_wrap=True)
 
-    def finished(self, result: Result) -> None:
-        """See ``Watcher.finished``."""
-        self.close()
-
     def close(self) -> None:
-        """Takes the bar away; for the end, and for errors."""
+        """See ``Callback.close``: takes the bar away."""
         if self._progress:
             self._progress.stop()
             self._progress = None
@@ -127,16 +124,7 @@ def load_result(path: Path) -> dict[str, Any]:
 def as_dict(result: Result) -> dict[str, Any]:
     """A result as JSON values, without the ledger."""
     return {
-        "label": result.label,
-        "seed": result.seed,
-        "rounds": result.rounds,
-        "main_metric": result.main_metric,
-        "higher_is_better": result.higher_is_better,
-        "before": result.before,
-        "after": result.after,
-        "down_bytes": result.down_bytes,
-        "up_bytes": result.up_bytes,
-        "seconds": result.seconds,
+        **result.figures(),
         "folder": str(result.folder),
         "adapter": str(result.adapter) if result.adapter else None,
     }

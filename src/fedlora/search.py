@@ -11,16 +11,17 @@ from typing import NamedTuple
 import torch
 
 from fedlora import config
+from fedlora.callbacks import Callback
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.experiment import run
 from fedlora.folder import RunFolder
+from fedlora.modes import MODES
 from fedlora.phases import open_phase
 from fedlora.setting import Setting, prepare
 from fedlora.state import generator
 from fedlora.transport import Link, TopK
 from fedlora.tuning import LoRA
-from fedlora.watch import Watcher
 from fedlora.workspace import Workspace
 
 
@@ -70,7 +71,7 @@ def search(
     folder: Path,
     bounds: Bounds,
     *,
-    watcher: Watcher | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[Trial]:
     """Climbs from a small adapter, sparsely sent, to what a budget of bytes allows (FLASC-Search, arXiv 2406.05233).
 
@@ -86,7 +87,7 @@ def search(
         experiment: LoRA in one phase; its rounds are those of a trial. Links that are ``top_k`` get the density.
         folder: of the trials, of ``search.json`` (the table) and of ``best.toml``.
         bounds: where it begins and ends.
-        watcher: is told of every round.
+        callbacks: are called as each trial goes on.
 
     Returns:
         The trials, in order. The answer is the best of those that were kept.
@@ -113,7 +114,7 @@ def search(
     def tried(step: int, rank: int, density: float) -> Trial:
         chosen = configured(experiment, rank, density)
         try:
-            result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, watcher=watcher)
+            result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, callbacks=callbacks)
         except TrainingError as error:  # one that diverges has lost
             return Trial(step, rank, density, 0.0, None, False, str(error))
         sent = sum(result.down_bytes.values()) + sum(result.up_bytes.values())
@@ -210,7 +211,7 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
         ConfigError: there is more than one phase, no LoRA, no link that is ``top_k``, or bytes that neither a rank nor
             a density decides.
     """
-    if experiment.mode != "federated":
+    if not MODES[experiment.mode].sends:
         raise ConfigError("a search weighs bytes, which only a federation sends; set mode = 'federated'")
     if len(experiment.phases) != 1 or not isinstance(experiment.phases[0].recipe.tuning, LoRA):
         raise ConfigError("a search varies the rank of LoRA in one phase; use a method such as flasc")

@@ -33,6 +33,7 @@ from fedlora.config import Experiment
 from fedlora.errors import ConfigError, DataError
 from fedlora.foreign import Partitioner, from_partitioner
 from fedlora.local import Local
+from fedlora.modes import MODES
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import Sgd
@@ -105,17 +106,17 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
     task = experiment.task.prepare(experiment.model, experiment.data)
     device = pick_device(experiment.device)
     classes = clients.skew.classes(task, named_seed(experiment.seed, "skew"), device)
-    pooled = experiment.mode == "centralised"
+    mode = MODES[experiment.mode]
     data = experiment.data
     further = data if isinstance(data, Validation) and data.hold_out == "clients" else None
-    if pooled and not (clients.holdout or clients.test_clients or further):
+    if mode.pools and not (clients.holdout or clients.test_clients or further):
         clients, partitioner = Clients(partition=Pooled(), num=1, per_round=1), None
     division = _divide(clients, task, classes, named_seed(experiment.seed, "partition"), partitioner)
     away = [] if division.test_rows is None else [division.test_rows]
     if further:
         division = _hold_out_clients(division, further.share, named_seed(further.seed, "validation"))
         away += [rows for rows in [division.test_rows] if rows is not None]
-    if experiment.mode == "federated":
+    if mode.sends:
         check_per_round(clients.per_round, len(division.population))
     population, holdout = hold_out(division.population, clients.holdout, named_seed(experiment.seed, "holdout"))
     if clients.holdout and not holdout:
@@ -127,10 +128,10 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
     split: Split = "test"
     if division.test_rows is not None:
         test_rows, split = division.test_rows, "train"
-    if pooled:
+    if mode.pools:
         population = _pool(task.num_examples("train"), [*holdout.values(), *away], population.held_out)
     tiers: dict[int, Tier] = {}
-    if experiment.mode == "federated":
+    if mode.sends:
         column = task.column(clients.tier_column, "train") if clients.tier_column else None
         rows = [population.rows_of(client) for client in range(len(population))]
         tiers = assign_tiers(clients.tiers, population.names, rows, column)
@@ -226,7 +227,7 @@ def pick_device(name: str) -> torch.device:
 
 def in_mode(experiment: Experiment) -> Experiment:
     """The experiment with what its mode implies put in: alone, a client sends nothing and keeps its optimiser."""
-    if experiment.mode == "federated":
+    if MODES[experiment.mode].sends:
         return experiment
 
     def alone(recipe: Recipe) -> Recipe:

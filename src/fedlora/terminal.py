@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +14,8 @@ from rich.table import Table
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedlora.callbacks import Callback
     from fedlora.config import Experiment
-    from fedlora.track import Tracker
-    from fedlora.watch import Watcher
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -72,8 +69,7 @@ def write_page(file: Path, page: str) -> None:
         raise ConfigError(f"{file} cannot be written ({error.strerror}); name a file in a folder there is") from error
 
 
-@contextmanager
-def watched(folder: Path, tracks: list[str] | None) -> Iterator[tuple[Watcher, list[Tracker]]]:
+def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:
     """Progress on the terminal, and the places that figures also go to.
 
     Args:
@@ -84,18 +80,11 @@ def watched(folder: Path, tracks: list[str] | None) -> Iterator[tuple[Watcher, l
         ConfigError: there is no such tracker.
     """
     from fedlora.report import Live
-    from fedlora.track import TRACKERS
+    from fedlora.trackers import TRACKERS
 
     if unknown := [name for name in tracks or [] if name not in TRACKERS]:
         raise ConfigError(f"there is no tracker {unknown[0]!r}; there are: {', '.join(TRACKERS)}")
-    trackers: list[Tracker] = [TRACKERS[name](folder / name) for name in tracks or []]
-    watcher = Live(ERR)
-    try:
-        yield watcher, trackers
-    finally:
-        watcher.close()
-        for tracker in trackers:
-            tracker.close()
+    return [Live(ERR), *(TRACKERS[name](folder / name) for name in tracks or [])]
 
 
 def show(format_: Format, values: Any, table: Table) -> None:

@@ -6,7 +6,6 @@ import gc
 import os
 import tomllib
 import weakref
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from toy import LOCAL, Federation, num_nonzero
 
 from fedlora import config, tree
-from fedlora.aggregate import Mean
+from fedlora.aggregate.base import WeightedMean
 from fedlora.checkpoint import load_state, save_state
 from fedlora.config import Experiment
 from fedlora.downlink import Downlink
@@ -25,7 +24,7 @@ from fedlora.methods import Phases, fedavg, flasc
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.server_optim import Sgd
-from fedlora.state import Change, Fold, Update
+from fedlora.state import Update
 from fedlora.transport import (
     PRECISIONS,
     SPARSIFIERS,
@@ -41,7 +40,6 @@ from fedlora.transport import (
     TopK,
     Uniform,
 )
-from fedlora.tree import Tree
 from fedlora.tuning import LoRA
 
 THIN = {
@@ -245,18 +243,16 @@ def test_uploads_of_a_cohort_are_never_held_together(monkeypatch: pytest.MonkeyP
     alive: list[weakref.ref] = []
     most = 0
 
-    def combine(self: Mean, updates: Iterable[Update], params: Tree) -> Change:
-        nonlocal most
-        total = tree.zeros_like(params)
-        for update in updates:
-            alive.append(weakref.ref(next(iter(update.delta.values()))))
-            tree.add_(total, update.delta)
-            del update
-            gc.collect()
-            most = max(most, sum(each() is not None for each in alive))
-        return Change(total, Fold())
+    add = WeightedMean.add
 
-    monkeypatch.setattr(Mean, "combine", combine)
+    def watched(self: WeightedMean, update: Update) -> None:
+        nonlocal most
+        alive.append(weakref.ref(next(iter(update.delta.values()))))
+        add(self, update)
+        gc.collect()
+        most = max(most, sum(each() is not None for each in alive))
+
+    monkeypatch.setattr(WeightedMean, "add", watched)
     federation = Federation(over())
     federation.go_on(federation.start(), 1)
     assert len(alive) == 3

@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from post import Told
 from tiny import make_rows, save_model, write_rows
 
 pytest.importorskip("flwr", reason="needs the extra flower: make flower")
@@ -20,10 +21,10 @@ pytest.importorskip("flwr", reason="needs the extra flower: make flower")
 from fedlora.config import Experiment
 from fedlora.engines.flower.runtime import Link
 from fedlora.engines.rules import Rules
-from fedlora.experiment import Result
 from fedlora.federation import demo, folder, processes, serve
 from fedlora.federation.federate import federate
 from fedlora.federation.processes import Child
+from fedlora.result import Result
 
 SITES = 4
 # Ray's own limit; fedlora says so where it is met
@@ -66,7 +67,7 @@ class Federation:
         self.config = folder.ServerConfig.load(place / "server")
         self.children = {name: self.site(name) for name in self.names}
         self.link: Link | None = None
-        self.told: list[str] = []
+        self.told = Told()
 
     def site(self, name: str, **settings: Any) -> Child:
         import tomli_w
@@ -88,11 +89,11 @@ class Federation:
             before()
             return federate(
                 experiment, where, courier, rules or Rules(min_clients=1, round_timeout=120), names=self.names,
-                tell=self.told.append,
+                callbacks=[self.told],
             )  # fmt: skip
 
     def __enter__(self) -> Federation:
-        self._superlink = serve.superlink(self.place / "server", self.config.port, self.told.append, False)
+        self._superlink = serve.superlink(self.place / "server", self.config.port, [self.told], False)
         self.link = self._superlink.__enter__()
         for child in self.children.values():
             child.start()

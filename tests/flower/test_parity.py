@@ -120,7 +120,7 @@ def test_four_sites_over_tls_give_the_bits_of_one_process(
     root: Path, serial: Path, federation: Federation, name: str
 ) -> None:
     experiment = runs(root)[name]
-    before = len(federation.told)
+    before = len(federation.told.messages)
     federation.run(experiment, root / "deployed" / experiment.label, Rules(min_available=8, round_timeout=120))
     assert_same(root / "deployed" / experiment.label, serial / experiment.label)
-    assert [text for text in federation.told[before:] if "asked again" in text] == []
+    assert [text for text in federation.told.messages[before:] if "asked again" in text] == []

@@ -21,8 +21,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import fedlora
 from fedlora.config import Experiment
 from fedlora.errors import DataError
-from fedlora.experiment import Result
 from fedlora.report import as_dict, comparison, load_result
+from fedlora.result import Result
 from fedlora.tasks import Files, Model, TextClassification
 from fedlora.tasks.scores import MAIN_METRIC, Problem
 from fedlora.tasks.text import PreparedText

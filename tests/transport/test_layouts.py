@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from messages import BITMAP, BOX, CODED, DENSE, MIXED, POOLED, SEEDED, body, digits, one, packed, random_mask_tree, same
 from slow_reader import slow_unpack
 
+from fedlora.testing import schema_of
 from fedlora.transport import BFloat16, Draw, Float16, Float32, Form, RandomK, RankSlice, Uniform, pack, unpack
 
 FORMATS = [Float32(), BFloat16(), Float16(), *(Uniform(bits=n) for n in (1, 2, 4, 8)), Uniform(bits=4, block=64)]
@@ -131,7 +132,7 @@ def test_values_beside_the_drawn_places_still_arrive():
 @pytest.mark.parametrize("shape", [(16, 300), (16, 10, 5, 3)])
 def test_a_slice_of_ranks_is_a_box(shape):
     tree = {"m.lora_A.weight": torch.randn(shape), "m.lora_B.weight": torch.randn(200, 16)}
-    kept = RankSlice(rank=4)(tree, {}, 0)
+    kept = RankSlice(rank=4)(tree, schema_of(dict.fromkeys(tree, "adapter")), 0)
     packet = packed({"p": kept})
     columns = math.prod(shape[1:])
     assert packet.raw[18] == BOX

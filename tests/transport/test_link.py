@@ -171,7 +171,7 @@ def test_groups_draw_from_seeds_of_their_own():
     tree = {"a": torch.full((400,), 0.3), "h": torch.full((400,), 0.3)}
     tree["a"][0] = tree["h"][0] = 1.0
     link = Link(precision=Uniform(bits=1, rounding="stochastic"))
-    trees = link.send(tree, {"a": "adapter", "h": "head"}, 0, 5).trees
+    trees = link.send(tree, schema_of({"a": "adapter", "h": "head"}), 0, 5).trees
     assert not torch.equal(trees["adapter"]["a"], trees["head"]["h"])
 
 
@@ -231,4 +231,4 @@ def test_stages_out_of_order_are_refused(rounds):
 def test_a_scale_that_overflows_is_blamed_on_its_own_tensor():
     tree = {"good": torch.ones(2), "bad": torch.tensor([3.4028e38])}
     with pytest.raises(WireError, match="Tensor 'bad'"):
-        Link(precision=Uniform()).prepare(tree, {"good": "adapter", "bad": "adapter"}, 0)
+        Link(precision=Uniform()).prepare(tree, schema_of({"good": "adapter", "bad": "adapter"}), 0)

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from pydantic import TypeAdapter, ValidationError
 from slow_reader import slow_places, slow_splitmix
 
+from fedlora.schema import Leaf, Schema, factor_leaf
 from fedlora.testing import schema_of
 from fedlora.transport import SPARSIFIERS, AnySparsifier, Dense, Quota, RandomK, RankSlice, Threshold, TopK
 from fedlora.transport.coder import splitmix
@@ -64,7 +65,12 @@ LORA = {
     "n.bias": torch.tensor([0.5, -9.0]),
     "head": torch.tensor([10.0, -20.0, 30.0, 40.0]),
 }
-LORA_GROUPS = {name: "head" if name == "head" else "adapter" for name in LORA}
+LORA_GROUPS = Schema(
+    {
+        name: Leaf("head") if name == "head" else factor_leaf(name.split("_")[-1][0]) if "lora" in name else Leaf()
+        for name in LORA
+    }
+)
 
 
 def test_quotas_by_hand():
@@ -257,7 +263,7 @@ def test_ranks_by_hand():
     kept = RankSlice(rank=1)(LORA, LORA_GROUPS, round=0)
     assert lists(kept) == lists(LORA) | {"m.lora_A.weight": [[1.0, 8.0], [0.0, 0.0]]}
     b = {"m.lora_B.default": torch.ones(2, 3), "conv.lora_A.x": torch.ones(3, 2, 1, 1), "lora_Ab": torch.ones(3, 3)}
-    kept = RankSlice(rank=2)(b, dict.fromkeys(b, "adapter"), round=0)
+    kept = RankSlice(rank=2)(b, schema_of(dict.fromkeys(b, "adapter")), round=0)
     assert kept["m.lora_B.default"].tolist() == [[1.0, 1.0, 0.0]] * 2
     assert kept["conv.lora_A.x"].reshape(3, 2).tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
     assert kept["lora_Ab"] is b["lora_Ab"]

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fedlora.engines import Serial
 from fedlora.errors import ConfigError
+from fedlora.ledger import Row
 from fedlora.local import Local, Sgd
 from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import Row, run_round
+from fedlora.round import run_round
 from fedlora.state import ServerState
 from fedlora.testing import equal_population, tiny_model, toy_task
 from fedlora.transport import pack

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fedlora.engines import Serial
 from fedlora.errors import ConfigError, TrainingError
+from fedlora.ledger import Row
 from fedlora.local import AdamW, Local, Sgd
 from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import Row, run_round
+from fedlora.round import run_round
 from fedlora.state import Carry, ServerState
 from fedlora.testing import equal_population, toy_task
 from fedlora.tree import num_entries

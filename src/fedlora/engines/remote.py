@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fedlora import config
+from fedlora.callbacks import Callback, CallbackList
 from fedlora.config import Experiment
 from fedlora.disclosure import disclosure_of
 from fedlora.engines import letters
@@ -66,7 +67,7 @@ class Remote(Engine):
         rules: what is waited for.
         run: name of the run, hexadecimal digits; what sites remember is theirs by it.
         anywhere: whether any site can take any client's turn, and is ours, as in a simulation.
-        tell: is told what happens to sites.
+        callbacks: get messages of what happens to sites.
     """
 
     trusted = False
@@ -77,12 +78,12 @@ class Remote(Engine):
         rules: Rules,
         run: str,
         anywhere: bool = False,
-        tell: Callable[[str], None] = lambda text: None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         # who can take any turn is not asked in order
         self.courier = courier if anywhere else Probing(courier)
         self.rules, self.name = rules, run
-        self.anywhere, self.tell = anywhere, tell
+        self.anywhere, self._message = anywhere, CallbackList(callbacks).message
         self.min_clients = rules.min_clients
         self.over_sample = rules.over_sample
         self.attempts = rules.attempts
@@ -141,7 +142,7 @@ class Remote(Engine):
                     "start more sites, or lower min_clients and min_available"
                 )
             if not said:
-                self.tell(f"waiting for sites: {reached} of {least} clients can be reached")
+                self._message(f"waiting for sites: {reached} of {least} clients can be reached")
                 said = True
             time.sleep(POLL)
 
@@ -173,10 +174,10 @@ class Remote(Engine):
             except (WireError, DataError) as error:
                 if not arrived.again:
                     self._refusals[name] = address, str(error)
-                    self.tell(f"{name} is not taken in: {error}")
+                    self._message(f"{name} is not taken in: {error}")
                 continue
             self.guests[name] = guest
-            self.tell(f"{name} is there with {sum(guest.sizes.values()):,} examples of {len(guest.sizes)} clients")
+            self._message(f"{name} is there with {sum(guest.sizes.values()):,} examples of {len(guest.sizes)} clients")
 
     def _guest(self, name: str, arrived: Arrived, secret: str) -> Guest:
         """What a site says of itself, as far as it can be.
@@ -244,7 +245,7 @@ class Remote(Engine):
                         replies[number] = self._read(arrived, errands[number])
                         counted += replies[number].raw is not None
             if place not in replies:  # as far as anyone here knows, it remembers what it did
-                self.tell(f"client {job.client} ({errands[place].site}) is late; its answer is dropped")
+                self._message(f"client {job.client} ({errands[place].site}) is late; its answer is dropped")
                 replies[place] = Reply(None, job.memory, 0.0, heard=False)
             yield replies.pop(place)
 
@@ -271,7 +272,7 @@ class Remote(Engine):
             errand.ticket = None
             if arrived.again and errand.tries < TRIES and disclosure_of(errand.job.recipe).retries:
                 errand.why, errand.lost_since = arrived.why, time.monotonic()
-                self.tell(f"{errand.site} has not answered ({arrived.why}); it is asked again when it is there")
+                self._message(f"{errand.site} has not answered ({arrived.why}); it is asked again when it is there")
             else:
                 errand.done = True
                 done.append((number, arrived))
@@ -300,7 +301,7 @@ class Remote(Engine):
             reply = letters.to_reply(letter, errand.job, self.name, errand.secret)
             lost = letter.head.get("lost") is True
         except WireError as error:
-            self.tell(f"the answer of {errand.site} is refused: {error}")
+            self._message(f"the answer of {errand.site} is refused: {error}")
             reply = Reply(None, ClientState(), 0.0, f"{errand.site}: {error}", heard=False)
         if reply.refused and self.anywhere:
             raise TrainingError(reply.refused)

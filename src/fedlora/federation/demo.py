@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import tomli_w
 
+from fedlora.callbacks import Callback
 from fedlora.config import Experiment
 from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError
-from fedlora.experiment import Result
 from fedlora.federation.folder import ServerConfig, init
 from fedlora.federation.processes import Child, free_port, stop_all
 from fedlora.federation.serve import serve
+from fedlora.result import Result
 from fedlora.setting import prepare
 from fedlora.tasks import Sites
-from fedlora.track import Tracker
-from fedlora.watch import Watcher
 
 POLL = 0.2
 
@@ -30,9 +29,7 @@ def demo(
     federation: Path,
     sites: int,
     *,
-    watcher: Watcher | None = None,
-    trackers: Sequence[Tracker] = (),
-    tell: Callable[[str], None] = lambda text: None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Runs an experiment on sites of this machine, which share the clients of its partition among them.
 
@@ -41,9 +38,7 @@ def demo(
         folder: where to keep the run.
         federation: where to write keys, certificates and what sites remember; goes on with those that are there.
         sites: how many.
-        watcher: is told of every round.
-        trackers: get every row of the ledger.
-        tell: is told what happens to sites.
+        callbacks: are called as the run goes on, and of what happens to sites.
 
     Raises:
         ConfigError: the experiment's rows lie with sites.
@@ -52,9 +47,7 @@ def demo(
         raise ConfigError("data.kind = 'sites' is for real sites; the demo deals the data of any other kind to sites")
     rules = Rules(min_available=len(prepare(experiment).population))
     with started_sites(federation, sites):
-        return serve(
-            experiment, folder, federation / "server", rules=rules, watcher=watcher, trackers=trackers, tell=tell
-        )
+        return serve(experiment, folder, federation / "server", rules=rules, callbacks=callbacks)
 
 
 @contextmanager

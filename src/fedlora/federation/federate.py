@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedlora import experiment as experiments
+from fedlora.callbacks import Callback
 from fedlora.config import Experiment
 from fedlora.engines.courier import Courier
 from fedlora.engines.remote import Remote
 from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError
-from fedlora.experiment import Result
 from fedlora.folder import RunFolder
+from fedlora.modes import MODES
+from fedlora.result import Result
 from fedlora.setting import Setting, prepare, prepare_sites
 from fedlora.tasks import Sites
-from fedlora.track import Tracker
-from fedlora.watch import Watcher
 
 KNOWN = "federation.json"
 """The file of a run's folder that names the run to sites, and has what they said of themselves."""
@@ -31,9 +31,7 @@ def federate(
     *,
     names: Sequence[str] = (),
     anywhere: bool = False,
-    watcher: Watcher | None = None,
-    trackers: Sequence[Tracker] = (),
-    tell: Callable[[str], None] = lambda text: None,
+    callbacks: Sequence[Callback] = (),
     begun: Callable[[], None] = lambda: None,
 ) -> Result:
     """Runs an experiment on sites, or goes on with it.
@@ -45,16 +43,14 @@ def federate(
         rules: what is waited for.
         names: of the sites there may be, for ``data.kind = "sites"``.
         anywhere: whether any site can take any client's turn.
-        watcher: is told of every round.
-        trackers: get every row of the ledger.
-        tell: is told what happens to sites.
+        callbacks: are called as the run goes on, and of what happens to sites.
         begun: is called once the folder is the run's.
 
     Raises:
         ConfigError: the experiment cannot be run on sites.
         QuorumError: too few clients can be reached, or answer.
     """
-    if experiment.mode != "federated":
+    if not MODES[experiment.mode].sends:
         raise ConfigError(f"mode = {experiment.mode!r} sends nothing, so there is nothing for sites; use `fedlora run`")
     noisy = any(phase.recipe.privacy.needs_uniform_mean for phase in experiment.phases)
     if noisy and rules.over_sample > 1:
@@ -71,9 +67,9 @@ def federate(
     if not (folder / KNOWN).exists():
         files.write_json(KNOWN, {"run": secrets.token_hex(8), "sites": {}})
     begun()
-    remote = Remote(courier, rules, str(files.read_json(KNOWN)["run"]), anywhere, tell)
+    remote = Remote(courier, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
     setting = _setting(experiment, remote, files, names)
-    return experiments.run(experiment, folder, watcher=watcher, trackers=trackers, setting=setting, engine=remote)
+    return experiments.run(experiment, folder, callbacks=callbacks, setting=setting, engine=remote)
 
 
 def _setting(experiment: Experiment, remote: Remote, files: RunFolder, names: Sequence[str]) -> Setting:

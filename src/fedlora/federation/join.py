@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
+from fedlora.callbacks import Callback, CallbackList
 from fedlora.errors import ConfigError
 from fedlora.federation.processes import Child, free_port, quiet, stop_all, write_secret
 from fedlora.flower_versions import PRIVATE, check_flower
@@ -22,13 +23,13 @@ FIRST_WAIT, LONGEST_WAIT = 2.0, 30.0
 """Seconds before a process that ended is started again: doubled each time up to the second."""
 
 
-def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool = False) -> None:
+def join(server: str, file: Path, callbacks: Sequence[Callback] = (), *, insecure: bool = False) -> None:
     """Works for a server until it is interrupted; comes back after whatever happens to either side.
 
     Args:
         server: host and port of the federation's proxy.
         file: the site's ``site.toml``; ``site.key`` and ``ca.crt`` are beside it.
-        tell: is told what happens.
+        callbacks: get messages of what happens.
         insecure: plain text and no key, on the loopback interface alone.
 
     Raises:
@@ -40,12 +41,12 @@ def join(server: str, file: Path, tell: Callable[[str], None], *, insecure: bool
     # a stop by a supervisor is as polite as Ctrl-C
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _work(server, file, tell, insecure)
+        _work(server, file, CallbackList(callbacks), insecure)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _work(server: str, file: Path, tell: Callable[[str], None], insecure: bool) -> None:
+def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"{server!r} is not of the form host:port")
@@ -70,7 +71,7 @@ def _work(server: str, file: Path, tell: Callable[[str], None], insecure: bool) 
     )
     try:
         write_secret(secret, secrets.token_bytes(32))
-        _keep(name, {"the SuperNode": node, "the worker": worker}, tell)
+        _keep(name, {"the SuperNode": node, "the worker": worker}, report)
     finally:
         # whoever asks twice waits as long, and nothing is left behind
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -78,7 +79,7 @@ def _work(server: str, file: Path, tell: Callable[[str], None], insecure: bool) 
             signal.signal(number, signal.SIG_IGN)
         stop_all([node, worker])
         shutil.rmtree(home, ignore_errors=True)
-        tell(f"{name}: left")
+        report.message(f"{name}: left")
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -99,7 +100,7 @@ def _checked(file: Path) -> tuple[str, str]:
     return name, poll
 
 
-def _keep(name: str, children: dict[str, Child], tell: Callable[[str], None]) -> None:
+def _keep(name: str, children: dict[str, Child], report: Callback) -> None:
     """Keeps processes running, each after a longer wait if it ends soon; until it is interrupted.
 
     What they complain of is told, each sentence once.
@@ -107,20 +108,20 @@ def _keep(name: str, children: dict[str, Child], tell: Callable[[str], None]) ->
     waits = dict.fromkeys(children, FIRST_WAIT)
     due = dict.fromkeys(children, 0.0)
     said: set[str] = set()
-    tell(f"{name}: joining; Ctrl-C leaves")
+    report.message(f"{name}: joining; Ctrl-C leaves")
     while True:
         for what, child in children.items():
             for line in child.complaints():
                 if (sentence := re.sub(r"[\d.]+", "", line)) not in said:
                     said.add(sentence)
-                    tell(f"{name}: {line}")
+                    report.message(f"{name}: {line}")
             if child.alive:
                 if time.monotonic() - child.started > 2 * LONGEST_WAIT:
                     waits[what] = FIRST_WAIT
                 continue
             if child.started and not due[what]:
                 due[what] = time.monotonic() + waits[what]
-                tell(f"{name}: {what} ended; again in {waits[what]:.0f} s ({child.last_words()[-200:]})")
+                report.message(f"{name}: {what} ended; again in {waits[what]:.0f} s ({child.last_words()[-200:]})")
                 waits[what] = min(2 * waits[what], LONGEST_WAIT)
             elif time.monotonic() >= due[what]:
                 child.start()

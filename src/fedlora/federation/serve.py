@@ -5,28 +5,26 @@ from __future__ import annotations
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedlora.callbacks import Callback, CallbackList
 from fedlora.config import Experiment
 from fedlora.engines.courier import Courier
 from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError, FedloraError, ProcessError
-from fedlora.experiment import Result
 from fedlora.federation.federate import federate
 from fedlora.federation.folder import ServerConfig, public_keys
 from fedlora.federation.processes import Child, quiet, wait_until_up, write_secret
 from fedlora.flower_versions import PRIVATE, check_flower
+from fedlora.result import Result
 from fedlora.tasks import Sites
-from fedlora.track import Tracker
-from fedlora.watch import Watcher
 
 if TYPE_CHECKING:
     from fedlora.engines.flower.runtime import Link
 
-Tell = Callable[[str], None]
 RESTARTS = 5
 """How often in a row a SuperLink that does not come up is tried."""
 
@@ -38,9 +36,7 @@ def serve(
     *,
     rules: Rules | None = None,
     insecure: bool = False,
-    watcher: Watcher | None = None,
-    trackers: Sequence[Tracker] = (),
-    tell: Tell = lambda text: None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Runs an experiment on the sites of a federation, or goes on with it.
 
@@ -50,9 +46,7 @@ def serve(
         federation: the server's folder, which ``init`` wrote.
         rules: what is waited for, if it is not what the folder says.
         insecure: plain text and no keys, which the loopback interface alone can hear.
-        watcher: is told of every round.
-        trackers: get every row of the ledger.
-        tell: is told what happens to sites.
+        callbacks: are called as the run goes on, and of what happens to sites.
 
     Raises:
         ConfigError: the federation's files are not there, or Flower is not.
@@ -66,10 +60,8 @@ def serve(
         raise ConfigError("in plain text nobody knows which site is which; leave --insecure out")
     keys_of = {} if insecure else public_keys(federation, config)
     rules = rules or config.rules
-    with superlink(federation, config.port, tell, insecure) as link, sites_of(link, keys_of) as courier:
-        return federate(
-            experiment, folder, courier, rules, names=config.sites, watcher=watcher, trackers=trackers, tell=tell
-        )
+    with superlink(federation, config.port, callbacks, insecure) as link, sites_of(link, keys_of) as courier:
+        return federate(experiment, folder, courier, rules, names=config.sites, callbacks=callbacks)
 
 
 @contextmanager
@@ -91,13 +83,13 @@ def sites_of(link: Link, public: Mapping[str, bytes]) -> Iterator[Courier]:
 
 
 @contextmanager
-def superlink(federation: Path, port: int, tell: Tell, insecure: bool) -> Iterator[Link]:
+def superlink(federation: Path, port: int, callbacks: Sequence[Callback], insecure: bool) -> Iterator[Link]:
     """A SuperLink with TLS, keys of sites and a database, started again whenever it ends.
 
     Args:
         federation: the server's folder.
         port: on the loopback interface.
-        tell: is told when it is started again.
+        callbacks: get a message when it is started again.
         insecure: plain text and no keys.
 
     Raises:
@@ -128,6 +120,7 @@ def superlink(federation: Path, port: int, tell: Tell, insecure: bool) -> Iterat
         ],
         home,
     )  # fmt: skip
+    report = CallbackList(callbacks)
     ended = threading.Event()
     up = threading.Event()
     failures: list[str] = []
@@ -148,7 +141,7 @@ def superlink(federation: Path, port: int, tell: Tell, insecure: bool) -> Iterat
         up.set()
         while came and not ended.wait(0.2) and len(failures) < RESTARTS:
             if not child.alive:
-                tell(f"the SuperLink ended and is started again ({child.last_words()[-200:]})")
+                report.message(f"the SuperLink ended and is started again ({child.last_words()[-200:]})")
                 begin()
         child.stop()
 

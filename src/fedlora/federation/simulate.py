@@ -14,17 +14,16 @@ from typing import Any, TypeVar
 import tomli_w
 import torch
 
+from fedlora.callbacks import Callback
 from fedlora.config import Experiment
 from fedlora.engines.courier import Courier
 from fedlora.engines.rules import Rules
 from fedlora.errors import ConfigError, ProcessError
-from fedlora.experiment import Result
 from fedlora.federation.federate import federate
 from fedlora.federation.processes import quiet
 from fedlora.flower_versions import PRIVATE, check_flower
+from fedlora.result import Result
 from fedlora.tasks import Sites
-from fedlora.track import Tracker
-from fedlora.watch import Watcher
 
 T = TypeVar("T")
 LONGEST = 30 * 86400.0
@@ -35,8 +34,7 @@ def simulate(
     experiment: Experiment,
     folder: Path,
     *,
-    watcher: Watcher | None = None,
-    trackers: Sequence[Tracker] = (),
+    callbacks: Sequence[Callback] = (),
     workers: int | None = None,
     ray: dict[str, Any] | None = None,
 ) -> Result:
@@ -48,8 +46,7 @@ def simulate(
     Args:
         experiment: what to run.
         folder: where to keep the run.
-        watcher: is told of every round.
-        trackers: get every row of the ledger.
+        callbacks: are called as the run goes on, and of what happens to sites.
         workers: how many turns run at a time; as many as there are cores, or GPUs if there are any, by default.
         ray: what ``ray.init`` gets, such as the address of a cluster.
 
@@ -65,9 +62,7 @@ def simulate(
             write_site(place, experiment.device)
 
         rules = Rules(round_timeout=LONGEST)
-        return federate(
-            experiment, folder, courier, rules, anywhere=True, watcher=watcher, trackers=trackers, begun=begun
-        )
+        return federate(experiment, folder, courier, rules, anywhere=True, callbacks=callbacks, begun=begun)
 
     return with_ray(main, place, workers, ray)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedlora import config
 from fedlora.errors import ConfigError
+from fedlora.modes import MODES
 from fedlora.network import parse_network
 from fedlora.study import results as figures
 from fedlora.study.gates import GateError, check, parse_rules, parse_term
@@ -105,7 +106,7 @@ class Runner:
         document = study.document(label, setting, study.tune.seed)
         try:
             experiment = config.parse(document)
-            if experiment.mode != "federated" and label not in self._alone:
+            if not MODES[experiment.mode].sends and label not in self._alone:
                 self._alone.append(label)
             if study.tuned:
                 self.tunings[label, name] = Halving(
