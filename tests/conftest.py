@@ -1,11 +1,13 @@
 """What holds for every test process.
 
 One thread each: tiny models gain nothing from more, and several processes would starve each other. Ctrl-C works as in a
-terminal: whoever starts the tests in the background has it ignored, and so would they.
+terminal: whoever starts the tests in the background has it ignored, and so would they. What was imported stays, so no
+garbage is looked for in it.
 """
 
 from __future__ import annotations
 
+import gc
 import signal
 
 import pytest
@@ -13,6 +15,10 @@ import torch
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -173,15 +173,15 @@ def test_under_noise_a_client_that_fails_does_not_stop_the_run(monkeypatch: pyte
 def test_a_federation_learns_beside_a_little_noise_tells_nothing_and_repeats_with_a_seed() -> None:
     ends = []
     for _ in range(2):
-        federation = Federation(phases(noise_multiplier=0.05, clip_norm=5.0))
+        federation = Federation(phases(noise_multiplier=0.05, clip_norm=5.0), 24)
         state = federation.start()
         before = federation.loss(state)
-        ends.append(federation.go_on(state, 4))
+        ends.append(federation.go_on(state, 3))
         assert federation.loss(ends[-1]) < before
         assert all((row.examples, row.steps, row.loss) == (0, 0, 0.0) for row in federation.rows)
     assert all(torch.equal(ends[0].params[name], value) for name, value in ends[1].params.items())
-    secure = Federation(phases(noise_multiplier=0.05, clip_norm=5.0, seed=None))
-    other = secure.go_on(secure.start(), 4)
+    secure = Federation(phases(noise_multiplier=0.05, clip_norm=5.0, seed=None), 24)
+    other = secure.go_on(secure.start(), 3)
     assert any(not torch.equal(ends[0].params[name], value) for name, value in other.params.items())
 
 

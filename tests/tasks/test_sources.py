@@ -276,6 +276,7 @@ def docstrings() -> Splits:
     return read(Docstrings())
 
 
+@pytest.mark.slow
 def test_docstrings_are_many_distinct_and_split(docstrings: Splits) -> None:
     train, test = docstrings
     texts = [*train["text"][:], *test["text"][:]]

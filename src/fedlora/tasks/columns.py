@@ -301,4 +301,4 @@ def _labels(rows: datasets.Dataset, name: str) -> list[Any]:
 
 
 def _arrow(rows: datasets.Dataset, name: str) -> Any:
-    return rows.select_columns([name]).with_format("arrow")[:].column(name)
+    return rows.with_format("arrow", columns=[name])[:].column(name)
