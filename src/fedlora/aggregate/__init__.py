@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from fedlora.aggregate.base import Accumulator, Aggregator
+from fedlora.aggregate.base import Accumulator, Aggregator, Needs
 from fedlora.aggregate.means import CoordinateMedian, Krum, Mean, NormBound, TrimmedMean
 from fedlora.aggregate.products import ProductExact, SparsityWeighted, Stack, SvdRedistribute
 
@@ -32,6 +32,7 @@ __all__ = [
     "CoordinateMedian",
     "Krum",
     "Mean",
+    "Needs",
     "NormBound",
     "ProductExact",
     "SparsityWeighted",
