@@ -12,8 +12,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import CPU, Figure, Settings, docstrings, figure, opened
-from fedlora.clients import Clients, Iid, Population, build_population, draw_cohort
+from fedlora.clients import Clients, Population, build_population, draw_cohort
 from fedlora.local import AdamW, Local
+from fedlora.partitions import Iid
 from fedlora.recipe import Recipe
 from fedlora.round import run_round
 from fedlora.state import generator, named_seed

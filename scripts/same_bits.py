@@ -115,10 +115,11 @@ def federation(phases: Any, variant: str, mode: str = "federated") -> tuple[Any,
     import numpy as np
     import torch
 
-    from fedlora.clients import Classes, Clients
+    from fedlora.clients import Clients
     from fedlora.config import Evaluate, Experiment
     from fedlora.recipe import Phase
     from fedlora.setting import Setting, in_mode
+    from fedlora.skew import Classes
     from fedlora.testing import equal_population, toy_task
     from fedlora.tiers import Tier, assign_tiers
     from fedlora.transport import TopK

@@ -14,17 +14,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora.clients import (
-    PARTITIONS,
-    AnyPartition,
     Clients,
-    Dirichlet,
-    Iid,
-    Natural,
-    Partition,
-    Pooled,
     Population,
-    Quantity,
-    Shards,
     build_population,
     draw_cohort,
     hold_out,
@@ -32,6 +23,17 @@ from fedlora.clients import (
 )
 from fedlora.errors import ConfigError, DataError
 from fedlora.evaluation import over_clients
+from fedlora.partitions import (
+    PARTITIONS,
+    AnyPartition,
+    Dirichlet,
+    Iid,
+    Natural,
+    Partition,
+    Pooled,
+    Quantity,
+    Shards,
+)
 
 NEWS = Path(__file__).parents[2] / "shared" / "data" / "20news.train.jsonl.gz"
 LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2])

@@ -12,14 +12,16 @@ import pytest
 
 from fedlora import config
 from fedlora.aggregate import AGGREGATORS
-from fedlora.clients import PARTITIONS, SKEWS, Clients, Pooled
+from fedlora.clients import Clients
 from fedlora.config import Experiment
 from fedlora.errors import ConfigError
 from fedlora.local import CLIENT_OPTIMIZERS, Local
 from fedlora.methods import METHODS, flasc
+from fedlora.partitions import PARTITIONS, Pooled
 from fedlora.privacy import PRIVACY
 from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import SERVER_OPTIMIZERS
+from fedlora.skew import SKEWS
 from fedlora.tasks import SOURCES, TASKS, Model
 from fedlora.template import template
 from fedlora.transport import PRECISIONS, SPARSIFIERS, Link

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from fedlora import config
 from fedlora.cli import app
-from fedlora.clients import Natural
+from fedlora.partitions import Natural
 from fedlora.testing import tiny_model
 
 FOLDER = Path(__file__).parents[1] / "examples"

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from fedlora.aggregate import CoordinateMedian, Krum, Mean, ProductExact, SparsityWeighted, Stack, SvdRedistribute
 from fedlora.cli import app
+from fedlora.clients import Clients
+from fedlora.config import Experiment
 from fedlora.errors import ConfigError
 from fedlora.example_privacy import ExampleNoise
 from fedlora.local import AdamW as ClientAdamW
@@ -20,8 +22,8 @@ from fedlora.local import Local
 from fedlora.privacy import CentralGaussian
 from fedlora.prune import Prune
 from fedlora.rates import LrScale
-from fedlora.recipe import Recipe
-from fedlora.refusals import RECIPE_REFUSALS, REFUSALS, TIER_REFUSALS
+from fedlora.recipe import Phase, Recipe
+from fedlora.refusals import EXPERIMENT_REFUSALS, RECIPE_REFUSALS, REFUSALS, TIER_REFUSALS
 from fedlora.server_optim import Adam, AdamW, Sgd
 from fedlora.shrink import Shrink
 from fedlora.tiers import Tier
@@ -88,6 +90,26 @@ TIERS: dict[str, tuple[Tier, Recipe]] = {
 }
 
 
+NOISY, COVERED = Phase(recipe=Recipe(privacy=NOISE)), Phase(recipe=Recipe(local=EXAMPLES))
+EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "noise_in_some_phases": {"phases": (NOISY, Phase())},
+    "noise_alone": {"phases": (NOISY,), "mode": "centralised"},
+    "example_noise_in_some_phases": {"phases": (COVERED, Phase())},
+    "too_many_for_poisson": {
+        "phases": (Phase(recipe=Recipe(aggregator=Krum())),),
+        "clients": Clients(sampling="poisson"),
+    },
+    "too_few_per_round": {
+        "phases": (Phase(recipe=Recipe(aggregator=Krum())),),
+        "clients": Clients(per_round=2),
+    },
+    "tier_rank_without_ranks": {
+        "phases": (Phase(recipe=Recipe(tuning=Full())),),
+        "clients": Clients(tiers=(Tier(name="a", rank=2, share=1.0),)),
+    },
+}
+
+
 def applies(message: str) -> list[str]:
     """The refusals whose sentence this is, whatever their braces stand for."""
     texts = {name: re.sub(r"\\\{\w+\\\}", r"[\\w.']+", re.escape(text)) for name, text in REFUSALS.items()}
@@ -109,9 +131,17 @@ def test_a_tier_is_refused_with_this_very_sentence(name: str) -> None:
     assert applies(str(caught.value)) == [name]
 
 
+@pytest.mark.parametrize("name", EXPERIMENT_REFUSALS)
+def test_an_experiment_is_refused_with_this_very_sentence(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Experiment(**EXPERIMENTS[name])
+    assert applies(str(caught.value)) == [name]
+
+
 def test_no_case_is_left_over() -> None:
     assert list(RECIPES) == list(RECIPE_REFUSALS)
     assert list(TIERS) == list(TIER_REFUSALS)
+    assert list(EXPERIMENTS) == list(EXPERIMENT_REFUSALS)
 
 
 def test_a_lower_rank_that_would_be_refused_is_refused_before_training() -> None:

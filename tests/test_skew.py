@@ -9,8 +9,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora.clients import Clients, Dirichlet, build_population, summarise
+from fedlora.clients import Clients, build_population, summarise
 from fedlora.errors import DataError
+from fedlora.partitions import Dirichlet
 from fedlora.skew import SKEWS, AnySkew, Clusters, Column, Label, Skew
 
 CPU = torch.device("cpu")

@@ -84,7 +84,6 @@ def test_tiers_by_name() -> None:
         ((), "size", "there are none"),
         ((Tier(name="a", clients=("c", "d")), Tier(name="b", clients=("d",))), None, "'d' is named twice"),
         ((Tier(name="a", values=("c",)), Tier(name="b", values=("c",))), "size", "'c' is named twice"),
-        ((Tier(name="a", share=1.0, rank_by="norm"),), None, "read for its rank"),
     ],
 )
 def test_tiers_of_unclear_membership_are_refused(tiers: tuple[Tier, ...], column: str | None, message: str) -> None:
@@ -92,6 +91,13 @@ def test_tiers_of_unclear_membership_are_refused(tiers: tuple[Tier, ...], column
         check_tiers(tiers, column)
     with pytest.raises(ConfigError, match=message):
         Clients(tiers=tiers, tier_column=column)
+
+
+def test_a_tier_that_would_be_misread_is_refused() -> None:
+    with pytest.raises(ConfigError, match="read for its rank"):
+        Tier(name="a", share=1.0, rank_by="norm")
+    with pytest.raises(ConfigError, match="'dense' would be taken for others"):
+        Tier(name="dense", share=1.0)
 
 
 THIN = Link(sparsify=TopK(density=0.25), reference="init")

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora.clients import Clients, Clusters, Column, Dirichlet, Iid, Natural, Pooled, Quantity, Shards
+    from fedlora.clients import Clients
     from fedlora.config import Evaluate, Experiment, load
     from fedlora.errors import FedloraError
     from fedlora.experiment import run
@@ -33,9 +33,11 @@ if TYPE_CHECKING:
         slora,
         sparse_adapter,
     )
+    from fedlora.partitions import Dirichlet, Iid, Natural, Pooled, Quantity, Shards
     from fedlora.rates import LrScale, Schedule
     from fedlora.recipe import Phase, Recipe
     from fedlora.result import Result
+    from fedlora.skew import Clusters, Column
     from fedlora.tasks import (
         CausalLM,
         Docstrings,
@@ -58,9 +60,9 @@ _HOME = {
     "Bottleneck": "tuning",
     "CausalLM": "tasks",
     "Clients": "clients",
-    "Clusters": "clients",
-    "Column": "clients",
-    "Dirichlet": "clients",
+    "Clusters": "skew",
+    "Column": "skew",
+    "Dirichlet": "partitions",
     "Docstrings": "tasks",
     "Evaluate": "config",
     "Experiment": "config",
@@ -69,7 +71,7 @@ _HOME = {
     "Full": "tuning",
     "HeadOnly": "tuning",
     "Hub": "tasks",
-    "Iid": "clients",
+    "Iid": "partitions",
     "ImageClassification": "tasks",
     "ImageFolder": "tasks",
     "Instruction": "tasks",
@@ -78,18 +80,18 @@ _HOME = {
     "Local": "local",
     "LrScale": "rates",
     "Model": "tasks",
-    "Natural": "clients",
+    "Natural": "partitions",
     "Peft": "tuning",
     "Phase": "recipe",
-    "Pooled": "clients",
-    "Quantity": "clients",
+    "Pooled": "partitions",
+    "Quantity": "partitions",
     "QuestionAnswering": "tasks",
     "Quota": "transport",
     "RandomK": "transport",
     "Recipe": "recipe",
     "Result": "result",
     "Schedule": "rates",
-    "Shards": "clients",
+    "Shards": "partitions",
     "Sites": "tasks",
     "SparseMask": "tuning",
     "Stage": "transport",

@@ -14,52 +14,9 @@ from pydantic.dataclasses import dataclass
 from fedlora.component import STRICT
 from fedlora.errors import ConfigError, DataError
 from fedlora.network import Network, parse_network
-from fedlora.partitions import (
-    PARTITIONS,
-    AnyPartition,
-    Deal,
-    Dirichlet,
-    Iid,
-    Natural,
-    Partition,
-    Pooled,
-    Quantity,
-    Rows,
-    Shards,
-)
-from fedlora.skew import SKEWS, AnySkew, Classes, Clusters, Column, Label, Skew
+from fedlora.partitions import AnyPartition, Deal, Dirichlet, Natural, Pooled, Rows
+from fedlora.skew import AnySkew, Label
 from fedlora.tiers import Tier, check_tiers
-
-__all__ = [
-    "PARTITIONS",
-    "SKEWS",
-    "AnyPartition",
-    "AnySkew",
-    "Classes",
-    "Clients",
-    "Clusters",
-    "Column",
-    "Deal",
-    "Dirichlet",
-    "Division",
-    "Iid",
-    "Label",
-    "Natural",
-    "Partition",
-    "Pooled",
-    "Population",
-    "Quantity",
-    "Rows",
-    "Shards",
-    "Skew",
-    "Summary",
-    "assemble",
-    "build_population",
-    "check_per_round",
-    "draw_cohort",
-    "hold_out",
-    "summarise",
-]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -196,17 +153,21 @@ def build_population(
     deal = clients.partition.split(labels, names, clients.num, rng)
     if not clients.test_clients:
         return Division(assemble(deal, len(labels), clients.allow_empty), None)
-    num = len(deal.groups)
-    if num < 2:
+    if (num := len(deal.groups)) < 2:
         raise DataError(
             f"there are {num} natural clients, but holding some out for testing needs 2 or more: set test_clients = 0"
         )
-    num_test = min(max(round(clients.test_clients * num), 1), num - 1)
-    held_out = set(rng.permutation(num)[:num_test].tolist())
-    test_rows = np.sort(np.concatenate([deal.groups[index] for index in sorted(held_out)]))
-    kept = [index for index in range(num) if index not in held_out]
-    train = Deal([deal.groups[index] for index in kept], [deal.names[index] for index in kept])
+    train, test_rows = hold_out_clients(deal, clients.test_clients, rng)
     return Division(assemble(train, len(labels) - len(test_rows), clients.allow_empty), test_rows)
+
+
+def hold_out_clients(deal: Deal, share: float, rng: np.random.Generator) -> tuple[Deal, Rows]:
+    """A deal without a share of its clients, one at least and not all, and their rows ((rows,) int64, ascending)."""
+    num = len(deal.groups)
+    held = set(rng.permutation(num)[: min(max(round(share * num), 1), num - 1)].tolist())
+    rows = np.sort(np.concatenate([deal.groups[client] for client in sorted(held)]))
+    kept = [client for client in range(num) if client not in held]
+    return Deal([deal.groups[client] for client in kept], [deal.names[client] for client in kept]), rows
 
 
 def hold_out(population: Population, share: float, seed: int) -> tuple[Population, dict[int, Rows]]:

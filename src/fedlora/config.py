@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,8 @@ from fedlora.errors import ConfigError
 from fedlora.explain import explain
 from fedlora.method_table import build_method
 from fedlora.methods import METHODS
-from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
+from fedlora.refusals import check_experiment
 from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
 from fedlora.upgrade import upgraded
 
@@ -98,35 +99,9 @@ class Experiment:
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
 
     def __post_init__(self) -> None:
-        noisy = [isinstance(phase.recipe.privacy, CentralGaussian) for phase in self.phases]
-        if any(noisy) and not all(noisy):
-            raise ConfigError("some phases have noise and some have none, which tells all; give every phase privacy")
-        if any(noisy) and self.mode != "federated":
-            raise ConfigError(
-                "privacy is that of clients in a federation; leave it out in mode 'centralised' or 'local'"
-            )
-        noises = [phase.recipe.local.example_privacy for phase in self.phases]
-        if len({each is not None and each.noise_multiplier > 0 for each in noises}) > 1:
-            raise ConfigError(
-                "some phases have noise for examples and some have none, which tells all; set example_privacy in every "
-                "phase (slora and primed_lora: in warm_local too)"
-            )
-        least = max(phase.recipe.aggregator.least for phase in self.phases)
-        if self.mode == "federated" and least > 1 and self.clients.sampling == "poisson":
-            raise ConfigError(
-                f"the aggregator needs {least} clients in every round, and a Poisson sample may have any number; set "
-                "clients.sampling to 'fixed'"
-            )
-        if self.mode == "federated" and self.clients.per_round < least:
-            raise ConfigError(
-                f"the aggregator needs {least} clients in a round: set clients.per_round to {least} or more, not "
-                f"{self.clients.per_round}"
-            )
-        for tier in self.clients.tiers:
-            for phase in self.phases:
-                tier.applied(phase.recipe)
-            if tier.rank is not None and not any(phase.recipe.tuning.adapter_rank for phase in self.phases):
-                raise ConfigError(f"tier {tier.name!r} has a rank, and no phase trains LoRA; leave it out")
+        check_experiment(self)
+        for tier, phase in itertools.product(self.clients.tiers, self.phases):
+            tier.applied(phase.recipe)
 
     @property
     def rounds(self) -> int:
@@ -157,19 +132,26 @@ def document_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: there is no such file, it is no TOML, or an override is none.
     """
     file = path / "config.toml" if path.is_dir() else path
-    try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    if not file.exists():
+        raise ConfigError(f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from")
+    document = read_toml(file)
     for assignment in overrides:
         override(document, assignment)
     return document
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: there is no such file, or it is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a TOML file there is") from error
 
 
 def parse(document: Mapping[str, Any]) -> Experiment:

@@ -15,16 +15,17 @@ import torch
 
 from fedlora import tree
 from fedlora.aggregate import AGGREGATORS, Needs
-from fedlora.clients import PARTITIONS, SKEWS
 from fedlora.config import Experiment
 from fedlora.engines import ENGINES
 from fedlora.errors import ConfigError
 from fedlora.local import CLIENT_OPTIMIZERS
 from fedlora.methods import METHODS
+from fedlora.partitions import PARTITIONS
 from fedlora.phases import close_phase, open_phase
 from fedlora.privacy import PRIVACY
 from fedlora.server_optim import SERVER_OPTIMIZERS
 from fedlora.setting import VERSIONED, pick_device
+from fedlora.skew import SKEWS
 from fedlora.state import ServerState
 from fedlora.tasks import SOURCES, TASKS, Prepared
 from fedlora.tasks.encoded import cache_folder

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from fedlora.errors import ConfigError
+from fedlora.modes import MODES
 
 if TYPE_CHECKING:
+    from fedlora.config import Experiment
     from fedlora.recipe import Recipe
     from fedlora.tiers import Tier
 
@@ -251,8 +253,39 @@ TIER_REFUSALS: dict[str, Refusal[TierOf]] = {
 }
 """Refusals of tiers beside a recipe by name, in the order in which they are asked."""
 
+EXPERIMENT_REFUSALS: dict[str, Refusal[Experiment]] = {
+    "noise_in_some_phases": Refusal(
+        lambda e: len({phase.recipe.privacy.is_none for phase in e.phases}) > 1,
+        "some phases have noise and some have none, which tells all; give every phase privacy",
+    ),
+    "noise_alone": Refusal(
+        lambda e: not MODES[e.mode].sends and not all(phase.recipe.privacy.is_none for phase in e.phases),
+        "privacy is that of clients in a federation; leave it out in mode 'centralised' or 'local'",
+    ),
+    "example_noise_in_some_phases": Refusal(
+        lambda e: len({_covers_examples(phase.recipe) for phase in e.phases}) > 1,
+        "some phases have noise for examples and some have none, which tells all; set example_privacy in every phase "
+        "(slora and primed_lora: in warm_local too)",
+    ),
+    "too_many_for_poisson": Refusal(
+        lambda e: MODES[e.mode].sends and _least(e) > 1 and e.clients.sampling == "poisson",
+        "the aggregator needs {least} clients in every round, and a Poisson sample may have any number; set "
+        "clients.sampling to 'fixed'",
+    ),
+    "too_few_per_round": Refusal(
+        lambda e: MODES[e.mode].sends and e.clients.per_round < _least(e),
+        "the aggregator needs {least} clients in a round; set clients.per_round to {least} or more, not {per_round}",
+    ),
+    "tier_rank_without_ranks": Refusal(
+        lambda e: bool(_tier_with_rank(e)) and not any(phase.recipe.tuning.adapter_rank for phase in e.phases),
+        "tier {tier} has a rank, and no phase trains LoRA; leave it out",
+    ),
+}
+"""Refusals of experiments by name, in the order in which they are asked."""
+
 REFUSALS = {name: each.text for name, each in RECIPE_REFUSALS.items()}
 REFUSALS |= {name: each.text for name, each in TIER_REFUSALS.items()}
+REFUSALS |= {name: each.text for name, each in EXPERIMENT_REFUSALS.items()}
 """Every sentence by name."""
 
 
@@ -274,6 +307,16 @@ def check_tier(tier: Tier, recipe: Recipe) -> None:
     """
     words = {"tier": repr(tier.name), "rank": tier.rank, "whole": recipe.tuning.adapter_rank}
     _check(TIER_REFUSALS, TierOf(tier, recipe), words | {"reference": repr(recipe.down.reference)})
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Refuses phases, clients and a mode that cannot go together.
+
+    Raises:
+        ConfigError: with the sentence of the first refusal that applies.
+    """
+    words = {"least": _least(experiment), "per_round": experiment.clients.per_round}
+    _check(EXPERIMENT_REFUSALS, experiment, words | {"tier": repr(_tier_with_rank(experiment))})
 
 
 def _check(table: Mapping[str, Refusal[Subject]], subject: Subject, words: Mapping[str, object]) -> None:
@@ -303,6 +346,19 @@ def _hides_ranks(recipe: Recipe) -> bool:
     plain = (not down.thins or down.slices_ranks) and not down.stages and down.reference == "zero"
     remembers = down.feedback or recipe.up.feedback or recipe.memory == "last_round"
     return not plain or remembers or recipe.prune is not None
+
+
+def _covers_examples(recipe: Recipe) -> bool:
+    privacy = recipe.local.example_privacy
+    return privacy is not None and privacy.noise_multiplier > 0
+
+
+def _least(experiment: Experiment) -> int:
+    return max(phase.recipe.aggregator.least for phase in experiment.phases)
+
+
+def _tier_with_rank(experiment: Experiment) -> str:
+    return next((tier.name for tier in experiment.clients.tiers if tier.rank is not None), "")
 
 
 def _is_downlink_of_its_own(tiered: TierOf) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,13 +67,7 @@ class Bounds(NamedTuple):
     max_rank: int
 
 
-def search(
-    experiment: Experiment,
-    folder: Path,
-    bounds: Bounds,
-    *,
-    callbacks: Sequence[Callback] = (),
-) -> list[Trial]:
+def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: Sequence[Callback] = ()) -> list[Trial]:
     """Climbs from a small adapter, sparsely sent, to what a budget of bytes allows (FLASC-Search, arXiv 2406.05233).
 
     Of ``(rank, density)`` the next two are ``(factor rank, density)`` and ``(rank, a density of as many bytes)``; where
@@ -101,49 +96,56 @@ def search(
         raise ConfigError(f"it would begin at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise that")
     configured(experiment, bounds.rank, bounds.density)  # refuses before data are read
     setting = prepare(experiment)
-    sign = 1 if setting.task.higher_is_better else -1
-
+    tried = functools.partial(_try, experiment, setting, folder, callbacks)
     sizes = _Sizes(experiment, setting, bounds)
     # what is foretold is not exact
-    if (least := sizes.of(bounds.rank, bounds.density)) > 1.5 * bounds.client_bytes:
-        raise ConfigError(
-            f"rank {bounds.rank} at density {bounds.density:g} sends about {least:,} bytes to a client and back, above "
-            f"the budget of {bounds.client_bytes:,.0f}; begin smaller, or raise it"
-        )
-
-    def tried(step: int, rank: int, density: float) -> Trial:
-        chosen = configured(experiment, rank, density)
-        try:
-            result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, callbacks=callbacks)
-        except TrainingError as error:  # one that diverges has lost
-            return Trial(step, rank, density, 0.0, None, False, str(error))
-        sent = sum(result.down_bytes.values()) + sum(result.up_bytes.values())
-        turns = result.rounds * experiment.clients.per_round
-        return Trial(step, rank, density, sent / turns, result.after[result.main_metric], True)
-
+    _check(bounds, sizes.of(bounds.rank, bounds.density), "about ", 1.5)
     best = tried(0, bounds.rank, bounds.density)
     if best.metric is None:
         raise ConfigError(f"the first trial (rank {best.rank}, density {best.density:g}) did not train: {best.failure}")
-    if best.client_bytes > bounds.client_bytes:
-        raise ConfigError(
-            f"rank {best.rank} at density {best.density:g} sends {best.client_bytes:,.0f} bytes to a client and back, "
-            f"above the budget of {bounds.client_bytes:,.0f}; begin smaller, or raise it"
-        )
+    _check(bounds, best.client_bytes)
+
+    def merit(trial: Trial) -> float:
+        return (trial.metric or 0.0) * (1 if setting.task.higher_is_better else -1)
+
     trials = [best]
     while True:
         spare = bounds.client_bytes - best.client_bytes + sizes.of(best.rank, best.density)
         found = [tried(best.step + 1, *one) for one in sizes.after(best.rank, best.density) if sizes.of(*one) <= spare]
         # a trial may send more than was foretold
         fit = [one for one in found if one.metric is not None and one.client_bytes <= bounds.client_bytes]
-        better = max(fit, key=lambda one: sign * (one.metric or 0.0), default=None)  # the first of equals is the denser
+        better = max(fit, key=merit, default=None)  # the first of equals is the denser
         trials += [one if one is better else dataclasses.replace(one, kept=False) for one in found]
         _write(folder, setting.task.main_metric, bounds, trials)
         if better is None:
             break
         best = better
-    best = max((one for one in trials if one.kept), key=lambda one: sign * (one.metric or 0.0))
+    best = max((one for one in trials if one.kept), key=merit)
     RunFolder(folder).write("best.toml", config.to_toml(configured(experiment, best.rank, best.density)))
     return trials
+
+
+def _check(bounds: Bounds, sent: float, about: str = "", slack: float = 1.0) -> None:
+    """Refuses a first configuration that sends more than the budget."""
+    if sent > slack * bounds.client_bytes:
+        raise ConfigError(
+            f"rank {bounds.rank} at density {bounds.density:g} sends {about}{sent:,.0f} bytes to a client and back, "
+            f"above the budget of {bounds.client_bytes:,.0f}; begin smaller, or raise it"
+        )
+
+
+def _try(
+    experiment: Experiment, setting: Setting, folder: Path, callbacks: Sequence[Callback],
+    step: int, rank: int, density: float,
+) -> Trial:  # fmt: skip
+    chosen = configured(experiment, rank, density)
+    try:
+        result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, callbacks=callbacks)
+    except TrainingError as error:  # one that diverges has lost
+        return Trial(step, rank, density, 0.0, None, False, str(error))
+    sent = sum(result.down_bytes.values()) + sum(result.up_bytes.values())
+    turns = result.rounds * experiment.clients.per_round
+    return Trial(step, rank, density, sent / turns, result.after[result.main_metric], True)
 
 
 def _write(folder: Path, metric: str, bounds: Bounds, trials: Sequence[Trial]) -> None:

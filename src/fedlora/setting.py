@@ -16,17 +16,15 @@ from fedlora import config
 from fedlora.account import Budget
 from fedlora.aggregate import Mean
 from fedlora.clients import (
-    Classes,
     Clients,
-    Deal,
     Division,
-    Pooled,
     Population,
     Summary,
     assemble,
     build_population,
     check_per_round,
     hold_out,
+    hold_out_clients,
     summarise,
 )
 from fedlora.config import Experiment
@@ -34,12 +32,14 @@ from fedlora.errors import ConfigError, DataError
 from fedlora.foreign import Partitioner, from_partitioner
 from fedlora.local import Local
 from fedlora.modes import MODES
+from fedlora.partitions import Deal, Pooled, Rows
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.server_optim import Sgd
+from fedlora.skew import Classes
 from fedlora.state import named_seed
 from fedlora.tasks import Prepared, Sites, Validation
-from fedlora.tasks.base import Rows, Split
+from fedlora.tasks.base import Split
 from fedlora.tiers import Tier, assign_tiers
 from fedlora.transport import Link
 
@@ -107,15 +107,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
     device = pick_device(experiment.device)
     classes = clients.skew.classes(task, named_seed(experiment.seed, "skew"), device)
     mode = MODES[experiment.mode]
-    data = experiment.data
-    further = data if isinstance(data, Validation) and data.hold_out == "clients" else None
-    if mode.pools and not (clients.holdout or clients.test_clients or further):
-        clients, partitioner = Clients(partition=Pooled(), num=1, per_round=1), None
-    division = _divide(clients, task, classes, named_seed(experiment.seed, "partition"), partitioner)
-    away = [] if division.test_rows is None else [division.test_rows]
-    if further:
-        division = _hold_out_clients(division, further.share, named_seed(further.seed, "validation"))
-        away += [rows for rows in [division.test_rows] if rows is not None]
+    division, away = _deal(experiment, task, classes, partitioner)
     if mode.sends:
         check_per_round(clients.per_round, len(division.population))
     population, holdout = hold_out(division.population, clients.holdout, named_seed(experiment.seed, "holdout"))
@@ -169,6 +161,28 @@ def prepare_sites(
     return Setting(task, population, test_rows, "test", pick_device(experiment.device), classes, {}, tiers)
 
 
+def _deal(
+    experiment: Experiment, task: Prepared, classes: Classes, partitioner: Partitioner | None
+) -> tuple[Division, list[Rows]]:
+    """The clients and the rows to test on, and all rows of those who do not train."""
+    clients, data = experiment.clients, experiment.data
+    further = data if isinstance(data, Validation) and data.hold_out == "clients" else None
+    if MODES[experiment.mode].pools and not (clients.holdout or clients.test_clients or further):
+        clients, partitioner = Clients(partition=Pooled(), num=1, per_round=1), None
+    division = _divide(clients, task, classes, named_seed(experiment.seed, "partition"), partitioner)
+    away = [] if division.test_rows is None else [division.test_rows]
+    if further:
+        population = division.population
+        if len(population) < 2:
+            raise DataError("there is one client, but holding clients out to choose settings by needs 2 or more")
+        deal = Deal([population.rows_of(client) for client in range(len(population))], list(population.names))
+        rng = np.random.default_rng(named_seed(further.seed, "validation"))
+        kept, test_rows = hold_out_clients(deal, further.share, rng)
+        division = Division(assemble(kept, sum(map(len, kept.groups)), allow_empty=False), test_rows)
+        away.append(test_rows)
+    return division, away
+
+
 def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, partitioner: Partitioner | None) -> Division:
     if partitioner is not None:
         return Division(from_partitioner(partitioner, task.table(), clients.allow_empty), None)
@@ -187,23 +201,6 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
                 "trained on; set clients.test_clients = 0.2 to hold out whole clients instead"
             )
     return division
-
-
-def _hold_out_clients(division: Division, share: float, seed: int) -> Division:
-    """The division with a share of its training clients, one at least and not all, as the clients to test on.
-
-    Raises:
-        DataError: there is one client only.
-    """
-    population = division.population
-    num = len(population)
-    if num < 2:
-        raise DataError("there is one client, but holding clients out to choose settings by needs 2 or more")
-    held = set(np.random.default_rng(seed).permutation(num)[: min(max(round(share * num), 1), num - 1)].tolist())
-    kept = [client for client in range(num) if client not in held]
-    deal = Deal([population.rows_of(client) for client in kept], [population.names[client] for client in kept])
-    test_rows = np.sort(np.concatenate([population.rows_of(client) for client in sorted(held)]))
-    return Division(assemble(deal, sum(map(len, deal.groups)), allow_empty=False), test_rows)
 
 
 def _pool(total: int, kept_away: list[Rows], held_out: int) -> Population:

@@ -45,6 +45,9 @@ class Tier:
         compute: another number format of the forward pass.
         timeout_seconds: another limit of a turn.
         network: another network than ``clients.network``.
+
+    Raises:
+        ConfigError: metrics with this name would be taken for others, or ``rank_by`` has no effect.
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")]
@@ -61,6 +64,12 @@ class Tier:
     compute: Literal["fp32", "bf16"] | None = None
     timeout_seconds: Annotated[float, Field(gt=0)] | None = None
     network: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name in _VIEWS:
+            raise ConfigError(f"the metrics of a tier {self.name!r} would be taken for others; give it another name")
+        if self.rank is None and self.rank_by != "order":
+            raise ConfigError(f"tier {self.name!r} has rank_by, which is read for its rank; set rank, or leave it out")
 
     @property
     def chosen_by(self) -> str:
@@ -89,25 +98,22 @@ def check_tiers(tiers: Sequence[Tier], column: str | None) -> None:
     Raises:
         ConfigError: the tiers do not say in one way who belongs to them.
     """
-    ways = {tier.chosen_by for tier in tiers}
     if not tiers:
         if column is not None:
             raise ConfigError("clients.tier_column is read for clients.tiers, and there are none")
         return
-    if len(ways) != 1 or ways == {""}:
+    way = tiers[0].chosen_by
+    if not way or {tier.chosen_by for tier in tiers} != {way}:
         raise ConfigError("each of clients.tiers needs one of share, values and clients, all of them the same one")
-    if taken := {tier.name for tier in tiers} & _VIEWS:
-        raise ConfigError(f"the metrics of a tier {taken.pop()!r} would be taken for others; give it another name")
     if len({tier.name for tier in tiers}) != len(tiers):
         raise ConfigError("two of clients.tiers have the same name")
-    if ways == {"share"} and abs(sum(tier.share or 0 for tier in tiers) - 1) > 1e-6:
-        raise ConfigError(f"the shares of clients.tiers add up to {sum(tier.share or 0 for tier in tiers):g}, not to 1")
+    total = sum(tier.share or 0 for tier in tiers)
+    if way == "share" and abs(total - 1) > 1e-6:
+        raise ConfigError(f"the shares of clients.tiers add up to {total:g}, not to 1")
     members = [member for tier in tiers for member in (*tier.values, *tier.clients)]
     if twice := sorted({member for member in members if members.count(member) > 1}):
         raise ConfigError(f"{twice[0]!r} is named twice in clients.tiers; each client belongs to one tier")
-    if ignored := [tier.name for tier in tiers if tier.rank is None and tier.rank_by != "order"]:
-        raise ConfigError(f"tier {ignored[0]!r} has rank_by, which is read for its rank; set rank, or leave it out")
-    if (ways == {"values"}) != (column is not None):
+    if (way == "values") != (column is not None):
         raise ConfigError("tiers by values read a column: set clients.tier_column, and only then")
 
 

@@ -56,7 +56,6 @@ class _Errand:
     tries: int = 0
     lost_since: float | None = None
     why: str = "its site is not there"
-    done: bool = False
 
 
 class Remote(Engine):
@@ -274,14 +273,13 @@ class Remote(Engine):
                 errand.why, errand.lost_since = arrived.why, time.monotonic()
                 self._message(f"{errand.site} has not answered ({arrived.why}); it is asked again when it is there")
             else:
-                errand.done = True
                 done.append((number, arrived))
-        lost = [(number, each) for number, each in enumerate(errands) if each.lost_since and not each.done]
+        lost = [(number, each) for number, each in enumerate(errands) if each.lost_since]
         online = self.courier.sites() if lost else {}
         for number, errand in lost:
             self._post(errand, online, deadline)
             if errand.lost_since and time.monotonic() - errand.lost_since > self.rules.rejoin_timeout:
-                errand.done = True
+                errand.lost_since = None
                 done.append((number, Arrived("", None, errand.why)))
         if not done:
             time.sleep(POLL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -11,7 +10,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
+from fedlora.config import read_toml
 from fedlora.errors import ConfigError
+from fedlora.example_privacy import ExampleNoise
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.tasks import Model
@@ -51,15 +52,19 @@ class Limits:
         steps = recipe.local.num_steps(examples)
         if self.max_steps is not None and steps > self.max_steps:
             return f"{steps} steps are asked for, and {self.max_steps} at most are taken here"
-        noise = recipe.privacy if isinstance(recipe.privacy, CentralGaussian) else None
-        central = (noise.noise_multiplier or 0.0) if noise else 0.0
-        pending = opening and noise is not None and noise.target_epsilon is not None
-        if self.min_noise is not None and central < self.min_noise and not pending:
-            return f"the mean of clients gets noise {central:g}, and {self.min_noise:g} is asked for here"
-        own = recipe.local.example_privacy.noise_multiplier if recipe.local.example_privacy else 0.0
-        if self.min_example_noise is not None and own < self.min_example_noise:
-            return f"examples get noise {own:g}, and {self.min_example_noise:g} is asked for here"
-        if self.min_example_noise is not None and getattr(recipe.local.example_privacy, "seed", None) is not None:
+        noise = recipe.privacy.noise_multiplier if isinstance(recipe.privacy, CentralGaussian) else 0.0
+        pending = opening and noise is None
+        if self.min_noise is not None and not pending and (noise or 0.0) < self.min_noise:
+            return f"the mean of clients gets noise {noise or 0.0:g}, and {self.min_noise:g} is asked for here"
+        return self._example_noise_refusal(recipe.local.example_privacy)
+
+    def _example_noise_refusal(self, privacy: ExampleNoise | None) -> str:
+        noise = privacy.noise_multiplier if privacy else 0.0
+        if self.min_example_noise is None:
+            return ""
+        if noise < self.min_example_noise:
+            return f"examples get noise {noise:g}, and {self.min_example_noise:g} is asked for here"
+        if privacy and privacy.seed is not None:
             return "noise for examples is to be drawn from a seed that the server knows, and could be taken off again"
         return ""
 
@@ -153,20 +158,6 @@ class Rules:
     rejoin_timeout: Annotated[float, Field(ge=0)] = 120.0
     over_sample: Annotated[float, Field(ge=1)] = 1.0
     attempts: Annotated[int, Field(ge=1)] = 3
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises:
-        ConfigError: there is no such file, or it is no TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a TOML file there is") from error
 
 
 def parse_as(kind: type[T], values: dict[str, Any], path: Path) -> T:

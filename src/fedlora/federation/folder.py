@@ -11,7 +11,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
-from fedlora.engines.rules import Name, Rules, parse_as, read_toml
+from fedlora.config import read_toml
+from fedlora.engines.rules import Name, Rules, parse_as
 from fedlora.errors import ConfigError
 from fedlora.federation.processes import write_secret
 from fedlora.federation.texts import PROXY, README, SITE, SITE_README

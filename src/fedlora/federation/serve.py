@@ -99,27 +99,13 @@ def superlink(federation: Path, port: int, callbacks: Sequence[Callback], insecu
     from fedlora.engines.flower.runtime import Link
 
     ca = None if insecure else federation / "ca.crt"
-    for file in (ca, federation / "server.pem", federation / "server.key") if ca else ():
-        if not file.exists():
-            raise ConfigError(
-                f"{file} is not there; `fedlora federation init` writes it, and nothing runs in plain text"
-            )
-    home = federation / "superlink"
+    command, home = _command(federation, port, insecure), federation / "superlink"
     home.mkdir(exist_ok=True, mode=0o700)
     secret = home / "secret"
     if not secret.exists():
         write_secret(secret, secrets.token_bytes(32))
     address = f"127.0.0.1:{port}"
-    child = Child(
-        [
-            sys.executable, "-m", "fedlora.engines.flower.superlink",
-            "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
-            *(_tls(federation) if ca else ["--insecure"]),
-            "--disable-runtime-dependency-installation", "--database", str(home / "state.db"),
-            "--superexec-auth-secret-file", str(secret),
-        ],
-        home,
-    )  # fmt: skip
+    child = Child([*command, "--superexec-auth-secret-file", str(secret)], home)
     report = CallbackList(callbacks)
     ended = threading.Event()
     up = threading.Event()
@@ -157,10 +143,19 @@ def superlink(federation: Path, port: int, callbacks: Sequence[Callback], insecu
         thread.join(30)
 
 
-def _tls(federation: Path) -> list[str]:
-    """Arguments for TLS, and for sites that prove who they are."""
-    files = {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}
-    return [
-        "--enable-supernode-auth",
-        *(part for name, file in files.items() for part in (f"--ssl-{name}", str(federation / file))),
-    ]
+def _command(federation: Path, port: int, insecure: bool) -> list[str]:
+    """What starts a SuperLink; with TLS, sites must prove who they are."""
+    command = [
+        sys.executable, "-m", "fedlora.engines.flower.superlink",
+        "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
+        "--disable-runtime-dependency-installation", "--database", str(federation / "superlink" / "state.db"),
+    ]  # fmt: skip
+    if insecure:
+        return [*command, "--insecure"]
+    for name, file in {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}.items():
+        if not (federation / file).exists():
+            raise ConfigError(
+                f"{federation / file} is not there; `fedlora federation init` writes it, and nothing runs in plain text"
+            )
+        command += [f"--ssl-{name}", str(federation / file)]
+    return [*command, "--enable-supernode-auth"]

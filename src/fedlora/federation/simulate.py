@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,16 +104,15 @@ def with_ray(
 
     gpus = torch.cuda.device_count()
     workers = workers or gpus or os.cpu_count() or 1
-    results: list[T] = []
-    failures: list[BaseException] = []
+    outcome: Future[T] = Future()
     app, crashed = ServerApp(), threading.Event()
 
     @app.main()
     def serve(grid: Any, context: Any) -> None:
         try:
-            results.append(main(GridCourier(grid, lambda: nodes_of(grid), check)))
+            outcome.set_result(main(GridCourier(grid, lambda: nodes_of(grid), check)))
         except BaseException as error:  # Flower would tell it in another way
-            failures.append(error)
+            outcome.set_exception(error)
 
     def check() -> None:
         if crashed.is_set():
@@ -128,13 +128,11 @@ def with_ray(
         with _quiet_logs():
             run_simulation(server_app=app, client_app=client_app, num_supernodes=workers, backend_config=backend)
     except RuntimeError:
-        if not failures:
+        if not outcome.done() or outcome.exception() is None:
             raise
     finally:
         crashed.set()
-    if failures:
-        raise failures[0]
-    return results[0]
+    return outcome.result(timeout=0)
 
 
 @contextmanager

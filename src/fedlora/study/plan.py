@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -14,8 +13,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedlora.component import STRICT
+from fedlora.config import read_toml
 from fedlora.errors import ConfigError
 from fedlora.explain import explain
+from fedlora.modes import MODES
 from fedlora.study.halving import with_values
 
 _SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning")
@@ -183,7 +184,7 @@ class Study:
         mode, table, extra = self._tables()[label]
         found = {"checkpoint_every": 5, **self.base, "label": label, "seed": seed}
         found["method"] = merged(self.base.get("method", {}), table)
-        if mode != "federated":
+        if not MODES[mode].sends:
             found["mode"] = mode
         return with_values(found, {**setting, **extra})
 
@@ -191,9 +192,9 @@ class Study:
         """The keys that are tuned for a method."""
         if label in self.tune.methods:
             return self.tune.methods[label].vary
-        alone = self._tables()[label][0] != "federated"
         # a server's rate is nothing where there is no server
-        return {key: values for key, values in self.tune.vary.items() if not alone or key.split(".")[0] in _SHARED}
+        sends = MODES[self._tables()[label][0]].sends
+        return {key: values for key, values in self.tune.vary.items() if sends or key.split(".")[0] in _SHARED}
 
     def _tables(self) -> dict[str, tuple[str, Table, Table]]:
         """The mode, the ``[method]`` table, and what is set beside, of each method and line by label."""
@@ -225,13 +226,7 @@ def load_study(path: Path) -> Study:
     Raises:
         ConfigError: there is no such file, or it asks for something that is not there.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"the study {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    return parse_study(document)
+    return parse_study(read_toml(path))
 
 
 def parse_study(document: Mapping[str, Any]) -> Study:

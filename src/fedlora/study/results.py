@@ -10,6 +10,7 @@ from typing import Any
 
 from fedlora.errors import ConfigError
 from fedlora.folder import RunFolder
+from fedlora.ledger import Row
 from fedlora.network import Network, parse_network
 from fedlora.study.gates import Figures
 from fedlora.study.halving import Halving
@@ -67,11 +68,22 @@ def evaluations(
     if held.exists() and not folder.exists():
         yield from RunFolder(held.parent).read_json(held.name)["rows"]
         return
+    found = [{**facts, **one} for one in _evaluated(files.rows(), network, sent)]
+    if outcome is not None and not found:  # clients that train alone have ledgers of their own
+        rounds = files.read_json("result.json")["rounds"]
+        found.append(
+            {**facts, "round": rounds, "down_bytes": 0, "up_bytes": 0, "seconds": outcome.seconds, "metrics": {}}
+        )
+    if outcome is not None:
+        found[-1]["test"] = outcome.metrics
+    yield from found
+
+
+def _evaluated(rows: Sequence[Row], network: Network | None, timed: bool) -> Iterator[dict[str, Any]]:
+    """What was sent and spent until each evaluation, and its metrics."""
     down = up = 0
     passed = seconds = 0.0
-    timed = sent
-    found: list[dict[str, Any]] = []
-    for row in files.rows():
+    for row in rows:
         down += sum(row.down_bytes.values())
         up += sum(row.up_bytes.values())
         seconds += sum(row.seconds.values())
@@ -81,15 +93,7 @@ def evaluations(
         if row.metrics:
             time = {"link_seconds": passed} if timed and (network or row.round) else {}
             sizes = {"down_bytes": down, "up_bytes": up, "seconds": seconds}
-            found.append({**facts, "round": row.round, **sizes, **time, "metrics": row.metrics})
-    if outcome is not None and not found:  # clients that train alone have ledgers of their own
-        rounds = files.read_json("result.json")["rounds"]
-        found.append(
-            {**facts, "round": rounds, "down_bytes": 0, "up_bytes": 0, "seconds": outcome.seconds, "metrics": {}}
-        )
-    if outcome is not None:
-        found[-1]["test"] = outcome.metrics
-    yield from found
+            yield {"round": row.round, **sizes, **time, "metrics": row.metrics}
 
 
 def final_rows(

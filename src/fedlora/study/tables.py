@@ -14,6 +14,7 @@ from fedlora.study.gates import parse_term
 from fedlora.study.pool import shown
 
 Results = Mapping[str, Any]
+Seeds = dict[int, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -61,45 +62,45 @@ def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float
 def summaries(results: Results) -> list[Summary]:
     """Every method at every setting that has a figure, in the study's order."""
     metric, sign = results["metric"], 1 if results["higher_is_better"] else -1
-    runs: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = {}
-    for row in results["rows"]:
-        if row["stage"] == "final":
-            runs.setdefault((row["method"], row["setting"]), {}).setdefault(row["seed"], []).append(row)
+    runs = _final_runs(results)
     tuning = {(row["method"], row["setting"]): row for row in results["tuning"]}
     found = []
     for setting in results["settings"]:
         name = setting["name"]
-        target = _target(results, {label: seeds for (label, at), seeds in runs.items() if at == name}, metric, sign)
+        here = {label: runs.get((label, name), {}) for label in results["labels"]}
+        target = _target(results, here, metric, sign)
         tests = {
-            label: {
-                seed: rows[-1]["test"][metric]
-                for seed, rows in runs.get((label, name), {}).items()
-                if "test" in rows[-1]
-            }
-            for label in results["labels"]
+            label: {seed: rows[-1]["test"][metric] for seed, rows in seeds.items() if "test" in rows[-1]}
+            for label, seeds in here.items()
         }
-        for label in results["labels"]:
-            ended = [rows for rows in runs.get((label, name), {}).values() if "test" in rows[-1]]
-            tuned = tuning.get((label, name))
-            if not ended and not tuned:
-                continue
-            sizes = [mean(rows[-1][way] for rows in ended) if ended else None for way in ("down_bytes", "up_bytes")]
-            times = {rows[0]["seed"]: _time(rows, metric, target, sign) for rows in ended} if target is not None else {}
-            alone = not any("link_seconds" in row for rows in ended for row in rows)
-            reference = results["reference"]
-            found.append(
-                Summary(
-                    label, name, tests[label], tuned["value"] if tuned else None, sizes[0], sizes[1],
-                    {} if alone else times, target, (tuned or {}).get("best") or {},
-                    paired(tests[label], tests.get(reference, {})) if label != reference else None,
-                )
-            )  # fmt: skip
+        for label, seeds in here.items():
+            tuned = tuning.get((label, name), {"value": None, "best": None})
+            if tests[label] or (label, name) in tuning:
+                ended = {seed: seeds[seed] for seed in tests[label]}
+                times = {seed: _time(rows, metric, target, sign) for seed, rows in ended.items()}
+                timed = target is not None and any("link_seconds" in row for rows in ended.values() for row in rows)
+                against = tests.get(results["reference"], {}) if label != results["reference"] else {}
+                last = [rows[-1] for rows in ended.values()]
+                down, up = (mean(row[way] for row in last) if last else None for way in ("down_bytes", "up_bytes"))
+                found.append(
+                    Summary(
+                        label, name, tests[label], tuned["value"], down, up, times if timed else {}, target,
+                        tuned["best"] or {}, paired(tests[label], against),
+                    )
+                )  # fmt: skip
     return found
 
 
-def _target(
-    results: Results, runs: Mapping[str, Mapping[int, list[dict[str, Any]]]], metric: str, sign: int
-) -> float | None:
+def _final_runs(results: Results) -> dict[tuple[str, str], Seeds]:
+    """The rows of final runs, by method and setting."""
+    runs: dict[tuple[str, str], Seeds] = {}
+    for row in results["rows"]:
+        if row["stage"] == "final":
+            runs.setdefault((row["method"], row["setting"]), {}).setdefault(row["seed"], []).append(row)
+    return runs
+
+
+def _target(results: Results, runs: Mapping[str, Seeds], metric: str, sign: int) -> float | None:
     """The value to reach at a setting; of a method, its best evaluation, the mean over seeds."""
     if results["target"] is None:
         return None

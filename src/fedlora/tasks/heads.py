@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -20,14 +21,10 @@ def parameters_of(model: nn.Module, modules: tuple[str, ...]) -> frozenset[str]:
     Raises:
         ConfigError: an entry names no module with parameters, or one whose weight is another module's too.
     """
-    tied = tied_weights(model)
+    tied, known = tied_weights(model), _with_parameters(model)
     found: set[str] = set()
     for entry in modules:
-        names = [
-            name
-            for name, module in model.named_modules()
-            if (name == entry or name.endswith(f".{entry}")) and next(module.parameters(), None) is not None
-        ]
+        names = [name for name in known if f".{name}".endswith(f".{entry}")]
         if not names and entry.endswith("pooler"):
             raise ConfigError(
                 f"model.head has {entry!r}, but a classifier that reads pooled tokens has no pooler; set "
@@ -36,10 +33,10 @@ def parameters_of(model: nn.Module, modules: tuple[str, ...]) -> frozenset[str]:
         if not names:
             raise ConfigError(
                 f"model.head has {entry!r}, but {type(model).__name__} has no such module with parameters"
-                f"{_nearest(model, entry)}"
+                f"{_nearest(known, entry)}"
             )
         for name in names:
-            inside = {place for place in tied if place == name or place.startswith(f"{name}.")}
+            inside = {place for place in tied if f"{place}.".startswith(f"{name}.")}
             shared = next((place for place in sorted(inside) if tied[place] not in inside), None)
             if shared is not None:
                 raise ConfigError(
@@ -51,8 +48,11 @@ def parameters_of(model: nn.Module, modules: tuple[str, ...]) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_parameters() if name in found)
 
 
-def _nearest(model: nn.Module, entry: str) -> str:
-    known = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+def _with_parameters(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+
+
+def _nearest(known: Sequence[str], entry: str) -> str:
     # endings are names too: `poler` should lead to bert.pooler
     endings = {ending: name for name in reversed(known) for ending in (name, name.rsplit(".", 1)[-1])}
     near = difflib.get_close_matches(entry, list(endings), n=3, cutoff=0.5)

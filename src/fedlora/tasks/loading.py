@@ -79,14 +79,12 @@ def load_pretrained(
         )
     if device.type == "cpu":
         cpu.speed_up(loaded, model.attention == "auto")
-    if model.gradient_checkpointing:
-        _checkpoint(loaded, model)
+    _checkpoint(loaded, model)
     if pooling != "model":
         with quiet_transformers():
             loaded = PooledClassifier(loaded, pooling, seed)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    head = head_names(loaded, missing)
-    head = (head if fresh_head else head & missing) | parameters_of(loaded, model.head)
+    head = head_names(loaded, missing, fresh_head) | parameters_of(loaded, model.head)
     return loaded if model.load in FEW_BITS else loaded.to(device), head
 
 
@@ -155,14 +153,15 @@ def forget_last_call(tokenizer: Any) -> None:
         backend.no_padding()
 
 
-def head_names(model: nn.Module, missing: set[str]) -> frozenset[str]:
+def head_names(model: nn.Module, missing: set[str], fresh_head: bool = True) -> frozenset[str]:
     """The parameters of the task head: outside the backbone, or not in the checkpoint.
 
     Args:
         model: a Hugging Face model with a head.
         missing: names that the checkpoint lacked.
+        fresh_head: see ``load_pretrained``.
     """
-    backbone = f"{getattr(model, 'base_model_prefix', '')}."
+    backbone = f"{getattr(model, 'base_model_prefix', '')}." if fresh_head else ""
     return frozenset(name for name, _ in model.named_parameters() if name in missing or not name.startswith(backbone))
 
 
@@ -204,6 +203,8 @@ def readable(model: Model) -> Iterator[None]:
 
 
 def _checkpoint(loaded: Any, model: Model) -> None:
+    if not model.gradient_checkpointing:
+        return
     # the newer name; the older one warns
     enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
     try:

@@ -62,7 +62,7 @@ def cut(examples: Sequence[Sequence[str]], tokenizer: Any, max_length: int, stri
             f"task.stride = {stride} leaves no room in windows of max_length = {max_length} tokens: set stride to "
             f"{max(0, room - 1)} or less, or max_length to {max_length - room + stride + 1} or more"
         )
-    before = " " if _glues(tokenizer) else ""
+    before = " " * _glues(tokenizer)
     asked = [[before + word if word and not word[0].isspace() else word for word in words] for words in examples]
     with quiet_transformers():  # it would warn of sentences that are cut below
         encoded = tokenizer(asked, is_split_into_words=True, return_special_tokens_mask=True)

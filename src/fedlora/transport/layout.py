@@ -92,7 +92,7 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
     if all(layout == DENSE for layout in layouts):
         return Stored(b"", None, sizes)
     mask = np.zeros(sum(sizes), np.bool_)
-    runs = np.split(mask, np.cumsum(sizes)[:-1]) if sizes else []
+    runs = np.split(mask, np.cumsum(sizes)[:-1])
     seed = int.from_bytes(reader.take(8), "little") if SEEDED in layouts else 0
     coded: list[tuple[list[Bools], Segment]] = []
     pooled = [run for run, layout in zip(runs, layouts, strict=True) if layout == POOLED]

@@ -63,8 +63,7 @@ def save_lora(
             a = torch.cat([a, init[f"{name}.lora_A"]], dim=0)
             b = torch.cat([b, -init[f"{name}.lora_B"]], dim=1)
         factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a, b
-    values = installed.head_values(params)
-    head = {name: value for name, value in values.items() if name.startswith(root)}
+    head = {name: value for name, value in installed.head_values(params).items() if name.startswith(root)}
     rank = tuning.rank * (2 if tuning.residual else 1)
     settings = peft.LoraConfig(
         r=rank,

@@ -64,10 +64,9 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
     """
     named = targets not in ("default", "all-linear")
     if targets == "default":
-        known = _MORE_DEFAULTS.get(family(model)) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
-            family(model), "all-linear"
-        )
-        targets = known if isinstance(known, str) else tuple(known)
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_DEFAULTS
+        usual = known.get(family(model), "all-linear")
+        targets = usual if isinstance(usual, str) else tuple(usual)
     matches = _matcher(targets)
     matrices = {
         name: module
