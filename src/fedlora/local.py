@@ -41,7 +41,6 @@ class Sgd(ClientOptimizer):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
     def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
-        """See ``ClientOptimizer.build``."""
         return torch.optim.SGD(
             _by_rate(parameters, self.lr, factors),
             momentum=self.momentum,
@@ -71,7 +70,6 @@ class AdamW(ClientOptimizer):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
 
     def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
-        """See ``ClientOptimizer.build``."""
         return torch.optim.AdamW(
             _by_rate(parameters, self.lr, factors),
             betas=(self.beta1, self.beta2),

@@ -63,7 +63,6 @@ class Iid(Partition):
     def split(
         self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
     ) -> Deal:
-        """Shuffle, then cut; see ``Partition.split``."""
         return numbered(np.array_split(rng.permutation(len(labels)), num_clients))
 
 
@@ -76,7 +75,6 @@ class Pooled(Partition):
     def split(
         self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
     ) -> Deal:
-        """Give everything to client 0; see ``Partition.split``."""
         return Deal([np.arange(len(labels), dtype=np.int64)], ["0"])
 
 
@@ -114,7 +112,6 @@ class Dirichlet(Partition):
     def split(
         self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
     ) -> Deal:
-        """Draw shares and deal by them; see ``Partition.split``."""
         classes = _by_class(labels)
         counts = np.array([len(rows) for rows in classes], dtype=np.int64)
         draw = {"flasc": self._flasc, "fednlp": self._fednlp, "hsu": self._hsu}[self.scheme]
@@ -187,8 +184,6 @@ class Quantity(Partition):
     def split(
         self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
     ) -> Deal:
-        """Draw sizes, shuffle, cut; see ``Partition.split``."""
-
         def draw() -> Rows:
             return _cut(rng.dirichlet(np.full(num_clients, self.beta)), len(labels))[:, None]
 
@@ -215,7 +210,6 @@ class Shards(Partition):
     def split(
         self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
     ) -> Deal:
-        """Sort, cut, deal; see ``Partition.split``."""
         num_shards = num_clients * self.shards_per_client
         if num_shards > len(labels):
             raise DataError(
@@ -245,7 +239,6 @@ class Natural(Partition):
     def split(
         self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
     ) -> Deal:
-        """Group by the column's value; see ``Partition.split``."""
         if column is None:
             raise DataError(
                 f"the natural partition needs the values of column '{self.column}', but got none: pass that column"

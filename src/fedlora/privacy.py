@@ -92,15 +92,12 @@ class NoPrivacy(Privacy):
     needs_uniform_mean: ClassVar[bool] = False
 
     def at(self, clip_norm: float | None) -> NoPrivacy:
-        """Itself."""
         return self
 
     def clipped(self, delta: Tree) -> tuple[Tree, bool]:
-        """``delta`` itself."""
         return delta, True
 
     def noise(self, delta: Tree, num_clients: int, round: int) -> Tree:
-        """``delta`` itself."""
         return delta
 
 
@@ -164,25 +161,20 @@ class CentralGaussian(Privacy):
 
     @property
     def adapts(self) -> bool:
-        """See ``Privacy.adapts``."""
         return self.quantile is not None
 
     @property
     def bound(self) -> float:
-        """See ``Privacy.bound``."""
         return self.clip_norm
 
     @property
     def repeatable(self) -> bool:
-        """See ``Privacy.repeatable``."""
         return self.seed is not None or self.noise_multiplier == 0
 
     def at(self, clip_norm: float | None) -> CentralGaussian:
-        """See ``Privacy.at``."""
         return self if clip_norm is None else replace(self, clip_norm=clip_norm)
 
     def adapted(self, below: float, answered: int, num_clients: int, round: int) -> float | None:
-        """See ``Privacy.adapted``."""
         if self.quantile is None:
             return None
         draws = None if self.seed is None else generator(named_seed(self.seed, "count", round))

@@ -91,17 +91,14 @@ class Sgd(ServerOptimizer):
 
     @property
     def remembers(self) -> bool:
-        """See ``ServerOptimizer.remembers``."""
         return self.momentum > 0
 
     @property
     def adds_unscaled(self) -> bool:
-        """See ``ServerOptimizer.adds_unscaled``."""
         constant = self.lr == 1 and self.schedule == Schedule() and {*self.lr_scale.moved} <= {"head"}
         return constant and not self.momentum
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
         if not self.momentum:
             return _stepped(params, delta, self.lr, rates), {}
         momentum = tree.add(tree.scale(slots["m"], self.momentum), delta, -1.0) if slots else tree.scale(delta, -1.0)
@@ -126,7 +123,6 @@ class Adam(ServerOptimizer):
     eps: Rate = 1e-8
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
         first, second = _moments(delta, slots, self.beta1, self.beta2)
         return _adam(params, first, second, self.lr, self.beta1, self.beta2, self.eps, steps + 1, rates), {
             "m": first,
@@ -157,11 +153,9 @@ class AdamW(ServerOptimizer):
 
     @property
     def decays(self) -> bool:
-        """See ``ServerOptimizer.decays``."""
         return self.weight_decay > 0
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
         first, second = _moments(delta, slots, self.beta1, self.beta2)
         decay = self.lr * self.weight_decay
         shrunk = {name: value * (1.0 - decay * rates.get(name, 1.0)) for name, value in params.items()}
@@ -189,7 +183,6 @@ class FedAdam(ServerOptimizer):
     tau: Rate = 1e-3
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
         first, second = _reddi(delta, slots, self.beta1, self.tau)
         second = {name: self.beta2 * value + (1 - self.beta2) * delta[name].square() for name, value in second.items()}
         return _reddi_apply(params, first, second, self.lr, self.tau, rates), {"m": first, "v": second}
@@ -213,7 +206,6 @@ class FedYogi(ServerOptimizer):
     tau: Rate = 1e-3
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
         first, second = _reddi(delta, slots, self.beta1, self.tau)
         squares = {name: value.square() for name, value in delta.items()}
         second = {
@@ -239,7 +231,6 @@ class FedAdagrad(ServerOptimizer):
     tau: Rate = 1e-3
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
         first, second = _reddi(delta, slots, self.beta1, self.tau)
         second = {name: value + delta[name].square() for name, value in second.items()}
         return _reddi_apply(params, first, second, self.lr, self.tau, rates), {"m": first, "v": second}

@@ -98,7 +98,6 @@ class Weighted(Aggregator):
 
     @property
     def weighs_by_examples(self) -> bool:
-        """See ``Aggregator.weighs_by_examples``."""
         return self.weighting == "examples"
 
 
@@ -118,7 +117,6 @@ class WeightedMean(Accumulator):
         self._weights = 0.0
 
     def add(self, update: Update) -> None:
-        """See ``Accumulator.add``."""
         update = self._changed(update)
         weight = self._weight_of(update)
         if self._total is None:
@@ -153,11 +151,9 @@ class Collected(Accumulator):
         self._deltas: list[Tree] = []
 
     def add(self, update: Update) -> None:
-        """See ``Accumulator.add``."""
         self._deltas.append(update.delta)
 
     def finish(self) -> Change:
-        """See ``Accumulator.finish``."""
         if not self._deltas:
             raise TrainingError(NOBODY)
         return Change(self._rule(self._deltas), Fold())

@@ -35,7 +35,6 @@ class Mean(Weighted):
     needs: ClassVar[Needs] = "sum"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return WeightedMean(say(self.weighting))
 
 
@@ -51,7 +50,6 @@ class CoordinateMedian(Aggregator):
     needs: ClassVar[Needs] = "cohort"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return Collected(self._of)
 
     def _of(self, deltas: list[Tree]) -> Tree:
@@ -74,7 +72,6 @@ class TrimmedMean(Aggregator):
     needs: ClassVar[Needs] = "cohort"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return Collected(self._of)
 
     def _of(self, deltas: list[Tree]) -> Tree:
@@ -103,11 +100,9 @@ class Krum(Aggregator):
 
     @property
     def least(self) -> int:
-        """See ``Aggregator.least``."""
         return 2 * self.faulty + 2 + self.select
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return Collected(self._of)
 
     def _of(self, deltas: list[Tree]) -> Tree:
@@ -137,7 +132,6 @@ class NormBound(Aggregator):
     needs: ClassVar[Needs] = "update"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return WeightedMean(say("uniform"), self._bounded)
 
     def _bounded(self, update: Update) -> Update:

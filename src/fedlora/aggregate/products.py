@@ -38,11 +38,9 @@ class SparsityWeighted(Aggregator):
 
     @property
     def pads_with_zeros(self) -> bool:
-        """See ``Aggregator.pads_with_zeros``."""
         return self.padding == "zero"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         pairs = schema.pairs
         weight_of = partial(_size_of_products, pairs=pairs)
         return WeightedMean(weight_of, partial(_padded, params=params, pairs=pairs if self.padding == "zero" else []))
@@ -90,7 +88,6 @@ class SvdRedistribute(Weighted):
     needs: ClassVar[Needs] = "factors"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return Factors(self._of, self.weighting, params, schema)
 
     def _of(self, cohort: Factors, delta: Tree) -> Change:
@@ -131,7 +128,6 @@ class ProductExact(Weighted):
         return whole if self.rank is None else min(whole, self.rank)
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return Factors(self._of, self.weighting, params, schema)
 
     def _of(self, cohort: Factors, delta: Tree) -> Change:
@@ -179,11 +175,9 @@ class Stack(Weighted):
     reinitialises: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
-        """See ``Aggregator.fold_rank``."""
         return sum(ranks) if moving == "both" else max(ranks)
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return Factors(self._of, self.weighting, params, schema)
 
     def _of(self, cohort: Factors, delta: Tree) -> Change:
@@ -226,7 +220,6 @@ class Factors(Accumulator):
         return [weight / sum(self._weights) for weight in self._weights]
 
     def add(self, update: Update) -> None:
-        """See ``Accumulator.add``."""
         self._mean.add(update)
         self._weights.append(self._weight_of(update))
         for name, values in self.of.items():
@@ -238,7 +231,6 @@ class Factors(Accumulator):
         self.same_a &= all(torch.equal(first[a], own[a]) for first, own in trees for a, _, _ in self.pairs)
 
     def finish(self) -> Change:
-        """See ``Accumulator.finish``."""
         return self._rule(self, self._mean.finish().delta)
 
 

@@ -89,7 +89,6 @@ class ImageClassification(Task):
         return PreparedImages(self, model, processor, names, data, pictures)
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
         return PreparedImages(self, model, load_processor(model, self.size), label_names, {}, {})
 
     def _labelled(self, raw: Raw) -> tuple[Raw, list[str]]:
@@ -159,7 +158,6 @@ class PreparedImages(Prepared):
 
     @property
     def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``."""
         return self._names
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:

@@ -123,7 +123,6 @@ class Instruction(Task):
         return ["messages"] if self.chat and "messages" in rows.column_names else ["prompt", "answer"]
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
         return PreparedInstruction(self, model, load_tokenizer(model), {})
 
 
@@ -169,7 +168,6 @@ class PreparedInstruction(PreparedNextToken):
         return ["\n".join(message["content"] for message in one) for one in _conversations(rows, self.settings)]
 
     def embeddings(self, split: Split, device: torch.device) -> NDArray[np.float32]:
-        """See ``Prepared.embeddings``; never packed."""
         alone = dataclasses.replace(self.settings, packing=False)
         return embed(PreparedInstruction(alone, self._model, self.tokenizer, self._data), split, device)
 
@@ -183,7 +181,6 @@ class PreparedInstruction(PreparedNextToken):
         return found._replace(metrics={"exact_match": matches, **found.metrics})
 
     def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``."""
         rows = rename(read_rows(str(path)), columns, str(path))
         self.settings.check(rows, str(path))
         return PreparedInstruction(self.settings, self._model, self.tokenizer, {split: rows})

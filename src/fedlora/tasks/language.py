@@ -75,7 +75,6 @@ class CausalLM(Task):
         return split(raw, "text")
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
         return PreparedLanguage(self, model, load_tokenizer(model), {})
 
 
@@ -108,16 +107,13 @@ class PreparedLanguage(PreparedNextToken):
         self.settings = settings
 
     def texts(self, split: Split) -> list[str]:
-        """See ``Prepared.texts``."""
         return values_of(self._data[split], "text")
 
     def embeddings(self, split: Split, device: torch.device) -> NDArray[np.float32]:
-        """See ``Prepared.embeddings``; never packed."""
         alone = dataclasses.replace(self.settings, packing=False)
         return embed(PreparedLanguage(alone, self._model, self.tokenizer, self._data), split, device)
 
     def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``."""
         rows = rename(read_rows(str(path)), columns, str(path))
         check_rows(rows, ["text"], str(path))
         check_texts(rows, ["text"], str(path))

@@ -67,17 +67,14 @@ class PreparedNextToken(Prepared):
 
     @property
     def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``."""
         return self._data
 
     @property
     def labels(self) -> Rows:
-        """See ``Prepared.labels``: zeros."""
         return np.zeros(len(self._data["train"]), dtype=np.int64)
 
     @property
     def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``: none."""
         return []
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
@@ -90,12 +87,10 @@ class PreparedNextToken(Prepared):
         return tokens_out.load_language_model(self.auto_class, self._model, seed, device, longest)
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``: all sequences of ``rows``; see ``tokens_out.batch_of``."""
         pad = self.tokenizer.pad_token_id
         return tokens_out.batch_of(self._examples[split], rows, self._longest, pad, self._packing, device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See ``Prepared.loss``: that of ``tokens_out.mean_loss``."""
         return tokens_out.mean_loss(model, batch)
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
@@ -105,5 +100,4 @@ class PreparedNextToken(Prepared):
         return found._replace(warnings=found.warnings + self._notes)
 
     def save_pretrained(self, folder: Path) -> None:
-        """See ``Prepared.save_pretrained``."""
         save_tokenizer(self.tokenizer, folder)

@@ -88,7 +88,6 @@ class QuestionAnswering(Task):
         return PreparedQuestions(self, model, load_tokenizer(model), {"train": splits.train, "test": splits.test})
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``; there are no label names."""
         return PreparedQuestions(self, model, load_tokenizer(model), {})
 
 
@@ -124,27 +123,22 @@ class PreparedQuestions(Prepared):
 
     @property
     def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``."""
         return self._data
 
     @property
     def labels(self) -> Rows:
-        """See ``Prepared.labels``: zeros, a question has no class."""
         return np.zeros(self.num_examples("train"), dtype=np.int64)
 
     @property
     def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``: none."""
         return []
 
     def texts(self, split: Split) -> list[str]:
-        """See ``Prepared.texts``: question and context."""
         columns = (values_of(self._data[split], name) for name in ("question", "context"))
         return [" ".join(row) for row in zip(*columns, strict=True)]
 
     @property
     def load_arguments(self) -> str:
-        """See ``Prepared.load_arguments``."""
         renamed = _renamed_backbone(self._model)
         return f", key_mapping={renamed!r}" if renamed else ""
 
@@ -194,7 +188,6 @@ class PreparedQuestions(Prepared):
         return spans.score(answers, references, loss, self.settings.no_answer)
 
     def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``."""
         rows = rename(read_rows(str(path)), columns, str(path))
         spans.check_questions(rows, str(path), self.settings.no_answer)
         return PreparedQuestions(self.settings, self._model, self.tokenizer, {split: rows})
@@ -216,7 +209,6 @@ class PreparedQuestions(Prepared):
         return [{"answer": one.text, "score": one.score, "start": one.start} for one in answers]
 
     def save_pretrained(self, folder: Path) -> None:
-        """See ``Prepared.save_pretrained``."""
         save_tokenizer(self.tokenizer, folder)
 
     def _inputs(self, passages: Passages, chosen: Rows) -> Batch:

@@ -110,7 +110,6 @@ class TextClassification(Task):
         return split(raw, "text"), names
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
         return PreparedText(self, model, load_tokenizer(model), label_names, {})
 
     def _labelled(self, raw: Raw) -> tuple[Raw, list[str]]:
@@ -160,7 +159,6 @@ class PreparedText(Prepared):
 
     @property
     def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``."""
         return self._data
 
     @property
@@ -173,11 +171,9 @@ class PreparedText(Prepared):
 
     @property
     def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``."""
         return self._names
 
     def texts(self, split: Split) -> list[str]:
-        """See ``Prepared.texts``."""
         parts = [values_of(self._data[split], name) for name in _texts(self._data[split])]
         return [" ".join(row) for row in zip(*parts, strict=True)]
 
@@ -198,7 +194,6 @@ class PreparedText(Prepared):
         return model, head
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``."""
         tokens, pad_to = self._tokens[split], self.settings.pad_to
         longest = int(tokens.lengths(rows).max())
         width = width_of(longest, self.settings.max_length, None if pad_to == "longest" else pad_to)
@@ -235,12 +230,10 @@ class PreparedText(Prepared):
         return result
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
-        """See ``Prepared.evaluate``: the metrics of ``scores.score``."""
         labels = torch.from_numpy(self._labels[split][rows])
         return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)
 
     def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``."""
         rows = rename(read_rows(str(path)), columns, str(path))
         check_rows(rows, [*_texts(rows), "label"], str(path))
         check_texts(rows, _texts(rows), str(path))
@@ -276,18 +269,15 @@ class PreparedText(Prepared):
         return results
 
     def save_pretrained(self, folder: Path) -> None:
-        """See ``Prepared.save_pretrained``."""
         save_tokenizer(self.tokenizer, folder)
 
     def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """See ``Prepared.save_head``: the modules of ``sentence-transformers``."""
         if self._pooling != "model":
             weight, bias = weights["classifier.weight"], weights["classifier.bias"]
             save_modules(folder, self._pooling, self.settings.max_length, weight, bias)
 
     @property
     def usage(self) -> str:
-        """See ``Prepared.usage``."""
         return "" if self._pooling == "model" else usage(self._pooling, self._names)
 
     def _read_labels(self, rows: Any) -> Rows:

@@ -124,7 +124,6 @@ class TokenClassification(Task):
         return _numbered(rows, self._tags(rows, which), names, which)
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
         return PreparedTokens(self, model, load_tokenizer(model), label_names, {})
 
     def iob2(self, name: str) -> str:
@@ -209,7 +208,6 @@ class PreparedTokens(Prepared):
 
     @property
     def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``."""
         return self._data
 
     @property
@@ -219,11 +217,9 @@ class PreparedTokens(Prepared):
 
     @property
     def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``: the tags."""
         return self._names
 
     def texts(self, split: Split) -> list[str]:
-        """See ``Prepared.texts``: the words, joined by spaces."""
         return [" ".join(words) for words in values_of(self._data[split], "tokens")]
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
@@ -316,7 +312,6 @@ class PreparedTokens(Prepared):
         return results
 
     def save_pretrained(self, folder: Path) -> None:
-        """See ``Prepared.save_pretrained``."""
         save_tokenizer(self.tokenizer, folder)
 
     def _inputs(self, windows: Windows, sequences: Rows) -> tuple[Batch, NDArray[np.int64]]:

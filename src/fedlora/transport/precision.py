@@ -99,7 +99,6 @@ class Plain(Precision):
         """The inverse of ``to_bytes``."""
 
     def settings(self) -> bytes:
-        """Nothing."""
         return b""
 
     @classmethod
@@ -108,13 +107,11 @@ class Plain(Precision):
         return cls()
 
     def write(self, values: Floats, runs: Sequence[int], seed: int) -> Written:
-        """The values one after another."""
         if not np.isfinite(values).all():
             raise WireError("NaN or infinite")
         return Written([self.to_bytes(values)], values)
 
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
-        """The values one after another."""
         values = self.from_bytes(reader.take(sum(runs) * int(self.value_bits) // 8))
         if not np.isfinite(values).all():
             raise WireError("a value that is NaN or infinite")

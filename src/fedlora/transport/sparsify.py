@@ -134,7 +134,6 @@ class Dense(Sparsifier):
         return Facts(unbiased=True, reads_values=False, drops=False)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """Every tensor is kept whole."""
         return {}
 
 
@@ -182,7 +181,6 @@ class TopK(Sparsifier):
         return float(self.density * self.decay ** (round // self.decay_every))
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """True for the ``k`` largest magnitudes."""
         chosen: dict[str, Tensor] = {}
         for density, names in _by_quota(tree, schema, self.quota, self.density_at(round)):
             bucket = {name: tree[name] for name in names}
@@ -309,7 +307,6 @@ class RankSlice(Sparsifier):
         return Facts(unbiased=False, reads_values=self.by == "norm", slices_ranks=True)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """True within the ranks that are kept."""
         chosen: dict[str, Tensor] = {}
         for name, value in tree.items():
             axis = schema[name].rank_axis

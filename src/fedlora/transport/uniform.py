@@ -75,7 +75,6 @@ class Uniform(Precision):
 
     @classmethod
     def from_settings(cls, reader: Reader) -> Precision:
-        """See ``Precision.from_settings``."""
         bits, block = reader.take(2)
         if bits not in _BITS or block not in _BLOCKS:
             raise WireError(f"the unknown number format of {bits} bits in blocks of 2 ** {block}")
@@ -103,7 +102,6 @@ class Uniform(Precision):
         return Written(chunks, _multiply(symbols, scales, blocks))
 
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
-        """The inverse of ``write``."""
         blocks = self._blocks(runs)
         raw = np.frombuffer(reader.take(2 * len(blocks)), dtype="<u2").astype(np.uint32)
         scales = (raw << np.uint32(16)).view(np.float32)

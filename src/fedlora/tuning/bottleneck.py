@@ -79,7 +79,6 @@ class Bottleneck(Tuning):
 
     @property
     def zero_is_neutral(self) -> bool:
-        """See ``Tuning.zero_is_neutral``."""
         return True
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:

@@ -52,17 +52,14 @@ class LoRA(Tuning):
 
     @property
     def adapter_rank(self) -> int:
-        """See ``Tuning.adapter_rank``."""
         return self.rank
 
     @property
     def moving(self) -> str:
-        """See ``Tuning.moving``."""
         return self.train
 
     @property
     def init_from_seed(self) -> bool:
-        """See ``Tuning.init_from_seed``."""
         return self.init.from_seed
 
     def in_round(self, schema: Schema, round: int) -> Schema:
@@ -76,7 +73,6 @@ class LoRA(Tuning):
 
     @property
     def has_factors(self) -> bool:
-        """See ``Tuning.has_factors``."""
         return True
 
     @property

@@ -50,7 +50,6 @@ class Kaiming(LoRAInit):
     from_seed: ClassVar[bool] = True
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
-        """See ``LoRAInit.factors``."""
         bound = 1.0 / math.sqrt(weight.shape[1])
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(rank, weight.shape[1], generator=generator)
@@ -66,7 +65,6 @@ class Orthogonal(LoRAInit):
     from_seed: ClassVar[bool] = False  # QR differs between machines in its last bits
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
-        """See ``LoRAInit.factors``."""
         generator = torch.Generator().manual_seed(seed)
         rows = torch.zeros(rank, weight.shape[1])
         useful = min(rank, weight.shape[1])
@@ -91,7 +89,6 @@ class SvdOfWeight(LoRAInit):
     from_seed: ClassVar[bool] = False
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
-        """See ``LoRAInit.factors``."""
         return truncated_svd(weight, rank, scale, self.split)
 
 
@@ -115,7 +112,6 @@ class SvdOfDelta(LoRAInit):
     from_seed: ClassVar[bool] = False
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
-        """See ``LoRAInit.factors``."""
         if delta is None or not bool(delta.any()):
             return Kaiming().factors(weight, None, rank, scale, seed)
         return truncated_svd(delta, rank, scale, self.split)

@@ -74,7 +74,6 @@ class Peft(Tuning):
         return str(self.config.get("peft_type", "")).upper() == "LORA"
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``."""
         config = self.build(saved_modules(model, head))
         with torch.random.fork_rng(), warnings.catch_warnings():
             # peft reads a name that transformers 5 has changed

@@ -38,7 +38,6 @@ class Full(Tuning):
     kind: Literal["full"] = "full"
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``."""
         return _installed(model, {name for name, _ in model.named_parameters()}, head)
 
 
@@ -143,7 +142,6 @@ class SparseMask(Tuning):
         return Start(params, Fold(), seed, {"energy_kept": kept / total if total else 1.0})
 
     def setup(self, installed: Installed, start: Start, reference: bool) -> dict[str, Tree]:
-        """See ``Tuning.setup``: the mask is a seed."""
         return {"seed": seed_to_tree(start.seed)} | ({"init": start.params} if reference else {})
 
     def settle(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
