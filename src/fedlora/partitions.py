@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, by_kind
 from fedlora.errors import DataError
 
 Rows = NDArray[np.int64]
@@ -264,14 +264,7 @@ class Natural(Partition):
 AnyPartition = Annotated[Iid | Pooled | Dirichlet | Quantity | Shards | Natural, Field(discriminator="kind")]
 """Any partition, told apart by ``kind``."""
 
-PARTITIONS: dict[str, type[Partition]] = {
-    "iid": Iid,
-    "pooled": Pooled,
-    "dirichlet": Dirichlet,
-    "quantity": Quantity,
-    "shards": Shards,
-    "natural": Natural,
-}
+PARTITIONS: dict[str, type[Partition]] = by_kind(AnyPartition)
 """The partitions by ``kind``."""
 
 

@@ -21,7 +21,7 @@ import xxhash
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, by_kind
 from fedlora.errors import DataError
 from fedlora.files import write_atomically
 from fedlora.state import named_seed
@@ -259,14 +259,7 @@ class Validation(Source):
 AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Sites | Validation, Field(discriminator="kind")]
 """Any source, told apart by ``kind``."""
 
-SOURCES: dict[str, type[Source]] = {
-    "docstrings": Docstrings,
-    "files": Files,
-    "hub": Hub,
-    "image_folder": ImageFolder,
-    "sites": Sites,
-    "validation": Validation,
-}
+SOURCES: dict[str, type[Source]] = by_kind(AnySource)
 """The sources by ``kind``."""
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, by_kind
 
 Factors = tuple[Tensor, Tensor]
 Split = Literal["symmetric", "left"]
@@ -144,10 +144,5 @@ def truncated_svd(matrix: Tensor, rank: int, scale: float, split: Split) -> Fact
     return b, a
 
 
-LORA_INITS: dict[str, type[LoRAInit]] = {
-    "kaiming": Kaiming,
-    "orthogonal": Orthogonal,
-    "svd_of_weight": SvdOfWeight,
-    "svd_of_delta": SvdOfDelta,
-}
 AnyLoRAInit = Annotated[Kaiming | Orthogonal | SvdOfWeight | SvdOfDelta, Field(discriminator="kind")]
+LORA_INITS: dict[str, type[LoRAInit]] = by_kind(AnyLoRAInit)
