@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import copy
+from abc import abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora.tasks import tokens_out
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
-from fedlora.tasks.loading import save_tokenizer
+from fedlora.tasks.base import Batch, Evaluation, Model, Rows, Split
+from fedlora.tasks.embeddings import embed
+from fedlora.tasks.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.tokens_out import Examples
 
 
-class PreparedNextToken(Prepared):
+class NextTokenTask(TokenizedTask):
+    """A task that predicts tokens one after the other."""
+
+    packing: bool
+    eval_batch_size: int
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens of a sequence at most."""
+
+    @abstractmethod
+    def encode(self, rows: Any, tokenizer: Any) -> Examples:
+        """Rows as sequences, and which of their tokens are learnt."""
+
+
+class PreparedNextToken(PreparedTokenized):
     """Rows as sequences of tokens, of which some are learnt, and the decoder that they are for.
 
     Args:
+        settings: the task.
         model: which model.
         tokenizer: its tokenizer.
+        names: none; tokens are no classes.
         data: a data set per split; rows that make no example are left out.
-        examples: what each split's rows made.
-        longest: tokens of a sequence at most.
-        eval_batch_size: sequences in an evaluation batch.
-        packing: whether the sequences of a training batch are joined up to ``longest`` tokens.
         lacking: what is wrong with a row that makes no example.
         cut_to: the setting that cuts rows, with its value; empty if none does.
 
@@ -34,6 +51,7 @@ class PreparedNextToken(Prepared):
         DataError: no row is left.
     """
 
+    settings: NextTokenTask
     auto_class = "AutoModelForCausalLM"
     peft_task = "CAUSAL_LM"
     higher_is_better = True
@@ -41,41 +59,28 @@ class PreparedNextToken(Prepared):
 
     def __init__(
         self,
+        settings: NextTokenTask,
         model: Model,
         tokenizer: Any,
+        names: list[str],
         data: Mapping[Split, Any],
-        examples: Mapping[Split, Examples],
-        longest: int,
-        eval_batch_size: int,
-        packing: bool,
         lacking: str,
         cut_to: str = "",
     ) -> None:
-        self.tokenizer = tokenizer
-        self._model = model
-        self.train_head = model.train_head
-        self._examples = examples
-        self._longest = longest
-        self._eval_batch_size = eval_batch_size
-        self._packing = packing
-        self._data = {name: tokens_out.learnable(rows, examples[name], name, lacking) for name, rows in data.items()}
+        examples = {name: settings.encode(rows, tokenizer) for name, rows in data.items()}
+        left = {name: tokens_out.learnable(rows, examples[name], name, lacking) for name, rows in data.items()}
+        super().__init__(settings, model, tokenizer, names, left)
+        self._examples, self._packing = examples, settings.packing
         self._notes = tuple(
             note
             for name, rows in data.items()
             for note in tokens_out.notes(len(rows), examples[name], name, lacking, cut_to)
         )
 
-    @property
-    def data(self) -> Mapping[Split, Any]:
-        return self._data
-
-    @property
-    def labels(self) -> Rows:
-        return np.zeros(len(self._data["train"]), dtype=np.int64)
-
-    @property
-    def label_names(self) -> list[str]:
-        return []
+    def embeddings(self, split: Split, device: torch.device) -> NDArray[np.float32]:
+        alone = copy.copy(self)
+        alone._packing = False  # an example's state is of its own tokens
+        return embed(alone, split, device)
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         """See ``Prepared.load_model``; the head is what the checkpoint lacks, in general nothing.
@@ -87,17 +92,14 @@ class PreparedNextToken(Prepared):
         return tokens_out.load_language_model(self.auto_class, self._model, seed, device, longest)
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
-        pad = self.tokenizer.pad_token_id
-        return tokens_out.batch_of(self._examples[split], rows, self._longest, pad, self._packing, device)
+        limit, pad = self.settings.longest, self.tokenizer.pad_token_id
+        return tokens_out.batch_of(self._examples[split], rows, limit, pad, self._packing, device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return tokens_out.mean_loss(model, batch)
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: ``accuracy``, ``loss`` and ``perplexity`` of ``tokens_out.score``."""
-        size, pad = self._eval_batch_size, self.tokenizer.pad_token_id
-        found = tokens_out.score(model, self._examples[split], rows, size, self._longest, pad, device)
+        size, limit, pad = self.settings.eval_batch_size, self.settings.longest, self.tokenizer.pad_token_id
+        found = tokens_out.score(model, self._examples[split], rows, size, limit, pad, device)
         return found._replace(warnings=found.warnings + self._notes)
-
-    def save_pretrained(self, folder: Path) -> None:
-        save_tokenizer(self.tokenizer, folder)
