@@ -16,6 +16,7 @@ from fedlora.errors import DataError
 
 Rows = NDArray[np.int64]
 """Row numbers of the data set, int64."""
+Values = NDArray[Any]
 
 MAX_DRAWS = 1000
 """How often a partition with a minimum size is drawn anew before giving up."""
@@ -35,9 +36,7 @@ class Partition(ABC):
     """Whether rows are dealt by class, so that two classes or more are needed."""
 
     @abstractmethod
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         """Deal the rows.
 
         Args:
@@ -60,9 +59,7 @@ class Iid(Partition):
 
     kind: Literal["iid"] = "iid"
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         return numbered(np.array_split(rng.permutation(len(labels)), num_clients))
 
 
@@ -72,9 +69,7 @@ class Pooled(Partition):
 
     kind: Literal["pooled"] = "pooled"
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         return Deal([np.arange(len(labels), dtype=np.int64)], ["0"])
 
 
@@ -109,9 +104,7 @@ class Dirichlet(Partition):
     scheme: Literal["flasc", "fednlp", "hsu"] = "flasc"
     min_examples: Annotated[int, Field(ge=1)] | None = None
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         classes = _by_class(labels)
         counts = np.array([len(rows) for rows in classes], dtype=np.int64)
         draw = {"flasc": self._flasc, "fednlp": self._fednlp, "hsu": self._hsu}[self.scheme]
@@ -181,9 +174,7 @@ class Quantity(Partition):
     beta: Annotated[float, Field(gt=0)] = 0.5
     min_examples: Annotated[int, Field(ge=1)] = 10
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         def draw() -> Rows:
             return _cut(rng.dirichlet(np.full(num_clients, self.beta)), len(labels))[:, None]
 
@@ -207,9 +198,7 @@ class Shards(Partition):
     kind: Literal["shards"] = "shards"
     shards_per_client: Annotated[int, Field(ge=1)] = 2
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         num_shards = num_clients * self.shards_per_client
         if num_shards > len(labels):
             raise DataError(
@@ -236,9 +225,7 @@ class Natural(Partition):
     column: str
     min_examples: Annotated[int, Field(ge=1)] = 1
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         if column is None:
             raise DataError(
                 f"the natural partition needs the values of column '{self.column}', but got none: pass that column"
@@ -292,7 +279,7 @@ def _cut(shares: NDArray[np.float64], count: int) -> Rows:
     return np.diff(cuts, prepend=0, append=count)
 
 
-def _by_class(labels: NDArray[Any]) -> list[Rows]:
+def _by_class(labels: Values) -> list[Rows]:
     """The rows of each class that occurs, in data set order."""
     order = np.argsort(labels, kind="stable")
     _, starts = np.unique(labels[order], return_index=True)

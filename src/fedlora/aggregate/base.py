@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from fedlora import tree
 from fedlora.errors import TrainingError
 from fedlora.schema import Schema
@@ -139,14 +142,27 @@ class WeightedMean(Accumulator):
         return Change(tree.scale(self._total, 1.0 / self._weights), Fold())
 
 
+class Comparing(Aggregator):
+    """A rule that compares the updates of the whole cohort, each flattened to a row."""
+
+    needs: ClassVar[Needs] = "cohort"
+
+    @abstractmethod
+    def of(self, rows: Tensor) -> Tensor:
+        """The change, ``(numbers,)``, of updates ``(clients, numbers)``."""
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        return Collected(self)
+
+
 class Collected(Accumulator):
-    """Holds the deltas of the whole cohort, for rules that compare them.
+    """Holds the deltas of the whole cohort.
 
     Args:
         rule: what becomes of them.
     """
 
-    def __init__(self, rule: Callable[[list[Tree]], Tree]) -> None:
+    def __init__(self, rule: Comparing) -> None:
         self._rule = rule
         self._deltas: list[Tree] = []
 
@@ -156,7 +172,8 @@ class Collected(Accumulator):
     def finish(self) -> Change:
         if not self._deltas:
             raise TrainingError(NOBODY)
-        return Change(self._rule(self._deltas), Fold())
+        rows = torch.stack([tree.flatten(delta) for delta in self._deltas])
+        return Change(tree.unflatten(self._rule.of(rows), self._deltas[0]), Fold())
 
 
 def say(weighting: str) -> Callable[[Update], float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -67,8 +68,22 @@ def _size_of_products(update: Update, pairs: Sequence[Pair]) -> float:
     return math.sqrt(max(0.0, squares))
 
 
+class OfProducts(Weighted):
+    """A rule about the products ``B A`` that reads the factors of all clients."""
+
+    needs_factors: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "factors"
+
+    @abstractmethod
+    def of(self, cohort: Factors, delta: Tree) -> Change:
+        """The change, of the factors of a cohort and of the mean ``delta``, which may be overwritten."""
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        return Factors(self, params, schema)
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SvdRedistribute(Weighted):
+class SvdRedistribute(OfProducts):
     """The best adapter of the same rank for the mean of the products (FlexLoRA, arXiv 2402.11505).
 
     ``sum_k p_k B_k A_k = U S V^T``; the new factors are ``B = U_r S_r``, ``A = V_r^T``, or have the root of ``S`` each.
@@ -84,13 +99,8 @@ class SvdRedistribute(Weighted):
     kind: Literal["svd_redistribute"] = "svd_redistribute"
     weighting: Literal["uniform", "examples"] = "uniform"
     split: Literal["left", "symmetric"] = "left"
-    needs_factors: ClassVar[bool] = True
-    needs: ClassVar[Needs] = "factors"
 
-    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        return Factors(self._of, self.weighting, params, schema)
-
-    def _of(self, cohort: Factors, delta: Tree) -> Change:
+    def of(self, cohort: Factors, delta: Tree) -> Change:
         params = cohort.params
         for a, b, _ in cohort.pairs:
             tall = torch.cat(
@@ -103,7 +113,7 @@ class SvdRedistribute(Weighted):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ProductExact(Weighted):
+class ProductExact(OfProducts):
     """Factors are averaged, and frozen weights take what the mean of the products has beside (FedEx-LoRA, 2410.09432).
 
     ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and ``W += scale (sum_k p_k B_k A_k - B A)``. As the ``B_k - B`` add
@@ -118,8 +128,6 @@ class ProductExact(Weighted):
     weighting: Literal["uniform", "examples"] = "uniform"
     rank: Annotated[int, Field(ge=1)] | None = None
     exact_for_products: ClassVar[bool] = True
-    needs_factors: ClassVar[bool] = True
-    needs: ClassVar[Needs] = "factors"
     edits_base: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
@@ -127,10 +135,7 @@ class ProductExact(Weighted):
         whole = (len(ranks) - 1) * max(ranks) if moving == "both" else 0
         return whole if self.rank is None else min(whole, self.rank)
 
-    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        return Factors(self._of, self.weighting, params, schema)
-
-    def _of(self, cohort: Factors, delta: Tree) -> Change:
+    def of(self, cohort: Factors, delta: Tree) -> Change:
         params, shares = cohort.params, cohort.shares
         folded: dict[str, tuple[Tensor, Tensor]] = {}
         for a, b, module in cohort.pairs:
@@ -156,7 +161,7 @@ class ProductExact(Weighted):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Stack(Weighted):
+class Stack(OfProducts):
     """Frozen weights take all clients' products, and the adapters start anew (FLoRA, arXiv 2409.05976, Eq. 6).
 
     ``W += scale sum_k p_k B_k A_k``, told as the factors side by side; then ``B = 0`` and ``A`` is drawn anew, the same
@@ -169,18 +174,13 @@ class Stack(Weighted):
     kind: Literal["stack"] = "stack"
     weighting: Literal["uniform", "examples"] = "uniform"
     exact_for_products: ClassVar[bool] = True
-    needs_factors: ClassVar[bool] = True
-    needs: ClassVar[Needs] = "factors"
     edits_base: ClassVar[bool] = True
     reinitialises: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
         return sum(ranks) if moving == "both" else max(ranks)
 
-    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        return Factors(self._of, self.weighting, params, schema)
-
-    def _of(self, cohort: Factors, delta: Tree) -> Change:
+    def of(self, cohort: Factors, delta: Tree) -> Change:
         params = cohort.params
         stacked: dict[str, tuple[Tensor, Tensor]] = {}
         for a, b, module in cohort.pairs:
@@ -200,13 +200,12 @@ class Factors(Accumulator):
 
     Args:
         rule: what becomes of this, and of the mean of the deltas.
-        weighting: ``uniform`` or ``examples``.
         params: the server's parameters.
         schema: what each of them is.
     """
 
-    def __init__(self, rule: Callable[[Factors, Tree], Change], weighting: str, params: Tree, schema: Schema) -> None:
-        self._rule, self._weight_of = rule, say(weighting)
+    def __init__(self, rule: OfProducts, params: Tree, schema: Schema) -> None:
+        self._rule, self._weight_of = rule, say(rule.weighting)
         self._mean = WeightedMean(self._weight_of)
         self._weights: list[float] = []
         self._first: Update | None = None
@@ -231,7 +230,7 @@ class Factors(Accumulator):
         self.same_a &= all(torch.equal(first[a], own[a]) for first, own in trees for a, _, _ in self.pairs)
 
     def finish(self) -> Change:
-        return self._rule(self, self._mean.finish().delta)
+        return self._rule.of(self, self._mean.finish().delta)
 
 
 def truncated_product(tall: Tensor, wide: Tensor, rank: int, split: str) -> tuple[Tensor, Tensor]:
