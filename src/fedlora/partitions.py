@@ -8,10 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT, by_kind
+from fedlora.component import STRICT, Count, Field, Positive, by_kind, dataclass
 from fedlora.errors import DataError
 
 Rows = NDArray[np.int64]
@@ -100,9 +98,9 @@ class Dirichlet(Partition):
     skewed: ClassVar[bool] = True
 
     kind: Literal["dirichlet"] = "dirichlet"
-    alpha: Annotated[float, Field(gt=0)] = 0.1
+    alpha: Positive = 0.1
     scheme: Literal["flasc", "fednlp", "hsu"] = "flasc"
-    min_examples: Annotated[int, Field(ge=1)] | None = None
+    min_examples: Count | None = None
 
     def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         classes = _by_class(labels)
@@ -171,8 +169,8 @@ class Quantity(Partition):
     """
 
     kind: Literal["quantity"] = "quantity"
-    beta: Annotated[float, Field(gt=0)] = 0.5
-    min_examples: Annotated[int, Field(ge=1)] = 10
+    beta: Positive = 0.5
+    min_examples: Count = 10
 
     def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         def draw() -> Rows:
@@ -196,7 +194,7 @@ class Shards(Partition):
     skewed: ClassVar[bool] = True
 
     kind: Literal["shards"] = "shards"
-    shards_per_client: Annotated[int, Field(ge=1)] = 2
+    shards_per_client: Count = 2
 
     def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         num_shards = num_clients * self.shards_per_client
@@ -223,7 +221,7 @@ class Natural(Partition):
 
     kind: Literal["natural"] = "natural"
     column: str
-    min_examples: Annotated[int, Field(ge=1)] = 1
+    min_examples: Count = 1
 
     def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         if column is None:

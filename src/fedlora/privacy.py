@@ -11,12 +11,10 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Field, Fraction, NonNegative, Positive, Whole, dataclass
 from fedlora.errors import ConfigError
 from fedlora.state import generator, named_seed
 from fedlora.tree import Tree
@@ -133,17 +131,17 @@ class CentralGaussian(Privacy):
     """
 
     kind: Literal["central_gaussian"] = "central_gaussian"
-    clip_norm: Annotated[float, Field(gt=0)]
-    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
-    target_epsilon: Annotated[float, Field(gt=0)] | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_norm: Positive
+    noise_multiplier: NonNegative | None = None
+    target_epsilon: Positive | None = None
+    delta: Fraction | None = None
     accountant: Literal["auto", "rdp", "pld"] = "auto"
-    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    max_epsilon: Positive | None = None
     normalise: bool = False
-    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
-    clip_lr: Annotated[float, Field(gt=0)] | None = None
-    count_noise: Annotated[float, Field(gt=0)] | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
+    quantile: Fraction | None = None
+    clip_lr: Positive | None = None
+    count_noise: Positive | None = None
+    seed: Whole | None = None
     needs_uniform_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -9,18 +9,15 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.component import STRICT, by_kind
+from fedlora.component import STRICT, Field, NonNegative, Part, by_kind, dataclass
 from fedlora.rates import LrScale, Rate, Rates, Schedule
 from fedlora.schema import Schema
 from fedlora.tree import Tree
 
 Slots = Mapping[str, Tree]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 ALIKE: Rates = MappingProxyType({})
 """One learning rate for all."""
 
@@ -88,7 +85,7 @@ class Sgd(ServerOptimizer):
 
     kind: Literal["sgd"] = "sgd"
     lr: Rate = 1.0
-    momentum: Decay = 0.0
+    momentum: Part = 0.0
 
     @property
     def remembers(self) -> bool:
@@ -119,8 +116,8 @@ class AdamLike(ServerOptimizer):
 
     kind: str
     lr: Rate = 1e-3
-    beta1: Decay = 0.9
-    beta2: Decay = 0.999
+    beta1: Part = 0.9
+    beta2: Part = 0.999
     eps: Rate = 1e-8
 
     @abstractmethod
@@ -161,7 +158,7 @@ class AdamW(AdamLike):
     """
 
     kind: Literal["adamw"] = "adamw"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NonNegative = 0.01
 
     @property
     def decays(self) -> bool:
@@ -185,8 +182,8 @@ class Adaptive(ServerOptimizer):
 
     kind: str
     lr: Rate = 1e-2
-    beta1: Decay = 0.9
-    beta2: Decay = 0.99
+    beta1: Part = 0.9
+    beta2: Part = 0.99
     tau: Rate = 1e-3
 
     @abstractmethod
@@ -229,7 +226,7 @@ class FedAdagrad(ServerOptimizer):
 
     kind: Literal["fed_adagrad"] = "fed_adagrad"
     lr: Rate = 1e-2
-    beta1: Decay = 0.0
+    beta1: Part = 0.0
     tau: Rate = 1e-3
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Field, dataclass
 from fedlora.errors import DataError
 from fedlora.partitions import Rows
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
 from fedlora.aggregate.base import Accumulator, Aggregator
 from fedlora.aggregate.means import CoordinateMedian, Krum, Mean, NormBound, TrimmedMean
 from fedlora.aggregate.products import ProductExact, SparsityWeighted, Stack, SvdRedistribute
-from fedlora.component import by_kind
+from fedlora.component import Field, by_kind
 
 AnyAggregator = Annotated[
     Mean

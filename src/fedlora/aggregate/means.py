@@ -6,13 +6,11 @@ import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
 from fedlora.aggregate.base import Accumulator, Aggregator, Comparing, Needs, Weighted, WeightedMean, say
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, Positive, Whole, dataclass
 from fedlora.errors import TrainingError
 from fedlora.schema import Schema
 from fedlora.state import Update
@@ -83,8 +81,8 @@ class Krum(Comparing):
     """
 
     kind: Literal["krum"] = "krum"
-    faulty: Annotated[int, Field(ge=0)] = 1
-    select: Annotated[int, Field(ge=1)] = 1
+    faulty: Whole = 1
+    select: Count = 1
 
     @property
     def least(self) -> int:
@@ -112,7 +110,7 @@ class NormBound(Aggregator):
     """
 
     kind: Literal["norm_bound"] = "norm_bound"
-    norm: Annotated[float, Field(gt=0)]
+    norm: Positive
     needs: ClassVar[Needs] = "update"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:

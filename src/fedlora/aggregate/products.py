@@ -6,15 +6,13 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora.aggregate.base import Accumulator, Aggregator, Needs, Weighted, WeightedMean, say
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, dataclass
 from fedlora.schema import Pair, Schema
 from fedlora.state import Change, Fold, Update
 from fedlora.store import Store
@@ -126,7 +124,7 @@ class ProductExact(OfProducts):
 
     kind: Literal["product_exact"] = "product_exact"
     weighting: Literal["uniform", "examples"] = "uniform"
-    rank: Annotated[int, Field(ge=1)] | None = None
+    rank: Count | None = None
     exact_for_products: ClassVar[bool] = True
     edits_base: ClassVar[bool] = True
 

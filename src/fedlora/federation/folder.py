@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import tomli_w
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Field, dataclass
 from fedlora.engines.rules import Name, Rules, parse_as, read_toml
 from fedlora.errors import ConfigError
 from fedlora.federation.processes import write_secret

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
-from fedlora.component import by_kind
+from fedlora.component import Field, by_kind
 from fedlora.tasks.base import Evaluation, Model, Prepared, Task
 from fedlora.tasks.images import ImageClassification
 from fedlora.tasks.instruction import Instruction

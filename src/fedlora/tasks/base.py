@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, dataclass
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks.columns import check_column, fingerprint, values_of
 from fedlora.tasks.sources import Source

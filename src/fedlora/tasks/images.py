@@ -10,12 +10,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, dataclass
 from fedlora.errors import ConfigError
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
@@ -56,7 +54,7 @@ class ImageClassification(Task):
     problem: Literal["single", "multi"] = "single"
     size: Annotated[int, Field(ge=8)] | None = None
     augmentation: Augmentation = "none"
-    eval_batch_size: Annotated[int, Field(ge=1)] = 64
+    eval_batch_size: Count = 64
 
     def prepare(self, model: Model, source: Source) -> Prepared:
         processor = load_processor(model, self.size)

@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import generation
 from fedlora.tasks.answers import check_pattern, extract
@@ -58,9 +56,9 @@ class Instruction(NextTokenTask):
     learn: Learn = "all"
     max_length: Annotated[int, Field(ge=2)] = 512
     packing: bool = False
-    eval_batch_size: Annotated[int, Field(ge=1)] = 16
-    generate: Annotated[int, Field(ge=0)] = 0
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    eval_batch_size: Count = 16
+    generate: Whole = 0
+    max_new_tokens: Count = 256
     answer_pattern: str = "exact"
 
     def __post_init__(self) -> None:
@@ -133,9 +131,6 @@ class PreparedInstruction(PreparedNextToken):
     """Prompts and answers as tokens, and the model they are for.
 
     Args:
-        settings: the task.
-        model: which model.
-        tokenizer: its tokenizer.
         names: none; answers are no classes.
         data: a data set per split, with the columns that the task reads and any others; rows without an answer are
             left out.
@@ -166,7 +161,7 @@ class PreparedInstruction(PreparedNextToken):
         return ["\n".join(message["content"] for message in one) for one in _conversations(rows, self.settings)]
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
-        """See ``Prepared.evaluate``: those of ``tokens_out.score`` over answers, and ``exact_match`` if asked for."""
+        """See ``Prepared.evaluate``: those of next tokens over answers, and ``exact_match`` if asked for."""
         found = super().evaluate(model, rows, split, device)
         if not (wanted := min(self.settings.generate, len(rows))):
             return found

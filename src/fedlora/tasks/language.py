@@ -7,11 +7,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, dataclass
 from fedlora.errors import DataError
 from fedlora.tasks import generation
 from fedlora.tasks.base import Model, Prepared, Split
@@ -43,8 +41,8 @@ class CausalLM(NextTokenTask):
     block_size: Annotated[int, Field(ge=2)] = 128
     end_of_text: bool = True
     packing: bool = False
-    eval_batch_size: Annotated[int, Field(ge=1)] = 32
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    eval_batch_size: Count = 32
+    max_new_tokens: Count = 64
 
     @property
     def longest(self) -> int:

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import spans
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
@@ -56,12 +54,12 @@ class QuestionAnswering(TokenizedTask):
 
     kind: Literal["question_answering"] = "question_answering"
     max_length: Annotated[int, Field(ge=8)] = 384
-    stride: Annotated[int, Field(ge=0)] = 128
-    n_best: Annotated[int, Field(ge=1)] = 20
-    max_answer_length: Annotated[int, Field(ge=1)] = 30
+    stride: Whole = 128
+    n_best: Count = 20
+    max_answer_length: Count = 30
     no_answer: bool = False
     null_threshold: float = 0.0
-    eval_batch_size: Annotated[int, Field(ge=1)] = 64
+    eval_batch_size: Count = 64
 
     def __post_init__(self) -> None:
         if self.null_threshold and not self.no_answer:
@@ -85,9 +83,6 @@ class PreparedQuestions(PreparedTokenized):
     """Encoded questions, their answers, and the model they are for.
 
     Args:
-        settings: the task.
-        model: which model.
-        tokenizer: its tokenizer.
         names: none; a question has no class.
         data: a data set per split, with the columns ``context``, ``question``, ``answers``, and any others.
 

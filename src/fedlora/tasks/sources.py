@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT, by_kind
+from fedlora.component import STRICT, Field, Fraction, by_kind, dataclass
 from fedlora.errors import DataError
 from fedlora.files import write_atomically
 from fedlora.state import named_seed
@@ -39,8 +37,6 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "lib2t
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """The reader for each ending; each may be followed by ``.gz``."""
-
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Source(ABC):

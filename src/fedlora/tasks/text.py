@@ -10,11 +10,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, dataclass
 from fedlora.errors import ConfigError
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
@@ -68,7 +66,7 @@ class TextClassification(TokenizedTask):
     max_length: Annotated[int, Field(ge=2)] = 128
     pad_to: Literal["longest"] | Annotated[int, Field(ge=2)] = "longest"
     pooling: Literal["auto"] | Pooling = "auto"
-    eval_batch_size: Annotated[int, Field(ge=1)] = 64
+    eval_batch_size: Count = 64
 
     def __post_init__(self) -> None:
         if self.pad_to != "longest" and self.pad_to < self.max_length:
@@ -100,9 +98,6 @@ class PreparedText(PreparedTokenized):
     """Encoded texts, their labels, and the model they are for.
 
     Args:
-        settings: the task.
-        model: which model.
-        tokenizer: its tokenizer.
         names: the classes' names; none for a number.
         data: a data set per split, with the columns ``text``, maybe ``text_pair``, ``label``, and any others.
     """

@@ -10,13 +10,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.errors import ConfigError, DataError, TrainingError
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.columns import Splits, check_rows, class_names, fingerprint, split, values_of
@@ -65,8 +63,8 @@ class TokenClassification(TokenizedTask):
     scheme: Literal["iob2", "plain"] = "iob2"
     tag_names: tuple[str, ...] = ()
     max_length: Annotated[int, Field(ge=3)] = 128
-    stride: Annotated[int, Field(ge=0)] = 16
-    eval_batch_size: Annotated[int, Field(ge=1)] = 64
+    stride: Whole = 16
+    eval_batch_size: Count = 64
 
     def __post_init__(self) -> None:
         if len(set(self.tag_names)) < len(self.tag_names):
@@ -151,9 +149,6 @@ class PreparedTokens(PreparedTokenized):
     it most often (of equals, that with the smaller number), and 0, ``O``, where it has no entity.
 
     Args:
-        settings: the task.
-        model: which model.
-        tokenizer: its tokenizer.
         names: the tags' names, ``O`` first.
         data: a data set per split, with the columns ``tokens``, ``tags`` (class numbers), and any others.
     """

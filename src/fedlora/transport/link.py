@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
-
 from fedlora import tree as trees
-from fedlora.component import STRICT, by_kind
+from fedlora.component import STRICT, Field, Whole, by_kind, dataclass
 from fedlora.errors import ConfigError
 from fedlora.schema import Schema
 from fedlora.transport import wire
@@ -44,7 +41,7 @@ class Stage:
         head_precision: the number format of the head's.
     """
 
-    round: Annotated[int, Field(ge=0)]
+    round: Whole
     sparsify: AnySparsifier | None = None
     precision: AnyPrecision | None = None
     head_precision: AnyPrecision | None = None

@@ -9,9 +9,8 @@ from typing import ClassVar, Literal, NamedTuple, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, dataclass
 from fedlora.errors import WireError
 from fedlora.transport.framing import Reader
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Positive, Share, dataclass
 from fedlora.schema import Leaf
 from fedlora.transport.positions import random_positions
 from fedlora.tree import Tree, flatten, unflatten
-
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @final
@@ -169,7 +165,7 @@ class TopK(Sparsifier):
     scope: Literal["global", "tensor"] = "global"
     quota: Quota = Quota()
     decay: Share = 1.0
-    decay_every: Annotated[int, Field(ge=1)] = 1
+    decay_every: Count = 1
 
     @property
     def facts(self) -> Facts:
@@ -210,7 +206,7 @@ class Threshold(Sparsifier):
     """
 
     kind: Literal["threshold"] = "threshold"
-    value: Annotated[float, Field(gt=0)]
+    value: Positive
 
     @property
     def facts(self) -> Facts:
@@ -298,7 +294,7 @@ class RankSlice(Sparsifier):
     """
 
     kind: Literal["rank_slice"] = "rank_slice"
-    rank: Annotated[int, Field(ge=1)]
+    rank: Count
     by: Literal["order", "norm"] = "order"
 
     @property

@@ -7,9 +7,8 @@ from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, dataclass
 from fedlora.errors import WireError
 from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, splitmix, take_bits
 from fedlora.transport.framing import Reader, varint

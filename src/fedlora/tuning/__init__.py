@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
-from fedlora.component import by_kind
+from fedlora.component import Field, by_kind
 from fedlora.tuning.base import Installed, Start, Tuning
 from fedlora.tuning.bottleneck import Bottleneck
 from fedlora.tuning.lora import LoRA, from_peft, to_peft

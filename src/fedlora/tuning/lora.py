@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Part, Positive, dataclass
 from fedlora.errors import ConfigError
 from fedlora.schema import Schema, factor_leaf
 from fedlora.state import Carry, Fold, Folds, named_seed
@@ -43,11 +41,11 @@ class LoRA(Tuning):
     """
 
     kind: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    rank: Count = 16
+    alpha: Positive = 16.0
     targets: Targets = "default"
     init: AnyLoRAInit = Kaiming()
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Part = 0.0
     train: Literal["both", "B", "alternate"] = "both"
 
     @property

@@ -7,11 +7,9 @@ from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.component import STRICT, by_kind
+from fedlora.component import STRICT, Field, by_kind, dataclass
 
 Factors = tuple[Tensor, Tensor]
 Split = Literal["symmetric", "left"]

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic.dataclasses import dataclass
 from torch import nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, dataclass
 from fedlora.errors import ConfigError
 from fedlora.schema import Leaf, Schema, factor_leaf
 from fedlora.tree import Tree

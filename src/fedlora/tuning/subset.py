@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Share, dataclass
 from fedlora.errors import ConfigError
 from fedlora.state import Carry, Fold, generator, named_seed
 from fedlora.tree import Tree
@@ -86,8 +84,8 @@ class SparseMask(Tuning):
     """
 
     kind: Literal["sparse_mask"] = "sparse_mask"
-    density: Annotated[float, Field(gt=0, le=1)] | None = None
-    rank: Annotated[int, Field(ge=1)] | None = None
+    density: Share | None = None
+    rank: Count | None = None
     targets: Targets = "all-linear"
     biases: bool = False
 
