@@ -59,7 +59,6 @@ class Live(Callback):
         self._metric = ""
 
     def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
-        """See ``Callback.run_started``."""
         self.close()
         self._rounds, self._spent = experiment.rounds, []
         self._main = setting.task.main_metric
@@ -88,7 +87,6 @@ class Live(Callback):
         self._clock = time.monotonic()
 
     def row_recorded(self, row: Row) -> None:
-        """See ``Callback.row_recorded``."""
         now = time.monotonic()
         self._spent.append(now - self._clock)
         self._clock, self._done = now, row.round
@@ -106,7 +104,6 @@ class Live(Callback):
             self._console.print(f"  round {row.round}: {warning}", style="yellow", markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """See ``Callback.close``: takes the bar away."""
         if self._progress:
             self._progress.stop()
             self._progress = None

@@ -163,47 +163,37 @@ class TensorTask(Prepared):
 
     @property
     def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``; the tensors are no data set."""
         return {}
 
     @property
     def labels(self) -> Rows:
-        """See ``Prepared.labels``."""
         return self.targets.numpy()
 
     @property
     def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``."""
         return [f"class {number}" for number in range(int(self.targets.max()) + 1)]
 
     @property
     def fingerprint(self) -> str:
-        """See ``Prepared.fingerprint``."""
         return "tensors"
 
     def num_examples(self, split: Split) -> int:
-        """See ``Prepared.num_examples``; both splits hold the same examples."""
         return len(self.targets)
 
     def table(self) -> Any:
-        """See ``Prepared.table``."""
         return None
 
     def columns(self, split: Split) -> list[str]:
-        """See ``Prepared.columns``."""
         return ["label"]
 
     def column(self, name: str, split: Split) -> Rows:
-        """See ``Prepared.column``."""
         return self.labels
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``."""
         model = self.make_model().to(device)
         return model, head_names(model, set())
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``."""
         name = "input_ids" if self.tokens.dim() == 2 else "pixel_values"
         batch = {name: self.tokens[rows].to(device), "labels": self.targets[rows].to(device)}
         if self.attention and name == "input_ids":
@@ -211,7 +201,6 @@ class TensorTask(Prepared):
         return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See ``Prepared.loss``."""
         return functional.cross_entropy(self.logits(model, batch), batch["labels"])
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -221,7 +210,6 @@ class TensorTask(Prepared):
         return logits.mean(1) if logits.dim() == 3 else logits
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
-        """See ``Prepared.evaluate``."""
         batch = self.batch(rows, device)
         labels, logits = batch["labels"], self.logits(model, batch)
         return Evaluation(
@@ -233,11 +221,9 @@ class TensorTask(Prepared):
         )
 
     def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``; there are no files here."""
         return self
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
-        """See ``Prepared.predict``; there is no tokenizer."""
         return []
 
     def save_pretrained(self, folder: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from fedlora.aggregate import AnyAggregator, ProductExact, SparsityWeighted, Stack, SvdRedistribute
+from fedlora.component import Count, Share
 from fedlora.local import Local
 from fedlora.methods.defaults import ADAPTIVE, PLAIN
-from fedlora.methods.papers import Memory, Phases, Rank, Rounds, Share, fedavg
+from fedlora.methods.papers import Memory, Phases, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
 from fedlora.server_optim import AnyServerOptimizer
@@ -23,8 +22,8 @@ Weighting = Literal["uniform", "examples"]
 
 def ffa(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
@@ -52,8 +51,8 @@ def ffa(
 
 def rolora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
@@ -78,8 +77,8 @@ def rolora(
 
 def sparse_adapter(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     density: Share = 0.25,
@@ -106,12 +105,12 @@ def sparse_adapter(
 
 def adapter_lth(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     keep: Share = 0.9,
-    every: Annotated[int, Field(ge=1)] = 1,
+    every: Count = 1,
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
@@ -133,12 +132,12 @@ def adapter_lth(
 
 def fed_select(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     keep: Share = 0.9,
-    every: Annotated[int, Field(ge=1)] = 1,
+    every: Count = 1,
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
@@ -157,11 +156,11 @@ def fed_select(
 
 def fedex(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
-    fold_rank: Rank | None = None,
+    fold_rank: Count | None = None,
     weighting: Weighting = "uniform",
     precision: AnyPrecision = Float32(),
     local: Local = PLAIN,
@@ -179,8 +178,8 @@ def fedex(
 
 def flora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     weighting: Weighting = "uniform",
@@ -199,8 +198,8 @@ def flora(
 
 def flexlora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     weighting: Weighting = "uniform",
@@ -216,8 +215,8 @@ def flexlora(
 
 def het_lora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     shrink: Shrink | None = Shrink(),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from fedlora.aggregate import AnyAggregator, Mean
+from fedlora.component import Count, Part, Share
 from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.methods.defaults import ADAPTIVE, ADAPTIVE_FULL, PLAIN
@@ -20,15 +19,12 @@ from fedlora.transport import AnyPrecision, Dense, Float32, Link, Quota, TopK
 from fedlora.tuning import AnyTuning, Full, LoRA, SparseMask, SvdOfDelta, SvdOfWeight
 
 Phases = tuple[Phase, ...]
-Rounds = Annotated[int, Field(ge=1)]
-Rank = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Memory = Literal["none", "init", "last_round"]
 
 
 def fedavg(
     *,
-    rounds: Rounds = 40,
+    rounds: Count = 40,
     tuning: AnyTuning = LoRA(),
     down: Link = Link(),
     up: Link = Link(),
@@ -61,8 +57,8 @@ def fedavg(
 
 def dense_lora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
@@ -80,23 +76,23 @@ def dense_lora(
     )
 
 
-def full(*, rounds: Rounds = 40, server: AnyServerOptimizer = ADAPTIVE_FULL, local: Local = Local()) -> Phases:
+def full(*, rounds: Count = 40, server: AnyServerOptimizer = ADAPTIVE_FULL, local: Local = Local()) -> Phases:
     """Full fine-tuning under federated averaging (FFT): the ceiling in accuracy and in bytes."""
     return fedavg(rounds=rounds, tuning=Full(), server=server, local=local)
 
 
 def flasc(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    dropout: Part = 0.0,
     init: Literal["kaiming", "svd_of_weight"] = "kaiming",
     down: Share = 0.25,
     up: Share = 0.25,
     decay: Share = 1.0,
-    decay_every: Annotated[int, Field(ge=1)] = 1,
+    decay_every: Count = 1,
     scope: Literal["global", "tensor"] = "global",
     quota: Quota = Quota(),
     reference: Literal["zero", "init"] = "init",
@@ -144,8 +140,8 @@ def flasc(
 
 def federa(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     split: Literal["symmetric", "left"] = "symmetric",
@@ -171,9 +167,9 @@ def federa(
 
 def slora(
     *,
-    rounds: Rounds = 40,
-    warm_rounds: Rounds | None = None,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    warm_rounds: Count | None = None,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     density: Share | None = None,
@@ -223,9 +219,9 @@ def slora(
 
 def primed_lora(
     *,
-    rounds: Rounds = 40,
-    warm_rounds: Rounds | None = None,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    warm_rounds: Count | None = None,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     split: Literal["symmetric", "left"] = "symmetric",

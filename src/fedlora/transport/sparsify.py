@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Positive, Share, dataclass
 from fedlora.schema import Leaf
 from fedlora.transport.positions import random_positions
 from fedlora.tree import Tree, flatten, unflatten
-
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @final
@@ -134,7 +130,6 @@ class Dense(Sparsifier):
         return Facts(unbiased=True, reads_values=False, drops=False)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """Every tensor is kept whole."""
         return {}
 
 
@@ -170,7 +165,7 @@ class TopK(Sparsifier):
     scope: Literal["global", "tensor"] = "global"
     quota: Quota = Quota()
     decay: Share = 1.0
-    decay_every: Annotated[int, Field(ge=1)] = 1
+    decay_every: Count = 1
 
     @property
     def facts(self) -> Facts:
@@ -182,7 +177,6 @@ class TopK(Sparsifier):
         return float(self.density * self.decay ** (round // self.decay_every))
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """True for the ``k`` largest magnitudes."""
         chosen: dict[str, Tensor] = {}
         for density, names in _by_quota(tree, schema, self.quota, self.density_at(round)):
             bucket = {name: tree[name] for name in names}
@@ -212,7 +206,7 @@ class Threshold(Sparsifier):
     """
 
     kind: Literal["threshold"] = "threshold"
-    value: Annotated[float, Field(gt=0)]
+    value: Positive
 
     @property
     def facts(self) -> Facts:
@@ -300,7 +294,7 @@ class RankSlice(Sparsifier):
     """
 
     kind: Literal["rank_slice"] = "rank_slice"
-    rank: Annotated[int, Field(ge=1)]
+    rank: Count
     by: Literal["order", "norm"] = "order"
 
     @property
@@ -309,7 +303,6 @@ class RankSlice(Sparsifier):
         return Facts(unbiased=False, reads_values=self.by == "norm", slices_ranks=True)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """True within the ranks that are kept."""
         chosen: dict[str, Tensor] = {}
         for name, value in tree.items():
             axis = schema[name].rank_axis

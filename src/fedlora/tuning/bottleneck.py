@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, dataclass
 from fedlora.errors import ConfigError
 from fedlora.state import Carry, Fold, generator, named_seed
 from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped
@@ -73,13 +71,12 @@ class Bottleneck(Tuning):
     """
 
     kind: Literal["bottleneck"] = "bottleneck"
-    width: Annotated[int, Field(ge=1)] = 16
+    width: Count = 16
     style: Literal["houlsby", "pfeiffer"] = "pfeiffer"
     targets: str | None = None
 
     @property
     def zero_is_neutral(self) -> bool:
-        """See ``Tuning.zero_is_neutral``."""
         return True
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
