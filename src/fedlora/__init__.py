@@ -61,8 +61,8 @@ _NAMES = {
     "experiment": "run",
     "inference": "load_run",
     "local": "Local",
-    "methods": "adapter_lth dense_lora fed_select fedavg federa fedex ffa flasc flexlora flora full het_lora primed_lora "
-    "rolora slora sparse_adapter",
+    "methods": "adapter_lth dense_lora fed_select fedavg federa fedex ffa flasc flexlora flora full het_lora "
+    "primed_lora rolora slora sparse_adapter",
     "clients": "Clients",
     "partitions": "Dirichlet Iid Natural Pooled Quantity Shards",
     "rates": "LrScale Schedule",
