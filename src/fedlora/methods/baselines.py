@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedlora.aggregate import AnyAggregator, ProductExact, SparsityWeighted, Stack, SvdRedistribute
+from fedlora.aggregate import ProductExact, SparsityWeighted, Stack, SvdRedistribute
 from fedlora.component import Count, Share
 from fedlora.local import Local
 from fedlora.methods.defaults import ADAPTIVE, PLAIN
@@ -37,15 +37,10 @@ def ffa(
     The mean of the products ``B A`` is then the product of the means, and half of the bytes go. Clients redraw ``A``
     from its seed, since everything is told relative to the start.
     """
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets, train="B")
+    down, up = Link(precision=precision, reference="init"), Link(precision=precision)
     return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets, train="B"),
-        down=Link(precision=precision, reference="init"),
-        up=Link(precision=precision),
-        server=server,
-        privacy=privacy,
-        local=local,
-        memory=memory,
+        rounds=rounds, tuning=tuning, down=down, up=up, server=server, privacy=privacy, local=local, memory=memory
     )
 
 
@@ -64,15 +59,9 @@ def rolora(
 
     Up, only the factor that moved is sent; down, with ``memory = "last_round"``, only what changed since the last time.
     """
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets, train="alternate"),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-        memory=memory,
-    )
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets, train="alternate")
+    link = Link(precision=precision)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, memory=memory)
 
 
 def sparse_adapter(
@@ -92,15 +81,9 @@ def sparse_adapter(
     Clients train and send only what is left. FLASC's code has one threshold for all tensors (``scope="global"``); after
     one round that leaves nothing of ``B``, and the run stops because nothing would be learnt.
     """
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-        prune=Prune(density=density, scope=scope),
-    )
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    prune = Prune(density=density, scope=scope)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, prune=prune)
 
 
 def adapter_lth(
@@ -119,15 +102,9 @@ def adapter_lth(
 
     Iterative magnitude pruning without rewinding; clients train and send only what is left.
     """
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-        prune=Prune(density=keep, first=every, every=every, decay=keep),
-    )
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    prune = Prune(density=keep, first=every, every=every, decay=keep)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, prune=prune)
 
 
 def fed_select(
@@ -143,15 +120,9 @@ def fed_select(
     local: Local = Local(),
 ) -> Phases:
     """Federated Select (FLASC, arXiv 2406.05233): the density of both links decays, clients train everything."""
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets)
     link = Link(sparsify=TopK(density=1.0, decay=keep, decay_every=every), precision=precision)
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=link,
-        up=link,
-        server=server,
-        local=local,
-    )
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local)
 
 
 def fedex(
@@ -171,9 +142,9 @@ def fedex(
     Clients that remember get each round's fold as factors where these are smaller; others get the sum of all folds.
     ``fold_rank`` keeps only so much of each fold, as the paper's inexact form does.
     """
-    return _of_products(
-        ProductExact(rank=fold_rank, weighting=weighting), rounds, rank, alpha, targets, precision, local, memory
-    )
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    rule = ProductExact(rank=fold_rank, weighting=weighting)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, local=local, memory=memory)
 
 
 def flora(
@@ -193,7 +164,9 @@ def flora(
     Down go the fold and the head: clients draw the new ``A`` from its seed. With ``reference = "zero"`` it is sent, of
     as many ranks as a client's tier has.
     """
-    return _of_products(Stack(weighting=weighting), rounds, rank, alpha, targets, precision, local, memory, reference)
+    tuning, rule = LoRA(rank=rank, alpha=alpha, targets=targets), Stack(weighting=weighting)
+    down, up = Link(precision=precision, reference=reference), Link(precision=precision)
+    return fedavg(rounds=rounds, tuning=tuning, down=down, up=up, aggregator=rule, local=local, memory=memory)
 
 
 def flexlora(
@@ -209,8 +182,9 @@ def flexlora(
     memory: Memory = "none",
 ) -> Phases:
     """FlexLoRA (arXiv 2402.11505): the mean of the products, cut to the rank by an SVD in each round."""
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
     rule = SvdRedistribute(weighting=weighting, split=split)
-    return _of_products(rule, rounds, rank, alpha, targets, precision, local, memory)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, local=local, memory=memory)
 
 
 def het_lora(
@@ -230,35 +204,8 @@ def het_lora(
     ``rank`` is the largest; ``clients.tiers`` give others to some. FLASC's code calls zero-padding alone by this name:
     ``lora`` with tiers.
     """
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    rule = SparsityWeighted(padding=padding)
     return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        aggregator=SparsityWeighted(padding=padding),
-        server=server,
-        local=local,
-        shrink=shrink,
-    )
-
-
-def _of_products(
-    aggregator: AnyAggregator,
-    rounds: int,
-    rank: int,
-    alpha: float,
-    targets: str | tuple[str, ...],
-    precision: AnyPrecision,
-    local: Local,
-    memory: Memory,
-    reference: Literal["zero", "init"] = "zero",
-) -> Phases:
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision, reference=reference),
-        up=Link(precision=precision),
-        aggregator=aggregator,
-        local=local,
-        memory=memory,
+        rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, server=server, local=local, shrink=shrink
     )

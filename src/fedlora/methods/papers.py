@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from fedlora.aggregate import AnyAggregator, Mean
@@ -66,14 +67,8 @@ def dense_lora(
     local: Local = Local(),
 ) -> Phases:
     """LoRA (arXiv 2106.09685) under federated averaging, every value sent: what the papers compare with."""
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-    )
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local)
 
 
 def full(*, rounds: Count = 40, server: AnyServerOptimizer = ADAPTIVE_FULL, local: Local = Local()) -> Phases:
@@ -112,13 +107,8 @@ def flasc(
     learnt until it is (``docs/methods.md``).
     ``feedback`` lets each client add what its last upload left out to the next one, which asks for a ``memory``.
     """
-    tuning = LoRA(
-        rank=rank,
-        alpha=alpha,
-        targets=targets,
-        dropout=dropout,
-        init=SvdOfWeight() if init == "svd_of_weight" else LoRA().init,
-    )
+    start = SvdOfWeight() if init == "svd_of_weight" else LoRA().init
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets, dropout=dropout, init=start)
 
     def link(density: float, reference: Literal["zero", "init"], feedback: bool) -> Link:
         # the official code skips the top-k where the density is one
@@ -126,15 +116,9 @@ def flasc(
         kept = thin if density < 1 or decay < 1 else Dense()
         return Link(sparsify=kept, precision=precision, reference=reference, feedback=feedback)
 
+    sent, answer = link(down, reference, False), link(up, "zero", feedback)
     return fedavg(
-        rounds=rounds,
-        tuning=tuning,
-        down=link(down, reference, False),
-        up=link(up, "zero", feedback),
-        server=server,
-        privacy=privacy,
-        local=local,
-        memory=memory,
+        rounds=rounds, tuning=tuning, down=sent, up=answer, server=server, privacy=privacy, local=local, memory=memory
     )
 
 
@@ -154,15 +138,9 @@ def federa(
 
     The server makes the SVD once and announces the factors; every client derives the residual from what it received.
     """
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfWeight(split=split)),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-        memory=memory,
-    )
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfWeight(split=split))
+    link = Link(precision=precision)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, memory=memory)
 
 
 def slora(
@@ -198,23 +176,15 @@ def slora(
     Raises:
         ConfigError: the first phase would leave no round for the second.
     """
-    return _two_phases(
-        SparseMask(
-            density=density, rank=rank if density is None else None, targets=mask_targets or targets, biases=biases
-        ),
-        LoRA(
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            init=SvdOfDelta(split=split, fold=fold or ("biases" if biases else "none")),
-        ),
-        rounds,
-        warm_rounds,
-        precision,
-        (warm_server or server, warm_local or local),
-        (server, local),
-        memory,
+    mask = SparseMask(
+        density=density, rank=rank if density is None else None, targets=mask_targets or targets, biases=biases
     )
+    init = SvdOfDelta(split=split, fold=fold or ("biases" if biases else "none"))
+    link = Link(precision=precision)
+    lora = LoRA(rank=rank, alpha=alpha, targets=targets, init=init)
+    second = Recipe(tuning=lora, down=link, up=link, server=server, local=local, memory=memory)
+    warm = replace(second, tuning=mask, server=warm_server or server, local=warm_local or local)
+    return _two_phases(warm, second, rounds, warm_rounds)
 
 
 def primed_lora(
@@ -240,36 +210,17 @@ def primed_lora(
     Raises:
         ConfigError: the first phase would leave no round for the second.
     """
-    return _two_phases(
-        Full(),
-        LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfDelta(split=split, fold=fold)),
-        rounds,
-        warm_rounds,
-        precision,
-        (warm_server or server, warm_local or local),
-        (server, local),
-        memory,
-    )
+    lora = LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfDelta(split=split, fold=fold))
+    link = Link(precision=precision)
+    second = Recipe(tuning=lora, down=link, up=link, server=server, local=local, memory=memory)
+    warm = replace(second, tuning=Full(), server=warm_server or server, local=warm_local or local)
+    return _two_phases(warm, second, rounds, warm_rounds)
 
 
-def _two_phases(
-    first: AnyTuning,
-    second: AnyTuning,
-    rounds: int,
-    warm_rounds: int | None,
-    precision: AnyPrecision,
-    warm: tuple[AnyServerOptimizer, Local],
-    rest: tuple[AnyServerOptimizer, Local],
-    memory: Memory,
-) -> Phases:
+def _two_phases(warm: Recipe, second: Recipe, rounds: int, warm_rounds: int | None) -> Phases:
     first_rounds = warm_rounds or max(1, rounds // 4)
     if first_rounds >= rounds:
         raise ConfigError(
             f"warm_rounds = {first_rounds} leaves no round for LoRA out of rounds = {rounds}; make it smaller than that"
         )
-    link = Link(precision=precision)
-    return tuple(
-        phase
-        for tuning, count, (server, local) in ((first, first_rounds, warm), (second, rounds - first_rounds, rest))
-        for phase in fedavg(rounds=count, tuning=tuning, down=link, up=link, server=server, local=local, memory=memory)
-    )
+    return Phase(recipe=warm, rounds=first_rounds), Phase(recipe=second, rounds=rounds - first_rounds)

@@ -17,12 +17,7 @@ from fedlora.component import STRICT, Count, Field, dataclass
 from fedlora.errors import ConfigError
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.columns import (
-    check_rows,
-    rename,
-    split,
-    values_of,
-)
+from fedlora.tasks.columns import check_rows, rename, split, values_of
 from fedlora.tasks.folders import read_folder
 from fedlora.tasks.labels import known_labels, label_table, labelled
 from fedlora.tasks.loading import class_settings, load_pretrained

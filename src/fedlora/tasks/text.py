@@ -16,14 +16,7 @@ from fedlora.component import STRICT, Count, Field, dataclass
 from fedlora.errors import ConfigError
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
-from fedlora.tasks.columns import (
-    Splits,
-    check_rows,
-    check_texts,
-    fingerprint,
-    split,
-    values_of,
-)
+from fedlora.tasks.columns import Splits, check_rows, check_texts, fingerprint, split, values_of
 from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, cached, width_of
 from fedlora.tasks.labels import known_labels, label_table, labelled
 from fedlora.tasks.loading import class_settings, load_pretrained, pooling_of
