@@ -94,11 +94,9 @@ def test_every_task_holds_out_by_its_own_content(tmp_path: Path, task: str) -> N
     if task == "questions":
         assert QuestionAnswering
         final, held = split(source.load(), "context"), split(chosen.load(), "context")
-    elif task == "tokens":
-        final, held = TokenClassification().read(source)[0], TokenClassification().read(chosen)[0]
     else:
-        kind = CausalLM() if task == "language" else Instruction()
-        final, held = kind.read(source), kind.read(chosen)
+        kind = {"tokens": TokenClassification(), "language": CausalLM(), "instruction": Instruction()}[task]
+        final, held = kind.read(source)[0], kind.read(chosen)[0]
     assert len(held.train) + len(held.test) == len(final.train)
     assert 1 <= len(held.test) < 20
 
