@@ -70,7 +70,14 @@ def sent(result: Result) -> tuple[int, int]:
     return sum(result.down_bytes.values()), sum(result.up_bytes.values())
 
 
-@pytest.mark.parametrize("name", WIRES)
+MORE = ("slora", "bitfit", "flasc, remembered", "flasc, 4 bits", "lora, 1 bit", "fed_select", "sparse_adapter", "fedex")
+MORE += ("flora", "fedex, remembered", "federa", "full")
+"""What differs little from another one; with the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MORE else []) for name in WIRES]
+)
 def test_the_bytes_told_are_the_bytes_sent(world: Path, tmp_path: Path, name: str) -> None:
     method, *overrides = WIRES[name]
     result = fedlora.run(experiment(world, method, STEPS, *overrides, rounds=ROUNDS), tmp_path / "run")
@@ -78,6 +85,7 @@ def test_the_bytes_told_are_the_bytes_sent(world: Path, tmp_path: Path, name: st
     assert told(world, *WIRES[name]) == pytest.approx(sent(result), rel=0.04)
 
 
+@pytest.mark.slow
 # what few bits round to zero follows from an adaptive server's steps, which differ with the cohort
 @pytest.mark.parametrize(("precision", "near"), [("float32", 0.02), ("uniform", 0.05)])
 def test_of_a_real_model_they_are_told_within_a_few_percent(

@@ -322,9 +322,9 @@ def test_a_run_ends_with_a_sentence_where_nobody_answers(world: Path, tmp_path: 
 
 
 def test_a_deadline_travels_with_a_job(world: Path, tmp_path: Path) -> None:
-    chosen = experiment(world, "lora", "clients.per_round=9", "method.local.epochs=100000", rounds=1)
+    chosen = experiment(world, "lora", "clients.per_round=1", "method.local.epochs=100000", rounds=1)
     with pytest.raises(QuorumError, match="out of time"):
-        tried(chosen, tmp_path, rules=Rules(round_timeout=2.0, attempts=1))
+        tried(chosen, tmp_path, rules=Rules(round_timeout=1.0, attempts=1))
 
 
 # ---- rows of sites' own

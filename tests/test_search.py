@@ -113,7 +113,7 @@ def test_a_trial_that_fails_has_lost(world: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(("rank", "density", "factor"), [(2, 0.25, 2), (1, 0.1, 4), (2, 0.5, 4)])
 def test_the_two_of_a_pair_cost_the_same(world: Path, tmp_path: Path, rank: int, density: float, factor: int) -> None:
     bounds = Bounds(rank, density, factor, client_bytes=30_000.0, max_rank=16)
-    trials = search(experiment(world, "flasc", rounds=8), tmp_path / "search", bounds)
+    trials = search(experiment(world, "flasc", rounds=6), tmp_path / "search", bounds)
     one, other = (trial for trial in trials if trial.step == 1)
     assert (one.rank, other.density) == (rank, density)
     assert one.client_bytes == pytest.approx(other.client_bytes, rel=0.08)

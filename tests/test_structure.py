@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -85,13 +86,18 @@ NEEDED = {
 }
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def name_of(path: Path) -> str:
     return path.relative_to(SOURCE).as_posix()
 
 
 def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Every module that a file imports anywhere, with the names taken from it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -100,7 +106,7 @@ def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 def top_level(path: Path) -> Iterator[str]:
     """The fedlora modules that a file needs in order to be imported."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.ImportFrom) and node.module == "fedlora":
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedlora."):
@@ -139,7 +145,7 @@ def test_no_file_is_longer_than_400_lines_and_no_function_than_60_or_12_branches
     text = path.read_text(encoding="utf-8")
     sizes = {
         f"{name_of(path)}:{node.name}": (node.end_lineno - node.lineno + 1, branches(node))
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
     }
     over = {name: size for name, size in sizes.items() if size[0] > 60 or size[1] > 12}
@@ -202,7 +208,7 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 def test_nothing_is_imported_wholesale_or_unpickled(path: Path) -> None:
     assert all("*" not in names for _, names in imports(path))
     assert not {module for module, _ in imports(path)} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    calls = {ast.unparse(node.func) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)}
     assert not calls & {"torch.load", "torch.save", "numpy.load", "np.load", "eval", "exec", "hasattr"}
 
 
@@ -210,7 +216,7 @@ def test_nothing_is_imported_wholesale_or_unpickled(path: Path) -> None:
 def test_only_methods_know_the_names_of_methods(path: Path) -> None:
     compared = {
         operand.value
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.Compare)
         for operand in node.comparators
         if isinstance(operand, ast.Constant)
@@ -289,7 +295,7 @@ def test_every_public_function_and_class_has_a_docstring() -> None:
     silent = [
         f"{name_of(path)}:{node.lineno}"
         for path in FILES
-        for node in ast.parse(path.read_text()).body
+        for node in parsed(path).body
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
         if ast.get_docstring(node) is None
     ]

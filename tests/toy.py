@@ -29,12 +29,12 @@ LOCAL = Local(optimizer=AdamW(lr=0.02), batch_size=8, epochs=2, dropout=False)
 
 
 class Federation:
-    """A run of phases over three clients of 16 examples, from a state or from the beginning."""
+    """A run of phases over three clients, of 16 examples each by default, from a state or from the beginning."""
 
-    def __init__(self, phases: Phases) -> None:
-        self.phases = phases
-        self.workspace = Workspace(toy_task(num_examples=48), 0, CPU)
-        self.engine = Serial(self.workspace, equal_population(48, 3))
+    def __init__(self, phases: Phases, num_examples: int = 48) -> None:
+        self.phases, self.num_examples = phases, num_examples
+        self.workspace = Workspace(toy_task(num_examples=num_examples), 0, CPU)
+        self.engine = Serial(self.workspace, equal_population(num_examples, 3))
         self.rows: list[Row] = []
 
     def start(self) -> ServerState:
@@ -55,7 +55,7 @@ class Federation:
     def loss(self, state: ServerState) -> float:
         recipe = self.phases[state.phase].recipe
         self.workspace.show(recipe, view(recipe, state, 0), state.folds)
-        return self.workspace.evaluate(np.arange(48), "train", recipe.local.compute).metrics["loss"]
+        return self.workspace.evaluate(np.arange(self.num_examples), "train", recipe.local.compute).metrics["loss"]
 
 
 def num_nonzero(tree: Tree) -> int:

@@ -79,6 +79,11 @@ LINKS: dict[str, Phases] = {
 }
 
 
+# each sparsifier with every other number format, and the rest with the slow tests
+MORE = {f"{kind} {number}" for i, kind in enumerate(THIN) for j, number in enumerate(PRECISE) if (i + j) % 2}
+TRAINED = [pytest.param(name, marks=[pytest.mark.slow] if name in MORE else []) for name in LINKS]
+
+
 @pytest.fixture(autouse=True)
 def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
@@ -98,7 +103,7 @@ def test_its_configuration_survives_toml(name: str) -> None:
     assert config.parse(tomllib.loads(config.to_toml(experiment))) == experiment
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_its_loss_falls(name: str) -> None:
     federation = Federation(LINKS[name])
     state = federation.start()
@@ -106,16 +111,16 @@ def test_its_loss_falls(name: str) -> None:
     assert federation.loss(federation.go_on(state, 6)) < 0.9 * before
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_saved_and_loaded_in_every_round_it_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
     cohorts = [(2, 0, 1), (1,), (0, 1), (2,), (0, 2), (2, 1, 0)]
-    whole = Federation(LINKS[name])
+    whole = Federation(LINKS[name], 24)
     expected = state = whole.start()
     for rounds, cohort in enumerate(cohorts, 1):
         expected = whole.go_on(expected, rounds, cohort)
     rows: list[Row] = []
     for rounds, cohort in enumerate(cohorts, 1):
-        federation = Federation(LINKS[name])
+        federation = Federation(LINKS[name], 24)
         save_state(federation.go_on(state, rounds, cohort), tmp_path / "state", {})
         state, _ = load_state(tmp_path / "state")
         rows += federation.rows

@@ -57,13 +57,13 @@ def test_its_loss_falls(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_and_loaded_in_every_round_it_ends_in_the_same_bits(method: str, tmp_path: Path) -> None:
-    whole = Federation(phases_of(method))
+    whole = Federation(phases_of(method), 24)
     expected = whole.go_on(whole.start(), 6)
-    state = Federation(phases_of(method)).start()
+    state = Federation(phases_of(method), 24).start()
     rows: list[Row] = []
     for rounds in range(1, 7):
         # a workspace of its own each time, as in a process of its own
-        federation = Federation(phases_of(method))
+        federation = Federation(phases_of(method), 24)
         save_state(federation.go_on(state, rounds), tmp_path / "state", {})
         state, _ = load_state(tmp_path / "state")
         rows += federation.rows

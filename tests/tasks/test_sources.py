@@ -292,6 +292,7 @@ def test_docstrings_are_many_distinct_and_split(docstrings: Splits) -> None:
     assert not any("/test/" in file or file.startswith(("test/", "site-packages")) for file in train["file"][:])
 
 
+@pytest.mark.slow
 def test_docstrings_repeat(docstrings: Splits) -> None:
     again = read(Docstrings())
     assert fingerprint(again.train) == fingerprint(docstrings.train)
@@ -313,9 +314,10 @@ def test_docstrings_of_a_small_library(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content, encoding="utf-8")
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
-    raw = Docstrings(num_classes=2, test_fraction=0.5, seed=1).load()
-    assert raw[1:] == (None, 0.5, 1, None)
-    train, test = read(Docstrings(num_classes=2, test_fraction=0.5, seed=1))
+    source = Docstrings(num_classes=2, test_fraction=0.5, seed=1)
+    assert source.load()[1:] == (None, 0.5, 1, None)
+    train, test = read(source)
+    assert fingerprint(read(source).train) == fingerprint(train)
     assert sorted((row["text"], row["label"], row["file"]) for part in (train, test) for row in part) == [
         ("A class within a package.", 1, "two/__init__.py"),
         ("Indented text,\n  kept.", 0, "one.py"),

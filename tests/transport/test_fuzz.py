@@ -133,14 +133,15 @@ def mutated(raw: bytes, other: bytes, kind: str, rng: random.Random) -> bytes:
     return raw[:cut] + rng.randbytes(len(raw) - cut if rng.random() < 0.5 else rng.randrange(120))
 
 
-@pytest.mark.parametrize(("kind", "some"), [("bits", 1000), ("length", 1), ("splice", 1000), ("random", 50)])
-def test_damaged_messages_are_refused_and_forged_ones_too_or_decode_in_the_template(kind, some):
+@pytest.mark.parametrize("count", [8_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "some"), [("bits", 0.03), ("length", 0), ("splice", 0.03), ("random", 0.001)])
+def test_damaged_messages_are_refused_and_forged_ones_too_or_decode_in_the_template(kind, some, count):
     rng = random.Random(kind)
     inputs = sorted(seeds().values())
     messages = [[seal(each[1:], like) for each in inputs if each[0] == i] for i, like in enumerate(TEMPLATES)]
     templates = [fingerprint(like) for like in TEMPLATES]
     tried = decoded = 0
-    while tried < 30_000:
+    while tried < count:
         which = rng.randrange(len(TEMPLATES))
         raw, other = rng.choice(messages[which]), rng.choice(messages[which])
         damaged = mutated(raw, other, kind, rng)
@@ -150,7 +151,7 @@ def test_damaged_messages_are_refused_and_forged_ones_too_or_decode_in_the_templ
         with pytest.raises(WireError):  # the checksum is no longer right
             unpack(damaged, TEMPLATES[which])
         decoded += decodes(seal_for(damaged[ENVELOPE:], templates[which]), TEMPLATES[which])
-    assert decoded >= some  # the code behind the checksum was reached
+    assert decoded > some * count  # the code behind the checksum was reached
 
 
 # memory
