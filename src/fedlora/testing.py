@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fedlora.clients import Population
 from fedlora.schema import Leaf, Schema, factor_leaf
-from fedlora.tasks.base import Batch, Evaluation, Prepared, Rows, Split
+from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.loading import head_names
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -156,22 +156,15 @@ class TensorTask(Prepared):
     def __init__(
         self, make_model: Callable[[], nn.Module], tokens: Tensor, labels: Tensor, attention: bool = True
     ) -> None:
+        super().__init__(Model(), [f"class {number}" for number in range(int(labels.max()) + 1)], {})
         self.make_model = make_model
         self.tokens = tokens
         self.targets = labels
         self.attention = attention
 
     @property
-    def data(self) -> Mapping[Split, Any]:
-        return {}
-
-    @property
     def labels(self) -> Rows:
         return self.targets.numpy()
-
-    @property
-    def label_names(self) -> list[str]:
-        return [f"class {number}" for number in range(int(self.targets.max()) + 1)]
 
     @property
     def fingerprint(self) -> str:
