@@ -260,8 +260,7 @@ def _passages(rows: Any, tokenizer: Any, settings: QuestionAnswering) -> Passage
     content = fingerprint(rows, ["context", "question"])
     texts = values_of(rows, "question"), values_of(rows, "context")
     sizes = {"max_length": settings.max_length, "stride": settings.stride}
-    # tokenizers with one vocabulary may differ in what they give
-    key = {"task": "questions", **sizes, "inputs": sorted(tokenizer.model_input_names)}
+    key = {"task": "questions", **sizes}
     return Passages.of(cached(tokenizer, content, key, lambda: encode(*texts, tokenizer, *sizes.values())))
 
 
