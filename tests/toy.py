@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fedlora.aggregate import Aggregator
-from fedlora.clients import Classes, Clients
+from fedlora.clients import Clients
 from fedlora.config import Evaluate, Experiment
 from fedlora.downlink import view
 from fedlora.engines import Serial
@@ -18,6 +18,7 @@ from fedlora.methods import Phases
 from fedlora.phases import close_phase, open_phase
 from fedlora.round import run_round
 from fedlora.setting import Setting
+from fedlora.skew import Classes
 from fedlora.state import Change, ServerState, Update
 from fedlora.store import EMPTY
 from fedlora.testing import equal_population, schema_of, toy_task

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -74,9 +74,10 @@ def show(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.
 
     from fedlora.config import resolved, to_toml
     from fedlora.describe import HOLDS, phase_facts
+    from fedlora.setting import in_mode, prepare
 
     experiment, _ = experiment_of(config, set_, None)
-    facts = phase_facts(experiment, _task(experiment))
+    facts = phase_facts(experiment, prepare(in_mode(experiment)).task)
     if format_ is Format.json:
         phases = [asdict(fact) for fact in facts]
         OUT.print_json(json.dumps({"config": resolved(experiment), "phases": phases}))
@@ -331,12 +332,6 @@ def demo(
     if format_ is Format.table:
         OUT.print("runs: " + "  ".join(str(result.folder) for result in results), soft_wrap=True, highlight=False)
         OUT.print(f'try:  fedlora predict {results[0].folder} "Parse a MIME message from a file."', highlight=False)
-
-
-def _task(experiment: Experiment) -> Any:
-    from fedlora.setting import in_mode, prepare
-
-    return prepare(in_mode(experiment)).task
 
 
 def _run(

@@ -14,32 +14,23 @@ from torch.nn import functional
 
 from fedlora.clients import Population
 from fedlora.schema import Leaf, Schema, factor_leaf
-from fedlora.tasks.base import Batch, Evaluation, Prepared, Rows, Split
+from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.loading import head_names
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+_MARKS = {"cls_token_id": 1, "sep_token_id": 2}
+_DEBERTA = {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 32}
 _DECODER = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 32, "head_dim": 8}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", _SMALL),
     "distilbert": ("DistilBertConfig", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}),
     "roberta": ("RobertaConfig", {**_SMALL, "max_position_embeddings": 64}),
     "albert": ("AlbertConfig", {**_SMALL, "embedding_size": 16}),
-    "deberta-v2": (
-        "DebertaV2Config",
-        {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 32},
-    ),
+    "deberta-v2": ("DebertaV2Config", _DEBERTA),
     "deberta-v3": (
         "DebertaV2Config",
-        {
-            **_SMALL,
-            "relative_attention": True,
-            "position_buckets": 8,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "pos_att_type": ["p2c", "c2p"],
-            "max_position_embeddings": 32,
-        },
+        {**_DEBERTA, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True},
     ),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, **_ENDS}),
     "llama": ("LlamaConfig", _DECODER),
@@ -49,14 +40,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**_DECODER, "sliding_window": 8}),
     "modernbert": (
         "ModernBertConfig",
-        {
-            **_SMALL,
-            **_ENDS,
-            "cls_token_id": 1,
-            "sep_token_id": 2,
-            "max_position_embeddings": 32,
-            "local_attention": 8,
-        },
+        {**_SMALL, **_ENDS, **_MARKS, "max_position_embeddings": 32, "local_attention": 8},
     ),
     "t5": (
         "T5Config",
@@ -156,22 +140,15 @@ class TensorTask(Prepared):
     def __init__(
         self, make_model: Callable[[], nn.Module], tokens: Tensor, labels: Tensor, attention: bool = True
     ) -> None:
+        super().__init__(Model(), [f"class {number}" for number in range(int(labels.max()) + 1)], {})
         self.make_model = make_model
         self.tokens = tokens
         self.targets = labels
         self.attention = attention
 
     @property
-    def data(self) -> Mapping[Split, Any]:
-        return {}
-
-    @property
     def labels(self) -> Rows:
         return self.targets.numpy()
-
-    @property
-    def label_names(self) -> list[str]:
-        return [f"class {number}" for number in range(int(self.targets.max()) + 1)]
 
     @property
     def fingerprint(self) -> str:

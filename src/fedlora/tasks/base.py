@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 Rows = NDArray[Any]
 Split = Literal["train", "test"]
+Data = Mapping[Split, Any]
+"""A ``datasets.Dataset`` per split."""
 
 
 class Evaluation(NamedTuple):

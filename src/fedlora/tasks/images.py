@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.component import STRICT, Count, Field, dataclass
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, first_line
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split, Task
 from fedlora.tasks.columns import check_rows, rename, split, values_of
+from fedlora.tasks.encoded import chunks
 from fedlora.tasks.folders import read_folder
 from fedlora.tasks.labels import known_labels, label_table, labelled
 from fedlora.tasks.loading import class_settings, load_pretrained
@@ -105,7 +106,7 @@ class PreparedImages(Prepared):
         model: Model,
         processor: Processor,
         names: list[str],
-        data: Mapping[Split, Any],
+        data: Data,
         pictures: Mapping[Split, Pictures],
     ) -> None:
         super().__init__(model, names, data)
@@ -143,8 +144,7 @@ class PreparedImages(Prepared):
 
     def logits(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Tensor:
         """The outputs for examples, ``(rows, classes)`` float32, in the order of ``rows``."""
-        size = self.settings.eval_batch_size
-        parts = (self.batch(rows[first : first + size], device, split) for first in range(0, len(rows), size))
+        parts = (self.batch(part, device, split) for part in chunks(rows, self.settings.eval_batch_size))
         return torch.cat([model(pixel_values=part["pixel_values"]).logits.float().cpu() for part in parts])
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
@@ -229,10 +229,9 @@ def _take_size(model: nn.Module, size: tuple[int, int], device: torch.device) ->
         with torch.no_grad():
             model(pixel_values=torch.zeros(1, 3, *size, device=device))
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ConfigError(
-            f"the model does not take pictures of {size[0]} x {size[1]} ({reason}): leave task.size out, or choose "
-            "one that the model takes"
+            f"the model does not take pictures of {size[0]} x {size[1]} ({first_line(error)}): leave task.size out, or "
+            "choose one that the model takes"
         ) from error
 
 

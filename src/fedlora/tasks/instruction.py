@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from fedlora.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import generation
 from fedlora.tasks.answers import check_pattern, extract
-from fedlora.tasks.base import Evaluation, Model, Prepared, Rows, Split
+from fedlora.tasks.base import Data, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.chat import Learn, Message, check_chat, encode_chat, read_messages, render, up_to_last_answer
 from fedlora.tasks.columns import check_rows, check_texts, fingerprint, values_of
 from fedlora.tasks.encoded import cached
@@ -102,7 +102,7 @@ class Instruction(NextTokenTask):
         """The columns of ``rows`` that are read."""
         return ["messages"] if self.chat and "messages" in rows.column_names else ["prompt", "answer"]
 
-    def over(self, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]) -> Prepared:
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
         return PreparedInstruction(self, model, tokenizer, names, data)
 
     def encode(self, rows: Any, tokenizer: Any) -> Examples:
@@ -142,9 +142,7 @@ class PreparedInstruction(PreparedNextToken):
 
     settings: Instruction
 
-    def __init__(
-        self, settings: Instruction, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]
-    ) -> None:
+    def __init__(self, settings: Instruction, model: Model, tokenizer: Any, names: list[str], data: Data) -> None:
         if settings.chat:
             check_chat(tokenizer, model.path)
         cut_to = f"max_length = {settings.max_length} tokens"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from fedlora.component import STRICT, Count, Field, dataclass
 from fedlora.errors import DataError
 from fedlora.tasks import generation
-from fedlora.tasks.base import Model, Prepared, Split
+from fedlora.tasks.base import Data, Model, Prepared, Split
 from fedlora.tasks.columns import check_rows, check_texts, fingerprint, values_of
 from fedlora.tasks.encoded import cached
 from fedlora.tasks.loading import quiet_transformers
@@ -53,7 +52,7 @@ class CausalLM(NextTokenTask):
         check_texts(rows, ["text"], which)
         return rows
 
-    def over(self, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]) -> Prepared:
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
         return PreparedLanguage(self, model, tokenizer, names, data, lacking="fewer than two tokens")
 
     def encode(self, rows: Any, tokenizer: Any) -> Examples:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import tokens_out
-from fedlora.tasks.base import Batch, Evaluation, Model, Rows, Split
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Rows, Split
 from fedlora.tasks.embeddings import embed
-from fedlora.tasks.encoded import attention_mask, width_of
+from fedlora.tasks.encoded import chunks
 from fedlora.tasks.loading import load_pretrained
 from fedlora.tasks.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.tokens_out import Examples
@@ -63,7 +62,7 @@ class PreparedNextToken(PreparedTokenized):
         model: Model,
         tokenizer: Any,
         names: list[str],
-        data: Mapping[Split, Any],
+        data: Data,
         lacking: str,
         cut_to: str = "",
     ) -> None:
@@ -93,7 +92,7 @@ class PreparedNextToken(PreparedTokenized):
         Raises:
             ConfigError: there is no such model, or it reads fewer tokens, or sees those that it is to predict.
         """
-        longest = max((examples.longest() for examples in self._examples.values()), default=0)
+        longest = max((examples.tokens.longest() for examples in self._examples.values()), default=0)
         loaded, head = load_pretrained(self.auto_class, self._model, seed, device, fresh_head=False, longest=longest)
         if not _is_causal(loaded, device):
             raise ConfigError(
@@ -118,10 +117,9 @@ class PreparedNextToken(PreparedTokenized):
             places = [chosen[numbers] for numbers in bins]
             tokens, learnt = (tokens_out.joined(one, places) for one in (tokens, learnt))
             chosen = np.arange(len(bins))
-        width = width_of(int(tokens.lengths(chosen).max()), limit, None)
-        inputs = tokens.padded(chosen, width, self.tokenizer.pad_token_id)
-        labels = torch.where(learnt.padded(chosen, width, 0) == 1, inputs, tokens_out.IGNORED)
-        batch = {"input_ids": inputs, "attention_mask": attention_mask(tokens, chosen, width), "labels": labels}
+        batch = self.inputs(tokens, chosen, limit)
+        ids = batch["input_ids"]
+        batch["labels"] = torch.where(learnt.padded(chosen, ids.shape[1], 0) == 1, ids, tokens_out.IGNORED)
         return {name: value.to(device) for name, value in batch.items()}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -136,8 +134,8 @@ class PreparedNextToken(PreparedTokenized):
         total, correct, count = 0.0, 0, 0
         said: set[int] = set()
         wanted: set[int] = set()
-        for first in range(0, len(chosen), size):
-            batch = self._padded(examples, chosen[first : first + size], False, device)
+        for part in chunks(chosen, size):
+            batch = self._padded(examples, part, False, device)
             logits, targets = tokens_out.target_logits(model, batch)
             found = logits.argmax(-1)
             total += float(tokens_out.summed_cross_entropy(logits, targets))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.component import STRICT, Count, Field, Whole, dataclass
-from fedlora.errors import ConfigError, DataError
+from fedlora.errors import ConfigError, DataError, shown
 from fedlora.tasks import spans
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.columns import fingerprint, values_of
-from fedlora.tasks.encoded import attention_mask, by_length, width_of
+from fedlora.tasks.encoded import by_length, cached, chunks
 from fedlora.tasks.loading import load_pretrained, quiet_transformers, readable
-from fedlora.tasks.passages import Passages, check_stride, encode, stored
+from fedlora.tasks.passages import Passages, check_stride, encode
 from fedlora.tasks.tokenized import PreparedTokenized, TokenizedTask
 
 POSITIONS = ("start_positions", "end_positions")
@@ -75,7 +75,7 @@ class QuestionAnswering(TokenizedTask):
         spans.check_questions(rows, which, self.no_answer)
         return rows
 
-    def over(self, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]) -> Prepared:
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
         return PreparedQuestions(self, model, tokenizer, names, data)
 
 
@@ -95,9 +95,7 @@ class PreparedQuestions(PreparedTokenized):
     higher_is_better = True
     auto_class = "AutoModelForQuestionAnswering"
 
-    def __init__(
-        self, settings: QuestionAnswering, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]
-    ) -> None:
+    def __init__(self, settings: QuestionAnswering, model: Model, tokenizer: Any, names: list[str], data: Data) -> None:
         check_stride(tokenizer, settings.max_length, settings.stride)
         super().__init__(settings, model, tokenizer, names, data)
         # the class that `peft` has for the task drops the types of tokens, its plain one passes them on
@@ -172,14 +170,7 @@ class PreparedQuestions(PreparedTokenized):
         return [{"answer": one.text, "score": one.score, "start": one.start} for one in answers]
 
     def _inputs(self, passages: Passages, chosen: Rows) -> Batch:
-        width = width_of(int(passages.tokens.lengths(chosen).max()), self.settings.max_length, None)
-        batch = {
-            "input_ids": passages.tokens.padded(chosen, width, self.tokenizer.pad_token_id),
-            "attention_mask": attention_mask(passages.tokens, chosen, width),
-        }
-        if passages.types is not None:
-            batch["token_type_ids"] = passages.types.padded(chosen, width, 0)
-        return batch
+        return self.inputs(passages.tokens, chosen, self.settings.max_length, passages.types)
 
     def _read(
         self, model: nn.Module, passages: Passages, chosen: Rows, device: torch.device, targets: Rows | None
@@ -188,8 +179,7 @@ class PreparedQuestions(PreparedTokenized):
         order = np.argsort(passages.tokens.lengths(chosen), kind="stable")
         said: dict[int, spans.Window] = {}
         losses = [torch.zeros(0)]
-        for first in range(0, len(chosen), self.settings.eval_batch_size):
-            part = order[first : first + self.settings.eval_batch_size]
+        for part in chunks(order, self.settings.eval_batch_size):
             batch = {name: value.to(device) for name, value in self._inputs(passages, chosen[part]).items()}
             start, end = _outputs(model, batch)
             if targets is not None:
@@ -269,7 +259,9 @@ def _renamed_backbone(model: Model) -> dict[str, str]:
 def _passages(rows: Any, tokenizer: Any, settings: QuestionAnswering) -> Passages:
     content = fingerprint(rows, ["context", "question"])
     texts = values_of(rows, "question"), values_of(rows, "context")
-    return stored(*texts, content, tokenizer, settings.max_length, settings.stride)
+    sizes = {"max_length": settings.max_length, "stride": settings.stride}
+    key = {"task": "questions", **sizes}
+    return Passages.of(cached(tokenizer, content, key, lambda: encode(*texts, tokenizer, *sizes.values())))
 
 
 def _read_question(line: str, number: int) -> tuple[str, str]:
@@ -281,8 +273,7 @@ def _read_question(line: str, number: int) -> tuple[str, str]:
             return texts
     except (ValueError, KeyError, RecursionError):
         pass
-    shown = line if len(line) <= 60 else f"{line[:57]}..."
     raise DataError(
-        f'input {number} is {shown!r}, but a question is asked as {{"context": "...", "question": "..."}} with neither '
-        "of them blank: write each as a JSON object on a line of its own"
+        f'input {number} is {shown(line)}, but a question is asked as {{"context": "...", "question": "..."}} with '
+        "neither of them blank: write each as a JSON object on a line of its own"
     )

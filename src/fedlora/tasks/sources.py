@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import xxhash
 
 from fedlora.component import STRICT, Field, Fraction, by_kind, dataclass
-from fedlora.errors import DataError
+from fedlora.errors import DataError, first_line
 from fedlora.files import write_atomically
 from fedlora.state import named_seed
 from fedlora.tasks.columns import Raw, rename
@@ -171,7 +171,7 @@ class Hub(Source):
             ) from error
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
-                f"split '{split}' of '{self.path}' cannot be loaded ({_first_line(error)}): correct data.path, name, "
+                f"split '{split}' of '{self.path}' cannot be loaded ({first_line(error)}): correct data.path, name, "
                 "revision or the split's name"
             ) from error
 
@@ -319,7 +319,7 @@ def read_rows(path: str) -> datasets.Dataset:
         with _quiet():
             return readers[FORMATS[suffix]](str(source), **options)
     except (OSError, EOFError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = _first_line(error.__cause__ or error)
+        cause = first_line(error.__cause__ or error)
         if "corresponds to no data" in cause:
             raise DataError(
                 f"'{path}' has no rows, but one at least is needed: fill it or name another file"
@@ -343,11 +343,6 @@ def _decompress(file: Path, suffix: str) -> Path:
 
 def _names_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fedlora.component import STRICT, Count, Field, dataclass
 from fedlora.errors import ConfigError
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.columns import Splits, check_rows, check_texts, fingerprint, split, values_of
-from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, cached, width_of
+from fedlora.tasks.encoded import Arrays, Ragged, by_length, cached, chunks
 from fedlora.tasks.labels import known_labels, label_table, labelled
 from fedlora.tasks.loading import class_settings, load_pretrained, pooling_of
 from fedlora.tasks.pooling import Pooling
@@ -83,7 +83,7 @@ class TextClassification(TokenizedTask):
         check_texts(rows, _texts(rows), which)
         return known_labels(rows, self.problem, names, which)
 
-    def over(self, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]) -> Prepared:
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
         return PreparedText(self, model, tokenizer, names, data)
 
 
@@ -100,7 +100,7 @@ class PreparedText(PreparedTokenized):
     peft_task = "SEQ_CLS"
 
     def __init__(
-        self, settings: TextClassification, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]
+        self, settings: TextClassification, model: Model, tokenizer: Any, names: list[str], data: Data
     ) -> None:
         super().__init__(settings, model, tokenizer, names, data)
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
@@ -136,15 +136,8 @@ class PreparedText(PreparedTokenized):
         return model, head
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
-        tokens, pad_to = self._tokens[split], self.settings.pad_to
-        longest = int(tokens.lengths(rows).max())
-        width = width_of(longest, self.settings.max_length, None if pad_to == "longest" else pad_to)
-        batch = {
-            "input_ids": tokens.padded(rows, width, self.tokenizer.pad_token_id),
-            "attention_mask": attention_mask(tokens, rows, width),
-        }
-        if split in self._types:
-            batch["token_type_ids"] = self._types[split].padded(rows, width, 0)
+        pad_to = None if self.settings.pad_to == "longest" else self.settings.pad_to
+        batch = self.inputs(self._tokens[split], rows, self.settings.max_length, self._types.get(split), pad_to)
         batch["labels"] = torch.from_numpy(self._labels[split][rows])
         return {name: value.to(device) for name, value in batch.items()}
 
@@ -164,8 +157,7 @@ class PreparedText(PreparedTokenized):
         """The outputs for examples, ``(rows, outputs)`` float32, in the order of ``rows``."""
         order = np.argsort(self._tokens[split].lengths(rows), kind="stable")
         result = torch.empty(len(rows), max(1, len(self._names)))
-        for first in range(0, len(rows), self.settings.eval_batch_size):
-            chosen = order[first : first + self.settings.eval_batch_size]
+        for chosen in chunks(order, self.settings.eval_batch_size):
             batch = self.batch(rows[chosen], device, split)
             del batch["labels"]
             result[torch.from_numpy(chosen)] = model(**batch).logits.float().cpu()

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.tasks.base import Model, Prepared, Split, Task
+import numpy as np
+import torch
+
+from fedlora.tasks.base import Batch, Data, Model, Prepared, Rows, Split, Task
 from fedlora.tasks.columns import Splits, rename, split
+from fedlora.tasks.encoded import Ragged, width_of
 from fedlora.tasks.loading import load_tokenizer, save_tokenizer
 from fedlora.tasks.sources import Source, read_rows
 
@@ -45,7 +49,7 @@ class TokenizedTask(Task):
         """
 
     @abstractmethod
-    def over(self, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]) -> Prepared:
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
         """The task over rows as ``known`` gives them, by split."""
 
     def prepare(self, model: Model, source: Source) -> Prepared:
@@ -69,12 +73,28 @@ class PreparedTokenized(Prepared):
 
     settings: TokenizedTask
 
-    def __init__(
-        self, settings: TokenizedTask, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]
-    ) -> None:
+    def __init__(self, settings: TokenizedTask, model: Model, tokenizer: Any, names: list[str], data: Data) -> None:
         super().__init__(model, names, data)
         self.settings = settings
         self.tokenizer = tokenizer
+
+    def inputs(
+        self, tokens: Ragged, rows: Rows, limit: int, types: Ragged | None = None, pad_to: int | None = None
+    ) -> Batch:
+        """Sequences as a batch, padded to the longest, or to ``pad_to``.
+
+        Args:
+            tokens: the sequences.
+            rows: which of them.
+            limit: the most tokens that one has.
+            types: the type of each token, where the model takes them.
+            pad_to: the width of all batches.
+        """
+        lengths = tokens.lengths(rows)
+        width = width_of(int(lengths.max()), limit, pad_to)
+        mask = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
+        batch = {"input_ids": tokens.padded(rows, width, self.tokenizer.pad_token_id), "attention_mask": mask}
+        return batch | ({"token_type_ids": types.padded(rows, width, 0)} if types is not None else {})
 
     def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
         rows = rename(read_rows(str(path)), columns, str(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.component import STRICT, Count, Field, Whole, dataclass
-from fedlora.errors import ConfigError, DataError, TrainingError
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
+from fedlora.errors import ConfigError, DataError, TrainingError, shown
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.columns import Splits, check_rows, class_names, fingerprint, split, values_of
-from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, cached, width_of
+from fedlora.tasks.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
 from fedlora.tasks.loading import class_settings, load_pretrained
 from fedlora.tasks.sources import Source
 from fedlora.tasks.tokenized import PreparedTokenized, TokenizedTask
-from fedlora.tasks.words import Windows, cut, spans_of
+from fedlora.tasks.words import Windows, cut
 
 OUTSIDE = "O"
 """The tag of a word that belongs to nothing; class 0 of every model."""
@@ -96,7 +96,7 @@ class TokenClassification(TokenizedTask):
     def known(self, rows: Any, names: list[str], which: str) -> Any:
         return _numbered(rows, self._tags(rows, which), names, which)
 
-    def over(self, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]) -> Prepared:
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
         return PreparedTokens(self, model, tokenizer, names, data)
 
     def iob2(self, name: str) -> str:
@@ -116,11 +116,11 @@ class TokenClassification(TokenizedTask):
             where = f"row {row} of the {which} rows"
             if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
                 raise DataError(
-                    f"{where} has {_shown(words)} for 'tokens', but it must be a list of one or more words: mend or "
+                    f"{where} has {shown(words)} for 'tokens', but it must be a list of one or more words: mend or "
                     "remove the row, and use json or parquet, which have lists"
                 )
             if not isinstance(tags, list) or len(tags) != len(words):
-                has = f"{len(tags)} tags" if isinstance(tags, list) else f"{_shown(tags)} for 'tags'"
+                has = f"{len(tags)} tags" if isinstance(tags, list) else f"{shown(tags)} for 'tags'"
                 raise DataError(f"{where} has {len(words)} words and {has}, but each word needs a tag: mend the row")
             found.append([self._name(tag, names, where) for tag in tags])
         return found
@@ -133,7 +133,7 @@ class TokenClassification(TokenizedTask):
             return tag
         if not isinstance(tag, int) or isinstance(tag, bool) or (names and not 0 <= tag < len(names)):
             known = f"a number from 0 to {len(names) - 1}" if names else "a word"
-            raise DataError(f"{where} has the tag {_shown(tag)}, but a tag is {known}: mend the row")
+            raise DataError(f"{where} has the tag {shown(tag, 40)}, but a tag is {known}: mend the row")
         if not names:
             raise DataError(
                 f"{where} has the tag {tag}, but nothing says what it stands for: name the tags in their order in "
@@ -160,7 +160,7 @@ class PreparedTokens(PreparedTokenized):
     peft_task = "TOKEN_CLS"
 
     def __init__(
-        self, settings: TokenClassification, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]
+        self, settings: TokenClassification, model: Model, tokenizer: Any, names: list[str], data: Data
     ) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ConfigError(
@@ -224,7 +224,7 @@ class PreparedTokens(PreparedTokenized):
         wanted, found = windows.tags.values, np.zeros(len(windows.tags.values), np.int64)
         found[places] = logits.argmax(1).numpy()
         loss = float(functional.cross_entropy(logits, torch.from_numpy(wanted[places])))
-        words = spans_of(windows.tags.offsets, rows)
+        words = ranges(windows.tags.offsets, rows)
         tagged = [
             [[self._iob2[tag] for tag in tags[slice(*windows.tags.offsets[row : row + 2])]] for row in rows.tolist()]
             for tags in (wanted.tolist(), found.tolist())
@@ -265,12 +265,8 @@ class PreparedTokens(PreparedTokenized):
 
     def _inputs(self, windows: Windows, sequences: Rows) -> tuple[Batch, NDArray[np.int64]]:
         """Sequences padded to the longest, and the places of their pieces."""
-        width = width_of(int(windows.tokens.lengths(sequences).max()), self.settings.max_length, None)
-        inputs = {
-            "input_ids": windows.tokens.padded(sequences, width, self.tokenizer.pad_token_id),
-            "attention_mask": attention_mask(windows.tokens, sequences, width),
-        }
-        return inputs, windows.places.padded(sequences, width, -1).numpy()
+        inputs = self.inputs(windows.tokens, sequences, self.settings.max_length)
+        return inputs, windows.places.padded(sequences, inputs["input_ids"].shape[1], -1).numpy()
 
     def _logits(
         self, model: nn.Module, windows: Windows, sequences: Rows, device: torch.device
@@ -278,8 +274,8 @@ class PreparedTokens(PreparedTokenized):
         """The outputs for all words that make a piece, ``(words, tags)`` float32, and the words' numbers."""
         order = sequences[np.argsort(windows.tokens.lengths(sequences), kind="stable")]
         logits, numbers = [], []
-        for first in range(0, len(order), self.settings.eval_batch_size):
-            inputs, places = self._inputs(windows, order[first : first + self.settings.eval_batch_size])
+        for chosen in chunks(order, self.settings.eval_batch_size):
+            inputs, places = self._inputs(windows, chosen)
             found = model(**{name: value.to(device) for name, value in inputs.items()}).logits
             logits.append(found[torch.from_numpy(places >= 0).to(device)].detach().float().cpu())
             numbers.append(places[places >= 0])
@@ -335,8 +331,3 @@ def _numbered(rows: Any, tags: list[list[str]], names: Sequence[str], which: str
     numbers = [[known[tag] for tag in found] for found in tags]
     feature = datasets.List(datasets.ClassLabel(names=list(names)))
     return rows.remove_columns("tags").add_column("tags", numbers, feature=feature)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 40 else f"{text[:37]}..."

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fedlora.errors import TrainingError
 from fedlora.tasks.base import Batch, Rows
-from fedlora.tasks.encoded import Arrays, Ragged, by_length
+from fedlora.tasks.encoded import Arrays, Ragged, by_length, ranges
 
 IGNORED = -100
 """The label of a token that is not learnt."""
@@ -75,12 +75,7 @@ class Examples(NamedTuple):
 
     def sequences(self, rows: Rows) -> Rows:
         """The sequences of the examples ``rows``, in their order."""
-        parts = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-    def longest(self) -> int:
-        """Tokens of the longest sequence; 0 if there is none."""
-        return int(np.diff(self.tokens.offsets).max(initial=0))
+        return ranges(self.offsets, rows)
 
 
 def pack(lengths: Rows, limit: int) -> list[list[int]]:

@@ -132,14 +132,7 @@ class Link:
         return Stage(round=round, sparsify=sparsify, precision=precision, head_precision=head or precision)
 
     def thin(self, tree: Tree, schema: Schema, round: int, seed: int) -> Tree:
-        """The tree with zeros where nothing travels.
-
-        Args:
-            tree: float32 tensors of any shape; not modified.
-            schema: what every name in ``tree`` is.
-            round: 0-based number of the round.
-            seed: read only by sparsifiers that draw.
-        """
+        """The tree with zeros where nothing travels; the arguments are those of ``Sparsifier.choose``."""
         sparsify = self.at(round).sparsify
         return sparsify(tree, schema, round, seed) if sparsify else tree
 

@@ -90,13 +90,7 @@ class Sparsifier(ABC):
         return {name: chosen[name] if name in chosen else whole[name] for name in tree}
 
     def __call__(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int = 0) -> Tree:
-        """The tree with zeros where nothing is kept: same names, shapes and dtypes.
-
-        Args:
-            tree: float32 tensors of any shape; not modified.
-            schema: what every name in ``tree`` is; read by quotas and by slices of ranks.
-            round: 0-based number of the round.
-            seed: read only by sparsifiers that draw.
+        """The tree with zeros where nothing is kept: same names, shapes, dtypes; arguments are those of ``choose``.
 
         Returns:
             A new dict. Tensors of which nothing is dropped may be those of ``tree`` itself.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fedlora.component import STRICT, Count, dataclass
 from fedlora.errors import ConfigError
-from fedlora.state import Carry, Fold, generator, named_seed
+from fedlora.state import Carry, generator, named_seed
 from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped
 from fedlora.tuning.matrices import is_linear, is_plain, is_transposed, matrix_shape, mirror
 from fedlora.tuning.targets import block_outputs, find, replace_module
@@ -74,10 +74,7 @@ class Bottleneck(Tuning):
     width: Count = 16
     style: Literal["houlsby", "pfeiffer"] = "pfeiffer"
     targets: str | None = None
-
-    @property
-    def zero_is_neutral(self) -> bool:
-        return True
+    zero_is_neutral: ClassVar[bool] = True
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``.
@@ -105,7 +102,7 @@ class Bottleneck(Tuning):
             if name.endswith(".adapter_down"):
                 noise = torch.randn(value.shape, generator=generator(named_seed(seed, name)))
                 start.params[name] = 0.01 * noise
-        return start._replace(fold=Fold())
+        return start
 
     def changes(self, installed: Installed, init: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``Tuning.changes``.

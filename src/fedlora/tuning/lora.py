@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class LoRA(Tuning):
     init: AnyLoRAInit = Kaiming()
     dropout: Part = 0.0
     train: Literal["both", "B", "alternate"] = "both"
+    has_factors: ClassVar[bool] = True
 
     @property
     def adapter_rank(self) -> int:
@@ -68,10 +69,6 @@ class LoRA(Tuning):
         return Schema(
             {n: leaf._replace(role="frozen") if leaf.factor == frozen else leaf for n, leaf in schema.items()}
         )
-
-    @property
-    def has_factors(self) -> bool:
-        return True
 
     @property
     def scale(self) -> float:
