@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from tiny import contents, document, experiment, ledger, tiny_world, write_rows
 
 import fedlora
-from fedlora import cli, config, evaluation, report, session
+from fedlora import checkpoint, cli, config, evaluation, report, session
 from fedlora.callbacks import Callback
 from fedlora.errors import CheckpointError, DataError
 from fedlora.experiment import Stopped
