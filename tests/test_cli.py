@@ -115,6 +115,7 @@ def test_show_lists_what_is_trained(run_toml: Path) -> None:
     assert phase["trainable"] == {"adapter": 4 * (4 * 32 + 32 * 4), "head": 3 * 32 + 3}
     assert phase["tensors"]["bert.encoder.layer.0.attention.self.query.lora_A"] == [4, 32]
     assert len(phase["tensors"]) == 4 * 2 + 2
+    assert (phase["needs"], phase["held_bytes"]) == ("sum", 4 * sum(phase["trainable"].values()))
 
 
 def test_show_prints_a_configuration_that_can_be_saved_and_the_names(run_toml: Path) -> None:

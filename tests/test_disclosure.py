@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import struct
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from toy import LOCAL, Federation
+from toy import LOCAL, Federation, toy_run
 
+from fedlora import client, run
 from fedlora.aggregate import Mean
+from fedlora.callbacks import Callback
 from fedlora.client import run_job
 from fedlora.disclosure import Disclosure, disclosure_of
+from fedlora.engines import Serial
 from fedlora.example_privacy import ExampleNoise
 from fedlora.jobs import Job, Reply, empty_report
+from fedlora.ledger import Row
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Phase, Recipe
 from fedlora.shrink import Shrink
+from fedlora.training import Ready, Trained
 from fedlora.transport import wire
 from fedlora.tuning import LoRA
+from fedlora.workspace import Workspace
 
 ALL = frozenset({"examples", "steps", "loss", "rank"})
 NONE: frozenset[str] = frozenset()
@@ -101,3 +111,59 @@ def test_a_report_that_said_more_would_be_found(monkeypatch: pytest.MonkeyPatch)
                        cohort=True, replays=True)  # fmt: skip
     monkeypatch.setattr("fedlora.jobs.disclosure_of", lambda recipe: loose)
     assert any(report["loss"] for report in reports(recipe_of(central(seed=0)), monkeypatch))
+
+
+# ---- what a run writes, says and sends
+
+MARKS = {"loss": 12345.625, "examples": 7777777, "steps": 5555555}
+
+
+class Heard(Callback):
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.texts: list[str] = []
+
+    def row_recorded(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_run_tells_nobody_more(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clients report figures that occur nowhere else; they are looked for in all that leaves a run."""
+    slots, figures, open_ = SETTINGS[setting]
+    recipe = recipe_of(slots)
+    if isinstance(recipe.privacy, CentralGaussian):
+        recipe = replace(recipe, privacy=replace(recipe.privacy, delta=1e-3))
+    experiment, data = toy_run((Phase(recipe=recipe, rounds=1),), clients=3)
+    trained, sent, heard = client.train, [], Heard()
+
+    def marked(workspace: Workspace, turns: list[Ready]) -> list[Trained]:
+        return [one._replace(**MARKS) for one in trained(workspace, turns)]
+
+    def watched(engine: Serial, jobs: list[Job]) -> Iterator[Reply]:
+        for job in jobs:
+            reply = run_job(job, engine.workspace, engine.population.rows_of(job.client))
+            sent.append(reply.raw or b"")
+            yield reply
+
+    monkeypatch.setattr(client, "train", marked)
+    monkeypatch.setattr(Serial, "run", watched)
+    with caplog.at_level(logging.DEBUG):
+        run(experiment, tmp_path / "run", setting=data, callbacks=[heard], until=1)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    written = "".join(path.read_text(errors="replace") for path in files)
+    texts = "".join([written, caplog.text, repr(heard.rows), *heard.texts])
+    for name, mark in MARKS.items():
+        raw = struct.pack("<f", mark)
+        told = any(f"{number:.10g}" in texts for number in (mark, 2 * mark, 3 * mark))
+        found = told or any(raw in each for each in sent)
+        assert found == (name in figures), name
+    cohort = open_[5] == "1"
+    assert all((row.cohort != ()) == cohort for row in heard.rows[1:])
+    assert files
+    assert len(sent) == 3

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from tiny import contents, document, experiment, ledger, tiny_world, write_rows
 
 import fedlora
-from fedlora import cli, config, evaluation, report, session, state
+from fedlora import checkpoint, cli, config, evaluation, report, session
 from fedlora.callbacks import Callback
 from fedlora.errors import CheckpointError, DataError
 from fedlora.experiment import Stopped
@@ -284,8 +284,8 @@ def full_for_safetensors(*arguments: Any, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "failure"),
     [
-        (state, "save_file", full_for_safetensors),
-        (state, "save_file", full_disk),
+        (checkpoint, "save_file", full_for_safetensors),
+        (checkpoint, "save_file", full_disk),
         (os, "fsync", full_disk),
     ],
     ids=["tensors", "checkpoint", "flush"],

@@ -444,7 +444,7 @@ def test_a_job_comes_back_from_its_letter(world: Path, tmp_path: Path) -> None:
         assert one._replace(fold=None) == other._replace(fold=None)
 
 
-@pytest.mark.parametrize("raw", [b"", b"FLL", b"FLL\x02\x02\0\0\0{}", b"FLL\x01\x02\0\0\0{}", b"FLL\x01\x02\0\0\0[]"])
+@pytest.mark.parametrize("raw", [b"", b"FLL", b"FLL\x01\x02\0\0\0{}", b"FLL\x02\x02\0\0\0{}", b"FLL\x02\x02\0\0\0[]"])
 def test_what_is_no_letter_is_refused(raw: bytes) -> None:
     with pytest.raises(WireError):
         letters.read(raw)
@@ -459,7 +459,7 @@ def test_a_letter_is_as_long_as_it_says() -> None:
         letters.read(raw[:-1])
     head = json.dumps({"blobs": {"a": -5, "b": 10}}).encode()
     with pytest.raises(WireError, match="bytes after its head"):
-        letters.read(letters._START.pack(b"FLL", 1, len(head)) + head + b"12345")
+        letters.read(letters._START.pack(b"FLL", 2, len(head)) + head + b"12345")
 
 
 def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
 )
 def test_numbers_without_bounds_are_no_fault_of_the_server(head: bytes) -> None:
     with pytest.raises(WireError):
-        letters.read(letters._START.pack(b"FLL", 1, len(head)) + head)
+        letters.read(letters._START.pack(b"FLL", 2, len(head)) + head)
 
 
 def test_a_reply_that_took_for_ever_is_refused(world: Path, tmp_path: Path) -> None:
@@ -505,7 +505,7 @@ def test_a_reply_that_took_for_ever_is_refused(world: Path, tmp_path: Path) -> N
             lengths = json.dumps({name: len(blob) for name, blob in told.blobs.items()})
             text = json.dumps({**told.head, "seconds": 7}).replace('"seconds": 7', '"seconds": 1' + "0" * 400)
             raw = (text[:-1] + f', "blobs": {lengths}}}').encode()
-            return letters._START.pack(b"FLL", 1, len(raw)) + raw + b"".join(told.blobs.values())
+            return letters._START.pack(b"FLL", 2, len(raw)) + raw + b"".join(told.blobs.values())
         return answer
 
     result, _ = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
@@ -518,7 +518,7 @@ def test_a_site_stands_for_no_clients_that_do_not_exist(world: Path, tmp_path: P
         if letters.read(letter).head["kind"] == "open" and name == "site-0" and answer:
             told = letters.read(answer)
             text = json.dumps({**told.head, "sizes": sizes, "blobs": {}}).encode()
-            return letters._START.pack(b"FLL", 1, len(text)) + text
+            return letters._START.pack(b"FLL", 2, len(text)) + text
         return answer
 
     told = Told()

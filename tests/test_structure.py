@@ -302,6 +302,17 @@ def test_every_public_function_and_class_has_a_docstring() -> None:
     assert silent == []
 
 
+def test_every_public_method_has_a_docstring_of_its_own_or_of_what_it_overrides() -> None:
+    silent = [
+        f"{name}.{method}"
+        for name, cls in classes().items()
+        for method, value in vars(cls).items()
+        if not method.startswith("_") and (isinstance(value, property) or getattr(value, "__name__", "") == method)
+        if not inspect.getdoc(getattr(cls, method))
+    ]
+    assert silent == []
+
+
 def test_the_help_of_a_method_is_its_settings() -> None:
     rows = {kind: settings for kind, _, settings in describe.choices("method")}
     assert rows["full"] == "rounds, server, local"

@@ -26,7 +26,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.round import run_round
 from fedlora.setting import prepare
-from fedlora.testing import toy_task
+from fedlora.testing import schema_of, toy_task
 from fedlora.tiers import Tier, assign_tiers, check_tiers
 from fedlora.transport import Link, Quota, RankSlice, TopK, Uniform
 from fedlora.tuning import LoRA, SvdOfWeight
@@ -250,7 +250,7 @@ def test_a_tier_of_a_lower_rank_that_remembers_is_shown_at_its_rank() -> None:
 def test_ranks_by_norm_are_those_of_flascs_code() -> None:
     draws = torch.Generator().manual_seed(0)
     tree = {"m.lora_A": torch.randn(6, 9, generator=draws), "m.lora_B": torch.randn(7, 6, generator=draws)}
-    kept = RankSlice(rank=2, by="norm")(tree, dict.fromkeys(tree, "adapter"), 0)
+    kept = RankSlice(rank=2, by="norm")(tree, schema_of(dict.fromkeys(tree, "adapter")), 0)
     # each factor for itself, by the Euclidean norm of a rank
     for name, axis in (("m.lora_A", 1), ("m.lora_B", 0)):
         norms = np.linalg.norm(tree[name].numpy(), axis=axis)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from fedlora.aggregate import Aggregator
+from fedlora.clients import Clients
+from fedlora.config import Evaluate, Experiment
 from fedlora.downlink import view
 from fedlora.engines import Serial
 from fedlora.ledger import Row
@@ -15,6 +17,8 @@ from fedlora.local import AdamW, Local
 from fedlora.methods import Phases
 from fedlora.phases import close_phase, open_phase
 from fedlora.round import run_round
+from fedlora.setting import Setting
+from fedlora.skew import Classes
 from fedlora.state import Change, ServerState, Update
 from fedlora.store import EMPTY
 from fedlora.testing import equal_population, schema_of, toy_task
@@ -66,3 +70,11 @@ def combined(rule: Aggregator, updates: Iterable[Update], params: Tree) -> Chang
     for update in updates:
         accumulator.add(update)
     return accumulator.finish()
+
+
+def toy_run(phases: Phases, clients: int = 6) -> tuple[Experiment, Setting]:
+    """An experiment over clients of eight examples, three in a round, and its data."""
+    experiment = Experiment(clients=Clients(num=clients, per_round=3), phases=phases, evaluate=Evaluate(every=2))
+    task, rows = toy_task(num_examples=8 * clients), np.arange(8 * clients)
+    classes = Classes(task.labels, tuple(task.label_names))
+    return experiment, Setting(task, equal_population(8 * clients, clients), rows, "train", CPU, classes)

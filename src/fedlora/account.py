@@ -206,12 +206,8 @@ def open_account(phases: Sequence[Phase], sampled: Sampled) -> tuple[Budget | No
         ConfigError: phases differ in delta, accountant or budget, the accountant does not know this sampling, or the
             first round spends more than the budget.
     """
-    found = {
-        (each.delta or sampled.num_clients**-1.1, each.accountant, each.max_epsilon)
-        for each in (phase.recipe.privacy for phase in phases)
-        if isinstance(each, CentralGaussian)
-    }
     private = [phase.recipe.privacy for phase in phases if isinstance(phase.recipe.privacy, CentralGaussian)]
+    found = {(each.delta or sampled.num_clients**-1.1, each.accountant, each.max_epsilon) for each in private}
     if not found or all(each.noise_multiplier == 0 for each in private):
         return None, tuple(phases)
     if any(each.noise_multiplier == 0 for each in private):

@@ -58,23 +58,18 @@ class CallbackList(Callback):
                 raise ConfigError(f"{type(one).__name__} would never be called: {_RENAMED}")
 
     def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
-        """See ``Callback.run_started``."""
         self._call("run_started", lambda one: one.run_started(experiment, setting, rows))
 
     def row_recorded(self, row: Row) -> None:
-        """See ``Callback.row_recorded``."""
         self._call("row_recorded", lambda one: one.row_recorded(row))
 
     def message(self, text: str) -> None:
-        """See ``Callback.message``."""
         self._call("message", lambda one: one.message(text))
 
     def run_finished(self, result: Result) -> None:
-        """See ``Callback.run_finished``."""
         self._call("run_finished", lambda one: one.run_finished(result))
 
     def close(self) -> None:
-        """See ``Callback.close``."""
         self._call("close", lambda one: one.close())
 
     def _call(self, method: str, call: Callable[[Callback], None]) -> None:

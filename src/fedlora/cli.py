@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -70,13 +70,16 @@ def run(
 @app.command()
 def show(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.table) -> None:
     """Print the resolved configuration, what is trained, and which modules were matched."""
+    from dataclasses import asdict
+
     from fedlora.config import resolved, to_toml
-    from fedlora.describe import phase_facts
+    from fedlora.describe import HOLDS, phase_facts
+    from fedlora.setting import in_mode, prepare
 
     experiment, _ = experiment_of(config, set_, None)
-    facts = phase_facts(experiment, _task(experiment))
+    facts = phase_facts(experiment, prepare(in_mode(experiment)).task)
     if format_ is Format.json:
-        phases = [{"tuning": f.tuning, "trainable": f.trainable, "total": f.total, "tensors": f.tensors} for f in facts]
+        phases = [asdict(fact) for fact in facts]
         OUT.print_json(json.dumps({"config": resolved(experiment), "phases": phases}))
         return
     print(to_toml(experiment))
@@ -87,6 +90,7 @@ def show(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.
             f"[bold]phase {number}[/bold]: {fact.tuning}, {fact.rounds} rounds; {trained:,} of {fact.total:,} numbers "
             f"are trained ({trained / fact.total:.2%}): {groups}"
         )
+        OUT.print(f"  aggregation holds {fact.held_bytes / 1e6:.1f} MB on the server: {HOLDS[fact.needs]}")
         for name, shape in fact.tensors.items():
             OUT.print(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}", highlight=False)
 
@@ -328,12 +332,6 @@ def demo(
     if format_ is Format.table:
         OUT.print("runs: " + "  ".join(str(result.folder) for result in results), soft_wrap=True, highlight=False)
         OUT.print(f'try:  fedlora predict {results[0].folder} "Parse a MIME message from a file."', highlight=False)
-
-
-def _task(experiment: Experiment) -> Any:
-    from fedlora.setting import in_mode, prepare
-
-    return prepare(in_mode(experiment)).task
 
 
 def _run(

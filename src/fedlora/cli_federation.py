@@ -39,7 +39,6 @@ class Messages(Callback):
     """Prints what happens to sites, beside the progress."""
 
     def message(self, text: str) -> None:
-        """See ``Callback.message``."""
         ERR.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
 
 

@@ -58,8 +58,7 @@ def open_turn(job: Job, workspace: Workspace, rows: Rows, deadline: float = math
     recipe, local = job.recipe, job.recipe.local
     base = recipe if local.compute == job.base else replace(recipe, local=replace(local, compute=job.base))
     workspace.settle(job.phase, base, job.setup)
-    moving = job.round if recipe.aggregator.reinitialises else 0
-    shared = workspace.decode(job.payload, moving, lambda: _received(job, workspace))
+    shared = workspace.decode(job.payload, job.round, lambda: _received(job, workspace))
     return Ready(
         job=job,
         rows=rows,

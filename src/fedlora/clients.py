@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Part, dataclass
 from fedlora.errors import ConfigError, DataError
 from fedlora.network import Network, parse_network
 from fedlora.partitions import AnyPartition, Deal, Dirichlet, Natural, Pooled, Rows
@@ -44,13 +42,13 @@ class Clients:
     """
 
     partition: AnyPartition = Dirichlet(alpha=0.1)
-    num: Annotated[int, Field(ge=1)] = 100
-    per_round: Annotated[int, Field(ge=1)] = 10
+    num: Count = 100
+    per_round: Count = 10
     sampling: Literal["fixed", "poisson"] = "fixed"
-    test_clients: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    test_clients: Part = 0.0
     allow_empty: bool = False
     skew: AnySkew = Label()
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    holdout: Part = 0.0
     tiers: tuple[Tier, ...] = ()
     tier_column: str | None = None
     network: str = ""

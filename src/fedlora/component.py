@@ -1,8 +1,45 @@
-"""What every configurable thing shares: ``@dataclass(frozen=True, kw_only=True, config=STRICT)`` of pydantic."""
+"""What every configurable thing is made with: ``@dataclass(frozen=True, kw_only=True, config=STRICT)`` of pydantic."""
 
 from __future__ import annotations
 
-from pydantic import ConfigDict
+from typing import Annotated, Any, get_args
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+__all__ = [
+    "STRICT",
+    "Count",
+    "Field",
+    "Fraction",
+    "NonNegative",
+    "Part",
+    "Positive",
+    "Share",
+    "Whole",
+    "by_kind",
+    "dataclass",
+]
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 """Unknown fields are errors and wrong values are refused, from TOML and from Python alike."""
+
+Count = Annotated[int, Field(ge=1)]
+"""1, 2, 3 and so on."""
+Whole = Annotated[int, Field(ge=0)]
+"""0, 1, 2 and so on."""
+Positive = Annotated[float, Field(gt=0)]
+"""Above 0."""
+NonNegative = Annotated[float, Field(ge=0)]
+"""0 or more."""
+Share = Annotated[float, Field(gt=0, le=1)]
+"""Above 0, 1 at most."""
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+"""Above 0 and below 1."""
+Part = Annotated[float, Field(ge=0, lt=1)]
+"""0 or more, below 1."""
+
+
+def by_kind(union: Any) -> dict[str, Any]:
+    """The classes of ``Annotated[A | B, Field(discriminator="kind")]`` by their ``kind``, in its order."""
+    return {cls.kind: cls for cls in get_args(get_args(union)[0])}

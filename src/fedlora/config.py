@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
 
 from fedlora.clients import Clients
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.errors import ConfigError
 from fedlora.explain import explain
 from fedlora.method_table import build_method
@@ -51,11 +50,11 @@ class Evaluate:
         ConfigError: ``num_clients`` is set, but clients are never evaluated.
     """
 
-    every: Annotated[int, Field(ge=1)] = 5
-    num_examples: Annotated[int, Field(ge=1)] | None = None
+    every: Count = 5
+    num_examples: Count | None = None
     dense: bool = True
     clients: Literal["never", "end", "always"] = "never"
-    num_clients: Annotated[int, Field(ge=1)] | None = None
+    num_clients: Count | None = None
 
     def __post_init__(self) -> None:
         if self.num_clients is not None and self.clients == "never":
@@ -86,11 +85,11 @@ class Experiment:
     """
 
     label: str = "run"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     mode: Literal["federated", "centralised", "local"] = "federated"
-    num_local: Annotated[int, Field(ge=1)] = 10
+    num_local: Count = 10
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    checkpoint_every: Annotated[int, Field(ge=1)] = 1
+    checkpoint_every: Count = 1
     model: Model = Model()
     task: AnyTask = TextClassification()
     data: AnySource = Docstrings()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fedlora import tree
-from fedlora.aggregate import AGGREGATORS
+from fedlora.aggregate import AGGREGATORS, Needs
 from fedlora.config import Experiment
 from fedlora.engines import ENGINES
 from fedlora.errors import ConfigError
@@ -26,6 +26,7 @@ from fedlora.privacy import PRIVACY
 from fedlora.server_optim import SERVER_OPTIMIZERS
 from fedlora.setting import VERSIONED, pick_device
 from fedlora.skew import SKEWS
+from fedlora.state import ServerState
 from fedlora.tasks import SOURCES, TASKS, Prepared
 from fedlora.tasks.encoded import cache_folder
 from fedlora.trackers import TRACKERS
@@ -53,9 +54,18 @@ SLOTS: dict[str, Mapping[str, Any]] = {
 """Every table of choices, by the name of its slot."""
 
 
+HOLDS: dict[Needs, str] = {
+    "sum": "the sum of the updates",
+    "update": "the sum of the updates, and each of them in passing",
+    "factors": "the sum of the updates, and the low-rank factors of all clients of a round",
+    "cohort": "the updates of all clients of a round",
+}
+"""What aggregators hold until a round ends, by what they need."""
+
+
 @dataclass(frozen=True)
 class PhaseFacts:
-    """What one phase trains.
+    """What one phase trains, and what the server holds of a round.
 
     Args:
         rounds: its rounds.
@@ -63,6 +73,8 @@ class PhaseFacts:
         trainable: trained numbers by group.
         total: numbers in the whole model.
         tensors: names of what is trained, with shapes.
+        needs: see ``Aggregator.needs``.
+        held_bytes: what aggregation holds until a round ends, in float32.
     """
 
     rounds: int
@@ -70,6 +82,8 @@ class PhaseFacts:
     trainable: dict[str, int]
     total: int
     tensors: dict[str, tuple[int, ...]]
+    needs: Needs
+    held_bytes: int
 
 
 def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
@@ -91,12 +105,26 @@ def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
                 trainable={group: tree.num_entries(part) for group, part in groups.items()},
                 total=sum(parameter.numel() for parameter in workspace.model.parameters()),
                 tensors={name: tuple(value.shape) for name, value in state.params.items()},
+                needs=phase.recipe.aggregator.needs,
+                held_bytes=_held_bytes(phase.recipe.aggregator.needs, state, experiment.clients.per_round),
             )
         )
         done += phase.rounds
         if number + 1 < len(experiment.phases):
             carry = close_phase(workspace, phase.recipe, state)
     return facts
+
+
+def _held_bytes(needs: Needs, state: ServerState, per_round: int) -> int:
+    schema = state.schema.sent()
+    whole = sum(state.params[name].numel() for name in schema)
+    factors = sum(state.params[a].numel() + state.params[b].numel() for a, b, _ in schema.pairs)
+    return (
+        4
+        * {"sum": whole, "update": 2 * whole, "factors": whole + per_round * factors, "cohort": per_round * whole}[
+            needs
+        ]
+    )
 
 
 def choices(slot: str) -> list[tuple[str, str, str]]:

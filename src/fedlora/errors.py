@@ -8,6 +8,17 @@ def plain(text: object, longest: int = 500) -> str:
     return "".join(one if one.isprintable() else " " for one in str(text)[:longest])
 
 
+def shown(value: object, longest: int = 60) -> str:
+    """A value in a message, as Python writes it; cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says of an error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 class FedloraError(Exception):
     """An error a user can mend; the command line prints its text alone and exits with 2."""
 

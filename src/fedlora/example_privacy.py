@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Fraction, NonNegative, Positive, Whole, dataclass
 from fedlora.privacy import normal, uniform
 from fedlora.schema import Schema
 from fedlora.state import generator, named_seed
@@ -41,10 +39,10 @@ class ExampleNoise:
         seed: of noise that can be repeated, for tests; without one the operating system's secure source is read.
     """
 
-    clip_norm: Annotated[float, Field(gt=0)]
-    noise_multiplier: Annotated[float, Field(ge=0)]
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    seed: Annotated[int, Field(ge=0)] | None = None
+    clip_norm: Positive
+    noise_multiplier: NonNegative
+    delta: Fraction = 1e-5
+    seed: Whole | None = None
     hides_examples: ClassVar[bool] = True
 
     @property

@@ -5,63 +5,46 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedlora.config import Experiment
 from fedlora.downlink import view
 from fedlora.errors import ConfigError
 from fedlora.files import new_folder
 from fedlora.folder import cannot_write
 from fedlora.phases import close_phase
-from fedlora.recipe import Recipe
-from fedlora.state import ServerState, named_seed
-from fedlora.tasks import Prepared
+from fedlora.state import named_seed
 from fedlora.tasks.loading import quiet_transformers
 from fedlora.tasks.pooling import PooledClassifier
 from fedlora.tree import Tree
 from fedlora.tuning import Bottleneck, Installed, LoRA, Peft
 from fedlora.tuning.export import dilated, save_lora, save_peft
 from fedlora.tuning.lora import PEFT_PREFIX
-from fedlora.workspace import Workspace
+
+if TYPE_CHECKING:
+    from fedlora.inference import Trained
 
 
-def export_run(
-    run: Path,
-    experiment: Experiment,
-    task: Prepared,
-    workspace: Workspace,
-    recipe: Recipe,
-    state: ServerState,
-    metrics: Mapping[str, float],
-) -> Path:
+def export_run(run: Path, trained: Trained) -> Path:
     """Writes ``adapter`` into the run's folder, or ``model`` where the change is no adapter.
 
     Returns:
         The folder written.
     """
-    installed = workspace.installed
+    state, recipe, installed = trained.state, trained.recipe, trained.workspace.installed
     edited = installed.folded or state.folds.version or dilated(installed)
     merged = not isinstance(recipe.tuning, LoRA | Peft | Bottleneck) or bool(edited)
     folder = run / ("model" if merged else "adapter")
-    received = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
-    export(folder, experiment, task, workspace, recipe, received, metrics, merge=merged)
+    received = dataclasses.replace(state, params=view(recipe, state, trained.experiment.seed))
+    export(folder, dataclasses.replace(trained, state=received), merge=merged)
     return folder
 
 
-def export(
-    folder: Path,
-    experiment: Experiment,
-    task: Prepared,
-    workspace: Workspace,
-    recipe: Recipe,
-    state: ServerState,
-    metrics: Mapping[str, float],
-    merge: bool,
-) -> None:
+def export(folder: Path, trained: Trained, merge: bool) -> None:
     """Writes an adapter, or with ``merge`` a whole model that needs no ``peft``; the folder appears all at once.
 
     Raises:
@@ -70,28 +53,20 @@ def export(
     """
     try:
         with new_folder(folder) as temporary:
-            _write(temporary, experiment, task, workspace, recipe, state, metrics, merge)
+            _write(temporary, trained, merge)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
 
 
-def _write(
-    temporary: Path,
-    experiment: Experiment,
-    task: Prepared,
-    workspace: Workspace,
-    recipe: Recipe,
-    state: ServerState,
-    metrics: Mapping[str, float],
-    merge: bool,
-) -> None:
-    tuning, installed = recipe.tuning, workspace.installed
+def _write(temporary: Path, trained: Trained, merge: bool) -> None:
+    task, state, installed = trained.task, trained.state, trained.workspace.installed
+    tuning = trained.recipe.tuning
     root = f"{getattr(installed.model, 'base_model_prefix', '')}." if task.backbone_only else ""
     alone = isinstance(tuning, Bottleneck) and not merge  # what nothing but fedlora loads
     if merge:
-        _save_merged(temporary, experiment, task, workspace, recipe, state)
-    elif isinstance(tuning, LoRA) and not (workspace.installed.folded or state.folds.version):
-        base = experiment.model.resolve()
+        _save_merged(temporary, trained)
+    elif isinstance(tuning, LoRA) and not (installed.folded or state.folds.version):
+        base = trained.experiment.model.resolve()
         save_lora(tuning, installed, state.init, state.params, base, temporary, task.peft_task, root)
     elif isinstance(tuning, Peft):
         installed.load(state.params)
@@ -105,20 +80,17 @@ def _write(
     if task.backbone_only and not alone:
         task.save_head(temporary, _head(installed, state.params))
     task.save_pretrained(temporary)  # a model is of no use without its tokenizer or image processor
-    (temporary / "README.md").write_text(
-        model_card(experiment, state.round, task, tuning.kind, metrics, merge) + (task.usage if not alone else ""),
-        encoding="utf-8",
-    )
+    card = model_card(trained, merge) + (task.usage if not alone else "")
+    (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def _save_merged(
-    folder: Path, experiment: Experiment, task: Prepared, workspace: Workspace, recipe: Recipe, state: ServerState
-) -> None:
-    if isinstance(recipe.tuning, Peft):
+def _save_merged(folder: Path, trained: Trained) -> None:
+    if isinstance(trained.recipe.tuning, Peft):
         raise ConfigError("a `peft` tuning is merged by peft itself: load the adapter and call merge_and_unload()")
-    learnt = close_phase(workspace, recipe, state)
+    learnt = close_phase(trained.workspace, trained.recipe, trained.state)
     # the resident model may hold rounded weights, so the change goes onto a fresh base
-    model, _ = task.load_model(named_seed(experiment.seed, "head"), "fp32", torch.device("cpu"))
+    seed = named_seed(trained.experiment.seed, "head")
+    model, _ = trained.task.load_model(seed, "fp32", torch.device("cpu"))
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in learnt.delta.items():
@@ -141,25 +113,19 @@ def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
     return values | head
 
 
-def model_card(
-    experiment: Experiment,
-    rounds: int,
-    task: Prepared,
-    tuning: str,
-    metrics: Mapping[str, float],
-    merged: bool,
-) -> str:
+def model_card(trained: Trained, merged: bool) -> str:
     """The README of an exported folder."""
+    experiment, task, tuning = trained.experiment, trained.task, trained.recipe.tuning.kind
     base = experiment.model.path if experiment.model.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
-    auto_class, arguments = task.auto_class, task.load_arguments
-    found = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    auto_class = task.auto_class
+    found = "\n".join(f"| {name} | {value:.4f} |" for name, value in trained.metrics.items())
     if merged:
         load = f'model = {auto_class}.from_pretrained("THIS FOLDER")'
     elif tuning == "bottleneck":
         load = '# bottleneck adapters are no PEFT type: fedlora predict RUN "a text"'
     else:
         load = (
-            f'base = {auto_class}.from_pretrained("{base}"{arguments})\n'
+            f'base = {auto_class}.from_pretrained("{base}"{task.load_arguments})\n'
             'model = PeftModel.from_pretrained(base, "THIS FOLDER")'
         )
     header = "" if merged else "library_name: peft\n"
@@ -169,7 +135,7 @@ base_model: {base}
 ---
 # {base}, fine-tuned by federated learning
 
-Method `{experiment.label}`, tuning `{tuning}`, {rounds} rounds, {experiment.clients.per_round} clients per
+Method `{experiment.label}`, tuning `{tuning}`, {trained.state.round} rounds, {experiment.clients.per_round} clients per
 round, partition `{experiment.clients.partition.kind}`, seed {experiment.seed}. The data stayed with their owners; what
 was sent is in the run's `ledger.jsonl`.
 

@@ -78,7 +78,7 @@ class Trained:
         """
         if folder.exists():
             raise ConfigError(f"{folder} is there already; name a new folder")
-        export(folder, self.experiment, self.task, self.workspace, self.recipe, self.state, self.metrics, merge)
+        export(folder, self, merge)
 
 
 _LISTS = {".txt", ".csv", ".tsv", ".json", ".jsonl"}

@@ -6,15 +6,11 @@ from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, NonNegative, Part, Whole, dataclass
 from fedlora.example_privacy import ExampleNoise
 from fedlora.gradients import Backward, GradientSource
 from fedlora.rates import LrScale, Rate, Schedule
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ClientOptimizer(ABC):
@@ -37,11 +33,10 @@ class Sgd(ClientOptimizer):
 
     kind: Literal["sgd"] = "sgd"
     lr: Rate = 0.05
-    momentum: Decay = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Part = 0.9
+    weight_decay: NonNegative = 0.0
 
     def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
-        """See ``ClientOptimizer.build``."""
         return torch.optim.SGD(
             _by_rate(parameters, self.lr, factors),
             momentum=self.momentum,
@@ -65,13 +60,12 @@ class AdamW(ClientOptimizer):
 
     kind: Literal["adamw"] = "adamw"
     lr: Rate = 1e-3
-    beta1: Decay = 0.9
-    beta2: Decay = 0.999
+    beta1: Part = 0.9
+    beta2: Part = 0.999
     eps: Rate = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegative = 0.0
 
     def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
-        """See ``ClientOptimizer.build``."""
         return torch.optim.AdamW(
             _by_rate(parameters, self.lr, factors),
             betas=(self.beta1, self.beta2),
@@ -118,12 +112,12 @@ class Local:
     optimizer: AnyClientOptimizer = Sgd()
     schedule: Schedule = Schedule()
     lr_scale: LrScale = LrScale()
-    epochs: Annotated[int, Field(ge=1)] = 1
-    max_steps: Annotated[int, Field(ge=0)] | None = None
+    epochs: Count = 1
+    max_steps: Whole | None = None
     shuffle: bool = True
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     clip_norm: Rate | None = None
-    proximal: Annotated[float, Field(ge=0)] = 0.0
+    proximal: NonNegative = 0.0
     dropout: bool = False
     compute: Literal["fp32", "bf16"] = "fp32"
     timeout_seconds: Rate | None = None

@@ -65,7 +65,7 @@ def _split(kind: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
         # what a first phase has is what the method has, unless it says otherwise
         base = own.get(key.removeprefix("warm_"), _default(parameters, key.removeprefix("warm_")))
         if key in parameters and table and (dataclasses.is_dataclass(default) or key.startswith("warm_")):
-            own[key] = _merged(_plain(default or base), value)
+            own[key] = _merged(plain_values(default or base), value)
         elif key in _SLOTS and (key not in parameters or table):
             common[key] = value
         else:
@@ -81,12 +81,12 @@ def _changed(recipe: Recipe, common: Mapping[str, Any]) -> Recipe:
     if not common:
         return recipe
     try:
-        return _RECIPE.validate_python(_merged(_plain(recipe), common))
+        return _RECIPE.validate_python(_merged(plain_values(recipe), common))
     except ValidationError as error:
         raise ConfigError(explain(error, Recipe, "method")) from error
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """A component as TOML values; tables as they are."""
     return TypeAdapter(Any).dump_python(value, mode="json", exclude_none=True)
 

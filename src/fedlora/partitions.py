@@ -8,14 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, Positive, by_kind, dataclass
 from fedlora.errors import DataError
 
 Rows = NDArray[np.int64]
 """Row numbers of the data set, int64."""
+Values = NDArray[Any]
 
 MAX_DRAWS = 1000
 """How often a partition with a minimum size is drawn anew before giving up."""
@@ -35,9 +34,7 @@ class Partition(ABC):
     """Whether rows are dealt by class, so that two classes or more are needed."""
 
     @abstractmethod
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         """Deal the rows.
 
         Args:
@@ -60,10 +57,7 @@ class Iid(Partition):
 
     kind: Literal["iid"] = "iid"
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
-        """Shuffle, then cut; see ``Partition.split``."""
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         return numbered(np.array_split(rng.permutation(len(labels)), num_clients))
 
 
@@ -73,10 +67,7 @@ class Pooled(Partition):
 
     kind: Literal["pooled"] = "pooled"
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
-        """Give everything to client 0; see ``Partition.split``."""
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         return Deal([np.arange(len(labels), dtype=np.int64)], ["0"])
 
 
@@ -107,14 +98,11 @@ class Dirichlet(Partition):
     skewed: ClassVar[bool] = True
 
     kind: Literal["dirichlet"] = "dirichlet"
-    alpha: Annotated[float, Field(gt=0)] = 0.1
+    alpha: Positive = 0.1
     scheme: Literal["flasc", "fednlp", "hsu"] = "flasc"
-    min_examples: Annotated[int, Field(ge=1)] | None = None
+    min_examples: Count | None = None
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
-        """Draw shares and deal by them; see ``Partition.split``."""
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         classes = _by_class(labels)
         counts = np.array([len(rows) for rows in classes], dtype=np.int64)
         draw = {"flasc": self._flasc, "fednlp": self._fednlp, "hsu": self._hsu}[self.scheme]
@@ -181,14 +169,10 @@ class Quantity(Partition):
     """
 
     kind: Literal["quantity"] = "quantity"
-    beta: Annotated[float, Field(gt=0)] = 0.5
-    min_examples: Annotated[int, Field(ge=1)] = 10
+    beta: Positive = 0.5
+    min_examples: Count = 10
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
-        """Draw sizes, shuffle, cut; see ``Partition.split``."""
-
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         def draw() -> Rows:
             return _cut(rng.dirichlet(np.full(num_clients, self.beta)), len(labels))[:, None]
 
@@ -210,12 +194,9 @@ class Shards(Partition):
     skewed: ClassVar[bool] = True
 
     kind: Literal["shards"] = "shards"
-    shards_per_client: Annotated[int, Field(ge=1)] = 2
+    shards_per_client: Count = 2
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
-        """Sort, cut, deal; see ``Partition.split``."""
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         num_shards = num_clients * self.shards_per_client
         if num_shards > len(labels):
             raise DataError(
@@ -240,12 +221,9 @@ class Natural(Partition):
 
     kind: Literal["natural"] = "natural"
     column: str
-    min_examples: Annotated[int, Field(ge=1)] = 1
+    min_examples: Count = 1
 
-    def split(
-        self, labels: NDArray[Any], column: NDArray[Any] | None, num_clients: int, rng: np.random.Generator
-    ) -> Deal:
-        """Group by the column's value; see ``Partition.split``."""
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
         if column is None:
             raise DataError(
                 f"the natural partition needs the values of column '{self.column}', but got none: pass that column"
@@ -271,14 +249,7 @@ class Natural(Partition):
 AnyPartition = Annotated[Iid | Pooled | Dirichlet | Quantity | Shards | Natural, Field(discriminator="kind")]
 """Any partition, told apart by ``kind``."""
 
-PARTITIONS: dict[str, type[Partition]] = {
-    "iid": Iid,
-    "pooled": Pooled,
-    "dirichlet": Dirichlet,
-    "quantity": Quantity,
-    "shards": Shards,
-    "natural": Natural,
-}
+PARTITIONS: dict[str, type[Partition]] = by_kind(AnyPartition)
 """The partitions by ``kind``."""
 
 
@@ -306,7 +277,7 @@ def _cut(shares: NDArray[np.float64], count: int) -> Rows:
     return np.diff(cuts, prepend=0, append=count)
 
 
-def _by_class(labels: NDArray[Any]) -> list[Rows]:
+def _by_class(labels: Values) -> list[Rows]:
     """The rows of each class that occurs, in data set order."""
     order = np.argsort(labels, kind="stable")
     _, starts = np.unique(labels[order], return_index=True)

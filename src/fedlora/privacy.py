@@ -11,12 +11,10 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Field, Fraction, NonNegative, Positive, Whole, dataclass
 from fedlora.errors import ConfigError
 from fedlora.state import generator, named_seed
 from fedlora.tree import Tree
@@ -92,15 +90,12 @@ class NoPrivacy(Privacy):
     needs_uniform_mean: ClassVar[bool] = False
 
     def at(self, clip_norm: float | None) -> NoPrivacy:
-        """Itself."""
         return self
 
     def clipped(self, delta: Tree) -> tuple[Tree, bool]:
-        """``delta`` itself."""
         return delta, True
 
     def noise(self, delta: Tree, num_clients: int, round: int) -> Tree:
-        """``delta`` itself."""
         return delta
 
 
@@ -136,17 +131,17 @@ class CentralGaussian(Privacy):
     """
 
     kind: Literal["central_gaussian"] = "central_gaussian"
-    clip_norm: Annotated[float, Field(gt=0)]
-    noise_multiplier: Annotated[float, Field(ge=0)] | None = None
-    target_epsilon: Annotated[float, Field(gt=0)] | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_norm: Positive
+    noise_multiplier: NonNegative | None = None
+    target_epsilon: Positive | None = None
+    delta: Fraction | None = None
     accountant: Literal["auto", "rdp", "pld"] = "auto"
-    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    max_epsilon: Positive | None = None
     normalise: bool = False
-    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
-    clip_lr: Annotated[float, Field(gt=0)] | None = None
-    count_noise: Annotated[float, Field(gt=0)] | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
+    quantile: Fraction | None = None
+    clip_lr: Positive | None = None
+    count_noise: Positive | None = None
+    seed: Whole | None = None
     needs_uniform_mean: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -164,25 +159,20 @@ class CentralGaussian(Privacy):
 
     @property
     def adapts(self) -> bool:
-        """See ``Privacy.adapts``."""
         return self.quantile is not None
 
     @property
     def bound(self) -> float:
-        """See ``Privacy.bound``."""
         return self.clip_norm
 
     @property
     def repeatable(self) -> bool:
-        """See ``Privacy.repeatable``."""
         return self.seed is not None or self.noise_multiplier == 0
 
     def at(self, clip_norm: float | None) -> CentralGaussian:
-        """See ``Privacy.at``."""
         return self if clip_norm is None else replace(self, clip_norm=clip_norm)
 
     def adapted(self, below: float, answered: int, num_clients: int, round: int) -> float | None:
-        """See ``Privacy.adapted``."""
         if self.quantile is None:
             return None
         draws = None if self.seed is None else generator(named_seed(self.seed, "count", round))

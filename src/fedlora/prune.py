@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Share, dataclass
 from fedlora.schema import Schema
 from fedlora.transport import Quota, TopK
 from fedlora.tree import Tree
@@ -32,10 +30,10 @@ class Prune:
         quota: densities of their own for ``A``, ``B`` and the head, which do not decay.
     """
 
-    density: Annotated[float, Field(gt=0, le=1)]
-    first: Annotated[int, Field(ge=1)] = 1
-    every: Annotated[int, Field(ge=1)] | None = None
-    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    density: Share
+    first: Count = 1
+    every: Count | None = None
+    decay: Share = 1.0
     scope: Literal["global", "tensor"] = "tensor"
     quota: Quota = Quota()
 

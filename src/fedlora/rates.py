@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
-
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Part, Positive, dataclass
 from fedlora.schema import Schema
 
-Rate = Annotated[float, Field(gt=0)]
+Rate = Positive
 Rates = Mapping[str, float]
 """What the learning rate of a parameter is multiplied by, by its name; 1 where it is not named."""
 
@@ -68,7 +65,7 @@ class Schedule:
     """
 
     shape: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup: Part = 0.0
 
     def factor(self, round: int, rounds: int) -> float:
         """The multiplier of round ``round`` (from 0) of ``rounds``; above zero in every round."""

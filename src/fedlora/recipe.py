@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
-
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from typing import Literal
 
 from fedlora.aggregate import AnyAggregator, Mean
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, dataclass
 from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.privacy import AnyPrivacy, NoPrivacy
@@ -108,7 +105,7 @@ class Phase:
     """
 
     recipe: Recipe = Recipe()
-    rounds: Annotated[int, Field(ge=1)] = 40
+    rounds: Count = 40
 
     def __post_init__(self) -> None:
         late = [stage.round for link in (self.recipe.down, self.recipe.up) for stage in link.stages]

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedlora.callbacks import Callback
 from fedlora.config import Experiment, differences
@@ -59,7 +59,6 @@ class Live(Callback):
         self._metric = ""
 
     def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
-        """See ``Callback.run_started``."""
         self.close()
         self._rounds, self._spent = experiment.rounds, []
         self._main = setting.task.main_metric
@@ -88,7 +87,6 @@ class Live(Callback):
         self._clock = time.monotonic()
 
     def row_recorded(self, row: Row) -> None:
-        """See ``Callback.row_recorded``."""
         now = time.monotonic()
         self._spent.append(now - self._clock)
         self._clock, self._done = now, row.round
@@ -106,7 +104,6 @@ class Live(Callback):
             self._console.print(f"  round {row.round}: {warning}", style="yellow", markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """See ``Callback.close``: takes the bar away."""
         if self._progress:
             self._progress.stop()
             self._progress = None
@@ -150,11 +147,10 @@ def cost_table(
         networks: what lies between, by tier's name; none leaves time out.
         step_seconds: of a client's optimiser step; the longest turn that was measured if None.
     """
-    table = Table()
     # a table of a terminal's width
     last = ["round takes", "all take"] if networks else ["round down", "round up"]
-    for name in ("phase", "rounds", "one client down", "one client up", *last, "all down", "all up"):
-        table.add_column(name, justify="right")
+    names = ("phase", "rounds", "one client down", "one client up", *last, "all down", "all up")
+    table = Table(*(Column(name, justify="right") for name in names))
     values: list[dict[str, Any]] = []
     for number, phase in enumerate(phases):
         down, up = phase.round_bytes
@@ -292,20 +288,10 @@ def _seconds_to(folder: Path, metric: str, network: Network | None, target: floa
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """``comparison`` as a table."""
-    table = Table(title=None, title_justify="left")
-    metric = rows[0]["metric"]
-    for name in ("method", "seeds"):
-        table.add_column(name)
-    for name in (
-        f"{metric} before",
-        "after",
-        "bytes down",
-        "bytes up",
-        f"fewer than {rows[0]['reference']}",
-        "seconds",
-        *([f"time to {rows[0]['target']:g}"] if "target" in rows[0] else []),
-    ):
-        table.add_column(name, justify="right")
+    names = [f"{rows[0]['metric']} before", "after", "bytes down", "bytes up"]
+    names += [f"fewer than {rows[0]['reference']}", "seconds"]
+    names += [f"time to {rows[0]['target']:g}"] if "target" in rows[0] else []
+    table = Table("method", "seeds", *(Column(name, justify="right") for name in names))
     for row in rows:
         spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
         table.add_row(
@@ -317,7 +303,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             human_bytes(row["up_bytes"]),
             f"{row['ratio']:.2f}x" if row["ratio"] is not None else "nothing sent",
             f"{row['seconds']:.0f}",
-            *([] if "target" not in row else [_or_never(row["seconds_to_target"])]),
+            *(_or_never(row[name]) for name in ("seconds_to_target",) if name in row),
         )
     return table
 
@@ -328,9 +314,7 @@ def _or_never(seconds: float | None) -> str:
 
 def result_table(result: Result) -> Table:
     """One run's figures as a table."""
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    table = Table(Column(), Column(justify="right"), show_header=False)
     for name, value in result.after.items():
         before = f"{result.before[name]:.4f} -> " if name in result.before else ""
         table.add_row(name, f"{before}{value:.4f}")

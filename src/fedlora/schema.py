@@ -76,7 +76,8 @@ class Schema(dict[str, Leaf]):
 
     def sent(self) -> Schema:
         """What travels: all but what is personal."""
-        return Schema({name: leaf for name, leaf in self.items() if leaf.role != "personal"})
+        personal = self.personal
+        return Schema({name: leaf for name, leaf in self.items() if name not in personal}) if personal else self
 
     def split(self, params: Mapping[str, Tensor]) -> dict[str, Tree]:
         """``params`` as the parts of a message, ``adapter`` and ``head``; a group without names is no part."""

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from fedlora import tree
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Field, NonNegative, Part, by_kind, dataclass
 from fedlora.rates import LrScale, Rate, Rates, Schedule
 from fedlora.schema import Schema
 from fedlora.tree import Tree
 
 Slots = Mapping[str, Tree]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 ALIKE: Rates = MappingProxyType({})
 """One learning rate for all."""
 
@@ -87,21 +85,18 @@ class Sgd(ServerOptimizer):
 
     kind: Literal["sgd"] = "sgd"
     lr: Rate = 1.0
-    momentum: Decay = 0.0
+    momentum: Part = 0.0
 
     @property
     def remembers(self) -> bool:
-        """See ``ServerOptimizer.remembers``."""
         return self.momentum > 0
 
     @property
     def adds_unscaled(self) -> bool:
-        """See ``ServerOptimizer.adds_unscaled``."""
         constant = self.lr == 1 and self.schedule == Schedule() and {*self.lr_scale.moved} <= {"head"}
         return constant and not self.momentum
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
         if not self.momentum:
             return _stepped(params, delta, self.lr, rates), {}
         momentum = tree.add(tree.scale(slots["m"], self.momentum), delta, -1.0) if slots else tree.scale(delta, -1.0)
@@ -109,8 +104,8 @@ class Sgd(ServerOptimizer):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Adam(ServerOptimizer):
-    """Adam with bias correction (arXiv 1412.6980, Alg. 1), as ``torch.optim.Adam``.
+class AdamLike(ServerOptimizer):
+    """Adam with bias correction (arXiv 1412.6980, Alg. 1).
 
     Args:
         lr: server learning rate.
@@ -119,108 +114,104 @@ class Adam(ServerOptimizer):
         eps: added to the root of the second moment.
     """
 
-    kind: Literal["adam"] = "adam"
+    kind: str
     lr: Rate = 1e-3
-    beta1: Decay = 0.9
-    beta2: Decay = 0.999
+    beta1: Part = 0.9
+    beta2: Part = 0.999
     eps: Rate = 1e-8
 
+    @abstractmethod
+    def decayed(self, params: Tree, rates: Rates) -> Tree:
+        """The parameters that a step is added to."""
+
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
-        first, second = _moments(delta, slots, self.beta1, self.beta2)
-        return _adam(params, first, second, self.lr, self.beta1, self.beta2, self.eps, steps + 1, rates), {
-            "m": first,
-            "v": second,
+        first, second = _begun(delta, slots, 0.0)
+        first = {name: self.beta1 * value - (1 - self.beta1) * delta[name] for name, value in first.items()}
+        second = {name: self.beta2 * value + (1 - self.beta2) * delta[name].square() for name, value in second.items()}
+        step = self.lr / (1 - self.beta1 ** (steps + 1))
+        root = math.sqrt(1 - self.beta2 ** (steps + 1))
+        result = {
+            name: value.addcdiv(first[name], second[name].sqrt() / root + self.eps, value=-step * rates.get(name, 1.0))
+            for name, value in self.decayed(params, rates).items()
         }
+        return result, {"m": first, "v": second}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AdamW(ServerOptimizer):
+class Adam(AdamLike):
+    """Adam with bias correction (arXiv 1412.6980, Alg. 1), as ``torch.optim.Adam``."""
+
+    kind: Literal["adam"] = "adam"
+
+    def decayed(self, params: Tree, rates: Rates) -> Tree:
+        return params
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdamW(AdamLike):
     """Adam with decoupled weight decay (arXiv 1711.05101, Alg. 2), as ``torch.optim.AdamW``.
 
     FLASC's code calls this "FedAdam", with PyTorch's default decay of 0.01 on everything trained, the head included.
 
     Args:
-        lr: server learning rate.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
         weight_decay: ``x = x - lr * weight_decay * x`` before the step.
     """
 
     kind: Literal["adamw"] = "adamw"
-    lr: Rate = 1e-3
-    beta1: Decay = 0.9
-    beta2: Decay = 0.999
-    eps: Rate = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: NonNegative = 0.01
 
     @property
     def decays(self) -> bool:
-        """See ``ServerOptimizer.decays``."""
         return self.weight_decay > 0
 
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
-        first, second = _moments(delta, slots, self.beta1, self.beta2)
+    def decayed(self, params: Tree, rates: Rates) -> Tree:
         decay = self.lr * self.weight_decay
-        shrunk = {name: value * (1.0 - decay * rates.get(name, 1.0)) for name, value in params.items()}
-        return _adam(shrunk, first, second, self.lr, self.beta1, self.beta2, self.eps, steps + 1, rates), {
-            "m": first,
-            "v": second,
-        }
+        return {name: value * (1.0 - decay * rates.get(name, 1.0)) for name, value in params.items()}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class FedAdam(ServerOptimizer):
-    """FedAdam of Reddi et al. (arXiv 2003.00295, Alg. 2): no bias correction, ``v`` starts at ``tau^2``.
+class Adaptive(ServerOptimizer):
+    """``x += lr m / (sqrt(v) + tau)`` of Reddi et al. (arXiv 2003.00295, Alg. 2): ``v`` starts at ``tau^2``.
 
     Args:
         lr: server learning rate.
         beta1: decay of the first moment.
-        beta2: decay of the second moment.
+        beta2: decay of the second moment, or how fast it follows.
         tau: adaptivity, added to the root of the second moment.
     """
+
+    kind: str
+    lr: Rate = 1e-2
+    beta1: Part = 0.9
+    beta2: Part = 0.99
+    tau: Rate = 1e-3
+
+    @abstractmethod
+    def second(self, value: Tensor, square: Tensor) -> Tensor:
+        """``v`` after a change of this ``square``."""
+
+    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
+        return _adaptive(params, delta, slots, self, self.second, rates)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FedAdam(Adaptive):
+    """FedAdam of Reddi et al. (arXiv 2003.00295, Alg. 2): no bias correction, ``v`` starts at ``tau^2``."""
 
     kind: Literal["fed_adam"] = "fed_adam"
-    lr: Rate = 1e-2
-    beta1: Decay = 0.9
-    beta2: Decay = 0.99
-    tau: Rate = 1e-3
 
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
-        first, second = _reddi(delta, slots, self.beta1, self.tau)
-        second = {name: self.beta2 * value + (1 - self.beta2) * delta[name].square() for name, value in second.items()}
-        return _reddi_apply(params, first, second, self.lr, self.tau, rates), {"m": first, "v": second}
+    def second(self, value: Tensor, square: Tensor) -> Tensor:
+        return self.beta2 * value + (1 - self.beta2) * square
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class FedYogi(ServerOptimizer):
-    """FedYogi of Reddi et al. (arXiv 2003.00295, Alg. 2): ``v -= (1 - beta2) d^2 sign(v - d^2)``.
-
-    Args:
-        lr: server learning rate.
-        beta1: decay of the first moment.
-        beta2: how fast the second moment follows.
-        tau: adaptivity, added to the root of the second moment.
-    """
+class FedYogi(Adaptive):
+    """FedYogi of Reddi et al. (arXiv 2003.00295, Alg. 2): ``v -= (1 - beta2) d^2 sign(v - d^2)``."""
 
     kind: Literal["fed_yogi"] = "fed_yogi"
-    lr: Rate = 1e-2
-    beta1: Decay = 0.9
-    beta2: Decay = 0.99
-    tau: Rate = 1e-3
 
-    def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
-        first, second = _reddi(delta, slots, self.beta1, self.tau)
-        squares = {name: value.square() for name, value in delta.items()}
-        second = {
-            name: value - (1 - self.beta2) * squares[name] * torch.sign(value - squares[name])
-            for name, value in second.items()
-        }
-        return _reddi_apply(params, first, second, self.lr, self.tau, rates), {"m": first, "v": second}
+    def second(self, value: Tensor, square: Tensor) -> Tensor:
+        return value - (1 - self.beta2) * square * torch.sign(value - square)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -235,67 +226,42 @@ class FedAdagrad(ServerOptimizer):
 
     kind: Literal["fed_adagrad"] = "fed_adagrad"
     lr: Rate = 1e-2
-    beta1: Decay = 0.0
+    beta1: Part = 0.0
     tau: Rate = 1e-3
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
-        """One step; see ``ServerOptimizer.step``."""
-        first, second = _reddi(delta, slots, self.beta1, self.tau)
-        second = {name: value + delta[name].square() for name, value in second.items()}
-        return _reddi_apply(params, first, second, self.lr, self.tau, rates), {"m": first, "v": second}
+        return _adaptive(params, delta, slots, self, torch.add, rates)
 
 
-def _moments(delta: Tree, slots: Slots, beta1: float, beta2: float) -> tuple[Tree, Tree]:
-    first = slots["m"] if slots else tree.zeros_like(delta)
-    second = slots["v"] if slots else tree.zeros_like(delta)
-    return (
-        {name: beta1 * value - (1 - beta1) * delta[name] for name, value in first.items()},
-        {name: beta2 * value + (1 - beta2) * delta[name].square() for name, value in second.items()},
-    )
+def _begun(delta: Tree, slots: Slots, start: float) -> tuple[Tree, Tree]:
+    """Both moments before a step; at first zeros, and ``start``."""
+    if slots:
+        return slots["m"], slots["v"]
+    return tree.zeros_like(delta), {name: torch.full_like(value, start) for name, value in delta.items()}
 
 
 def _stepped(params: Tree, direction: Tree, lr: float, rates: Rates) -> Tree:
     return {name: value.add(direction[name], alpha=lr * rates.get(name, 1.0)) for name, value in params.items()}
 
 
-def _adam(
+def _adaptive(
     params: Tree,
-    first: Tree,
-    second: Tree,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    count: int,
+    delta: Tree,
+    slots: Slots,
+    settings: Adaptive | FedAdagrad,
+    second_of: Callable[[Tensor, Tensor], Tensor],
     rates: Rates,
-) -> Tree:
-    step = lr / (1 - beta1**count)
-    root = math.sqrt(1 - beta2**count)
-    return {
-        name: value.addcdiv(first[name], second[name].sqrt() / root + eps, value=-step * rates.get(name, 1.0))
-        for name, value in params.items()
-    }
-
-
-def _reddi(delta: Tree, slots: Slots, beta1: float, tau: float) -> tuple[Tree, Tree]:
-    first = slots["m"] if slots else tree.zeros_like(delta)
-    second = slots["v"] if slots else {name: torch.full_like(value, tau**2) for name, value in delta.items()}
-    return {name: beta1 * value + (1 - beta1) * delta[name] for name, value in first.items()}, second
-
-
-def _reddi_apply(params: Tree, first: Tree, second: Tree, lr: float, tau: float, rates: Rates) -> Tree:
-    return {
+) -> tuple[Tree, Slots]:
+    lr, beta1, tau = settings.lr, settings.beta1, settings.tau
+    first, second = _begun(delta, slots, tau**2)
+    first = {name: beta1 * value + (1 - beta1) * delta[name] for name, value in first.items()}
+    second = {name: second_of(value, delta[name].square()) for name, value in second.items()}
+    result = {
         name: value.addcdiv(first[name], second[name].sqrt() + tau, value=lr * rates.get(name, 1.0))
         for name, value in params.items()
     }
+    return result, {"m": first, "v": second}
 
 
-SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
-    "sgd": Sgd,
-    "adam": Adam,
-    "adamw": AdamW,
-    "fed_adam": FedAdam,
-    "fed_yogi": FedYogi,
-    "fed_adagrad": FedAdagrad,
-}
 AnyServerOptimizer = Annotated[Sgd | Adam | AdamW | FedAdam | FedYogi | FedAdagrad, Field(discriminator="kind")]
+SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = by_kind(AnyServerOptimizer)

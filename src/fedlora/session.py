@@ -24,6 +24,7 @@ from fedlora.errors import CallbackError, CheckpointError, QuorumError
 from fedlora.evaluation import evaluate, tested_clients, uses_all_rows
 from fedlora.export import export_run
 from fedlora.folder import RunFolder
+from fedlora.inference import Trained
 from fedlora.ledger import Row
 from fedlora.modes import MODES
 from fedlora.phases import close_phase, open_phase
@@ -259,9 +260,8 @@ class Session:
             after, adapter = self._after(), None
             seconds = _seconds(self.rows) + time.perf_counter() - clock
         if adapter is None or not adapter.exists():
-            adapter = export_run(
-                files.path, self.experiment, self.setting.task, self.workspace, self._recipe(state), state, after
-            )
+            trained = Trained(self.experiment, self._recipe(state), state, self.workspace, after)
+            adapter = export_run(files.path, trained)
         result = self._result(self.rows, after, seconds, adapter)
         if not held:
             files.write_json("result.json", {**result.figures(), "adapter": adapter.name})

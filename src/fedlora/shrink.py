@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Fraction, NonNegative, dataclass
 from fedlora.schema import Schema
 from fedlora.tree import Tree
 
@@ -29,8 +27,8 @@ class Shrink:
         weight: lambda, of the penalty in the loss.
     """
 
-    keep: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    weight: Annotated[float, Field(ge=0)] = 1e-3
+    keep: Fraction = 0.99
+    weight: NonNegative = 1e-3
     reports: ClassVar[tuple[str, ...]] = ("rank",)
     """What clients report of it: what their rank is from then on."""
 

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Field, dataclass
 from fedlora.errors import DataError
 from fedlora.partitions import Rows
 
@@ -61,7 +59,6 @@ class Label(Skew):
     kind: Literal["label"] = "label"
 
     def classes(self, task: Prepared, seed: int, device: torch.device) -> Classes:
-        """Read the labels; see ``Skew.classes``."""
         numbers, names = np.asarray(task.labels), task.label_names
         if not numbers.any():  # what tasks without classes give; their names may be of something else, such as tags
             return Classes(np.zeros(len(numbers), dtype=np.int64), [])
@@ -81,7 +78,6 @@ class Column(Skew):
     name: str
 
     def classes(self, task: Prepared, seed: int, device: torch.device) -> Classes:
-        """Number the values; see ``Skew.classes``."""
         values: list[Any] = task.column(self.name, "train").tolist()
         kinds = set(map(type, values))
         plain = len(kinds) == 1 and kinds <= {str, int, bool, float} and all(value == value for value in values)
@@ -115,7 +111,6 @@ class Clusters(Skew):
     features: Literal["tfidf", "embeddings"] = "tfidf"
 
     def classes(self, task: Prepared, seed: int, device: torch.device) -> Classes:
-        """Cluster the rows; see ``Skew.classes``."""
         if self.features == "embeddings":
             points = task.embeddings("train", device)
         else:

@@ -72,6 +72,8 @@ class Folds:
     @staticmethod
     def of(store: Store) -> Folds:
         """Those that a store holds."""
+        if not store:
+            return NO_FOLDS
         recent = sorted(int(name) for name in store.trees if name != "total")
         places = tuple(store.trees[str(place)] for place in recent)
         return Folds(store.values.get("version", 0), store.trees.get("total", {}), places)
@@ -80,6 +82,10 @@ class Folds:
         """As a store."""
         trees = {"total": self.total, **{str(place): fold for place, fold in enumerate(self.recent)}}
         return Store(trees if self.version else {}, {"version": self.version or None})
+
+
+NO_FOLDS = Folds()
+"""One value for all that know of none."""
 
 
 class Update(NamedTuple):

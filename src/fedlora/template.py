@@ -7,10 +7,9 @@ import inspect
 from typing import Any
 
 import tomli_w
-from pydantic import TypeAdapter
 
 from fedlora.config import Experiment, parse, resolved
-from fedlora.method_table import build_method
+from fedlora.method_table import build_method, plain_values
 from fedlora.methods import METHODS
 from fedlora.recipe import Phase, Recipe
 
@@ -54,7 +53,7 @@ def _arguments(method: str, phases: tuple[Phase, ...]) -> dict[str, Any]:
     """The method's arguments; of those that follow from others, what they come to."""
     follows = {"warm_rounds": phases[0].rounds}
     parameters = inspect.signature(METHODS[method]).parameters
-    values = {name: _plain(parameter.default) for name, parameter in parameters.items()}
+    values = {name: plain_values(parameter.default) for name, parameter in parameters.items()}
     values |= {name: follows[name] for name, value in values.items() if value is None and name in follows}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -64,13 +63,9 @@ def _slots(method: str, recipe: Recipe) -> dict[str, Any]:
     own = inspect.signature(METHODS[method]).parameters
     untouched = Recipe()
     return {
-        field.name: _plain(value)
+        field.name: plain_values(value)
         for field in dataclasses.fields(Recipe)
         if field.name not in (*own, "tuning", "down", "up")
         and (value := getattr(recipe, field.name)) is not None
         and value == getattr(untouched, field.name)
     }
-
-
-def _plain(value: Any) -> Any:
-    return TypeAdapter(Any).dump_python(value, mode="json", exclude_none=True)

@@ -14,32 +14,23 @@ from torch.nn import functional
 
 from fedlora.clients import Population
 from fedlora.schema import Leaf, Schema, factor_leaf
-from fedlora.tasks.base import Batch, Evaluation, Prepared, Rows, Split
+from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.loading import head_names
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+_MARKS = {"cls_token_id": 1, "sep_token_id": 2}
+_DEBERTA = {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 32}
 _DECODER = {**_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 32, "head_dim": 8}
 _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", _SMALL),
     "distilbert": ("DistilBertConfig", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}),
     "roberta": ("RobertaConfig", {**_SMALL, "max_position_embeddings": 64}),
     "albert": ("AlbertConfig", {**_SMALL, "embedding_size": 16}),
-    "deberta-v2": (
-        "DebertaV2Config",
-        {**_SMALL, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_position_embeddings": 32},
-    ),
+    "deberta-v2": ("DebertaV2Config", _DEBERTA),
     "deberta-v3": (
         "DebertaV2Config",
-        {
-            **_SMALL,
-            "relative_attention": True,
-            "position_buckets": 8,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "pos_att_type": ["p2c", "c2p"],
-            "max_position_embeddings": 32,
-        },
+        {**_DEBERTA, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True},
     ),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, **_ENDS}),
     "llama": ("LlamaConfig", _DECODER),
@@ -49,14 +40,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**_DECODER, "sliding_window": 8}),
     "modernbert": (
         "ModernBertConfig",
-        {
-            **_SMALL,
-            **_ENDS,
-            "cls_token_id": 1,
-            "sep_token_id": 2,
-            "max_position_embeddings": 32,
-            "local_attention": 8,
-        },
+        {**_SMALL, **_ENDS, **_MARKS, "max_position_embeddings": 32, "local_attention": 8},
     ),
     "t5": (
         "T5Config",
@@ -156,54 +140,37 @@ class TensorTask(Prepared):
     def __init__(
         self, make_model: Callable[[], nn.Module], tokens: Tensor, labels: Tensor, attention: bool = True
     ) -> None:
+        super().__init__(Model(), [f"class {number}" for number in range(int(labels.max()) + 1)], {})
         self.make_model = make_model
         self.tokens = tokens
         self.targets = labels
         self.attention = attention
 
     @property
-    def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``; the tensors are no data set."""
-        return {}
-
-    @property
     def labels(self) -> Rows:
-        """See ``Prepared.labels``."""
         return self.targets.numpy()
 
     @property
-    def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``."""
-        return [f"class {number}" for number in range(int(self.targets.max()) + 1)]
-
-    @property
     def fingerprint(self) -> str:
-        """See ``Prepared.fingerprint``."""
         return "tensors"
 
     def num_examples(self, split: Split) -> int:
-        """See ``Prepared.num_examples``; both splits hold the same examples."""
         return len(self.targets)
 
     def table(self) -> Any:
-        """See ``Prepared.table``."""
         return None
 
     def columns(self, split: Split) -> list[str]:
-        """See ``Prepared.columns``."""
         return ["label"]
 
     def column(self, name: str, split: Split) -> Rows:
-        """See ``Prepared.column``."""
         return self.labels
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``."""
         model = self.make_model().to(device)
         return model, head_names(model, set())
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``."""
         name = "input_ids" if self.tokens.dim() == 2 else "pixel_values"
         batch = {name: self.tokens[rows].to(device), "labels": self.targets[rows].to(device)}
         if self.attention and name == "input_ids":
@@ -211,7 +178,6 @@ class TensorTask(Prepared):
         return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """See ``Prepared.loss``."""
         return functional.cross_entropy(self.logits(model, batch), batch["labels"])
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -221,7 +187,6 @@ class TensorTask(Prepared):
         return logits.mean(1) if logits.dim() == 3 else logits
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
-        """See ``Prepared.evaluate``."""
         batch = self.batch(rows, device)
         labels, logits = batch["labels"], self.logits(model, batch)
         return Evaluation(
@@ -233,11 +198,9 @@ class TensorTask(Prepared):
         )
 
     def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``; there are no files here."""
         return self
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
-        """See ``Prepared.predict``; there is no tokenizer."""
         return []
 
     def save_pretrained(self, folder: Path) -> None:

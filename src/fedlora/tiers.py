@@ -8,17 +8,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, Positive, Share, dataclass
 from fedlora.errors import ConfigError, DataError
 from fedlora.rates import LrScale
 from fedlora.recipe import Recipe
 from fedlora.refusals import check_tier
 from fedlora.transport import Link, RankSlice
 
-Count = Annotated[int, Field(ge=1)]
 _VIEWS = {"dense", "newcomer", "client_mean", "client_worst_tenth", "client_spread"}
 """What metrics of other models than the tiers' begin with."""
 
@@ -51,7 +48,7 @@ class Tier:
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")]
-    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    share: Share | None = None
     values: tuple[str, ...] = ()
     clients: tuple[str, ...] = ()
     rank: Count | None = None
@@ -62,7 +59,7 @@ class Tier:
     batch_size: Count | None = None
     lr_scale: LrScale | None = None
     compute: Literal["fp32", "bf16"] | None = None
-    timeout_seconds: Annotated[float, Field(gt=0)] | None = None
+    timeout_seconds: Positive | None = None
     network: str = ""
 
     def __post_init__(self) -> None:

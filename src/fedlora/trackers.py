@@ -60,7 +60,6 @@ class TensorBoard(Callback):
             self._writer.add_scalar(name, value, row.round)
 
     def close(self) -> None:
-        """See ``Callback.close``."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -124,12 +124,12 @@ class Workspace:
         with torch.inference_mode(), self.autocast(compute):
             return self.task.evaluate(self.model, rows, split, self.device)
 
-    def decode(self, payload: bytes, start: int, read: Callable[[], Tree]) -> Tree:
+    def decode(self, payload: bytes, round: int, read: Callable[[], Tree]) -> Tree:
         """What ``payload`` says, kept until other bytes come: a cohort gets the same ones.
 
         Args:
             payload: the parameters of a round.
-            start: which start it may be relative to: the round, where adapters start anew in each.
+            round: of the phase; what it is relative to may be another in each.
             read: decodes it; called if the bytes are new, or tell what changed since a client's last round, which is
                 that client's own affair.
 
@@ -138,9 +138,9 @@ class Workspace:
         """
         if wire.reference_of(payload) == "last_round":
             return read()
-        if self._decoded is None or self._decoded[0] != (payload, start):
+        if self._decoded is None or self._decoded[0] != (payload, round):
             self._decoded = None  # free the old tree first
-            self._decoded = (payload, start), read()
+            self._decoded = (payload, round), read()
         return self._decoded[1]
 
     def folds(self, told: FoldMessage | None, known: Folds) -> Folds:

@@ -77,7 +77,6 @@ def test_of_users_some_more_are_held_out(world: Path, tmp_path: Path, test_clien
 @pytest.mark.parametrize("task", ["language", "instruction", "questions", "tokens"])
 def test_every_task_holds_out_by_its_own_content(tmp_path: Path, task: str) -> None:
     from fedlora.tasks import CausalLM, Files, Instruction, QuestionAnswering, TokenClassification, Validation
-    from fedlora.tasks.columns import split
 
     rows = {
         "language": [{"text": f"text {number}"} for number in range(60)],
@@ -91,14 +90,9 @@ def test_every_task_holds_out_by_its_own_content(tmp_path: Path, task: str) -> N
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = Files(train=str(tmp_path / "rows.jsonl"), test_fraction=0.3)
     chosen = Validation(source=source, share=0.2)
-    if task == "questions":
-        assert QuestionAnswering
-        final, held = split(source.load(), "context"), split(chosen.load(), "context")
-    elif task == "tokens":
-        final, held = TokenClassification().read(source)[0], TokenClassification().read(chosen)[0]
-    else:
-        kind = CausalLM() if task == "language" else Instruction()
-        final, held = kind.read(source), kind.read(chosen)
+    kinds = {"language": CausalLM, "instruction": Instruction, "questions": QuestionAnswering}
+    kind = kinds.get(task, TokenClassification)()
+    final, held = kind.read(source)[0], kind.read(chosen)[0]
     assert len(held.train) + len(held.test) == len(final.train)
     assert 1 <= len(held.test) < 20
 

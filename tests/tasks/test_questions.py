@@ -196,7 +196,7 @@ def test_nothing_is_tokenised_twice(prepare: Prepare, tmp_path: Path, monkeypatc
         return encode(*arguments)
 
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fedlora.tasks.passages.encode", counted)
+    monkeypatch.setattr("fedlora.tasks.questions.encode", counted)
     rows = [row(CONTEXT, "w1 w2", "w16 w17")]
     first = prepare(rows).batch(np.array([0]), CPU)
     assert len(calls) == 1

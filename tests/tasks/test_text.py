@@ -123,7 +123,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Counting]:
         return loaded[-1]
 
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fedlora.tasks.text.load_tokenizer", load)
+    monkeypatch.setattr("fedlora.tasks.tokenized.load_tokenizer", load)
     return loaded
 
 

@@ -263,13 +263,15 @@ def test_ranks_by_hand():
     kept = RankSlice(rank=1)(LORA, LORA_GROUPS, round=0)
     assert lists(kept) == lists(LORA) | {"m.lora_A.weight": [[1.0, 8.0], [0.0, 0.0]]}
     b = {"m.lora_B.default": torch.ones(2, 3), "conv.lora_A.x": torch.ones(3, 2, 1, 1), "lora_Ab": torch.ones(3, 3)}
-    kept = RankSlice(rank=2)(b, schema_of(dict.fromkeys(b, "adapter")), round=0)
+    schema = {"m.lora_B.default": factor_leaf("B"), "conv.lora_A.x": factor_leaf("A"), "lora_Ab": Leaf()}
+    kept = RankSlice(rank=2)(b, schema, round=0)
     assert kept["m.lora_B.default"].tolist() == [[1.0, 1.0, 0.0]] * 2
     assert kept["conv.lora_A.x"].reshape(3, 2).tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
     assert kept["lora_Ab"] is b["lora_Ab"]
-    assert all(torch.equal(RankSlice(rank=3)(b, {}, 0)[name], b[name]) for name in b)
-    vector = {"m.lora_A": torch.ones(3), "m.lora_B": torch.ones(())}  # no matrix has this shape, so no factor either
-    assert all(RankSlice(rank=1)(vector, {}, 0)[name] is vector[name] for name in vector)
+    assert all(torch.equal(RankSlice(rank=3)(b, schema, 0)[name], b[name]) for name in b)
+    vector = {"m.lora_A": torch.ones(3), "m.lora_B": torch.ones(())}  # these are no matrices
+    factors = {"m.lora_A": factor_leaf("A"), "m.lora_B": factor_leaf("B")}
+    assert all(RankSlice(rank=1)(vector, factors, 0)[name] is vector[name] for name in vector)
 
 
 # at random

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated
 
-from pydantic import Field
-
-from fedlora.aggregate.base import Accumulator, Aggregator
+from fedlora.aggregate.base import Accumulator, Aggregator, Needs
 from fedlora.aggregate.means import CoordinateMedian, Krum, Mean, NormBound, TrimmedMean
 from fedlora.aggregate.products import ProductExact, SparsityWeighted, Stack, SvdRedistribute
+from fedlora.component import Field, by_kind
 
 AnyAggregator = Annotated[
     Mean
@@ -22,7 +21,7 @@ AnyAggregator = Annotated[
     | NormBound,
     Field(discriminator="kind"),
 ]
-AGGREGATORS: dict[str, type[Aggregator]] = {cls.kind: cls for cls in get_args(get_args(AnyAggregator)[0])}
+AGGREGATORS: dict[str, type[Aggregator]] = by_kind(AnyAggregator)
 
 __all__ = [
     "AGGREGATORS",
@@ -32,6 +31,7 @@ __all__ = [
     "CoordinateMedian",
     "Krum",
     "Mean",
+    "Needs",
     "NormBound",
     "ProductExact",
     "SparsityWeighted",

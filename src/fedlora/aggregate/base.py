@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from fedlora import tree
 from fedlora.errors import TrainingError
 from fedlora.schema import Schema
@@ -98,7 +101,6 @@ class Weighted(Aggregator):
 
     @property
     def weighs_by_examples(self) -> bool:
-        """See ``Aggregator.weighs_by_examples``."""
         return self.weighting == "examples"
 
 
@@ -118,7 +120,6 @@ class WeightedMean(Accumulator):
         self._weights = 0.0
 
     def add(self, update: Update) -> None:
-        """See ``Accumulator.add``."""
         update = self._changed(update)
         weight = self._weight_of(update)
         if self._total is None:
@@ -141,26 +142,38 @@ class WeightedMean(Accumulator):
         return Change(tree.scale(self._total, 1.0 / self._weights), Fold())
 
 
+class Comparing(Aggregator):
+    """A rule that compares the updates of the whole cohort, each flattened to a row."""
+
+    needs: ClassVar[Needs] = "cohort"
+
+    @abstractmethod
+    def of(self, rows: Tensor) -> Tensor:
+        """The change, ``(numbers,)``, of updates ``(clients, numbers)``."""
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        return Collected(self)
+
+
 class Collected(Accumulator):
-    """Holds the deltas of the whole cohort, for rules that compare them.
+    """Holds the deltas of the whole cohort.
 
     Args:
         rule: what becomes of them.
     """
 
-    def __init__(self, rule: Callable[[list[Tree]], Tree]) -> None:
+    def __init__(self, rule: Comparing) -> None:
         self._rule = rule
         self._deltas: list[Tree] = []
 
     def add(self, update: Update) -> None:
-        """See ``Accumulator.add``."""
         self._deltas.append(update.delta)
 
     def finish(self) -> Change:
-        """See ``Accumulator.finish``."""
         if not self._deltas:
             raise TrainingError(NOBODY)
-        return Change(self._rule(self._deltas), Fold())
+        rows = torch.stack([tree.flatten(delta) for delta in self._deltas])
+        return Change(tree.unflatten(self._rule.of(rows), self._deltas[0]), Fold())
 
 
 def say(weighting: str) -> Callable[[Update], float]:

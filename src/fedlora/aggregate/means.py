@@ -6,13 +6,11 @@ import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.aggregate.base import Accumulator, Aggregator, Collected, Needs, Weighted, WeightedMean, say
-from fedlora.component import STRICT
+from fedlora.aggregate.base import Accumulator, Aggregator, Comparing, Needs, Weighted, WeightedMean, say
+from fedlora.component import STRICT, Count, Field, Positive, Whole, dataclass
 from fedlora.errors import TrainingError
 from fedlora.schema import Schema
 from fedlora.state import Update
@@ -35,12 +33,11 @@ class Mean(Weighted):
     needs: ClassVar[Needs] = "sum"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return WeightedMean(say(self.weighting))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CoordinateMedian(Aggregator):
+class CoordinateMedian(Comparing):
     """The median of each coordinate (arXiv 1803.01498, Def. 1); of an even number the mean of the middle two.
 
     It stands up to faulty clients as long as they are fewer than half, and loses what only a few clients learnt.
@@ -48,20 +45,14 @@ class CoordinateMedian(Aggregator):
 
     kind: Literal["median"] = "median"
     coordinatewise: ClassVar[bool] = True
-    needs: ClassVar[Needs] = "cohort"
 
-    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
-        return Collected(self._of)
-
-    def _of(self, deltas: list[Tree]) -> Tree:
-        ordered = _stacked(deltas).sort(dim=0).values
-        middle = (len(ordered) - 1) // 2
-        return tree.unflatten((ordered[middle] + ordered[len(ordered) // 2]) / 2, deltas[0])
+    def of(self, rows: Tensor) -> Tensor:
+        ordered = rows.sort(dim=0).values
+        return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class TrimmedMean(Aggregator):
+class TrimmedMean(Comparing):
     """The mean of each coordinate without a share of its smallest and its largest (arXiv 1803.01498, Def. 2).
 
     Args:
@@ -71,21 +62,14 @@ class TrimmedMean(Aggregator):
     kind: Literal["trimmed_mean"] = "trimmed_mean"
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     coordinatewise: ClassVar[bool] = True
-    needs: ClassVar[Needs] = "cohort"
 
-    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
-        return Collected(self._of)
-
-    def _of(self, deltas: list[Tree]) -> Tree:
-        stacked = _stacked(deltas)
-        left_out = min(math.ceil(round(self.trim * len(stacked), 9)), (len(stacked) - 1) // 2)
-        kept = stacked.sort(dim=0).values[left_out : len(stacked) - left_out]
-        return tree.unflatten(kept.mean(dim=0), deltas[0])
+    def of(self, rows: Tensor) -> Tensor:
+        left_out = min(math.ceil(round(self.trim * len(rows), 9)), (len(rows) - 1) // 2)
+        return rows.sort(dim=0).values[left_out : len(rows) - left_out].mean(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Krum(Aggregator):
+class Krum(Comparing):
     """The mean of those updates that have the closest neighbours (arXiv 1703.02757).
 
     An update's score is the sum of the squared distances to its ``n - faulty - 2`` nearest others.
@@ -97,31 +81,24 @@ class Krum(Aggregator):
     """
 
     kind: Literal["krum"] = "krum"
-    faulty: Annotated[int, Field(ge=0)] = 1
-    select: Annotated[int, Field(ge=1)] = 1
-    needs: ClassVar[Needs] = "cohort"
+    faulty: Whole = 1
+    select: Count = 1
 
     @property
     def least(self) -> int:
-        """See ``Aggregator.least``."""
         return 2 * self.faulty + 2 + self.select
 
-    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
-        return Collected(self._of)
-
-    def _of(self, deltas: list[Tree]) -> Tree:
-        stacked = _stacked(deltas)
-        num = len(stacked)
+    def of(self, rows: Tensor) -> Tensor:
+        num = len(rows)
         if num < self.least:
             raise TrainingError(
                 f"krum with faulty = {self.faulty} and select = {self.select} needs {self.least} clients in a round, "
                 f"and {num} answered; raise clients.per_round"
             )
-        distances = torch.cdist(stacked.double(), stacked.double()).square()
+        distances = torch.cdist(rows.double(), rows.double()).square()
         nearest = distances.sort(dim=1).values[:, 1 : num - self.faulty - 1]
         best = nearest.sum(dim=1).sort(stable=True).indices[: self.select].sort().values
-        return tree.unflatten(stacked[best].mean(dim=0), deltas[0])
+        return rows[best].mean(dim=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -133,17 +110,11 @@ class NormBound(Aggregator):
     """
 
     kind: Literal["norm_bound"] = "norm_bound"
-    norm: Annotated[float, Field(gt=0)]
+    norm: Positive
     needs: ClassVar[Needs] = "update"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         return WeightedMean(say("uniform"), self._bounded)
 
     def _bounded(self, update: Update) -> Update:
         return update._replace(delta=tree.scale(update.delta, 1.0 / max(1.0, tree.norm(update.delta) / self.norm)))
-
-
-def _stacked(deltas: list[Tree]) -> Tensor:
-    """All deltas as rows."""
-    return torch.stack([tree.flatten(delta) for delta in deltas])

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedlora.aggregate.base import Accumulator, Aggregator, Needs, Weighted, WeightedMean, say
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, dataclass
 from fedlora.schema import Pair, Schema
 from fedlora.state import Change, Fold, Update
 from fedlora.store import Store
@@ -38,11 +37,9 @@ class SparsityWeighted(Aggregator):
 
     @property
     def pads_with_zeros(self) -> bool:
-        """See ``Aggregator.pads_with_zeros``."""
         return self.padding == "zero"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
         pairs = schema.pairs
         weight_of = partial(_size_of_products, pairs=pairs)
         return WeightedMean(weight_of, partial(_padded, params=params, pairs=pairs if self.padding == "zero" else []))
@@ -69,8 +66,22 @@ def _size_of_products(update: Update, pairs: Sequence[Pair]) -> float:
     return math.sqrt(max(0.0, squares))
 
 
+class OfProducts(Weighted):
+    """A rule about the products ``B A`` that reads the factors of all clients."""
+
+    needs_factors: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "factors"
+
+    @abstractmethod
+    def of(self, cohort: Factors, delta: Tree) -> Change:
+        """The change, of the factors of a cohort and of the mean ``delta``, which may be overwritten."""
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        return Factors(self, params, schema)
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SvdRedistribute(Weighted):
+class SvdRedistribute(OfProducts):
     """The best adapter of the same rank for the mean of the products (FlexLoRA, arXiv 2402.11505).
 
     ``sum_k p_k B_k A_k = U S V^T``; the new factors are ``B = U_r S_r``, ``A = V_r^T``, or have the root of ``S`` each.
@@ -86,14 +97,8 @@ class SvdRedistribute(Weighted):
     kind: Literal["svd_redistribute"] = "svd_redistribute"
     weighting: Literal["uniform", "examples"] = "uniform"
     split: Literal["left", "symmetric"] = "left"
-    needs_factors: ClassVar[bool] = True
-    needs: ClassVar[Needs] = "factors"
 
-    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
-        return Factors(self._of, self.weighting, params, schema)
-
-    def _of(self, cohort: Factors, delta: Tree) -> Change:
+    def of(self, cohort: Factors, delta: Tree) -> Change:
         params = cohort.params
         for a, b, _ in cohort.pairs:
             tall = torch.cat(
@@ -106,7 +111,7 @@ class SvdRedistribute(Weighted):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ProductExact(Weighted):
+class ProductExact(OfProducts):
     """Factors are averaged, and frozen weights take what the mean of the products has beside (FedEx-LoRA, 2410.09432).
 
     ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and ``W += scale (sum_k p_k B_k A_k - B A)``. As the ``B_k - B`` add
@@ -119,10 +124,8 @@ class ProductExact(Weighted):
 
     kind: Literal["product_exact"] = "product_exact"
     weighting: Literal["uniform", "examples"] = "uniform"
-    rank: Annotated[int, Field(ge=1)] | None = None
+    rank: Count | None = None
     exact_for_products: ClassVar[bool] = True
-    needs_factors: ClassVar[bool] = True
-    needs: ClassVar[Needs] = "factors"
     edits_base: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
@@ -130,11 +133,7 @@ class ProductExact(Weighted):
         whole = (len(ranks) - 1) * max(ranks) if moving == "both" else 0
         return whole if self.rank is None else min(whole, self.rank)
 
-    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
-        return Factors(self._of, self.weighting, params, schema)
-
-    def _of(self, cohort: Factors, delta: Tree) -> Change:
+    def of(self, cohort: Factors, delta: Tree) -> Change:
         params, shares = cohort.params, cohort.shares
         folded: dict[str, tuple[Tensor, Tensor]] = {}
         for a, b, module in cohort.pairs:
@@ -160,7 +159,7 @@ class ProductExact(Weighted):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Stack(Weighted):
+class Stack(OfProducts):
     """Frozen weights take all clients' products, and the adapters start anew (FLoRA, arXiv 2409.05976, Eq. 6).
 
     ``W += scale sum_k p_k B_k A_k``, told as the factors side by side; then ``B = 0`` and ``A`` is drawn anew, the same
@@ -173,20 +172,13 @@ class Stack(Weighted):
     kind: Literal["stack"] = "stack"
     weighting: Literal["uniform", "examples"] = "uniform"
     exact_for_products: ClassVar[bool] = True
-    needs_factors: ClassVar[bool] = True
-    needs: ClassVar[Needs] = "factors"
     edits_base: ClassVar[bool] = True
     reinitialises: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
-        """See ``Aggregator.fold_rank``."""
         return sum(ranks) if moving == "both" else max(ranks)
 
-    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """See ``Aggregator.begin``."""
-        return Factors(self._of, self.weighting, params, schema)
-
-    def _of(self, cohort: Factors, delta: Tree) -> Change:
+    def of(self, cohort: Factors, delta: Tree) -> Change:
         params = cohort.params
         stacked: dict[str, tuple[Tensor, Tensor]] = {}
         for a, b, module in cohort.pairs:
@@ -206,13 +198,12 @@ class Factors(Accumulator):
 
     Args:
         rule: what becomes of this, and of the mean of the deltas.
-        weighting: ``uniform`` or ``examples``.
         params: the server's parameters.
         schema: what each of them is.
     """
 
-    def __init__(self, rule: Callable[[Factors, Tree], Change], weighting: str, params: Tree, schema: Schema) -> None:
-        self._rule, self._weight_of = rule, say(weighting)
+    def __init__(self, rule: OfProducts, params: Tree, schema: Schema) -> None:
+        self._rule, self._weight_of = rule, say(rule.weighting)
         self._mean = WeightedMean(self._weight_of)
         self._weights: list[float] = []
         self._first: Update | None = None
@@ -226,7 +217,6 @@ class Factors(Accumulator):
         return [weight / sum(self._weights) for weight in self._weights]
 
     def add(self, update: Update) -> None:
-        """See ``Accumulator.add``."""
         self._mean.add(update)
         self._weights.append(self._weight_of(update))
         for name, values in self.of.items():
@@ -238,8 +228,7 @@ class Factors(Accumulator):
         self.same_a &= all(torch.equal(first[a], own[a]) for first, own in trees for a, _, _ in self.pairs)
 
     def finish(self) -> Change:
-        """See ``Accumulator.finish``."""
-        return self._rule(self, self._mean.finish().delta)
+        return self._rule.of(self, self._mean.finish().delta)
 
 
 def truncated_product(tall: Tensor, wide: Tensor, rank: int, split: str) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from fedlora.state import ClientState, Folds
 from fedlora.store import Memory, Reader, Writer
 
 MAGIC = b"FLL"
-VERSION = 1
+VERSION = 2
 LARGEST_HEAD = 1 << 22
 LARGEST_SECONDS = 1e7
 """What a site may say that a turn took; more than any round waits."""

@@ -51,11 +51,9 @@ class Probing(Courier):
         self._count = 0
 
     def sites(self) -> Mapping[str, int]:
-        """See ``Courier.sites``."""
         return self._courier.sites()
 
     def post(self, address: int, raw: bytes, seconds: float) -> str | None:
-        """See ``Courier.post``."""
         ticket = self._courier.post(address, raw, seconds)
         if ticket is not None:
             self._count += 1

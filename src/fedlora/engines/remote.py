@@ -212,14 +212,12 @@ class Remote(Engine):
         return guest
 
     def present(self) -> frozenset[int] | None:
-        """The clients that can be asked now; None for all of them."""
         if self.anywhere:
             return None
         online = self.courier.sites()
         return frozenset(client for name in online if name in self.guests for client in self.guests[name].sizes)
 
     def most_examples(self, client: int) -> int | None:
-        """See ``Engine.most_examples``."""
         sizes = (guest.sizes[client] for guest in self.guests.values() if client in guest.sizes)
         return next(sizes, None)
 

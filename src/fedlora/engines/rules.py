@@ -6,10 +6,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, NonNegative, Positive, Whole, dataclass
 from fedlora.config import read_toml
 from fedlora.errors import ConfigError
 from fedlora.example_privacy import ExampleNoise
@@ -34,10 +33,10 @@ class Limits:
     """
 
     tunings: tuple[str, ...] | None = None
-    max_megabytes: Annotated[float, Field(gt=0)] | None = None
-    max_steps: Annotated[int, Field(ge=0)] | None = None
-    min_noise: Annotated[float, Field(ge=0)] | None = None
-    min_example_noise: Annotated[float, Field(ge=0)] | None = None
+    max_megabytes: Positive | None = None
+    max_steps: Whole | None = None
+    min_noise: NonNegative | None = None
+    min_example_noise: NonNegative | None = None
 
     def refusal(self, recipe: Recipe, examples: int, opening: bool = False) -> str:
         """Why a recipe is not accepted; empty if it is.
@@ -84,8 +83,8 @@ class Share:
         of: how many sites there are.
     """
 
-    number: Annotated[int, Field(ge=0)]
-    of: Annotated[int, Field(ge=1)]
+    number: Whole
+    of: Count
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -152,12 +151,12 @@ class Rules:
         attempts: how often a round with too few answers is tried before the run stops.
     """
 
-    min_available: Annotated[int, Field(ge=1)] | None = None
-    min_clients: Annotated[int, Field(ge=1)] = 1
-    round_timeout: Annotated[float, Field(gt=0)] = 3600.0
-    rejoin_timeout: Annotated[float, Field(ge=0)] = 120.0
+    min_available: Count | None = None
+    min_clients: Count = 1
+    round_timeout: Positive = 3600.0
+    rejoin_timeout: NonNegative = 120.0
     over_sample: Annotated[float, Field(ge=1)] = 1.0
-    attempts: Annotated[int, Field(ge=1)] = 3
+    attempts: Count = 3
 
 
 def parse_as(kind: type[T], values: dict[str, Any], path: Path) -> T:

@@ -24,6 +24,5 @@ class Serial(Engine):
         self.population = population
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
-        """See ``Engine.run``."""
         for job in jobs:
             yield run_job(job, self.workspace, self.population.rows_of(job.client))

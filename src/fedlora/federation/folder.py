@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated, Self
 
 import tomli_w
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Field, dataclass
 from fedlora.config import read_toml
 from fedlora.engines.rules import Name, Rules, parse_as
 from fedlora.errors import ConfigError

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from fedlora.aggregate import AnyAggregator, ProductExact, SparsityWeighted, Stack, SvdRedistribute
+from fedlora.aggregate import ProductExact, SparsityWeighted, Stack, SvdRedistribute
+from fedlora.component import Count, Share
 from fedlora.local import Local
 from fedlora.methods.defaults import ADAPTIVE, PLAIN
-from fedlora.methods.papers import Memory, Phases, Rank, Rounds, Share, fedavg
+from fedlora.methods.papers import Memory, Phases, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.prune import Prune
 from fedlora.server_optim import AnyServerOptimizer
@@ -23,8 +22,8 @@ Weighting = Literal["uniform", "examples"]
 
 def ffa(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
@@ -38,22 +37,17 @@ def ffa(
     The mean of the products ``B A`` is then the product of the means, and half of the bytes go. Clients redraw ``A``
     from its seed, since everything is told relative to the start.
     """
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets, train="B")
+    down, up = Link(precision=precision, reference="init"), Link(precision=precision)
     return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets, train="B"),
-        down=Link(precision=precision, reference="init"),
-        up=Link(precision=precision),
-        server=server,
-        privacy=privacy,
-        local=local,
-        memory=memory,
+        rounds=rounds, tuning=tuning, down=down, up=up, server=server, privacy=privacy, local=local, memory=memory
     )
 
 
 def rolora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
@@ -65,21 +59,15 @@ def rolora(
 
     Up, only the factor that moved is sent; down, with ``memory = "last_round"``, only what changed since the last time.
     """
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets, train="alternate"),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-        memory=memory,
-    )
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets, train="alternate")
+    link = Link(precision=precision)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, memory=memory)
 
 
 def sparse_adapter(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     density: Share = 0.25,
@@ -93,25 +81,19 @@ def sparse_adapter(
     Clients train and send only what is left. FLASC's code has one threshold for all tensors (``scope="global"``); after
     one round that leaves nothing of ``B``, and the run stops because nothing would be learnt.
     """
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-        prune=Prune(density=density, scope=scope),
-    )
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    prune = Prune(density=density, scope=scope)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, prune=prune)
 
 
 def adapter_lth(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     keep: Share = 0.9,
-    every: Annotated[int, Field(ge=1)] = 1,
+    every: Count = 1,
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
@@ -120,48 +102,36 @@ def adapter_lth(
 
     Iterative magnitude pruning without rewinding; clients train and send only what is left.
     """
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-        prune=Prune(density=keep, first=every, every=every, decay=keep),
-    )
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    prune = Prune(density=keep, first=every, every=every, decay=keep)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, prune=prune)
 
 
 def fed_select(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     keep: Share = 0.9,
-    every: Annotated[int, Field(ge=1)] = 1,
+    every: Count = 1,
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
     """Federated Select (FLASC, arXiv 2406.05233): the density of both links decays, clients train everything."""
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets)
     link = Link(sparsify=TopK(density=1.0, decay=keep, decay_every=every), precision=precision)
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=link,
-        up=link,
-        server=server,
-        local=local,
-    )
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local)
 
 
 def fedex(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
-    fold_rank: Rank | None = None,
+    fold_rank: Count | None = None,
     weighting: Weighting = "uniform",
     precision: AnyPrecision = Float32(),
     local: Local = PLAIN,
@@ -172,15 +142,15 @@ def fedex(
     Clients that remember get each round's fold as factors where these are smaller; others get the sum of all folds.
     ``fold_rank`` keeps only so much of each fold, as the paper's inexact form does.
     """
-    return _of_products(
-        ProductExact(rank=fold_rank, weighting=weighting), rounds, rank, alpha, targets, precision, local, memory
-    )
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    rule = ProductExact(rank=fold_rank, weighting=weighting)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, local=local, memory=memory)
 
 
 def flora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     weighting: Weighting = "uniform",
@@ -194,13 +164,15 @@ def flora(
     Down go the fold and the head: clients draw the new ``A`` from its seed. With ``reference = "zero"`` it is sent, of
     as many ranks as a client's tier has.
     """
-    return _of_products(Stack(weighting=weighting), rounds, rank, alpha, targets, precision, local, memory, reference)
+    tuning, rule = LoRA(rank=rank, alpha=alpha, targets=targets), Stack(weighting=weighting)
+    down, up = Link(precision=precision, reference=reference), Link(precision=precision)
+    return fedavg(rounds=rounds, tuning=tuning, down=down, up=up, aggregator=rule, local=local, memory=memory)
 
 
 def flexlora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     weighting: Weighting = "uniform",
@@ -210,14 +182,15 @@ def flexlora(
     memory: Memory = "none",
 ) -> Phases:
     """FlexLoRA (arXiv 2402.11505): the mean of the products, cut to the rank by an SVD in each round."""
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
     rule = SvdRedistribute(weighting=weighting, split=split)
-    return _of_products(rule, rounds, rank, alpha, targets, precision, local, memory)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, local=local, memory=memory)
 
 
 def het_lora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     shrink: Shrink | None = Shrink(),
@@ -231,35 +204,8 @@ def het_lora(
     ``rank`` is the largest; ``clients.tiers`` give others to some. FLASC's code calls zero-padding alone by this name:
     ``lora`` with tiers.
     """
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    rule = SparsityWeighted(padding=padding)
     return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        aggregator=SparsityWeighted(padding=padding),
-        server=server,
-        local=local,
-        shrink=shrink,
-    )
-
-
-def _of_products(
-    aggregator: AnyAggregator,
-    rounds: int,
-    rank: int,
-    alpha: float,
-    targets: str | tuple[str, ...],
-    precision: AnyPrecision,
-    local: Local,
-    memory: Memory,
-    reference: Literal["zero", "init"] = "zero",
-) -> Phases:
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision, reference=reference),
-        up=Link(precision=precision),
-        aggregator=aggregator,
-        local=local,
-        memory=memory,
+        rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, server=server, local=local, shrink=shrink
     )

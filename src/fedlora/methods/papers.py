@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from dataclasses import replace
+from typing import Literal
 
 from fedlora.aggregate import AnyAggregator, Mean
+from fedlora.component import Count, Part, Share
 from fedlora.errors import ConfigError
 from fedlora.local import Local
 from fedlora.methods.defaults import ADAPTIVE, ADAPTIVE_FULL, PLAIN
@@ -20,15 +20,12 @@ from fedlora.transport import AnyPrecision, Dense, Float32, Link, Quota, TopK
 from fedlora.tuning import AnyTuning, Full, LoRA, SparseMask, SvdOfDelta, SvdOfWeight
 
 Phases = tuple[Phase, ...]
-Rounds = Annotated[int, Field(ge=1)]
-Rank = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Memory = Literal["none", "init", "last_round"]
 
 
 def fedavg(
     *,
-    rounds: Rounds = 40,
+    rounds: Count = 40,
     tuning: AnyTuning = LoRA(),
     down: Link = Link(),
     up: Link = Link(),
@@ -61,8 +58,8 @@ def fedavg(
 
 def dense_lora(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
@@ -70,33 +67,27 @@ def dense_lora(
     local: Local = Local(),
 ) -> Phases:
     """LoRA (arXiv 2106.09685) under federated averaging, every value sent: what the papers compare with."""
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-    )
+    tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local)
 
 
-def full(*, rounds: Rounds = 40, server: AnyServerOptimizer = ADAPTIVE_FULL, local: Local = Local()) -> Phases:
+def full(*, rounds: Count = 40, server: AnyServerOptimizer = ADAPTIVE_FULL, local: Local = Local()) -> Phases:
     """Full fine-tuning under federated averaging (FFT): the ceiling in accuracy and in bytes."""
     return fedavg(rounds=rounds, tuning=Full(), server=server, local=local)
 
 
 def flasc(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    dropout: Part = 0.0,
     init: Literal["kaiming", "svd_of_weight"] = "kaiming",
     down: Share = 0.25,
     up: Share = 0.25,
     decay: Share = 1.0,
-    decay_every: Annotated[int, Field(ge=1)] = 1,
+    decay_every: Count = 1,
     scope: Literal["global", "tensor"] = "global",
     quota: Quota = Quota(),
     reference: Literal["zero", "init"] = "init",
@@ -116,13 +107,8 @@ def flasc(
     learnt until it is (``docs/methods.md``).
     ``feedback`` lets each client add what its last upload left out to the next one, which asks for a ``memory``.
     """
-    tuning = LoRA(
-        rank=rank,
-        alpha=alpha,
-        targets=targets,
-        dropout=dropout,
-        init=SvdOfWeight() if init == "svd_of_weight" else LoRA().init,
-    )
+    start = SvdOfWeight() if init == "svd_of_weight" else LoRA().init
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets, dropout=dropout, init=start)
 
     def link(density: float, reference: Literal["zero", "init"], feedback: bool) -> Link:
         # the official code skips the top-k where the density is one
@@ -130,22 +116,16 @@ def flasc(
         kept = thin if density < 1 or decay < 1 else Dense()
         return Link(sparsify=kept, precision=precision, reference=reference, feedback=feedback)
 
+    sent, answer = link(down, reference, False), link(up, "zero", feedback)
     return fedavg(
-        rounds=rounds,
-        tuning=tuning,
-        down=link(down, reference, False),
-        up=link(up, "zero", feedback),
-        server=server,
-        privacy=privacy,
-        local=local,
-        memory=memory,
+        rounds=rounds, tuning=tuning, down=sent, up=answer, server=server, privacy=privacy, local=local, memory=memory
     )
 
 
 def federa(
     *,
-    rounds: Rounds = 40,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     split: Literal["symmetric", "left"] = "symmetric",
@@ -158,22 +138,16 @@ def federa(
 
     The server makes the SVD once and announces the factors; every client derives the residual from what it received.
     """
-    return fedavg(
-        rounds=rounds,
-        tuning=LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfWeight(split=split)),
-        down=Link(precision=precision),
-        up=Link(precision=precision),
-        server=server,
-        local=local,
-        memory=memory,
-    )
+    tuning = LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfWeight(split=split))
+    link = Link(precision=precision)
+    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, memory=memory)
 
 
 def slora(
     *,
-    rounds: Rounds = 40,
-    warm_rounds: Rounds | None = None,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    warm_rounds: Count | None = None,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     density: Share | None = None,
@@ -202,30 +176,22 @@ def slora(
     Raises:
         ConfigError: the first phase would leave no round for the second.
     """
-    return _two_phases(
-        SparseMask(
-            density=density, rank=rank if density is None else None, targets=mask_targets or targets, biases=biases
-        ),
-        LoRA(
-            rank=rank,
-            alpha=alpha,
-            targets=targets,
-            init=SvdOfDelta(split=split, fold=fold or ("biases" if biases else "none")),
-        ),
-        rounds,
-        warm_rounds,
-        precision,
-        (warm_server or server, warm_local or local),
-        (server, local),
-        memory,
+    mask = SparseMask(
+        density=density, rank=rank if density is None else None, targets=mask_targets or targets, biases=biases
     )
+    init = SvdOfDelta(split=split, fold=fold or ("biases" if biases else "none"))
+    link = Link(precision=precision)
+    lora = LoRA(rank=rank, alpha=alpha, targets=targets, init=init)
+    second = Recipe(tuning=lora, down=link, up=link, server=server, local=local, memory=memory)
+    warm = replace(second, tuning=mask, server=warm_server or server, local=warm_local or local)
+    return _two_phases(warm, second, rounds, warm_rounds)
 
 
 def primed_lora(
     *,
-    rounds: Rounds = 40,
-    warm_rounds: Rounds | None = None,
-    rank: Rank = 16,
+    rounds: Count = 40,
+    warm_rounds: Count | None = None,
+    rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
     split: Literal["symmetric", "left"] = "symmetric",
@@ -244,36 +210,17 @@ def primed_lora(
     Raises:
         ConfigError: the first phase would leave no round for the second.
     """
-    return _two_phases(
-        Full(),
-        LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfDelta(split=split, fold=fold)),
-        rounds,
-        warm_rounds,
-        precision,
-        (warm_server or server, warm_local or local),
-        (server, local),
-        memory,
-    )
+    lora = LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfDelta(split=split, fold=fold))
+    link = Link(precision=precision)
+    second = Recipe(tuning=lora, down=link, up=link, server=server, local=local, memory=memory)
+    warm = replace(second, tuning=Full(), server=warm_server or server, local=warm_local or local)
+    return _two_phases(warm, second, rounds, warm_rounds)
 
 
-def _two_phases(
-    first: AnyTuning,
-    second: AnyTuning,
-    rounds: int,
-    warm_rounds: int | None,
-    precision: AnyPrecision,
-    warm: tuple[AnyServerOptimizer, Local],
-    rest: tuple[AnyServerOptimizer, Local],
-    memory: Memory,
-) -> Phases:
+def _two_phases(warm: Recipe, second: Recipe, rounds: int, warm_rounds: int | None) -> Phases:
     first_rounds = warm_rounds or max(1, rounds // 4)
     if first_rounds >= rounds:
         raise ConfigError(
             f"warm_rounds = {first_rounds} leaves no round for LoRA out of rounds = {rounds}; make it smaller than that"
         )
-    link = Link(precision=precision)
-    return tuple(
-        phase
-        for tuning, count, (server, local) in ((first, first_rounds, warm), (second, rounds - first_rounds, rest))
-        for phase in fedavg(rounds=count, tuning=tuning, down=link, up=link, server=server, local=local, memory=memory)
-    )
+    return Phase(recipe=warm, rounds=first_rounds), Phase(recipe=second, rounds=rounds - first_rounds)

@@ -138,7 +138,6 @@ class Halving(Source):
         return at_ends(self.vary, self.best.values) if self.best else []
 
     def take(self) -> Job | None:
-        """See ``Source.take``."""
         if not self._waiting:
             return None
         trial = self._waiting.pop(0)
@@ -147,7 +146,6 @@ class Halving(Source):
         return Job(config.to_toml(trial.experiment), trial.folder, self.rungs[self._rung], name)
 
     def record(self, job: Job, outcome: Outcome) -> None:
-        """See ``Source.record``."""
         if self._strict and outcome.cause == "refused":
             raise ConfigError(f"{job.name}: {outcome.failure}")
         if self._strict and outcome.cause == "fault":

@@ -9,10 +9,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, Fraction, Whole, dataclass
 from fedlora.config import read_toml
 from fedlora.errors import ConfigError
 from fedlora.explain import explain
@@ -54,10 +53,10 @@ class Tuning:
         methods: other keys for a method.
     """
 
-    trials: Annotated[int, Field(ge=1)] = 8
+    trials: Count = 8
     vary: Vary = field(default_factory=dict)
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    seed: Annotated[int, Field(ge=0)] = 0
+    holdout: Fraction = 0.1
+    seed: Whole = 0
     methods: dict[str, MethodTuning] = field(default_factory=dict)
 
 

@@ -90,30 +90,25 @@ class Source(ABC):
 
 def known(job: Job) -> Outcome | None:
     """What is on disk of a job that was done before."""
-    files = RunFolder(job.folder)
+    files, kept = RunFolder(job.folder), remembered(job.folder)
     name = "result.json" if job.until is None else _RUNGS
+    held, failure = None, ""
     if (files.path / name).exists():
         found = files.read_json(name)
-        if held := found if job.until is None else found.get(str(job.until)):
-            return Outcome(held["after"], held["main_metric"], held["higher_is_better"], seconds=held["seconds"])
+        held = found if job.until is None else found.get(str(job.until))
+    elif kept.exists() and not job.folder.exists():
+        found = RunFolder(kept.parent).read_json(kept.name)
+        held, failure = found["outcomes"].get("end" if job.until is None else str(job.until)), found["failure"]
+    if held:
+        return Outcome(held["after"], held["main_metric"], held["higher_is_better"], seconds=held["seconds"])
     if (files.path / _FAILED).exists():
-        return Outcome({}, failure=files.read_json(_FAILED)["reason"], cause="diverged")
-    if remembered(job.folder).exists() and not job.folder.exists():
-        return _remembered(job)
-    return None
+        failure = files.read_json(_FAILED)["reason"]
+    return Outcome({}, failure=failure, cause="diverged") if failure else None
 
 
 def remembered(folder: Path) -> Path:
     """The file beside a run's place that holds what is known of it where the run itself is gone."""
     return folder.with_name(f"{folder.name}.json")
-
-
-def _remembered(job: Job) -> Outcome | None:
-    file = remembered(job.folder)
-    found = RunFolder(file.parent).read_json(file.name)
-    if held := found["outcomes"].get("end" if job.until is None else str(job.until)):
-        return Outcome(held["after"], held["main_metric"], held["higher_is_better"], seconds=held["seconds"])
-    return Outcome({}, failure=found["failure"], cause="diverged") if found["failure"] else None
 
 
 def perform(job: Job) -> Outcome:
@@ -135,13 +130,8 @@ def perform(job: Job) -> Outcome:
         return Outcome({}, failure=str(error), cause="refused")
     except Exception as error:
         return Outcome({}, failure=f"{type(error).__name__}: {error}", cause="fault")
-    figures = {
-        "after": result.after,
-        "main_metric": result.main_metric,
-        "higher_is_better": result.higher_is_better,
-        "seconds": result.seconds,
-    }
     if job.until is not None:
+        figures = {key: vars(result)[key] for key in ("after", "main_metric", "higher_is_better", "seconds")}
         held = files.read_json(_RUNGS) if (files.path / _RUNGS).exists() else {}
         files.write_json(_RUNGS, {**held, str(job.until): figures})
     return Outcome(result.after, result.main_metric, result.higher_is_better, seconds=result.seconds)

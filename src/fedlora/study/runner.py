@@ -52,11 +52,9 @@ class Finals(Source):
         self._keys = {job.folder: key for key, job in jobs.items()}
 
     def take(self) -> Job | None:
-        """See ``Source.take``."""
         return self.jobs[self._waiting.pop(0)] if self._waiting else None
 
     def record(self, job: Job, outcome: Outcome) -> None:
-        """See ``Source.record``."""
         self.outcomes[self._keys[job.folder]] = outcome
 
 

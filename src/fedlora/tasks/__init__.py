@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
+from fedlora.component import Field, by_kind
 from fedlora.tasks.base import Evaluation, Model, Prepared, Task
 from fedlora.tasks.images import ImageClassification
 from fedlora.tasks.instruction import Instruction
@@ -21,14 +20,7 @@ AnyTask = Annotated[
 ]
 """Any task, told apart by ``kind``."""
 
-TASKS: dict[str, type[Task]] = {
-    "causal_lm": CausalLM,
-    "image_classification": ImageClassification,
-    "instruction": Instruction,
-    "question_answering": QuestionAnswering,
-    "text_classification": TextClassification,
-    "token_classification": TokenClassification,
-}
+TASKS: dict[str, type[Task]] = by_kind(AnyTask)
 """The tasks by ``kind``."""
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,10 +11,9 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, dataclass
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks.columns import check_column, fingerprint, values_of
 from fedlora.tasks.sources import Source
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 Rows = NDArray[Any]
 Split = Literal["train", "test"]
+Data = Mapping[Split, Any]
+"""A ``datasets.Dataset`` per split."""
 
 
 class Evaluation(NamedTuple):
@@ -86,6 +87,11 @@ class Prepared(ABC):
     """A task over a model and a data set: everything that a client's turn and an evaluation need.
 
     Rows are integer arrays of positions in a split, ``train`` or ``test``.
+
+    Args:
+        model: which model.
+        names: of the classes, if there are any.
+        data: a data set per split.
     """
 
     main_metric: str
@@ -101,24 +107,32 @@ class Prepared(ABC):
     backbone_only: bool = False
     """Whether exports hold the backbone, since no class of ``transformers`` has this head; see ``save_head``."""
 
+    def __init__(self, model: Model, names: Sequence[str], data: Mapping[Split, datasets.Dataset]) -> None:
+        self._model, self.train_head = model, model.train_head
+        self._names, self._data = list(names), dict(data)
+
     @property
-    @abstractmethod
     def data(self) -> Mapping[Split, datasets.Dataset]:
         """The rows of each split there is."""
+        return self._data
 
     @property
-    @abstractmethod
     def labels(self) -> Rows:
         """The class of each training example, ``(num_train,)`` integers, for partitions by label; zeros without any."""
+        return np.zeros(self.num_examples("train"), dtype=np.int64)
 
     @property
-    @abstractmethod
     def label_names(self) -> list[str]:
         """What the model was told about its outputs: the classes' names; an empty list if the task has none."""
+        return self._names
 
     @abstractmethod
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """The pre-trained model in float32 with a fresh head, and the names of the head's parameters."""
+        """The pre-trained model in float32 with a fresh head, and the names of the head's parameters.
+
+        Raises:
+            ConfigError: there is no such model, or it does not take what the task gives it.
+        """
 
     @abstractmethod
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
@@ -236,7 +250,12 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, model: Model, source: Source) -> Prepared:
-        """Loads and encodes the data for ``model``."""
+        """Loads the data and encodes them for ``model``, once: what took time is kept on disk.
+
+        Raises:
+            DataError: the data cannot be read, or are not of the form that the task needs.
+            ConfigError: the model cannot be read, or does not go with the settings.
+        """
 
     @abstractmethod
     def restore(self, model: Model, label_names: list[str]) -> Prepared:

@@ -33,6 +33,12 @@ class Raw(NamedTuple):
     seed: int
     final: tuple[float, int] | None = None
 
+    @property
+    def sides(self) -> list[tuple[datasets.Dataset, str]]:
+        """The rows that there are, and what to call them in messages."""
+        named = ((self.train, "training"), (self.test, "test"))
+        return [(rows, which) for rows, which in named if rows is not None]
+
 
 class Splits(NamedTuple):
     """Training and test rows in the form that a task asked for."""

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedlora.tasks.encoded import chunks
+
 if TYPE_CHECKING:
     from fedlora.tasks.base import Batch, Prepared, Split
 
@@ -33,8 +35,7 @@ def embed(task: Prepared, split: Split, device: torch.device) -> NDArray[np.floa
     backbone.eval()
     rows, result = np.arange(task.num_examples(split)), []
     with torch.inference_mode():
-        for first in range(0, len(rows), CHUNK):
-            chunk = rows[first : first + CHUNK]
+        for chunk in chunks(rows, CHUNK):
             found = _means(backbone, accepted, task.batch(chunk, device, split))
             if len(found) != len(chunk):  # an example may make several sequences
                 parts = (

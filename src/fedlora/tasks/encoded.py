@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,14 +60,19 @@ class Ragged(NamedTuple):
         return torch.from_numpy(result)
 
 
+def ranges(offsets: NDArray[np.int64], rows: Rows) -> Rows:
+    """The numbers ``offsets[row]`` to ``offsets[row + 1] - 1`` of each row, one row after the other."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(offsets[row], offsets[row + 1]) for row in rows)])
+
+
+def chunks(values: Rows, size: int) -> Iterator[Rows]:
+    """``size`` of ``values`` at a time."""
+    return (values[first : first + size] for first in range(0, len(values), size))
+
+
 def width_of(longest: int, limit: int, pad_to: int | None) -> int:
     """The width of a batch: kernels are made once for each, so widths are few, multiples of eight."""
     return min(-8 * (longest // -8), limit) if pad_to is None else pad_to
-
-
-def attention_mask(ragged: Ragged, rows: Rows, width: int) -> Tensor:
-    """``(rows, width)`` int64: one where a sequence has an entry."""
-    return torch.from_numpy((np.arange(width) < ragged.lengths(rows)[:, None]).astype(np.int64))
 
 
 GROUP_COST = 64

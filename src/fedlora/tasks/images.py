@@ -10,26 +10,17 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.component import STRICT
-from fedlora.errors import ConfigError, DataError
+from fedlora.component import STRICT, Count, Field, dataclass
+from fedlora.errors import ConfigError, first_line
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.columns import (
-    Raw,
-    check_rows,
-    known_classes,
-    rename,
-    split,
-    values_of,
-    with_classes,
-)
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split, Task
+from fedlora.tasks.columns import check_rows, rename, split, values_of
+from fedlora.tasks.encoded import chunks
 from fedlora.tasks.folders import read_folder
-from fedlora.tasks.labels import class_sets, class_sets_of, class_table
+from fedlora.tasks.labels import known_labels, label_table, labelled
 from fedlora.tasks.loading import class_settings, load_pretrained
 from fedlora.tasks.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.sources import Source, read_rows
@@ -59,24 +50,14 @@ class ImageClassification(Task):
     problem: Literal["single", "multi"] = "single"
     size: Annotated[int, Field(ge=8)] | None = None
     augmentation: Augmentation = "none"
-    eval_batch_size: Annotated[int, Field(ge=1)] = 64
+    eval_batch_size: Count = 64
 
     def prepare(self, model: Model, source: Source) -> Prepared:
-        """See ``Task.prepare``: reads the data, decodes and resizes once, keeps the pixels on disk.
-
-        Raises:
-            DataError: the data cannot be read, or have one class only.
-            ConfigError: the model's image processor cannot be read.
-        """
         processor = load_processor(model, self.size)
         raw = source.load()
-        _check(raw.train, "training")
-        if raw.test is not None:
-            _check(raw.test, "test")
-        raw, names = self._labelled(raw)
-        if len(names) < 2:
-            found = f"all rows have the class {names[0]!r}" if names else "no row has a class"
-            raise DataError(f"{found}, but there must be two or more to tell apart")
+        for rows, which in raw.sides:
+            check_rows(rows, ["image", "label"], which)
+        raw, names = labelled(raw, self.problem)
         train, pixels = _encode(raw.train, processor, "training")
         test, test_pixels = (None, pixels) if raw.test is None else _encode(raw.test, processor, "test")
         # held out by the digests, so equal pictures fall on one side
@@ -89,15 +70,7 @@ class ImageClassification(Task):
         return PreparedImages(self, model, processor, names, data, pictures)
 
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
         return PreparedImages(self, model, load_processor(model, self.size), label_names, {}, {})
-
-    def _labelled(self, raw: Raw) -> tuple[Raw, list[str]]:
-        if self.problem == "multi":
-            return class_sets(raw, "label")
-        name = "label_name" if "label_name" in raw.train.column_names else None
-        raw = with_classes(raw, "label", name)
-        return raw, list(raw.train.features["label"].names)
 
 
 class Pictures(NamedTuple):
@@ -133,23 +106,15 @@ class PreparedImages(Prepared):
         model: Model,
         processor: Processor,
         names: list[str],
-        data: Mapping[Split, Any],
+        data: Data,
         pictures: Mapping[Split, Pictures],
     ) -> None:
+        super().__init__(model, names, data)
         self.settings = settings
         self.processor = processor
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
-        self._model = model
-        self.train_head = model.train_head
-        self._names = names
-        self._data = dict(data)
         self._pictures = dict(pictures)
-        self._labels = {name: self._read_labels(part) for name, part in data.items()}
-
-    @property
-    def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``; ``image`` is a digest of the picture file."""
-        return self._data
+        self._labels = {name: label_table(part, settings.problem, len(names)) for name, part in data.items()}
 
     @property
     def labels(self) -> Rows:
@@ -157,17 +122,7 @@ class PreparedImages(Prepared):
         labels = self._labels["train"]
         return labels if self.settings.problem == "single" else labels.argmax(1)
 
-    @property
-    def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``."""
-        return self._names
-
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``.
-
-        Raises:
-            ConfigError: there is no such model, or it does not take pictures of this size.
-        """
         model, head = load_pretrained(self.auto_class, self._model, seed, device, class_settings(self._names))
         _take_size(model, self.processor.size, device)
         return model, head
@@ -189,8 +144,7 @@ class PreparedImages(Prepared):
 
     def logits(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Tensor:
         """The outputs for examples, ``(rows, classes)`` float32, in the order of ``rows``."""
-        size = self.settings.eval_batch_size
-        parts = (self.batch(rows[first : first + size], device, split) for first in range(0, len(rows), size))
+        parts = (self.batch(part, device, split) for part in chunks(rows, self.settings.eval_batch_size))
         return torch.cat([model(pixel_values=part["pixel_values"]).logits.float().cpu() for part in parts])
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
@@ -202,11 +156,8 @@ class PreparedImages(Prepared):
         """See ``Prepared.with_rows``; ``path`` may also be a folder of classes."""
         rows = read_folder(path, self._names) if path.is_dir() else read_rows(str(path))
         rows = rename(rows, columns, str(path))
-        _check(rows, str(path))
-        if self.settings.problem == "multi":
-            rows = class_sets_of(rows, "label", self._names, str(path), by_number=True)
-        else:
-            rows = known_classes(rows, "label", self._names)
+        check_rows(rows, ["image", "label"], str(path))
+        rows = known_labels(rows, self.settings.problem, self._names, str(path))
         data, pictures = _placed(*_encode(rows, self.processor, str(path)))
         return PreparedImages(self.settings, self._model, self.processor, self._names, {split: data}, {split: pictures})
 
@@ -217,20 +168,12 @@ class PreparedImages(Prepared):
             paths = inputs[first : first + self.settings.eval_batch_size]
             pixels = [self.processor.resize(decode(read_picture(path, f"'{path}'"), f"'{path}'")) for path in paths]
             batch = self.processor.normalise(torch.from_numpy(np.stack(pixels)).to(device))
-            logits = model(pixel_values=batch).logits.float()
-            shares = logits.softmax(1) if self.settings.problem == "single" else logits.sigmoid()
-            for row in shares.tolist():
-                results.append(dict(sorted(zip(self._names, row, strict=True), key=lambda pair: -pair[1])))
+            results += scores.said(model(pixel_values=batch).logits, self.settings.problem, self._names)
         return results
 
     def save_pretrained(self, folder: Path) -> None:
         """See ``Prepared.save_pretrained``: the image processor, with the size that the task has."""
         self.processor.own.save_pretrained(str(folder))
-
-    def _read_labels(self, rows: Any) -> Rows:
-        if self.settings.problem == "multi":
-            return class_table(rows, "label", len(self._names))
-        return np.asarray(rows["label"], dtype=np.int64)
 
 
 def augment(pixels: Tensor, how: Augmentation) -> Tensor:
@@ -255,10 +198,6 @@ def augment(pixels: Tensor, how: Augmentation) -> Tensor:
     padded = functional.pad(pixels, (pads[1], pads[1], pads[0], pads[0])).permute(0, 2, 3, 1)
     chosen = (torch.arange(count)[:, None, None], lines[:, :, None], columns[:, None, :])
     return padded[tuple(index.to(pixels.device) for index in chosen)].permute(0, 3, 1, 2)
-
-
-def _check(rows: Any, which: str) -> None:
-    check_rows(rows, ["image", "label"], which)
 
 
 def _encode(rows: Any, processor: Processor, which: str) -> tuple[Any, Pixels]:
@@ -290,10 +229,9 @@ def _take_size(model: nn.Module, size: tuple[int, int], device: torch.device) ->
         with torch.no_grad():
             model(pixel_values=torch.zeros(1, 3, *size, device=device))
     except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ConfigError(
-            f"the model does not take pictures of {size[0]} x {size[1]} ({reason}): leave task.size out, or choose "
-            "one that the model takes"
+            f"the model does not take pictures of {size[0]} x {size[1]} ({first_line(error)}): leave task.size out, or "
+            "choose one that the model takes"
         ) from error
 
 

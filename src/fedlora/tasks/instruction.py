@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import generation
 from fedlora.tasks.answers import check_pattern, extract
-from fedlora.tasks.base import Evaluation, Model, Prepared, Rows, Split, Task
+from fedlora.tasks.base import Data, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.chat import Learn, Message, check_chat, encode_chat, read_messages, render, up_to_last_answer
-from fedlora.tasks.columns import Splits, check_rows, check_texts, fingerprint, rename, split, values_of
-from fedlora.tasks.embeddings import embed
+from fedlora.tasks.columns import check_rows, check_texts, fingerprint, values_of
 from fedlora.tasks.encoded import cached
-from fedlora.tasks.loading import load_tokenizer, quiet_transformers
-from fedlora.tasks.next_token import PreparedNextToken
-from fedlora.tasks.sources import Source, read_rows
+from fedlora.tasks.loading import quiet_transformers
+from fedlora.tasks.next_token import NextTokenTask, PreparedNextToken
 from fedlora.tasks.tokens_out import Examples
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Instruction(Task):
+class Instruction(NextTokenTask):
     """The answer to a prompt: ``-log p(token | tokens before it)``, the mean over the tokens of answers alone.
 
     Columns: ``prompt`` and ``answer``; or with ``template = "chat"`` also ``messages``, lists of
@@ -62,9 +56,9 @@ class Instruction(Task):
     learn: Learn = "all"
     max_length: Annotated[int, Field(ge=2)] = 512
     packing: bool = False
-    eval_batch_size: Annotated[int, Field(ge=1)] = 16
-    generate: Annotated[int, Field(ge=0)] = 0
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    eval_batch_size: Count = 16
+    generate: Whole = 0
+    max_new_tokens: Count = 256
     answer_pattern: str = "exact"
 
     def __post_init__(self) -> None:
@@ -79,30 +73,15 @@ class Instruction(Task):
         """Whether the tokenizer's chat template is used."""
         return self.template == "chat"
 
-    def prepare(self, model: Model, source: Source) -> Prepared:
-        """See ``Task.prepare``: reads the data, tokenises once, keeps the tokens on disk.
+    @property
+    def longest(self) -> int:
+        return self.max_length
 
-        Raises:
-            DataError: the data cannot be read, or have no answers.
-            ConfigError: the model cannot be read, or has no chat template where one is needed.
-        """
-        splits = self.read(source)
-        return PreparedInstruction(self, model, load_tokenizer(model), {"train": splits.train, "test": splits.test})
+    def content(self, rows: Any) -> str:
+        return self.columns(rows)[0]
 
-    def read(self, source: Source) -> Splits:
-        """Training and test rows.
-
-        Raises:
-            DataError: the data cannot be read, or are not of the form that the task needs.
-        """
-        raw = source.load()
-        for rows, which in ((raw.train, "training"), (raw.test, "test")):
-            if rows is not None:
-                self.check(rows, which)
-        return split(raw, self.columns(raw.train)[0])
-
-    def check(self, rows: Any, which: str) -> None:
-        """Refuses rows that are not of the form that the task needs.
+    def known(self, rows: Any, names: list[str], which: str) -> Any:
+        """See ``TokenizedTask.known``.
 
         Raises:
             DataError: a column is absent, has gaps, or holds something else than text.
@@ -117,23 +96,42 @@ class Instruction(Task):
         check_rows(rows, columns, which)
         if columns != ["messages"]:
             check_texts(rows, columns, which)
+        return rows
 
     def columns(self, rows: Any) -> list[str]:
         """The columns of ``rows`` that are read."""
         return ["messages"] if self.chat and "messages" in rows.column_names else ["prompt", "answer"]
 
-    def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
-        return PreparedInstruction(self, model, load_tokenizer(model), {})
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
+        return PreparedInstruction(self, model, tokenizer, names, data)
+
+    def encode(self, rows: Any, tokenizer: Any) -> Examples:
+        bos, size = tokenizer.bos_token_id, self.max_length
+
+        def make() -> dict[str, NDArray[Any]]:
+            if self.chat:
+                found = encode_chat(tokenizer, _conversations(rows, self), self.learn)
+            else:
+                found = _pairs(rows, tokenizer, self.template)
+            num_cut = sum(len(tokens) > size for tokens, _ in found)
+            return Examples.of([[cut(tokens, learnt, size, bos)] for tokens, learnt in found], num_cut).arrays()
+
+        key = {
+            "task": "instruction",
+            "template": self.template,
+            "learn": self.learn,
+            "max_length": size,
+            "ends": [bos, tokenizer.eos_token_id],
+            "chat": repr(tokenizer.chat_template) if self.chat else None,
+        }
+        return Examples.read(cached(tokenizer, fingerprint(rows, self.columns(rows)), key, make))
 
 
 class PreparedInstruction(PreparedNextToken):
     """Prompts and answers as tokens, and the model they are for.
 
     Args:
-        settings: the task.
-        model: which model.
-        tokenizer: its tokenizer.
+        names: none; answers are no classes.
         data: a data set per split, with the columns that the task reads and any others; rows without an answer are
             left out.
 
@@ -142,21 +140,13 @@ class PreparedInstruction(PreparedNextToken):
         ConfigError: a chat template is needed and the tokenizer has none.
     """
 
-    def __init__(self, settings: Instruction, model: Model, tokenizer: Any, data: Mapping[Split, Any]) -> None:
+    settings: Instruction
+
+    def __init__(self, settings: Instruction, model: Model, tokenizer: Any, names: list[str], data: Data) -> None:
         if settings.chat:
             check_chat(tokenizer, model.path)
-        super().__init__(
-            model,
-            tokenizer,
-            data,
-            {name: _encode(rows, tokenizer, settings) for name, rows in data.items()},
-            longest=settings.max_length,
-            eval_batch_size=settings.eval_batch_size,
-            packing=settings.packing,
-            lacking="no answer to learn",
-            cut_to=f"max_length = {settings.max_length} tokens",
-        )
-        self.settings = settings
+        cut_to = f"max_length = {settings.max_length} tokens"
+        super().__init__(settings, model, tokenizer, names, data, lacking="no answer to learn", cut_to=cut_to)
         self.main_metric = "exact_match" if settings.generate else "accuracy"
         if settings.generate and "test" in data:
             self._check_answers()
@@ -168,25 +158,14 @@ class PreparedInstruction(PreparedNextToken):
             return values_of(rows, "prompt")
         return ["\n".join(message["content"] for message in one) for one in _conversations(rows, self.settings)]
 
-    def embeddings(self, split: Split, device: torch.device) -> NDArray[np.float32]:
-        """See ``Prepared.embeddings``; never packed."""
-        alone = dataclasses.replace(self.settings, packing=False)
-        return embed(PreparedInstruction(alone, self._model, self.tokenizer, self._data), split, device)
-
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
-        """See ``Prepared.evaluate``: those of ``tokens_out.score`` over answers, and ``exact_match`` if asked for."""
+        """See ``Prepared.evaluate``: those of next tokens over answers, and ``exact_match`` if asked for."""
         found = super().evaluate(model, rows, split, device)
         if not (wanted := min(self.settings.generate, len(rows))):
             return found
         places = np.linspace(0, len(rows) - 1, wanted).round().astype(np.int64)
         matches = self._exact_match(model, rows[places], split, device)
         return found._replace(metrics={"exact_match": matches, **found.metrics})
-
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``."""
-        rows = rename(read_rows(str(path)), columns, str(path))
-        self.settings.check(rows, str(path))
-        return PreparedInstruction(self.settings, self._model, self.tokenizer, {split: rows})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: ``{"answer": text}``.
@@ -306,25 +285,3 @@ def cut(tokens: list[int], learnt: list[int], size: int, bos: int | None) -> tup
     drop = max(0, min(len(tokens) - size, first - max(head, 1)))
     kept, marks = (one[:head] + one[head + drop :][: size - head] for one in (tokens, learnt))
     return kept, marks
-
-
-def _encode(rows: Any, tokenizer: Any, settings: Instruction) -> Examples:
-    bos, size = tokenizer.bos_token_id, settings.max_length
-
-    def make() -> dict[str, NDArray[Any]]:
-        if settings.chat:
-            found = encode_chat(tokenizer, _conversations(rows, settings), settings.learn)
-        else:
-            found = _pairs(rows, tokenizer, settings.template)
-        num_cut = sum(len(tokens) > size for tokens, _ in found)
-        return Examples.of([[cut(tokens, learnt, size, bos)] for tokens, learnt in found], num_cut).arrays()
-
-    key = {
-        "task": "instruction",
-        "template": settings.template,
-        "learn": settings.learn,
-        "max_length": size,
-        "ends": [bos, tokenizer.eos_token_id],
-        "chat": repr(tokenizer.chat_template) if settings.chat else None,
-    }
-    return Examples.read(cached(tokenizer, fingerprint(rows, settings.columns(rows)), key, make))

@@ -1,4 +1,4 @@
-"""Labels that are sets of classes: a list of names or numbers in each row."""
+"""Labels of classifiers: a class, a set of classes as a list in each row, or a number."""
 
 from __future__ import annotations
 
@@ -9,10 +9,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.errors import DataError
-from fedlora.tasks.columns import Raw, class_names, class_numbers, values_of
+from fedlora.tasks.columns import Raw, class_names, class_numbers, known_classes, values_of, with_classes
+from fedlora.tasks.scores import Problem
 
 if TYPE_CHECKING:
     import datasets
+
+
+def labelled(raw: Raw, problem: Problem) -> tuple[Raw, list[str]]:
+    """The same rows with ``label`` as class numbers, as lists of them, or as it is; and the classes' names.
+
+    Raises:
+        DataError: labels are not what the problem needs, or there are fewer than two classes.
+    """
+    if problem == "regression":
+        for rows, which in raw.sides:
+            _check_numbers(rows, which)
+        return raw, []
+    if problem == "multi":
+        raw, names = class_sets(raw, "label")
+    else:
+        raw = with_classes(raw, "label", "label_name" if "label_name" in raw.train.column_names else None)
+        names = list(raw.train.features["label"].names)
+    if len(names) < 2:
+        found = f"all rows have the class {names[0]!r}" if names else "no row has a class"
+        raise DataError(f"{found}, but there must be two or more to tell apart")
+    return raw, names
+
+
+def known_labels(rows: datasets.Dataset, problem: Problem, names: Sequence[str], which: str) -> datasets.Dataset:
+    """``rows`` with ``label`` as the classes that the model knows, given by name or number.
+
+    Raises:
+        DataError: labels are not what the problem needs, or of other classes.
+    """
+    if problem == "single":
+        return known_classes(rows, "label", names)
+    if problem == "multi":
+        return class_sets_of(rows, "label", names, which, by_number=True)
+    _check_numbers(rows, which)
+    return rows
+
+
+def label_table(rows: datasets.Dataset, problem: Problem, num_classes: int) -> NDArray[Any]:
+    """The labels as ``scores.loss`` takes them."""
+    if problem == "multi":
+        return class_table(rows, "label", num_classes)
+    return np.asarray(values_of(rows, "label"), dtype=np.int64 if problem == "single" else np.float32)
 
 
 def class_sets(raw: Raw, label: str) -> tuple[Raw, list[str]]:
@@ -76,6 +119,15 @@ def class_table(rows: datasets.Dataset, label: str, num_classes: int) -> NDArray
     for row, numbers in enumerate(values_of(rows, label)):
         table[row, numbers] = 1.0
     return table
+
+
+def _check_numbers(rows: datasets.Dataset, which: str) -> None:
+    values = values_of(rows, "label")
+    if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
+        raise DataError(
+            f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs: mend "
+            'the column, or set task.problem = "single"'
+        )
 
 
 def _lists(rows: datasets.Dataset, label: str, which: str) -> list[list[Any]]:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Field, dataclass
 from fedlora.errors import DataError
 from fedlora.tasks import generation
-from fedlora.tasks.base import Model, Prepared, Split, Task
-from fedlora.tasks.columns import Splits, check_rows, check_texts, fingerprint, rename, split, values_of
-from fedlora.tasks.embeddings import embed
+from fedlora.tasks.base import Data, Model, Prepared, Split
+from fedlora.tasks.columns import check_rows, check_texts, fingerprint, values_of
 from fedlora.tasks.encoded import cached
-from fedlora.tasks.loading import load_tokenizer, quiet_transformers
-from fedlora.tasks.next_token import PreparedNextToken
-from fedlora.tasks.sources import Source, read_rows
+from fedlora.tasks.loading import quiet_transformers
+from fedlora.tasks.next_token import NextTokenTask, PreparedNextToken
 from fedlora.tasks.tokens_out import Examples
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CausalLM(Task):
+class CausalLM(NextTokenTask):
     """The next token of a text: ``-log p(token | tokens before it)``, the mean over tokens.
 
     Column: ``text``. A text is cut into blocks; a block begins with the last token of the one before, so every token
@@ -48,80 +40,44 @@ class CausalLM(Task):
     block_size: Annotated[int, Field(ge=2)] = 128
     end_of_text: bool = True
     packing: bool = False
-    eval_batch_size: Annotated[int, Field(ge=1)] = 32
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    eval_batch_size: Count = 32
+    max_new_tokens: Count = 64
 
-    def prepare(self, model: Model, source: Source) -> Prepared:
-        """See ``Task.prepare``: reads the data, tokenises once, keeps the tokens on disk.
+    @property
+    def longest(self) -> int:
+        return self.block_size
 
-        Raises:
-            DataError: the data cannot be read.
-            ConfigError: the model cannot be read.
-        """
-        splits = self.read(source)
-        return PreparedLanguage(self, model, load_tokenizer(model), {"train": splits.train, "test": splits.test})
+    def known(self, rows: Any, names: list[str], which: str) -> Any:
+        check_rows(rows, ["text"], which)
+        check_texts(rows, ["text"], which)
+        return rows
 
-    def read(self, source: Source) -> Splits:
-        """Training and test rows.
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
+        return PreparedLanguage(self, model, tokenizer, names, data, lacking="fewer than two tokens")
 
-        Raises:
-            DataError: the data cannot be read, or have no texts.
-        """
-        raw = source.load()
-        for rows, which in ((raw.train, "training"), (raw.test, "test")):
-            if rows is not None:
-                check_rows(rows, ["text"], which)
-                check_texts(rows, ["text"], which)
-        return split(raw, "text")
+    def encode(self, rows: Any, tokenizer: Any) -> Examples:
+        end = tokenizer.eos_token_id if self.end_of_text else None
 
-    def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
-        return PreparedLanguage(self, model, load_tokenizer(model), {})
+        def blocks(tokens: list[int]) -> list[tuple[list[int], list[int]]]:
+            tokens = tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+            step = self.block_size - 1
+            parts = [tokens[first : first + step + 1] for first in range(0, max(1, len(tokens) - 1), step)]
+            return [(part, [1] * len(part)) for part in parts]
+
+        def make() -> dict[str, NDArray[Any]]:
+            return Examples.of([blocks(tokens) for tokens in _tokenise(tokenizer, values_of(rows, "text"))]).arrays()
+
+        key = {"task": "causal_lm", "block_size": self.block_size, "end": end}
+        return Examples.read(cached(tokenizer, fingerprint(rows, ["text"]), key, make))
 
 
 class PreparedLanguage(PreparedNextToken):
-    """Texts as blocks of tokens, and the model they are for.
+    """Texts as blocks of tokens, and the model they are for; texts of fewer than two tokens are left out."""
 
-    Args:
-        settings: the task.
-        model: which model.
-        tokenizer: its tokenizer.
-        data: a data set per split, with the column ``text`` and any others; texts of fewer than two tokens are left
-            out.
-
-    Raises:
-        DataError: no text is left.
-    """
-
-    def __init__(self, settings: CausalLM, model: Model, tokenizer: Any, data: Mapping[Split, Any]) -> None:
-        examples = {name: _encode(rows, tokenizer, settings) for name, rows in data.items()}
-        super().__init__(
-            model,
-            tokenizer,
-            data,
-            examples,
-            longest=settings.block_size,
-            eval_batch_size=settings.eval_batch_size,
-            packing=settings.packing,
-            lacking="fewer than two tokens",
-        )
-        self.settings = settings
+    settings: CausalLM
 
     def texts(self, split: Split) -> list[str]:
-        """See ``Prepared.texts``."""
         return values_of(self._data[split], "text")
-
-    def embeddings(self, split: Split, device: torch.device) -> NDArray[np.float32]:
-        """See ``Prepared.embeddings``; never packed."""
-        alone = dataclasses.replace(self.settings, packing=False)
-        return embed(PreparedLanguage(alone, self._model, self.tokenizer, self._data), split, device)
-
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``."""
-        rows = rename(read_rows(str(path)), columns, str(path))
-        check_rows(rows, ["text"], str(path))
-        check_texts(rows, ["text"], str(path))
-        return PreparedLanguage(self.settings, self._model, self.tokenizer, {split: rows})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: ``{"continuation": text}``, the likeliest next token again and again."""
@@ -144,19 +100,3 @@ class PreparedLanguage(PreparedNextToken):
 def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     with quiet_transformers():  # texts may be longer than the model reads: they are cut later
         return [list(tokens) for tokens in tokenizer(texts)["input_ids"]]
-
-
-def _encode(rows: Any, tokenizer: Any, settings: CausalLM) -> Examples:
-    end = tokenizer.eos_token_id if settings.end_of_text else None
-
-    def blocks(tokens: list[int]) -> list[tuple[list[int], list[int]]]:
-        tokens = tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
-        step = settings.block_size - 1
-        parts = [tokens[first : first + step + 1] for first in range(0, max(1, len(tokens) - 1), step)]
-        return [(part, [1] * len(part)) for part in parts]
-
-    def make() -> dict[str, NDArray[Any]]:
-        return Examples.of([blocks(tokens) for tokens in _tokenise(tokenizer, values_of(rows, "text"))]).arrays()
-
-    key = {"task": "causal_lm", "block_size": settings.block_size, "end": end}
-    return Examples.read(cached(tokenizer, fingerprint(rows, ["text"]), key, make))

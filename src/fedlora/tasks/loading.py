@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, first_line
 from fedlora.tasks import cpu
 from fedlora.tasks.base import Model
 from fedlora.tasks.heads import parameters_of
@@ -191,11 +191,11 @@ def readable(model: Model) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigError(
-            f"the model {model.path!r} cannot be loaded as asked ({_first_line(error).rpartition('error: ')[2]}): "
+            f"the model {model.path!r} cannot be loaded as asked ({first_line(error).rpartition('error: ')[2]}): "
             "install what is missing, or set model.attention to 'auto' and model.load to 'full'"
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ConfigError(
             f"the model {model.path!r} cannot be loaded ({reason}); model.path should be a folder with config.json and "
             "model.safetensors, a hub id that can be reached, or 'embedded'"
@@ -211,13 +211,9 @@ def _checkpoint(loaded: Any, model: Model) -> None:
         enable()
     except ValueError as error:
         raise ConfigError(
-            f"the model {model.path!r} cannot compute its activations twice ({_first_line(error)}); set "
+            f"the model {model.path!r} cannot compute its activations twice ({first_line(error)}); set "
             "model.gradient_checkpointing = false"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _quantised(model: Model) -> Any:

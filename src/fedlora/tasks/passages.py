@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedlora.errors import ConfigError
 from fedlora.tasks.base import Rows
-from fedlora.tasks.encoded import Arrays, Ragged, cached
+from fedlora.tasks.encoded import Arrays, Ragged, ranges
 from fedlora.tasks.spans import Reference
 
 CHUNK = 1000
@@ -43,8 +43,7 @@ class Passages(NamedTuple):
 
     def rows(self, examples: Rows) -> Rows:
         """The windows of ``examples``, in their order."""
-        bounds = zip(self.examples[examples], self.examples[examples + 1], strict=True)
-        return np.concatenate([np.arange(first, last) for first, last in bounds])
+        return ranges(self.examples, examples)
 
     def counts(self, examples: Rows) -> NDArray[np.int64]:
         """Number of windows of each of ``examples``."""
@@ -110,29 +109,6 @@ def check_stride(tokenizer: Any, max_length: int, stride: int) -> None:
             f"task.stride = {stride} leaves no step between windows: of max_length = {max_length} tokens a question "
             f"may take {question} and the tokenizer takes {own}, so set stride below {room}, or max_length higher"
         )
-
-
-def stored(
-    questions: list[str], contexts: list[str], content: str, tokenizer: Any, max_length: int, stride: int
-) -> Passages:
-    """``encode``, kept on disk.
-
-    Args:
-        questions: texts.
-        contexts: the context of each.
-        content: a digest of both.
-        tokenizer: of the model.
-        max_length: see ``encode``.
-        stride: see ``encode``.
-    """
-    # tokenizers with one vocabulary may differ in what they give
-    inputs = sorted(tokenizer.model_input_names)
-    settings = {"task": "questions", "max_length": max_length, "stride": stride, "inputs": inputs}
-
-    def make() -> Arrays:
-        return encode(questions, contexts, tokenizer, max_length, stride)
-
-    return Passages.of(cached(tokenizer, content, settings, make))
 
 
 def encode(questions: list[str], contexts: list[str], tokenizer: Any, max_length: int, stride: int) -> Arrays:

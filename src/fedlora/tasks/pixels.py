@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.errors import ConfigError, DataError
+from fedlora.errors import ConfigError, DataError, first_line
 from fedlora.files import new_file
 from fedlora.tasks.base import Model
 from fedlora.tasks.encoded import cache_folder
@@ -106,7 +106,7 @@ def decode(raw: bytes, which: str) -> Image.Image:
             upright = ImageOps.exif_transpose(picture)
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "no known format" if unknown else str(error).strip().split("\n")[0] or type(error).__name__
+        reason = "no known format" if unknown else first_line(error)
         raise DataError(f"{which} cannot be read as a picture ({reason}): mend or remove it") from error
     if upright.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.component import STRICT
-from fedlora.errors import ConfigError, DataError
+from fedlora.component import STRICT, Count, Field, Whole, dataclass
+from fedlora.errors import ConfigError, DataError, shown
 from fedlora.tasks import spans
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.columns import fingerprint, rename, split, values_of
-from fedlora.tasks.encoded import attention_mask, by_length, width_of
-from fedlora.tasks.loading import load_pretrained, load_tokenizer, quiet_transformers, readable, save_tokenizer
-from fedlora.tasks.passages import Passages, check_stride, encode, stored
-from fedlora.tasks.sources import Source, read_rows
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
+from fedlora.tasks.columns import fingerprint, values_of
+from fedlora.tasks.encoded import by_length, cached, chunks
+from fedlora.tasks.loading import load_pretrained, quiet_transformers, readable
+from fedlora.tasks.passages import Passages, check_stride, encode
+from fedlora.tasks.tokenized import PreparedTokenized, TokenizedTask
 
 POSITIONS = ("start_positions", "end_positions")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class QuestionAnswering(Task):
+class QuestionAnswering(TokenizedTask):
     """The answer to a question as a span of a context, as in SQuAD.
 
     Columns: ``context``, ``question``, and ``answers``: ``{"text": [...], "answer_start": [...]}``, or a list of
@@ -57,12 +54,12 @@ class QuestionAnswering(Task):
 
     kind: Literal["question_answering"] = "question_answering"
     max_length: Annotated[int, Field(ge=8)] = 384
-    stride: Annotated[int, Field(ge=0)] = 128
-    n_best: Annotated[int, Field(ge=1)] = 20
-    max_answer_length: Annotated[int, Field(ge=1)] = 30
+    stride: Whole = 128
+    n_best: Count = 20
+    max_answer_length: Count = 30
     no_answer: bool = False
     null_threshold: float = 0.0
-    eval_batch_size: Annotated[int, Field(ge=1)] = 64
+    eval_batch_size: Count = 64
 
     def __post_init__(self) -> None:
         if self.null_threshold and not self.no_answer:
@@ -71,89 +68,52 @@ class QuestionAnswering(Task):
                 "is said to have one: set task.no_answer = true, or leave null_threshold out"
             )
 
-    def prepare(self, model: Model, source: Source) -> Prepared:
-        """See ``Task.prepare``: reads the data, tokenises once, keeps the tokens on disk.
+    def content(self, rows: Any) -> str:
+        return "context"
 
-        Equal contexts are held out together.
+    def known(self, rows: Any, names: list[str], which: str) -> Any:
+        spans.check_questions(rows, which, self.no_answer)
+        return rows
 
-        Raises:
-            DataError: the data cannot be read, or are not of the form above.
-            ConfigError: the model cannot be read, or ``stride`` leaves no step between windows.
-        """
-        raw = source.load()
-        spans.check_questions(raw.train, "training", self.no_answer)
-        if raw.test is not None:
-            spans.check_questions(raw.test, "test", self.no_answer)
-        splits = split(raw, "context")
-        return PreparedQuestions(self, model, load_tokenizer(model), {"train": splits.train, "test": splits.test})
-
-    def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``; there are no label names."""
-        return PreparedQuestions(self, model, load_tokenizer(model), {})
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
+        return PreparedQuestions(self, model, tokenizer, names, data)
 
 
-class PreparedQuestions(Prepared):
+class PreparedQuestions(PreparedTokenized):
     """Encoded questions, their answers, and the model they are for.
 
     Args:
-        settings: the task.
-        model: which model.
-        tokenizer: its tokenizer.
+        names: none; a question has no class.
         data: a data set per split, with the columns ``context``, ``question``, ``answers``, and any others.
 
     Raises:
         ConfigError: the tokenizer does not say where tokens lie, or ``stride`` leaves no step between windows.
     """
 
+    settings: QuestionAnswering
     main_metric = "f1"
     higher_is_better = True
     auto_class = "AutoModelForQuestionAnswering"
 
-    def __init__(self, settings: QuestionAnswering, model: Model, tokenizer: Any, data: Mapping[Split, Any]) -> None:
+    def __init__(self, settings: QuestionAnswering, model: Model, tokenizer: Any, names: list[str], data: Data) -> None:
         check_stride(tokenizer, settings.max_length, settings.stride)
-        self.settings = settings
-        self.tokenizer = tokenizer
+        super().__init__(settings, model, tokenizer, names, data)
         # the class that `peft` has for the task drops the types of tokens, its plain one passes them on
         self.peft_task = None if "token_type_ids" in tokenizer.model_input_names else "QUESTION_ANS"
-        self._model = model
-        self.train_head = model.train_head
-        self._data = dict(data)
         self._passages = {name: _passages(part, tokenizer, settings) for name, part in data.items()}
         self._references = {name: spans.references_of(part, name) for name, part in data.items()}
         self._targets = {name: passages.targets(self._references[name]) for name, passages in self._passages.items()}
 
-    @property
-    def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``."""
-        return self._data
-
-    @property
-    def labels(self) -> Rows:
-        """See ``Prepared.labels``: zeros, a question has no class."""
-        return np.zeros(self.num_examples("train"), dtype=np.int64)
-
-    @property
-    def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``: none."""
-        return []
-
     def texts(self, split: Split) -> list[str]:
-        """See ``Prepared.texts``: question and context."""
         columns = (values_of(self._data[split], name) for name in ("question", "context"))
         return [" ".join(row) for row in zip(*columns, strict=True)]
 
     @property
     def load_arguments(self) -> str:
-        """See ``Prepared.load_arguments``."""
         renamed = _renamed_backbone(self._model)
         return f", key_mapping={renamed!r}" if renamed else ""
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``.
-
-        Raises:
-            ConfigError: there is no such model.
-        """
         renamed = _renamed_backbone(self._model)
         # the two outputs, for start and end, are called labels in a configuration
         settings = {"num_labels": 2, "key_mapping": renamed} if renamed else {"num_labels": 2}
@@ -193,12 +153,6 @@ class PreparedQuestions(Prepared):
         references = [[one.text for one in self._references[split][row]] for row in rows]
         return spans.score(answers, references, loss, self.settings.no_answer)
 
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``."""
-        rows = rename(read_rows(str(path)), columns, str(path))
-        spans.check_questions(rows, str(path), self.settings.no_answer)
-        return PreparedQuestions(self.settings, self._model, self.tokenizer, {split: rows})
-
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: ``{"answer", "score", "start"}`` for each line ``{"context", "question"}``.
 
@@ -215,19 +169,8 @@ class PreparedQuestions(Prepared):
         answers = self._decode(said, np.diff(passages.examples), contexts)
         return [{"answer": one.text, "score": one.score, "start": one.start} for one in answers]
 
-    def save_pretrained(self, folder: Path) -> None:
-        """See ``Prepared.save_pretrained``."""
-        save_tokenizer(self.tokenizer, folder)
-
     def _inputs(self, passages: Passages, chosen: Rows) -> Batch:
-        width = width_of(int(passages.tokens.lengths(chosen).max()), self.settings.max_length, None)
-        batch = {
-            "input_ids": passages.tokens.padded(chosen, width, self.tokenizer.pad_token_id),
-            "attention_mask": attention_mask(passages.tokens, chosen, width),
-        }
-        if passages.types is not None:
-            batch["token_type_ids"] = passages.types.padded(chosen, width, 0)
-        return batch
+        return self.inputs(passages.tokens, chosen, self.settings.max_length, passages.types)
 
     def _read(
         self, model: nn.Module, passages: Passages, chosen: Rows, device: torch.device, targets: Rows | None
@@ -236,8 +179,7 @@ class PreparedQuestions(Prepared):
         order = np.argsort(passages.tokens.lengths(chosen), kind="stable")
         said: dict[int, spans.Window] = {}
         losses = [torch.zeros(0)]
-        for first in range(0, len(chosen), self.settings.eval_batch_size):
-            part = order[first : first + self.settings.eval_batch_size]
+        for part in chunks(order, self.settings.eval_batch_size):
             batch = {name: value.to(device) for name, value in self._inputs(passages, chosen[part]).items()}
             start, end = _outputs(model, batch)
             if targets is not None:
@@ -317,7 +259,9 @@ def _renamed_backbone(model: Model) -> dict[str, str]:
 def _passages(rows: Any, tokenizer: Any, settings: QuestionAnswering) -> Passages:
     content = fingerprint(rows, ["context", "question"])
     texts = values_of(rows, "question"), values_of(rows, "context")
-    return stored(*texts, content, tokenizer, settings.max_length, settings.stride)
+    sizes = {"max_length": settings.max_length, "stride": settings.stride}
+    key = {"task": "questions", **sizes}
+    return Passages.of(cached(tokenizer, content, key, lambda: encode(*texts, tokenizer, *sizes.values())))
 
 
 def _read_question(line: str, number: int) -> tuple[str, str]:
@@ -329,8 +273,7 @@ def _read_question(line: str, number: int) -> tuple[str, str]:
             return texts
     except (ValueError, KeyError, RecursionError):
         pass
-    shown = line if len(line) <= 60 else f"{line[:57]}..."
     raise DataError(
-        f'input {number} is {shown!r}, but a question is asked as {{"context": "...", "question": "..."}} with neither '
-        "of them blank: write each as a JSON object on a line of its own"
+        f'input {number} is {shown(line)}, but a question is asked as {{"context": "...", "question": "..."}} with '
+        "neither of them blank: write each as a JSON object on a line of its own"
     )

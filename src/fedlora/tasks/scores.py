@@ -40,6 +40,16 @@ def loss(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
     return functional.mse_loss(logits.squeeze(-1), labels.float())
 
 
+def said(logits: Tensor, problem: Problem, names: list[str]) -> list[dict[str, float]]:
+    """Outputs for people: each class's probability, the likeliest first; or ``{"value": number}``."""
+    logits = logits.float()
+    if problem == "regression":
+        return [{"value": value} for value in logits.squeeze(-1).tolist()]
+    shares = logits.softmax(1) if problem == "single" else logits.sigmoid()
+    pairs = (zip(names, row, strict=True) for row in shares.tolist())
+    return [dict(sorted(row, key=lambda pair: -pair[1])) for row in pairs]
+
+
 def score(logits: Tensor, labels: Tensor, problem: Problem, names: list[str]) -> Evaluation:
     """Metrics of outputs, with a warning where the model gives the same answer to everything.
 

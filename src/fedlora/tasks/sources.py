@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
-from fedlora.errors import DataError
+from fedlora.component import STRICT, Field, Fraction, by_kind, dataclass
+from fedlora.errors import DataError, first_line
 from fedlora.files import write_atomically
 from fedlora.state import named_seed
 from fedlora.tasks.columns import Raw, rename
@@ -39,8 +37,6 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "lib2t
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """The reader for each ending; each may be followed by ``.gz``."""
-
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Source(ABC):
@@ -78,7 +74,6 @@ class Docstrings(Source):
     seed: int = 0
 
     def load(self) -> Raw:
-        """Read and clean; see ``Source.load``."""
         import datasets
 
         root = Path(sysconfig.get_path("stdlib"))
@@ -128,7 +123,6 @@ class Files(Source):
     columns: dict[str, str] = field(default_factory=dict)
 
     def load(self) -> Raw:
-        """Read the files; see ``Source.load``."""
         train = rename(read_rows(self.train), self.columns, "training")
         test = None if self.test is None else rename(read_rows(self.test), self.columns, "test")
         return Raw(train, test, self.test_fraction, self.seed)
@@ -160,7 +154,6 @@ class Hub(Source):
     columns: dict[str, str] = field(default_factory=dict)
 
     def load(self) -> Raw:
-        """Fetch the splits, from the local cache where they are there; see ``Source.load``."""
         train = rename(self._fetch(self.train_split), self.columns, "training")
         test = None if not self.test_split else rename(self._fetch(self.test_split), self.columns, "test")
         return Raw(train, test, self.test_fraction, self.seed)
@@ -178,7 +171,7 @@ class Hub(Source):
             ) from error
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
-                f"split '{split}' of '{self.path}' cannot be loaded ({_first_line(error)}): correct data.path, name, "
+                f"split '{split}' of '{self.path}' cannot be loaded ({first_line(error)}): correct data.path, name, "
                 "revision or the split's name"
             ) from error
 
@@ -204,7 +197,6 @@ class ImageFolder(Source):
     seed: int = 0
 
     def load(self) -> Raw:
-        """Read the folders' lists of files; see ``Source.load``."""
         train_folder, test_folder = picture_folders(Path(self.path).expanduser())
         if self.test is not None:
             test_folder = Path(self.test).expanduser()
@@ -227,7 +219,6 @@ class Sites(Source):
     columns: dict[str, str] = field(default_factory=dict)
 
     def load(self) -> Raw:
-        """Read the test rows, which stand in for those that nobody here sees; see ``Source.load``."""
         rows = rename(read_rows(self.test), self.columns, "test")
         return Raw(rows, rows, 0.5, 0)
 
@@ -254,7 +245,6 @@ class Validation(Source):
     hold_out: Literal["rows", "clients"] = "rows"
 
     def load(self) -> Raw:
-        """Read the other source and drop its test rows; see ``Source.load``."""
         raw = self.source.load()
         if self.hold_out == "clients":  # they are known only once the rows are dealt
             return raw
@@ -265,14 +255,7 @@ class Validation(Source):
 AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Sites | Validation, Field(discriminator="kind")]
 """Any source, told apart by ``kind``."""
 
-SOURCES: dict[str, type[Source]] = {
-    "docstrings": Docstrings,
-    "files": Files,
-    "hub": Hub,
-    "image_folder": ImageFolder,
-    "sites": Sites,
-    "validation": Validation,
-}
+SOURCES: dict[str, type[Source]] = by_kind(AnySource)
 """The sources by ``kind``."""
 
 
@@ -336,7 +319,7 @@ def read_rows(path: str) -> datasets.Dataset:
         with _quiet():
             return readers[FORMATS[suffix]](str(source), **options)
     except (OSError, EOFError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = _first_line(error.__cause__ or error)
+        cause = first_line(error.__cause__ or error)
         if "corresponds to no data" in cause:
             raise DataError(
                 f"'{path}' has no rows, but one at least is needed: fill it or name another file"
@@ -360,11 +343,6 @@ def _decompress(file: Path, suffix: str) -> Path:
 
 def _names_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 @contextmanager

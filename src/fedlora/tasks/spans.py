@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.errors import DataError
+from fedlora.errors import DataError, shown
 from fedlora.tasks.base import Evaluation
 from fedlora.tasks.columns import check_rows, check_texts, values_of
 
@@ -114,8 +114,8 @@ def references_of(rows: datasets.Dataset, which: str) -> list[list[Reference]]:
             place = locate(context, text, start)
             if place is None:
                 raise DataError(
-                    f"the answer {_short(text)} of {which} row {row} is not found at character {start} of its context, "
-                    f"where {_short(context[max(0, start) :])} stands: correct answer_start, which counts characters "
+                    f"the answer {shown(text)} of {which} row {row} is not found at character {start} of its context, "
+                    f"where {shown(context[max(0, start) :])} stands: correct answer_start, which counts characters "
                     "from 0"
                 )
             references.append(Reference(text, *place))
@@ -159,15 +159,10 @@ def _pairs(answers: Any, row: int, which: str) -> list[tuple[str, int]]:
         or not all(isinstance(start, int) for start in starts)
     ):
         raise DataError(
-            f"column 'answers' of {which} row {row} holds {_short(answers)}, but answers are texts and the characters "
+            f"column 'answers' of {which} row {row} holds {shown(answers)}, but answers are texts and the characters "
             'at which they start, {"text": [...], "answer_start": [...]}: write them so, as json or parquet'
         )
     return list(zip(texts, starts, strict=True))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # ---- answers of a model

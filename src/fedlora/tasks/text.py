@@ -10,32 +10,20 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.component import STRICT
-from fedlora.errors import ConfigError, DataError
+from fedlora.component import STRICT, Count, Field, dataclass
+from fedlora.errors import ConfigError
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.columns import (
-    Raw,
-    Splits,
-    check_rows,
-    check_texts,
-    fingerprint,
-    known_classes,
-    rename,
-    split,
-    values_of,
-    with_classes,
-)
-from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, cached, width_of
-from fedlora.tasks.labels import class_sets, class_sets_of, class_table
-from fedlora.tasks.loading import class_settings, load_pretrained, load_tokenizer, pooling_of, save_tokenizer
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
+from fedlora.tasks.columns import Splits, check_rows, check_texts, fingerprint, split, values_of
+from fedlora.tasks.encoded import Arrays, Ragged, by_length, cached, chunks
+from fedlora.tasks.labels import known_labels, label_table, labelled
+from fedlora.tasks.loading import class_settings, load_pretrained, pooling_of
 from fedlora.tasks.pooling import Pooling
 from fedlora.tasks.sentence import save_modules, usage
-from fedlora.tasks.sources import Source, read_rows
+from fedlora.tasks.sources import Source
+from fedlora.tasks.tokenized import PreparedTokenized, TokenizedTask
 
 PROBLEM_TYPES: dict[scores.Problem, str] = {
     "single": "single_label_classification",
@@ -46,7 +34,7 @@ PROBLEM_TYPES: dict[scores.Problem, str] = {
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class TextClassification(Task):
+class TextClassification(TokenizedTask):
     """A class for a text, or for a pair of texts; or several classes, or a number.
 
     Columns: ``text``, ``label``, and where they are there ``text_pair`` and ``label_name``. A label is a word or whole
@@ -71,7 +59,7 @@ class TextClassification(Task):
     max_length: Annotated[int, Field(ge=2)] = 128
     pad_to: Literal["longest"] | Annotated[int, Field(ge=2)] = "longest"
     pooling: Literal["auto"] | Pooling = "auto"
-    eval_batch_size: Annotated[int, Field(ge=1)] = 64
+    eval_batch_size: Count = 64
 
     def __post_init__(self) -> None:
         if self.pad_to != "longest" and self.pad_to < self.max_length:
@@ -80,88 +68,49 @@ class TextClassification(Task):
                 "make max_length as small, or pad_to as large"
             )
 
-    def prepare(self, model: Model, source: Source) -> Prepared:
-        """See ``Task.prepare``: reads the data, tokenises once, keeps the tokens on disk.
-
-        Raises:
-            DataError: the data cannot be read, or have one class only.
-            ConfigError: the model cannot be read.
-        """
-        splits, names = self.read(source)
-        return PreparedText(self, model, load_tokenizer(model), names, {"train": splits.train, "test": splits.test})
-
     def read(self, source: Source) -> tuple[Splits, list[str]]:
-        """Training and test rows with labels as class numbers, and the classes' names.
-
-        Raises:
-            DataError: the data cannot be read, or are not of the form that the task needs.
-        """
         raw = source.load()
-        sides = [(rows, which) for rows, which in ((raw.train, "training"), (raw.test, "test")) if rows is not None]
         # pairs on one side alone would be told apart by that, not by what they say
-        texts = max((_texts(rows) for rows, _ in sides), key=len)
-        for rows, which in sides:
+        texts = max((_texts(rows) for rows, _ in raw.sides), key=len)
+        for rows, which in raw.sides:
             check_rows(rows, [*texts, "label"], which)
             check_texts(rows, texts, which)
-        raw, names = self._labelled(raw)
-        if self.problem != "regression" and len(names) < 2:
-            found = f"all rows have the class {names[0]!r}" if names else "no row has a class"
-            raise DataError(f"{found}, but there must be two or more to tell apart")
+        raw, names = labelled(raw, self.problem)
         return split(raw, "text"), names
 
-    def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
-        return PreparedText(self, model, load_tokenizer(model), label_names, {})
+    def known(self, rows: Any, names: list[str], which: str) -> Any:
+        check_rows(rows, [*_texts(rows), "label"], which)
+        check_texts(rows, _texts(rows), which)
+        return known_labels(rows, self.problem, names, which)
 
-    def _labelled(self, raw: Raw) -> tuple[Raw, list[str]]:
-        if self.problem == "single":
-            name = "label_name" if "label_name" in raw.train.column_names else None
-            raw = with_classes(raw, "label", name)
-            return raw, list(raw.train.features["label"].names)
-        if self.problem == "multi":
-            return class_sets(raw, "label")
-        for rows, which in ((raw.train, "training"), (raw.test, "test")):
-            if rows is not None:
-                _check_numbers(rows, which)
-        return raw, []
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
+        return PreparedText(self, model, tokenizer, names, data)
 
 
-class PreparedText(Prepared):
+class PreparedText(PreparedTokenized):
     """Encoded texts, their labels, and the model they are for.
 
     Args:
-        settings: the task.
-        model: which model.
-        tokenizer: its tokenizer.
         names: the classes' names; none for a number.
         data: a data set per split, with the columns ``text``, maybe ``text_pair``, ``label``, and any others.
     """
 
+    settings: TextClassification
     auto_class = "AutoModelForSequenceClassification"
     peft_task = "SEQ_CLS"
 
     def __init__(
-        self, settings: TextClassification, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]
+        self, settings: TextClassification, model: Model, tokenizer: Any, names: list[str], data: Data
     ) -> None:
-        self.settings = settings
-        self.tokenizer = tokenizer
+        super().__init__(settings, model, tokenizer, names, data)
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
-        self._model = model
         self._pooling: Pooling = pooling_of(model) if settings.pooling == "auto" else settings.pooling
-        self.train_head = model.train_head
         if self._pooling != "model":
             self.auto_class, self.peft_task, self.backbone_only = "AutoModel", "FEATURE_EXTRACTION", True
-        self._names = names
-        self._data = dict(data)
         arrays = {name: _encode(part, tokenizer, settings.max_length) for name, part in data.items()}
         self._tokens = {name: Ragged(part["tokens"], part["offsets"]) for name, part in arrays.items()}
         self._types = {name: Ragged(part["types"], part["offsets"]) for name, part in arrays.items() if "types" in part}
-        self._labels = {name: self._read_labels(part) for name, part in data.items()}
-
-    @property
-    def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``."""
-        return self._data
+        self._labels = {name: label_table(part, settings.problem, len(names)) for name, part in data.items()}
 
     @property
     def labels(self) -> Rows:
@@ -171,22 +120,11 @@ class PreparedText(Prepared):
             return labels
         return labels.argmax(1) if self.settings.problem == "multi" else np.zeros(len(labels), np.int64)
 
-    @property
-    def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``."""
-        return self._names
-
     def texts(self, split: Split) -> list[str]:
-        """See ``Prepared.texts``."""
         parts = [values_of(self._data[split], name) for name in _texts(self._data[split])]
         return [" ".join(row) for row in zip(*parts, strict=True)]
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``.
-
-        Raises:
-            ConfigError: there is no such model, or it cannot be pooled as asked.
-        """
         settings: dict[str, Any] = {"problem_type": PROBLEM_TYPES[self.settings.problem]}
         settings |= class_settings(self._names) if self._names else {"num_labels": 1}
         longest = max((tokens.longest() for tokens in self._tokens.values()), default=0)
@@ -198,16 +136,8 @@ class PreparedText(Prepared):
         return model, head
 
     def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``."""
-        tokens, pad_to = self._tokens[split], self.settings.pad_to
-        longest = int(tokens.lengths(rows).max())
-        width = width_of(longest, self.settings.max_length, None if pad_to == "longest" else pad_to)
-        batch = {
-            "input_ids": tokens.padded(rows, width, self.tokenizer.pad_token_id),
-            "attention_mask": attention_mask(tokens, rows, width),
-        }
-        if split in self._types:
-            batch["token_type_ids"] = self._types[split].padded(rows, width, 0)
+        pad_to = None if self.settings.pad_to == "longest" else self.settings.pad_to
+        batch = self.inputs(self._tokens[split], rows, self.settings.max_length, self._types.get(split), pad_to)
         batch["labels"] = torch.from_numpy(self._labels[split][rows])
         return {name: value.to(device) for name, value in batch.items()}
 
@@ -227,30 +157,15 @@ class PreparedText(Prepared):
         """The outputs for examples, ``(rows, outputs)`` float32, in the order of ``rows``."""
         order = np.argsort(self._tokens[split].lengths(rows), kind="stable")
         result = torch.empty(len(rows), max(1, len(self._names)))
-        for first in range(0, len(rows), self.settings.eval_batch_size):
-            chosen = order[first : first + self.settings.eval_batch_size]
+        for chosen in chunks(order, self.settings.eval_batch_size):
             batch = self.batch(rows[chosen], device, split)
             del batch["labels"]
             result[torch.from_numpy(chosen)] = model(**batch).logits.float().cpu()
         return result
 
     def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
-        """See ``Prepared.evaluate``: the metrics of ``scores.score``."""
         labels = torch.from_numpy(self._labels[split][rows])
         return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)
-
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``."""
-        rows = rename(read_rows(str(path)), columns, str(path))
-        check_rows(rows, [*_texts(rows), "label"], str(path))
-        check_texts(rows, _texts(rows), str(path))
-        if self.settings.problem == "single":
-            rows = known_classes(rows, "label", self._names)
-        elif self.settings.problem == "multi":
-            rows = class_sets_of(rows, "label", self._names, str(path), by_number=True)
-        else:
-            _check_numbers(rows, str(path))
-        return PreparedText(self.settings, self._model, self.tokenizer, self._names, {split: rows})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: each class's probability, the likeliest first; or ``{"value": number}``.
@@ -266,34 +181,18 @@ class PreparedText(Prepared):
             # a single text has one type, which is what models take where they are told none
             if all(isinstance(one, str) for one in part):
                 batch.pop("token_type_ids", None)
-            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits.float()
-            if self.settings.problem == "regression":
-                results += [{"value": value} for value in logits.squeeze(-1).tolist()]
-                continue
-            shares = logits.softmax(1) if self.settings.problem == "single" else logits.sigmoid()
-            for row in shares.tolist():
-                results.append(dict(sorted(zip(self._names, row, strict=True), key=lambda pair: -pair[1])))
+            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+            results += scores.said(logits, self.settings.problem, self._names)
         return results
 
-    def save_pretrained(self, folder: Path) -> None:
-        """See ``Prepared.save_pretrained``."""
-        save_tokenizer(self.tokenizer, folder)
-
     def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """See ``Prepared.save_head``: the modules of ``sentence-transformers``."""
         if self._pooling != "model":
             weight, bias = weights["classifier.weight"], weights["classifier.bias"]
             save_modules(folder, self._pooling, self.settings.max_length, weight, bias)
 
     @property
     def usage(self) -> str:
-        """See ``Prepared.usage``."""
         return "" if self._pooling == "model" else usage(self._pooling, self._names)
-
-    def _read_labels(self, rows: Any) -> Rows:
-        if self.settings.problem == "multi":
-            return class_table(rows, "label", len(self._names))
-        return np.asarray(values_of(rows, "label"), dtype=np.int64 if self.settings.problem == "single" else np.float32)
 
 
 def _texts(rows: Any) -> list[str]:
@@ -307,15 +206,6 @@ def _text_or_pair(given: str) -> str | tuple[str, str]:
                 case [str(first), str(second)]:
                     return first, second
     return given
-
-
-def _check_numbers(rows: Any, which: str) -> None:
-    values = values_of(rows, "label")
-    if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
-        raise DataError(
-            f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs: mend "
-            'the column, or set task.problem = "single"'
-        )
 
 
 def _encode(rows: Any, tokenizer: Any, max_length: int) -> Arrays:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.component import STRICT
-from fedlora.errors import ConfigError, DataError, TrainingError
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.columns import Splits, check_rows, class_names, fingerprint, rename, split, values_of
-from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, cached, width_of
-from fedlora.tasks.loading import class_settings, load_pretrained, load_tokenizer, save_tokenizer
-from fedlora.tasks.sources import Source, read_rows
-from fedlora.tasks.words import Windows, cut, spans_of
+from fedlora.component import STRICT, Count, Field, Whole, dataclass
+from fedlora.errors import ConfigError, DataError, TrainingError, shown
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
+from fedlora.tasks.columns import Splits, check_rows, class_names, fingerprint, split, values_of
+from fedlora.tasks.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
+from fedlora.tasks.loading import class_settings, load_pretrained
+from fedlora.tasks.sources import Source
+from fedlora.tasks.tokenized import PreparedTokenized, TokenizedTask
+from fedlora.tasks.words import Windows, cut
 
 OUTSIDE = "O"
 """The tag of a word that belongs to nothing; class 0 of every model."""
@@ -42,7 +40,7 @@ _UNLABELLED += "check the column 'tokens', or use larger batches"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class TokenClassification(Task):
+class TokenClassification(TokenizedTask):
     """A tag for each word; F1 of whole entities by ``seqeval``.
 
     Columns: ``tokens``, a list of words, and ``tags``, a list as long of tags or of their numbers. Numbers need names:
@@ -65,8 +63,8 @@ class TokenClassification(Task):
     scheme: Literal["iob2", "plain"] = "iob2"
     tag_names: tuple[str, ...] = ()
     max_length: Annotated[int, Field(ge=3)] = 128
-    stride: Annotated[int, Field(ge=0)] = 16
-    eval_batch_size: Annotated[int, Field(ge=1)] = 64
+    stride: Whole = 16
+    eval_batch_size: Count = 64
 
     def __post_init__(self) -> None:
         if len(set(self.tag_names)) < len(self.tag_names):
@@ -76,23 +74,8 @@ class TokenClassification(Task):
         if wrong:
             raise ConfigError(wrong)
 
-    def prepare(self, model: Model, source: Source) -> Prepared:
-        """See ``Task.prepare``: reads the data, tokenises once, keeps the tokens on disk.
-
-        Raises:
-            DataError: the data cannot be read, or are not of the form that the task needs.
-            ConfigError: the model cannot be read, or ``stride`` leaves no room in a window.
-        """
-        splits, names = self.read(source)
-        tokenizer = load_tokenizer(model)
-        return PreparedTokens(self, model, tokenizer, names, {"train": splits.train, "test": splits.test})
-
     def read(self, source: Source) -> tuple[Splits, list[str]]:
-        """Training and test rows with tags as class numbers, and the tags' names: ``O``, then the others sorted.
-
-        Raises:
-            DataError: the data cannot be read, or are not of the form that the task needs.
-        """
+        """See ``TokenizedTask.read``: the tags' names are ``O``, then the others sorted."""
         raw = source.load()
         train = self._tags(raw.train, "training")
         declared = class_names(raw.train, "tags")
@@ -110,22 +93,11 @@ class TokenClassification(Task):
             raw = raw._replace(test=self.known(raw.test, names, "test"))
         return split(raw, "tokens"), names
 
-    def known(self, rows: Any, names: Sequence[str], which: str) -> Any:
-        """``rows``, a ``datasets.Dataset``, checked, and with tags as numbers of ``names``.
-
-        Args:
-            rows: with the columns ``tokens`` and ``tags``.
-            names: the tags that the model knows.
-            which: what the rows are, for messages.
-
-        Raises:
-            DataError: a row is not of the form that the task needs, or has another tag.
-        """
+    def known(self, rows: Any, names: list[str], which: str) -> Any:
         return _numbered(rows, self._tags(rows, which), names, which)
 
-    def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """See ``Task.restore``."""
-        return PreparedTokens(self, model, load_tokenizer(model), label_names, {})
+    def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
+        return PreparedTokens(self, model, tokenizer, names, data)
 
     def iob2(self, name: str) -> str:
         """A tag as ``seqeval`` reads it: a plain one begins an entity."""
@@ -144,11 +116,11 @@ class TokenClassification(Task):
             where = f"row {row} of the {which} rows"
             if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
                 raise DataError(
-                    f"{where} has {_shown(words)} for 'tokens', but it must be a list of one or more words: mend or "
+                    f"{where} has {shown(words)} for 'tokens', but it must be a list of one or more words: mend or "
                     "remove the row, and use json or parquet, which have lists"
                 )
             if not isinstance(tags, list) or len(tags) != len(words):
-                has = f"{len(tags)} tags" if isinstance(tags, list) else f"{_shown(tags)} for 'tags'"
+                has = f"{len(tags)} tags" if isinstance(tags, list) else f"{shown(tags)} for 'tags'"
                 raise DataError(f"{where} has {len(words)} words and {has}, but each word needs a tag: mend the row")
             found.append([self._name(tag, names, where) for tag in tags])
         return found
@@ -161,7 +133,7 @@ class TokenClassification(Task):
             return tag
         if not isinstance(tag, int) or isinstance(tag, bool) or (names and not 0 <= tag < len(names)):
             known = f"a number from 0 to {len(names) - 1}" if names else "a word"
-            raise DataError(f"{where} has the tag {_shown(tag)}, but a tag is {known}: mend the row")
+            raise DataError(f"{where} has the tag {shown(tag, 40)}, but a tag is {known}: mend the row")
         if not names:
             raise DataError(
                 f"{where} has the tag {tag}, but nothing says what it stands for: name the tags in their order in "
@@ -170,64 +142,45 @@ class TokenClassification(Task):
         return names[tag]
 
 
-class PreparedTokens(Prepared):
+class PreparedTokens(PreparedTokenized):
     """Encoded sentences, their tags, and the model they are for.
 
     The class of an example, for partitions by label, is the number of the first tag of the entity type that occurs in
     it most often (of equals, that with the smaller number), and 0, ``O``, where it has no entity.
 
     Args:
-        settings: the task.
-        model: which model.
-        tokenizer: its tokenizer.
         names: the tags' names, ``O`` first.
         data: a data set per split, with the columns ``tokens``, ``tags`` (class numbers), and any others.
     """
 
+    settings: TokenClassification
     main_metric = "f1"
     higher_is_better = True
     auto_class = "AutoModelForTokenClassification"
     peft_task = "TOKEN_CLS"
 
     def __init__(
-        self, settings: TokenClassification, model: Model, tokenizer: Any, names: list[str], data: Mapping[Split, Any]
+        self, settings: TokenClassification, model: Model, tokenizer: Any, names: list[str], data: Data
     ) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ConfigError(
                 f"the tokenizer of {model.path!r} cannot say which word a piece is of, which tags need: choose a model "
                 "whose folder has tokenizer.json"
             )
-        self.settings = settings
-        self.tokenizer = tokenizer
-        self._model = model
-        self.train_head = model.train_head
-        self._names = names
+        super().__init__(settings, model, tokenizer, names, data)
         self._iob2 = [settings.iob2(name) for name in names]
-        self._data = dict(data)
         self._windows = {name: self._encode(part) for name, part in data.items()}
         self._labels = self._frequent(self._windows["train"].tags) if "train" in data else np.zeros(0, np.int64)
-
-    @property
-    def data(self) -> Mapping[Split, Any]:
-        """See ``Prepared.data``."""
-        return self._data
 
     @property
     def labels(self) -> Rows:
         """See ``Prepared.labels``: the most frequent type of entity in each example."""
         return self._labels
 
-    @property
-    def label_names(self) -> list[str]:
-        """See ``Prepared.label_names``: the tags."""
-        return self._names
-
     def texts(self, split: Split) -> list[str]:
-        """See ``Prepared.texts``: the words, joined by spaces."""
         return [" ".join(words) for words in values_of(self._data[split], "tokens")]
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``; raises ``ConfigError`` where there is no such model."""
         longest = max((windows.tokens.longest() for windows in self._windows.values()), default=0)
         settings = class_settings(self._names)
         return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
@@ -271,7 +224,7 @@ class PreparedTokens(Prepared):
         wanted, found = windows.tags.values, np.zeros(len(windows.tags.values), np.int64)
         found[places] = logits.argmax(1).numpy()
         loss = float(functional.cross_entropy(logits, torch.from_numpy(wanted[places])))
-        words = spans_of(windows.tags.offsets, rows)
+        words = ranges(windows.tags.offsets, rows)
         tagged = [
             [[self._iob2[tag] for tag in tags[slice(*windows.tags.offsets[row : row + 2])]] for row in rows.tolist()]
             for tags in (wanted.tolist(), found.tolist())
@@ -285,11 +238,6 @@ class PreparedTokens(Prepared):
             "loss": loss,
         }
         return Evaluation(metrics, tuple(self._warnings(wanted, found, words, places)))
-
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        """See ``Prepared.with_rows``; numbers are named by the file, or by ``tag_names``."""
-        rows = self.settings.known(rename(read_rows(str(path)), columns, str(path)), self._names, str(path))
-        return PreparedTokens(self.settings, self._model, self.tokenizer, self._names, {split: rows})
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: ``{"entities": [...]}``, each with ``type``, ``text``, and where in the input.
@@ -315,18 +263,10 @@ class PreparedTokens(Prepared):
             results.append({"entities": entities})
         return results
 
-    def save_pretrained(self, folder: Path) -> None:
-        """See ``Prepared.save_pretrained``."""
-        save_tokenizer(self.tokenizer, folder)
-
     def _inputs(self, windows: Windows, sequences: Rows) -> tuple[Batch, NDArray[np.int64]]:
         """Sequences padded to the longest, and the places of their pieces."""
-        width = width_of(int(windows.tokens.lengths(sequences).max()), self.settings.max_length, None)
-        inputs = {
-            "input_ids": windows.tokens.padded(sequences, width, self.tokenizer.pad_token_id),
-            "attention_mask": attention_mask(windows.tokens, sequences, width),
-        }
-        return inputs, windows.places.padded(sequences, width, -1).numpy()
+        inputs = self.inputs(windows.tokens, sequences, self.settings.max_length)
+        return inputs, windows.places.padded(sequences, inputs["input_ids"].shape[1], -1).numpy()
 
     def _logits(
         self, model: nn.Module, windows: Windows, sequences: Rows, device: torch.device
@@ -334,8 +274,8 @@ class PreparedTokens(Prepared):
         """The outputs for all words that make a piece, ``(words, tags)`` float32, and the words' numbers."""
         order = sequences[np.argsort(windows.tokens.lengths(sequences), kind="stable")]
         logits, numbers = [], []
-        for first in range(0, len(order), self.settings.eval_batch_size):
-            inputs, places = self._inputs(windows, order[first : first + self.settings.eval_batch_size])
+        for chosen in chunks(order, self.settings.eval_batch_size):
+            inputs, places = self._inputs(windows, chosen)
             found = model(**{name: value.to(device) for name, value in inputs.items()}).logits
             logits.append(found[torch.from_numpy(places >= 0).to(device)].detach().float().cpu())
             numbers.append(places[places >= 0])
@@ -391,8 +331,3 @@ def _numbered(rows: Any, tags: list[list[str]], names: Sequence[str], which: str
     numbers = [[known[tag] for tag in found] for found in tags]
     feature = datasets.List(datasets.ClassLabel(names=list(names)))
     return rows.remove_columns("tags").add_column("tags", numbers, feature=feature)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 40 else f"{text[:37]}..."

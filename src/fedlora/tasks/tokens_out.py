@@ -1,10 +1,10 @@
-"""Next-token prediction: sequences and which of their tokens are learnt, batches, loss, metrics."""
+"""Next-token prediction: sequences and which of their tokens are learnt, joined ones, loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fedlora.errors import ConfigError, DataError, TrainingError
-from fedlora.tasks.base import Batch, Evaluation, Model, Rows
-from fedlora.tasks.encoded import Arrays, Ragged, attention_mask, by_length, width_of
-from fedlora.tasks.loading import load_pretrained
+from fedlora.errors import TrainingError
+from fedlora.tasks.base import Batch, Rows
+from fedlora.tasks.encoded import Arrays, Ragged, by_length, ranges
 
 IGNORED = -100
 """The label of a token that is not learnt."""
@@ -76,77 +75,7 @@ class Examples(NamedTuple):
 
     def sequences(self, rows: Rows) -> Rows:
         """The sequences of the examples ``rows``, in their order."""
-        parts = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-    def longest(self) -> int:
-        """Tokens of the longest sequence; 0 if there is none."""
-        return int(np.diff(self.tokens.offsets).max(initial=0))
-
-
-def learnable(data: Any, examples: Examples, which: str, lacking: str) -> Any:
-    """``data`` without the rows that make no example.
-
-    Args:
-        data: the rows that ``examples`` were made of.
-        examples: what they made.
-        which: what the rows are, for messages.
-        lacking: what is wrong with a row that makes none.
-
-    Raises:
-        DataError: no row is left.
-    """
-    if not len(examples.kept):
-        raise DataError(f"all {len(data)} {which} rows have {lacking}, so nothing can be learnt: mend the columns")
-    return data if len(examples.kept) == len(data) else data.select(examples.kept)
-
-
-def notes(total: int, examples: Examples, which: str, lacking: str, limit: str) -> tuple[str, ...]:
-    """Sentences about rows that are left out, and about rows that lost tokens.
-
-    Args:
-        total: number of rows that ``examples`` were made of.
-        examples: what they made.
-        which: what the rows are.
-        lacking: what is wrong with a row that makes none.
-        limit: the setting that cuts, with its value.
-    """
-    out, cut = total - len(examples.kept), examples.num_cut
-    found = (f"{out} of {total} {which} rows have {lacking} and are left out",) if out else ()
-    return found + ((f"{cut} of {total} {which} rows were cut to {limit}",) if cut else ())
-
-
-def batch_of(
-    examples: Examples, rows: Rows, limit: int, pad: int, packing: bool, device: torch.device
-) -> dict[str, Tensor]:
-    """All sequences of the examples ``rows``, padded to the longest on the right.
-
-    Args:
-        examples: the examples.
-        rows: which of them.
-        limit: the most tokens that a sequence has.
-        pad: the padding token.
-        packing: whether to join sequences up to ``limit`` tokens; attention then crosses texts.
-        device: where the batch is to live.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, ``(sequences, width)`` int64 each; labels stand where their
-        token stands, ``IGNORED`` where it is not learnt.
-    """
-    return _padded(examples, examples.sequences(rows), limit, pad, packing, device)
-
-
-def _padded(examples: Examples, chosen: Rows, limit: int, pad: int, packing: bool, device: torch.device) -> Batch:
-    tokens, learnt = examples.tokens, examples.learnt
-    if packing:
-        bins = pack(tokens.lengths(chosen), limit)
-        tokens, learnt = (_joined(one, [chosen[places] for places in bins]) for one in (tokens, learnt))
-        chosen = np.arange(len(bins))
-    width = width_of(int(tokens.lengths(chosen).max()), limit, None)
-    inputs = tokens.padded(chosen, width, pad)
-    labels = torch.where(learnt.padded(chosen, width, 0) == 1, inputs, IGNORED)
-    batch = {"input_ids": inputs, "attention_mask": attention_mask(tokens, chosen, width), "labels": labels}
-    return {name: value.to(device) for name, value in batch.items()}
+        return ranges(self.offsets, rows)
 
 
 def pack(lengths: Rows, limit: int) -> list[list[int]]:
@@ -175,42 +104,11 @@ def pack(lengths: Rows, limit: int) -> list[list[int]]:
     return bins
 
 
-def _joined(ragged: Ragged, bins: Sequence[Rows]) -> Ragged:
+def joined(ragged: Ragged, bins: Sequence[Rows]) -> Ragged:
+    """The sequences of each of ``bins`` as one."""
     parts = [ragged.values[ragged.offsets[number] : ragged.offsets[number + 1]] for one in bins for number in one]
     offsets = np.concatenate([[0], np.cumsum([ragged.lengths(one).sum() for one in bins])]).astype(np.int64)
     return Ragged(np.concatenate(parts), offsets)
-
-
-def load_language_model(
-    auto_class: str, model: Model, seed: int, device: torch.device, longest: int
-) -> tuple[nn.Module, frozenset[str]]:
-    """A pre-trained language model; its head is what the checkpoint lacks, so in general nothing.
-
-    Args:
-        auto_class: the class of ``transformers`` that loads it.
-        model: which model.
-        seed: of what the checkpoint lacks.
-        device: where it is to live.
-        longest: tokens of the longest sequence it will read.
-
-    Raises:
-        ConfigError: there is no such model, or it reads fewer tokens, or sees those that it is to predict.
-    """
-    loaded, head = load_pretrained(auto_class, model, seed, device, fresh_head=False, longest=longest)
-    if not _is_causal(loaded, device):
-        raise ConfigError(
-            f"{model.path!r} sees the tokens that it is to predict, as encoders such as BERT do, so it would learn to "
-            "copy: set model.path to a decoder, such as gpt2 or a Llama"
-        )
-    return loaded, head
-
-
-def _is_causal(model: nn.Module, device: torch.device) -> bool:
-    """Whether what comes later changes nothing that is said before."""
-    tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device)
-    with torch.no_grad():
-        one, other = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :3].float()
-    return torch.allclose(one, other, atol=1e-3, rtol=1e-2)
 
 
 def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -220,7 +118,7 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     Args:
         model: gives ``logits``.
-        batch: see ``batch_of``.
+        batch: of ``input_ids``, ``attention_mask`` and ``labels``.
 
     Raises:
         TrainingError: no token of the batch is learnt.
@@ -242,7 +140,7 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Args:
         model: a causal language model.
-        batch: see ``batch_of``.
+        batch: of ``input_ids``, ``attention_mask`` and ``labels``.
 
     Returns:
         Logits ``(learnt, vocabulary)`` in the model's number format, and the tokens ``(learnt,)`` int64.
@@ -294,39 +192,3 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
-
-
-def score(
-    model: nn.Module, examples: Examples, rows: Rows, batch_size: int, limit: int, pad: int, device: torch.device
-) -> Evaluation:
-    """Token accuracy of the greedy next token, the mean loss per learnt token, and ``perplexity = exp(loss)``.
-
-    Args:
-        model: in evaluation mode.
-        examples: the examples.
-        rows: which of them.
-        batch_size: sequences that go through the model together.
-        limit: the most tokens that a sequence has.
-        pad: the padding token.
-        device: where the model is.
-    """
-    chosen = examples.sequences(rows)
-    chosen = chosen[np.argsort(examples.tokens.lengths(chosen), kind="stable")]
-    total, correct, count = 0.0, 0, 0
-    said: set[int] = set()
-    wanted: set[int] = set()
-    for first in range(0, len(chosen), batch_size):
-        batch = _padded(examples, chosen[first : first + batch_size], limit, pad, False, device)
-        logits, targets = target_logits(model, batch)
-        found = logits.argmax(-1)
-        total += float(summed_cross_entropy(logits, targets))
-        correct += int((found == targets).sum())
-        count += len(targets)
-        if len(said) < 2 or len(wanted) < 2:
-            said |= set(found.tolist())
-            wanted |= set(targets.tolist())
-    loss = total / count
-    perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
-    same = len(said) == 1 < len(wanted)
-    warnings = ("the model says the same token everywhere: it has learnt nothing useful",) if same else ()
-    return Evaluation({"accuracy": correct / count, "loss": loss, "perplexity": perplexity}, warnings)

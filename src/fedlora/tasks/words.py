@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora.errors import ConfigError
 from fedlora.tasks.base import Rows
-from fedlora.tasks.encoded import Arrays, Ragged
+from fedlora.tasks.encoded import Arrays, Ragged, ranges
 from fedlora.tasks.loading import quiet_transformers
 
 
@@ -38,7 +38,7 @@ class Windows(NamedTuple):
 
     def of(self, rows: Rows) -> Rows:
         """The sequences of the examples ``rows``, in order."""
-        return spans_of(self.examples, rows)
+        return ranges(self.examples, rows)
 
 
 def cut(examples: Sequence[Sequence[str]], tokenizer: Any, max_length: int, stride: int) -> Arrays:
@@ -138,8 +138,3 @@ def _glues(tokenizer: Any) -> bool:
     settings = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     steps = settings.get("pretokenizers", [settings])
     return any(step.get("type") == "ByteLevel" and not step["add_prefix_space"] for step in steps)
-
-
-def spans_of(offsets: NDArray[np.int64], rows: Rows) -> Rows:
-    """The numbers ``offsets[row]`` to ``offsets[row + 1] - 1`` of each row, one row after the other."""
-    return np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])

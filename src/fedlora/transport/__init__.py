@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from fedlora.transport.layout import Draw
-from fedlora.transport.link import (
-    PRECISIONS,
-    SPARSIFIERS,
-    AnyPrecision,
-    AnySparsifier,
-    Link,
-    Stage,
-)
+from fedlora.transport.link import PRECISIONS, SPARSIFIERS, AnyPrecision, AnySparsifier, Link, Stage
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
 from fedlora.transport.sparsify import Dense, Quota, RandomK, RankSlice, Sparsifier, Threshold, TopK
 from fedlora.transport.uniform import Uniform

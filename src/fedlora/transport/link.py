@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
-
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from typing import Annotated, Literal
 
 from fedlora import tree as trees
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Field, Whole, by_kind, dataclass
 from fedlora.errors import ConfigError
 from fedlora.schema import Schema
 from fedlora.transport import wire
@@ -23,13 +20,13 @@ from fedlora.tree import Tree
 AnySparsifier = Annotated[Dense | TopK | RandomK | Threshold | RankSlice, Field(discriminator="kind")]
 """Every sparsifier, told apart by ``kind``; a new one is one more class in this line."""
 
-SPARSIFIERS: dict[str, type[Sparsifier]] = {cls.kind: cls for cls in get_args(get_args(AnySparsifier)[0])}
+SPARSIFIERS: dict[str, type[Sparsifier]] = by_kind(AnySparsifier)
 """The table of sparsifiers, by ``kind``."""
 
 AnyPrecision = Annotated[Float32 | BFloat16 | Float16 | Uniform, Field(discriminator="kind")]
 """Every precision, told apart by ``kind``; a new one is one more class in this line, and one in ``wire``."""
 
-PRECISIONS: dict[str, type[Precision]] = {cls.kind: cls for cls in get_args(get_args(AnyPrecision)[0])}
+PRECISIONS: dict[str, type[Precision]] = by_kind(AnyPrecision)
 """The table of precisions, by ``kind``."""
 
 
@@ -44,7 +41,7 @@ class Stage:
         head_precision: the number format of the head's.
     """
 
-    round: Annotated[int, Field(ge=0)]
+    round: Whole
     sparsify: AnySparsifier | None = None
     precision: AnyPrecision | None = None
     head_precision: AnyPrecision | None = None
@@ -135,14 +132,7 @@ class Link:
         return Stage(round=round, sparsify=sparsify, precision=precision, head_precision=head or precision)
 
     def thin(self, tree: Tree, schema: Schema, round: int, seed: int) -> Tree:
-        """The tree with zeros where nothing travels.
-
-        Args:
-            tree: float32 tensors of any shape; not modified.
-            schema: what every name in ``tree`` is.
-            round: 0-based number of the round.
-            seed: read only by sparsifiers that draw.
-        """
+        """The tree with zeros where nothing travels; the arguments are those of ``Sparsifier.choose``."""
         sparsify = self.at(round).sparsify
         return sparsify(tree, schema, round, seed) if sparsify else tree
 

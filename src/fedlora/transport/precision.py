@@ -9,9 +9,8 @@ from typing import ClassVar, Literal, NamedTuple, final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, dataclass
 from fedlora.errors import WireError
 from fedlora.transport.framing import Reader
 
@@ -89,33 +88,39 @@ class Plain(Precision):
     """A format in which every value stands for itself, in whole bytes, little-endian."""
 
     is_floating: ClassVar[bool] = True
+    dtype: ClassVar[str]
+    """What NumPy calls the bytes of a value."""
 
-    @abstractmethod
-    def to_bytes(self, values: Floats) -> bytes | memoryview:
-        """The values, which may be those of the array itself: use them before it changes."""
+    @property
+    def value_bits(self) -> int:
+        return 8 * np.dtype(self.dtype).itemsize
 
-    @abstractmethod
-    def from_bytes(self, raw: memoryview) -> Floats:
-        """The inverse of ``to_bytes``."""
+    @property
+    def lossy(self) -> bool:
+        return self.value_bits < 32
 
     def settings(self) -> bytes:
-        """Nothing."""
         return b""
 
     @classmethod
     def from_settings(cls, reader: Reader) -> Precision:
-        """The only value of this class."""
         return cls()
 
+    def to_bytes(self, values: Floats) -> bytes | memoryview:
+        """The values, which may be those of the array itself: use them before it changes."""
+        return values.astype(self.dtype, copy=False).view(np.uint8).data
+
+    def from_bytes(self, raw: memoryview) -> Floats:
+        """The inverse of ``to_bytes``."""
+        return np.frombuffer(raw, dtype=self.dtype).astype(np.float32)
+
     def write(self, values: Floats, runs: Sequence[int], seed: int) -> Written:
-        """The values one after another."""
         if not np.isfinite(values).all():
             raise WireError("NaN or infinite")
         return Written([self.to_bytes(values)], values)
 
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
-        """The values one after another."""
-        values = self.from_bytes(reader.take(sum(runs) * int(self.value_bits) // 8))
+        values = self.from_bytes(reader.take(sum(runs) * self.value_bits // 8))
         if not np.isfinite(values).all():
             raise WireError("a value that is NaN or infinite")
         values += 0.0  # a negative zero is a zero
@@ -129,28 +134,10 @@ class Float32(Plain):
 
     kind: Literal["float32"] = "float32"
     code: ClassVar[int] = 1
-
-    @property
-    def value_bits(self) -> int:
-        """32."""
-        return 32
-
-    @property
-    def lossy(self) -> bool:
-        """No."""
-        return False
+    dtype: ClassVar[str] = "<f4"
 
     def nonzero(self, values: Floats) -> Floats:
-        """``values`` itself."""
         return values
-
-    def to_bytes(self, values: Floats) -> bytes | memoryview:
-        """Four bytes a value, not copied on a little-endian machine."""
-        return values.astype("<f4", copy=False).view(np.uint8).data
-
-    def from_bytes(self, raw: memoryview) -> Floats:
-        """Four bytes a value."""
-        return np.frombuffer(raw, dtype="<f4").astype(np.float32)
 
 
 @final
@@ -167,29 +154,16 @@ class BFloat16(Plain):
 
     kind: Literal["bfloat16"] = "bfloat16"
     code: ClassVar[int] = 2
-
-    @property
-    def value_bits(self) -> int:
-        """16."""
-        return 16
-
-    @property
-    def lossy(self) -> bool:
-        """Yes."""
-        return True
+    dtype: ClassVar[str] = "<u2"  # NumPy has no bfloat16
 
     def nonzero(self, values: Floats) -> Floats:
-        """The nearest values with eight significant bits, the even one of two."""
-        # NumPy has no bfloat16
         return torch.from_numpy(values).to(torch.bfloat16).to(torch.float32).numpy()
 
     def to_bytes(self, values: Floats) -> bytes | memoryview:
-        """The upper two bytes of each."""
-        return (values.view(np.uint32) >> np.uint32(16)).astype("<u2").tobytes()
+        return (values.view(np.uint32) >> np.uint32(16)).astype(self.dtype).tobytes()
 
     def from_bytes(self, raw: memoryview) -> Floats:
-        """Two bytes a value."""
-        return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return (np.frombuffer(raw, dtype=self.dtype).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 @final
@@ -206,26 +180,8 @@ class Float16(Plain):
 
     kind: Literal["float16"] = "float16"
     code: ClassVar[int] = 3
-
-    @property
-    def value_bits(self) -> int:
-        """16."""
-        return 16
-
-    @property
-    def lossy(self) -> bool:
-        """Yes."""
-        return True
+    dtype: ClassVar[str] = "<f2"
 
     def nonzero(self, values: Floats) -> Floats:
-        """The nearest values with eleven significant bits, the even one of two."""
         with np.errstate(over="ignore"):  # infinity is refused where it is written
             return values.astype(np.float16).astype(np.float32)
-
-    def to_bytes(self, values: Floats) -> bytes | memoryview:
-        """Two bytes a value."""
-        return values.astype("<f2").tobytes()
-
-    def from_bytes(self, raw: memoryview) -> Floats:
-        """Two bytes a value."""
-        return np.frombuffer(raw, dtype="<f2").astype(np.float32)

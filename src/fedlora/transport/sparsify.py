@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Positive, Share, dataclass
 from fedlora.schema import Leaf
 from fedlora.transport.positions import random_positions
 from fedlora.tree import Tree, flatten, unflatten
-
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @final
@@ -94,13 +90,7 @@ class Sparsifier(ABC):
         return {name: chosen[name] if name in chosen else whole[name] for name in tree}
 
     def __call__(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int = 0) -> Tree:
-        """The tree with zeros where nothing is kept: same names, shapes and dtypes.
-
-        Args:
-            tree: float32 tensors of any shape; not modified.
-            schema: what every name in ``tree`` is; read by quotas and by slices of ranks.
-            round: 0-based number of the round.
-            seed: read only by sparsifiers that draw.
+        """The tree with zeros where nothing is kept: same names, shapes, dtypes; arguments are those of ``choose``.
 
         Returns:
             A new dict. Tensors of which nothing is dropped may be those of ``tree`` itself.
@@ -134,7 +124,6 @@ class Dense(Sparsifier):
         return Facts(unbiased=True, reads_values=False, drops=False)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """Every tensor is kept whole."""
         return {}
 
 
@@ -170,7 +159,7 @@ class TopK(Sparsifier):
     scope: Literal["global", "tensor"] = "global"
     quota: Quota = Quota()
     decay: Share = 1.0
-    decay_every: Annotated[int, Field(ge=1)] = 1
+    decay_every: Count = 1
 
     @property
     def facts(self) -> Facts:
@@ -182,7 +171,6 @@ class TopK(Sparsifier):
         return float(self.density * self.decay ** (round // self.decay_every))
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """True for the ``k`` largest magnitudes."""
         chosen: dict[str, Tensor] = {}
         for density, names in _by_quota(tree, schema, self.quota, self.density_at(round)):
             bucket = {name: tree[name] for name in names}
@@ -212,7 +200,7 @@ class Threshold(Sparsifier):
     """
 
     kind: Literal["threshold"] = "threshold"
-    value: Annotated[float, Field(gt=0)]
+    value: Positive
 
     @property
     def facts(self) -> Facts:
@@ -300,7 +288,7 @@ class RankSlice(Sparsifier):
     """
 
     kind: Literal["rank_slice"] = "rank_slice"
-    rank: Annotated[int, Field(ge=1)]
+    rank: Count
     by: Literal["order", "norm"] = "order"
 
     @property
@@ -309,7 +297,6 @@ class RankSlice(Sparsifier):
         return Facts(unbiased=False, reads_values=self.by == "norm", slices_ranks=True)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """True within the ranks that are kept."""
         chosen: dict[str, Tensor] = {}
         for name, value in tree.items():
             axis = schema[name].rank_axis

@@ -7,9 +7,8 @@ from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic.dataclasses import dataclass
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, dataclass
 from fedlora.errors import WireError
 from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, splitmix, take_bits
 from fedlora.transport.framing import Reader, varint
@@ -75,7 +74,6 @@ class Uniform(Precision):
 
     @classmethod
     def from_settings(cls, reader: Reader) -> Precision:
-        """See ``Precision.from_settings``."""
         bits, block = reader.take(2)
         if bits not in _BITS or block not in _BLOCKS:
             raise WireError(f"the unknown number format of {bits} bits in blocks of 2 ** {block}")
@@ -103,7 +101,6 @@ class Uniform(Precision):
         return Written(chunks, _multiply(symbols, scales, blocks))
 
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
-        """The inverse of ``write``."""
         blocks = self._blocks(runs)
         raw = np.frombuffer(reader.take(2 * len(blocks)), dtype="<u2").astype(np.uint32)
         scales = (raw << np.uint32(16)).view(np.float32)

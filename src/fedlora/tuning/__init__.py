@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
+from fedlora.component import Field, by_kind
 from fedlora.tuning.base import Installed, Start, Tuning
 from fedlora.tuning.bottleneck import Bottleneck
 from fedlora.tuning.lora import LoRA, from_peft, to_peft
@@ -13,19 +12,8 @@ from fedlora.tuning.lora_init import LORA_INITS, Kaiming, LoRAInit, Orthogonal, 
 from fedlora.tuning.peft import Peft
 from fedlora.tuning.subset import BitFit, Full, HeadOnly, SparseMask
 
-TUNINGS: dict[str, type[Tuning]] = {
-    "lora": LoRA,
-    "full": Full,
-    "head_only": HeadOnly,
-    "bitfit": BitFit,
-    "sparse_mask": SparseMask,
-    "bottleneck": Bottleneck,
-    "peft": Peft,
-}
-AnyTuning = Annotated[
-    LoRA | Full | HeadOnly | BitFit | SparseMask | Bottleneck | Peft,
-    Field(discriminator="kind"),
-]
+AnyTuning = Annotated[LoRA | Full | HeadOnly | BitFit | SparseMask | Bottleneck | Peft, Field(discriminator="kind")]
+TUNINGS: dict[str, type[Tuning]] = by_kind(AnyTuning)
 
 __all__ = [
     "LORA_INITS",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, dataclass
 from fedlora.errors import ConfigError
-from fedlora.state import Carry, Fold, generator, named_seed
+from fedlora.state import Carry, generator, named_seed
 from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped
 from fedlora.tuning.matrices import is_linear, is_plain, is_transposed, matrix_shape, mirror
 from fedlora.tuning.targets import block_outputs, find, replace_module
@@ -73,14 +71,10 @@ class Bottleneck(Tuning):
     """
 
     kind: Literal["bottleneck"] = "bottleneck"
-    width: Annotated[int, Field(ge=1)] = 16
+    width: Count = 16
     style: Literal["houlsby", "pfeiffer"] = "pfeiffer"
     targets: str | None = None
-
-    @property
-    def zero_is_neutral(self) -> bool:
-        """See ``Tuning.zero_is_neutral``."""
-        return True
+    zero_is_neutral: ClassVar[bool] = True
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``.
@@ -108,7 +102,7 @@ class Bottleneck(Tuning):
             if name.endswith(".adapter_down"):
                 noise = torch.randn(value.shape, generator=generator(named_seed(seed, name)))
                 start.params[name] = 0.01 * noise
-        return start._replace(fold=Fold())
+        return start
 
     def changes(self, installed: Installed, init: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``Tuning.changes``.

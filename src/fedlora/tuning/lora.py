@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Part, Positive, dataclass
 from fedlora.errors import ConfigError
 from fedlora.schema import Schema, factor_leaf
 from fedlora.state import Carry, Fold, Folds, named_seed
@@ -43,26 +41,24 @@ class LoRA(Tuning):
     """
 
     kind: Literal["lora"] = "lora"
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    rank: Count = 16
+    alpha: Positive = 16.0
     targets: Targets = "default"
     init: AnyLoRAInit = Kaiming()
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Part = 0.0
     train: Literal["both", "B", "alternate"] = "both"
+    has_factors: ClassVar[bool] = True
 
     @property
     def adapter_rank(self) -> int:
-        """See ``Tuning.adapter_rank``."""
         return self.rank
 
     @property
     def moving(self) -> str:
-        """See ``Tuning.moving``."""
         return self.train
 
     @property
     def init_from_seed(self) -> bool:
-        """See ``Tuning.init_from_seed``."""
         return self.init.from_seed
 
     def in_round(self, schema: Schema, round: int) -> Schema:
@@ -73,11 +69,6 @@ class LoRA(Tuning):
         return Schema(
             {n: leaf._replace(role="frozen") if leaf.factor == frozen else leaf for n, leaf in schema.items()}
         )
-
-    @property
-    def has_factors(self) -> bool:
-        """See ``Tuning.has_factors``."""
-        return True
 
     @property
     def scale(self) -> float:

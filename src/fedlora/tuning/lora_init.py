@@ -7,11 +7,9 @@ from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Field, by_kind, dataclass
 
 Factors = tuple[Tensor, Tensor]
 Split = Literal["symmetric", "left"]
@@ -50,7 +48,6 @@ class Kaiming(LoRAInit):
     from_seed: ClassVar[bool] = True
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
-        """See ``LoRAInit.factors``."""
         bound = 1.0 / math.sqrt(weight.shape[1])
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(rank, weight.shape[1], generator=generator)
@@ -66,7 +63,6 @@ class Orthogonal(LoRAInit):
     from_seed: ClassVar[bool] = False  # QR differs between machines in its last bits
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
-        """See ``LoRAInit.factors``."""
         generator = torch.Generator().manual_seed(seed)
         rows = torch.zeros(rank, weight.shape[1])
         useful = min(rank, weight.shape[1])
@@ -91,7 +87,6 @@ class SvdOfWeight(LoRAInit):
     from_seed: ClassVar[bool] = False
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
-        """See ``LoRAInit.factors``."""
         return truncated_svd(weight, rank, scale, self.split)
 
 
@@ -115,7 +110,6 @@ class SvdOfDelta(LoRAInit):
     from_seed: ClassVar[bool] = False
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
-        """See ``LoRAInit.factors``."""
         if delta is None or not bool(delta.any()):
             return Kaiming().factors(weight, None, rank, scale, seed)
         return truncated_svd(delta, rank, scale, self.split)
@@ -148,10 +142,5 @@ def truncated_svd(matrix: Tensor, rank: int, scale: float, split: Split) -> Fact
     return b, a
 
 
-LORA_INITS: dict[str, type[LoRAInit]] = {
-    "kaiming": Kaiming,
-    "orthogonal": Orthogonal,
-    "svd_of_weight": SvdOfWeight,
-    "svd_of_delta": SvdOfDelta,
-}
 AnyLoRAInit = Annotated[Kaiming | Orthogonal | SvdOfWeight | SvdOfDelta, Field(discriminator="kind")]
+LORA_INITS: dict[str, type[LoRAInit]] = by_kind(AnyLoRAInit)

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic.dataclasses import dataclass
 from torch import nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, dataclass
 from fedlora.errors import ConfigError
 from fedlora.schema import Leaf, Schema, factor_leaf
 from fedlora.tree import Tree
@@ -74,7 +73,6 @@ class Peft(Tuning):
         return str(self.config.get("peft_type", "")).upper() == "LORA"
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``."""
         config = self.build(saved_modules(model, head))
         with torch.random.fork_rng(), warnings.catch_warnings():
             # peft reads a name that transformers 5 has changed

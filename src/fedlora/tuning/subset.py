@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from fedlora.component import STRICT
+from fedlora.component import STRICT, Count, Share, dataclass
 from fedlora.errors import ConfigError
 from fedlora.state import Carry, Fold, generator, named_seed
 from fedlora.tree import Tree
@@ -38,7 +36,6 @@ class Full(Tuning):
     kind: Literal["full"] = "full"
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``."""
         return _installed(model, {name for name, _ in model.named_parameters()}, head)
 
 
@@ -87,8 +84,8 @@ class SparseMask(Tuning):
     """
 
     kind: Literal["sparse_mask"] = "sparse_mask"
-    density: Annotated[float, Field(gt=0, le=1)] | None = None
-    rank: Annotated[int, Field(ge=1)] | None = None
+    density: Share | None = None
+    rank: Count | None = None
     targets: Targets = "all-linear"
     biases: bool = False
 
@@ -143,7 +140,6 @@ class SparseMask(Tuning):
         return Start(params, Fold(), seed, {"energy_kept": kept / total if total else 1.0})
 
     def setup(self, installed: Installed, start: Start, reference: bool) -> dict[str, Tree]:
-        """See ``Tuning.setup``: the mask is a seed."""
         return {"seed": seed_to_tree(start.seed)} | ({"init": start.params} if reference else {})
 
     def settle(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:

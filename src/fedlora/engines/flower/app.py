@@ -77,19 +77,16 @@ class GridCourier(Courier):
         self._check = check
 
     def sites(self) -> Mapping[str, int]:
-        """See ``Courier.sites``."""
         self._check()
         return self._addresses()
 
     def post(self, address: int, raw: bytes, seconds: float) -> str | None:
-        """See ``Courier.post``."""
         message = Message(pack(raw), dst_node_id=address, message_type="train", ttl=max(1.0, seconds))
         # the grids differ in what they give for a node that is gone
         tickets = [ticket for ticket in self._grid.push_messages([message]) if ticket]
         return tickets[0] if tickets else None
 
     def collect(self, tickets: Sequence[str]) -> list[Arrived]:
-        """See ``Courier.collect``."""
         self._check()
         done = []
         size = max(1, len(tickets) // BATCHES)
