@@ -348,3 +348,15 @@ def test_a_disk_that_really_is_full_exits_with_2_and_room_mends_it(
     rest.unlink()
     result = fedlora.run(config.load(file), small_disk / "run")
     assert ledger(result.folder) == ledger(fedlora.run(config.load(file), tmp_path / "whole").folder)
+
+
+def test_an_unfinished_run_of_before_is_refused_and_a_finished_one_is_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = experiment(world, "lora", rounds=2)
+    fedlora.run(chosen, tmp_path / "begun", until=1)
+    after = fedlora.run(chosen, tmp_path / "done").after
+    monkeypatch.setattr(session, "can_go_on", lambda folder: False)
+    with pytest.raises(CheckpointError, match="begun by an older version of fedlora, and cannot go on with this one"):
+        fedlora.run(chosen, tmp_path / "begun")
+    assert fedlora.run(chosen, tmp_path / "done").after == after

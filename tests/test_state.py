@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fedlora import checkpoint as module
+from fedlora import tree
 from fedlora.checkpoint import load_state, save_state
 from fedlora.engines import Serial
 from fedlora.errors import CheckpointError
@@ -23,7 +25,7 @@ from fedlora.schema import Leaf, Schema
 from fedlora.server_optim import AdamW
 from fedlora.state import SEED_BITS, ClientState, Fold, ServerState, generator, named_seed
 from fedlora.store import Memory, Store
-from fedlora.testing import equal_population, toy_task
+from fedlora.testing import equal_population, schema_of, toy_task
 from fedlora.tree import Tree
 from fedlora.tuning import LoRA, SvdOfWeight
 from fedlora.workspace import Workspace
@@ -288,3 +290,39 @@ def test_a_damaged_checkpoint_is_refused_and_says_what_to_do(tmp_path: Path, dam
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_state(tmp_path / "nowhere")
+
+
+# ---- checkpoints of 0.1.0
+
+
+def of_before(folder: Path, state: ServerState) -> None:
+    """A checkpoint as 0.1.0 wrote it, of a run with folds."""
+    folder.mkdir()
+    trees = {"params": state.params, "init": state.init, "slots/m": tensors(3), "folds/2": {"z": torch.ones(2, 3)}}
+    named = {f"{part}/{name}": value for part, one in trees.items() for name, value in one.items()}
+    module.save_file(named, folder / "state.safetensors")
+    document = {
+        "format": 4,
+        "digest": module._digest(folder / "state.safetensors"),
+        **{"phase": 1, "round": 12, "steps": 5, "folds": 2, "clip_norm": None, "ranks": {}},
+        "order": {"groups": list(state.schema.groups.items()), "slots": ["m"], "setup_bytes": {}},
+        "clients": {"7": [True, 2, ""]},
+        "facts": {"n": 1},
+    }
+    (folder / "state.json").write_text(json.dumps(document))
+
+
+def test_of_a_checkpoint_of_before_the_model_can_be_read(tmp_path: Path) -> None:
+    named = {"m.lora_A": torch.ones(2, 3), "m.lora_B": torch.ones(4, 2), "head.weight": torch.ones(3)}
+    groups = {name: "head" if "head" in name else "adapter" for name in named}
+    state = replace(make_state(), schema=schema_of(groups), params=named, init=tree.scale(named, 2.0))
+    of_before(tmp_path / "c", state)
+    loaded, facts = load_state(tmp_path / "c")
+    assert (loaded.phase, loaded.round, loaded.steps, facts) == (1, 12, 5, {"n": 1})
+    assert_equal(loaded.params, state.params)
+    assert_equal(loaded.init, state.init)
+    assert loaded.schema == state.schema
+    assert (loaded.folds.version, list(loaded.folds.total)) == (2, ["z"])
+    assert not module.can_go_on(tmp_path / "c")
+    save_state(state, tmp_path / "d", {})
+    assert module.can_go_on(tmp_path / "d")
