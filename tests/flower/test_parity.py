@@ -100,7 +100,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert ledger(one) == ledger(other)
     left, right = (load_state(sorted((each / "checkpoints").glob("round-*"))[-1])[0] for each in (one, other))
     assert left.round == right.round == 3
-    for part in ("params", "init", "held"):
+    for part in ("params", "init", "parts", "known"):
         assert list(getattr(left, part)) == list(getattr(right, part))
     assert [name for name, value in left.params.items() if not torch.equal(value, right.params[name])] == []
     assert [name for name, value in left.folds.total.items() if not torch.equal(value, right.folds.total[name])] == []

@@ -64,7 +64,7 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     (site / "site.toml").write_text(tomli_w.dumps({"name": "a", "share": {"number": 0, "of": 1}}))
     (site / "site.key").chmod(0o644)
     with pytest.raises(ConfigError, match="can be read by others"):
-        join.join("127.0.0.1:1", site / "site.toml", print)
+        join.join("127.0.0.1:1", site / "site.toml")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
 def test_what_join_does_not_do(tmp_path: Path, server: str, insecure: bool, why: str) -> None:
     (tmp_path / "site.toml").write_text(tomli_w.dumps({"name": "a", "share": {"number": 0, "of": 1}}))
     with pytest.raises(ConfigError, match=why):
-        join.join(server, tmp_path / "site.toml", print, insecure=insecure)
+        join.join(server, tmp_path / "site.toml", insecure=insecure)
 
 
 def test_an_unknown_key_gets_no_work_and_sees_no_message(root: Path, federation: Federation) -> None:
@@ -133,7 +133,7 @@ def test_keys_of_sites_that_left_are_accepted_no_more(root: Path) -> None:
     folder.init(place, ["clinic", "hospital"], "localhost", port=free_port())
     config = folder.ServerConfig.load(place / "server")
     known = {name: runtime.key_of(key) for name, key in folder.public_keys(place / "server", config).items()}
-    with serve.superlink(place / "server", config.port, print, False) as link:
+    with serve.superlink(place / "server", config.port, (), False) as link:
 
         def accepted() -> set[bytes]:
             control = runtime._control(link)
