@@ -89,7 +89,8 @@ def close_turn(ready: Ready, trained: Trained) -> Reply:
     personal = {name: ready.start[name] + changed[name] for name in ready.schema.personal}
     delta = {name: changed[name] for name in schema}
     delta = recipe.up.with_lost(delta, job.memory.parts.tree("residual", "lost"))
-    delta, rank = recipe.rank_pruning.apply(delta, ready.start, schema, recipe.rank)
+    start = {name: ready.start[name] for name in schema}
+    delta, rank = recipe.rank_pruning.apply(delta, start, schema, recipe.rank)
     seed = named_seed(job.seed, "up")
     sent, below = recipe.privacy.clipped(recipe.up.thin(delta, schema, job.round, seed))
     figures = {"examples": trained.examples, "steps": trained.steps, "loss": trained.loss, "rank": rank, "below": below}

@@ -21,6 +21,7 @@ from fedlora.folder import RunFolder
 from fedlora.ledger import Row
 from fedlora.methods import fedavg
 from fedlora.schema import Schema
+from fedlora.shrink import Shrink
 from fedlora.state import Change, ServerState, Update
 from fedlora.store import Store
 from fedlora.transport import BFloat16, Link, TopK
@@ -100,6 +101,25 @@ class PersonalB(LoRA):
             if leaf.factor == "B":
                 installed.schema[name] = leaf._replace(role="personal")
         return installed
+
+
+class PersonalHead(LoRA):
+    """LoRA whose head never leaves its client."""
+
+    def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
+        installed = super().install(model, head, seed)
+        for name in installed.schema.names("head"):
+            installed.schema[name] = installed.schema[name]._replace(role="personal")
+        return installed
+
+
+def test_a_personal_head_goes_with_ranks_that_clients_give_up() -> None:
+    federation = Federation(fedavg(rounds=2, tuning=PersonalHead(rank=4), local=LOCAL, memory="init", shrink=Shrink()))
+    state = federation.go_on(federation.start(), 2)
+    assert "head" not in federation.rows[-1].up_bytes
+    assert all(
+        memory.parts.tree("personal", "values").keys() == state.schema.personal for memory in state.clients.values()
+    )
 
 
 LINKS = {
