@@ -108,7 +108,7 @@ class WeightedMean(Accumulator):
     """``sum_k w_k delta_k / sum_k w_k``; holds the sum alone.
 
     Args:
-        weight_of: the say of an update.
+        weight_of: the weight of an update.
         changed: what becomes of an update before it is added.
     """
 
@@ -176,6 +176,6 @@ class Collected(Accumulator):
         return Change(tree.unflatten(self._rule.of(rows), self._deltas[0]), Fold())
 
 
-def say(weighting: str) -> Callable[[Update], float]:
+def weight_by(weighting: str) -> Callable[[Update], float]:
     """The weight of an update by a rule's ``weighting``: ``uniform`` or ``examples``."""
     return (lambda update: 1.0) if weighting == "uniform" else (lambda update: update.weight)

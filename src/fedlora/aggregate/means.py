@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora import tree
-from fedlora.aggregate.base import Accumulator, Aggregator, Comparing, Needs, Weighted, WeightedMean, say
+from fedlora.aggregate.base import Accumulator, Aggregator, Comparing, Needs, Weighted, WeightedMean, weight_by
 from fedlora.component import STRICT, Count, Field, Positive, Whole, dataclass
 from fedlora.errors import TrainingError
 from fedlora.schema import Schema
@@ -33,7 +33,7 @@ class Mean(Weighted):
     needs: ClassVar[Needs] = "sum"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        return WeightedMean(say(self.weighting))
+        return WeightedMean(weight_by(self.weighting))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -114,7 +114,7 @@ class NormBound(Aggregator):
     needs: ClassVar[Needs] = "update"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        return WeightedMean(say("uniform"), self._bounded)
+        return WeightedMean(weight_by("uniform"), self._bounded)
 
     def _bounded(self, update: Update) -> Update:
         return update._replace(delta=tree.scale(update.delta, 1.0 / max(1.0, tree.norm(update.delta) / self.norm)))

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.aggregate.base import Accumulator, Aggregator, Needs, Weighted, WeightedMean, say
+from fedlora.aggregate.base import Accumulator, Aggregator, Needs, Weighted, WeightedMean, weight_by
 from fedlora.component import STRICT, Count, dataclass
 from fedlora.schema import Pair, Schema
 from fedlora.state import Change, Fold, Update
@@ -203,7 +203,7 @@ class Factors(Accumulator):
     """
 
     def __init__(self, rule: OfProducts, params: Tree, schema: Schema) -> None:
-        self._rule, self._weight_of = rule, say(rule.weighting)
+        self._rule, self._weight_of = rule, weight_by(rule.weighting)
         self._mean = WeightedMean(self._weight_of)
         self._weights: list[float] = []
         self._first: Update | None = None
