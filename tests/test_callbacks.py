@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,13 +133,3 @@ def test_what_an_earlier_version_called_is_refused_with_the_new_names(world: Pat
             fedlora.run(experiment(world), tmp_path / "run", callbacks=[old])
     assert not (tmp_path / "run").exists()
     CallbackList([Other()])
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [("watch", "Watcher"), ("watch", "Silent"), ("track", "Tracker"), ("track", "TensorBoard")],
-)
-def test_an_import_of_an_earlier_version_says_what_to_write(module: str, name: str) -> None:
-    found = importlib.import_module(f"fedlora.{module}")
-    with pytest.raises(ImportError, match=r"derive from fedlora\.callbacks\.Callback"):
-        getattr(found, name)

@@ -6,12 +6,14 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fedlora.errors import ConfigError
-from fedlora.local import Local
 from fedlora.privacy import CentralGaussian
-from fedlora.recipe import Phase, Recipe
+
+if TYPE_CHECKING:
+    from fedlora.local import Local
+    from fedlora.recipe import Phase, Recipe
 
 Sampling = Literal["fixed", "poisson"]
 

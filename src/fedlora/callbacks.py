@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from fedlora.errors import CallbackError, ConfigError, FedloraError
 
@@ -83,12 +83,3 @@ class CallbackList(Callback):
                     f"the callback {type(one).__name__} failed in {method} ({type(error).__name__}: {error}); every "
                     "finished round is saved: mend it, or leave it out, and run again to go on"
                 ) from error
-
-
-def moved(name: str) -> NoReturn:
-    """What the modules of watchers and trackers answer to an import.
-
-    Raises:
-        ImportError: always, with what to do; for Python's own names an ``AttributeError``.
-    """
-    raise AttributeError(name) if name.startswith("__") else ImportError(_RENAMED)

@@ -341,8 +341,8 @@ def _run(
     setting: Setting | None = None,
     engine: str = "serial",
 ) -> Result:
-    from fedlora.engines import ENGINES
     from fedlora.experiment import run as run_experiment
+    from fedlora.federation.engines import ENGINES
 
     folder = folder_of(experiment, folder)
     if engine not in ENGINES:

@@ -16,8 +16,8 @@ import torch
 from fedlora import tree
 from fedlora.aggregate import AGGREGATORS, Needs
 from fedlora.config import Experiment
-from fedlora.engines import ENGINES
 from fedlora.errors import ConfigError
+from fedlora.federation.engines import ENGINES
 from fedlora.local import CLIENT_OPTIMIZERS
 from fedlora.methods import METHODS
 from fedlora.partitions import PARTITIONS

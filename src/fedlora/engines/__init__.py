@@ -1,28 +1,9 @@
-"""The slot ``Engine`` and its table.
+"""Where clients run: the slot ``Engine``.
 
-Names are imported when they are first used: Flower's own processes live in here too, and need no torch.
+An engine takes jobs and gives replies in their order; it knows nothing of what a round makes of them.
 """
 
-from __future__ import annotations
+from fedlora.engines.base import Engine
+from fedlora.engines.serial import Serial
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fedlora.engines.base import Engine
-    from fedlora.engines.serial import Serial
-
-    ENGINES: dict[str, type[Engine]]
-    """What ``fedlora run --engine`` takes; real sites are reached by ``fedlora serve``."""
-
-__all__ = ["ENGINES", "Engine", "Serial"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'fedlora.engines' has no attribute {name!r}")
-    from fedlora.engines.base import Engine
-    from fedlora.engines.remote import Remote
-    from fedlora.engines.serial import Serial
-
-    globals().update(Engine=Engine, Serial=Serial, ENGINES={"serial": Serial, "flower-simulation": Remote})
-    return globals()[name]
+__all__ = ["Engine", "Serial"]
