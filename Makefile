@@ -30,7 +30,7 @@ coverage: MEASURED := --cov
 coverage: test  ## make test, and which lines of src/ it runs: 92 % of them or more; takes half as long again
 
 WHAT ?= tests
-slow: $(STAMP)  ## every pair of choices trained by itself, and what else takes minutes; WHAT=tests/test_defaults.py names some
+slow: $(STAMP)  ## every pair of choices trained by itself, and what else takes minutes; WHAT=tests/methods/test_defaults.py names some
 	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m slow $(WHAT)
 
 $(FLOWER)/.installed: pyproject.toml constraints.txt

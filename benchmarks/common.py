@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedlora.clients import Population
+from fedlora.client.workspace import Workspace
+from fedlora.core.state import ServerState
 from fedlora.engines import Serial
-from fedlora.phases import open_phase
+from fedlora.population.clients import Population
 from fedlora.recipe import Recipe
-from fedlora.state import ServerState
+from fedlora.rounds.phases import open_phase
 from fedlora.tasks import Model
-from fedlora.tasks.sources import Docstrings
+from fedlora.tasks.data.sources import Docstrings
 from fedlora.tasks.text import PreparedText, TextClassification
-from fedlora.workspace import Workspace
 
 CPU = torch.device("cpu")
 SEED = 0

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedlora.inference import load_run
-from fedlora.phases import close_phase
-from fedlora.tree import Tree
+from fedlora.core.tree import Tree
+from fedlora.rounds.phases import close_phase
+from fedlora.runs.inference import load_run
 from fedlora.tuning.targets import find
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from benchmarks.common import CPU, Figure, Settings, docstrings, figure, opened, ratios, side_by_side, spread_rows
-from fedlora.local import Local
+from fedlora.core.state import generator, named_seed
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
-from fedlora.state import generator, named_seed
+from fedlora.recipe.local import Local
+from fedlora.rounds.round import run_round
 from fedlora.tuning import LoRA
 
 SIZE = 48

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import Figure, Settings, docstrings, figure, opened, spread_rows
-from fedlora.clients import draw_cohort
-from fedlora.local import Local
+from fedlora.core.state import named_seed
+from fedlora.population.clients import draw_cohort
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
-from fedlora.state import named_seed
+from fedlora.recipe.local import Local
+from fedlora.rounds.round import run_round
 from fedlora.tuning import LoRA
 
 POPULATIONS = (10, 1_000, 10_000)

@@ -12,14 +12,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import CPU, Figure, Settings, docstrings, figure, opened
-from fedlora.clients import Clients, Population, build_population, draw_cohort
-from fedlora.local import AdamW, Local
-from fedlora.partitions import Iid
+from fedlora.core.state import generator, named_seed
+from fedlora.core.tree import Tree
+from fedlora.population.clients import Clients, Population, build_population, draw_cohort
+from fedlora.population.partitions import Iid
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
-from fedlora.state import generator, named_seed
+from fedlora.recipe.local import AdamW, Local
+from fedlora.rounds.round import run_round
 from fedlora.tasks import Model
-from fedlora.tree import Tree
 from fedlora.tuning import LoRA
 from fedlora.tuning.lora import to_peft
 

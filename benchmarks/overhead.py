@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 
 from benchmarks.common import Figure, Settings, docstrings, figure, opened, ratios, side_by_side, spread_rows
-from fedlora import tree
-from fedlora.local import Local
+from fedlora.core import tree
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
+from fedlora.recipe.local import Local
+from fedlora.rounds.round import run_round
 from fedlora.transport import BFloat16, Link, TopK
 from fedlora.tuning import LoRA
 

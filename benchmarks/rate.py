@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks.common import CPU, Figure, Settings, docstrings, figure, opened, ratios, side_by_side, spread_rows
-from fedlora.local import Local
 from fedlora.recipe import Recipe
+from fedlora.recipe.local import Local
 from fedlora.tuning import LoRA
 
 BATCH, LENGTH = 16, 128

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import config
-from fedlora.callbacks import Callback
 from fedlora.config import Experiment
-from fedlora.engines.rules import Rules
-from fedlora.experiment import run
-from fedlora.federation.demo import started_sites
-from fedlora.federation.federate import federate
-from fedlora.federation.folder import ServerConfig, public_keys
-from fedlora.federation.serve import sites_of, superlink
-from fedlora.federation.simulate import simulate
-from fedlora.ledger import Row
+from fedlora.federation.deploy.demo import started_sites
+from fedlora.federation.deploy.federate import federate
+from fedlora.federation.deploy.folder import ServerConfig, public_keys
+from fedlora.federation.deploy.serve import sites_of, superlink
+from fedlora.federation.deploy.simulate import simulate
+from fedlora.federation.protocol.rules import Rules
+from fedlora.rounds.ledger import Row
+from fedlora.runs.callbacks import Callback
+from fedlora.runs.experiment import run
 
 ROUNDS = 8
 

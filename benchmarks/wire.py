@@ -14,7 +14,8 @@ import zstandard
 from numpy.typing import NDArray
 
 from benchmarks.common import SEED, Figure, Settings, figure, ratios, side_by_side
-from fedlora import tree as trees
+from fedlora.core import tree as trees
+from fedlora.core.tree import Tree
 from fedlora.transport import (
     AnyPrecision,
     BFloat16,
@@ -26,7 +27,6 @@ from fedlora.transport import (
     Uniform,
     unpack,
 )
-from fedlora.tree import Tree
 
 DENSITIES = {"1": 1.0, "1/4": 1 / 4, "1/16": 1 / 16, "1/64": 1 / 64}
 PRECISIONS: dict[str, AnyPrecision] = {

@@ -7,8 +7,8 @@ import dataclasses
 import sys
 
 import fedlora
+from fedlora.config.federated_data import prepare
 from fedlora.methods.defaults import ADAPTIVE
-from fedlora.setting import prepare
 from fedlora.tuning import SvdOfWeight
 
 rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10

@@ -17,55 +17,49 @@ import pytest
 from pydantic import ValidationError
 
 import fedlora
-from fedlora import describe
-from fedlora.callbacks import Callback
 from fedlora.methods import METHODS
+from fedlora.runs.callbacks import Callback
+from fedlora.show import describe
 
 SOURCE = Path(fedlora.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # what needs Flower is looked at where it is installed, by `make flower`
-FLOWER = ("fedlora.engines.flower.", "fedlora.federation.")
+FLOWER = ("fedlora.federation.",)
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages([str(SOURCE)], "fedlora.")
     if info.name != "fedlora.__main__" and (importlib.util.find_spec("flwr") or not info.name.startswith(FLOWER))
 )
+MODULE_FILES = {
+    ".".join(["fedlora", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__"): path
+    for path in FILES
+}
 DOORS = {
     "peft": ("tuning/",),
     "transformers": ("tasks/", "tuning/", "testing.py"),
     "datasets": ("tasks/", "tuning/", "testing.py"),
-    "flwr": ("engines/flower/", "federation/simulate.py"),
-    "cryptography": ("federation/keys.py", "engines/flower/runtime.py"),
-    "typer": ("cli", "terminal.py"),
+    "flwr": ("federation/flower/", "federation/deploy/simulate.py"),
+    "cryptography": ("federation/deploy/keys.py", "federation/flower/runtime.py"),
+    "typer": ("cli/",),
     "constriction": ("transport/",),
 }
-LAYERS = (
-    ("tree", "errors", "files", "byte_counts", "modes", "callbacks", "component", "upgrade", "explain"),
-    ("rates",),
-    ("state",),
-    ("transport", "aggregate", "server_optim", "privacy", "tuning", "local", "gradients"),
-    (
-        "folds",
-        "refusals",
-    ),
+FLOORS = (
+    ("core",),
+    ("transport", "tuning", "privacy"),
+    ("tasks",),
+    ("server",),
     ("recipe",),
-    ("disclosure",),
-    ("methods",),
-    ("method_table",),
-    ("config", "jobs"),
-    ("training",),
-    ("client",),
-    ("round",),
-    ("engines",),
-    ("result",),
-    ("session",),
-    ("experiment", "trackers"),
+    ("methods", "population", "client"),
+    ("config", "engines"),
+    ("rounds",),
+    ("runs",),
     ("federation",),
-    ("report",),
+    ("show",),
     ("study",),
-    ("cli_federation", "cli_study"),
     ("cli",),
 )
+"""The folders, lowest floor first: each imports what lies below it, and nothing beside or above it."""
+BESIDE = {"__init__.py", "__main__.py", "testing.py"}
 LONGER: dict[str, str] = {}
 """Functions above the limits, as ``file.py:name``, each with its reason; five at most."""
 NEEDED = {
@@ -104,13 +98,19 @@ def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
             yield node.module or "", [alias.name for alias in node.names]
 
 
-def top_level(path: Path) -> Iterator[str]:
-    """The fedlora modules that a file needs in order to be imported."""
-    for node in parsed(path).body:
-        if isinstance(node, ast.ImportFrom) and node.module == "fedlora":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedlora."):
-            yield str(node.module).split(".")[1]
+def needs(path: Path) -> Iterator[str]:
+    """The fedlora modules that a file imports anywhere, those for types alone left out."""
+    typed = {
+        id(inner)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom) and id(node) not in typed and (node.module or "").startswith("fedlora"):
+            for alias in node.names:
+                one = f"{node.module}.{alias.name}"
+                yield one if one in MODULE_FILES else str(node.module)
 
 
 def classes() -> dict[str, type]:
@@ -128,16 +128,37 @@ def test_a_library_comes_in_by_its_door_alone(library: str) -> None:
     assert [user for user in users if not user.startswith(DOORS[library])] == []
 
 
-def test_imports_go_one_way() -> None:
-    place = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+def test_every_file_lives_in_a_folder_of_a_floor() -> None:
+    folders = {folder for floor in FLOORS for folder in floor}
+    assert {name_of(path).split("/")[0] for path in FILES} == folders | BESIDE
+    assert len(BESIDE) <= 4
+
+
+def test_imports_go_down_only() -> None:
+    floor = {folder: number for number, folders in enumerate(FLOORS) for folder in folders}
     wrong = [
         f"{name_of(path)} imports {needed}"
         for path in FILES
-        for needed in top_level(path)
-        if place.get(name_of(path).split("/")[0].removesuffix(".py"), 99) < place.get(needed, -1)
+        if name_of(path) not in BESIDE
+        for needed in needs(path)
+        if (folder := needed.split(".")[1] if "." in needed else "") != (own := name_of(path).split("/")[0])
+        if floor.get(folder, 99) >= floor[own]
     ]
-    # an engine's contract is made of jobs and replies, and a round speaks to engines by it
-    assert [one for one in wrong if one != "round.py imports engines"] == []
+    assert wrong == []
+
+
+def test_no_file_needs_itself_in_order_to_be_imported() -> None:
+    arrows = {module: {*needs(path)} - {module} for module, path in MODULE_FILES.items()}
+    while leaves := [module for module, needed in arrows.items() if not needed & arrows.keys()]:
+        for module in leaves:
+            del arrows[module]
+    assert sorted(arrows) == []
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=name_of)
+def test_a_folder_says_what_lives_there_and_what_may_not(folder: Path) -> None:
+    said = ast.get_docstring(parsed(folder / "__init__.py")) or ""
+    assert len([one for one in said.replace("\n", " ").split(". ") if one]) >= 2
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -194,7 +215,7 @@ def test_the_two_halves_of_a_round_are_read_in_one_sitting() -> None:
         tree = ast.parse((SOURCE / name).read_text(encoding="utf-8"))
         return len(ast.unparse(_without_docstrings(tree)).splitlines())
 
-    assert code("round.py") + code("client.py") < 300
+    assert code("rounds/round.py") + code("client/turn.py") < 300
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -222,7 +243,7 @@ def test_only_methods_know_the_names_of_methods(path: Path) -> None:
         if isinstance(operand, ast.Constant)
     }
     # a scheme of partition is called after FLASC's authors too, and tables compare with dense LoRA
-    allowed = {"partitions.py": {"flasc"}, "report.py": {"lora"}}.get(name_of(path), set())
+    allowed = {"population/partitions.py": {"flasc"}, "show/report.py": {"lora"}}.get(name_of(path), set())
     assert compared & set(METHODS) <= allowed
 
 

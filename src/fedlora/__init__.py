@@ -9,12 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora.clients import Clients
     from fedlora.config import Evaluate, Experiment, load
-    from fedlora.errors import FedloraError
-    from fedlora.experiment import run
-    from fedlora.inference import load_run
-    from fedlora.local import Local
+    from fedlora.core.errors import FedloraError
+    from fedlora.core.rates import LrScale, Schedule
     from fedlora.methods import (
         adapter_lth,
         dense_lora,
@@ -33,11 +30,14 @@ if TYPE_CHECKING:
         slora,
         sparse_adapter,
     )
-    from fedlora.partitions import Dirichlet, Iid, Natural, Pooled, Quantity, Shards
-    from fedlora.rates import LrScale, Schedule
+    from fedlora.population.clients import Clients
+    from fedlora.population.partitions import Dirichlet, Iid, Natural, Pooled, Quantity, Shards
+    from fedlora.population.skew import Clusters, Column
     from fedlora.recipe import Phase, Recipe
-    from fedlora.result import Result
-    from fedlora.skew import Clusters, Column
+    from fedlora.recipe.local import Local
+    from fedlora.runs.experiment import run
+    from fedlora.runs.inference import load_run
+    from fedlora.runs.result import Result
     from fedlora.tasks import (
         CausalLM,
         Docstrings,
@@ -57,18 +57,18 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "config": "Evaluate Experiment load",
-    "errors": "FedloraError",
-    "experiment": "run",
-    "inference": "load_run",
-    "local": "Local",
+    "core.errors": "FedloraError",
+    "runs.experiment": "run",
+    "runs.inference": "load_run",
+    "recipe.local": "Local",
     "methods": "adapter_lth dense_lora fed_select fedavg federa fedex ffa flasc flexlora flora full het_lora "
     "primed_lora rolora slora sparse_adapter",
-    "clients": "Clients",
-    "partitions": "Dirichlet Iid Natural Pooled Quantity Shards",
-    "rates": "LrScale Schedule",
+    "population.clients": "Clients",
+    "population.partitions": "Dirichlet Iid Natural Pooled Quantity Shards",
+    "core.rates": "LrScale Schedule",
     "recipe": "Phase Recipe",
-    "result": "Result",
-    "skew": "Clusters Column",
+    "runs.result": "Result",
+    "population.skew": "Clusters Column",
     "tasks": "CausalLM Docstrings Files Hub ImageClassification ImageFolder Instruction Model QuestionAnswering Sites "
     "TextClassification TokenClassification",
     "transport": "Link Quota RandomK Stage TopK Uniform",

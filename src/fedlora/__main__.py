@@ -1,5 +1,5 @@
 """``python -m fedlora``."""
 
-from fedlora.cli import main
+from fedlora.cli.main import main
 
 main()

@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.clients import Population
-from fedlora.schema import Leaf, Schema, factor_leaf
+from fedlora.core.schema import Leaf, Schema, factor_leaf
+from fedlora.population.clients import Population
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
-from fedlora.tasks.loading import head_names
+from fedlora.tasks.models.loading import head_names
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}

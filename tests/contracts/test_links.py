@@ -11,20 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import LOCAL, Federation, num_nonzero
+from fixtures.toy import LOCAL, Federation, num_nonzero
 
-from fedlora import config, tree
-from fedlora.aggregate.base import WeightedMean
-from fedlora.checkpoint import load_state, save_state
+from fedlora import config
 from fedlora.config import Experiment
-from fedlora.downlink import Downlink
-from fedlora.errors import ConfigError, WireError
-from fedlora.ledger import Row
+from fedlora.core import tree
+from fedlora.core.errors import ConfigError, WireError
+from fedlora.core.state import Update
 from fedlora.methods import Phases, fedavg, flasc
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
-from fedlora.server_optim import Sgd
-from fedlora.state import Update
+from fedlora.rounds.checkpoint import load_state, save_state
+from fedlora.rounds.downlink import Downlink
+from fedlora.rounds.ledger import Row
+from fedlora.server.aggregate.base import WeightedMean
+from fedlora.server.optimizers import Sgd
 from fedlora.transport import (
     PRECISIONS,
     SPARSIFIERS,

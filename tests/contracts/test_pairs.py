@@ -14,21 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from toy import LOCAL, Federation
+from fixtures.toy import LOCAL, Federation
 
-from fedlora.aggregate import AGGREGATORS, Aggregator, Krum, NormBound, TrimmedMean
-from fedlora.checkpoint import load_state, save_state
-from fedlora.errors import ConfigError
-from fedlora.example_privacy import ExampleNoise
-from fedlora.local import CLIENT_OPTIMIZERS
-from fedlora.local import AdamW as ClientAdamW
-from fedlora.local import Sgd as ClientSgd
+from fedlora.core.errors import ConfigError
+from fedlora.core.rates import LrScale, Schedule
 from fedlora.methods import fedavg
 from fedlora.privacy import PRIVACY, CentralGaussian
-from fedlora.prune import Prune
-from fedlora.rates import LrScale, Schedule
-from fedlora.server_optim import SERVER_OPTIMIZERS, Adam, AdamW, FedAdagrad, FedAdam, FedYogi, Sgd
-from fedlora.shrink import Shrink
+from fedlora.privacy.examples import ExampleNoise
+from fedlora.recipe.local import CLIENT_OPTIMIZERS
+from fedlora.recipe.local import AdamW as ClientAdamW
+from fedlora.recipe.local import Sgd as ClientSgd
+from fedlora.recipe.rank_pruning import Shrink
+from fedlora.rounds.checkpoint import load_state, save_state
+from fedlora.server.aggregate import AGGREGATORS, Aggregator, Krum, NormBound, TrimmedMean
+from fedlora.server.optimizers import SERVER_OPTIMIZERS, Adam, AdamW, FedAdagrad, FedAdam, FedYogi, Sgd
+from fedlora.server.pruning import Prune
 from fedlora.transport import (
     PRECISIONS,
     SPARSIFIERS,

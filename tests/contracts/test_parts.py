@@ -7,25 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.toy import LOCAL, Federation, toy_run
 from safetensors.torch import load_file
 from torch import nn
-from toy import LOCAL, Federation, toy_run
 
-from fedlora import run, tree
-from fedlora.aggregate import Accumulator, Mean
-from fedlora.callbacks import Callback
-from fedlora.checkpoint import load_state, save_state
-from fedlora.cost import costs
-from fedlora.experiment import Stopped
-from fedlora.folder import RunFolder
-from fedlora.ledger import Row
+from fedlora import run
+from fedlora.core import tree
+from fedlora.core.schema import Schema
+from fedlora.core.state import Change, ServerState, Update
+from fedlora.core.store import Store
+from fedlora.core.tree import Tree
 from fedlora.methods import fedavg
-from fedlora.schema import Schema
-from fedlora.shrink import Shrink
-from fedlora.state import Change, ServerState, Update
-from fedlora.store import Store
+from fedlora.recipe.rank_pruning import Shrink
+from fedlora.rounds.checkpoint import load_state, save_state
+from fedlora.rounds.ledger import Row
+from fedlora.runs.callbacks import Callback
+from fedlora.runs.cost import costs
+from fedlora.runs.experiment import Stopped
+from fedlora.runs.folder import RunFolder
+from fedlora.server.aggregate import Accumulator, Mean
 from fedlora.transport import BFloat16, Link, TopK
-from fedlora.tree import Tree
 from fedlora.tuning import Installed, LoRA
 from fedlora.tuning.export import save_lora
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from toy import LOCAL, Federation
+from fixtures.toy import LOCAL, Federation
 
 from fedlora import config
-from fedlora.checkpoint import load_state, save_state
 from fedlora.config import Experiment
-from fedlora.ledger import Row
 from fedlora.methods import METHODS, Phases
-from fedlora.server_optim import Sgd
+from fedlora.rounds.checkpoint import load_state, save_state
+from fedlora.rounds.ledger import Row
+from fedlora.server.optimizers import Sgd
 
 COMMON: dict[str, Any] = {"rounds": 6, "local": LOCAL}
 SMALL: dict[str, dict[str, Any]] = {

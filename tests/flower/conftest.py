@@ -13,18 +13,18 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from post import Told
-from tiny import make_rows, save_model, write_rows
+from fixtures.fake_transport import Told
+from fixtures.tiny import make_rows, save_model, write_rows
 
 pytest.importorskip("flwr", reason="needs the extra flower: make flower")
 
 from fedlora.config import Experiment
-from fedlora.engines.flower.runtime import Link
-from fedlora.engines.rules import Rules
-from fedlora.federation import demo, folder, processes, serve
-from fedlora.federation.federate import federate
-from fedlora.federation.processes import Child
-from fedlora.result import Result
+from fedlora.federation.deploy import demo, folder, processes, serve
+from fedlora.federation.deploy.federate import federate
+from fedlora.federation.deploy.processes import Child
+from fedlora.federation.flower.runtime import Link
+from fedlora.federation.protocol.rules import Rules
+from fedlora.runs.result import Result
 
 SITES = 4
 # Ray's own limit; fedlora says so where it is met

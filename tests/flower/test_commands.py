@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from tiny import document, ledger
+from fixtures.tiny import document, ledger
 
 import fedlora
-from fedlora import cli
-from fedlora import flower_versions as versions
+from fedlora.cli import main as cli
 from fedlora.config import parse
-from fedlora.errors import ConfigError
-from fedlora.federation.simulate import simulate
+from fedlora.core.errors import ConfigError
+from fedlora.federation.deploy import flower_versions as versions
+from fedlora.federation.deploy.simulate import simulate
 
 from .conftest import needs_ray, processes_of
 
@@ -106,14 +106,13 @@ def test_no_flower_at_all_is_told_what_to_install(monkeypatch: pytest.MonkeyPatc
 
 
 def test_help_does_not_wait_for_flower() -> None:
-    code = (
-        "import sys, fedlora.cli; sys.exit(any(name.split('.')[0] in ('flwr', 'ray', 'torch') for name in sys.modules))"
-    )
+    heavy = "any(name.split('.')[0] in ('flwr', 'ray', 'torch') for name in sys.modules)"
+    code = f"import sys, fedlora.cli.main; sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert cli.app
 
 
 @pytest.mark.parametrize("process", ["supernode", "superlink"])
 def test_flower_s_own_processes_hold_no_torch(process: str) -> None:
-    code = f"import sys, fedlora.engines.flower.{process}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, fedlora.federation.flower.{process}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -17,19 +17,19 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from fixtures.malformed_replies import WRONGS
+from fixtures.tiny import document, experiment, ledger
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import http_grid
-from tiny import document, experiment, ledger
-from wrongs import WRONGS
 
 import fedlora
 from fedlora import config
-from fedlora.checkpoint import load_state
 from fedlora.config import Experiment
-from fedlora.engines.rules import Rules
-from fedlora.experiment import Stopped
-from fedlora.federation import folder, serve
-from fedlora.federation.processes import Child, free_port
+from fedlora.federation.deploy import folder, serve
+from fedlora.federation.deploy.processes import Child, free_port
+from fedlora.federation.protocol.rules import Rules
+from fedlora.rounds.checkpoint import load_state
+from fedlora.runs.experiment import Stopped
 
 from .conftest import Federation, processes_of
 
@@ -113,7 +113,7 @@ def test_a_killed_worker_is_started_again_and_asked_again(root: Path, federation
     fedlora.run(chosen(root, SLOW), root / "undisturbed")
     where, done = root / "worker", []
     site = str(federation.place / "sites" / "site-2" / "site.toml")
-    with at(lambda: rounds_done(where) >= 1, lambda: kill(site, "federation.worker"), done):
+    with at(lambda: rounds_done(where) >= 1, lambda: kill(site, "deploy.worker"), done):
         federation.run(chosen(root, SLOW), where, PATIENT)
     assert done
     assert_same(where, root / "undisturbed")
@@ -150,7 +150,7 @@ def test_a_site_killed_mid_round_and_back_changes_nothing(root: Path, federation
 def test_a_superlink_killed_mid_round_comes_back_with_its_database(root: Path, federation: Federation) -> None:
     where, done = root / "superlink", []
     text = str(federation.place / "server" / "superlink" / "state.db")
-    with at(lambda: rounds_done(where) >= 1, lambda: kill(text, "engines.flower.superlink"), done):
+    with at(lambda: rounds_done(where) >= 1, lambda: kill(text, "flower.superlink"), done):
         federation.run(chosen(root, SLOW), where, PATIENT)
     assert done
     assert any("started again" in text for text in federation.told.messages)
@@ -221,9 +221,10 @@ LIES = dict(list(WRONGS.items())[::4])
 """Some of what sites may answer; ``test_remote.py`` has all, without a network."""
 ROGUE = """
 import sys
-if "fedlora.federation.worker" in sys.orig_argv and "--check" not in sys.orig_argv:
-    from fedlora.engines import letters, site
-    from wrongs import WRONGS
+if "fedlora.federation.deploy.worker" in sys.orig_argv and "--check" not in sys.orig_argv:
+    from fedlora.federation.protocol import letters
+    from fedlora.federation.site import site
+    from fixtures.malformed_replies import WRONGS
     honest, changes, old = site.Site.answer, [one[0] for one in WRONGS.values()][::4], []
     def answer(self, raw):
         found, head = honest(self, raw), letters.read(raw).head
@@ -261,7 +262,7 @@ def test_a_site_that_answers_wrongly_is_refused_each_time_and_the_rounds_go_on(
 def test_the_server_app_alone_runs_what_its_configuration_names(root: Path) -> None:
     from flwr.app import Context, RecordDict
 
-    from fedlora.engines.flower import app
+    from fedlora.federation.flower import app
 
     file = root / "app.toml"
     file.write_text(tomli_w.dumps(document(root, "flasc", "clients.num=4", "clients.per_round=4", rounds=2)))
@@ -325,7 +326,7 @@ def behind(federation: Federation, link: SlowLink, name: str) -> Child:
 
 @pytest.mark.slow
 def test_twenty_megabytes_over_a_slow_link_arrive(root: Path) -> None:
-    from tiny import save_model
+    from fixtures.tiny import save_model
     from transformers import BertConfig, BertForSequenceClassification
 
     # 5 million weights that are all trained: 20 MB

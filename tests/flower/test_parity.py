@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LOCAL, document, ledger
+from fixtures.tiny import LOCAL, document, ledger
 
 import fedlora
 from fedlora import config
-from fedlora.checkpoint import load_state
 from fedlora.config import Experiment
-from fedlora.engines.courier import Courier
-from fedlora.engines.rules import Rules
-from fedlora.federation.federate import federate
-from fedlora.federation.simulate import with_ray, write_site
+from fedlora.federation.deploy.federate import federate
+from fedlora.federation.deploy.simulate import with_ray, write_site
+from fedlora.federation.protocol.courier import Courier
+from fedlora.federation.protocol.rules import Rules
 from fedlora.methods import METHODS
+from fedlora.rounds.checkpoint import load_state
 
 from .conftest import Federation, needs_ray
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import httpx
 import pytest
 import tomli_w
-from tiny import experiment
+from fixtures.tiny import experiment
 
-from fedlora.engines.rules import Rules, SiteConfig
-from fedlora.errors import ConfigError
-from fedlora.federation import folder, join, keys, serve
-from fedlora.federation.processes import Child, free_port, write_secret
+from fedlora.core.errors import ConfigError
+from fedlora.federation.deploy import folder, join, keys, serve
+from fedlora.federation.deploy.processes import Child, free_port, write_secret
+from fedlora.federation.protocol.rules import Rules, SiteConfig
 
 from .conftest import Federation, processes_of
 
@@ -115,7 +115,7 @@ def test_the_superlink_listens_on_the_loopback_interface_alone(federation: Feder
 def test_a_task_is_not_handed_to_whoever_asks(federation: Federation) -> None:
     from flwr.supercore.constant import TaskType
 
-    from fedlora.engines.flower import runtime
+    from fedlora.federation.flower import runtime
 
     trust = ssl.create_default_context(cafile=str(federation.place / "server" / "ca.crt"))
     url = f"https://127.0.0.1:{federation.config.port}/v1/runtime/acquire-task"
@@ -127,7 +127,7 @@ def test_a_task_is_not_handed_to_whoever_asks(federation: Federation) -> None:
 def test_keys_of_sites_that_left_are_accepted_no_more(root: Path) -> None:
     from flwr.proto.control_pb2 import ListNodesRequest
 
-    from fedlora.engines.flower import runtime
+    from fedlora.federation.flower import runtime
 
     place = root / "leaving"
     folder.init(place, ["clinic", "hospital"], "localhost", port=free_port())
@@ -218,7 +218,7 @@ def test_a_site_leaves_politely(root: Path, federation: Federation) -> None:
 
 @pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="nginx is not installed")
 def test_the_proxy_lets_sites_through_and_nobody_to_the_control_interface(root: Path, federation: Federation) -> None:
-    from fedlora.federation.texts import PROXY
+    from fedlora.federation.deploy.file_templates import PROXY
 
     server = federation.place / "server"
     port = free_port()

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import xxhash
 
-from fedlora.errors import WireError
+from fedlora.core.errors import WireError
+from fedlora.core.tree import Tree
 from fedlora.transport import BFloat16, Draw, Float16, Float32, Form, RandomK, Uniform, pack, unpack
-from fedlora.tree import Tree
 
 CORPUS = Path(__file__).parent / "corpus"
 ENVELOPE = 17

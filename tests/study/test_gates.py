@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 from fedlora.study.gates import check, parse_rules, parse_term
 
 VARY = {"clients.partition.alpha": [0.5, 0.01]}

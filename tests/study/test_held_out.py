@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import COLOURS, document, make_rows, tiny_world, write_rows
+from fixtures.tiny import COLOURS, document, make_rows, tiny_world, write_rows
 
 from fedlora import config
-from fedlora.errors import ConfigError
-from fedlora.setting import Setting, prepare
+from fedlora.config.federated_data import Setting, prepare
+from fedlora.core.errors import ConfigError
 from fedlora.study.halving import held_out
 
 world = pytest.fixture(scope="module")(tiny_world)

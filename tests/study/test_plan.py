@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedlora import config
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 from fedlora.study import parse_study
 from fedlora.study.plan import merged
 from fedlora.study.runner import Runner, setting_names

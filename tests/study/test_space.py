@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 from fedlora.study.space import at_ends, parse_vary, points
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import tomli_w
-from tiny import LOCAL, tiny_world
+from fixtures.tiny import LOCAL, tiny_world
 from typer.testing import CliRunner
 
-from fedlora.cli import app
-from fedlora.errors import ConfigError, TrainingError
-from fedlora.experiment import Stopped
+from fedlora.cli.main import app
+from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.runs.experiment import Stopped
 from fedlora.study import GateError, parse_study, pool, run_study
 
 world = pytest.fixture(scope="module")(tiny_world)

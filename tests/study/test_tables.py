@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedlora.cli import app
-from fedlora.errors import ConfigError
+from fedlora.cli.main import app
+from fedlora.core.errors import ConfigError
 from fedlora.study.results import compact, read, write
 from fedlora.study.tables import comma_separated, latex, markdown, paired, summaries
 

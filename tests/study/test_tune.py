@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import tomli_w
-from tiny import document, tiny_world
+from fixtures.tiny import document, tiny_world
 from typer.testing import CliRunner
 
 from fedlora import config
-from fedlora.cli import app
-from fedlora.errors import ConfigError, TrainingError
-from fedlora.experiment import Stopped
+from fedlora.cli.main import app
+from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.runs.experiment import Stopped
 from fedlora.study import pool, tune
 from fedlora.study.halving import Halving
 from fedlora.study.pool import Job, Outcome

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import contents, experiment, ledger, tiny_world
+from fixtures.tiny import contents, experiment, ledger, tiny_world
 
-from fedlora.experiment import run
+from fedlora.runs.experiment import run
 
 world = pytest.fixture(scope="module")(tiny_world)
 

@@ -11,18 +11,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fedlora.client.training import training_mode
+from fedlora.client.workspace import Workspace
 from fedlora.engines import Serial
-from fedlora.local import Local, Sgd
-from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
+from fedlora.recipe.local import Local, Sgd
+from fedlora.rounds.phases import open_phase
+from fedlora.rounds.round import run_round
 from fedlora.tasks import Model
-from fedlora.tasks.loading import quiet_transformers
+from fedlora.tasks.models.loading import quiet_transformers
 from fedlora.testing import TensorTask, equal_population, tiny_config, toy_task
-from fedlora.training import training_mode
 from fedlora.tuning import Full, LoRA, Tuning
 from fedlora.tuning.lora_layer import LoRALayer
-from fedlora.workspace import Workspace
 
 CPU = torch.device("cpu")
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"

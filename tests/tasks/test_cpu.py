@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from fedlora.tasks import cpu
+from fedlora.tasks.models import cpu
 from fedlora.testing import FAMILIES, tiny_model
 
 PLAIN = [torch.float32, torch.bfloat16]

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import experiment, make_rows, save_model, tiny_world, write_rows
+from fixtures.tiny import experiment, make_rows, save_model, tiny_world, write_rows
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from fedlora.setting import prepare as prepare_setting
+from fedlora.config.federated_data import prepare as prepare_setting
 from fedlora.tasks import Files, Model, Prepared, TextClassification
 
 CPU = torch.device("cpu")

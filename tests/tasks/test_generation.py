@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import write_rows
-from tiny_language import (
+from fixtures.tiny import write_rows
+from fixtures.tiny_language import (
     BOS,
     BOT,
     CPU,
@@ -31,8 +31,8 @@ from tiny_language import (
 )
 from torch import Tensor, nn
 
-from fedlora.errors import ConfigError, DataError
-from fedlora.tasks.answers import extract
+from fedlora.core.errors import ConfigError, DataError
+from fedlora.tasks.lm.answers import extract
 
 world = pytest.fixture(scope="module")(instruction_world)
 

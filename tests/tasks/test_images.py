@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fixtures.shared import shared
+from fixtures.tiny import ledger
 from PIL import Image
-from shared import shared
-from tiny import ledger
 from torch import nn
 
 import fedlora
 from fedlora import config
-from fedlora.errors import ConfigError, DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import Files, ImageClassification, ImageFolder, Model, Prepared, Source
-from fedlora.tasks import pixels as pixels_module
-from fedlora.tasks.images import PreparedImages, augment
-from fedlora.tasks.pixels import decode, load_processor
+from fedlora.tasks.images import pixels as pixels_module
+from fedlora.tasks.images.images import PreparedImages, augment
+from fedlora.tasks.images.pixels import decode, load_processor
 from fedlora.tuning import HeadOnly, LoRA, Tuning
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from shared import shared
-from tiny import LOCAL, write_rows
-from tiny_language import (
+from fixtures.shared import shared
+from fixtures.tiny import LOCAL, write_rows
+from fixtures.tiny_language import (
     BOS,
     BOT,
     CHAT,
@@ -38,9 +38,9 @@ from transformers import AutoTokenizer
 
 import fedlora
 from fedlora import config
-from fedlora.errors import ConfigError, DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import Files, Instruction, Model
-from fedlora.tasks.instruction import cut
+from fedlora.tasks.lm.instruction import cut
 
 world = pytest.fixture(scope="module")(instruction_world)
 
@@ -287,7 +287,7 @@ def test_the_cache_tells_settings_apart(world: Path, monkeypatch: pytest.MonkeyP
         prepare_answers(world, **settings)
     prepare_talks(world)
     assert (first, len(list((tmp_path / "tokens").iterdir()))) == (1, 5)
-    monkeypatch.setattr("fedlora.tasks.instruction._pairs", None)
+    monkeypatch.setattr("fedlora.tasks.lm.instruction._pairs", None)
     prepare_answers(world)
 
 

@@ -10,10 +10,10 @@ import datasets
 import numpy as np
 import pytest
 
-from fedlora.errors import DataError
+from fedlora.core.errors import DataError
 from fedlora.tasks import Files, TextClassification
-from fedlora.tasks.columns import Raw, known_classes
-from fedlora.tasks.labels import class_sets, class_sets_of, class_table
+from fedlora.tasks.data.columns import Raw, known_classes
+from fedlora.tasks.data.labels import class_sets, class_sets_of, class_table
 
 LISTS: list[list[Any]] = [["red", "blue"], [], ["green"], ["blue"]]
 

@@ -10,10 +10,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from shared import shared
-from tiny import LOCAL, save_model, write_rows
-from tiny_language import (
+from fixtures.shared import shared
+from fixtures.tiny import LOCAL, save_model, write_rows
+from fixtures.tiny_language import (
     BOS,
     CPU,
     EOS,
@@ -29,11 +28,12 @@ from tiny_language import (
     save_language_model,
     targets,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fedlora
 from fedlora import config
-from fedlora.errors import ConfigError, DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import CausalLM, Files, Model
 
 world = pytest.fixture(scope="module")(language_world)
@@ -183,7 +183,7 @@ def test_the_second_time_nothing_is_tokenised(world: Path, monkeypatch: pytest.M
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
     first = prepare(world, block_size=6).batch(np.arange(5), CPU)
     made = len(list((tmp_path / "tokens").iterdir()))
-    monkeypatch.setattr("fedlora.tasks.language._tokenise", None)
+    monkeypatch.setattr("fedlora.tasks.lm.language._tokenise", None)
     again = prepare(world, block_size=6).batch(np.arange(5), CPU)
     assert made == 2
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import COLOURS, experiment, ledger, save_model, tiny_world, write_rows
+from fixtures.tiny import COLOURS, experiment, ledger, save_model, tiny_world, write_rows
 from torch import nn
 
 import fedlora
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 from fedlora.tasks import Files, Model, TextClassification
-from fedlora.tasks.cpu import ATTENTION
-from fedlora.tasks.loading import load_pretrained
+from fedlora.tasks.models.cpu import ATTENTION
+from fedlora.tasks.models.loading import load_pretrained
 from fedlora.tasks.text import PreparedText
 from fedlora.testing import tiny_model
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import experiment, ledger, save_model, tiny_world
+from fixtures.tiny import experiment, ledger, save_model, tiny_world
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import fedlora
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 from fedlora.tasks import Files, Model, TextClassification
-from fedlora.tasks.pooling import PooledClassifier
+from fedlora.tasks.models.pooling import PooledClassifier
 from fedlora.tasks.text import PreparedText
 
 CPU = torch.device("cpu")

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fixtures.tiny import COLOURS, contents, experiment, make_rows, tiny_world, write_rows
 from peft import PeftModel
-from tiny import COLOURS, contents, experiment, make_rows, tiny_world, write_rows
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedlora
 from fedlora.config import Experiment
-from fedlora.errors import DataError
-from fedlora.report import as_dict, comparison, load_result
-from fedlora.result import Result
+from fedlora.core.errors import DataError
+from fedlora.runs.result import Result
+from fedlora.show.report import as_dict, comparison, load_result
 from fedlora.tasks import Files, Model, TextClassification
 from fedlora.tasks.scores import MAIN_METRIC, Problem
 from fedlora.tasks.text import PreparedText

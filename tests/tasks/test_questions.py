@@ -15,22 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures.shared import shared
+from fixtures.tiny import COLOURS, SPECIAL, document, save_model, tiny_world, write_rows
 from peft import PeftModel
-from shared import shared
-from tiny import COLOURS, SPECIAL, document, save_model, tiny_world, write_rows
 from torch import nn
 from transformers import AutoModel, AutoModelForQuestionAnswering, AutoTokenizer
 
 import fedlora
 from fedlora import config
-from fedlora.errors import ConfigError, DataError
-from fedlora.setting import prepare as deal
-from fedlora.tasks import Files, Model, QuestionAnswering, spans
-from fedlora.tasks.encoded import by_length
-from fedlora.tasks.loading import load_tokenizer
-from fedlora.tasks.passages import check_stride, encode
-from fedlora.tasks.questions import PreparedQuestions, span_losses
-from fedlora.tasks.spans import Answer, Window, best_spans, decode, exact_match, f1, locate, normalise
+from fedlora.config.federated_data import prepare as deal
+from fedlora.core.errors import ConfigError, DataError
+from fedlora.tasks import Files, Model, QuestionAnswering
+from fedlora.tasks.models.encoded import by_length
+from fedlora.tasks.models.loading import load_tokenizer
+from fedlora.tasks.qa import spans
+from fedlora.tasks.qa.passages import check_stride, encode
+from fedlora.tasks.qa.questions import PreparedQuestions, span_losses
+from fedlora.tasks.qa.spans import Answer, Window, best_spans, decode, exact_match, f1, locate, normalise
 
 CPU = torch.device("cpu")
 world = pytest.fixture(scope="module")(tiny_world)
@@ -144,7 +145,7 @@ def test_many_questions_are_tokenised_in_parts(world: Path, monkeypatch: pytest.
     texts = ["w1 w2", "w3", "w1", "w2 w4", "w5"], ["w9", CONTEXT, "red", CONTEXT, "blue w7"]
     whole = encode(*texts, tokenizer, 12, 2)
     assert whole["examples"].tolist() == [0, 1, 3, 4, 6, 7]
-    monkeypatch.setattr("fedlora.tasks.passages.CHUNK", 2)
+    monkeypatch.setattr("fedlora.tasks.qa.passages.CHUNK", 2)
     parts = encode(*texts, tokenizer, 12, 2)
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
 
@@ -196,7 +197,7 @@ def test_nothing_is_tokenised_twice(prepare: Prepare, tmp_path: Path, monkeypatc
         return encode(*arguments)
 
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fedlora.tasks.questions.encode", counted)
+    monkeypatch.setattr("fedlora.tasks.qa.questions.encode", counted)
     rows = [row(CONTEXT, "w1 w2", "w16 w17")]
     first = prepare(rows).batch(np.array([0]), CPU)
     assert len(calls) == 1
@@ -239,7 +240,7 @@ def test_the_loss_is_the_mean_over_windows_whatever_they_are_padded_to(
     assert len(alone) == 2 * 4
     assert float(task.loss(model, batch)) == pytest.approx(sum(alone) / len(alone), abs=1e-5)
     # a group for each length, which here are not equally many
-    monkeypatch.setattr("fedlora.tasks.encoded.GROUP_COST", 0)
+    monkeypatch.setattr("fedlora.tasks.models.encoded.GROUP_COST", 0)
     assert [len(part["input_ids"]) for part in by_length(batch)] == [1, 2, 1]
     assert float(task.loss(model, batch)) == pytest.approx(sum(alone) / len(alone), abs=1e-5)
     evaluated = task.evaluate(model, np.arange(3), "test", CPU)

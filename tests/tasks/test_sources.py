@@ -14,10 +14,10 @@ import datasets
 import pytest
 from pydantic import TypeAdapter
 
-from fedlora.errors import ConfigError, DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import TextClassification
-from fedlora.tasks.columns import Raw, Splits, fingerprint, split
-from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, Source
+from fedlora.tasks.data.columns import Raw, Splits, fingerprint, split
+from fedlora.tasks.data.sources import SOURCES, AnySource, Docstrings, Files, Hub, Source
 
 TEXTS = ["none of it", "two, three", 'say "hi"', "a\tb", "five", "sechs äöü"]
 ROWS = [{"text": text, "label": label, "user": index // 2} for index, (text, label) in enumerate(zip(TEXTS, "baabba"))]  # noqa: B905

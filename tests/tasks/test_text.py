@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fixtures.tiny import COLOURS, make_rows, save_model, tiny_world, write_rows
 from safetensors.torch import load_file, save_file
-from tiny import COLOURS, make_rows, save_model, tiny_world, write_rows
 from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from fedlora.errors import ConfigError, DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import Files, Model, TextClassification
-from fedlora.tasks.encoded import group_lengths
-from fedlora.tasks.loading import head_names, load_tokenizer
+from fedlora.tasks.models.encoded import group_lengths
+from fedlora.tasks.models.loading import head_names, load_tokenizer
 from fedlora.tasks.text import PreparedText
 from fedlora.testing import tiny_model
 
@@ -123,7 +123,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Counting]:
         return loaded[-1]
 
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("fedlora.tasks.tokenized.load_tokenizer", load)
+    monkeypatch.setattr("fedlora.tasks.data.tokenized.load_tokenizer", load)
     return loaded
 
 

@@ -16,10 +16,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from fixtures.shared import shared
+from fixtures.tiny import write_rows
 from peft import PeftModel
 from seqeval.metrics import f1_score, precision_score, recall_score
-from shared import shared
-from tiny import write_rows
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
@@ -28,12 +28,12 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, GPT2Tok
 
 import fedlora
 from fedlora import config
-from fedlora.errors import ConfigError, DataError, TrainingError
+from fedlora.core.errors import ConfigError, DataError, TrainingError
 from fedlora.tasks import Files, Model, TokenClassification
-from fedlora.tasks.encoded import by_length
-from fedlora.tasks.loading import load_tokenizer
-from fedlora.tasks.tokens import PreparedTokens
-from fedlora.tasks.words import best_windows, cut, window_spans
+from fedlora.tasks.models.encoded import by_length
+from fedlora.tasks.models.loading import load_tokenizer
+from fedlora.tasks.tags.tokens import PreparedTokens
+from fedlora.tasks.tags.words import best_windows, cut, window_spans
 from fedlora.testing import tiny_model
 
 CPU = torch.device("cpu")
@@ -541,7 +541,7 @@ def test_words_are_cut_once(world: Path, tmp_path: Path, monkeypatch: pytest.Mon
         return cut(words, tokenizer, max_length, stride)
 
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
-    monkeypatch.setattr("fedlora.tasks.tokens.cut", counted)
+    monkeypatch.setattr("fedlora.tasks.tags.tokens.cut", counted)
     batches = [prepare(world).batch(np.arange(20), CPU, "test") for _ in range(2)]
     assert calls == [(60, 128, 16), (20, 128, 16)]
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fixtures.tiny import write_rows
+from fixtures.tiny_language import CPU, TEXTS, language_world, model_of, prepare, slow_loss, targets
 from peft import PromptTuningConfig, get_peft_model
-from tiny import write_rows
-from tiny_language import CPU, TEXTS, language_world, model_of, prepare, slow_loss, targets
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from fedlora.errors import DataError, TrainingError
-from fedlora.tasks import tokens_out
+from fedlora.core.errors import DataError, TrainingError
+from fedlora.tasks.lm import tokens_out
 from fedlora.testing import tiny_model
 
 world = pytest.fixture(scope="module")(language_world)

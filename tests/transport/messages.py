@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from fuzz.wire_harness import ENVELOPE
 
+from fedlora.core.tree import Tree
 from fedlora.transport import Float32, Form, Packet, Precision, pack
 from fedlora.transport.framing import varint
-from fedlora.tree import Tree
 
 DENSE, BITMAP, CODED, POOLED, SEEDED, BOX, MIXED = 1, 2, 3, 4, 5, 6, 255
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import same
 
-from fedlora.errors import WireError
+from fedlora.core.errors import WireError
 from fedlora.testing import schema_of
 from fedlora.transport import (
     BFloat16,

@@ -8,7 +8,7 @@ from fuzz.wire_harness import ENVELOPE
 from messages import same
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora.errors import ConfigError, WireError
+from fedlora.core.errors import ConfigError, WireError
 from fedlora.testing import schema_of
 from fedlora.transport import (
     PRECISIONS,

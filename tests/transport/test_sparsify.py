@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from pydantic import TypeAdapter, ValidationError
 from slow_reader import slow_places, slow_splitmix
 
-from fedlora.schema import Leaf, Schema, factor_leaf
+from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.testing import schema_of
 from fedlora.transport import SPARSIFIERS, AnySparsifier, Dense, Quota, RandomK, RankSlice, Threshold, TopK
 from fedlora.transport.coder import splitmix

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from messages import body, digits, one, packed, same
 
-from fedlora.errors import WireError
+from fedlora.core.errors import WireError
 from fedlora.transport import Uniform, unpack
 
 BITS = [1, 2, 4, 8]

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as hnp
 from messages import bits, body, one, packed, same
 from slow_reader import gap_weights, slow_unpack
 
-from fedlora.errors import WireError
+from fedlora.core.errors import WireError
 from fedlora.transport import PRECISIONS, BFloat16, Float16, Float32, Form, Uniform, pack, unpack
 from fedlora.transport.wire import REFERENCES, reference_of
 

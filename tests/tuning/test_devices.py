@@ -8,29 +8,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from simulated import DEVICE, Remote, simulated_device
+from fixtures.simulated import DEVICE, Remote, simulated_device
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
-from fedlora import describe
-from fedlora.aggregate import ProductExact, SparsityWeighted, Stack
+from fedlora.client.workspace import Workspace
+from fedlora.core.state import Carry
+from fedlora.core.tree import Tree
 from fedlora.engines import Serial
-from fedlora.example_privacy import ExampleNoise
-from fedlora.local import Local, Sgd
-from fedlora.phases import close_phase, open_phase
-from fedlora.prune import Prune
+from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
-from fedlora.shrink import Shrink
-from fedlora.state import Carry
-from fedlora.tasks.loading import head_names
+from fedlora.recipe.local import Local, Sgd
+from fedlora.recipe.rank_pruning import Shrink
+from fedlora.rounds.phases import close_phase, open_phase
+from fedlora.rounds.round import run_round
+from fedlora.server.aggregate import ProductExact, SparsityWeighted, Stack
+from fedlora.server.pruning import Prune
+from fedlora.show import describe
+from fedlora.tasks.models.loading import head_names
 from fedlora.testing import equal_population, tiny_model, toy_task
-from fedlora.tree import Tree
 from fedlora.tuning import Bottleneck, Full, LoRA, Orthogonal, Peft, SparseMask, SvdOfDelta, SvdOfWeight, Tuning
 from fedlora.tuning.bottleneck import BottleneckLinear
 from fedlora.tuning.lora_layer import lora_layer
-from fedlora.workspace import Workspace
 
 # peft reads a name that transformers 5 has changed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.downlink import view
+from fedlora.client.workspace import Workspace
+from fedlora.core.errors import ConfigError
+from fedlora.core.state import Carry, ServerState
 from fedlora.engines import Serial
-from fedlora.errors import ConfigError
-from fedlora.local import Local, Sgd
 from fedlora.methods import METHODS
-from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
-from fedlora.state import Carry, ServerState
+from fedlora.recipe.local import Local, Sgd
+from fedlora.rounds.downlink import view
+from fedlora.rounds.phases import close_phase, open_phase
+from fedlora.rounds.round import run_round
 from fedlora.testing import FAMILIES, IMAGE_FAMILIES, TensorTask, default_head, equal_population, toy_task
 from fedlora.tuning import (
     BitFit,
@@ -38,7 +39,6 @@ from fedlora.tuning import (
 from fedlora.tuning.export import save_lora, save_peft
 from fedlora.tuning.lora import lora_layers
 from fedlora.tuning.targets import find, replace_module
-from fedlora.workspace import Workspace
 
 # peft reads a name that transformers 5 has changed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

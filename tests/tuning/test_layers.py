@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.client.workspace import Workspace
+from fedlora.core.errors import ConfigError
+from fedlora.core.state import Carry, ServerState
 from fedlora.engines import Serial
-from fedlora.errors import ConfigError
-from fedlora.local import Local, Sgd
-from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
-from fedlora.state import Carry, ServerState
+from fedlora.recipe.local import Local, Sgd
+from fedlora.rounds.phases import close_phase, open_phase
+from fedlora.rounds.round import run_round
 from fedlora.testing import Head, TensorTask, equal_population, tiny_model, toy_task
 from fedlora.tuning import (
     Full,
@@ -41,7 +42,6 @@ from fedlora.tuning.export import save_lora
 from fedlora.tuning.lora import lora_layers
 from fedlora.tuning.lora_layer import LoRALayer, lora_layer
 from fedlora.tuning.targets import find
-from fedlora.workspace import Workspace
 
 # peft reads a name that transformers 5 has changed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.downlink import view
-from fedlora.phases import open_phase
+from fedlora.client.workspace import Workspace
 from fedlora.recipe import Recipe
+from fedlora.rounds.downlink import view
+from fedlora.rounds.phases import open_phase
 from fedlora.testing import toy_task
 from fedlora.transport import BFloat16, Link, pack, unpack
 from fedlora.tuning import LORA_INITS, Kaiming, LoRA, LoRAInit, Orthogonal, SvdOfDelta, SvdOfWeight
 from fedlora.tuning.lora import lora_layers
 from fedlora.tuning.lora_init import truncated_svd
-from fedlora.workspace import Workspace
 
 INITS: list[LoRAInit] = [
     *(cls() for cls in LORA_INITS.values()),

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.aggregate import ProductExact, Stack
+from fedlora.client.workspace import Workspace
+from fedlora.core.errors import ConfigError
+from fedlora.core.state import ServerState
 from fedlora.engines import Serial
-from fedlora.errors import ConfigError
-from fedlora.local import Local, Sgd
-from fedlora.phases import close_phase, open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
-from fedlora.state import ServerState
+from fedlora.recipe.local import Local, Sgd
+from fedlora.rounds.phases import close_phase, open_phase
+from fedlora.rounds.round import run_round
+from fedlora.server.aggregate import ProductExact, Stack
 from fedlora.testing import FAMILIES, TensorTask, equal_population, toy_task
 from fedlora.tuning import (
     BitFit,
@@ -38,7 +39,6 @@ from fedlora.tuning import (
 )
 from fedlora.tuning.export import save_lora
 from fedlora.tuning.lora import lora_layers
-from fedlora.workspace import Workspace
 
 # peft reads a name that transformers 5 has changed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedlora.client.workspace import Workspace
+from fedlora.core.errors import ConfigError
+from fedlora.core.state import ServerState
+from fedlora.core.tree import Tree
 from fedlora.engines import Serial
-from fedlora.errors import ConfigError
-from fedlora.ledger import Row
-from fedlora.local import Local, Sgd
-from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
-from fedlora.state import ServerState
+from fedlora.recipe.local import Local, Sgd
+from fedlora.rounds.ledger import Row
+from fedlora.rounds.phases import open_phase
+from fedlora.rounds.round import run_round
 from fedlora.testing import equal_population, tiny_model, toy_task
 from fedlora.transport import pack
-from fedlora.tree import Tree
 from fedlora.tuning import LoRA, Peft, SvdOfWeight, Tuning, from_peft, to_peft
 from fedlora.tuning.lora import lora_layers
 from fedlora.tuning.targets import saved_modules
-from fedlora.workspace import Workspace
 
 # peft reads a name that transformers 5 has changed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedlora.client.workspace import Workspace
+from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.state import Carry, ServerState
+from fedlora.core.tree import num_entries
 from fedlora.engines import Serial
-from fedlora.errors import ConfigError, TrainingError
-from fedlora.ledger import Row
-from fedlora.local import AdamW, Local, Sgd
-from fedlora.phases import open_phase
 from fedlora.recipe import Recipe
-from fedlora.round import run_round
-from fedlora.state import Carry, ServerState
+from fedlora.recipe.local import AdamW, Local, Sgd
+from fedlora.rounds.ledger import Row
+from fedlora.rounds.phases import open_phase
+from fedlora.rounds.round import run_round
 from fedlora.testing import equal_population, toy_task
-from fedlora.tree import num_entries
 from fedlora.tuning import BitFit, Full, HeadOnly, SparseMask, Tuning
 from fedlora.tuning.base import seed_from_tree, seed_to_tree
-from fedlora.workspace import Workspace
 
 CPU = torch.device("cpu")
 DECAYING = {

@@ -1,6 +1,6 @@
 """Where clients run: the slot ``Engine``.
 
-An engine takes jobs and gives replies in their order; it knows nothing of what a round makes of them.
+An engine turns jobs into replies in their order; it does not know what a round makes of them.
 """
 
 from fedlora.engines.base import Engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
-from fedlora.jobs import Job, Reply
+from fedlora.client.jobs import Job, Reply
 
 
 class Engine(ABC):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fedlora.client import run_job
-from fedlora.clients import Population
+from fedlora.client.jobs import Job, Reply
+from fedlora.client.turn import run_job
+from fedlora.client.workspace import Workspace
 from fedlora.engines.base import Engine
-from fedlora.jobs import Job, Reply
-from fedlora.workspace import Workspace
+from fedlora.population.clients import Population
 
 
 class Serial(Engine):

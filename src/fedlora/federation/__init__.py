@@ -1,1 +1,4 @@
-"""A federation over several machines: certificates and keys, the server, the sites, a trial on one machine."""
+"""Federated training across machines: protocol, sites, servers, Flower, deployment.
+
+Methods do not know that this folder exists; only ``flower`` and what starts it import Flower.
+"""

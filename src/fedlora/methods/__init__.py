@@ -1,4 +1,7 @@
-"""Methods from papers, as values: each function returns the phases of a run."""
+"""Methods from papers and their baselines, as functions that return recipes.
+
+Only this folder compares the names of methods.
+"""
 
 from __future__ import annotations
 

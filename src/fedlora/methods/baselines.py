@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedlora.aggregate import ProductExact, SparsityWeighted, Stack, SvdRedistribute
-from fedlora.component import Count, Share
-from fedlora.local import Local
+from fedlora.core.component import Count, Share
 from fedlora.methods.defaults import ADAPTIVE, PLAIN
 from fedlora.methods.papers import Memory, Phases, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
-from fedlora.prune import Prune
-from fedlora.server_optim import AnyServerOptimizer
-from fedlora.server_optim import Sgd as ServerSgd
-from fedlora.shrink import Shrink
+from fedlora.recipe.local import Local
+from fedlora.recipe.rank_pruning import Shrink
+from fedlora.server.aggregate import ProductExact, SparsityWeighted, Stack, SvdRedistribute
+from fedlora.server.optimizers import AnyServerOptimizer
+from fedlora.server.optimizers import Sgd as ServerSgd
+from fedlora.server.pruning import Prune
 from fedlora.transport import AnyPrecision, Float32, Link, TopK
 from fedlora.tuning import LoRA
 

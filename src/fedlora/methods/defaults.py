@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedlora.local import Local, Sgd
-from fedlora.rates import LrScale
-from fedlora.server_optim import AdamW
+from fedlora.core.rates import LrScale
+from fedlora.recipe.local import Local, Sgd
+from fedlora.server.optimizers import AdamW
 
 ADAPTIVE = AdamW(lr=5e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
 """The server of methods that add up changes of adapters.

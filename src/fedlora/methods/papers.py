@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from fedlora.aggregate import AnyAggregator, Mean
-from fedlora.component import Count, Part, Share
-from fedlora.errors import ConfigError
-from fedlora.local import Local
+from fedlora.core.component import Count, Part, Share
+from fedlora.core.errors import ConfigError
 from fedlora.methods.defaults import ADAPTIVE, ADAPTIVE_FULL, PLAIN
 from fedlora.privacy import AnyPrivacy, NoPrivacy
-from fedlora.prune import Prune
 from fedlora.recipe import Phase, Recipe
-from fedlora.server_optim import AnyServerOptimizer
-from fedlora.server_optim import Sgd as ServerSgd
-from fedlora.shrink import Shrink
+from fedlora.recipe.local import Local
+from fedlora.recipe.rank_pruning import Shrink
+from fedlora.server.aggregate import AnyAggregator, Mean
+from fedlora.server.optimizers import AnyServerOptimizer
+from fedlora.server.optimizers import Sgd as ServerSgd
+from fedlora.server.pruning import Prune
 from fedlora.transport import AnyPrecision, Dense, Float32, Link, Quota, TopK
 from fedlora.tuning import AnyTuning, Full, LoRA, SparseMask, SvdOfDelta, SvdOfWeight
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 
 _FLASC_CODE: dict[str, Any] = {
     "server": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.01},

@@ -1,4 +1,7 @@
-"""Tuning and studies: settings chosen on held-out training data, methods compared over settings and seeds."""
+"""Comparisons of methods that are tuned alike: trials, final seeds, gates, tables.
+
+A study trains through the same public entry points as a user does.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.config import toml_value
-from fedlora.errors import ConfigError, FedloraError
+from fedlora.core.errors import ConfigError, FedloraError
 
 INSIDE = "inside the grid"
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedlora import config
 from fedlora.config import Experiment, assign
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 from fedlora.study.pool import Job, Outcome, Source, drop_checkpoints, shown
 from fedlora.study.space import Values, at_ends, points
 from fedlora.tasks import Sites, Validation

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora.component import STRICT, Count, Field, Fraction, Whole, dataclass
-from fedlora.config import read_toml
-from fedlora.errors import ConfigError
-from fedlora.explain import explain
-from fedlora.modes import MODES
+from fedlora.config.experiment import read_toml
+from fedlora.config.explain import explain
+from fedlora.core.component import STRICT, Count, Field, Fraction, Whole, dataclass
+from fedlora.core.errors import ConfigError
+from fedlora.recipe.modes import MODES
 from fedlora.study.halving import with_values
 
 _SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning")

@@ -21,10 +21,10 @@ import torch
 
 from fedlora import config
 from fedlora.config import Experiment
-from fedlora.errors import FedloraError, TrainingError
-from fedlora.experiment import Stopped, run
-from fedlora.folder import RunFolder
-from fedlora.setting import Setting, in_mode, prepare
+from fedlora.config.federated_data import Setting, in_mode, prepare
+from fedlora.core.errors import FedloraError, TrainingError
+from fedlora.runs.experiment import Stopped, run
+from fedlora.runs.folder import RunFolder
 
 _RUNGS, _FAILED = "rungs.json", "failed.json"
 _ATTEMPTS = 2

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.folder import RunFolder
+from fedlora.runs.folder import RunFolder
 from fedlora.study.pool import remembered
 from fedlora.study.results import read
 

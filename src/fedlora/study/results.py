@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fedlora.errors import ConfigError
-from fedlora.folder import RunFolder
-from fedlora.ledger import Row
-from fedlora.network import Network, parse_network
+from fedlora.core.errors import ConfigError
+from fedlora.core.network import Network, parse_network
+from fedlora.rounds.ledger import Row
+from fedlora.runs.folder import RunFolder
 from fedlora.study.gates import Figures
 from fedlora.study.halving import Halving
 from fedlora.study.pool import Job, Outcome, remembered

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import config
-from fedlora.errors import ConfigError
-from fedlora.modes import MODES
-from fedlora.network import parse_network
+from fedlora.core.errors import ConfigError
+from fedlora.core.network import parse_network
+from fedlora.recipe.modes import MODES
 from fedlora.study import results as figures
 from fedlora.study.gates import GateError, check, parse_rules, parse_term
 from fedlora.study.halving import Halving, with_values

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fedlora.config import toml_value
-from fedlora.errors import ConfigError
-from fedlora.state import named_seed
+from fedlora.core.errors import ConfigError
+from fedlora.core.state import named_seed
 
 Values = dict[str, Any]
 _RANGE = re.compile(r"\s*(-?[\d.]+(?:[eE][+-]?\d+)?)\s*\.\.\s*(-?[\d.]+(?:[eE][+-]?\d+)?)\s*")

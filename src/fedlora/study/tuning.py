@@ -12,8 +12,8 @@ import tomli_w
 
 from fedlora import config
 from fedlora.config import Experiment
-from fedlora.errors import ConfigError
-from fedlora.folder import RunFolder
+from fedlora.core.errors import ConfigError
+from fedlora.runs.folder import RunFolder
 from fedlora.study.halving import Halving, Trial, with_values
 from fedlora.study.pool import deadline_of, execute, processes_for, shown
 from fedlora.study.space import Values

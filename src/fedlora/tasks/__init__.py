@@ -1,18 +1,31 @@
-"""The slot ``Task`` and its table."""
+"""Tasks: models, data, losses and metrics behind one slot.
+
+Only tasks and tunings import ``transformers`` and ``datasets``; nothing here knows about federations.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from fedlora.component import Field, by_kind
+from fedlora.core.component import Field, by_kind
 from fedlora.tasks.base import Evaluation, Model, Prepared, Task
-from fedlora.tasks.images import ImageClassification
-from fedlora.tasks.instruction import Instruction
-from fedlora.tasks.language import CausalLM
-from fedlora.tasks.questions import QuestionAnswering
-from fedlora.tasks.sources import SOURCES, AnySource, Docstrings, Files, Hub, ImageFolder, Sites, Source, Validation
+from fedlora.tasks.data.sources import (
+    SOURCES,
+    AnySource,
+    Docstrings,
+    Files,
+    Hub,
+    ImageFolder,
+    Sites,
+    Source,
+    Validation,
+)
+from fedlora.tasks.images.images import ImageClassification
+from fedlora.tasks.lm.instruction import Instruction
+from fedlora.tasks.lm.language import CausalLM
+from fedlora.tasks.qa.questions import QuestionAnswering
+from fedlora.tasks.tags.tokens import TokenClassification
 from fedlora.tasks.text import TextClassification
-from fedlora.tasks.tokens import TokenClassification
 
 AnyTask = Annotated[
     CausalLM | ImageClassification | Instruction | QuestionAnswering | TextClassification | TokenClassification,

@@ -13,10 +13,10 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlora.component import STRICT, dataclass
-from fedlora.errors import ConfigError, DataError
-from fedlora.tasks.columns import check_column, fingerprint, values_of
-from fedlora.tasks.sources import Source
+from fedlora.core.component import STRICT, dataclass
+from fedlora.core.errors import ConfigError, DataError
+from fedlora.tasks.data.columns import check_column, fingerprint, values_of
+from fedlora.tasks.data.sources import Source
 
 if TYPE_CHECKING:
     import datasets
@@ -240,7 +240,7 @@ class Prepared(ABC):
 
         Examples that make several sequences are the mean of these.
         """
-        from fedlora.tasks.embeddings import embed
+        from fedlora.tasks.models.embeddings import embed
 
         return embed(self, split, device)
 

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora.component import STRICT, Count, Field, dataclass
-from fedlora.errors import ConfigError
+from fedlora.core.component import STRICT, Count, Field, dataclass
+from fedlora.core.errors import ConfigError
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
-from fedlora.tasks.columns import Splits, check_rows, check_texts, fingerprint, split, values_of
-from fedlora.tasks.encoded import Arrays, Ragged, by_length, cached, chunks
-from fedlora.tasks.labels import known_labels, label_table, labelled
-from fedlora.tasks.loading import class_settings, load_pretrained, pooling_of
-from fedlora.tasks.pooling import Pooling
-from fedlora.tasks.sentence import save_modules, usage
-from fedlora.tasks.sources import Source
-from fedlora.tasks.tokenized import PreparedTokenized, TokenizedTask
+from fedlora.tasks.data.columns import Splits, check_rows, check_texts, fingerprint, split, values_of
+from fedlora.tasks.data.labels import known_labels, label_table, labelled
+from fedlora.tasks.data.sources import Source
+from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
+from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks
+from fedlora.tasks.models.loading import class_settings, load_pretrained, pooling_of
+from fedlora.tasks.models.pooling import Pooling
+from fedlora.tasks.models.sentence import save_modules, usage
 
 PROBLEM_TYPES: dict[scores.Problem, str] = {
     "single": "single_label_classification",

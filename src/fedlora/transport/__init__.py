@@ -1,4 +1,7 @@
-"""What travels in one direction, and in what form: the ``Link`` slot and the tables of its parts."""
+"""What travels in one direction and in which form: the slot ``Link``, its parts and the wire format.
+
+No module here trains, aggregates, or knows which method uses it.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.errors import WireError
+from fedlora.core.errors import WireError
 from fedlora.transport.framing import Reader
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora.errors import WireError
+from fedlora.core.errors import WireError
 
 
 class Reader:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.errors import WireError
+from fedlora.core.errors import WireError
+from fedlora.core.tree import Tree
 from fedlora.transport.coder import pack_bits, take_bits
 from fedlora.transport.framing import Reader, varint
 from fedlora.transport.positions import Segment, decode_positions, encode_positions, random_positions
-from fedlora.tree import Tree
 
 EMPTY, DENSE, BITMAP, CODED, POOLED, SEEDED, BOX = range(7)
 """Nothing is stored; everything; a bit for each entry; range-coded positions at the tensor's own density; at the common

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from fedlora import tree as trees
-from fedlora.component import STRICT, Field, Whole, by_kind, dataclass
-from fedlora.errors import ConfigError
-from fedlora.schema import Schema
+from fedlora.core import tree as trees
+from fedlora.core.component import STRICT, Field, Whole, by_kind, dataclass
+from fedlora.core.errors import ConfigError
+from fedlora.core.schema import Schema
+from fedlora.core.tree import Tree
 from fedlora.transport import wire
 from fedlora.transport.layout import Draw
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
 from fedlora.transport.sparsify import Dense, Facts, RandomK, RankSlice, Sparsifier, Threshold, TopK
 from fedlora.transport.uniform import Uniform
 from fedlora.transport.wire import Form, Packet
-from fedlora.tree import Tree
 
 AnySparsifier = Annotated[Dense | TopK | RandomK | Threshold | RankSlice, Field(discriminator="kind")]
 """Every sparsifier, told apart by ``kind``; a new one is one more class in this line."""
@@ -63,7 +63,7 @@ class Link:
     Raises:
         ConfigError: stages are not in order.
 
-    >>> from fedlora.schema import Leaf
+    >>> from fedlora.core.schema import Leaf
     >>> Link(sparsify=TopK(density=0.5)).prepare({"a": torch.tensor([1.0, -2.0])}, Schema({"a": Leaf()}), round=0)
     {'a': tensor([ 0., -2.])}
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from fedlora.errors import WireError
+from fedlora.core.errors import WireError
 from fedlora.transport.coder import Decoder, Encoder, pack_bits, splitmix, take_bits
 from fedlora.transport.framing import Reader, varint
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlora.component import STRICT, dataclass
-from fedlora.errors import WireError
+from fedlora.core.component import STRICT, dataclass
+from fedlora.core.errors import WireError
 from fedlora.transport.framing import Reader
 
 Floats = NDArray[np.float32]

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.component import STRICT, Count, Positive, Share, dataclass
-from fedlora.schema import Leaf
+from fedlora.core.component import STRICT, Count, Positive, Share, dataclass
+from fedlora.core.schema import Leaf
+from fedlora.core.tree import Tree, flatten, unflatten
 from fedlora.transport.positions import random_positions
-from fedlora.tree import Tree, flatten, unflatten
 
 
 @final
@@ -280,7 +280,7 @@ class RankSlice(Sparsifier):
         by: ``order`` keeps the first ones; ``norm`` the longest, of ``A`` and of ``B`` each for itself, as FLASC's code
             does under the name ``rankl1``. Then ranks of which one factor arrives go on learning.
 
-    >>> from fedlora.schema import factor_leaf
+    >>> from fedlora.core.schema import factor_leaf
     >>> factors = {"A": torch.ones(2, 3), "B": torch.ones(2, 2)}
     >>> kept = RankSlice(rank=1)(factors, {"A": factor_leaf("A"), "B": factor_leaf("B")}, round=0)
     >>> kept["A"].tolist(), kept["B"].tolist()

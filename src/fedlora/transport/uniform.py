@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.component import STRICT, dataclass
-from fedlora.errors import WireError
+from fedlora.core.component import STRICT, dataclass
+from fedlora.core.errors import WireError
 from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, splitmix, take_bits
 from fedlora.transport.framing import Reader, varint
 from fedlora.transport.precision import Floats, Precision, Written

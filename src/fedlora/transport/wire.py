@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from fedlora.errors import WireError
+from fedlora.core.errors import WireError
+from fedlora.core.tree import Tree, flatten, unflatten
 from fedlora.transport.framing import Reader
 from fedlora.transport.layout import Draw, read_layout, write_layout
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
 from fedlora.transport.uniform import Uniform
-from fedlora.tree import Tree, flatten, unflatten
 
 MAGIC = b"FLW"
 """The first three bytes of every message."""

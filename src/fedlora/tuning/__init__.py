@@ -1,10 +1,13 @@
-"""The slot ``Tuning`` and its table."""
+"""Which weights are trained and how they sit in the model: the slot ``Tuning``, and LoRA's initialisations.
+
+Only this folder imports ``peft``; nothing here knows about rounds or clients.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from fedlora.component import Field, by_kind
+from fedlora.core.component import Field, by_kind
 from fedlora.tuning.base import Installed, Start, Tuning
 from fedlora.tuning.bottleneck import Bottleneck
 from fedlora.tuning.lora import LoRA, from_peft, to_peft

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedlora import tree
-from fedlora.errors import ConfigError
-from fedlora.schema import Leaf, Schema
-from fedlora.state import SEED_BITS, Carry, Fold, Folds
-from fedlora.tree import Tree
+from fedlora.core import tree
+from fedlora.core.errors import ConfigError
+from fedlora.core.schema import Leaf, Schema
+from fedlora.core.state import SEED_BITS, Carry, Fold, Folds
+from fedlora.core.tree import Tree
 from fedlora.tuning.matrices import holds_numbers
 
 

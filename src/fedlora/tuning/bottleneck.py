@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.component import STRICT, Count, dataclass
-from fedlora.errors import ConfigError
-from fedlora.state import Carry, generator, named_seed
+from fedlora.core.component import STRICT, Count, dataclass
+from fedlora.core.errors import ConfigError
+from fedlora.core.state import Carry, generator, named_seed
 from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped
 from fedlora.tuning.matrices import is_linear, is_plain, is_transposed, matrix_shape, mirror
 from fedlora.tuning.targets import block_outputs, find, replace_module

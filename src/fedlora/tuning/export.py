@@ -10,8 +10,8 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedlora.errors import ConfigError
-from fedlora.tree import Tree
+from fedlora.core.errors import ConfigError
+from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed
 from fedlora.tuning.lora import PEFT_PREFIX, LoRA, lora_layers, to_peft
 from fedlora.tuning.lora_layer import LoRAConv, LoRALinear

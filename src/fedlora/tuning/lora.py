@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedlora.component import STRICT, Count, Part, Positive, dataclass
-from fedlora.errors import ConfigError
-from fedlora.schema import Schema, factor_leaf
-from fedlora.state import Carry, Fold, Folds, named_seed
-from fedlora.tree import Tree
+from fedlora.core.component import STRICT, Count, Part, Positive, dataclass
+from fedlora.core.errors import ConfigError
+from fedlora.core.schema import Schema, factor_leaf
+from fedlora.core.state import Carry, Fold, Folds, named_seed
+from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped, seed_from_tree, seed_to_tree
 from fedlora.tuning.lora_init import AnyLoRAInit, Kaiming, SvdOfDelta
 from fedlora.tuning.lora_layer import LoRAConv, LoRAEmbedding, LoRALayer, lora_layer

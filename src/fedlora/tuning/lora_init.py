@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.component import STRICT, Field, by_kind, dataclass
+from fedlora.core.component import STRICT, Field, by_kind, dataclass
 
 Factors = tuple[Tensor, Tensor]
 Split = Literal["symmetric", "left"]

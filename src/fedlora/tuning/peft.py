@@ -11,10 +11,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from fedlora.component import STRICT, dataclass
-from fedlora.errors import ConfigError
-from fedlora.schema import Leaf, Schema, factor_leaf
-from fedlora.tree import Tree
+from fedlora.core.component import STRICT, dataclass
+from fedlora.core.errors import ConfigError
+from fedlora.core.schema import Leaf, Schema, factor_leaf
+from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
 from fedlora.tuning.matrices import mirror
 from fedlora.tuning.targets import saved_modules

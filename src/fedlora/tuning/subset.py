@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedlora.component import STRICT, Count, Share, dataclass
-from fedlora.errors import ConfigError
-from fedlora.state import Carry, Fold, generator, named_seed
-from fedlora.tree import Tree
+from fedlora.core.component import STRICT, Count, Share, dataclass
+from fedlora.core.errors import ConfigError
+from fedlora.core.state import Carry, Fold, generator, named_seed
+from fedlora.core.tree import Tree
 from fedlora.tuning.base import (
     Installed,
     Start,

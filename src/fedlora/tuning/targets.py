@@ -9,7 +9,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedlora.errors import ConfigError
+from fedlora.core.errors import ConfigError
 from fedlora.tuning.base import check_matched
 from fedlora.tuning.matrices import Matrix, is_linear, is_matrix, obstacle, tied_weights
 

@@ -1,0 +1,4 @@
+"""The command line.
+
+Commands read, call and print; nothing they call depends on them.
+"""

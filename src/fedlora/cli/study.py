@@ -1,0 +1,151 @@
+"""The commands that tune settings and compare methods, for the command line."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.cli.common import ERR, OUT, AsFormat, ConfigPath, Format, Overrides, show
+from fedlora.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedlora.study import Tuned
+
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at a time; one for each core by default.")]
+Budget = Annotated[str | None, typer.Option(help="Time after which nothing new begins: 45s, 90m, 2h.")]
+
+
+class Stage(StrEnum):
+    """Parts of a study that can be asked for alone."""
+
+    tune = "tune"
+    final = "final"
+    table = "table"
+
+
+class TableFormat(StrEnum):
+    """How tables are written."""
+
+    markdown = "markdown"
+    csv = "csv"
+    latex = "latex"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds these commands to the others."""
+    app.command()(tune)
+    app.command()(study)
+
+
+def progress(text: str) -> None:
+    """Prints a line beside the results."""
+    ERR.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
+
+
+def tune(
+    config: ConfigPath,
+    vary: Annotated[
+        list[str], typer.Option("--vary", help="key=value,value or key=low..high; once for each key to tune.")
+    ],
+    set_: Overrides = None,
+    trials: Annotated[int, typer.Option(min=1, help="Settings to try at most.")] = 8,
+    budget: Budget = None,
+    jobs: Jobs = None,
+    holdout: Annotated[float, typer.Option(help="Part of the training data to compare by.")] = 0.1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the trials; goes on where it holds some.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample of settings and of the held-out part.")] = 0,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Find the best learning rates, or any settings, by successive halving on held-out training data."""
+    from fedlora import study
+    from fedlora.config import document_of, parse
+    from fedlora.study.space import parse_vary
+    from fedlora.study.tuning import seconds_of
+
+    document = document_of(config, set_ or [])
+    folder = out or Path("runs") / f"tune-{parse(document).label}"
+    found = study.tune(
+        document,
+        parse_vary(vary),
+        folder,
+        trials=trials,
+        holdout=holdout,
+        seed=seed,
+        jobs=jobs,
+        budget=seconds_of(budget),
+        log=progress,
+    )
+    show(format_, found.as_dict(), _trials_table(found))
+    for warning in found.warnings:
+        ERR.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if found.best is None:
+        raise ConfigError(f"no trial gave a figure; the first one: {found.trials[0].failure or 'never began'}")
+    if format_ is Format.table:
+        OUT.print(f"the best of them: fedlora run {folder / 'best.toml'}", soft_wrap=True, highlight=False)
+
+
+def study(
+    file: Annotated[Path, typer.Argument(help="A study in TOML; or a results.json, to print its tables.")],
+    jobs: Jobs = None,
+    budget: Budget = None,
+    stage: Annotated[Stage | None, typer.Option(help="This part alone; table runs nothing.")] = None,
+    only: Annotated[str | None, typer.Option(help="Methods to run, with commas between; all by default.")] = None,
+    table: Annotated[TableFormat, typer.Option(help="How tables are written.")] = TableFormat.markdown,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs and of results.json; goes on there.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count runs and rounds, and run nothing.")] = False,
+) -> None:
+    """Compare methods over settings and seeds, each tuned alike on held-out data, and print tables."""
+    from fedlora.study import FORMATS, load_study, run_study
+    from fedlora.study.results import read
+    from fedlora.study.runner import Runner
+    from fedlora.study.tuning import seconds_of
+
+    if file.suffix == ".json":
+        if stage is not Stage.table:
+            raise ConfigError(f"{file} holds results, of which tables can be printed: add --stage table")
+        print(FORMATS[table.value](read(file)))
+        return
+    chosen = load_study(file)
+    folder = out or Path("runs") / chosen.name
+    methods = [label.strip() for label in only.split(",")] if only else []
+    if dry_run:
+        _print_left(Runner(chosen, folder, methods).left(), jobs)
+        return
+    part = stage.value if stage else None
+    found = run_study(chosen, folder, stage=part, only=methods, jobs=jobs, budget=seconds_of(budget), log=progress)
+    print(FORMATS[table.value](found))
+    for sentence in found["broken_gates"]:
+        ERR.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    ERR.print(f"all figures: {folder / 'results.json'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_left(left: dict[str, Any], jobs: int | None) -> None:
+    from fedlora.show.report import human_seconds
+    from fedlora.study.pool import processes_for
+
+    for stage, text in (("tune", "tunings (of several trials each)"), ("final", "final runs")):
+        OUT.print(f"{left[stage]['runs']} {text} are left, {left[stage]['rounds']:,} rounds", highlight=False)
+    if left["seconds"]:
+        processes = processes_for(jobs)
+        unknown = f", without {', '.join(left['not_timed'])}" if left["not_timed"] else ""
+        takes = human_seconds(left["seconds"] / processes)
+        OUT.print(f"about {takes} with {processes} processes{unknown}, by what runs took so far", highlight=False)
+
+
+def _trials_table(found: Tuned) -> Table:
+    from fedlora.study.pool import shown
+
+    keys = list(found.trials[0].values)
+    table = Table(
+        *keys, *(f"{found.metric or 'metric'}, round {round_}" for round_ in found.rounds), "", pad_edge=False
+    )
+    for trial in found.trials:
+        cells = [f"{trial.metrics[round_]:.4f}" if round_ in trial.metrics else "" for round_ in found.rounds]
+        remark = trial.failure or ("best" if trial.values == found.best else "")
+        table.add_row(*map(Text, [*(shown(trial.values[key]) for key in keys), *cells, remark]))
+    return table

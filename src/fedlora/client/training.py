@@ -1,0 +1,217 @@
+"""Local training: what a client does between what it receives and what it sends."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from fedlora.client.jobs import Job
+from fedlora.client.workspace import Workspace
+from fedlora.core import tree
+from fedlora.core.errors import TrainingError
+from fedlora.core.schema import Schema
+from fedlora.core.state import Folds, named_seed
+from fedlora.core.tree import Tree
+from fedlora.recipe.gradients import GradientSource, Proximal
+from fedlora.tasks.base import Rows
+from fedlora.tasks.models.checkpointing import checkpointing_without_dropout
+from fedlora.tuning import Installed
+from fedlora.tuning.lora import lora_layers
+
+
+class Ready(NamedTuple):
+    """A client's turn before its training: all that is needed, wherever that happens.
+
+    Args:
+        job: what to do.
+        rows: the client's training examples.
+        start: the parameters to start from; not to be written to.
+        folds: the edits of frozen weights to start from.
+        schema: what is trained.
+        deadline: when to give up, on ``time.perf_counter``.
+        seconds: how long the client has worked.
+    """
+
+    job: Job
+    rows: Rows
+    start: Tree
+    folds: Folds
+    schema: Schema
+    deadline: float
+    seconds: float
+
+
+class Trained(NamedTuple):
+    """A client's turn after its training.
+
+    Args:
+        delta: what it changed; None where time ran out.
+        loss: mean of its steps.
+        steps: of the optimiser.
+        examples: that it saw, passes counted.
+        optimizer: the optimiser's state, where that is kept.
+        seconds: how long the client has worked.
+    """
+
+    delta: Tree | None
+    loss: float
+    steps: int
+    examples: int
+    optimizer: Tree
+    seconds: float
+
+
+def train(workspace: Workspace, turns: Sequence[Ready]) -> list[Trained]:
+    """Local training of some clients, one after another on the resident model."""
+    return [_train(workspace, ready, time.perf_counter() - ready.seconds) for ready in turns]
+
+
+def _train(workspace: Workspace, ready: Ready, clock: float) -> Trained:
+    job, local, installed = ready.job, ready.job.recipe.local, workspace.installed
+    workspace.show(job.recipe, ready.start, ready.folds)
+    source = local.gradient_source
+    draws = source.draws(job.seed)
+    batches = source.batches(ready.rows, local.num_steps(len(ready.rows)), local.batch_size, draws)
+    if not batches:
+        return Trained(installed.since(ready.start), 0.0, 0, 0, {}, time.perf_counter() - clock)
+    roles = job.recipe.tuning.in_round(ready.schema, job.round)
+    for name, parameter in installed.parameters.items():
+        parameter.requires_grad_(roles[name].role != "frozen")
+    optimizer = _optimizer(installed, job)
+    try:
+        losses = _take_steps(workspace, ready, source, draws, batches, optimizer)
+    except TimeoutError:
+        return Trained(None, 0.0, 0, 0, {}, time.perf_counter() - clock)
+    return Trained(
+        delta=installed.since(ready.start),
+        loss=float(torch.stack(losses).mean()),
+        steps=len(batches),
+        examples=sum(map(len, batches)),
+        optimizer=_state_of(optimizer, installed.parameters) if local.keep_optimizer else {},
+        seconds=time.perf_counter() - clock,
+    )
+
+
+def _take_steps(
+    workspace: Workspace,
+    ready: Ready,
+    source: GradientSource,
+    draws: torch.Generator | None,
+    batches: Sequence[Rows],
+    optimizer: torch.optim.Optimizer,
+) -> list[Tensor]:
+    """The loss of each step.
+
+    Raises:
+        TimeoutError: the deadline passed.
+    """
+    job, recipe, local = ready.job, ready.job.recipe, ready.job.recipe.local
+    task, model, device, parameters = workspace.task, workspace.model, workspace.device, workspace.installed.parameters
+    values = list(parameters.values())
+    proximal = Proximal(local.proximal, [ready.start[name].to(device) for name in parameters if local.proximal])
+    # what was pruned is zero, and so are ranks that were not sent
+    kept = recipe.pruning.kept(ready.start, job.round) or source.kept(ready.start, ready.schema)
+    masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
+    penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
+
+    def loss_of(chosen: Rows) -> Tensor:
+        with workspace.autocast(local.compute):
+            return task.loss(model, task.batch(chosen, device))
+
+    losses = []
+    with torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
+        torch.manual_seed(named_seed(job.seed, "dropout"))
+        for chosen in batches:
+            if time.perf_counter() > ready.deadline:
+                raise TimeoutError
+            losses.append(source.gradients(loss_of, values, chosen, local.batch_size, draws, penalty))
+            proximal.add_to(values)
+            for value, mask in masks:
+                if value.grad is not None:
+                    value.grad.mul_(mask)
+            if local.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(values, local.clip_norm)
+            optimizer.step()
+            for value, mask in masks:
+                value.data.mul_(mask)
+            optimizer.zero_grad()
+            workspace.installed.refresh()
+    return losses
+
+
+def _optimizer(installed: Installed, job: Job) -> torch.optim.Optimizer:
+    """The optimiser of a turn, as the client remembers it if it does."""
+    local, parameters = job.recipe.local, installed.parameters
+    rates = local.lr_scale.by_name(installed.schema, local.schedule.factor(*job.progress))
+    optimizer = local.optimizer.build(list(parameters.values()), [rates[name] for name in parameters])
+    for key, value in job.memory.parts.tree("optimizer", "state").items() if local.keep_optimizer else ():
+        name, slot = key.rsplit("/", 1)
+        place = parameters[name]
+        optimizer.state[place][slot] = value.to(place.device, copy=True)
+    return optimizer
+
+
+@contextlib.contextmanager
+def training_mode(model: nn.Module, dropout: bool) -> Iterator[None]:
+    """A model ready for training steps.
+
+    Args:
+        model: the model with its tuning.
+        dropout: whether the pre-trained model's own dropout is on; LoRA's own is on in any case, and without either
+            gradient checkpointing still works.
+    """
+    model.train(dropout)
+    for layer in lora_layers(model).values():
+        layer.train()
+    # one model serves all clients, so statistics of a client's batches must not stay in it
+    for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
+        norm.eval()
+    with contextlib.nullcontext() if dropout else checkpointing_without_dropout(model):
+        yield
+
+
+def check_trained(ready: Ready, trained: Trained, delta: Tree) -> None:
+    """Refuses what no training of one step or more would be right to give.
+
+    Args:
+        ready: the turn.
+        trained: what training gave.
+        delta: what it changed.
+
+    Raises:
+        TrainingError: a value is not finite, or the adapter or the head did not move at all.
+    """
+    job = ready.job
+    if not math.isfinite(trained.loss):
+        raise TrainingError(
+            f"client {job.client} got a loss of {trained.loss} in round {job.progress[0] + 1}; the learning rate is "
+            "the usual reason: lower local.optimizer.lr, or set local.clip_norm"
+        )
+    if not tree.is_finite(delta):
+        raise TrainingError(
+            f"client {job.client} trained to values that are not finite; lower local.optimizer.lr, or set "
+            "local.clip_norm"
+        )
+    for group, part in ready.schema.split(delta).items():
+        if not any(bool(value.any()) for value in part.values()):
+            raise TrainingError(
+                f"client {job.client} took {trained.steps} steps and its {group} did not move; nothing would be "
+                "learnt: check the targets, the learning rate and the number of labelled examples"
+            )
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> Tree:
+    return {
+        f"{name}/{slot}": value.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }

@@ -1,0 +1,149 @@
+"""The client's half of a round; the only code that a device runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+from fedlora.client.jobs import Job, Reply, report_of
+from fedlora.client.training import Ready, Trained, check_trained, train
+from fedlora.client.workspace import Workspace
+from fedlora.core import tree
+from fedlora.core.errors import WireError
+from fedlora.core.schema import Schema
+from fedlora.core.state import ClientState, named_seed
+from fedlora.core.store import EMPTY, Store
+from fedlora.core.tree import Tree
+from fedlora.privacy.disclosure import disclosure_of
+from fedlora.recipe.recipe import restarted
+from fedlora.tasks.base import Rows
+from fedlora.transport import wire
+
+
+def run_job(job: Job, workspace: Workspace, rows: Rows, seconds: float = math.inf) -> Reply:
+    """Takes a client's turn.
+
+    Args:
+        job: what to do.
+        workspace: the resident model.
+        rows: the client's training examples.
+        seconds: how long the server waits.
+
+    Returns:
+        The reply; the trained model stays in ``workspace`` until the next job overwrites it.
+
+    Raises:
+        WireError: the payload is not what the recipe expects.
+        TrainingError: the loss or the update is not finite, or the adapter did not move.
+    """
+    ready = open_turn(job, workspace, rows, time.perf_counter() + seconds)
+    (trained,) = train(workspace, [ready])
+    return close_turn(ready, trained)
+
+
+def open_turn(job: Job, workspace: Workspace, rows: Rows, deadline: float = math.inf) -> Ready:
+    """Begins a client's turn: brings the frozen part to what was announced, and decodes where to start.
+
+    Args:
+        job: what to do.
+        workspace: a resident model; its trained parameters stay as they are.
+        rows: the client's training examples.
+        deadline: when the server stops waiting, on ``time.perf_counter``.
+
+    Raises:
+        WireError: the payload is not what the recipe expects.
+    """
+    clock = time.perf_counter()
+    recipe, local = job.recipe, job.recipe.local
+    base = recipe if local.compute == job.base else replace(recipe, local=replace(local, compute=job.base))
+    workspace.settle(job.phase, base, job.setup)
+    shared = workspace.decode(job.payload, job.round, lambda: _received(job, workspace))
+    return Ready(
+        job=job,
+        rows=rows,
+        start=_with_personal(job, workspace, shared),
+        folds=workspace.folds(job.fold, job.memory.folds),
+        schema=workspace.installed.schema,
+        deadline=min(deadline, clock + (local.timeout_seconds or math.inf)),
+        seconds=time.perf_counter() - clock,
+    )
+
+
+def close_turn(ready: Ready, trained: Trained) -> Reply:
+    """Ends a client's turn: what the last message lost, given-up ranks, sparsify, clip, round, encode.
+
+    Args:
+        ready: what ``open_turn`` gave.
+        trained: what ``train`` made of it.
+
+    Raises:
+        TrainingError: the loss or the update is not finite, or the adapter did not move.
+    """
+    clock = time.perf_counter() - trained.seconds
+    job, recipe, schema = ready.job, ready.job.recipe, ready.schema.sent()
+    memory = _remembered(ready, schema)
+    if trained.delta is None:
+        return Reply(None, memory, trained.seconds)
+    changed = _checked(ready, trained, trained.delta)
+    personal = {name: ready.start[name] + changed[name] for name in ready.schema.personal}
+    delta = {name: changed[name] for name in schema}
+    delta = recipe.up.with_lost(delta, job.memory.parts.tree("residual", "lost"))
+    start = {name: ready.start[name] for name in schema}
+    delta, rank = recipe.rank_pruning.apply(delta, start, schema, recipe.rank)
+    seed = named_seed(job.seed, "up")
+    sent, below = recipe.privacy.clipped(recipe.up.thin(delta, schema, job.round, seed))
+    figures = {"examples": trained.examples, "steps": trained.steps, "loss": trained.loss, "rank": rank, "below": below}
+    others = {"report": report_of(recipe, figures)}
+    packet = recipe.up.encode(sent, schema, job.round, seed, others, trees=recipe.up.feedback)
+    stores = {
+        "optimizer": Store({"state": trained.optimizer}),
+        "residual": Store({"lost": recipe.up.lost(delta, packet, schema)}),
+        "personal": Store({"values": personal if memory.has_setup else {}}),
+    }
+    memory = replace(memory, parts=memory.parts.having(stores))
+    return Reply(packet.raw, memory, time.perf_counter() - clock)
+
+
+def _checked(ready: Ready, trained: Trained, delta: Tree) -> Tree:
+    """``delta``; zeros where it is not finite and nobody may know of it: nothing leaves without noise, not even so."""
+    if not disclosure_of(ready.job.recipe).failures:
+        return delta if tree.is_finite(delta) else tree.zeros_like(delta)
+    if trained.steps:
+        check_trained(ready, trained, delta)
+    return delta
+
+
+def _remembered(ready: Ready, schema: Schema) -> ClientState:
+    """What a client remembers of a message, whatever becomes of its turn."""
+    memory, parts = ready.job.recipe.memory, ready.job.memory.parts
+    held = {name: ready.start[name] for name in schema} if memory == "last_round" else {}
+    base = ready.folds.store() if memory != "none" else EMPTY
+    stores = {"down": Store({"held": held}), "base": base}
+    return replace(ready.job.memory, has_setup=memory != "none", parts=parts.having(stores))
+
+
+def _received(job: Job, workspace: Workspace) -> Tree:
+    """The parameters that a payload tells, whatever it is relative to; all but what is personal."""
+    installed, schema = workspace.installed, workspace.installed.schema.sent()
+    like = {name: value.detach() for name, value in installed.parameters.items() if name in schema}
+    sent = schema.join(wire.unpack(job.payload, schema.split(like)))
+    reference = wire.reference_of(job.payload)
+    if reference == "init":
+        init = workspace.init | restarted(job.recipe, installed.schema, workspace.init, installed.seed, job.round)
+        return tree.add({name: init[name] for name in schema}, sent)
+    if reference == "last_round":
+        held = job.memory.parts.tree("down", "held")
+        if not held:
+            raise WireError("The message tells what changed since the last round, and this client remembers none.")
+        return tree.add(held, sent)
+    return sent
+
+
+def _with_personal(job: Job, workspace: Workspace, shared: Tree) -> Tree:
+    """The parameters to start from: those that came, and those that the client keeps for itself."""
+    schema = workspace.installed.schema
+    if not schema.personal:
+        return shared
+    own = job.memory.parts.tree("personal", "values") or workspace.personal
+    return {name: own[name] if name in own else shared[name] for name in schema}

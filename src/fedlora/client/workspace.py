@@ -1,0 +1,191 @@
+"""The one resident model of a process: parameters are swapped in place, the model is never copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.state import Fold, Folds, named_seed
+from fedlora.core.tree import Tree
+from fedlora.recipe import Recipe
+from fedlora.tasks.base import Evaluation, Prepared, Rows, Split
+from fedlora.transport import wire
+from fedlora.transport.base_updates import FoldMessage, received
+from fedlora.tuning import Installed, Start
+from fedlora.tuning.lora import lora_layers
+from fedlora.tuning.lora_layer import LoRALayer
+
+
+class Workspace:
+    """A model, the tuning that sits in it, and what its frozen part was settled to.
+
+    Args:
+        task: what the model is for.
+        seed: seed of the head's first values.
+        device: where the model lives.
+    """
+
+    def __init__(self, task: Prepared, seed: int, device: torch.device) -> None:
+        self.task = task
+        self.device = device
+        self._seed = seed
+        self._phase: int | None = None
+        self._setup: bytes | None = None
+        self._installed: Installed | None = None
+        self._decoded: tuple[tuple[bytes, int], Tree] | None = None
+        self._folds: tuple[tuple[bytes, int], Folds] | None = None
+        self.init: Tree = {}
+        self.personal: Tree = {}
+
+    @property
+    def installed(self) -> Installed:
+        """The model with its tuning."""
+        if self._installed is None:
+            raise TrainingError("no phase has been opened in this process yet")
+        return self._installed
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.installed.model
+
+    def open(self, phase: int, recipe: Recipe) -> Installed:
+        """Loads the pre-trained model and installs ``recipe``'s tuning; the base is what was published.
+
+        Args:
+            phase: number of the phase.
+            recipe: what to install.
+
+        Raises:
+            ConfigError: nothing would be trained, or rounds would fold something into quantised weights.
+        """
+        self._installed = self._decoded = self._folds = None  # free the old model first
+        model, head = self.task.load_model(named_seed(self._seed, "head"), recipe.local.compute, self.device)
+        self._installed = recipe.tuning.install(model, head, named_seed(self._seed, "install", phase))
+        if not self.task.train_head:
+            self._installed.freeze_head()
+            if not self._installed.parameters:
+                raise ConfigError(
+                    f"{recipe.tuning.kind} would train nothing: model.train_head = false freezes the head; use `lora`, "
+                    "`bitfit` or `full`, or set model.train_head = true"
+                )
+        for parameter in self._installed.parameters.values():  # fused optimisers look at no strides
+            parameter.data = parameter.data.contiguous()
+        if recipe.aggregator.edits_base:
+            for name, layer in lora_layers(model).items():
+                if layer.packed:
+                    raise ConfigError(
+                        f"aggregator {recipe.aggregator.kind!r} edits the values of {name}, which are stored "
+                        "quantised; load the model unquantised, or use another aggregator"
+                    )
+        self._phase, self._setup, self.init = phase, None, {}
+        return self._installed
+
+    def settle(self, phase: int, recipe: Recipe, setup: bytes | None) -> None:
+        """Brings the frozen part to what a server announced; does nothing if it is there already.
+
+        Args:
+            phase: number of the phase.
+            recipe: its recipe.
+            setup: the announcement as received; None if the client is to remember it.
+
+        Raises:
+            WireError: the announcement is not of the expected form.
+            TrainingError: there is nothing to remember.
+        """
+        if phase == self._phase and self._setup is not None and setup in (None, self._setup):
+            return
+        if setup is None:
+            raise TrainingError(
+                f"phase {phase} was never announced to this client, and no announcement came with the job"
+            )
+        if phase != self._phase or self._setup is not None:
+            self.open(phase, recipe)
+        installed = self.installed
+        like = setup_parts(recipe, installed, Start(installed.read(), Fold(), 0, {}))
+        parts = wire.unpack(setup, like) if like else {}
+        self.personal = parts.get("personal", {})
+        self.init = recipe.tuning.settle(installed, parts)
+        if recipe.local.compute == "bf16":
+            _to_bfloat16(installed, keep=recipe.aggregator.edits_base)
+        self._setup = setup
+
+    def show(self, recipe: Recipe, params: Tree, folds: Folds) -> None:
+        """Puts a model into the workspace: what is trained, and what rounds have folded into what is not."""
+        recipe.tuning.fold(self.installed, folds)
+        self.installed.load(params)
+
+    def evaluate(self, rows: Rows, split: Split, compute: str) -> Evaluation:
+        """Metrics of the model as it is now, in evaluation mode."""
+        self.model.eval()
+        with torch.inference_mode(), self.autocast(compute):
+            return self.task.evaluate(self.model, rows, split, self.device)
+
+    def decode(self, payload: bytes, round: int, read: Callable[[], Tree]) -> Tree:
+        """What ``payload`` says, kept until other bytes come: a cohort gets the same ones.
+
+        Args:
+            payload: the parameters of a round.
+            round: of the phase; what it is relative to may be another in each.
+            read: decodes it; called if the bytes are new, or tell what changed since a client's last round, which is
+                that client's own affair.
+
+        Returns:
+            A tree that must not be written to.
+        """
+        if wire.reference_of(payload) == "last_round":
+            return read()
+        if self._decoded is None or self._decoded[0] != (payload, round):
+            self._decoded = None  # free the old tree first
+            self._decoded = (payload, round), read()
+        return self._decoded[1]
+
+    def folds(self, told: FoldMessage | None, known: Folds) -> Folds:
+        """The folds that a client knows after a message, kept until other bytes come.
+
+        Args:
+            told: the message, if there is one.
+            known: those that the client knew.
+
+        Raises:
+            WireError: the message is not of the expected form.
+        """
+        if told is None:
+            return known
+        if self._folds is None or self._folds[0] != (told.raw, known.version):
+            shapes = {name: (layer.rows, layer.columns) for name, layer in lora_layers(self.model).items()}
+            self._folds = (told.raw, known.version), received(told, known, shapes)
+        return self._folds[1]
+
+    def autocast(self, compute: str) -> torch.autocast:
+        """The number format of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=compute == "bf16")
+
+
+def setup_parts(recipe: Recipe, installed: Installed, start: Start) -> dict[str, Tree]:
+    """The parts of ``recipe``'s announcement; with any start of the right shapes, its template."""
+    parts = recipe.tuning.setup(installed, start, recipe.down.reference == "init")
+    personal = {name: start.params[name] for name in installed.parameters if name in installed.schema.personal}
+    return parts | ({"personal": personal} if personal else {})
+
+
+def _to_bfloat16(installed: Installed, keep: bool) -> None:
+    """Frozen weights in bfloat16; where rounds edit some, these ``keep`` what bfloat16 would round away."""
+    # a head that is not trained has nothing that could make up for rounding
+    trained = {id(parameter) for parameter in (*installed.parameters.values(), *installed.frozen_head.values())}
+    for module in installed.model.modules():
+        own = list(module.parameters(recurse=False))
+        if keep and isinstance(module, LoRALayer):
+            continue
+        # statistics that run along are float32, and their kernel wants one format
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        # kernels of normalisation want one format for weight and bias
+        if isinstance(module, nn.LayerNorm) and any(id(parameter) in trained for parameter in own):
+            continue
+        for parameter in own:
+            if id(parameter) not in trained and parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)

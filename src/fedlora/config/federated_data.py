@@ -1,0 +1,295 @@
+"""What all runs of an experiment share: the encoded data, who holds them, and what a mode implies."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora.config import experiment as config
+from fedlora.config.experiment import Experiment
+from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.state import named_seed
+from fedlora.population.clients import (
+    Clients,
+    Division,
+    Population,
+    Summary,
+    assemble,
+    build_population,
+    check_per_round,
+    hold_out,
+    hold_out_clients,
+    summarise,
+)
+from fedlora.population.external import Partitioner, from_partitioner
+from fedlora.population.partitions import Deal, Pooled, Rows
+from fedlora.population.skew import Classes
+from fedlora.population.tiers import Tier, assign_tiers
+from fedlora.privacy import CentralGaussian
+from fedlora.privacy.accountant import Budget
+from fedlora.recipe import Phase, Recipe
+from fedlora.recipe.local import Local
+from fedlora.recipe.modes import MODES
+from fedlora.server.aggregate import Mean
+from fedlora.server.optimizers import Sgd
+from fedlora.tasks import Prepared, Sites, Validation
+from fedlora.tasks.base import Split
+from fedlora.transport import Link
+
+VERSIONED = ("fedlora", "torch", "transformers", "peft", "datasets", "numpy", "safetensors", "constriction", "pydantic")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of an experiment share: the encoded data, and who holds them.
+
+    Args:
+        task: model and data.
+        population: the clients.
+        test_rows: the examples that evaluations use.
+        split: the split they lie in.
+        device: where the model lives.
+        classes: what the clients' skew looks at, of each training example.
+        holdout: the training examples ((rows,) int64, ascending) that a client keeps away from training, by client.
+            In the mode ``centralised`` they are those of the clients that a federation would have.
+        tiers: the tier of each client, if there are tiers and a federation.
+    """
+
+    task: Prepared
+    population: Population
+    test_rows: Rows
+    split: Split
+    device: torch.device
+    classes: Classes
+    holdout: Mapping[int, Rows] = field(default_factory=dict)
+    tiers: Mapping[int, Tier] = field(default_factory=dict)
+
+    def turns(self, recipe: Recipe) -> list[tuple[int, Local]]:
+        """The number of each client's examples, and its turn, that of its tier if there are tiers."""
+        own = {tier.name: tier.applied(recipe).local for tier in self.tiers.values()}
+        sizes = np.diff(self.population.offsets).tolist()
+        return [(size, own[self.tiers[k].name] if k in self.tiers else recipe.local) for k, size in enumerate(sizes)]
+
+    def summary(self) -> Summary:
+        """How large and how skewed the clients are."""
+        return summarise(self.population, self.classes.numbers, max(1, len(self.classes.names)))
+
+
+def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> Setting:
+    """Loads and encodes the data and deals them to clients.
+
+    Args:
+        experiment: the configuration.
+        partitioner: deals instead of ``experiment.clients.partition``, if given (Flower Datasets' protocol).
+
+    Raises:
+        DataError: the data cannot be read, or not be dealt as asked.
+        ConfigError: a round has more clients than there are, or clients are to be evaluated on no rows.
+    """
+    clients = experiment.clients
+    if isinstance(experiment.data, Sites):
+        raise ConfigError(
+            "data.kind = 'sites': the training rows lie on other machines; start the run with `fedlora serve`"
+        )
+    if experiment.evaluate.clients != "never" and not clients.holdout:
+        raise ConfigError(
+            f"evaluate.clients = '{experiment.evaluate.clients}' tests each client on rows of its own, but "
+            "clients.holdout = 0 keeps none: set clients.holdout to 0.2, or evaluate.clients to never"
+        )
+    task = experiment.task.prepare(experiment.model, experiment.data)
+    device = pick_device(experiment.device)
+    classes = clients.skew.classes(task, named_seed(experiment.seed, "skew"), device)
+    mode = MODES[experiment.mode]
+    division, away = _deal(experiment, task, classes, partitioner)
+    if mode.sends:
+        check_per_round(clients.per_round, len(division.population))
+    population, holdout = hold_out(division.population, clients.holdout, named_seed(experiment.seed, "holdout"))
+    if clients.holdout and not holdout:
+        raise DataError(
+            f"none of the {len(population)} clients has two rows, so clients.holdout = {clients.holdout:g} keeps "
+            "nothing: use fewer clients, or set it to 0"
+        )
+    test_rows = np.arange(task.num_examples("test"))
+    split: Split = "test"
+    if division.test_rows is not None:
+        test_rows, split = division.test_rows, "train"
+    if mode.pools:
+        population = _pool(task.num_examples("train"), [*holdout.values(), *away], population.held_out)
+    tiers: dict[int, Tier] = {}
+    if mode.sends:
+        column = task.column(clients.tier_column, "train") if clients.tier_column else None
+        rows = [population.rows_of(client) for client in range(len(population))]
+        tiers = assign_tiers(clients.tiers, population.names, rows, column)
+    return Setting(task, population, test_rows, split, device, classes, holdout, tiers)
+
+
+def prepare_sites(
+    experiment: Experiment, task: Prepared, sizes: Mapping[str, int], kinds: Mapping[str, str]
+) -> Setting:
+    """The setting of a server whose clients are sites with rows of their own.
+
+    Args:
+        experiment: the configuration.
+        task: prepared from the server's test rows.
+        sizes: how many examples each site has, by name; of one that has not come yet 0. Clients are numbered in this
+            order.
+        kinds: what each says that it is, for tiers by ``values``.
+
+    Raises:
+        ConfigError: the configuration is about another number of clients, or keeps rows that only sites could keep.
+    """
+    clients = experiment.clients
+    if clients.num != len(sizes):
+        raise ConfigError(f"clients.num = {clients.num}, and {len(sizes)} sites are registered; make them the same")
+    if clients.holdout or clients.test_clients or experiment.evaluate.clients != "never":
+        raise ConfigError("sites keep their rows: leave clients.holdout, clients.test_clients and evaluate.clients out")
+    offsets = np.cumsum([0, *sizes.values()])
+    population = Population(tuple(sizes), np.zeros(int(offsets[-1]), dtype=np.int64), offsets)
+    names = list(sizes)
+    rows = [np.array([number]) for number in range(len(names))]
+    column = np.array([kinds.get(name, "") for name in names]) if clients.tier_column else None
+    tiers = assign_tiers(clients.tiers, names, rows, column)
+    classes = Classes(np.zeros(task.num_examples("train"), dtype=np.int64), [])
+    test_rows = np.arange(task.num_examples("test"))
+    return Setting(task, population, test_rows, "test", pick_device(experiment.device), classes, {}, tiers)
+
+
+def _deal(
+    experiment: Experiment, task: Prepared, classes: Classes, partitioner: Partitioner | None
+) -> tuple[Division, list[Rows]]:
+    """The clients and the rows to test on, and all rows of those who do not train."""
+    clients, data = experiment.clients, experiment.data
+    further = data if isinstance(data, Validation) and data.hold_out == "clients" else None
+    if MODES[experiment.mode].pools and not (clients.holdout or clients.test_clients or further):
+        clients, partitioner = Clients(partition=Pooled(), num=1, per_round=1), None
+    division = _divide(clients, task, classes, named_seed(experiment.seed, "partition"), partitioner)
+    away = [] if division.test_rows is None else [division.test_rows]
+    if further:
+        population = division.population
+        if len(population) < 2:
+            raise DataError("there is one client, but holding clients out to choose settings by needs 2 or more")
+        deal = Deal([population.rows_of(client) for client in range(len(population))], list(population.names))
+        rng = np.random.default_rng(named_seed(further.seed, "validation"))
+        kept, test_rows = hold_out_clients(deal, further.share, rng)
+        division = Division(assemble(kept, sum(map(len, kept.groups)), allow_empty=False), test_rows)
+        away.append(test_rows)
+    return division, away
+
+
+def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, partitioner: Partitioner | None) -> Division:
+    if partitioner is not None:
+        return Division(from_partitioner(partitioner, task.table(), clients.allow_empty), None)
+    if clients.partition.skewed and not classes.names:
+        raise DataError(
+            f"the task has no classes, which the '{clients.partition.kind}' partition skews: set clients.skew to "
+            '{ kind = "clusters" } or { kind = "column", name = "..." }, or clients.partition to { kind = "iid" }'
+        )
+    name = clients.column()
+    division = build_population(clients, classes.numbers, task.column(name, "train") if name else None, seed)
+    if division.test_rows is None and name is not None and name in task.columns("test"):
+        shared = set(task.column(name, "test").tolist()) & set(task.column(name, "train").tolist())
+        if shared:
+            raise DataError(
+                f"{len(shared)} values of {name!r} are in both the training and the test data, so test users would be "
+                "trained on; set clients.test_clients = 0.2 to hold out whole clients instead"
+            )
+    return division
+
+
+def _pool(total: int, kept_away: list[Rows], held_out: int) -> Population:
+    """One client that holds all rows but those."""
+    rows = np.setdiff1d(np.arange(total), np.concatenate([np.zeros(0, dtype=np.int64), *kept_away]))
+    return dataclasses.replace(assemble(Deal([rows], ["0"]), len(rows), allow_empty=False), held_out=held_out)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda' but this PyTorch sees no GPU; use 'cpu' or 'auto'")
+    return torch.device(name)
+
+
+def in_mode(experiment: Experiment) -> Experiment:
+    """The experiment with what its mode implies put in: alone, a client sends nothing and keeps its optimiser."""
+    if MODES[experiment.mode].sends:
+        return experiment
+
+    def alone(recipe: Recipe) -> Recipe:
+        local = dataclasses.replace(recipe.local, keep_optimizer=True)
+        # there is nobody to weigh, bound or fold, and no use for fewer ranks
+        links = dataclasses.replace(recipe, aggregator=Mean(), shrink=None, down=Link(), up=Link(), server=Sgd())
+        return dataclasses.replace(links, local=local, memory="init")
+
+    phases = tuple(Phase(recipe=alone(phase.recipe), rounds=phase.rounds) for phase in experiment.phases)
+    clients = dataclasses.replace(experiment.clients, per_round=1)
+    return dataclasses.replace(experiment, phases=phases, clients=clients)
+
+
+def manifest(
+    experiment: Experiment, setting: Setting, budget: Budget | None = None, phases: Sequence[Phase] = ()
+) -> dict[str, Any]:
+    """What a reader needs to know about how a run was made."""
+    return {
+        "versions": {name: metadata.version(name) for name in VERSIONED},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(setting.device),
+        "threads": torch.get_num_threads(),
+        "seed": experiment.seed,
+        "config_digest": config.digest(experiment),
+        "data_fingerprint": setting.task.fingerprint,
+        "label_names": setting.task.label_names,
+        "num_test": len(setting.test_rows),
+        "privacy": _privacy(budget, phases),
+        "example_privacy": _example_privacy(phases),
+        "partition": setting.summary().as_dict(),
+    }
+
+
+def _privacy(budget: Budget | None, phases: Sequence[Phase]) -> dict[str, Any] | None:
+    """What an auditor of the account needs."""
+    if budget is None:
+        return None
+    found = [phase.recipe.privacy for phase in phases if isinstance(phase.recipe.privacy, CentralGaussian)]
+    return {
+        "delta": budget.delta,
+        "accountant": budget.used(phases),
+        **budget.sampled._asdict(),
+        "noise_multiplier": [each.noise_multiplier for each in found],
+        "noise": [_source(each.seed) for each in found],
+    }
+
+
+def _example_privacy(phases: Sequence[Phase]) -> list[dict[str, Any] | None]:
+    """The same of noise for each example, by phase; the ledger says what clients spent of it."""
+    found = [phase.recipe.local.example_privacy for phase in phases]
+    return [
+        {
+            "delta": each.delta,
+            "accountant": "rdp",
+            "clip_norm": each.clip_norm,
+            "noise_multiplier": each.noise_multiplier,
+            "noise": _source(each.seed),
+        }
+        if each
+        else None
+        for each in found
+    ]
+
+
+def _source(seed: int | None) -> str:
+    """Where noise comes from."""
+    return "the operating system's secure source" if seed is None else "a seed"

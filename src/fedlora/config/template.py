@@ -1,0 +1,71 @@
+"""The configuration that ``fedlora new`` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import tomli_w
+
+from fedlora.config.experiment import Experiment, parse, resolved
+from fedlora.config.method_table import build_method, plain_values
+from fedlora.methods import METHODS
+from fedlora.recipe import Phase, Recipe
+
+_KEPT = ("model", "task", "data", "clients", "evaluate")
+_NOTES = {
+    "model": "a hub id, a local folder, or the embedded all-MiniLM-L6-v2",
+    "task": "`fedlora list task` and docs/tasks.md",
+    "data": "`fedlora list data`: docstrings, files (csv, tsv, json, jsonl, parquet, each also .gz), hub",
+    "clients": "`fedlora list partition`; see what it makes with `fedlora partition run.toml`",
+    "evaluate": "set num_examples to evaluate on a fixed subset between rounds",
+}
+
+
+def template(method: str) -> str:
+    """A configuration of ``method`` with its arguments at their defaults, as TOML with comments.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    phases = build_method({"kind": method})
+    text = (inspect.getdoc(METHODS[method]) or "").split("\n")[0].replace("``", "")
+    values = resolved(parse({"method": {"kind": method}}))
+    lines = [
+        f"# {text}",
+        "# fedlora run run.toml      trains it and goes on if it was stopped",
+        "# fedlora cost run.toml     tells its bytes before",
+        "",
+        tomli_w.dumps({"label": method, "seed": Experiment().seed}),
+    ]
+    for table in _KEPT:
+        lines += [f"# {_NOTES[table]}", tomli_w.dumps({table: values[table]})]
+    table_of_method = {"kind": method, **_arguments(method, phases), **_slots(method, phases[-1].recipe)}
+    lines += [
+        "# the method: its own arguments, and the slots of its recipe (`fedlora list` names what each can hold)",
+        tomli_w.dumps({"method": table_of_method}),
+    ]
+    return "\n".join(lines)
+
+
+def _arguments(method: str, phases: tuple[Phase, ...]) -> dict[str, Any]:
+    """The method's arguments; of those that follow from others, what they come to."""
+    follows = {"warm_rounds": phases[0].rounds}
+    parameters = inspect.signature(METHODS[method]).parameters
+    values = {name: plain_values(parameter.default) for name, parameter in parameters.items()}
+    values |= {name: follows[name] for name, value in values.items() if value is None and name in follows}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _slots(method: str, recipe: Recipe) -> dict[str, Any]:
+    """The slots that no argument of the method decides; tuning and links are what its own arguments are about."""
+    own = inspect.signature(METHODS[method]).parameters
+    untouched = Recipe()
+    return {
+        field.name: plain_values(value)
+        for field in dataclasses.fields(Recipe)
+        if field.name not in (*own, "tuning", "down", "up")
+        and (value := getattr(recipe, field.name)) is not None
+        and value == getattr(untouched, field.name)
+    }

@@ -1,0 +1,80 @@
+"""Learning rates that differ by group and by round, the same on clients and on the server."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from fedlora.core.component import STRICT, Part, Positive, dataclass
+from fedlora.core.schema import Schema
+
+Rate = Positive
+Rates = Mapping[str, float]
+"""What the learning rate of a parameter is multiplied by, by its name; 1 where it is not named."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LrScale:
+    """Multipliers of the learning rate: that of a parameter's group times that of its LoRA factor.
+
+    ``lr(x) = lr * scale[group of x] * scale[factor of x]``. LoRA+ (arXiv 2402.12354) is ``B = 16`` on clients. A fresh
+    head wants more than the adapters do: its gradient has to grow a matrix from noise, theirs adjust a trained one.
+
+    Args:
+        adapter: of everything that is not the head.
+        head: of the task head.
+        A: of the factors ``A`` of low-rank adapters.
+        B: of the factors ``B``.
+    """
+
+    adapter: Rate = 1.0
+    head: Rate = 1.0
+    A: Rate = 1.0
+    B: Rate = 1.0
+
+    def by_name(self, schema: Schema, common: float = 1.0) -> Rates:
+        """The multiplier of every parameter.
+
+        Args:
+            schema: what each of them is.
+            common: a further multiplier for all, such as a schedule's.
+        """
+        return {name: common * self._group(leaf.group) * self._factor(leaf.factor) for name, leaf in schema.items()}
+
+    @property
+    def moved(self) -> tuple[str, ...]:
+        """The entries that are not 1."""
+        values = {"adapter": self.adapter, "head": self.head, "A": self.A, "B": self.B}
+        return tuple(name for name, value in values.items() if value != 1.0)
+
+    def _group(self, group: str) -> float:
+        return self.head if group == "head" else self.adapter
+
+    def _factor(self, factor: str) -> float:
+        return {"A": self.A, "B": self.B}.get(factor, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Schedule:
+    """The learning rate's multiplier over the *whole run*: it never starts again with a round or a phase.
+
+    Args:
+        shape: ``constant``; ``linear`` to zero; ``cosine`` to zero.
+        warmup: share of the run's rounds in which the multiplier rises from zero.
+    """
+
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Part = 0.0
+
+    def factor(self, round: int, rounds: int) -> float:
+        """The multiplier of round ``round`` (from 0) of ``rounds``; above zero in every round."""
+        warm = self.warmup * rounds
+        if round < warm:
+            return (round + 1) / (warm + 1)
+        progress = (round - warm) / max(1.0, rounds - warm)
+        if self.shape == "linear":
+            return 1.0 - progress
+        if self.shape == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0

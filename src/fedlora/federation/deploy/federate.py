@@ -1,0 +1,98 @@
+"""A run whose clients live elsewhere: from a configuration and a courier to what ``experiment.run`` gives."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fedlora.config import Experiment
+from fedlora.config.federated_data import Setting, prepare, prepare_sites
+from fedlora.core.errors import ConfigError
+from fedlora.federation.protocol.courier import Courier
+from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.server.remote import Remote
+from fedlora.recipe.modes import MODES
+from fedlora.runs import experiment as experiments
+from fedlora.runs.callbacks import Callback
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.result import Result
+from fedlora.tasks import Sites
+
+KNOWN = "federation.json"
+"""The file of a run's folder that names the run to sites, and has what they said of themselves."""
+
+
+def federate(
+    experiment: Experiment,
+    folder: Path,
+    courier: Courier,
+    rules: Rules,
+    *,
+    names: Sequence[str] = (),
+    anywhere: bool = False,
+    callbacks: Sequence[Callback] = (),
+    begun: Callable[[], None] = lambda: None,
+) -> Result:
+    """Runs an experiment on sites, or goes on with it.
+
+    Args:
+        experiment: what to run.
+        folder: where to keep the run.
+        courier: carries letters.
+        rules: what is waited for.
+        names: of the sites there may be, for ``data.kind = "sites"``.
+        anywhere: whether any site can take any client's turn.
+        callbacks: are called as the run goes on, and of what happens to sites.
+        begun: is called once the folder is the run's.
+
+    Raises:
+        ConfigError: the experiment cannot be run on sites.
+        QuorumError: too few clients can be reached, or answer.
+    """
+    if not MODES[experiment.mode].sends:
+        raise ConfigError(f"mode = {experiment.mode!r} sends nothing, so there is nothing for sites; use `fedlora run`")
+    noisy = any(phase.recipe.privacy.needs_uniform_mean for phase in experiment.phases)
+    if noisy and rules.over_sample > 1:
+        raise ConfigError("noise is calibrated for the clients that are drawn, all of them; leave over_sample at 1")
+    if rules.min_clients > experiment.clients.per_round:
+        raise ConfigError(
+            f"min_clients = {rules.min_clients} answers are asked for, and clients.per_round = "
+            f"{experiment.clients.per_round} clients are asked in a round; make the first smaller"
+        )
+    if rules.over_sample > 1 and experiment.clients.sampling != "fixed":
+        raise ConfigError("over_sample asks more clients than count, and a Poisson draw has no number; leave it at 1")
+    files = RunFolder(folder)
+    files.claim(experiment)
+    if not (folder / KNOWN).exists():
+        files.write_json(KNOWN, {"run": secrets.token_hex(8), "sites": {}})
+    begun()
+    remote = Remote(courier, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
+    setting = _setting(experiment, remote, files, names)
+    return experiments.run(experiment, folder, callbacks=callbacks, setting=setting, engine=remote)
+
+
+def _setting(experiment: Experiment, remote: Remote, files: RunFolder, names: Sequence[str]) -> Setting:
+    """The setting, after the sites have heard of the run."""
+    if not isinstance(experiment.data, Sites):
+        setting = prepare(experiment)
+        remote.open(experiment, setting.task.label_names, len(setting.population))
+        return setting
+    task = experiment.task.prepare(experiment.model, experiment.data)
+    ordered = sorted(names)
+    numbers = {name: number for number, name in enumerate(ordered)}
+    remote.open(experiment, task.label_names, len(ordered), numbers)
+    # what is known of sites outlasts their absence
+    known = files.read_json(KNOWN)
+    for name, guest in remote.guests.items():
+        known["sites"][name] = [sum(guest.sizes.values()), guest.kind]
+    files.write_json(KNOWN, known)
+    sites = {name: known["sites"].get(name, [0, ""]) for name in ordered}
+    absent = [name for name in ordered if name not in known["sites"]]
+    if absent and (any(phase.recipe.local.example_privacy for phase in experiment.phases) or experiment.clients.tiers):
+        raise ConfigError(
+            f"nothing is known of {absent[0]!r} yet, and tiers or the account of examples' privacy need to know what "
+            "each site is; set min_available to the number of sites"
+        )
+    sizes = {name: size for name, (size, _) in sites.items()}
+    return prepare_sites(experiment, task, sizes, {name: kind for name, (_, kind) in sites.items()})

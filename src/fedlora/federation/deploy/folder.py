@@ -1,0 +1,124 @@
+"""The files of a federation: written once by ``fedlora federation init``, handed out, and read by server and sites."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Self
+
+import tomli_w
+
+from fedlora.config.experiment import read_toml
+from fedlora.core.component import STRICT, Field, dataclass
+from fedlora.core.errors import ConfigError
+from fedlora.federation.deploy.file_templates import PROXY, README, SITE, SITE_README
+from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
+from fedlora.federation.deploy.processes import write_secret
+from fedlora.federation.protocol.rules import Name, Rules, parse_as
+
+SERVER_FILE = "server.toml"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ServerConfig:
+    """A federation as its server knows it, ``server/server.toml``.
+
+    Args:
+        host: by which sites reach the proxy in front of the server.
+        proxy_port: the proxy's port, open to sites.
+        port: of Flower's SuperLink, on the loopback interface alone.
+        sites: names of the sites.
+        rules: what is waited for.
+    """
+
+    host: str = "localhost"
+    proxy_port: Annotated[int, Field(ge=1, le=65535)] = 9443
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    sites: Annotated[tuple[Name, ...], Field(min_length=1)]
+    rules: Rules = field(default_factory=Rules)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads the file of a server's folder.
+
+        Raises:
+            ConfigError: it cannot be read, or says what is not known.
+        """
+        file = folder / SERVER_FILE
+        if not file.exists():
+            raise ConfigError(
+                f"{file} is not there; `fedlora federation init DIR --sites N` writes a federation, and --federation "
+                "DIR/server names its server's folder"
+            )
+        return parse_as(cls, read_toml(file), file)
+
+
+def public_keys(folder: Path, config: ServerConfig) -> dict[str, bytes]:
+    """The public key file of each site, by name.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    found = {}
+    for name in config.sites:
+        file = folder / "sites" / f"{name}.pub"
+        if not file.exists():
+            raise ConfigError(
+                f"{file} is not there; put the public key of site {name!r} there, or leave it out of sites"
+            )
+        found[name] = file.read_bytes()
+    return found
+
+
+def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port: int = 9443) -> None:
+    """Writes a federation: an authority, the server's certificate, a key pair and a folder per site, and how to go on.
+
+    Args:
+        folder: a new one.
+        names: of the sites.
+        host: name or address by which sites reach the server.
+        port: of Flower's SuperLink, on the loopback interface.
+        proxy_port: of the proxy in front of it.
+
+    Raises:
+        ConfigError: the folder holds something, or names are no names.
+    """
+    check_flower(PRIVATE)
+    from fedlora.federation.deploy import keys
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; name a new folder, since keys are never overwritten")
+    if len(set(names)) != len(names):
+        raise ConfigError("two sites have one name; names tell them apart")
+    server = {
+        "host": host,
+        "proxy_port": proxy_port,
+        "port": port,
+        "sites": names,
+        "rules": {"min_available": len(names)},
+    }
+    parse_as(ServerConfig, server, folder / "server" / SERVER_FILE)
+    (folder / "server" / "sites").mkdir(parents=True, mode=0o700)
+    (folder / "authority").mkdir(mode=0o700)
+    authority = keys.make_authority()
+    ca = keys.certificate_pem(authority.certificate)
+    key, certificate = keys.make_server(authority, host)
+    write_secret(folder / "authority" / "ca.key", keys.private_pem(authority.key))
+    write_secret(folder / "server" / "server.key", key)
+    (folder / "server" / "server.pem").write_bytes(certificate)
+    (folder / "server" / "ca.crt").write_bytes(ca)
+    (folder / "server" / SERVER_FILE).write_text(tomli_w.dumps(server))
+    (folder / "server" / "nginx.conf").write_text(PROXY.format(host=host, port=port, proxy_port=proxy_port))
+    for name in names:
+        place = folder / "sites" / name
+        place.mkdir(parents=True, mode=0o700)
+        private, public = keys.make_site()
+        write_secret(place / "site.key", private)
+        for file in (place / "site.pub", folder / "server" / "sites" / f"{name}.pub"):
+            file.write_bytes(public)
+        (place / "ca.crt").write_bytes(ca)
+        (place / "site.toml").write_text(SITE.format(name=name))
+        (place / "README.md").write_text(SITE_README.format(name=name, host=host, proxy_port=proxy_port))
+    (folder / "README.md").write_text(
+        README.format(host=host, port=port, proxy_port=proxy_port, names=", ".join(names), first=names[0])
+    )

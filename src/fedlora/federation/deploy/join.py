@@ -1,0 +1,153 @@
+"""A site: Flower's SuperNode with the site's key, and one process that keeps the model warm."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora.core.errors import ConfigError
+from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
+from fedlora.federation.deploy.processes import Child, free_port, quiet, stop_all, write_secret
+from fedlora.runs.callbacks import Callback, CallbackList
+
+FIRST_WAIT, LONGEST_WAIT = 2.0, 30.0
+"""Seconds before a process that ended is started again: doubled each time up to the second."""
+
+
+def join(server: str, file: Path, callbacks: Sequence[Callback] = (), *, insecure: bool = False) -> None:
+    """Works for a server until it is interrupted; comes back after whatever happens to either side.
+
+    Args:
+        server: host and port of the federation's proxy.
+        file: the site's ``site.toml``; ``site.key`` and ``ca.crt`` are beside it.
+        callbacks: get messages of what happens.
+        insecure: plain text and no key, on the loopback interface alone.
+
+    Raises:
+        ConfigError: the files are not there or not for their owner alone, or plain text would leave this machine.
+        KeyboardInterrupt: the user asked to leave; everything is stopped by then.
+    """
+    check_flower(PRIVATE)
+    quiet()
+    # a stop by a supervisor is as polite as Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _work(server, file, CallbackList(callbacks), insecure)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"{server!r} is not of the form host:port")
+    if insecure and not _is_loopback(host):
+        raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
+    name, poll = _checked(file)
+    trust = ["--insecure"] if insecure else _credentials(file.parent)
+    home = Path(tempfile.mkdtemp(prefix="fedlora-site-"))
+    secret = home / "secret"
+    inner = f"127.0.0.1:{free_port()}"
+    node = Child(
+        [
+            sys.executable, "-m", "fedlora.federation.flower.supernode", poll,
+            "--superlink", server, *trust, "--isolation", "process",
+            "--host", "127.0.0.1", "--port", inner.rpartition(":")[2], "--superexec-auth-secret-file", str(secret),
+        ],
+        home / "supernode",
+    )  # fmt: skip
+    worker = Child(
+        [sys.executable, "-m", "fedlora.federation.deploy.worker", inner, str(secret), str(file.resolve())],
+        home / "worker",
+    )
+    try:
+        write_secret(secret, secrets.token_bytes(32))
+        _keep(name, {"the SuperNode": node, "the worker": worker}, report)
+    finally:
+        # whoever asks twice waits as long, and nothing is left behind
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)
+        stop_all([node, worker])
+        shutil.rmtree(home, ignore_errors=True)
+        report.message(f"{name}: left")
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _checked(file: Path) -> tuple[str, str]:
+    """The site's name and how often it asks for work; the process that waits here need not hold what reads the rest.
+
+    Raises:
+        ConfigError: the file is wrong.
+    """
+    command = [sys.executable, "-m", "fedlora.federation.deploy.worker", "--check", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        raise ConfigError(done.stderr.strip())
+    if done.returncode:
+        raise RuntimeError(f"{file} could not be checked: {done.stderr[-500:]}")
+    name, poll = done.stdout.split()
+    return name, poll
+
+
+def _keep(name: str, children: dict[str, Child], report: Callback) -> None:
+    """Keeps processes running, each after a longer wait if it ends soon; until it is interrupted.
+
+    What they complain of is told, each sentence once.
+    """
+    waits = dict.fromkeys(children, FIRST_WAIT)
+    due = dict.fromkeys(children, 0.0)
+    said: set[str] = set()
+    report.message(f"{name}: joining; Ctrl-C leaves")
+    while True:
+        for what, child in children.items():
+            for line in child.complaints():
+                if (sentence := re.sub(r"[\d.]+", "", line)) not in said:
+                    said.add(sentence)
+                    report.message(f"{name}: {line}")
+            if child.alive:
+                if time.monotonic() - child.started > 2 * LONGEST_WAIT:
+                    waits[what] = FIRST_WAIT
+                continue
+            if child.started and not due[what]:
+                due[what] = time.monotonic() + waits[what]
+                report.message(f"{name}: {what} ended; again in {waits[what]:.0f} s ({child.last_words()[-200:]})")
+                waits[what] = min(2 * waits[what], LONGEST_WAIT)
+            elif time.monotonic() >= due[what]:
+                child.start()
+                due[what] = 0.0
+        time.sleep(0.2)
+
+
+def _credentials(folder: Path) -> list[str]:
+    """Arguments for TLS and the site's key.
+
+    Raises:
+        ConfigError: a file is missing, or others can read the key.
+    """
+    ca, key = folder / "ca.crt", folder / "site.key"
+    for each in (ca, key):
+        if not each.exists():
+            raise ConfigError(f"{each} is not there; it comes with the folder that the federation's server handed over")
+    if key.stat().st_mode & 0o077:
+        raise ConfigError(f"{key} can be read by others; chmod 600 it, and ask for a new one if somebody may have")
+    return ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,161 @@
+"""The server of a federation: Flower's SuperLink on the loopback interface, and the rounds in this process."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora.config import Experiment
+from fedlora.core.errors import ConfigError, FedloraError, ProcessError
+from fedlora.federation.deploy.federate import federate
+from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
+from fedlora.federation.deploy.folder import ServerConfig, public_keys
+from fedlora.federation.deploy.processes import Child, quiet, wait_until_up, write_secret
+from fedlora.federation.protocol.courier import Courier
+from fedlora.federation.protocol.rules import Rules
+from fedlora.runs.callbacks import Callback, CallbackList
+from fedlora.runs.result import Result
+from fedlora.tasks import Sites
+
+if TYPE_CHECKING:
+    from fedlora.federation.flower.runtime import Link
+
+RESTARTS = 5
+"""How often in a row a SuperLink that does not come up is tried."""
+
+
+def serve(
+    experiment: Experiment,
+    folder: Path,
+    federation: Path,
+    *,
+    rules: Rules | None = None,
+    insecure: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Runs an experiment on the sites of a federation, or goes on with it.
+
+    Args:
+        experiment: what to run.
+        folder: where to keep the run.
+        federation: the server's folder, which ``init`` wrote.
+        rules: what is waited for, if it is not what the folder says.
+        insecure: plain text and no keys, which the loopback interface alone can hear.
+        callbacks: are called as the run goes on, and of what happens to sites.
+
+    Raises:
+        ConfigError: the federation's files are not there, or Flower is not.
+        ProcessError: the SuperLink does not come up.
+        QuorumError: too few clients can be reached, or answer.
+    """
+    check_flower(PRIVATE)
+    quiet()
+    config = ServerConfig.load(federation)
+    if insecure and isinstance(experiment.data, Sites):
+        raise ConfigError("in plain text nobody knows which site is which; leave --insecure out")
+    keys_of = {} if insecure else public_keys(federation, config)
+    rules = rules or config.rules
+    with superlink(federation, config.port, callbacks, insecure) as link, sites_of(link, keys_of) as courier:
+        return federate(experiment, folder, courier, rules, names=config.sites, callbacks=callbacks)
+
+
+@contextmanager
+def sites_of(link: Link, public: Mapping[str, bytes]) -> Iterator[Courier]:
+    """A run on a SuperLink, and the courier to its sites; when it closes, the run is over.
+
+    Args:
+        link: to the SuperLink.
+        public: the public key file of each site that may take part, by name; none in plain text.
+    """
+    from fedlora.federation.flower import runtime
+    from fedlora.federation.flower.app import GridCourier
+
+    known = {name: runtime.key_of(key) for name, key in public.items()}
+    runtime.register(link, known)
+    run = runtime.start_run(link)
+    with runtime.open_grid(link, run) as grid:
+        yield GridCourier(grid, lambda: runtime.addresses(grid, known))
+
+
+@contextmanager
+def superlink(federation: Path, port: int, callbacks: Sequence[Callback], insecure: bool) -> Iterator[Link]:
+    """A SuperLink with TLS, keys of sites and a database, started again whenever it ends.
+
+    Args:
+        federation: the server's folder.
+        port: on the loopback interface.
+        callbacks: get a message when it is started again.
+        insecure: plain text and no keys.
+
+    Raises:
+        ConfigError: the files of TLS are not there.
+        ProcessError: it does not come up.
+    """
+    from fedlora.federation.flower.runtime import Link
+
+    ca = None if insecure else federation / "ca.crt"
+    command, home = _command(federation, port, insecure), federation / "superlink"
+    home.mkdir(exist_ok=True, mode=0o700)
+    secret = home / "secret"
+    if not secret.exists():
+        write_secret(secret, secrets.token_bytes(32))
+    address = f"127.0.0.1:{port}"
+    child = Child([*command, "--superexec-auth-secret-file", str(secret)], home)
+    report = CallbackList(callbacks)
+    ended = threading.Event()
+    up = threading.Event()
+    failures: list[str] = []
+
+    def begin() -> bool:
+        try:
+            child.start()
+            wait_until_up(child, address, ca)
+        except (FedloraError, OSError) as error:
+            failures.append(f"the SuperLink does not come up: {error}")
+            return False
+        failures.clear()
+        return True
+
+    def keep() -> None:
+        # a child dies with the thread that started it
+        came = begin()
+        up.set()
+        while came and not ended.wait(0.2) and len(failures) < RESTARTS:
+            if not child.alive:
+                report.message(f"the SuperLink ended and is started again ({child.last_words()[-200:]})")
+                begin()
+        child.stop()
+
+    thread = threading.Thread(target=keep, name="superlink", daemon=True)
+    thread.start()
+    try:
+        up.wait()
+        if failures:
+            raise ProcessError(failures[0])
+        yield Link(address, ca.read_bytes() if ca else None, secret.read_bytes())
+    finally:
+        ended.set()
+        thread.join(30)
+
+
+def _command(federation: Path, port: int, insecure: bool) -> list[str]:
+    """What starts a SuperLink; with TLS, sites must prove who they are."""
+    command = [
+        sys.executable, "-m", "fedlora.federation.flower.superlink",
+        "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",
+        "--disable-runtime-dependency-installation", "--database", str(federation / "superlink" / "state.db"),
+    ]  # fmt: skip
+    if insecure:
+        return [*command, "--insecure"]
+    for name, file in {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}.items():
+        if not (federation / file).exists():
+            raise ConfigError(
+                f"{federation / file} is not there; `fedlora federation init` writes it, and nothing runs in plain text"
+            )
+        command += [f"--ssl-{name}", str(federation / file)]
+    return [*command, "--enable-supernode-auth"]

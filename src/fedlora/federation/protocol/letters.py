@@ -1,0 +1,189 @@
+"""Jobs and replies as bytes, for clients that live in other processes; no pickle, every size bounded.
+
+A letter is ``FLL``, a version, the length of a JSON head, the head, and the blobs whose lengths it tells.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedlora.client.jobs import Job, Reply
+from fedlora.core.errors import WireError, plain
+from fedlora.core.state import ClientState, Folds
+from fedlora.core.store import Memory, Reader, Writer
+from fedlora.recipe import Recipe
+from fedlora.transport.base_updates import FoldMessage
+
+MAGIC = b"FLL"
+VERSION = 2
+LARGEST_HEAD = 1 << 22
+LARGEST_SECONDS = 1e7
+"""What a site may say that a turn took; more than any round waits."""
+_START = struct.Struct("<3sBI")
+_RECIPES = TypeAdapter(Recipe)
+
+
+class Letter(NamedTuple):
+    """A message between a server and a site.
+
+    Args:
+        head: JSON values; ``kind`` says what the letter is, ``run`` of which run, ``ticket`` ties an answer to it.
+        blobs: bytes by name.
+    """
+
+    head: dict[str, Any]
+    blobs: dict[str, bytes]
+
+
+def write(head: Mapping[str, Any], blobs: Mapping[str, bytes]) -> bytes:
+    """A letter as bytes."""
+    lengths = {name: len(blob) for name, blob in blobs.items()}
+    text = json.dumps({**head, "blobs": lengths}, allow_nan=False).encode()
+    return b"".join([_START.pack(MAGIC, VERSION, len(text)), text, *blobs.values()])
+
+
+def read(raw: bytes) -> Letter:
+    """The inverse of ``write``.
+
+    Raises:
+        WireError: the bytes are no letter of this version, or not as long as they say.
+    """
+    if len(raw) < _START.size:
+        raise WireError(f"a letter of {len(raw)} bytes is too short to be one")
+    magic, version, length = _START.unpack_from(raw)
+    if magic != MAGIC or version != VERSION:
+        raise WireError(
+            f"a letter begins with {magic!r}, version {version}, where {MAGIC!r} and {VERSION} are expected; use one "
+            "version of fedlora everywhere"
+        )
+    if length > min(LARGEST_HEAD, len(raw) - _START.size):
+        raise WireError(f"a letter's head is to have {length} bytes, and {len(raw) - _START.size} are there")
+    at = _START.size + length
+    try:
+        head = json.loads(raw[_START.size : at].decode("utf-8"))
+        lengths = {str(name): int(size) for name, size in head.pop("blobs").items()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError) as error:
+        raise WireError(f"a letter's head cannot be read ({type(error).__name__})") from error
+    if min(lengths.values(), default=0) < 0 or sum(lengths.values()) != len(raw) - at:
+        raise WireError(f"a letter has {len(raw) - at} bytes after its head, which says {sum(lengths.values())}")
+    blobs = {}
+    for name, size in lengths.items():
+        blobs[name] = raw[at : at + size]
+        at += size
+    return Letter(head, blobs)
+
+
+def of_job(job: Job, run: str, ticket: str, seconds: float | None) -> bytes:
+    """A job as a letter.
+
+    Args:
+        job: what to do; of what the client remembers its name goes along, see ``ClientState.kept``.
+        run: name of the run.
+        ticket: comes back with the reply.
+        seconds: how long the server waits; None for as long as it takes.
+    """
+    blobs = {"payload": job.payload}
+    if job.setup is not None:
+        blobs["setup"] = job.setup
+    head: dict[str, Any] = {
+        "kind": "job",
+        "run": run,
+        "ticket": ticket,
+        "seconds": seconds,
+        "recipe": _RECIPES.dump_python(job.recipe, mode="json", exclude_none=True),
+        "client": job.client,
+        "phase": job.phase,
+        "round": job.round,
+        "progress": list(job.progress),
+        "seed": job.seed,
+        "base": job.base,
+        "memory": [job.memory.has_setup, job.memory.kept, Writer().memory(job.memory.parts.without_trees())],
+    }
+    if job.fold is not None:
+        blobs["fold"] = job.fold.raw
+        head["fold"] = [job.fold.version, list(job.fold.ranks)]
+    return write(head, blobs)
+
+
+def to_job(letter: Letter) -> Job:
+    """The job of a letter; of the client's memory only what the server knows.
+
+    Raises:
+        WireError: it is not of that form.
+    """
+    head, blobs = letter
+    try:
+        fold = None
+        if "fold" in head:
+            version, ranks = head["fold"]
+            fold = FoldMessage(blobs["fold"], {}, int(version), tuple(int(rank) for rank in ranks))
+        has_setup, kept, parts = head["memory"]
+        first, rounds = head["progress"]
+        if head["base"] not in ("fp32", "bf16"):
+            raise ValueError(head["base"])
+        return Job(
+            recipe=_RECIPES.validate_python(head["recipe"]),
+            client=int(head["client"]),
+            phase=int(head["phase"]),
+            round=int(head["round"]),
+            progress=(int(first), int(rounds)),
+            seed=int(head["seed"]),
+            base=head["base"],
+            payload=blobs["payload"],
+            setup=blobs.get("setup"),
+            fold=fold,
+            memory=ClientState(bool(has_setup), Reader({}).memory(parts), str(kept)),
+        )
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, ValidationError) as error:
+        raise WireError(f"a job cannot be read ({type(error).__name__}: {error})") from error
+
+
+def of_reply(reply: Reply, job: Letter, lost: bool = False) -> bytes:
+    """A reply as a letter; of what the client remembers it has the name alone.
+
+    Args:
+        reply: what the client answers.
+        job: the letter that asked.
+        lost: whether the site has forgotten the run.
+    """
+    head = {
+        "kind": "reply",
+        **{key: job.head[key] for key in ("run", "ticket", "client", "progress")},
+        "seconds": reply.seconds,
+        "refused": reply.refused,
+        "lost": lost,
+        "kept": reply.memory.kept,
+    }
+    return write(head, {} if reply.raw is None else {"raw": reply.raw})
+
+
+def to_reply(letter: Letter, job: Job, run: str, ticket: str) -> Reply:
+    """The reply to a job.
+
+    Raises:
+        WireError: it answers something else, or is no reply.
+    """
+    head, blobs = letter
+    expected = {"kind": "reply", "run": run, "ticket": ticket, "client": job.client, "progress": list(job.progress)}
+    found = {key: head.get(key) for key in expected}
+    if found != expected:
+        other = ", ".join(key for key in expected if found[key] != expected[key])
+        raise WireError(f"its {other} are not those of the job: a reply of another round, or sent twice")
+    try:
+        seconds, refused, kept = float(head["seconds"]), plain(head["refused"]), str(head["kept"])[:100]
+        if not 0 <= seconds <= LARGEST_SECONDS:
+            raise ValueError(f"it took {seconds} seconds")
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        raise WireError(f"a reply cannot be read ({type(error).__name__}: {plain(error)})") from error
+    if refused:
+        return Reply(None, ClientState(), seconds, refused, heard=False)
+    remembers = job.recipe.memory != "none"
+    version = job.fold.version if job.fold else job.memory.folds.version
+    parts = Memory().having({"base": Folds(version if remembers else 0).store()})
+    memory = ClientState(remembers, parts, kept)
+    return Reply(blobs.get("raw"), memory, seconds)

@@ -1,0 +1,173 @@
+"""What a site is and accepts, and what a server waits for: the settings of a federation over several machines."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from fedlora.config.experiment import read_toml
+from fedlora.core.component import STRICT, Count, Field, NonNegative, Positive, Whole, dataclass
+from fedlora.core.errors import ConfigError
+from fedlora.privacy import CentralGaussian
+from fedlora.privacy.examples import ExampleNoise
+from fedlora.recipe import Recipe
+from fedlora.tasks import Model
+
+T = TypeVar("T")
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Limits:
+    """What a site does for a server, and no more; None is no limit.
+
+    Args:
+        tunings: kinds of tuning, which say what may be trained and sent.
+        max_megabytes: of one message, either way.
+        max_steps: optimiser steps of one turn.
+        min_noise: the least noise multiplier that the server says it adds to the mean of clients.
+        min_example_noise: the least noise multiplier that this site itself adds to gradients of single examples.
+    """
+
+    tunings: tuple[str, ...] | None = None
+    max_megabytes: Positive | None = None
+    max_steps: Whole | None = None
+    min_noise: NonNegative | None = None
+    min_example_noise: NonNegative | None = None
+
+    def refusal(self, recipe: Recipe, examples: int, opening: bool = False) -> str:
+        """Why a recipe is not accepted; empty if it is.
+
+        Args:
+            recipe: what a job says.
+            examples: of the client.
+            opening: whether no job has come yet; an epsilon to reach becomes a noise multiplier with the first.
+        """
+        if self.tunings is not None and recipe.tuning.kind not in self.tunings:
+            return f"tuning {recipe.tuning.kind!r} is not accepted here, only {', '.join(self.tunings)}"
+        steps = recipe.local.num_steps(examples)
+        if self.max_steps is not None and steps > self.max_steps:
+            return f"{steps} steps are asked for, and {self.max_steps} at most are taken here"
+        noise = recipe.privacy.noise_multiplier if isinstance(recipe.privacy, CentralGaussian) else 0.0
+        pending = opening and noise is None
+        if self.min_noise is not None and not pending and (noise or 0.0) < self.min_noise:
+            return f"the mean of clients gets noise {noise or 0.0:g}, and {self.min_noise:g} is asked for here"
+        return self._example_noise_refusal(recipe.local.example_privacy)
+
+    def _example_noise_refusal(self, privacy: ExampleNoise | None) -> str:
+        noise = privacy.noise_multiplier if privacy else 0.0
+        if self.min_example_noise is None:
+            return ""
+        if noise < self.min_example_noise:
+            return f"examples get noise {noise:g}, and {self.min_example_noise:g} is asked for here"
+        if privacy and privacy.seed is not None:
+            return "noise for examples is to be drawn from a seed that the server knows, and could be taken off again"
+        return ""
+
+    def too_large(self, size: int) -> str:
+        """Why a message of ``size`` bytes is not accepted; empty if it is."""
+        if self.max_megabytes is not None and size > 1e6 * self.max_megabytes:
+            return f"a message of {size / 1e6:.1f} MB, and {self.max_megabytes:g} at most are accepted here"
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Share:
+    """The clients of the server's own partition that a site stands for: ``number``, ``number + of``, and so on.
+
+    Args:
+        number: of the site, from 0.
+        of: how many sites there are.
+    """
+
+    number: Whole
+    of: Count
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SiteConfig:
+    """A site: its name, its rows, its model, and what it accepts.
+
+    One of ``rows`` and ``share`` is given.
+
+    Args:
+        name: in the ledger.
+        rows: a csv, tsv, json, jsonl or parquet file of training rows, maybe with ``.gz``; they never leave the site.
+        columns: name that the task uses -> name in the file, for columns that are called otherwise.
+        share: of the data that the server's configuration names, for trials on one machine.
+        tier: what kind of site this is, for ``clients.tiers`` by ``values``.
+        model: where the pre-trained model is here; the server says by default, if it is ``embedded``.
+        device: where the model lives.
+        state: folder of what is remembered between rounds.
+        poll_seconds: between two questions for work; each costs about a kilobyte.
+        limits: what is accepted.
+
+    Raises:
+        ConfigError: neither or both of ``rows`` and ``share`` are given.
+    """
+
+    name: Name
+    rows: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    share: Share | None = None
+    tier: str = ""
+    model: Model | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    state: str = "state"
+    poll_seconds: Annotated[float, Field(ge=0.05)] = 1.0
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        if (self.rows is None) == (self.share is None):
+            raise ConfigError("a site has rows = 'FILE', or a share of the server's data for trials; give one of them")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a site's TOML file; paths in it are relative to its folder.
+
+        Raises:
+            ConfigError: it cannot be read, or says what is not known.
+        """
+        values = read_toml(path)
+        for key in ("rows", "state"):
+            if key in values or key == "state":
+                values[key] = str(path.parent / Path(str(values.get(key, "state"))).expanduser())
+        return parse_as(cls, values, path)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Rules:
+    """What a server waits for.
+
+    Args:
+        min_available: clients that can be reached before the first round begins; ``min_clients`` if absent.
+        min_clients: answers that a round needs; with fewer it is tried again.
+        round_timeout: seconds after which a round goes on without those that have not answered.
+        rejoin_timeout: seconds that a round waits for a site which is gone to come back, and be asked again.
+        over_sample: so many times the clients of a round are asked, and the first to answer count.
+        attempts: how often a round with too few answers is tried before the run stops.
+    """
+
+    min_available: Count | None = None
+    min_clients: Count = 1
+    round_timeout: Positive = 3600.0
+    rejoin_timeout: NonNegative = 120.0
+    over_sample: Annotated[float, Field(ge=1)] = 1.0
+    attempts: Count = 3
+
+
+def parse_as(kind: type[T], values: dict[str, Any], path: Path) -> T:
+    """``values`` as a ``kind``.
+
+    Raises:
+        ConfigError: naming what is wrong.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"{path}: {place}: {first['msg'][0].lower()}{first['msg'][1:]}") from error

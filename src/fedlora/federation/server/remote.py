@@ -1,0 +1,306 @@
+"""Clients on sites: letters to them and back, waiting, asking again, refusing. Knows nothing of how letters travel."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fedlora import config
+from fedlora.client.jobs import Job, Reply
+from fedlora.config import Experiment
+from fedlora.config.federated_data import in_mode
+from fedlora.core.errors import DataError, QuorumError, TrainingError, WireError, plain
+from fedlora.core.state import ClientState
+from fedlora.engines.base import Engine
+from fedlora.federation.protocol import letters
+from fedlora.federation.protocol.courier import Arrived, Courier
+from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.server.probes import Probing
+from fedlora.federation.site.site import base_digest
+from fedlora.privacy.disclosure import disclosure_of
+from fedlora.runs.callbacks import Callback, CallbackList
+
+POLL = 0.2
+TRIES = 5
+"""How often a job is sent to a site that is lost each time."""
+LARGEST_SIZE = 2**31
+"""No client has more examples."""
+
+
+class Guest(NamedTuple):
+    """What a site said of itself: its kind, and how many examples each of its clients has."""
+
+    kind: str
+    sizes: dict[int, int]
+
+
+class _Invited(NamedTuple):
+    """An opening letter on its way."""
+
+    name: str
+    address: int
+    secret: str
+
+
+@dataclass
+class _Errand:
+    """A job on its way."""
+
+    job: Job
+    site: str
+    secret: str
+    ticket: str | None = None
+    tries: int = 0
+    lost_since: float | None = None
+    why: str = "its site is not there"
+
+
+class Remote(Engine):
+    """Runs jobs on sites.
+
+    Args:
+        courier: carries letters.
+        rules: what is waited for.
+        run: name of the run, hexadecimal digits; what sites remember is theirs by it.
+        anywhere: whether any site can take any client's turn, and is ours, as in a simulation.
+        callbacks: get messages of what happens to sites.
+    """
+
+    trusted = False
+
+    def __init__(
+        self,
+        courier: Courier,
+        rules: Rules,
+        run: str,
+        anywhere: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        # who can take any turn is not asked in order
+        self.courier = courier if anywhere else Probing(courier)
+        self.rules, self.name = rules, run
+        self.anywhere, self._message = anywhere, CallbackList(callbacks).message
+        self.min_clients = rules.min_clients
+        self.over_sample = rules.over_sample
+        self.attempts = rules.attempts
+        self.guests: dict[str, Guest] = {}
+        self._opening: dict[str, Any] = {}
+        self._numbers: Mapping[str, int] = {}
+        self._clients = self._per_round = 0
+        self._invited: dict[str, _Invited] = {}
+        self._refusals: dict[str, tuple[int, str]] = {}
+
+    def open(
+        self, experiment: Experiment, label_names: list[str], clients: int, numbers: Mapping[str, int] | None = None
+    ) -> None:
+        """Says what the run is, and waits until so many clients can be reached that the run can begin.
+
+        Args:
+            experiment: the whole configuration.
+            label_names: what the model was told about its outputs.
+            clients: how many there are.
+            numbers: the client number of each site that has rows of its own, if they have.
+
+        Raises:
+            QuorumError: too few came in ``round_timeout`` seconds, or they refuse.
+        """
+        effective = in_mode(experiment)
+        self._opening = {
+            "kind": "open",
+            "run": self.name,
+            "experiment": config.resolved(effective),
+            "label_names": label_names,
+            "base": base_digest(effective.model),
+        }
+        self._clients, self._numbers = clients, numbers or {}
+        self._per_round = experiment.clients.per_round
+        self._wait_for(self.rules.min_available or self.min_clients)
+
+    def wait(self) -> None:
+        """See ``Engine.wait``; new sites are told of the run."""
+        self._wait_for(self.min_clients)
+
+    def _wait_for(self, least: int) -> None:
+        # under Ray nobody is late, and yet workers may never come
+        deadline = time.monotonic() + min(self.rules.round_timeout, 3600.0)
+        said = False
+        while True:
+            online = self.courier.sites()
+            self._invite(online)
+            self._welcome()
+            reached = self._reach(online)
+            if reached >= least:
+                return
+            if time.monotonic() > deadline:
+                refused = "; ".join(f"{name}: {text}" for name, (_, text) in self._refusals.items())
+                raise QuorumError(
+                    f"{reached} clients can be reached, and {least} are waited for ({refused or sorted(online)}); "
+                    "start more sites, or lower min_clients and min_available"
+                )
+            if not said:
+                self._message(f"waiting for sites: {reached} of {least} clients can be reached")
+                said = True
+            time.sleep(POLL)
+
+    def _reach(self, online: Mapping[str, int]) -> int:
+        """How many clients the sites that are there stand for."""
+        there = self.guests if self.anywhere else [name for name in online if name in self.guests]
+        return sum(len(self.guests[name].sizes) for name in there)
+
+    def _invite(self, online: Mapping[str, int]) -> None:
+        """Tells sites of the run that do not know of it; those that refused are asked again when they come anew."""
+        asked = {(one.name, one.address) for one in self._invited.values()}
+        for name, address in online.items():
+            if name in self.guests or (name, address) in asked or self._refusals.get(name, (None,))[0] == address:
+                continue
+            if self.anywhere and (self.guests or self._invited):  # all share one memory
+                return
+            secret = secrets.token_hex(8)
+            head = {**self._opening, "client": self._numbers.get(name, 0), "ticket": secret}
+            ticket = self.courier.post(address, letters.write(head, {}), self.rules.round_timeout)
+            if ticket is not None:
+                self._invited[ticket] = _Invited(name, address, secret)
+
+    def _welcome(self) -> None:
+        """Reads the answers to opening letters that have come."""
+        for arrived in self.courier.collect(list(self._invited)) if self._invited else ():
+            name, address, secret = self._invited.pop(arrived.ticket)
+            try:
+                guest = self._guest(name, arrived, secret)
+            except (WireError, DataError) as error:
+                if not arrived.again:
+                    self._refusals[name] = address, str(error)
+                    self._message(f"{name} is not taken in: {error}")
+                continue
+            self.guests[name] = guest
+            self._message(f"{name} is there with {sum(guest.sizes.values()):,} examples of {len(guest.sizes)} clients")
+
+    def _guest(self, name: str, arrived: Arrived, secret: str) -> Guest:
+        """What a site says of itself, as far as it can be.
+
+        Raises:
+            WireError: it cannot be.
+            DataError: the site refuses.
+        """
+        if arrived.raw is None:
+            raise DataError(arrived.why)
+        head, _ = letters.read(arrived.raw)
+        if (head.get("kind"), head.get("run"), head.get("ticket")) != ("opened", self.name, secret):
+            raise WireError("its answer is to something else")
+        if head.get("refused"):
+            raise DataError(plain(head["refused"]))
+        try:
+            sizes = {int(client): int(size) for client, size in head["sizes"].items()}
+            guest = Guest(plain(head["tier"], 64), sizes)
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise WireError(f"its answer cannot be read ({type(error).__name__})") from error
+        if not all(0 <= client < self._clients and 0 <= size <= LARGEST_SIZE for client, size in sizes.items()):
+            raise WireError("it stands for clients that do not exist, or have too many examples")
+        if self._numbers and set(sizes) != {self._numbers.get(name)}:
+            raise WireError("it stands for clients that are not its own")
+        online = self.courier.sites()
+        for other in [each for each in self.guests if each != name and set(sizes) & set(self.guests[each].sizes)]:
+            if other in online:
+                raise WireError(
+                    f"it stands for clients that {other} stands for; where sites have rows of their own, set "
+                    "data.kind = 'sites'"
+                )
+            del self.guests[other]  # the same site under another name
+        return guest
+
+    def present(self) -> frozenset[int] | None:
+        if self.anywhere:
+            return None
+        online = self.courier.sites()
+        return frozenset(client for name in online if name in self.guests for client in self.guests[name].sizes)
+
+    def most_examples(self, client: int) -> int | None:
+        sizes = (guest.sizes[client] for guest in self.guests.values() if client in guest.sizes)
+        return next(sizes, None)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
+        """See ``Engine.run``: all are sent at once; answers are handed on in the order of jobs as they come."""
+        deadline = time.monotonic() + self.rules.round_timeout
+        enough = min(len(jobs), self._per_round) if self.over_sample > 1 else len(jobs)
+        secret = secrets.token_hex(8)
+        online = self.courier.sites()
+        homes = {client: name for name, guest in self.guests.items() for client in guest.sizes}
+        errands = []
+        for number, job in enumerate(jobs):
+            site = sorted(online)[number % len(online)] if self.anywhere and online else homes.get(job.client, "")
+            errands.append(_Errand(job, site, f"{secret}-{number}"))
+            self._post(errands[-1], online, deadline)
+        replies: dict[int, Reply] = {}
+        counted = 0
+        for place, job in enumerate(jobs):
+            while place not in replies and counted < enough and time.monotonic() < deadline:
+                for number, arrived in self._collect(errands, deadline):
+                    if counted < enough:
+                        replies[number] = self._read(arrived, errands[number])
+                        counted += replies[number].raw is not None
+            if place not in replies:  # as far as anyone here knows, it remembers what it did
+                self._message(f"client {job.client} ({errands[place].site}) is late; its answer is dropped")
+                replies[place] = Reply(None, job.memory, 0.0, heard=False)
+            yield replies.pop(place)
+
+    def _post(self, errand: _Errand, online: Mapping[str, int], deadline: float) -> None:
+        left = max(1.0, deadline - time.monotonic())
+        told = left if disclosure_of(errand.job.recipe).timing and not self.anywhere else None
+        address = online.get(errand.site)
+        if address is not None:
+            raw = letters.of_job(errand.job, self.name, errand.secret, told)
+            errand.ticket = self.courier.post(address, raw, left)
+        if errand.ticket is None:
+            errand.lost_since = errand.lost_since or time.monotonic()
+        else:
+            errand.tries += 1
+            errand.lost_since = None
+
+    def _collect(self, errands: list[_Errand], deadline: float) -> list[tuple[int, Arrived]]:
+        """What has come, after a short rest if nothing has; jobs of lost sites are sent again."""
+        out = {each.ticket: number for number, each in enumerate(errands) if each.ticket is not None}
+        done: list[tuple[int, Arrived]] = []
+        for arrived in self.courier.collect(list(out)) if out else ():
+            number = out[arrived.ticket]
+            errand = errands[number]
+            errand.ticket = None
+            if arrived.again and errand.tries < TRIES and disclosure_of(errand.job.recipe).retries:
+                errand.why, errand.lost_since = arrived.why, time.monotonic()
+                self._message(f"{errand.site} has not answered ({arrived.why}); it is asked again when it is there")
+            else:
+                done.append((number, arrived))
+        lost = [(number, each) for number, each in enumerate(errands) if each.lost_since]
+        online = self.courier.sites() if lost else {}
+        for number, errand in lost:
+            self._post(errand, online, deadline)
+            if errand.lost_since and time.monotonic() - errand.lost_since > self.rules.rejoin_timeout:
+                errand.lost_since = None
+                done.append((number, Arrived("", None, errand.why)))
+        if not done:
+            time.sleep(POLL)
+        return done
+
+    def _read(self, arrived: Arrived, errand: _Errand) -> Reply:
+        """The reply of an answer, or why there is none.
+
+        Raises:
+            TrainingError: a worker of ours says that training went wrong.
+        """
+        lost = False
+        try:
+            if arrived.raw is None:
+                raise WireError(arrived.why)
+            letter = letters.read(arrived.raw)
+            reply = letters.to_reply(letter, errand.job, self.name, errand.secret)
+            lost = letter.head.get("lost") is True
+        except WireError as error:
+            self._message(f"the answer of {errand.site} is refused: {error}")
+            reply = Reply(None, ClientState(), 0.0, f"{errand.site}: {error}", heard=False)
+        if reply.refused and self.anywhere:
+            raise TrainingError(reply.refused)
+        if lost:  # it is told of the run anew
+            self.guests.pop(errand.site, None)
+        return reply

@@ -1,0 +1,4 @@
+"""What a site does with a message, and what it stores about its clients.
+
+Nothing here opens a connection.
+"""

@@ -1,0 +1,112 @@
+"""What a site keeps of its clients between rounds, in files, a folder per run."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedlora.core.errors import CheckpointError
+from fedlora.core.files import new_file, write_atomically
+from fedlora.core.state import ClientState
+from fedlora.core.store import Reader, Writer
+
+KEPT = 3
+"""States of a client that are kept: the server may go back to an earlier one after a loss of its own."""
+RUNS = 5
+"""Runs whose folders are kept."""
+_NAME = re.compile(r"^[0-9a-f]{8,64}$")
+
+
+class SiteMemory:
+    """The files of one run on a site; they survive restarts and are gone with the run.
+
+    Args:
+        folder: of all runs.
+        run: name of the run, hexadecimal digits.
+
+    Raises:
+        CheckpointError: the name is none.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self.folder = folder / _checked(run)
+
+    def open(self, text: str) -> None:
+        """Notes what the run is; of the oldest runs the files are removed."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(self.folder / "run.json", text.encode())
+        others = sorted(self.folder.parent.glob("*/run.json"), key=lambda file: file.stat().st_mtime)
+        for old in others[:-RUNS]:
+            shutil.rmtree(old.parent, ignore_errors=True)
+
+    def opened(self) -> str | None:
+        """What ``open`` noted, if it did."""
+        file = self.folder / "run.json"
+        return file.read_text(encoding="utf-8") if file.exists() else None
+
+    def setup(self, phase: int, told: bytes | None) -> bytes | None:
+        """A phase's announcement: the one that came, which is kept, or the one that was."""
+        file = self.folder / f"setup-{phase}.bin"
+        if told is None:
+            return file.read_bytes() if file.exists() else None
+        if not file.exists() or file.read_bytes() != told:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomically(file, told)
+        return told
+
+    def load(self, client: int, known: ClientState) -> ClientState:
+        """The whole of what a client remembers.
+
+        Args:
+            client: its number.
+            known: what the server knows of it.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
+        if not known.kept:
+            return known
+        file = self.folder / f"client-{client}" / f"{_checked(known.kept)}.safetensors"
+        try:
+            with safe_open(file, "pt") as opened:
+                told = json.loads((opened.metadata() or {})["told"])
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+            parts = Reader(tensors).memory(told["parts"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"what client {client} remembers is not here any more ({type(error).__name__})"
+            ) from error
+        return ClientState(told["has_setup"], parts, known.kept)
+
+    def save(self, client: int, memory: ClientState) -> str:
+        """Keeps what a client remembers, under a new name; nothing if it remembers nothing.
+
+        Returns:
+            The name, empty for nothing.
+        """
+        folder = self.folder / f"client-{client}"
+        if not memory.parts and not memory.has_setup:
+            return ""
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        writer = Writer()
+        told = {"has_setup": memory.has_setup, "parts": writer.memory(memory.parts)}
+        kept = secrets.token_hex(8)
+        with new_file(folder / f"{kept}.safetensors") as temporary:
+            save_file(writer.tensors, temporary, {"told": json.dumps(told)})
+        others = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        for old in [file for file in others if file.stem not in (kept, memory.kept)][: -(KEPT - 2)]:
+            old.unlink(missing_ok=True)
+        return kept
+
+
+def _checked(name: str) -> str:
+    """A name that stays within its folder."""
+    if not _NAME.match(name):
+        raise CheckpointError(f"{name[:80]!r} is no name of a run or of a state")
+    return name

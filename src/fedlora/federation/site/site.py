@@ -1,0 +1,194 @@
+"""A site: holds its clients' rows and one resident model, and answers letters. Knows nothing of how they travel."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from fedlora import config
+from fedlora.client.jobs import Job, Reply
+from fedlora.client.turn import run_job
+from fedlora.client.workspace import Workspace
+from fedlora.config import Experiment
+from fedlora.config.federated_data import in_mode, pick_device, prepare
+from fedlora.core.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError, WireError
+from fedlora.core.state import ClientState
+from fedlora.federation.protocol import letters
+from fedlora.federation.protocol.letters import Letter
+from fedlora.federation.protocol.rules import SiteConfig
+from fedlora.federation.site.memory import SiteMemory
+from fedlora.privacy.disclosure import disclosure_of
+from fedlora.tasks import Model
+from fedlora.tasks.base import Prepared, Rows
+
+
+class _Run(NamedTuple):
+    """The run that a site is warm for."""
+
+    name: str
+    workspace: Workspace
+    clients: dict[int, Rows]
+    memory: SiteMemory
+
+
+class Site:
+    """Answers a server's letters with the rows that are here.
+
+    The model of the last run stays loaded, so that a round costs its training and no more.
+
+    Args:
+        settings: what the site is and accepts.
+    """
+
+    def __init__(self, settings: SiteConfig) -> None:
+        self.settings = settings
+        self._run: _Run | None = None
+
+    def answer(self, raw: bytes) -> bytes:
+        """The answer to a letter.
+
+        Raises:
+            WireError: it cannot be read, so that there is nothing to answer.
+        """
+        received = time.perf_counter()
+        letter = letters.read(raw)
+        kind = letter.head.get("kind")
+        if kind == "open":
+            return self._open(letter)
+        if kind == "probe":  # that it is answered is all that it asks
+            return letters.write({"kind": "probed"}, {})
+        if kind != "job":
+            raise WireError(
+                f"a letter of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
+            )
+        job = letters.to_job(letter)
+        lost = False
+        try:
+            reply = self._turn(letter, job, len(raw), received)
+        except (WireError, TrainingError, CheckpointError, ConfigError, DataError) as error:
+            lost = isinstance(error, CheckpointError)
+            reply = Reply(None, ClientState(), 0.0, self._said(error), heard=False)
+        if not disclosure_of(job.recipe).timing:
+            reply = reply._replace(seconds=0.0)
+        return letters.of_reply(reply, letter, lost)
+
+    def _said(self, error: FedloraError) -> str:
+        """What a server is told of an error: sentences about data quote them, and stay here."""
+        logging.getLogger("fedlora").warning("%s: %s", type(error).__name__, error)
+        text = (
+            "its rows are not as the task needs them; its own log says more" if isinstance(error, DataError) else error
+        )
+        return f"{self.settings.name}: {text}"
+
+    def _open(self, letter: Letter) -> bytes:
+        head = letter.head
+        told: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
+        told |= {key: head.get(key) for key in ("run", "ticket")}
+        try:
+            run = self._prepared(head)
+            run.memory.open(json.dumps(head))
+            self._run = run
+            told["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
+        except FedloraError as error:
+            told["refused"] = self._said(error)
+        return letters.write(told, {})
+
+    def _prepared(self, head: Mapping[str, Any]) -> _Run:
+        """The run of an opening letter.
+
+        Raises:
+            FedloraError: it is not accepted, or cannot be prepared here.
+        """
+        name = str(head.get("run"))
+        memory = SiteMemory(Path(self.settings.state), name)
+        experiment = config.parse(head["experiment"])
+        experiment = replace(experiment, model=self._model(experiment), device=self.settings.device)
+        if (found := base_digest(experiment.model)) != head["base"]:
+            raise ConfigError(
+                f"the pre-trained model here ({found}) is not the server's ({head['base']}); put the same files here"
+            )
+        if self.settings.share is not None:
+            share = self.settings.share
+            setting = prepare(in_mode(experiment))
+            numbers = range(share.number, len(setting.population), share.of)
+            clients = {client: setting.population.rows_of(client) for client in numbers}
+            task, device = setting.task, setting.device
+        else:
+            task = self._task(experiment, list(head["label_names"]))
+            device = pick_device(self.settings.device)
+            clients = {int(head["client"]): np.arange(task.num_examples("train"))}
+        largest = max(map(len, clients.values()), default=0)
+        for phase in experiment.phases:
+            if refusal := self.settings.limits.refusal(phase.recipe, largest, opening=True):
+                raise ConfigError(refusal)
+        return _Run(name, Workspace(task, experiment.seed, device), clients, memory)
+
+    def _model(self, experiment: Experiment) -> Model:
+        """The model that is loaded here: whose code may run and which files are read is not for a server to say."""
+        if self.settings.model is not None:
+            # what is trained decides the form of messages, so that is for the server to say
+            return replace(self.settings.model, head=experiment.model.head, train_head=experiment.model.train_head)
+        if self.settings.share is None and experiment.model.path != "embedded":
+            raise ConfigError(
+                f"the server trains {experiment.model.path!r}; say in the site's file where it is: model.path"
+            )
+        return replace(experiment.model, trust_remote_code=False)
+
+    def _task(self, experiment: Experiment, label_names: list[str]) -> Prepared:
+        task = experiment.task.restore(experiment.model, label_names)
+        return task.with_rows(Path(str(self.settings.rows)), self.settings.columns, "train")
+
+    def _turn(self, letter: Letter, job: Job, size: int, received: float) -> Reply:
+        run = self._warm(str(letter.head["run"]))
+        limits = self.settings.limits
+        if job.client not in run.clients:
+            raise ConfigError(f"client {job.client} is not here")
+        rows = run.clients[job.client]
+        if refusal := limits.refusal(job.recipe, len(rows)) or limits.too_large(size):
+            raise ConfigError(refusal)
+        memory = run.memory.load(job.client, job.memory)
+        if memory.folds.version != job.memory.folds.version:
+            raise CheckpointError(f"client {job.client} knows {memory.folds.version} folds here")
+        setup = run.memory.setup(job.phase, job.setup)
+        if setup is None:
+            raise CheckpointError(f"what phase {job.phase} begins with is not here any more")
+        seconds = letter.head.get("seconds")
+        left = math.inf if seconds is None else float(seconds) - (time.perf_counter() - received)
+        reply = run_job(job._replace(memory=memory, setup=setup), run.workspace, rows, left)
+        if reply.raw is not None and (refusal := limits.too_large(len(reply.raw))):
+            raise ConfigError(refusal)
+        kept = run.memory.save(job.client, reply.memory)
+        return reply._replace(memory=replace(reply.memory, kept=kept))
+
+    def _warm(self, name: str) -> _Run:
+        """The run of a job: the one that is resident, or one that was opened before this process began."""
+        if self._run is None or self._run.name != name:
+            told = SiteMemory(Path(self.settings.state), name).opened()
+            if told is None:
+                raise CheckpointError(f"run {name} was never opened here")
+            self._run = self._prepared(json.loads(told))
+        return self._run
+
+
+def base_digest(model: Model) -> str:
+    """What tells two pre-trained models apart: a hash of the files, or the hub's id and revision."""
+    path = Path(model.resolve()).expanduser()
+    if not path.is_dir():
+        return f"{model.path}@{model.revision or 'main'}"
+    digest = xxhash.xxh3_128()
+    for file in sorted(path.iterdir()):
+        if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
+            digest.update(file.name.encode())
+            with file.open("rb") as opened:
+                while chunk := opened.read(1 << 22):
+                    digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,351 @@
+"""Who takes part: the population that a partition makes of a data set, and the cohort of a round."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.core.component import STRICT, Count, Part, dataclass
+from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.network import Network, parse_network
+from fedlora.population.partitions import AnyPartition, Deal, Dirichlet, Natural, Pooled, Rows
+from fedlora.population.skew import AnySkew, Label
+from fedlora.population.tiers import Tier, check_tiers
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Clients:
+    """The clients of an experiment: how rows are dealt to them and how many take part in a round.
+
+    Args:
+        partition: how rows are dealt.
+        num: number of clients (``Pooled`` makes one, ``Natural`` as many as the data have).
+        per_round: clients drawn for a round.
+        sampling: ``fixed`` draws that many without replacement; ``poisson`` draws each client by itself with the same
+            chance, so that many are drawn on average and maybe nobody, as an account of privacy likes best.
+        test_clients: share of the natural clients, in [0, 1), held out whole as the test set; ``Natural`` only.
+        allow_empty: leave clients without rows out of the population and count them, instead of raising.
+        skew: what counts as a row's class; ``Dirichlet`` and ``Shards`` deal by it, summaries and drawings show it.
+        holdout: share of each client's rows, in [0, 1), that it keeps away from training as a test set of its own.
+        tiers: kinds of clients that get and do less than the recipe says.
+        tier_column: the column that tiers by ``values`` read.
+        network: what lies between the server and a client, such as ``down=10Mbit,up=1Mbit,latency=50ms``; with it the
+            ledger says how long each round takes there. Tiers may have others.
+
+    Raises:
+        ConfigError: if it is not clear who belongs to which tier, if ``test_clients`` is set without ``Natural``, or if
+            ``per_round`` exceeds the number of clients.
+    """
+
+    partition: AnyPartition = Dirichlet(alpha=0.1)
+    num: Count = 100
+    per_round: Count = 10
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    test_clients: Part = 0.0
+    allow_empty: bool = False
+    skew: AnySkew = Label()
+    holdout: Part = 0.0
+    tiers: tuple[Tier, ...] = ()
+    tier_column: str | None = None
+    network: str = ""
+
+    def __post_init__(self) -> None:
+        check_tiers(self.tiers, self.tier_column)
+        if not self.network and any(tier.network for tier in self.tiers):
+            raise ConfigError("a tier has a network, and the other clients have none; set clients.network too")
+        self.networks()
+        if isinstance(self.partition, Natural):
+            return
+        if self.test_clients:
+            raise ConfigError(
+                f"clients.test_clients = {self.test_clients:g} holds whole users out for testing, which needs a "
+                f"natural partition, not '{self.partition.kind}': set it to 0 or use kind = \"natural\""
+            )
+        check_per_round(self.per_round, 1 if isinstance(self.partition, Pooled) else self.num)
+
+    def networks(self, network: str = "") -> dict[str, Network]:
+        """The network of clients without tier, under an empty name, and of each tier; none without one.
+
+        Args:
+            network: of all clients, in place of what is set here.
+
+        Raises:
+            ConfigError: what was written is no network.
+        """
+        if not (network or self.network):
+            return {}
+        own = {tier.name: network or tier.network or self.network for tier in self.tiers}
+        return {name: parse_network(words) for name, words in {"": network or self.network, **own}.items()}
+
+    def column(self) -> str | None:
+        """The name of the data set's column that the partition reads, or None."""
+        return self.partition.column if isinstance(self.partition, Natural) else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Population:
+    """All clients, flat in memory: client i holds ``rows[offsets[i]:offsets[i + 1]]``.
+
+    Args:
+        names: the clients' names.
+        rows: (dealt,) int64, the row numbers of all clients one after the other.
+        offsets: (clients + 1,) int64.
+        dropped: rows of the data set that no client holds (and that are not test rows).
+        empty: clients left out because they had no rows.
+        held_out: rows that clients keep away from training, see ``hold_out``.
+    """
+
+    names: tuple[str, ...]
+    rows: Rows
+    offsets: Rows
+    dropped: int = 0
+    empty: int = 0
+    held_out: int = 0
+
+    def __len__(self) -> int:
+        """How many clients there are."""
+        return len(self.names)
+
+    def rows_of(self, client: int) -> Rows:
+        """The row numbers of one client, (rows,) int64, a read-only view."""
+        return self.rows[self.offsets[client] : self.offsets[client + 1]]
+
+    def sizes(self) -> Rows:
+        """The number of rows of each client, (clients,) int64."""
+        return np.diff(self.offsets)
+
+
+class Division(NamedTuple):
+    """A population, and the rows of the users held out for testing ((rows,) int64, ascending) or None."""
+
+    population: Population
+    test_rows: Rows | None
+
+
+def build_population(
+    clients: Clients, labels: NDArray[Any] | Sequence[int], column: NDArray[Any] | Sequence[Any] | None, seed: int
+) -> Division:
+    """Deal a data set to clients.
+
+    Args:
+        clients: the partition and its numbers.
+        labels: (rows,) class numbers, integer, of what ``clients.skew`` looks at; zeros where there are no classes.
+        column: (rows,) values of ``clients.column()``, or None.
+        seed: the same seed deals the same rows.
+
+    Returns:
+        The population, and the rows of held-out test users where ``clients.test_clients`` is set.
+
+    Raises:
+        DataError: if there are no rows, fewer rows than clients, clients without rows, too few classes for a label
+            skew, labels that are no class numbers, or if the lengths differ.
+    """
+    labels = np.asarray(labels)
+    names = None if column is None else np.asarray(column)
+    _check(clients, labels, names)
+    rng = np.random.default_rng(seed)
+    deal = clients.partition.split(labels, names, clients.num, rng)
+    if not clients.test_clients:
+        return Division(assemble(deal, len(labels), clients.allow_empty), None)
+    if (num := len(deal.groups)) < 2:
+        raise DataError(
+            f"there are {num} natural clients, but holding some out for testing needs 2 or more: set test_clients = 0"
+        )
+    train, test_rows = hold_out_clients(deal, clients.test_clients, rng)
+    return Division(assemble(train, len(labels) - len(test_rows), clients.allow_empty), test_rows)
+
+
+def hold_out_clients(deal: Deal, share: float, rng: np.random.Generator) -> tuple[Deal, Rows]:
+    """A deal without a share of its clients, one at least and not all, and their rows ((rows,) int64, ascending)."""
+    num = len(deal.groups)
+    held = set(rng.permutation(num)[: min(max(round(share * num), 1), num - 1)].tolist())
+    rows = np.sort(np.concatenate([deal.groups[client] for client in sorted(held)]))
+    kept = [client for client in range(num) if client not in held]
+    return Deal([deal.groups[client] for client in kept], [deal.names[client] for client in kept]), rows
+
+
+def hold_out(population: Population, share: float, seed: int) -> tuple[Population, dict[int, Rows]]:
+    """Lets every client keep a share of its rows away from training, one at least and not all.
+
+    Args:
+        population: the clients.
+        share: in [0, 1); with 0 nothing is kept away.
+        seed: together with a client's number it decides which of its rows.
+
+    Returns:
+        The clients with what they train on, and the rows ((rows,) int64, ascending) that each client keeps away; a
+        client with one row trains on it and keeps none.
+    """
+    if not share:
+        return population, {}
+    trained, held = [], {}
+    for client in range(len(population)):
+        rows = population.rows_of(client)
+        num = min(max(round(share * len(rows)), 1), len(rows) - 1)
+        chosen = np.zeros(len(rows), dtype=bool)
+        chosen[np.random.default_rng([seed, client]).choice(len(rows), num, replace=False)] = True
+        trained.append(rows[~chosen])
+        if num:
+            held[client] = np.sort(rows[chosen])
+    # clients without rows are gone already, and whoever has one keeps one
+    left = assemble(Deal(trained, list(population.names)), len(population.rows), allow_empty=False)
+    return dataclasses.replace(
+        left, dropped=population.dropped, empty=population.empty, held_out=sum(map(len, held.values()))
+    ), held
+
+
+def draw_cohort(
+    population: Population, per_round: int, seed: int, sampling: Literal["fixed", "poisson"] = "fixed"
+) -> tuple[int, ...]:
+    """Draw a round's clients: ``per_round`` without replacement, or each with the chance ``per_round / clients``.
+
+    Args:
+        population: whom to draw from.
+        per_round: how many, or how many on average.
+        seed: the same seed draws the same clients in the same order.
+        sampling: which of the two.
+
+    Returns:
+        Client numbers in the order they were drawn.
+
+    Raises:
+        ConfigError: if there are fewer clients than ``per_round``.
+    """
+    check_per_round(per_round, len(population))
+    rng = np.random.default_rng(seed)
+    if sampling == "poisson":
+        drawn = np.flatnonzero(rng.random(len(population)) < per_round / len(population))
+    else:
+        drawn = rng.choice(len(population), size=per_round, replace=False)
+    return tuple(int(client) for client in drawn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How large and how skewed the clients of a population are.
+
+    Args:
+        num_clients: clients with rows.
+        num_examples: rows they hold together.
+        min_size: rows of the smallest client.
+        median_size: median rows of a client.
+        max_size: rows of the largest client.
+        top_class_share: median over clients of the share of the client's most frequent class, in [0, 1].
+        effective_classes: median over clients of exp(entropy of the client's classes), from 1 to ``num_classes``.
+        num_single_class: clients that see one class only.
+        num_empty: clients without rows.
+        dropped: rows that nobody holds.
+        held_out: rows that clients keep away from training; the other figures are of what they train on.
+    """
+
+    num_clients: int
+    num_examples: int
+    min_size: int
+    median_size: float
+    max_size: int
+    top_class_share: float
+    effective_classes: float
+    num_single_class: int
+    num_empty: int
+    dropped: int
+    held_out: int
+
+    def as_dict(self) -> dict[str, int | float]:
+        """The figures by name."""
+        return dataclasses.asdict(self)
+
+
+def summarise(population: Population, labels: NDArray[Any] | Sequence[int], num_classes: int) -> Summary:
+    """Size and skew of a population's clients.
+
+    Args:
+        population: the clients.
+        labels: (rows,) class numbers of the whole data set, in [0, num_classes).
+        num_classes: number of classes.
+
+    Returns:
+        The figures; clients without rows count in ``num_empty`` alone.
+    """
+    sizes = population.sizes()
+    owner = np.repeat(np.arange(len(population)), sizes)
+    cells = owner * num_classes + np.asarray(labels)[population.rows]
+    counts = np.bincount(cells, minlength=len(population) * num_classes).reshape(-1, num_classes)[sizes > 0]
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(axis=1)
+    filled = sizes[sizes > 0]
+    return Summary(
+        num_clients=len(filled),
+        num_examples=int(filled.sum()),
+        min_size=int(filled.min()),
+        median_size=float(np.median(filled)),
+        max_size=int(filled.max()),
+        top_class_share=float(np.median(shares.max(axis=1))),
+        effective_classes=float(np.median(np.exp(entropy))),
+        num_single_class=int(((counts > 0).sum(axis=1) == 1).sum()),
+        num_empty=population.empty + int((sizes == 0).sum()),
+        dropped=population.dropped,
+        held_out=population.held_out,
+    )
+
+
+def check_per_round(per_round: int, num: int) -> None:
+    """Refuses rounds with more clients than there are.
+
+    Raises:
+        ConfigError: ``per_round`` exceeds ``num``.
+    """
+    if per_round > num:
+        raise ConfigError(
+            f"clients.per_round = {per_round} exceeds the {num} client{'s' * (num != 1)} there are: set it to {num} "
+            "or less"
+        )
+
+
+def assemble(deal: Deal, total: int, allow_empty: bool) -> Population:
+    """The population of a deal.
+
+    Args:
+        deal: rows by client.
+        total: rows there were to deal.
+        allow_empty: leave clients without rows out and count them, instead of raising.
+
+    Raises:
+        DataError: a client has no rows and may not be without, or none has any.
+    """
+    kept = [index for index, group in enumerate(deal.groups) if len(group)]
+    empty = len(deal.groups) - len(kept)
+    if (empty and not allow_empty) or not kept:
+        raise DataError(
+            f"{empty} of {len(deal.groups)} clients got no rows, but each needs one at least: use fewer clients or a "
+            "larger alpha, or set clients.allow_empty = true to leave them out"
+        )
+    groups = [deal.groups[index] for index in kept]
+    rows = np.concatenate(groups).astype(np.int64)
+    offsets = np.cumsum([0, *map(len, groups)], dtype=np.int64)
+    rows.flags.writeable = offsets.flags.writeable = False
+    return Population(tuple(deal.names[index] for index in kept), rows, offsets, total - len(rows), empty)
+
+
+def _check(clients: Clients, labels: NDArray[Any], column: NDArray[Any] | None) -> None:
+    if labels.ndim != 1 or not len(labels):
+        raise DataError(f"labels of shape {labels.shape} were given, but one per row of a non-empty data set is needed")
+    if column is not None and len(column) != len(labels):
+        raise DataError(f"the client column has {len(column)} rows and the labels {len(labels)}: they must agree")
+    partition = clients.partition
+    if not isinstance(partition, Natural | Pooled) and clients.num > len(labels):
+        raise DataError(
+            f"{clients.num} clients were asked for, but there are only {len(labels)} rows: use fewer clients"
+        )
+    if not partition.skewed:
+        return
+    if not np.issubdtype(labels.dtype, np.integer) or int(labels.min()) < 0:
+        raise DataError(f"the '{partition.kind}' partition needs class numbers from 0 for labels: use kind = \"iid\"")
+    if int(labels.min()) == int(labels.max()):
+        raise DataError(
+            f"all {len(labels)} rows have class {int(labels[0])}, but the '{partition.kind}' partition skews classes "
+            'and needs two or more: set clients.skew to { kind = "clusters" } or to a column, or use kind = "iid"'
+        )

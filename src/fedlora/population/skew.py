@@ -1,0 +1,168 @@
+"""What the partitions that skew classes look at: the task's own classes, a column, or clusters of like content."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.core.component import STRICT, Field, dataclass
+from fedlora.core.errors import DataError
+from fedlora.population.partitions import Rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedlora.tasks.base import Prepared
+
+NUM_STARTS = 5
+"""Starts of k-means, of which the best is kept."""
+
+NUM_TOPICS = 50
+"""Dimensions that TF-IDF is reduced to before k-means."""
+
+
+class Classes(NamedTuple):
+    """The class of every training row, (rows,) int64 in ``[0, len(names))``, and the classes' names.
+
+    Without any classes the numbers are zeros and there are no names.
+    """
+
+    numbers: Rows
+    names: list[str]
+
+
+class Skew(ABC):
+    """What counts as a row's class where rows are dealt, drawn and summarised by class."""
+
+    @abstractmethod
+    def classes(self, task: Prepared, seed: int, device: torch.device) -> Classes:
+        """Give every training row a class.
+
+        Args:
+            task: the data.
+            seed: the only source of chance.
+            device: where a model would run.
+
+        Raises:
+            DataError: the data have no such classes.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Label(Skew):
+    """The task's own classes."""
+
+    kind: Literal["label"] = "label"
+
+    def classes(self, task: Prepared, seed: int, device: torch.device) -> Classes:
+        numbers, names = np.asarray(task.labels), task.label_names
+        if not numbers.any():  # what tasks without classes give; their names may be of something else, such as tags
+            return Classes(np.zeros(len(numbers), dtype=np.int64), [])
+        missing = [str(number) for number in range(len(names), int(numbers.max()) + 1)]
+        return Classes(numbers, [*names, *missing])
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Column(Skew):
+    """The distinct values of a column, sorted: a title, a language, a year.
+
+    Args:
+        name: the column; values of several types, and lists, are told apart and sorted as Python writes them.
+    """
+
+    kind: Literal["column"] = "column"
+    name: str
+
+    def classes(self, task: Prepared, seed: int, device: torch.device) -> Classes:
+        values: list[Any] = task.column(self.name, "train").tolist()
+        kinds = set(map(type, values))
+        plain = len(kinds) == 1 and kinds <= {str, int, bool, float} and all(value == value for value in values)
+        keys = values if plain else [repr(value) for value in values]
+        distinct = sorted(set(keys))
+        place = {key: number for number, key in enumerate(distinct)}
+        return Classes(np.array([place[key] for key in keys], dtype=np.int64), [str(key) for key in distinct])
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Clusters(Skew):
+    """Clusters of like content by k-means, for tasks without classes, as FedNLP makes them for questions and tags.
+
+    - ``tfidf``: words counted by TF-IDF, reduced to 50 dimensions by a truncated SVD. Needs no model and spaces
+      between words.
+    - ``embeddings``: the pre-trained model's mean-pooled last hidden state. A pass over all rows; other hardware may
+      round to other clusters.
+
+    Rows are scaled to length one, so that k-means compares directions.
+
+    Args:
+        num: clusters, k.
+        features: what is clustered.
+
+    References:
+        Lin et al., FedNLP (arXiv 2104.08815).
+    """
+
+    kind: Literal["clusters"] = "clusters"
+    num: Annotated[int, Field(ge=2)] = 10
+    features: Literal["tfidf", "embeddings"] = "tfidf"
+
+    def classes(self, task: Prepared, seed: int, device: torch.device) -> Classes:
+        if self.features == "embeddings":
+            points = task.embeddings("train", device)
+        else:
+            points = _topics(task.texts("train"), seed % 2**32)
+        return Classes(_k_means(points, self.num, seed % 2**32), [f"cluster {number}" for number in range(self.num)])
+
+
+AnySkew = Annotated[Label | Column | Clusters, Field(discriminator="kind")]
+"""Any skew, told apart by ``kind``."""
+
+SKEWS: dict[str, type[Skew]] = {"label": Label, "column": Column, "clusters": Clusters}
+"""The skews by ``kind``."""
+
+
+def _topics(texts: list[str], seed: int) -> NDArray[Any]:
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    try:
+        counts = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
+    except ValueError as error:
+        raise DataError(
+            "the texts have no words of two letters or more to tell them apart by: set clients.skew.features to "
+            "embeddings"
+        ) from error
+    if counts.shape[1] <= NUM_TOPICS:
+        return np.asarray(counts.toarray())
+    # equal texts have no variance to explain
+    with np.errstate(invalid="ignore"):
+        points: NDArray[Any] = TruncatedSVD(min(NUM_TOPICS, counts.shape[0]), random_state=seed).fit_transform(counts)
+    return points
+
+
+def _k_means(points: NDArray[Any], num: int, seed: int) -> Rows:
+    """The cluster of each of the ``points``, (rows, size), as (rows,) int64; the first row lies in cluster 0."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.preprocessing import normalize
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    found = np.zeros(0, dtype=np.int64)
+    if len(points) >= num:
+        # several threads would add up in an order of chance
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = KMeans(num, n_init=NUM_STARTS, random_state=seed).fit_predict(normalize(points))
+    _, first, found = np.unique(found, return_index=True, return_inverse=True)
+    if len(first) < num:
+        raise DataError(
+            f"{num} clusters were asked for, but only {len(first) or len(points)} of the {len(points)} rows differ: "
+            "set clients.skew.num to less"
+        )
+    # numbered by first row, so that k-means' own order does not matter
+    ranks: Rows = np.argsort(np.argsort(first))[found].astype(np.int64)
+    return ranks

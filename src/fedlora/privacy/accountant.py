@@ -1,0 +1,291 @@
+"""What a run spends of privacy: epsilon at a delta, for a client's whole data, by ``dp-accounting``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from fedlora.core.errors import ConfigError
+from fedlora.privacy.central import CentralGaussian
+
+if TYPE_CHECKING:
+    from fedlora.recipe import Phase, Recipe
+    from fedlora.recipe.local import Local
+
+Sampling = Literal["fixed", "poisson"]
+
+
+_FEW = 50  # clients, below which the usual delta is too large to mean anything
+_LITTLE_NOISE = 0.3  # multiplier, below which the tight accountant takes gigabytes
+
+
+class Sampled(NamedTuple):
+    """How clients get into a round, which decides how much of their privacy a round costs.
+
+    Attributes:
+        num_clients: of the whole population.
+        per_round: of a round; with ``poisson`` their expectation.
+        sampling: ``fixed``, so many without replacement; ``poisson``, each by itself with the same chance.
+    """
+
+    num_clients: int
+    per_round: int
+    sampling: Sampling
+
+
+@lru_cache(maxsize=4096)
+def epsilon(spent: tuple[tuple[float, int], ...], sampled: Sampled, delta: float, accountant: str) -> float:
+    """Epsilon after some rounds.
+
+    With Poisson sampling the neighbour of a population lacks one client, and a round is a Poisson-sampled Gaussian of
+    noise multiplier ``z``. With a cohort of fixed size the neighbour has another client in one's place, so that the sum
+    may change by ``2 C``: a Gaussian of ``z / 2``, sampled without replacement (Wang et al., arXiv 1808.00087). If all
+    clients take part in every round there is nothing to sample, and a neighbour has zeros in place of one.
+
+    Args:
+        spent: noise multipliers, and in how many rounds each was used.
+        sampled: how clients were drawn.
+        delta: the probability that epsilon does not hold.
+        accountant: ``rdp``, ``pld`` or ``auto``.
+
+    Raises:
+        ConfigError: ``dp-accounting`` is not installed, or the accountant does not know this sampling.
+    """
+    if any(multiplier == 0 and rounds for multiplier, rounds in spent):
+        return float("inf")
+    multipliers = [multiplier for multiplier, rounds in spent if rounds]
+    account = _accountant(sampled, chosen(multipliers, sampled, accountant))
+    for multiplier, rounds in spent:
+        if rounds:
+            account.compose(_event(sampled, multiplier), rounds)
+    return float(account.get_epsilon(delta))
+
+
+def chosen(multipliers: Sequence[float], sampled: Sampled, accountant: str) -> str:
+    """``rdp`` or ``pld``: what ``auto`` means for such noise and such sampling."""
+    if accountant != "auto":
+        return accountant
+    little = min(multipliers, default=1.0) < _LITTLE_NOISE
+    return "rdp" if little or not _is_tight(sampled) else "pld"
+
+
+def calibrate(target: float, rounds: int, sampled: Sampled, delta: float, accountant: str) -> float:
+    """The least noise multiplier whose epsilon after ``rounds`` is at most ``target``.
+
+    Raises:
+        ConfigError: see ``epsilon``; or no noise up to a multiplier of 10,000 is enough.
+    """
+    accounting = _library()
+
+    def least(name: str, interval: Any) -> float:
+        try:
+            found = accounting.calibrate_dp_mechanism(
+                lambda: _accountant(sampled, name),
+                lambda multiplier: accounting.SelfComposedDpEvent(_event(sampled, multiplier), rounds),
+                target,
+                delta,
+                interval,
+                tol=1e-3 * target,
+            )
+        except (ValueError, accounting.mechanism_calibration.NoBracketIntervalFoundError) as error:
+            raise ConfigError(f"no noise was found for target_epsilon = {target:g}: {error}") from error
+        return float(found)
+
+    bound = least("rdp", accounting.LowerEndpointAndGuess(1e-2, 1.0))
+    if accountant == "rdp" or not _is_tight(sampled):
+        return bound
+    # the tighter accountant is slow, above all where noise is small, so it searches below the other's answer alone
+    lower = max(bound / 2, _LITTLE_NOISE)
+    if lower >= bound:
+        return bound
+    if epsilon(((lower, rounds),), sampled, delta, accountant) <= target:
+        return lower
+    return least(accountant, accounting.ExplicitBracketInterval(lower, bound))
+
+
+def example_epsilon(
+    phases: Sequence[Phase], cohorts: Sequence[tuple[int, ...]], turns: Sequence[tuple[int, Local]]
+) -> float | None:
+    """Epsilon of one example at the client where it is largest, for who sees everything that the client sent.
+
+    How many examples a client has is public, since its steps follow from it; a neighbour of its data has an example
+    without a gradient in place of one. Each step is a Poisson-sampled Gaussian (arXiv 1607.00133).
+
+    Args:
+        phases: of the run.
+        cohorts: of all rounds so far; where one is empty, as it is secret, everyone may have taken part.
+        turns: number of each client's examples, and its turn, that of its tier if there are tiers.
+
+    Returns:
+        None without noise for examples.
+
+    Raises:
+        ConfigError: phases differ in what the account depends on, or ``dp-accounting`` is not installed.
+    """
+    noises = [phase.recipe.local.example_privacy for phase in phases]
+    noise = noises[-1]
+    if noise is None or any(each is None or each.noise_multiplier == 0 for each in noises):
+        return None
+    settings = {
+        (turn.example_privacy, turn.batch_size, turn.epochs, turn.max_steps)
+        for turn in (phase.recipe.local for phase in phases)
+    }
+    if len(settings) > 1:
+        raise ConfigError(
+            "phases share one account of examples; give them the same example_privacy, batch_size, epochs and max_steps"
+        )
+    _library()  # said before anything is trained
+    secret = sum(not cohort for cohort in cohorts)
+    taken = Counter(client for cohort in cohorts for client in cohort)
+    spent = {
+        (min(1.0, turn.batch_size / size), (taken[client] + secret) * turn.num_steps(size))
+        for client, (size, turn) in enumerate(turns)
+        if size
+    }
+    # more often and for longer costs more, so few have to be looked at
+    worst = [
+        (chance, steps)
+        for chance, steps in spent
+        if not any((chance, steps) != other and chance <= other[0] and steps <= other[1] for other in spent)
+    ]
+    return max((_sgd_epsilon(noise.noise_multiplier, *one, noise.delta) for one in worst), default=0.0)
+
+
+@lru_cache(maxsize=4096)
+def _sgd_epsilon(multiplier: float, chance: float, steps: int, delta: float) -> float:
+    if not steps:
+        return 0.0
+    accounting = _library()
+    from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
+
+    account = RdpAccountant()
+    event = accounting.GaussianDpEvent(multiplier)
+    account.compose(event if chance == 1.0 else accounting.PoissonSampledDpEvent(chance, event), steps)
+    return float(account.get_epsilon(delta))
+
+
+class Budget(NamedTuple):
+    """The account of a run: how clients are drawn, delta, and the accountant.
+
+    Attributes:
+        sampled: how clients are drawn.
+        delta: the probability that epsilon does not hold.
+        accountant: ``rdp``, ``pld`` or ``auto``.
+        max_epsilon: what the run may spend; None for any.
+    """
+
+    sampled: Sampled
+    delta: float
+    accountant: str
+    max_epsilon: float | None
+
+    def spent(self, phases: Sequence[Phase], rounds: int) -> float:
+        """Epsilon after so many rounds of the run."""
+        used, left = [], rounds
+        for phase in phases:
+            multiplier = getattr(phase.recipe.privacy, "noise_multiplier", None) or 0.0
+            used.append((multiplier, min(left, phase.rounds)))
+            left -= used[-1][1]
+        return epsilon(tuple(used), self.sampled, self.delta, self.accountant)
+
+    def used(self, phases: Sequence[Phase]) -> str:
+        """The accountant of the whole run."""
+        multipliers = [getattr(phase.recipe.privacy, "noise_multiplier", None) or 0.0 for phase in phases]
+        return chosen(multipliers, self.sampled, self.accountant)
+
+    def exhausted(self, phases: Sequence[Phase], rounds: int) -> bool:
+        """Whether one more round would spend more than the budget."""
+        return self.max_epsilon is not None and self.spent(phases, rounds + 1) > self.max_epsilon
+
+
+def open_account(phases: Sequence[Phase], sampled: Sampled) -> tuple[Budget | None, tuple[Phase, ...]]:
+    """The account of a run, None without noise; and its phases with the noise that a target epsilon asks for.
+
+    Raises:
+        ConfigError: phases differ in delta, accountant or budget, the accountant does not know this sampling, or the
+            first round spends more than the budget.
+    """
+    private = [phase.recipe.privacy for phase in phases if isinstance(phase.recipe.privacy, CentralGaussian)]
+    found = {(each.delta or sampled.num_clients**-1.1, each.accountant, each.max_epsilon) for each in private}
+    if not found or all(each.noise_multiplier == 0 for each in private):
+        return None, tuple(phases)
+    if any(each.noise_multiplier == 0 for each in private):
+        raise ConfigError("some phases have noise and some have none, which tells all; give every phase noise")
+    if len(found) > 1:
+        raise ConfigError("all phases share one account: give them the same delta, accountant and max_epsilon")
+    if len({(each.target_epsilon, each.noise_multiplier) for each in private}) > 1 and any(
+        each.target_epsilon for each in private
+    ):
+        raise ConfigError("target_epsilon is of the whole run; give it to every phase alike, and no multiplier")
+    if sampled.num_clients < _FEW and any(each.delta is None for each in private):
+        raise ConfigError(
+            f"delta is 1 / N ** 1.1 by default, which says nothing for {sampled.num_clients} clients; set privacy.delta"
+        )
+    budget = Budget(sampled, *found.pop())
+    _accountant(sampled, budget.accountant)
+    rounds = sum(phase.rounds for phase in phases)
+    noisy = tuple(dataclasses.replace(phase, recipe=_with_noise(phase.recipe, rounds, budget)) for phase in phases)
+    if budget.exhausted(noisy, 0):
+        raise ConfigError(
+            f"the first round spends more than max_epsilon = {budget.max_epsilon}; raise noise_multiplier"
+        )
+    return budget, noisy
+
+
+def _with_noise(recipe: Recipe, rounds: int, budget: Budget) -> Recipe:
+    """The recipe with the noise that ``target_epsilon`` asks for over all ``rounds`` of the run."""
+    privacy = recipe.privacy
+    if not isinstance(privacy, CentralGaussian) or privacy.target_epsilon is None:
+        return recipe
+    found = calibrate(privacy.target_epsilon, rounds, budget.sampled, budget.delta, budget.accountant)
+    return dataclasses.replace(
+        recipe, privacy=dataclasses.replace(privacy, target_epsilon=None, noise_multiplier=found)
+    )
+
+
+def _library() -> Any:
+    try:
+        import dp_accounting  # type: ignore[import-untyped]
+        from absl import logging
+
+        logging.set_verbosity(logging.ERROR)  # an order that does not converge is left out, with hundreds of warnings
+    except ImportError as error:
+        raise ConfigError("an account of epsilon needs dp-accounting: pip install 'fedlora[privacy]'") from error
+    return dp_accounting
+
+
+def _event(sampled: Sampled, multiplier: float) -> Any:
+    accounting = _library()
+    if sampled.per_round == sampled.num_clients:
+        return accounting.GaussianDpEvent(multiplier)
+    if sampled.sampling == "poisson":
+        share = sampled.per_round / sampled.num_clients
+        return accounting.PoissonSampledDpEvent(share, accounting.GaussianDpEvent(multiplier))
+    gaussian = accounting.GaussianDpEvent(multiplier / 2)
+    return accounting.SampledWithoutReplacementDpEvent(sampled.num_clients, sampled.per_round, gaussian)
+
+
+def _is_tight(sampled: Sampled) -> bool:
+    """Whether there is a tight accountant for how clients are drawn."""
+    return sampled.sampling == "poisson" or sampled.per_round == sampled.num_clients
+
+
+def _accountant(sampled: Sampled, accountant: str) -> Any:
+    accounting = _library()
+    fixed = not _is_tight(sampled)
+    if fixed and accountant == "pld":
+        raise ConfigError(
+            "the pld accountant does not know cohorts of a fixed size; set clients.sampling to 'poisson', or "
+            "accountant to 'rdp'"
+        )
+    if fixed or accountant == "rdp":
+        relation = accounting.NeighboringRelation
+        from dp_accounting.rdp import RdpAccountant
+
+        return RdpAccountant(neighboring_relation=relation.REPLACE_ONE if fixed else relation.ADD_OR_REMOVE_ONE)
+    from dp_accounting.pld import PLDAccountant  # type: ignore[import-untyped]
+
+    return PLDAccountant()

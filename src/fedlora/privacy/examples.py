@@ -1,0 +1,96 @@
+"""DP-SGD on clients: noise for each example of a client, against everyone who sees what the client sends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlora.core.component import STRICT, Fraction, NonNegative, Positive, Whole, dataclass
+from fedlora.core.schema import Schema
+from fedlora.core.state import generator, named_seed
+from fedlora.core.tree import Tree
+from fedlora.privacy.central import normal, uniform
+
+if TYPE_CHECKING:
+    from fedlora.tasks.base import Rows
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExampleNoise:
+    """A client's steps by DP-SGD (Abadi et al., arXiv 1607.00133, Alg. 1).
+
+    How many examples a client has is public; what is in each of them is protected. In a step each example takes part
+    with probability ``q = batch_size / n``, and the gradient is
+    ``(sum_i g_i / max(1, ||g_i|| / C) + N(0, (z C)^2)) / batch_size``. What the optimiser makes of it, and what is
+    sent, costs nothing more.
+
+    Gradients of single examples come from passes of single examples: exact for every task, tuning and layer, also where
+    a task computes a batch in parts, of which Opacus would add up different examples.
+
+    Args:
+        clip_norm: C, the largest Euclidean norm of an example's gradient.
+        noise_multiplier: z.
+        delta: the probability that epsilon does not hold.
+        seed: of noise that can be repeated, for tests; without one the operating system's secure source is read.
+    """
+
+    clip_norm: Positive
+    noise_multiplier: NonNegative
+    delta: Fraction = 1e-5
+    seed: Whole | None = None
+    hides_examples: ClassVar[bool] = True
+
+    @property
+    def repeatable(self) -> bool:
+        """See ``Backward.repeatable``."""
+        return self.seed is not None
+
+    def draws(self, turn: int) -> torch.Generator | None:
+        """See ``Backward.draws``."""
+        return None if self.seed is None else generator(named_seed(self.seed, "examples", turn))
+
+    def batches(self, rows: Rows, num_steps: int, batch_size: int, draws: torch.Generator | None) -> list[Rows]:
+        """A Poisson sample of ``rows`` for each step; some may be empty."""
+        chance = min(1.0, batch_size / len(rows))
+        return [rows[uniform(len(rows), draws) < chance] for _ in range(num_steps)]
+
+    def gradients(
+        self,
+        loss_of: Callable[[Rows], Tensor],
+        values: list[nn.Parameter],
+        chosen: Rows,
+        batch_size: int,
+        draws: torch.Generator | None,
+        penalty: Callable[[], Tensor | float] = float,
+    ) -> Tensor:
+        """See ``Backward.gradients``; the loss stays on the client."""
+        moving = [value for value in values if value.requires_grad]
+        sums = [torch.zeros_like(value) for value in moving]
+        losses = []
+        for row in chosen:
+            loss = loss_of(np.array([row]))
+            # an unlabelled example may have no gradient
+            found = torch.autograd.grad(loss, moving, allow_unused=True)
+            norm = math.sqrt(sum(float(each.double().square().sum()) for each in found if each is not None))
+            for total, each in zip(sums, found, strict=True):
+                # what has no norm could not be clipped
+                if each is not None and math.isfinite(norm):
+                    total.add_(each, alpha=1.0 / max(1.0, norm / self.clip_norm))
+            losses.append(loss.detach())
+        for value, total in zip(moving, sums, strict=True):
+            noise = self.noise_multiplier * self.clip_norm * normal(total.cpu(), draws).to(total.device)
+            value.grad = (total + noise) / batch_size
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=values[0].device)
+
+    def kept(self, start: Tree, schema: Schema) -> Tree:
+        """See ``Backward.kept``: ranks of which a client was sent no factor have no gradient, only noise."""
+        masks = {name: torch.ones((), dtype=torch.bool) for name in start}
+        for a, b, _ in schema.pairs:
+            sent = start[a].any(1) | start[b].any(0)
+            masks[a], masks[b] = sent[:, None], sent
+        return masks

@@ -1,0 +1,135 @@
+"""What a client does with its turn: optimiser, schedule, number of passes, number format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, Literal
+
+import torch
+
+from fedlora.core.component import STRICT, Count, Field, NonNegative, Part, Whole, dataclass
+from fedlora.core.rates import LrScale, Rate, Schedule
+from fedlora.privacy.examples import ExampleNoise
+from fedlora.recipe.gradients import Backward, GradientSource
+
+
+class ClientOptimizer(ABC):
+    """Builds the optimiser of one client's turn."""
+
+    @abstractmethod
+    def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
+        """A fresh ``torch`` optimiser; each parameter's learning rate is multiplied by its factor."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sgd(ClientOptimizer):
+    """``torch.optim.SGD``: ``m = momentum * m + g;  x = x - lr * m``.
+
+    Args:
+        lr: learning rate.
+        momentum: 0.9 as in FLASC's code.
+        weight_decay: added to the gradient as ``weight_decay * x``.
+    """
+
+    kind: Literal["sgd"] = "sgd"
+    lr: Rate = 0.05
+    momentum: Part = 0.9
+    weight_decay: NonNegative = 0.0
+
+    def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            _by_rate(parameters, self.lr, factors),
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            # the fused kernel cannot go on where some parameters have momentum and some have none yet
+            foreach=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdamW(ClientOptimizer):
+    """``torch.optim.AdamW`` (arXiv 1711.05101, Alg. 2).
+
+    Args:
+        lr: learning rate.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: zero by default, because under an SVD start decay would pull pre-trained knowledge to zero.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Rate = 1e-3
+    beta1: Part = 0.9
+    beta2: Part = 0.999
+    eps: Rate = 1e-8
+    weight_decay: NonNegative = 0.0
+
+    def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            _by_rate(parameters, self.lr, factors),
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+
+
+def _by_rate(parameters: list[torch.nn.Parameter], lr: float, factors: list[float]) -> list[dict[str, Any]]:
+    """Parameter groups of ``torch.optim``, one for each learning rate, in order of first use."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for parameter, factor in zip(parameters, factors, strict=True):
+        groups.setdefault(lr * factor, []).append(parameter)
+    return [{"params": members, "lr": rate} for rate, members in groups.items()]
+
+
+CLIENT_OPTIMIZERS: dict[str, type[ClientOptimizer]] = {"sgd": Sgd, "adamw": AdamW}
+AnyClientOptimizer = Annotated[Sgd | AdamW, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Local:
+    """A client's turn.
+
+    Args:
+        optimizer: the client's optimiser; its state starts anew in each round unless ``keep_optimizer``.
+        schedule: the learning rate over the run.
+        lr_scale: the learning rate of groups and factors; LoRA+ (arXiv 2402.12354) is ``{ B = 16.0 }``.
+        epochs: passes over the client's examples.
+        max_steps: at most so many optimiser steps in a turn; 0 trains nothing and answers with zeros.
+        shuffle: whether each pass takes the examples in a new order.
+        batch_size: examples in a step; the last batch of a pass may be smaller and is kept.
+        clip_norm: largest Euclidean norm of a step's gradient.
+        proximal: FedProx's mu (arXiv 1812.06127, Eq. 2): adds ``mu / 2 ||x - x_start||^2`` to the loss.
+        dropout: whether the pre-trained model's own dropout is on; a client takes few steps, and they need no noise.
+        compute: ``bf16`` keeps frozen weights in bfloat16 and what is trained in float32.
+        timeout_seconds: a client that is not done by then gives up, and the round goes on without it; a run in which
+            that happens cannot be repeated bit for bit.
+        keep_optimizer: the client remembers its optimiser's state between rounds (centralised training needs it).
+        example_privacy: clip and noise for each example, if there are.
+    """
+
+    optimizer: AnyClientOptimizer = Sgd()
+    schedule: Schedule = Schedule()
+    lr_scale: LrScale = LrScale()
+    epochs: Count = 1
+    max_steps: Whole | None = None
+    shuffle: bool = True
+    batch_size: Count = 16
+    clip_norm: Rate | None = None
+    proximal: NonNegative = 0.0
+    dropout: bool = False
+    compute: Literal["fp32", "bf16"] = "fp32"
+    timeout_seconds: Rate | None = None
+    keep_optimizer: bool = False
+    example_privacy: ExampleNoise | None = None
+
+    @property
+    def gradient_source(self) -> GradientSource:
+        """Where the gradients of its steps come from."""
+        return self.example_privacy or Backward(self.shuffle)
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimiser steps of a turn of a client that holds ``num_examples``."""
+        steps = self.epochs * -(-num_examples // self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)

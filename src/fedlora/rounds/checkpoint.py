@@ -1,0 +1,148 @@
+"""The server's state on disk: all of it or nothing, and honest about damage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from xxhash import xxh3_64
+
+from fedlora.core.errors import CheckpointError
+from fedlora.core.files import new_folder
+from fedlora.core.schema import Leaf, Schema, factor_leaf
+from fedlora.core.state import ClientState, Folds, ServerState
+from fedlora.core.store import Memory, Reader, Writer
+
+FORMAT = 5
+"""The version of the checkpoint format."""
+READABLE = 4
+"""The version before it, of which the model can be read and no more."""
+_TENSORS, _DOCUMENT = "state.safetensors", "state.json"
+
+
+def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes ``state`` into ``folder`` so that a reader sees all of it or nothing.
+
+    Args:
+        state: what to save.
+        folder: where to; replaced if it exists.
+        facts: JSON values to keep with it, such as the configuration's digest.
+
+    Raises:
+        OSError: the disk refused; what was saved before is untouched.
+    """
+    writer = Writer()
+    document = {
+        "format": FORMAT,
+        "phase": state.phase,
+        "round": state.round,
+        "steps": state.steps,
+        "schema": state.schema.as_json(),
+        "params": writer.tree(state.params),
+        "init": writer.tree(state.init),
+        "setup_bytes": state.setup_bytes,
+        "parts": writer.memory(state.parts),
+        "known": {str(client): writer.memory(memory) for client, memory in state.known.items()},
+        "clients": {
+            str(client): [memory.has_setup, memory.kept, writer.memory(memory.parts)]
+            for client, memory in state.clients.items()
+        },
+        "facts": dict(facts),
+    }
+    if state.setup:
+        writer.tensors["setup"] = torch.frombuffer(bytearray(state.setup), dtype=torch.uint8)
+    with new_folder(folder) as made:
+        try:
+            save_file(writer.tensors, made / _TENSORS)
+        except SafetensorError as error:  # a full disk is an error of its own there
+            raise OSError(f"could not write {made}: {error}") from error
+        document["digest"] = _digest(made / _TENSORS)
+        (made / _DOCUMENT).write_text(json.dumps(document))
+
+
+def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
+    """Reads what ``save_state`` wrote; of the format before the model alone.
+
+    Returns:
+        The state, and the facts saved with it.
+
+    Raises:
+        CheckpointError: a file is missing, or is not what was written.
+    """
+    try:
+        document = json.loads((folder / _DOCUMENT).read_text())
+        if document["format"] not in (FORMAT, READABLE):
+            raise ValueError(f"its format is {document['format']}, and this version reads {READABLE} and {FORMAT}")
+        if document["digest"] != _digest(folder / _TENSORS):
+            raise ValueError(f"{_TENSORS} is not the file that was written")
+        tensors = load_file(folder / _TENSORS)
+        state = (_state if document["format"] == FORMAT else _model_of_before)(document, tensors)
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} cannot be read ({type(error).__name__}: {error}); "
+            "remove that folder to go on from the one before it"
+        ) from error
+    return state, document["facts"]
+
+
+def can_go_on(folder: Path) -> bool:
+    """Whether a readable checkpoint holds all that a run needs to go on, not the model alone."""
+    return bool(json.loads((folder / _DOCUMENT).read_text())["format"] == FORMAT)
+
+
+def _state(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> ServerState:
+    reader = Reader(tensors)
+    return ServerState(
+        phase=document["phase"],
+        round=document["round"],
+        steps=document["steps"],
+        schema=Schema.from_json(document["schema"]),
+        params=reader.tree(document["params"]),
+        init=reader.tree(document["init"]),
+        setup=tensors["setup"].numpy().tobytes() if "setup" in tensors else b"",
+        setup_bytes=document["setup_bytes"],
+        parts=reader.memory(document["parts"]),
+        known={int(client): reader.memory(memory) for client, memory in document["known"].items()},
+        clients={
+            int(client): ClientState(has_setup, reader.memory(parts), kept)
+            for client, (has_setup, kept, parts) in document["clients"].items()
+        },
+    )
+
+
+def _model_of_before(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> ServerState:
+    """What 0.1.0 saved, without what the run would need to go on."""
+    groups = dict(document["order"]["groups"])
+    schema = Schema({name: Leaf(group) for name, group in groups.items()})
+    for name in groups:
+        if name.endswith(".lora_A"):
+            other = f"{name[:-1]}B"
+            schema |= {name: factor_leaf("A", other), other: factor_leaf("B", name)}
+    version = document["folds"]
+    prefix = f"folds/{version}/"
+    total = {key.removeprefix(prefix): value for key, value in sorted(tensors.items()) if key.startswith(prefix)}
+    return ServerState(
+        phase=document["phase"],
+        round=document["round"],
+        steps=document["steps"],
+        schema=schema,
+        params={name: tensors[f"params/{name}"] for name in groups},
+        init={name: tensors[f"init/{name}"] for name in groups},
+        setup=tensors["setup"].numpy().tobytes() if "setup" in tensors else b"",
+        setup_bytes=document["order"]["setup_bytes"],
+        parts=Memory().having({"base": Folds(version, total).store()}),
+    )
+
+
+def _digest(path: Path) -> str:
+    digest = xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

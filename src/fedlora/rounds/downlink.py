@@ -1,0 +1,100 @@
+"""What the server sends to clients in a round, and the model that they then hold."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fedlora.core import tree
+from fedlora.core.byte_counts import add_up
+from fedlora.core.state import ServerState, named_seed
+from fedlora.core.tree import Tree
+from fedlora.recipe import Recipe
+from fedlora.transport import Packet, RankSlice
+from fedlora.transport.base_updates import FoldMessage, message
+
+
+def view(recipe: Recipe, state: ServerState, seed: int) -> Tree:
+    """The parameters as a client would receive them now: thinned, rounded, the reference added back.
+
+    This is the model that clients hold and that a run leaves behind. FLASC's code evaluates it too, with a mask that is
+    one server step older. Clients that remember what they got last follow the server's own parameters, each at its own
+    pace; there these are returned.
+    """
+    if recipe.memory == "last_round":
+        thin = recipe.down.at(state.steps).sparsify
+        # a client of a lower rank follows no further than that
+        return thin(state.params, state.schema, state.steps) if isinstance(thin, RankSlice) else state.params
+    if not recipe.down.lossy:
+        return state.params
+    return state.params | Downlink(recipe, state, seed).message({}).start
+
+
+class Message(NamedTuple):
+    """What the server sends to a client: the packet, what it is relative to, where the client starts from it, folds."""
+
+    packet: Packet
+    reference: str
+    start: Tree
+    fold: FoldMessage | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by kind."""
+        return add_up((self.packet.sizes, self.fold.sizes if self.fold else {}))
+
+
+class Downlink:
+    """The messages of one round to its cohort; clients that hold the same get the same.
+
+    Args:
+        recipe: its link and what clients remember.
+        state: the state before the round.
+        seed: seed of the run.
+    """
+
+    def __init__(self, recipe: Recipe, state: ServerState, seed: int) -> None:
+        self._recipe, self._state = recipe, state
+        self._seed = named_seed(seed, "down", state.round)
+        self._schema = state.schema.sent()
+        self._sent = {name: state.params[name] for name in self._schema}
+        self._init = {name: state.init[name] for name in self._schema}
+        self._made: dict[int, Message] = {}
+        self._folds: dict[int, FoldMessage | None] = {}
+        self.lost: Tree = state.parts.tree("down", "lost")
+
+    def message(self, held: Tree, version: int = 0) -> Message:
+        """The message to a client.
+
+        Args:
+            held: the parameters that it holds; nothing of earlier rounds where that is empty.
+            version: how many folds it knows.
+        """
+        if version not in self._folds:
+            self._folds[version] = message(self._state.folds, version)
+        return self._params(held)._replace(fold=self._folds[version])
+
+    def _params(self, held: Tree) -> Message:
+        key = id(held) if held else 0
+        if key not in self._made:
+            link, init = self._recipe.down, self._init
+            known = [("last_round", held)] if held else []
+            known += [("init", init)] if link.reference == "init" else []
+            if link.lossy:  # the nearest reference leaves the smallest error
+                known = known[:1] or [("zero", {})]
+                self._made[key] = self._encode(*known[0])
+            else:
+                whole = self._encode("zero", {})
+                others = [self._encode(*reference) for reference in known]
+                self._made[key] = min([whole, *others], key=lambda message: len(message.packet.raw))
+        return self._made[key]
+
+    def _encode(self, reference: str, base: Tree) -> Message:
+        link, lost = self._recipe.down, self._state.parts.tree("down", "lost")
+        tree_sent = tree.subtract(self._sent, base) if base else self._sent
+        if lost:
+            tree_sent = tree.add(tree_sent, lost)
+        packet = link.send(tree_sent, self._schema, self._state.steps, self._seed, reference)
+        arrived = self._schema.join(packet.trees)
+        if link.feedback:
+            self.lost = tree.subtract(tree_sent, arrived)
+        return Message(packet._replace(trees={}), reference, tree.add(base, arrived) if base else arrived)

@@ -1,0 +1,86 @@
+"""Before a round: which job each client of the cohort gets, and what it costs to send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fedlora.client.jobs import Job
+from fedlora.core.byte_counts import ByteCounts, add_up
+from fedlora.core.state import ClientState, ServerState, named_seed
+from fedlora.core.store import Memory
+from fedlora.core.tree import Tree
+from fedlora.population.tiers import Tier, recipes_of
+from fedlora.recipe import Recipe
+from fedlora.rounds.downlink import Downlink, Message
+
+
+class Order(NamedTuple):
+    """What goes to one client.
+
+    Args:
+        job: its turn.
+        tier: its tier's name, empty without tiers.
+        message: the parameters of the round, and where it starts from them.
+        sizes: bytes by kind of all that it gets.
+    """
+
+    job: Job
+    tier: str
+    message: Message
+    sizes: ByteCounts
+
+
+class Plan(NamedTuple):
+    """A round's orders, in the cohort's order.
+
+    Args:
+        orders: one for each client.
+        lost: what the messages lost of the parameters, where the next ones make good for it.
+    """
+
+    orders: tuple[Order, ...]
+    lost: Tree
+
+
+def make_plan(
+    recipe: Recipe, state: ServerState, cohort: tuple[int, ...], tiers: Mapping[int, Tier], seed: int, rounds: int
+) -> Plan:
+    """The orders of a round; clients that hold the same are sent the same.
+
+    Args:
+        recipe: of the phase.
+        state: the state before the round.
+        cohort: who takes part.
+        tiers: the tier of each client, if there are tiers.
+        seed: seed of the run.
+        rounds: rounds of the whole run, for schedules.
+    """
+    recipes = {"": recipe, **recipes_of({client: tiers[client] for client in cohort if client in tiers}, recipe)}
+    downlinks: dict[tuple[str, int | None], Downlink] = {}
+    orders = []
+    for client in cohort:
+        tier = tiers[client].name if client in tiers else ""
+        known = state.known.get(client, Memory())
+        memory = state.clients.get(client, ClientState())
+        rank = known.value("rank", "rank")
+        own = recipes[tier] if rank is None else recipes[tier].of_rank(rank)
+        downlink = downlinks.setdefault((tier, rank), Downlink(own, state, seed))
+        message = downlink.message(known.tree("down", "held"), memory.folds.version)
+        job = Job(
+            recipe=own,
+            client=client,
+            phase=state.phase,
+            round=state.steps,
+            progress=(state.round, rounds),
+            seed=named_seed(seed, "client", state.round, client),
+            base=recipe.local.compute,
+            payload=message.packet.raw,
+            setup=None if memory.has_setup else state.setup,
+            fold=message.fold,
+            memory=memory,
+        )
+        sizes = message.sizes if memory.has_setup else add_up((message.sizes, state.setup_bytes))
+        orders.append(Order(job, tier, message, sizes))
+    lost = next((downlink.lost for downlink in downlinks.values()), state.parts.tree("down", "lost"))
+    return Plan(tuple(orders), lost)

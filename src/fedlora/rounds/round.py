@@ -1,0 +1,177 @@
+"""The life of an update on the server: read this first, ``client.py`` next.
+
+params -> plan: sparsify, round, pack -> BYTES -> (client) -> BYTES -> uplink: unpack, check -> aggregate -> cover with
+noise -> advance: server step, pruning, base update, new start -> record
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fedlora.core import tree
+from fedlora.core.errors import TrainingError
+from fedlora.core.network import Network
+from fedlora.core.state import Change, ClientState, Fold, ServerState, named_seed
+from fedlora.core.store import Memory, Store
+from fedlora.engines.base import Engine
+from fedlora.population.tiers import Tier
+from fedlora.privacy.disclosure import disclosure_of
+from fedlora.recipe import Recipe
+from fedlora.recipe.recipe import restarted
+from fedlora.rounds.ledger import Row, record
+from fedlora.rounds.plan import Plan, make_plan
+from fedlora.rounds.uplink import Uplink
+from fedlora.transport.base_updates import extended
+
+
+def run_round(
+    recipe: Recipe,
+    state: ServerState,
+    cohort: tuple[int, ...],
+    engine: Engine,
+    seed: int,
+    rounds: int,
+    tiers: Mapping[int, Tier] | None = None,
+    expected: int | None = None,
+    networks: Mapping[str, Network] | None = None,
+) -> tuple[ServerState, Row]:
+    """One round.
+
+    Args:
+        recipe: what to do.
+        state: the state before it.
+        cohort: who takes part.
+        engine: where clients run.
+        seed: seed of the run.
+        rounds: rounds of the whole run, for schedules.
+        tiers: the tier of each client, if there are tiers.
+        expected: how many clients a round has on average, where chance decides; what private sums are divided by.
+        networks: of each tier by name, and under an empty one of clients without, to tell how long the round takes.
+
+    Returns:
+        The state after the round, and the round's row of the ledger.
+
+    Raises:
+        WireError: a reply of this process is not of the expected form; others' are refused.
+        QuorumError: fewer clients than the engine is to have answered; nothing has changed.
+        TrainingError: a client's training went wrong.
+    """
+    begun = time.perf_counter()
+    if recipe.privacy.adapts:
+        recipe = replace(recipe, privacy=recipe.privacy.at(state.parts.value("clip", "norm")))
+    nominal = expected or len(cohort)
+    plan = make_plan(recipe, state, cohort, tiers or {}, seed, rounds)
+    planned = time.perf_counter()
+    uplink = Uplink(recipe, plan, state.schema, engine)
+    change = aggregate(recipe, state, uplink)
+    covered = cover(recipe, state, change, len(uplink.counted), nominal)
+    after = advance(recipe, state, covered, plan, uplink, seed, rounds, nominal)
+    working = sum(answer.reply.seconds for answer in uplink.answers)
+    seconds = {"pack": planned - begun, "clients": working, "aggregate": time.perf_counter() - planned - working}
+    return after, record(recipe, after, covered, plan, uplink, seconds, networks or {})
+
+
+def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
+    """What the cohort's updates become; each is added as it comes.
+
+    Raises:
+        QuorumError: see ``Uplink.check_quorum``.
+        TrainingError: the aggregator has too few updates.
+    """
+    schema, store = state.schema.sent(), state.parts.store("aggregator")
+    params = {name: state.params[name] for name in schema}
+    accumulator = recipe.aggregator.begin(params, schema, store)
+    for update in uplink.updates(params):
+        accumulator.add(update)
+    uplink.check_quorum()
+    if uplink.counted or (uplink.answers and disclosure_of(recipe).absence):
+        return accumulator.finish()
+    return Change(tree.zeros_like(params), Fold(), store)
+
+
+def cover(recipe: Recipe, state: ServerState, change: Change, answered: int, nominal: int) -> Change:
+    """The change with the noise of the recipe's privacy, on all that clients may move and on nothing else.
+
+    Args:
+        recipe: of the phase.
+        state: before the round.
+        change: the mean over the clients that answered.
+        answered: how many these are.
+        nominal: what sums are divided by.
+    """
+    roles = recipe.tuning.in_round(state.schema, state.steps)
+    moving = {name: value for name, value in change.delta.items() if roles[name].role != "frozen"}
+    return change._replace(delta=change.delta | recipe.privacy.cover(moving, answered, nominal, state.round))
+
+
+def advance(
+    recipe: Recipe,
+    state: ServerState,
+    change: Change,
+    plan: Plan,
+    uplink: Uplink,
+    seed: int,
+    rounds: int,
+    nominal: int,
+) -> ServerState:
+    """The state after a round: server step, pruning, base update, new start, and what is remembered.
+
+    Raises:
+        TrainingError: a parameter is not finite.
+    """
+    shared = {name: state.params[name] for name in change.delta}
+    rates = recipe.server.rates(state.schema, (state.round, rounds))
+    stepped, slots = recipe.server.step(shared, change.delta, state.parts.store("server").trees, state.steps, rates)
+    stepped, slots = recipe.pruning.apply(stepped, slots, state.schema, state.steps + 1)
+    folds = extended(state.folds, change.fold) if change.fold else state.folds
+    anew = restarted(recipe, state.schema, state.init, named_seed(seed, "start", state.phase), state.steps + 1)
+    params = state.params | stepped | anew
+    if not tree.is_finite(params | folds.total):
+        raise TrainingError("the server's parameters are not finite after this round; lower the server's lr")
+    below = sum(answer.report.get("below", 0.0) for answer in uplink.counted)
+    clip = recipe.privacy.adapted(below, len(uplink.counted), nominal, state.round)
+    stores = {
+        "server": Store(slots),
+        "base": folds.store(),
+        "clip": Store(values={"norm": clip}),
+        "down": Store({"lost": plan.lost}),
+        "aggregator": change.store,
+    }
+    return replace(
+        state,
+        round=state.round + 1,
+        steps=state.steps + 1,
+        params=params,
+        init=state.init | anew,
+        parts=state.parts.having(stores),
+        known=_known(recipe, state, plan, uplink),
+        clients=_clients(state, uplink),
+    )
+
+
+def _known(recipe: Recipe, state: ServerState, plan: Plan, uplink: Uplink) -> dict[int, Memory]:
+    """What the server knows of each client: its rank, and the parameters that it holds."""
+    known = dict(state.known)
+    for order, answer in zip(plan.orders, uplink.answers, strict=True):
+        stores = {}
+        if answer.counts and answer.report.get("rank"):
+            stores["rank"] = Store(values={"rank": int(answer.report["rank"])})
+        if recipe.memory == "last_round" and (answer.reply.heard or answer.reply.refused):
+            stores["down"] = Store({"held": order.message.start if answer.reply.heard else {}})
+        known[answer.client] = known.get(answer.client, Memory()).having(stores)
+    return {client: memory for client, memory in known.items() if memory}
+
+
+def _clients(state: ServerState, uplink: Uplink) -> dict[int, ClientState]:
+    """What clients remember; one that remembers nothing takes no room."""
+    clients = dict(state.clients)
+    shared = replace(state.folds, recent=()).store()  # the same bits, held once for all
+    for answer in uplink.answers:
+        memory = answer.reply.memory
+        if memory.folds.version == state.folds.version:
+            memory = replace(memory, parts=memory.parts.having({"base": shared}))
+        if memory or answer.client in clients:
+            clients[answer.client] = memory
+    return clients

@@ -1,0 +1,114 @@
+"""``fedlora.run``: from configuration to adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedlora import config
+from fedlora.config import Experiment
+from fedlora.config.federated_data import Setting, in_mode, manifest, prepare
+from fedlora.core.errors import FedloraError
+from fedlora.core.state import named_seed
+from fedlora.engines import Engine
+from fedlora.population.clients import Population, draw_cohort
+from fedlora.population.external import Partitioner
+from fedlora.recipe.modes import MODES
+from fedlora.runs.callbacks import Callback, CallbackList
+from fedlora.runs.evaluation import over_clients
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.result import Result
+from fedlora.runs.session import Session
+
+
+class Stopped(FedloraError):
+    """The user asked to stop; everything is saved."""
+
+
+def run(
+    experiment: Experiment,
+    folder: Path | str | None = None,
+    *,
+    partitioner: Partitioner | None = None,
+    callbacks: Sequence[Callback] = (),
+    setting: Setting | None = None,
+    engine: Engine | None = None,
+    until: int | None = None,
+) -> Result:
+    """Runs an experiment, or goes on with it where its folder holds a checkpoint.
+
+    Args:
+        experiment: what to run.
+        folder: where to keep the run; ``runs/<label>-<digest>`` if absent.
+        partitioner: deals the data instead of the configuration's partition.
+        callbacks: are called as the run goes on, in this order, and closed at its end.
+        setting: data that ``prepare`` gave for the same experiment, to share among runs.
+        engine: where clients run; in this process if absent.
+        until: the round to stop after for now, evaluated and saved; a later call goes on from it. Nothing is exported.
+
+    Returns:
+        Metrics, bytes and the folder; with ``until``, of the rounds up to it, metrics being those of the ledger.
+
+    Raises:
+        FedloraError: something that the message says how to mend.
+        Stopped: the user interrupted; the run can go on.
+    """
+    callback = CallbackList(callbacks)
+    path = Path(folder) if folder is not None else Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
+    try:
+        files = RunFolder(path)
+        files.claim(experiment)
+        effective = in_mode(experiment)
+        setting = setting or prepare(effective, partitioner)
+        if MODES[experiment.mode].separate:
+            return _run_separately(experiment, setting, files, callback, until)
+        return Session(effective, setting, files, callback, engine).run(until)
+    except KeyboardInterrupt:
+        on = "The same command goes on" if engine else f"Go on with: fedlora run {shlex.quote(str(path))}"
+        raise Stopped(f"stopped; every finished round is saved. {on}") from None
+    finally:
+        callback.close()
+
+
+def _run_separately(
+    experiment: Experiment, setting: Setting, files: RunFolder, callback: Callback, until: int | None
+) -> Result:
+    """A run for each of some clients; what it gives are means over them."""
+    alone = in_mode(experiment)
+    count = min(experiment.num_local, len(setting.population))
+    chosen = draw_cohort(setting.population, count, named_seed(experiment.seed, "local"))
+    results = []
+    for client in chosen:
+        rows = setting.population.rows_of(client)
+        single = Population((setting.population.names[client],), rows, np.array([0, len(rows)]))
+        kept = {0: setting.holdout[client]} if client in setting.holdout else {}
+        own = dataclasses.replace(setting, population=single, holdout=kept)
+        inner = RunFolder(files.path / "clients" / str(client))
+        inner.path.mkdir(parents=True, exist_ok=True)
+        results.append(Session(alone, own, inner, callback, None).run(until))
+    result = dataclasses.replace(
+        results[0],
+        folder=files.path,
+        before=_over_local([one.before for one in results], setting),
+        after=_over_local([one.after for one in results], setting),
+        seconds=sum(one.seconds for one in results),
+        adapter=None,
+    )
+    if until is None:
+        files.write_json("manifest.json", manifest(experiment, setting))
+        files.write_json("result.json", {**result.figures(), "adapter": None})
+    return result
+
+
+def _over_local(metrics: list[dict[str, float]], setting: Setting) -> dict[str, float]:
+    """The mean over clients that trained alone; what they reached on rows of their own as ``over_clients`` has it."""
+    main = setting.task.main_metric
+    means = {
+        name: float(np.mean([one[name] for one in metrics])) for name in metrics[0] if not name.startswith("client_")
+    }
+    own = [one[f"client_mean_{main}"] for one in metrics if f"client_mean_{main}" in one]
+    return means | over_clients(main, own, setting.task.higher_is_better)

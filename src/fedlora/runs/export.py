@@ -1,0 +1,152 @@
+"""What a run leaves behind: an adapter folder that ``peft`` loads, or a model folder, each with a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedlora.core.errors import ConfigError
+from fedlora.core.files import new_folder
+from fedlora.core.state import named_seed
+from fedlora.core.tree import Tree
+from fedlora.rounds.downlink import view
+from fedlora.rounds.phases import close_phase
+from fedlora.runs.folder import cannot_write
+from fedlora.tasks.models.loading import quiet_transformers
+from fedlora.tasks.models.pooling import PooledClassifier
+from fedlora.tuning import Bottleneck, Installed, LoRA, Peft
+from fedlora.tuning.export import dilated, save_lora, save_peft
+from fedlora.tuning.lora import PEFT_PREFIX
+
+if TYPE_CHECKING:
+    from fedlora.runs.inference import Trained
+
+
+def export_run(run: Path, trained: Trained) -> Path:
+    """Writes ``adapter`` into the run's folder, or ``model`` where the change is no adapter.
+
+    Returns:
+        The folder written.
+    """
+    state, recipe, installed = trained.state, trained.recipe, trained.workspace.installed
+    edited = installed.folded or state.folds.version or dilated(installed)
+    merged = not isinstance(recipe.tuning, LoRA | Peft | Bottleneck) or bool(edited)
+    folder = run / ("model" if merged else "adapter")
+    received = dataclasses.replace(state, params=view(recipe, state, trained.experiment.seed))
+    export(folder, dataclasses.replace(trained, state=received), merge=merged)
+    return folder
+
+
+def export(folder: Path, trained: Trained, merge: bool) -> None:
+    """Writes an adapter, or with ``merge`` a whole model that needs no ``peft``; the folder appears all at once.
+
+    Raises:
+        ConfigError: the tuning cannot be written in that form.
+        DataError: the disk refused.
+    """
+    try:
+        with new_folder(folder) as temporary:
+            _write(temporary, trained, merge)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from error
+
+
+def _write(temporary: Path, trained: Trained, merge: bool) -> None:
+    task, state, installed = trained.task, trained.state, trained.workspace.installed
+    tuning = trained.recipe.tuning
+    root = f"{getattr(installed.model, 'base_model_prefix', '')}." if task.backbone_only else ""
+    alone = isinstance(tuning, Bottleneck) and not merge  # what nothing but fedlora loads
+    if merge:
+        _save_merged(temporary, trained)
+    elif isinstance(tuning, LoRA) and not (installed.folded or state.folds.version):
+        base = trained.experiment.model.resolve()
+        save_lora(tuning, installed, state.init, state.params, base, temporary, task.peft_task, root)
+    elif isinstance(tuning, Peft):
+        installed.load(state.params)
+        save_peft(installed, temporary, task.peft_task, root)
+    elif isinstance(tuning, Bottleneck):
+        save_file(state.params | installed.head_values(state.params), temporary / "params.safetensors")
+    else:
+        raise ConfigError(
+            f"what `{tuning.kind}` learnt here is no low-rank adapter; use --merge to write the whole model"
+        )
+    if task.backbone_only and not alone:
+        task.save_head(temporary, _head(installed, state.params))
+    task.save_pretrained(temporary)  # a model is of no use without its tokenizer or image processor
+    card = model_card(trained, merge) + (task.usage if not alone else "")
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save_merged(folder: Path, trained: Trained) -> None:
+    if isinstance(trained.recipe.tuning, Peft):
+        raise ConfigError("a `peft` tuning is merged by peft itself: load the adapter and call merge_and_unload()")
+    learnt = close_phase(trained.workspace, trained.recipe, trained.state)
+    # the resident model may hold rounded weights, so the change goes onto a fresh base
+    seed = named_seed(trained.experiment.seed, "head")
+    model, _ = trained.task.load_model(seed, "fp32", torch.device("cpu"))
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in learnt.delta.items():
+            named[name].add_(value)
+        for name, value in learnt.head.items():
+            named[name].copy_(value)
+    with quiet_transformers():
+        if isinstance(model, PooledClassifier):
+            model.save_backbone(folder)
+        else:
+            model.save_pretrained(str(folder))  # type: ignore[operator]
+
+
+def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
+    """The head's parameters by the names that the model had before any tuning, float32 on the CPU."""
+    now = {name.removeprefix(PEFT_PREFIX): value for name, value in installed.model.named_parameters()}
+    values = {name: value.detach().to("cpu", torch.float32) for name, value in now.items()}
+    # what `peft` itself installed keeps a head in a module of its own
+    head = {name.replace(".modules_to_save.", "."): value for name, value in installed.head_values(params).items()}
+    return values | head
+
+
+def model_card(trained: Trained, merged: bool) -> str:
+    """The README of an exported folder."""
+    experiment, task, tuning = trained.experiment, trained.task, trained.recipe.tuning.kind
+    base = experiment.model.path if experiment.model.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
+    auto_class = task.auto_class
+    found = "\n".join(f"| {name} | {value:.4f} |" for name, value in trained.metrics.items())
+    if merged:
+        load = f'model = {auto_class}.from_pretrained("THIS FOLDER")'
+    elif tuning == "bottleneck":
+        load = '# bottleneck adapters are no PEFT type: fedlora predict RUN "a text"'
+    else:
+        load = (
+            f'base = {auto_class}.from_pretrained("{base}"{task.load_arguments})\n'
+            'model = PeftModel.from_pretrained(base, "THIS FOLDER")'
+        )
+    header = "" if merged else "library_name: peft\n"
+    return f"""---
+base_model: {base}
+{header}tags: [fedlora, federated-learning, {experiment.label}]
+---
+# {base}, fine-tuned by federated learning
+
+Method `{experiment.label}`, tuning `{tuning}`, {trained.state.round} rounds, {experiment.clients.per_round} clients per
+round, partition `{experiment.clients.partition.kind}`, seed {experiment.seed}. The data stayed with their owners; what
+was sent is in the run's `ledger.jsonl`.
+
+| metric on all test examples | value |
+|---|---|
+{found}
+
+```python
+from peft import PeftModel
+from transformers import {auto_class}
+
+{load}
+```
+"""

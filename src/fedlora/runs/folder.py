@@ -1,0 +1,162 @@
+"""A run on disk: configuration, manifest, ledger, checkpoints. Nothing is ever left half-written."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora import config
+from fedlora.config import Experiment
+from fedlora.core.errors import CheckpointError, ConfigError, DataError
+from fedlora.core.files import append, write_atomically
+from fedlora.core.state import ServerState
+from fedlora.rounds.checkpoint import load_state, save_state
+from fedlora.rounds.ledger import Row
+
+KEPT = 2
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        found = self.path.glob("checkpoints/round-*")
+        return sorted(folder for folder in found if not folder.name.endswith(".tmp"))
+
+    def claim(self, experiment: Experiment) -> None:
+        """Makes the folder this experiment's own, or finds that it is already.
+
+        Raises:
+            CheckpointError: it holds another experiment's run.
+            ConfigError: it holds something else.
+        """
+        file = self.path / "config.toml"
+        if file.exists():
+            try:
+                held = config.load(file)
+            except ConfigError as error:
+                raise CheckpointError(f"{file} cannot be read ({error}); choose another folder with --out") from error
+            if config.digest(held) == config.digest(experiment):
+                return
+            # a run that failed before it began has nothing to lose
+            if any(self.path.rglob("ledger.jsonl")):
+                found = "; ".join(config.differences(config.resolved(held), config.resolved(experiment))[:4])
+                raise CheckpointError(
+                    f"{self.path} holds a run of another configuration ({found}); choose another folder with --out, or "
+                    "remove that one"
+                )
+        elif self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, not a folder; choose another folder with --out")
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"{self.path} is not empty and holds no run; choose another folder with --out")
+        self.write("config.toml", config.to_toml(experiment))
+
+    def write(self, name: str, text: str) -> None:
+        """Replaces a file of the folder, all at once."""
+        try:
+            write_atomically(self.path / name, text.encode())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Replaces a JSON file of the folder, all at once."""
+        self.write(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder.
+
+        Raises:
+            ConfigError: it is not there, or not JSON.
+        """
+        try:
+            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            if not self.path.is_dir():
+                mend = "there is no such folder"
+            elif (self.path / name).exists():
+                mend = f"its {name} is damaged; remove that file and give the command of the run again"
+            elif (self.path / "config.toml").exists():
+                mend = f"it has no {name} yet; finish it with: fedlora run {self.path}"
+            else:
+                mend = f"there is no {name} in it"
+            raise ConfigError(f"{self.path} is not the folder of a finished run: {mend}") from error
+        return value
+
+    def rows(self) -> list[Row]:
+        """The ledger; a torn last line, as a killed process leaves it, is not there.
+
+        Raises:
+            CheckpointError: it holds something else.
+        """
+        file = self.path / "ledger.jsonl"
+        if not file.exists():
+            return []
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+            rows = [json.loads(line) for line in lines]
+            tuples = ("cohort", "late", "ranks", "warnings")
+            return [Row(**{**row, **{key: tuple(row.get(key, ())) for key in tuples}}) for row in rows]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{file} is no ledger of this version ({error}); put the old file back") from error
+
+    def append(self, row: Row) -> None:
+        """Adds a line to the ledger and flushes it to the disk."""
+        try:
+            append(self.path / "ledger.jsonl", _line(row).encode())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def rewind(self, rounds: int) -> list[Row]:
+        """Drops the ledger's rows after ``rounds``, which a checkpoint does not cover, and returns the others."""
+        rows = [row for row in self.rows() if row.round <= rounds]
+        self.write("ledger.jsonl", "".join(map(_line, rows)))
+        return rows
+
+    def save(self, state: ServerState, facts: Mapping[str, Any]) -> None:
+        """Writes a checkpoint and removes all but the last two.
+
+        Raises:
+            DataError: the disk refused; what was saved before is intact.
+        """
+        folder = self.path / "checkpoints" / f"round-{state.round:06d}"
+        try:
+            save_state(state, folder, facts)
+            for old in self.checkpoints[:-KEPT]:
+                shutil.rmtree(old)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def latest(self) -> tuple[ServerState, dict[str, Any]] | None:
+        """The newest checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return load_state(self.checkpoints[-1]) if self.checkpoints else None
+
+
+def _line(row: Row) -> str:
+    return json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n"
+
+
+def cannot_write(path: Path, error: Exception) -> DataError:
+    """What to say when the disk refuses."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    what = "the disk is full" if full else f"the disk refused ({getattr(error, 'strerror', None) or error})"
+    return DataError(
+        f"{what} while writing to {path}; what was saved before is intact: make room and run the same command to go on"
+    )

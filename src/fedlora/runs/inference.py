@@ -1,0 +1,137 @@
+"""A finished run as a model: predictions, evaluation on other data, export."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedlora import config
+from fedlora.client.workspace import Workspace
+from fedlora.config import Experiment
+from fedlora.config.federated_data import in_mode, pick_device
+from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.state import ServerState
+from fedlora.recipe import Recipe
+from fedlora.rounds.downlink import view
+from fedlora.runs.export import export
+from fedlora.runs.folder import RunFolder
+from fedlora.tasks import Evaluation, Prepared
+from fedlora.tasks.data.folders import PICTURES
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's model, ready for use; the training data are not needed.
+
+    Args:
+        experiment: its configuration.
+        recipe: the recipe of its last phase.
+        state: the newest checkpoint, its parameters as a client would receive them.
+        workspace: the model with the checkpoint's parameters in it.
+        metrics: metrics at the end of the run, empty if it has not ended.
+    """
+
+    experiment: Experiment
+    recipe: Recipe
+    state: ServerState
+    workspace: Workspace
+    metrics: dict[str, float]
+
+    @property
+    def task(self) -> Prepared:
+        """The task, without data."""
+        return self.workspace.task
+
+    def predict(self, inputs: list[str]) -> list[dict[str, Any]]:
+        """What the model says of each input; see the task's ``predict``."""
+        self.workspace.model.eval()
+        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+            return self.task.predict(self.workspace.model, inputs, self.workspace.device)
+
+    def evaluate(self, path: Path, columns: Mapping[str, str] | None = None) -> Evaluation:
+        """Metrics on the rows of a file.
+
+        Args:
+            path: csv, tsv, json, jsonl or parquet, maybe with ``.gz``.
+            columns: name that the task uses -> name in the file, where it differs.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        task = self.task.with_rows(path, columns or {})
+        self.workspace.model.eval()
+        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+            rows = np.arange(task.num_examples("test"))
+            return task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
+
+    def export(self, folder: Path, merge: bool = False) -> None:
+        """Writes an adapter that ``peft`` loads, or with ``merge`` a model that needs no ``peft``.
+
+        Raises:
+            ConfigError: the folder is there already, or the tuning cannot be written in that form.
+        """
+        if folder.exists():
+            raise ConfigError(f"{folder} is there already; name a new folder")
+        export(folder, self, merge)
+
+
+_LISTS = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
+"""What ends like this and has no blank is meant to be a file."""
+
+
+def read_inputs(text: str) -> list[str]:
+    """The inputs that a text names: itself, or the lines of the file that it is the name of.
+
+    Raises:
+        DataError: the file is not text, or there is nothing in it.
+    """
+    file = Path(text)
+    if file.suffix.lower() in _LISTS and not text.split()[1:] and not file.exists():
+        raise DataError(f"there is no file {text}; name one with an input per line, or give the input itself")
+    try:
+        # a picture is an input, not a list of inputs
+        by_line = file.is_file() and file.suffix.lower() not in PICTURES
+        inputs = file.read_text(encoding="utf-8").splitlines() if by_line else [text]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text; give a file with one input per line") from error
+    except OSError:  # a text too long for a file name is a text
+        inputs = [text]
+    inputs = [line for line in inputs if line.strip()]
+    if not inputs:
+        raise DataError("there is no text to predict; give a text, or a file with a text per line")
+    return inputs
+
+
+def load_run(path: Path) -> Trained:
+    """The model of a run, from its newest checkpoint.
+
+    Raises:
+        ConfigError: ``path`` is not the folder of a run with a checkpoint.
+    """
+    files = RunFolder(path)
+    if not (path / "config.toml").exists():
+        raise ConfigError(f"{path} is not a run's folder: it has no config.toml")
+    latest = files.latest()
+    if latest is None:
+        if config.load(path).mode == "local":
+            raise ConfigError(
+                f"in {path} clients trained alone, and each has a model of its own: see {path / 'clients'}/N/adapter"
+            )
+        raise ConfigError(f"the run in {path} has no checkpoint yet; go on with: fedlora run {path}")
+    experiment = in_mode(config.load(path))
+    state, _ = latest
+    recipe = experiment.phases[state.phase].recipe
+    names = list(files.read_json("manifest.json")["label_names"])
+    task = experiment.task.restore(experiment.model, names)
+    workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
+    workspace.settle(state.phase, recipe, state.setup)
+    state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
+    workspace.show(recipe, state.params, state.folds)
+    metrics = files.read_json("result.json")["after"] if (path / "result.json").exists() else {}
+    return Trained(experiment, recipe, state, workspace, metrics)

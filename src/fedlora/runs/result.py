@@ -1,0 +1,49 @@
+"""What a run gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.core.byte_counts import ByteCounts
+from fedlora.rounds.ledger import Row
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Args:
+        label: the method's name.
+        folder: where the run lies.
+        seed: its seed.
+        rounds: rounds done.
+        main_metric: the metric that tables show.
+        higher_is_better: its direction.
+        before: metrics before the first round.
+        after: metrics after the last one, on all test examples.
+        down_bytes: bytes sent to clients, by kind.
+        up_bytes: bytes received from clients, by kind.
+        seconds: time spent in rounds and evaluations, over all sessions of the run.
+        rows: the ledger.
+        adapter: the exported adapter or model.
+    """
+
+    label: str
+    folder: Path
+    seed: int
+    rounds: int
+    main_metric: str
+    higher_is_better: bool
+    before: dict[str, float]
+    after: dict[str, float]
+    down_bytes: ByteCounts
+    up_bytes: ByteCounts
+    seconds: float
+    rows: tuple[Row, ...] = field(repr=False)
+    adapter: Path | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """As JSON values, without the ledger and the paths."""
+        return {name: value for name, value in vars(self).items() if name not in ("folder", "rows", "adapter")}

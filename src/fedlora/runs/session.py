@@ -1,0 +1,301 @@
+"""One run in its folder: phases, rounds, evaluation, checkpoints, ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedlora import config
+from fedlora.client.workspace import Workspace
+from fedlora.config import Experiment
+from fedlora.config.federated_data import Setting, manifest
+from fedlora.core.byte_counts import add_up
+from fedlora.core.errors import CallbackError, CheckpointError, QuorumError
+from fedlora.core.state import ServerState, named_seed
+from fedlora.engines import Engine, Serial
+from fedlora.population.clients import draw_cohort
+from fedlora.privacy.accountant import Sampled, example_epsilon, open_account
+from fedlora.privacy.disclosure import disclosure_of
+from fedlora.recipe import Recipe
+from fedlora.recipe.modes import MODES
+from fedlora.rounds.checkpoint import can_go_on
+from fedlora.rounds.ledger import Row
+from fedlora.rounds.phases import close_phase, open_phase
+from fedlora.rounds.round import run_round
+from fedlora.runs.callbacks import Callback
+from fedlora.runs.evaluation import evaluate, tested_clients, uses_all_rows
+from fedlora.runs.export import export_run
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.inference import Trained
+from fedlora.runs.result import Result
+
+
+class Session:
+    """One run, or the rest of one: from the newest checkpoint of its folder to the end.
+
+    ``state`` is the last one whose row is in the ledger, ``rows`` the ledger.
+
+    Args:
+        experiment: what to run, with what its mode implies.
+        setting: its data.
+        files: where it lies.
+        callback: is called as it goes on.
+        engine: where clients run; in this process if absent.
+
+    Raises:
+        CheckpointError: the folder's checkpoint is damaged, or of other settings or data.
+        ConfigError: the account of privacy does not allow the run.
+    """
+
+    state: ServerState
+
+    def __init__(
+        self, experiment: Experiment, setting: Setting, files: RunFolder, callback: Callback, engine: Engine | None
+    ) -> None:
+        self.experiment, self.setting, self.files, self.callback = experiment, setting, files, callback
+        self.mode = MODES[experiment.mode]
+        self.workspace = Workspace(setting.task, experiment.seed, setting.device)
+        self.engine = engine or Serial(self.workspace, setting.population)
+        self._facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
+        self.rows = self._resume()
+        clients = experiment.clients
+        sampled = Sampled(len(setting.population), clients.per_round, clients.sampling)
+        self.budget, self.phases = open_account(experiment.phases, sampled)
+        self._turns = setting.turns(self.phases[self.state.phase if self.rows else 0].recipe)
+        disclosed = [disclosure_of(phase.recipe) for phase in self.phases]
+        # an account of sampled cohorts holds only while nobody can tell who was in them
+        self._secret = not all(each.cohort for each in disclosed)
+        # noise that cannot be drawn again must not be drawn twice for one round that anyone heard of
+        # and sites cannot go far back
+        self._saves_each = not all(each.replays for each in disclosed) or not self.engine.trusted
+
+    def run(self, until: int | None = None) -> Result:
+        """Goes on to the end, or for now to the round ``until``; see ``fedlora.run``."""
+        self._begin()
+        last = self.experiment.rounds if until is None else min(until, self.experiment.rounds)
+        try:
+            while self.state.round < last and not self._exhausted(self.state):
+                self._advance(until)
+        except (KeyboardInterrupt, CallbackError):
+            if self.state.round > self._saved:
+                self._save()
+            raise
+        return self._finish() if until is None else self._so_far(until)
+
+    def _resume(self) -> list[Row]:
+        """Takes the newest checkpoint's state, if there is one, and returns the ledger up to it."""
+        files = self.files
+        held = files.latest()
+        if held is None:
+            return files.rewind(-1)
+        self.state, kept = held
+        if kept["config"] != self._facts["config"]:
+            raise CheckpointError(f"the checkpoint in {files.path} belongs to another configuration; use another --out")
+        if kept["data"] != self._facts["data"]:
+            raise CheckpointError(
+                f"the data have changed since the checkpoint in {files.path} was made; put the old data back, or start "
+                "in another folder with --out"
+            )
+        if not can_go_on(files.checkpoints[-1]) and not (files.path / "result.json").exists():
+            raise CheckpointError(
+                f"the run in {files.path} was begun by an older version of fedlora, and cannot go on with this one; "
+                "start it again in another folder with --out, or finish it with that version"
+            )
+        rows = files.rewind(self.state.round)
+        if [row.round for row in rows] != list(range(self.state.round + 1)):
+            raise CheckpointError(
+                f"{files.path / 'ledger.jsonl'} lacks rounds that its checkpoint has; put the old file back, or start "
+                "in another folder with --out"
+            )
+        return rows
+
+    def _begin(self) -> None:
+        """Goes to where the checkpoint is; without one to the start, whose worth is the first row."""
+        self.files.write_json("manifest.json", manifest(self.experiment, self.setting, self.budget, self.phases))
+        self.callback.run_started(self.experiment, self.setting, self.rows)
+        example_epsilon(self.phases, [], self._turns)  # what it refuses is refused before training
+        if self.rows:
+            self.workspace.settle(self.state.phase, self._recipe(self.state), self.state.setup)
+        else:
+            state, facts = open_phase(self.workspace, 0, self.phases[0].recipe, self.experiment.seed, 0, None)
+            metrics, warnings, seconds = self._evaluate(state, last=False)
+            row = Row(
+                round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
+                density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts, warnings=warnings,
+                seconds={"evaluate": seconds},
+            )  # fmt: skip
+            self._record(state, row)
+            self.callback.row_recorded(row)
+        self._saved = self.state.round if self.files.checkpoints else 0
+
+    def _advance(self, until: int | None) -> None:
+        """The next round, to its row in the ledger and its checkpoint."""
+        experiment, state = self.experiment, self.state
+        facts: dict[str, float] = {}
+        if state.steps == self.phases[state.phase].rounds:
+            state, facts = self._next_phase()
+        state, row = self._round(state)
+        last = state.round == experiment.rounds or self._exhausted(state)
+        stops = last or state.round == until
+        due = stops or state.round % experiment.evaluate.every == 0
+        metrics, warnings, seconds = self._evaluate(state, last) if due else ({}, (), 0.0)
+        row = self._redacted(self._counted(row))
+        cohorts = [*(one.cohort for one in self.rows[1:]), row.cohort]
+        row = dataclasses.replace(
+            row,
+            metrics=metrics,
+            warnings=row.warnings + warnings,
+            facts=facts,
+            epsilon=self.budget.spent(self.phases, state.round) if self.budget else None,
+            example_epsilon=example_epsilon(self.phases, cohorts, self._turns),
+            seconds={**row.seconds, "evaluate": seconds},
+        )
+        self._record(state, row)
+        if stops or self._saves_each or state.round % experiment.checkpoint_every == 0:
+            self._save()
+        self.callback.row_recorded(row)
+
+    def _next_phase(self) -> tuple[ServerState, dict[str, float]]:
+        carry, number = close_phase(self.workspace, self._recipe(self.state), self.state), self.state.phase + 1
+        return open_phase(
+            self.workspace, number, self.phases[number].recipe, self.experiment.seed, self.state.round, carry
+        )
+
+    def _round(self, state: ServerState) -> tuple[ServerState, Row]:
+        """One round; where too few clients answer it is tried again, and nothing of the attempt counts."""
+        experiment, setting, engine = self.experiment, self.setting, self.engine
+        clients, recipe, tried = experiment.clients, self._recipe(state), 0
+        warnings: tuple[str, ...] = ()
+        seed = secrets.randbits(48) if self._secret else named_seed(experiment.seed, "cohort", state.round)
+        expected = clients.per_round if clients.sampling == "poisson" else None
+        while True:
+            engine.wait()
+            cohort = self._cohort(recipe, seed)
+            try:
+                after, row = run_round(
+                    recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected,
+                    clients.networks() if self.mode.sends else {},
+                )  # fmt: skip
+                return after, dataclasses.replace(row, warnings=warnings)
+            except QuorumError as error:
+                tried += 1
+                if tried == engine.attempts:
+                    raise
+                warnings += (f"round {state.round + 1} was tried again: {error}",)
+                state = state.without(error.refused)
+
+    def _cohort(self, recipe: Recipe, seed: int) -> tuple[int, ...]:
+        """The clients that are asked in a round: those that were drawn, and others for those that are not there."""
+        clients, population, engine = self.experiment.clients, self.setting.population, self.engine
+        num = min(math.ceil(clients.per_round * engine.over_sample), len(population))
+        cohort = draw_cohort(population, num, seed, clients.sampling)
+        present = engine.present()
+        # a draw that an account of privacy counts on is as it is
+        if present is None or clients.sampling != "fixed" or not disclosure_of(recipe).absence:
+            return cohort
+        others = np.random.default_rng(seed).permutation(sorted(present - set(cohort)))
+        return (*(one for one in cohort if one in present), *map(int, others))[:num]
+
+    def _evaluate(self, state: ServerState, last: bool) -> tuple[dict[str, float], tuple[str, ...], float]:
+        """Metrics, warnings and seconds of an evaluation for the ledger."""
+        clock = time.perf_counter()
+        tested = tested_clients(self.experiment, self.setting, last)
+        metrics, warnings = evaluate(self.experiment, self.setting, self.workspace, self._recipe(state), state, tested)
+        return metrics, warnings, time.perf_counter() - clock
+
+    def _counted(self, row: Row) -> Row:
+        """The row without what no message carried."""
+        if self.mode.sends:
+            return row
+        takes = row.slowest_seconds if self.experiment.clients.network else row.network_seconds
+        return dataclasses.replace(row, down_bytes={}, up_bytes={}, references={}, network_seconds=takes)
+
+    def _redacted(self, row: Row) -> Row:
+        """The row without what tells who was drawn, where that is secret."""
+        if not self._secret:
+            return row
+        # over networks of their own, tiers would be told by the time
+        timed = not any(tier.network for tier in self.experiment.clients.tiers)
+        takes = row.network_seconds if timed else None
+        return dataclasses.replace(
+            row, cohort=(), late=(), refused={}, tiers={}, tier_seconds={}, network_seconds=takes
+        )
+
+    def _recipe(self, state: ServerState) -> Recipe:
+        return self.phases[state.phase].recipe
+
+    def _exhausted(self, state: ServerState) -> bool:
+        """Whether the budget of privacy allows no further round."""
+        return self.budget is not None and self.budget.exhausted(self.phases, state.round)
+
+    def _record(self, state: ServerState, row: Row) -> None:
+        self.files.append(row)
+        self.rows.append(row)
+        self.state = state
+
+    def _save(self) -> None:
+        self.files.save(self.state, self._facts)
+        self._saved = self.state.round
+
+    def _so_far(self, until: int) -> Result:
+        """The result up to a round; its metrics are the newest of the ledger."""
+        done = [row for row in self.rows if row.round <= until]
+        newest = [row for row in done if row.metrics][-1]
+        return self._result(done, newest.metrics, _seconds(done))
+
+    def _finish(self) -> Result:
+        """The result of a run at its end, with the adapter; both are written where they are not there yet."""
+        files, state = self.files, self.state
+        held = files.read_json("result.json") if (files.path / "result.json").exists() else None
+        if held:
+            after, seconds, adapter = held["after"], held["seconds"], files.path / held["adapter"]
+        else:
+            clock = time.perf_counter()
+            after, adapter = self._after(), None
+            seconds = _seconds(self.rows) + time.perf_counter() - clock
+        if adapter is None or not adapter.exists():
+            trained = Trained(self.experiment, self._recipe(state), state, self.workspace, after)
+            adapter = export_run(files.path, trained)
+        result = self._result(self.rows, after, seconds, adapter)
+        if not held:
+            files.write_json("result.json", {**result.figures(), "adapter": adapter.name})
+        self.callback.run_finished(result)
+        return result
+
+    def _after(self) -> dict[str, float]:
+        """Metrics on all test examples, and at the end those over clients, all of which the last round has tested."""
+        metrics = self.rows[-1].metrics
+        own = {name: value for name, value in metrics.items() if name.startswith("client_")}
+        if not uses_all_rows(self.experiment, self.setting):
+            metrics, _ = evaluate(self.experiment, self.setting, self.workspace, self._recipe(self.state), self.state)
+        return {name: value for name, value in metrics.items() if name not in own} | own
+
+    def _result(
+        self, rows: Sequence[Row], after: dict[str, float], seconds: float, adapter: Path | None = None
+    ) -> Result:
+        task = self.setting.task
+        return Result(
+            label=self.experiment.label,
+            folder=self.files.path,
+            seed=self.experiment.seed,
+            rounds=rows[-1].round,
+            main_metric=task.main_metric,
+            higher_is_better=task.higher_is_better,
+            before=rows[0].metrics,
+            after=after,
+            down_bytes=add_up(row.down_bytes for row in rows),
+            up_bytes=add_up(row.up_bytes for row in rows),
+            seconds=seconds,
+            rows=tuple(rows),
+            adapter=adapter,
+        )
+
+
+def _seconds(rows: Sequence[Row]) -> float:
+    return sum(sum(row.seconds.values()) for row in rows)

@@ -1,0 +1,68 @@
+"""Callbacks that send a run's figures elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora.config import Experiment
+from fedlora.config.federated_data import Setting
+from fedlora.core.errors import ConfigError
+from fedlora.recipe.modes import MODES
+from fedlora.rounds.ledger import Row
+from fedlora.runs.callbacks import Callback
+
+
+class TensorBoard(Callback):
+    """Events that ``tensorboard --logdir`` shows; none in the mode ``local``, where each client has a ledger.
+
+    Args:
+        folder: where the events go.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError("TensorBoard is not installed: pip install 'fedlora[tensorboard]'") from error
+        self._make = SummaryWriter
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        self._down = self._up = 0
+
+    def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
+        """See ``Callback.run_started``: events after the rows that the ledger kept are dropped."""
+        if MODES[experiment.mode].separate:
+            return
+        self._down = sum(sum(row.down_bytes.values()) for row in rows)
+        self._up = sum(sum(row.up_bytes.values()) for row in rows)
+        self._writer = self._make(str(self._folder), purge_step=rows[-1].round + 1 if rows else 0)
+
+    def row_recorded(self, row: Row) -> None:
+        """See ``Callback.row_recorded``: loss, metrics, bytes so far, densities."""
+        if self._writer is None:
+            return
+        self._down += sum(row.down_bytes.values())
+        self._up += sum(row.up_bytes.values())
+        figures = {f"metrics/{name}": value for name, value in row.metrics.items()}
+        figures |= {"bytes/down": self._down, "bytes/up": self._up}
+        if row.cohort:
+            figures |= {
+                "train/loss": row.loss,
+                "train/update_norm": row.update_norm,
+                "density/down": row.density_down,
+                "density/up": row.density_up,
+            }
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, row.round)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+TRACKERS: dict[str, type[TensorBoard]] = {"tensorboard": TensorBoard}

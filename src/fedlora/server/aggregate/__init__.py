@@ -1,0 +1,44 @@
+"""The slot ``Aggregator``: how the updates of a cohort become one change.
+
+An aggregator sees updates and a schema, never clients, links or noise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fedlora.core.component import Field, by_kind
+from fedlora.server.aggregate.base import Accumulator, Aggregator, Needs
+from fedlora.server.aggregate.means import CoordinateMedian, Krum, Mean, NormBound, TrimmedMean
+from fedlora.server.aggregate.products import ProductExact, SparsityWeighted, Stack, SvdRedistribute
+
+AnyAggregator = Annotated[
+    Mean
+    | SparsityWeighted
+    | SvdRedistribute
+    | ProductExact
+    | Stack
+    | CoordinateMedian
+    | TrimmedMean
+    | Krum
+    | NormBound,
+    Field(discriminator="kind"),
+]
+AGGREGATORS: dict[str, type[Aggregator]] = by_kind(AnyAggregator)
+
+__all__ = [
+    "AGGREGATORS",
+    "Accumulator",
+    "Aggregator",
+    "AnyAggregator",
+    "CoordinateMedian",
+    "Krum",
+    "Mean",
+    "Needs",
+    "NormBound",
+    "ProductExact",
+    "SparsityWeighted",
+    "Stack",
+    "SvdRedistribute",
+    "TrimmedMean",
+]

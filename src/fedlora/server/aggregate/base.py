@@ -1,0 +1,181 @@
+"""The slot ``Aggregator``: how a cohort's updates become one change."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.core import tree
+from fedlora.core.errors import TrainingError
+from fedlora.core.schema import Schema
+from fedlora.core.state import Change, Fold, Update
+from fedlora.core.store import Store
+from fedlora.core.tree import Tree
+
+NOBODY = (
+    "no client answered with an update; a round needs at least one client that has examples and is done before "
+    "local.timeout_seconds"
+)
+"""What a rule says when nothing came."""
+Needs = Literal["sum", "update", "factors", "cohort"]
+
+
+class Accumulator(ABC):
+    """Takes the updates of a cohort one by one, in job order."""
+
+    @abstractmethod
+    def add(self, update: Update) -> None:
+        """Takes one update; what is kept of it is what ``Aggregator.needs`` says."""
+
+    @abstractmethod
+    def finish(self) -> Change:
+        """The change that the cohort asks for.
+
+        Raises:
+            TrainingError: there are too few updates.
+        """
+
+
+class Aggregator(ABC):
+    """Turns the updates of a cohort into one change."""
+
+    exact_for_products: ClassVar[bool] = False
+    """Whether the mean of the products ``B @ A`` is what the result's product is, its fold included."""
+    unbiased: ClassVar[bool] = False
+    """Whether the change is a weighted mean of the updates, so that what is right on average stays right."""
+    coordinatewise: ClassVar[bool] = False
+    """Whether each coordinate is decided by its order among the clients'."""
+    needs_factors: ClassVar[bool] = False
+    """Whether the factors ``A`` and ``B`` of low-rank adapters are read as such."""
+    edits_base: ClassVar[bool] = False
+    """Whether frozen weights are edited, and the edit is sent to clients."""
+    reinitialises: ClassVar[bool] = False
+    """Whether the adapters are drawn anew after each round."""
+    needs: ClassVar[Needs]
+    """What it must be given, and holds until the round ends: a weighted ``sum`` alone; each ``update`` by itself, in
+    passing; the low-rank ``factors`` of all; or the updates of the whole ``cohort``."""
+
+    @property
+    def weighs_by_examples(self) -> bool:
+        """Whether clients report their numbers of examples, which decide their weights."""
+        return False
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        """Whether ranks that a client did not receive count as zeros."""
+        return False
+
+    @property
+    def least(self) -> int:
+        """How many answers it needs."""
+        return 1
+
+    def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
+        """The rank of a round's fold.
+
+        Args:
+            ranks: of the cohort's adapters.
+            moving: the factors that are trained: ``both``, ``B``, or ``alternate``.
+        """
+        return 0
+
+    @abstractmethod
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        """What a round's updates are added to.
+
+        Args:
+            params: the server's parameters, to which the change will be added.
+            schema: what each of them is.
+            store: what the change of the round before remembered.
+        """
+
+
+class Weighted(Aggregator):
+    """A rule whose setting ``weighting`` is ``uniform`` or ``examples``."""
+
+    weighting: Literal["uniform", "examples"]
+
+    @property
+    def weighs_by_examples(self) -> bool:
+        return self.weighting == "examples"
+
+
+class WeightedMean(Accumulator):
+    """``sum_k w_k delta_k / sum_k w_k``; holds the sum alone.
+
+    Args:
+        weight_of: the weight of an update.
+        changed: what becomes of an update before it is added.
+    """
+
+    def __init__(
+        self, weight_of: Callable[[Update], float], changed: Callable[[Update], Update] = lambda update: update
+    ) -> None:
+        self._weight_of, self._changed = weight_of, changed
+        self._total: Tree | None = None
+        self._weights = 0.0
+
+    def add(self, update: Update) -> None:
+        update = self._changed(update)
+        weight = self._weight_of(update)
+        if self._total is None:
+            self._total = tree.zeros_like(update.delta)
+        tree.add_(self._total, update.delta, weight)
+        self._weights += weight
+
+    def finish(self) -> Change:
+        """See ``Accumulator.finish``.
+
+        Raises:
+            TrainingError: there is no update, or none has a say.
+        """
+        if self._total is None:
+            raise TrainingError(NOBODY)
+        if self._weights <= 0:
+            raise TrainingError(
+                "the total aggregation weight is zero: no client reported examples, or all adapters are zero"
+            )
+        return Change(tree.scale(self._total, 1.0 / self._weights), Fold())
+
+
+class Comparing(Aggregator):
+    """A rule that compares the updates of the whole cohort, each flattened to a row."""
+
+    needs: ClassVar[Needs] = "cohort"
+
+    @abstractmethod
+    def of(self, rows: Tensor) -> Tensor:
+        """The change, ``(numbers,)``, of updates ``(clients, numbers)``."""
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        return Collected(self)
+
+
+class Collected(Accumulator):
+    """Holds the deltas of the whole cohort.
+
+    Args:
+        rule: what becomes of them.
+    """
+
+    def __init__(self, rule: Comparing) -> None:
+        self._rule = rule
+        self._deltas: list[Tree] = []
+
+    def add(self, update: Update) -> None:
+        self._deltas.append(update.delta)
+
+    def finish(self) -> Change:
+        if not self._deltas:
+            raise TrainingError(NOBODY)
+        rows = torch.stack([tree.flatten(delta) for delta in self._deltas])
+        return Change(tree.unflatten(self._rule.of(rows), self._deltas[0]), Fold())
+
+
+def weight_by(weighting: str) -> Callable[[Update], float]:
+    """The weight of an update by a rule's ``weighting``: ``uniform`` or ``examples``."""
+    return (lambda update: 1.0) if weighting == "uniform" else (lambda update: update.weight)

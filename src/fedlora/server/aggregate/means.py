@@ -1,0 +1,120 @@
+"""Means of updates, and rules that bound what faulty clients can do."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.core import tree
+from fedlora.core.component import STRICT, Count, Field, Positive, Whole, dataclass
+from fedlora.core.errors import TrainingError
+from fedlora.core.schema import Schema
+from fedlora.core.state import Update
+from fedlora.core.store import Store
+from fedlora.core.tree import Tree
+from fedlora.server.aggregate.base import Accumulator, Aggregator, Comparing, Needs, Weighted, WeightedMean, weight_by
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Mean(Weighted):
+    """Weighted mean of the deltas, ``sum_k p_k delta_k`` with ``sum_k p_k = 1`` (FedAvg, arXiv 1602.05629, Alg. 1).
+
+    Args:
+        weighting: ``uniform`` gives every client of the cohort the same say (FLASC's code, and what noise for privacy
+            is calibrated for); ``examples`` gives a say by the examples the client trained on in this round.
+    """
+
+    kind: Literal["mean"] = "mean"
+    weighting: Literal["uniform", "examples"] = "uniform"
+    unbiased: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "sum"
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        return WeightedMean(weight_by(self.weighting))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CoordinateMedian(Comparing):
+    """The median of each coordinate (arXiv 1803.01498, Def. 1); of an even number the mean of the middle two.
+
+    It stands up to faulty clients as long as they are fewer than half, and loses what only a few clients learnt.
+    """
+
+    kind: Literal["median"] = "median"
+    coordinatewise: ClassVar[bool] = True
+
+    def of(self, rows: Tensor) -> Tensor:
+        ordered = rows.sort(dim=0).values
+        return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrimmedMean(Comparing):
+    """The mean of each coordinate without a share of its smallest and its largest (arXiv 1803.01498, Def. 2).
+
+    Args:
+        trim: share left out at each end, rounded up: of three answers or more, at least one unless it is 0.
+    """
+
+    kind: Literal["trimmed_mean"] = "trimmed_mean"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    coordinatewise: ClassVar[bool] = True
+
+    def of(self, rows: Tensor) -> Tensor:
+        left_out = min(math.ceil(round(self.trim * len(rows), 9)), (len(rows) - 1) // 2)
+        return rows.sort(dim=0).values[left_out : len(rows) - left_out].mean(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Krum(Comparing):
+    """The mean of those updates that have the closest neighbours (arXiv 1703.02757).
+
+    An update's score is the sum of the squared distances to its ``n - faulty - 2`` nearest others.
+
+    Args:
+        faulty: how many clients may be faulty.
+        select: how many of the best are averaged; above 1 it is multi-Krum. A cohort must have
+            ``2 * faulty + 2 + select`` clients at least.
+    """
+
+    kind: Literal["krum"] = "krum"
+    faulty: Whole = 1
+    select: Count = 1
+
+    @property
+    def least(self) -> int:
+        return 2 * self.faulty + 2 + self.select
+
+    def of(self, rows: Tensor) -> Tensor:
+        num = len(rows)
+        if num < self.least:
+            raise TrainingError(
+                f"krum with faulty = {self.faulty} and select = {self.select} needs {self.least} clients in a round, "
+                f"and {num} answered; raise clients.per_round"
+            )
+        distances = torch.cdist(rows.double(), rows.double()).square()
+        nearest = distances.sort(dim=1).values[:, 1 : num - self.faulty - 1]
+        best = nearest.sum(dim=1).sort(stable=True).indices[: self.select].sort().values
+        return rows[best].mean(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NormBound(Aggregator):
+    """The mean of updates that are shortened to a norm (arXiv 1911.07963).
+
+    Args:
+        norm: the largest Euclidean norm that an update keeps.
+    """
+
+    kind: Literal["norm_bound"] = "norm_bound"
+    norm: Positive
+    needs: ClassVar[Needs] = "update"
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        return WeightedMean(weight_by("uniform"), self._bounded)
+
+    def _bounded(self, update: Update) -> Update:
+        return update._replace(delta=tree.scale(update.delta, 1.0 / max(1.0, tree.norm(update.delta) / self.norm)))

@@ -1,0 +1,252 @@
+"""Rules about the products ``B A`` of low-rank adapters."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.core.component import STRICT, Count, dataclass
+from fedlora.core.schema import Pair, Schema
+from fedlora.core.state import Change, Fold, Update
+from fedlora.core.store import Store
+from fedlora.core.tree import Tree
+from fedlora.server.aggregate.base import Accumulator, Aggregator, Needs, Weighted, WeightedMean, weight_by
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SparsityWeighted(Aggregator):
+    """Weighs each client by the size of its whole adapter, ``p_k ~ ||B_k A_k||_F`` (HetLoRA, arXiv 2401.06432).
+
+    Clients of a low rank, or that learnt little, have less say. The head is weighed the same.
+
+    Args:
+        padding: what clients have at ranks that they do not have: ``zero``, as published, which shrinks those ranks; or
+            ``keep``, what the server has.
+    """
+
+    kind: Literal["sparsity_weighted"] = "sparsity_weighted"
+    padding: Literal["zero", "keep"] = "zero"
+    needs_factors: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "update"
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        return self.padding == "zero"
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        pairs = schema.pairs
+        weight_of = partial(_size_of_products, pairs=pairs)
+        return WeightedMean(weight_of, partial(_padded, params=params, pairs=pairs if self.padding == "zero" else []))
+
+
+def _padded(update: Update, params: Tree, pairs: Sequence[Pair]) -> Update:
+    """The update with zeros, instead of the server's values, where the client has no rank."""
+    start, delta = dict(update.start), dict(update.delta)
+    for a, b, _ in pairs:
+        absent = ~(start[a].any(1) | start[b].any(0) | delta[a].any(1) | delta[b].any(0))
+        if bool(absent.any()):
+            for name, kept in ((a, ~absent[:, None]), (b, ~absent)):
+                start[name] = torch.where(kept, start[name], params[name])
+                delta[name] = torch.where(kept, delta[name], -params[name])
+    return Update(start, delta, update.weight)
+
+
+def _size_of_products(update: Update, pairs: Sequence[Pair]) -> float:
+    """``sqrt(sum_m ||B_m A_m||_F^2)``, from the small matrices ``B^T B`` and ``A A^T``."""
+    squares = 0.0
+    for a, b, _ in pairs:
+        now_a, now_b = (update.start[name].double() + update.delta[name].double() for name in (a, b))
+        squares += float(((now_b.T @ now_b) * (now_a @ now_a.T)).sum())
+    return math.sqrt(max(0.0, squares))
+
+
+class OfProducts(Weighted):
+    """A rule about the products ``B A`` that reads the factors of all clients."""
+
+    needs_factors: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "factors"
+
+    @abstractmethod
+    def of(self, cohort: Factors, delta: Tree) -> Change:
+        """The change, of the factors of a cohort and of the mean ``delta``, which may be overwritten."""
+
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        return Factors(self, params, schema)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SvdRedistribute(OfProducts):
+    """The best adapter of the same rank for the mean of the products (FlexLoRA, arXiv 2402.11505).
+
+    ``sum_k p_k B_k A_k = U S V^T``; the new factors are ``B = U_r S_r``, ``A = V_r^T``, or have the root of ``S`` each.
+    The product is never formed: with ``[p_k B_k] = Q R`` and ``[A_k]^T = P T`` the SVD is that of ``R T^T``, of side
+    clients times rank, in float64. Of each row of ``A`` the largest entry is positive. The head is averaged.
+
+    Args:
+        weighting: as for ``mean``.
+        split: ``left`` gives all of ``S`` to ``B``, so that ranks without energy can still learn; ``symmetric`` its
+            root to both, and such ranks are lost.
+    """
+
+    kind: Literal["svd_redistribute"] = "svd_redistribute"
+    weighting: Literal["uniform", "examples"] = "uniform"
+    split: Literal["left", "symmetric"] = "left"
+
+    def of(self, cohort: Factors, delta: Tree) -> Change:
+        params = cohort.params
+        for a, b, _ in cohort.pairs:
+            tall = torch.cat(
+                [share * one.double() for share, one in zip(cohort.shares, cohort.of[b], strict=True)], dim=1
+            )
+            wide = torch.cat([one.double() for one in cohort.of[a]])
+            new_b, new_a = truncated_product(tall, wide, params[a].shape[0], self.split)
+            delta[a], delta[b] = new_a.float() - params[a], new_b.float() - params[b]
+        return Change(delta, Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProductExact(OfProducts):
+    """Factors are averaged, and frozen weights take what the mean of the products has beside (FedEx-LoRA, 2410.09432).
+
+    ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and ``W += scale (sum_k p_k B_k A_k - B A)``. As the ``B_k - B`` add
+    up to nothing, the fold is ``sum_{k<n} p_k (B_k - B) (A_k - A_n)``, of rank ``(n - 1) r``. The head is averaged.
+
+    Args:
+        weighting: as for ``mean``.
+        rank: of the best approximation of the fold that is made and sent; all of it by default.
+    """
+
+    kind: Literal["product_exact"] = "product_exact"
+    weighting: Literal["uniform", "examples"] = "uniform"
+    rank: Count | None = None
+    exact_for_products: ClassVar[bool] = True
+    edits_base: ClassVar[bool] = True
+
+    def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
+        """See ``Aggregator.fold_rank``; nothing where one factor keeps still."""
+        whole = (len(ranks) - 1) * max(ranks) if moving == "both" else 0
+        return whole if self.rank is None else min(whole, self.rank)
+
+    def of(self, cohort: Factors, delta: Tree) -> Change:
+        params, shares = cohort.params, cohort.shares
+        folded: dict[str, tuple[Tensor, Tensor]] = {}
+        for a, b, module in cohort.pairs:
+            ours = [(one.double(), other.double()) for one, other in zip(cohort.of[b], cohort.of[a], strict=True)]
+            mean_b, mean_a = (
+                torch.stack([share * pair[side] for share, pair in zip(shares, ours, strict=True)]).sum(0)
+                for side in (0, 1)
+            )
+            delta[a], delta[b] = mean_a.float() - params[a], mean_b.float() - params[b]
+            others = list(zip(shares, ours, strict=True))[:-1]
+            if others:
+                tall = torch.cat([share * (pair[0] - mean_b) for share, pair in others], dim=1)
+                wide = torch.cat([pair[1] - ours[-1][1] for _, pair in others])
+                if self.rank is not None and self.rank < len(wide):
+                    tall, wide = truncated_product(tall, wide, self.rank, "symmetric")
+                    # one rank for all modules; those that are too small for it have zeros beyond
+                    lacking = self.rank - len(wide)
+                    tall = torch.nn.functional.pad(tall, (0, lacking))
+                    wide = torch.nn.functional.pad(wide, (0, 0, 0, lacking))
+                folded[module] = tall.float(), wide.float()
+        moved = any(bool(b.any()) and bool(a.any()) for b, a in folded.values())
+        return Change(delta, Fold(folded) if moved else Fold())
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Stack(OfProducts):
+    """Frozen weights take all clients' products, and the adapters start anew (FLoRA, arXiv 2409.05976, Eq. 6).
+
+    ``W += scale sum_k p_k B_k A_k``, told as the factors side by side; then ``B = 0`` and ``A`` is drawn anew, the same
+    for all. Ranks that a client does not have take no place. The head is averaged.
+
+    Args:
+        weighting: as for ``mean``; FLoRA's own is by examples.
+    """
+
+    kind: Literal["stack"] = "stack"
+    weighting: Literal["uniform", "examples"] = "uniform"
+    exact_for_products: ClassVar[bool] = True
+    edits_base: ClassVar[bool] = True
+    reinitialises: ClassVar[bool] = True
+
+    def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
+        return sum(ranks) if moving == "both" else max(ranks)
+
+    def of(self, cohort: Factors, delta: Tree) -> Change:
+        params = cohort.params
+        stacked: dict[str, tuple[Tensor, Tensor]] = {}
+        for a, b, module in cohort.pairs:
+            tall = [share * one for share, one in zip(cohort.shares, cohort.of[b], strict=True)]
+            wide = cohort.of[a]
+            if cohort.same_a:  # where A is frozen, the sum of all B is enough
+                tall, wide = [torch.stack(tall).sum(0)], wide[:1]
+            stacked[module] = torch.cat(tall, dim=1), torch.cat(wide)
+            delta[a], delta[b] = torch.zeros_like(params[a]), -params[b]
+        used = torch.stack([b.any(0) & a.any(1) for b, a in stacked.values()]).any(0)
+        folded = {name: (b[:, used], a[used]) for name, (b, a) in stacked.items()}
+        return Change(delta, Fold(folded) if bool(used.any()) else Fold())
+
+
+class Factors(Accumulator):
+    """Holds the factors of all updates by name, and of everything else the sum.
+
+    Args:
+        rule: what becomes of this, and of the mean of the deltas.
+        params: the server's parameters.
+        schema: what each of them is.
+    """
+
+    def __init__(self, rule: OfProducts, params: Tree, schema: Schema) -> None:
+        self._rule, self._weight_of = rule, weight_by(rule.weighting)
+        self._mean = WeightedMean(self._weight_of)
+        self._weights: list[float] = []
+        self._first: Update | None = None
+        self.params, self.pairs = params, schema.pairs
+        self.of: dict[str, list[Tensor]] = {name: [] for a, b, _ in self.pairs for name in (a, b)}
+        self.same_a = True
+
+    @property
+    def shares(self) -> list[float]:
+        """What each client has of the mean."""
+        return [weight / sum(self._weights) for weight in self._weights]
+
+    def add(self, update: Update) -> None:
+        self._mean.add(update)
+        self._weights.append(self._weight_of(update))
+        for name, values in self.of.items():
+            values.append(update.start[name] + update.delta[name])
+        if self._first is None:  # of one client the changes of A are kept too
+            start, delta = ({a: part[a] for a, _, _ in self.pairs} for part in (update.start, update.delta))
+            self._first = Update(start, delta, 0.0)
+        trees = ((self._first.delta, update.delta), (self._first.start, update.start))
+        self.same_a &= all(torch.equal(first[a], own[a]) for first, own in trees for a, _, _ in self.pairs)
+
+    def finish(self) -> Change:
+        return self._rule.of(self, self._mean.finish().delta)
+
+
+def truncated_product(tall: Tensor, wide: Tensor, rank: int, split: str) -> tuple[Tensor, Tensor]:
+    """``B`` and ``A`` of ``rank`` whose product is next to ``tall @ wide``, which is never formed.
+
+    Args:
+        tall: ``(out, n)``, float64.
+        wide: ``(n, in)``, float64.
+        rank: of the result.
+        split: where the singular values go, ``left`` or ``symmetric``.
+    """
+    q, r = torch.linalg.qr(tall)
+    p, t = torch.linalg.qr(wide.T)
+    u, s, vt = torch.linalg.svd(r @ t.T, full_matrices=False)
+    b, a = q @ u[:, :rank], vt[:rank] @ p.T
+    s = s[:rank]
+    signs = a.gather(1, a.abs().argmax(dim=1, keepdim=True)).sign()
+    a, b = a * signs, b * signs.T
+    if split == "left":
+        return b * s, a
+    return b * s.sqrt(), a * s.sqrt()[:, None]

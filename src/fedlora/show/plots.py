@@ -1,0 +1,154 @@
+"""Drawings: who holds which classes, and what methods reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from fedlora.core.errors import ConfigError
+from fedlora.population.clients import Population
+from fedlora.runs.folder import RunFolder
+from fedlora.tasks.base import Rows
+
+_COLOURS = (
+    "blue", "green", "yellow", "red", "magenta", "cyan", "white", "bright_blue", "bright_green", "bright_yellow",
+    "bright_red", "bright_magenta", "bright_cyan", "bright_black", "dark_orange", "purple", "turquoise2", "gold3",
+    "orchid", "chartreuse3",
+)  # fmt: skip
+
+
+def label_counts(population: Population, labels: Rows, num_classes: int) -> Rows:
+    """How many examples of each class each client holds, ``(clients, classes)`` integers."""
+    return np.stack(
+        [np.bincount(labels[population.rows_of(client)], minlength=num_classes) for client in range(len(population))]
+    )
+
+
+def partition_bars(
+    population: Population, labels: Rows, names: list[str], num_clients: int = 20, width: int = 55
+) -> Text:
+    """One bar per client, as long as its examples and coloured by class, for a terminal.
+
+    Args:
+        population: the clients.
+        labels: class number of each training example.
+        names: the classes' names; none where there are no classes.
+        num_clients: clients drawn, evenly spaced among all.
+        width: characters of the longest bar.
+    """
+    chosen = np.unique(np.linspace(0, len(population) - 1, min(num_clients, len(population))).astype(int))
+    counts = label_counts(population, labels, max(1, len(names)))[chosen]
+    unit = max(1, counts.sum(1).max()) / width
+    text = Text()
+    for client, row in zip(chosen, counts, strict=True):
+        text.append(f"{population.names[client][-18:]:>18} ")
+        ends = np.round(np.cumsum(row) / unit).astype(int)
+        for label, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            # a letter tells classes apart where there is no colour
+            text.append(chr(ord("a") + label % 26) * (end - start), style=_COLOURS[label % len(_COLOURS)])
+        text.append(f" {row.sum()}\n")
+    for label, name in enumerate(names[:26]):
+        text.append(f"{chr(ord('a') + label)} {name}  ", style=_COLOURS[label % len(_COLOURS)])
+    return text
+
+
+def partition_html(population: Population, labels: Rows, names: list[str]) -> str:
+    """A page with one stacked bar per client.
+
+    Args:
+        population: the clients.
+        labels: class number of each training example.
+        names: the classes' names; none where there are no classes.
+
+    Raises:
+        ConfigError: plotly is not installed.
+    """
+    go, colours = _plotly()
+    names = names or ["examples"]
+    counts = label_counts(population, labels, len(names))
+    figure = go.Figure([go.Bar(name=name, x=list(population.names), y=counts[:, k]) for k, name in enumerate(names)])
+    figure.update_layout(
+        barmode="stack",
+        title="Examples of each client, by class",
+        colorway=colours,
+        xaxis_title="client",
+        yaxis_title="examples",
+    )
+    return str(figure.to_html(include_plotlyjs=True))
+
+
+def comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A page with the main metric by round and by megabytes: a line for each method, its seeds a band around it.
+
+    A line is the mean over seeds at the rounds that all of them evaluated; the band is their whole range.
+
+    Args:
+        rows: as ``report.comparison`` gives them; the ledgers in their folders are read.
+
+    Raises:
+        ConfigError: plotly is not installed, or the runs have not the same main metric.
+    """
+    go, colours = _plotly()
+    metrics = {str(row["metric"]) for row in rows}
+    if len(metrics) > 1:
+        raise ConfigError(f"these runs are judged by {', '.join(sorted(metrics))}; draw those of one metric together")
+    metric = metrics.pop()
+    figure = go.Figure()
+    for number, row in enumerate(rows):
+        curves = [_curve(Path(folder), metric) for folder in row["folders"]]
+        shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+        seeds = ", ".join(map(str, row["seeds"]))
+        colour = colours[number % len(colours)]
+        # the first evaluation comes before anything is sent, and the axis of bytes is logarithmic
+        for axis, turns in (("", shared), ("2", [turn for turn in shared if turn])):
+            values = np.array([[curve[turn][1] for turn in turns] for curve in curves])
+            sent = [float(np.mean([curve[turn][0] for curve in curves])) for turn in turns]
+            places = sent if axis else [float(turn) for turn in turns]
+            common = {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "legendgroup": row["label"]}
+            if len(curves) > 1:
+                band = np.concatenate([values.max(0), values.min(0)[::-1]])
+                figure.add_scatter(
+                    x=places + places[::-1], y=band.tolist(), fill="toself", fillcolor=colour, opacity=0.2, mode="none",
+                    hoverinfo="skip", showlegend=False, **common,
+                )  # fmt: skip
+            told = [f"round {turn}, {mb:,.3g} MB, seeds {seeds}" for turn, mb in zip(turns, sent, strict=True)]
+            figure.add_scatter(
+                x=places, y=values.mean(0).tolist(), name=row["label"], mode="lines+markers", line={"color": colour},
+                hovertext=told, showlegend=not axis, **common,
+            )  # fmt: skip
+    figure.update_layout(
+        title=f"{metric} by round, and by what was sent in both directions",
+        xaxis={"title": "round", "domain": [0, 0.48]},
+        xaxis2={"title": "MB", "domain": [0.52, 1], "type": "log", "anchor": "y2"},
+        yaxis={"title": metric},
+        yaxis2={"matches": "y", "anchor": "x2", "showticklabels": False},
+    )
+    return str(figure.to_html(include_plotlyjs=True))
+
+
+def _curve(folder: Path, metric: str) -> dict[int, tuple[float, float]]:
+    """Megabytes sent so far and the metric, by each round that was evaluated."""
+    sent, curve = 0, {}
+    for row in RunFolder(folder).rows():
+        sent += sum(row.down_bytes.values()) + sum(row.up_bytes.values())
+        if metric in row.metrics:
+            curve[row.round] = (sent / 1e6, row.metrics[metric])
+    return curve
+
+
+def _plotly() -> tuple[Any, list[str]]:
+    """``plotly.graph_objects``, and 48 colours that can be told apart.
+
+    Raises:
+        ConfigError: plotly is not installed.
+    """
+    try:
+        import plotly.graph_objects as go
+        from plotly.colors import qualitative
+    except ImportError as error:
+        raise ConfigError("drawings need plotly: pip install 'fedlora[plot]'") from error
+    return go, [*qualitative.Dark24, *qualitative.Light24]

@@ -1,0 +1,330 @@
+"""What a person sees: live progress, tables, comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from fedlora.config import Experiment, differences
+from fedlora.config.federated_data import Setting
+from fedlora.core.errors import ConfigError
+from fedlora.core.network import Network, seconds_to
+from fedlora.rounds.ledger import Row
+from fedlora.runs.callbacks import Callback
+from fedlora.runs.cost import PhaseCost
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.result import Result
+from fedlora.runs.search import Trial
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def human_bytes(count: float) -> str:
+    """``count`` bytes with a decimal unit: 1,234,567 is ``1.23 MB``."""
+    unit = 0
+    while count >= 1000 and unit < len(_UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.3g} {_UNITS[unit]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """``seconds`` as ``42 s`` or ``3 min 20 s``."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 100 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+class Live(Callback):
+    """A bar of rounds with the last metric, the bytes so far and the time left; plain lines without a terminal.
+
+    Args:
+        console: where to show it.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._rounds = self._done = self._sent = 0
+        self._clock = 0.0
+        self._spent: list[float] = []
+        self._metric = ""
+
+    def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
+        self.close()
+        self._rounds, self._spent = experiment.rounds, []
+        self._main = setting.task.main_metric
+        self._done = rows[-1].round if rows else 0
+        self._sent = sum(sum(row.down_bytes.values()) + sum(row.up_bytes.values()) for row in rows)
+        self._metric = ""
+        sizes = setting.population.sizes()
+        self._console.print(
+            f"[bold]{escape(experiment.label)}[/bold]: {len(setting.population)} clients with {sizes.min()} to "
+            f"{sizes.max()} examples, {experiment.clients.per_round} per round, {experiment.rounds} rounds on "
+            f"{setting.device}" + (f"; going on after round {self._done}" if rows else ""),
+            soft_wrap=True,
+        )
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("round"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.add_task("", total=self._rounds, completed=self._done)
+            self._progress.start()
+        self._clock = time.monotonic()
+
+    def row_recorded(self, row: Row) -> None:
+        now = time.monotonic()
+        self._spent.append(now - self._clock)
+        self._clock, self._done = now, row.round
+        self._sent += sum(row.down_bytes.values()) + sum(row.up_bytes.values())
+        if self._main in row.metrics:
+            self._metric = f"{self._main} {row.metrics[self._main]:.3f}"
+        recent = self._spent[1:][-10:] or self._spent
+        left = mean(recent) * (self._rounds - self._done)
+        text = f"{self._metric}  sent {human_bytes(self._sent)}  left {human_seconds(left)}"
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=self._done, description=text)
+        elif row.metrics:
+            self._console.print(f"  round {self._done}/{self._rounds}  loss {row.loss:.3f}  {text}")
+        for warning in row.warnings:
+            self._console.print(f"  round {row.round}: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """The figures of a finished run, with its folder.
+
+    Raises:
+        ConfigError: the run is not finished.
+    """
+    return {**RunFolder(path).read_json("result.json"), "folder": str(path)}
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """A result as JSON values, without the ledger."""
+    return {
+        **result.figures(),
+        "folder": str(result.folder),
+        "adapter": str(result.adapter) if result.adapter else None,
+    }
+
+
+def search_table(trials: Sequence[Trial]) -> tuple[list[dict[str, Any]], Table]:
+    """What a search tried, as values and as a table."""
+    table = Table("step", "rank", "density", "one client and back", "metric", "kept")
+    for trial in trials:
+        cells = [str(trial.step), str(trial.rank), f"{trial.density:g}", human_bytes(round(trial.client_bytes))]
+        shown = "failed" if trial.metric is None else f"{trial.metric:.4f}"
+        table.add_row(*cells, shown, "yes" if trial.kept else "")
+    return [dataclasses.asdict(trial) for trial in trials], table
+
+
+def cost_table(
+    phases: Sequence[PhaseCost], networks: Mapping[str, Network], step_seconds: float | None
+) -> tuple[dict[str, Any], Table]:
+    """What each phase will send, and over a network how long it will take, as values and as a table.
+
+    Args:
+        phases: from ``fedlora.runs.cost.costs``.
+        networks: what lies between, by tier's name; none leaves time out.
+        step_seconds: of a client's optimiser step; the longest turn that was measured if None.
+    """
+    # a table of a terminal's width
+    last = ["round takes", "all take"] if networks else ["round down", "round up"]
+    names = ("phase", "rounds", "one client down", "one client up", *last, "all down", "all up")
+    table = Table(*(Column(name, justify="right") for name in names))
+    values: list[dict[str, Any]] = []
+    for number, phase in enumerate(phases):
+        down, up = phase.round_bytes
+        one = (sum(phase.down_bytes.values()), sum(phase.up_bytes.values()))
+        middle = list(map(human_bytes, (down, up)))
+        value: dict[str, Any] = {
+            "tuning": phase.tuning,
+            "rounds": phase.rounds,
+            "clients": phase.clients,
+            "first_client_down_bytes": phase.first_bytes,
+            "client_down_bytes": phase.down_bytes,
+            "client_up_bytes": phase.up_bytes,
+            "round_down_bytes": down,
+            "round_up_bytes": up,
+        }
+        if networks:
+            value["round_seconds"] = phase.round_seconds(networks, step_seconds)
+            middle = [human_seconds(value["round_seconds"]), human_seconds(phase.rounds * value["round_seconds"])]
+        ends = map(human_bytes, phase.all_bytes)
+        table.add_row(f"{number} {phase.tuning}", str(phase.rounds), *map(human_bytes, one), *middle, *ends)
+        for name, tier in phase.tiers.items() if "" not in phase.tiers else ():
+            own: dict[str, float] = {
+                "client_down_bytes": round(tier.down_bytes),
+                "client_up_bytes": round(tier.up_bytes),
+            }
+            takes = ""
+            if networks:
+                own["round_seconds"] = phase.tier_seconds(name, networks, step_seconds)
+                takes = human_seconds(own["round_seconds"])
+            sizes = (human_bytes(own[key]) for key in ("client_down_bytes", "client_up_bytes"))
+            table.add_row(escape(f"  tier {name}"), "", *sizes, takes, "", "", "")
+            value.setdefault("tiers", {})[name] = own
+        values.append(value)
+    totals = [sum(phase.all_bytes[way] for phase in phases) for way in (0, 1)]
+    whole: dict[str, Any] = {"phases": values, "down_bytes": totals[0], "up_bytes": totals[1]}
+    takes = ""
+    if networks:
+        whole["seconds"] = sum(value["rounds"] * value["round_seconds"] for value in values)
+        takes = human_seconds(whole["seconds"])
+    if len(phases) > 1:
+        rounds = str(sum(phase.rounds for phase in phases))
+        table.add_row("all", rounds, "", "", "", takes, *map(human_bytes, totals))
+    return whole, table
+
+
+def comparison(
+    results: Sequence[Mapping[str, Any]], reached: tuple[Network | None, float] | None = None
+) -> list[dict[str, Any]]:
+    """One row per method over the runs given, seeds together.
+
+    Bytes are means over seeds; ``ratio`` is the reference's bytes over the method's, the reference being ``lora`` if it
+    is there, else the first method.
+
+    Args:
+        results: as ``load_result`` and ``as_dict`` give them.
+        reached: a network, or None for those of the configurations, and a value of the main metric; each row then has
+            ``seconds_to_target``, the mean over seeds of the time until an evaluation reached it, None where a seed
+            never did.
+
+    Raises:
+        ConfigError: runs are of different tasks, or those of one label are not seeds of one configuration.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(str(result["label"]), []).append(result)
+    if len(judged := sorted({str(result["main_metric"]) for result in results})) > 1:
+        raise ConfigError(f"these runs are judged by {' and '.join(judged)}; compare runs of one task")
+    for label, group in groups.items():
+        _check_seeds(label, group)
+    rows = []
+    for label, group in groups.items():
+        main = str(group[0]["main_metric"])
+        after = [one["after"][main] for one in group]
+        rows.append(
+            {
+                "label": label,
+                "seeds": sorted(one["seed"] for one in group),
+                "metric": main,
+                "before": mean(one["before"][main] for one in group),
+                "after": mean(after),
+                "spread": stdev(after) if len(after) > 1 else None,
+                "down_bytes": mean(sum(one["down_bytes"].values()) for one in group),
+                "up_bytes": mean(sum(one["up_bytes"].values()) for one in group),
+                "seconds": mean(one["seconds"] for one in group),
+                "folders": [str(one["folder"]) for one in group],
+            }
+        )
+        if reached:
+            times = [_seconds_to(Path(one["folder"]), main, *reached) for one in group]
+            known = [time for time in times if time is not None]
+            rows[-1]["target"] = reached[1]
+            rows[-1]["seconds_to_target"] = mean(known) if len(known) == len(times) else None
+    reference = next((row for row in rows if row["label"] == "lora"), rows[0])
+    total = reference["down_bytes"] + reference["up_bytes"]
+    for row in rows:
+        sent = row["down_bytes"] + row["up_bytes"]
+        row["ratio"] = total / sent if sent else None
+        row["reference"] = reference["label"]
+    return rows
+
+
+def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses runs of one name that are not seeds of one configuration.
+
+    Raises:
+        ConfigError: with what differs.
+    """
+    apart = "name them apart with -s label=..., or compare one of them"
+    first = _configuration(group[0])
+    for number, one in enumerate(group):
+        other = _configuration(one)
+        found = [
+            line
+            for line in (differences(first, other) if first and other else [])
+            if line.split(":")[0].rpartition(".")[2] not in ("seed", "checkpoint_every", "device")
+        ]
+        if found:
+            raise ConfigError(
+                f"{group[0]['folder']} and {one['folder']} are both called {label!r} and differ in "
+                f"{'; '.join(found[:3])}: {apart}"
+            )
+        if one["seed"] in [earlier["seed"] for earlier in group[:number]]:
+            raise ConfigError(f"two runs called {label!r} have the seed {one['seed']}: {apart}")
+
+
+def _configuration(result: Mapping[str, Any]) -> dict[str, Any]:
+    file = Path(result["folder"]) / "config.toml"
+    return tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _seconds_to(folder: Path, metric: str, network: Network | None, target: float) -> float | None:
+    higher = bool(RunFolder(folder).read_json("result.json").get("higher_is_better", True))
+    return seconds_to(RunFolder(folder).rows(), network, metric, target, higher)
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """``comparison`` as a table."""
+    names = [f"{rows[0]['metric']} before", "after", "bytes down", "bytes up"]
+    names += [f"fewer than {rows[0]['reference']}", "seconds"]
+    names += [f"time to {rows[0]['target']:g}"] if "target" in rows[0] else []
+    table = Table("method", "seeds", *(Column(name, justify="right") for name in names))
+    for row in rows:
+        spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
+        table.add_row(
+            escape(row["label"]),
+            ", ".join(map(str, row["seeds"])),
+            f"{row['before']:.3f}",
+            f"{row['after']:.3f}{spread}",
+            human_bytes(row["down_bytes"]),
+            human_bytes(row["up_bytes"]),
+            f"{row['ratio']:.2f}x" if row["ratio"] is not None else "nothing sent",
+            f"{row['seconds']:.0f}",
+            *(_or_never(row[name]) for name in ("seconds_to_target",) if name in row),
+        )
+    return table
+
+
+def _or_never(seconds: float | None) -> str:
+    return "not reached" if seconds is None else human_seconds(seconds)
+
+
+def result_table(result: Result) -> Table:
+    """One run's figures as a table."""
+    table = Table(Column(), Column(justify="right"), show_header=False)
+    for name, value in result.after.items():
+        before = f"{result.before[name]:.4f} -> " if name in result.before else ""
+        table.add_row(name, f"{before}{value:.4f}")
+    for direction, kinds in (("down", result.down_bytes), ("up", result.up_bytes)):
+        parts = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in kinds.items() if size)
+        table.add_row(
+            f"bytes {direction}", f"{human_bytes(sum(kinds.values()))}  ({parts})" if kinds else "nothing sent"
+        )
+    table.add_row("seconds", f"{result.seconds:.0f}")
+    table.add_row("run", escape(str(result.folder)))
+    if result.adapter:
+        table.add_row("adapter", escape(str(result.adapter)))
+    return table

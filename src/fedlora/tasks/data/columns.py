@@ -1,0 +1,310 @@
+"""Rows as every task wants them: columns under the names that tasks use, checked, and held out by content."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import xxhash
+
+from fedlora.core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class Raw(NamedTuple):
+    """Rows as a source gives them.
+
+    Args:
+        train: training rows.
+        test: test rows, or None to hold a part of the training rows out.
+        test_fraction: the part to hold out.
+        seed: of the hash that holds out.
+        final: share and seed of the final test rows, which are among the training rows and are dropped first; None
+            without any.
+    """
+
+    train: datasets.Dataset
+    test: datasets.Dataset | None
+    test_fraction: float
+    seed: int
+    final: tuple[float, int] | None = None
+
+    @property
+    def sides(self) -> list[tuple[datasets.Dataset, str]]:
+        """The rows that there are, and what to call them in messages."""
+        named = ((self.train, "training"), (self.test, "test"))
+        return [(rows, which) for rows, which in named if rows is not None]
+
+
+class Splits(NamedTuple):
+    """Training and test rows in the form that a task asked for."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+
+
+def rename(rows: datasets.Dataset, columns: Mapping[str, str], which: str) -> datasets.Dataset:
+    """Gives columns the names that tasks use.
+
+    Args:
+        rows: the rows as they came.
+        columns: name that the task uses -> name in the data.
+        which: what the rows are, for messages.
+
+    Raises:
+        DataError: there is no such column, or another one has the new name.
+        ConfigError: one column is named for two uses.
+    """
+    if len(set(columns.values())) < len(columns):
+        raise ConfigError(
+            f"columns = {dict(columns)} names one column twice, but each has its own use: name different ones"
+        )
+    for use, given in columns.items():
+        check_column(rows, given, which, use)
+        if use != given and use in rows.column_names and use not in columns.values():
+            raise DataError(
+                f"column '{given}' is to become '{use}', but the {which} rows have another column of that name: "
+                "rename one of them"
+            )
+    return rows.rename_columns({given: use for use, given in columns.items() if use != given})
+
+
+def check_column(rows: datasets.Dataset, name: str, which: str, use: str = "") -> None:
+    """Refuses rows without a column.
+
+    Args:
+        rows: which ought to have it.
+        name: of the column.
+        which: what the rows are, for messages.
+        use: what the task calls it, if that is another name.
+
+    Raises:
+        DataError: with the nearest name there is.
+    """
+    if name not in rows.column_names:
+        near = difflib.get_close_matches(name, rows.column_names, n=1)
+        use = use or name
+        other = f'data.columns = {{ {use} = "..." }}, or `evaluate -c {use}=...`, names another'
+        hint = f"did you mean '{near[0]}'?" if near else other
+        raise DataError(f"the {which} rows have no column '{name}', only {', '.join(rows.column_names)}: {hint}")
+
+
+def check_rows(rows: datasets.Dataset, needed: Sequence[str], which: str) -> None:
+    """Refuses an empty table, and columns that are absent or have gaps.
+
+    Raises:
+        DataError: with the first row at fault.
+    """
+    if not len(rows):
+        raise DataError(f"there are no {which} rows, but one at least is needed: give a file or split with rows")
+    for name in needed:
+        check_column(rows, name, which)
+        missing = [row for row, bad in enumerate(_arrow(rows, name).is_null(nan_is_null=True).to_pylist()) if bad]
+        if missing:
+            raise DataError(
+                f"column '{name}' has no value in {len(missing)} of {len(rows)} {which} rows (first: row {missing[0]})"
+                ", but every row needs one: fill or remove them"
+            )
+
+
+def check_texts(rows: datasets.Dataset, names: Sequence[str], which: str) -> None:
+    """Refuses columns that hold anything but text.
+
+    Raises:
+        DataError: a column holds something else.
+    """
+    for name in names:
+        found = _arrow(rows, name).type
+        if str(found) not in ("string", "large_string"):
+            raise DataError(f"column '{name}' of the {which} rows holds {found}, not text: name a column of text")
+
+
+def split_by_content(rows: datasets.Dataset, key: str, test_fraction: float, seed: int) -> Splits:
+    """Hold out the rows whose content's hash is small, so that equal contents fall on one side, whatever their order.
+
+    Args:
+        rows: all rows.
+        key: the column to hash: text, or anything that JSON can hold.
+        test_fraction: share of contents to hold out.
+        seed: of the hash.
+
+    Returns:
+        Both sides, in the order of ``rows``.
+
+    Raises:
+        DataError: if a side is left without rows.
+    """
+    limit = test_fraction * 2.0**64
+    values = (value if isinstance(value, str) else json.dumps(value, default=repr) for value in values_of(rows, key))
+    is_test = [xxhash.xxh3_64_intdigest(f"{seed}:{value}".encode()) < limit for value in values]
+    train = [row for row, held_out in enumerate(is_test) if not held_out]
+    test = [row for row, held_out in enumerate(is_test) if held_out]
+    if not train or not test:
+        raise DataError(
+            f"holding out {test_fraction:g} of {len(rows)} rows leaves {len(train)} for training and {len(test)} "
+            "for testing, but both need one at least: give more rows, another test_fraction, or test rows of their own"
+        )
+    return Splits(rows.select(train), rows.select(test))
+
+
+def split(raw: Raw, key: str) -> Splits:
+    """The two sides of ``raw``; rows are held out by ``key`` where there are no test rows."""
+    if raw.test is None:
+        rows = split_by_content(raw.train, key, *raw.final).train if raw.final else raw.train
+        return split_by_content(rows, key, raw.test_fraction, raw.seed)
+    return Splits(raw.train, raw.test)
+
+
+def with_classes(raw: Raw, label: str, label_name: str | None) -> Raw:
+    """The same rows with ``label`` as a ``datasets.ClassLabel`` of the same classes on both sides.
+
+    Labels may be strings (classes are the sorted distinct strings), integers (classes are the sorted distinct numbers)
+    or a ``ClassLabel`` (kept).
+
+    Args:
+        raw: the rows.
+        label: the column of classes.
+        label_name: a column with a name for each class, or None.
+
+    Raises:
+        DataError: labels are of another type, or unknown, or their names disagree.
+    """
+    names = _label_names(raw.train, label, label_name)
+    train = _encode(raw.train, label, names, "training")
+    return raw._replace(train=train, test=None if raw.test is None else _encode(raw.test, label, names, "test"))
+
+
+def known_classes(rows: datasets.Dataset, label: str, names: Sequence[str]) -> datasets.Dataset:
+    """``rows`` with ``label`` as classes that are known already, given by name or number.
+
+    Raises:
+        DataError: a label is neither.
+    """
+    import datasets
+
+    declared = class_names(rows, label)
+    known = class_numbers(names, declared, by_number=True)
+    values = _labels(rows, label) if declared is not None else [str(value) for value in _labels(rows, label)]
+    unknown = sorted({str(value) for value in values if value not in known})
+    if unknown:
+        raise DataError(
+            f"the rows have labels that the model does not know: {', '.join(unknown[:5])}; it knows "
+            f"{', '.join(names[:20])}: mend or remove them"
+        )
+    rows = rows.remove_columns(label)
+    return rows.add_column(label, [known[value] for value in values], feature=datasets.ClassLabel(names=list(names)))
+
+
+def class_numbers(names: Sequence[str], declared: Sequence[str] | None, by_number: bool = False) -> dict[Any, int]:
+    """The class that a value stands for, by value.
+
+    Args:
+        names: the classes that are known, in order.
+        declared: the classes of a column that declares its own: values are numbers of these. None for a column of words
+            or numbers, whose values are looked up as text.
+        by_number: whether the number of a class stands for it too; no number does where the names are numbers.
+    """
+    known = {name: number for number, name in enumerate(names)}
+    if declared is not None:
+        return {number: known[name] for number, name in enumerate(declared) if name in known}
+    if not by_number or all(name.removeprefix("-").isdigit() for name in names):
+        return dict(known)
+    return {str(number): number for number in range(len(names))} | known
+
+
+def fingerprint(dataset: datasets.Dataset, columns: Sequence[str] | None = None) -> str:
+    """A hash of the content that is the same wherever the same rows come in the same order.
+
+    Args:
+        dataset: the rows.
+        columns: which columns count; all where None. Their order does not matter.
+
+    Returns:
+        32 hexadecimal digits (XXH3, 128 bit) over names, class names, and values.
+    """
+    digest = xxhash.xxh3_128()
+    for name in sorted(columns or dataset.column_names):
+        digest.update(ascii((name, class_names(dataset, name), len(dataset))).encode())
+        for chunk in _arrow(dataset, name).chunks:
+            for start in range(0, len(chunk), 1000):
+                values = chunk.slice(start, 1000).to_pylist()
+                digest.update("".join(f"{value!a};" for value in values).encode())
+    return digest.hexdigest()
+
+
+def class_names(rows: datasets.Dataset, name: str) -> list[str] | None:
+    """The names of a column's declared classes; of the entries' classes where it holds lists; None without any."""
+    import datasets
+
+    feature = rows.features[name]
+    feature = getattr(feature, "feature", feature)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def values_of(rows: datasets.Dataset, name: str) -> list[Any]:
+    """A column as Python values, nothing decoded."""
+    values: list[Any] = _arrow(rows, name).to_pylist()
+    return values
+
+
+def _label_names(rows: datasets.Dataset, label: str, label_name: str | None) -> dict[Any, str]:
+    """The name of each value of the label column, in the order of the class numbers."""
+    declared = class_names(rows, label)
+    if declared is not None:
+        return dict(enumerate(declared))
+    values = _labels(rows, label)
+    if label_name is None:
+        return {value: str(value) for value in sorted(set(values))}
+    pairs = sorted({*zip(values, map(str, _labels(rows, label_name)), strict=True)})
+    names = dict(pairs)
+    if not len(pairs) == len(names) == len(set(names.values())):
+        raise DataError(
+            f"columns '{label}' and '{label_name}' disagree ({len(names)} classes, "
+            f"{len(set(names.values()))} names, {len(pairs)} pairs), but each class needs one name: mend the names"
+        )
+    return names
+
+
+def _encode(rows: datasets.Dataset, label: str, names: dict[Any, str], which: str) -> datasets.Dataset:
+    import datasets
+
+    declared = class_names(rows, label)
+    if declared is not None and declared != list(names.values()):
+        raise DataError(f"the {which} rows declare other classes than the training rows: use files of one data set")
+    values = _labels(rows, label)
+    unknown = sorted({value for value in values if value not in names})
+    if unknown and declared is not None:
+        raise DataError(
+            f"{sum(value in unknown for value in values)} of {len(rows)} {which} rows carry the label {unknown[0]}, "
+            "which means 'not given', but every row needs a class: choose a split with labels"
+        )
+    if unknown:
+        raise DataError(
+            f"the {which} rows have {len(unknown)} labels that no training row has (such as {unknown[0]!r}), but a "
+            "class must be seen to be learned: add training rows of it or remove these"
+        )
+    index = {value: position for position, value in enumerate(names)}
+    feature = datasets.ClassLabel(names=list(names.values()))
+    return rows.remove_columns(label).add_column(label, [index[value] for value in values], feature=feature)
+
+
+def _labels(rows: datasets.Dataset, name: str) -> list[Any]:
+    """The values of a label column: strings or integers."""
+    values = values_of(rows, name)
+    kinds = {type(value) for value in values}
+    if kinds == {float} and all(value.is_integer() for value in values):
+        return [int(value) for value in values]
+    if kinds == {bool}:
+        return [str(value) for value in values]
+    if kinds not in ({str}, {int}):
+        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise DataError(f"column '{name}' holds {found}, but labels are strings or whole numbers: name another column")
+    return values
+
+
+def _arrow(rows: datasets.Dataset, name: str) -> Any:
+    return rows.with_format("arrow", columns=[name])[:].column(name)

@@ -1,0 +1,359 @@
+"""Where rows come from: docstrings of the standard library, local files, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import gzip
+import inspect
+import os
+import sysconfig
+import warnings
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import xxhash
+
+from fedlora.core.component import STRICT, Field, Fraction, by_kind, dataclass
+from fedlora.core.errors import DataError, first_line
+from fedlora.core.files import write_atomically
+from fedlora.core.state import named_seed
+from fedlora.tasks.data.columns import Raw, rename
+from fedlora.tasks.data.folders import picture_folders, read_folder
+
+if TYPE_CHECKING:
+    import datasets
+
+MIN_CHARACTERS = 20
+"""Shorter docstrings say too little to be classified."""
+
+SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"})
+"""Folders of the standard library that are tests, grammars or not part of it."""
+
+FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""The reader for each ending; each may be followed by ``.gz``."""
+
+
+class Source(ABC):
+    """A place that rows come from."""
+
+    @abstractmethod
+    def load(self) -> Raw:
+        """Read the rows.
+
+        Returns:
+            The rows as they came, columns under the names that tasks use.
+
+        Raises:
+            DataError: if the data are missing, empty or not of the stated form.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Docstrings(Source):
+    """Docstrings of the running Python's standard library, to be classified by the package they come from.
+
+    Needs no download. Files are parsed, never imported. A text that occurs twice is kept once, and its side is decided
+    by a hash of the text, so no test text is in the training rows. The further column ``file`` (path within the
+    library) is a natural client. Rows differ between Python versions; compare ``fingerprint``.
+
+    Args:
+        num_classes: the so many packages or modules with most docstrings are the classes.
+        test_fraction: share of test rows.
+        seed: of the hash that splits.
+    """
+
+    kind: Literal["docstrings"] = "docstrings"
+    num_classes: Annotated[int, Field(ge=2)] = 20
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+
+    def load(self) -> Raw:
+        import datasets
+
+        root = Path(sysconfig.get_path("stdlib"))
+        rows: dict[str, tuple[str, str]] = {}
+        for path in _library_files(root):
+            file = path.relative_to(root).as_posix()
+            name = file.split("/")[0].removesuffix(".py")
+            for text in _docstrings(path.read_bytes()):
+                rows.setdefault(text, (name, file))
+        counts = Counter(name for name, _ in rows.values())
+        names = sorted(sorted(counts, key=lambda name: (-counts[name], name))[: self.num_classes])
+        if len(names) < self.num_classes:
+            raise DataError(
+                f"the standard library has docstrings in {len(names)} packages, but num_classes = {self.num_classes} "
+                "were asked for: use fewer, or a Python that comes with its library's source files"
+            )
+        index = {name: position for position, name in enumerate(names)}
+        kept = [(text, index[name], file) for text, (name, file) in rows.items() if name in index]
+        features = datasets.Features(
+            text=datasets.Value("string"), label=datasets.ClassLabel(names=names), file=datasets.Value("string")
+        )
+        columns = zip(("text", "label", "file"), zip(*kept, strict=True), strict=True)
+        dataset = datasets.Dataset.from_dict({key: list(value) for key, value in columns}, features=features)
+        return Raw(dataset, None, self.test_fraction, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Files(Source):
+    """Local csv, tsv, json, jsonl or parquet files, each also with ``.gz``.
+
+    In csv and tsv only an empty field is a missing value, so the text "None" stays a text.
+
+    Args:
+        train: path of the training rows.
+        test: path of the test rows; where None, ``test_fraction`` of the training rows, chosen by a hash of their
+            content, so that equal contents fall on one side.
+        test_fraction: read only where ``test`` is None.
+        seed: of that hash.
+        columns: name that the task uses -> name in the data, for columns that are called otherwise.
+    """
+
+    kind: Literal["files"] = "files"
+    train: str
+    test: str | None = None
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def load(self) -> Raw:
+        train = rename(read_rows(self.train), self.columns, "training")
+        test = None if self.test is None else rename(read_rows(self.test), self.columns, "test")
+        return Raw(train, test, self.test_fraction, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Hub(Source):
+    """A data set of the Hugging Face Hub, or a local folder laid out like one.
+
+    Args:
+        path: ``owner/name`` on the Hub, or a folder.
+        name: configuration, for data sets that have several.
+        revision: branch, tag or commit; give a commit to be sure of the same rows.
+        train_split: name of the training split.
+        test_split: name of the test split; an empty one holds ``test_fraction`` of the training rows out, as ``Files``.
+        test_fraction: read only where ``test_split`` is empty.
+        seed: of the hash that then splits.
+        columns: name that the task uses -> name in the data, for columns that are called otherwise.
+    """
+
+    kind: Literal["hub"] = "hub"
+    path: str
+    name: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def load(self) -> Raw:
+        train = rename(self._fetch(self.train_split), self.columns, "training")
+        test = None if not self.test_split else rename(self._fetch(self.test_split), self.columns, "test")
+        return Raw(train, test, self.test_fraction, self.seed)
+
+    def _fetch(self, split: str) -> datasets.Dataset:
+        import datasets
+
+        try:
+            with _quiet():
+                return datasets.load_dataset(self.path, self.name, revision=self.revision, split=split)
+        except ConnectionError as error:
+            raise DataError(
+                f"'{self.path}' is neither a folder nor in the local cache, and the Hub cannot be reached: connect "
+                'once to fetch it, correct the path, or use kind = "files"'
+            ) from error
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(
+                f"split '{split}' of '{self.path}' cannot be loaded ({first_line(error)}): correct data.path, name, "
+                "revision or the split's name"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageFolder(Source):
+    """Pictures in folders that are called as their classes: ``path/CLASS/...``, or ``path/train/CLASS/...``.
+
+    The further column ``file`` is a picture's path within its folder.
+
+    Args:
+        path: the folder of classes; or of ``train``, and maybe ``test``, that are folders of classes.
+        test: the folder of classes to test on; where None, ``path/test`` if it is beside ``path/train``, else
+            ``test_fraction`` of the pictures, chosen by a hash of their content.
+        test_fraction: read only where there is no test folder.
+        seed: of that hash.
+    """
+
+    kind: Literal["image_folder"] = "image_folder"
+    path: str
+    test: str | None = None
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+
+    def load(self) -> Raw:
+        train_folder, test_folder = picture_folders(Path(self.path).expanduser())
+        if self.test is not None:
+            test_folder = Path(self.test).expanduser()
+        train = read_folder(train_folder)
+        test = None if test_folder is None else read_folder(test_folder, train.features["label"].names)
+        return Raw(train, test, self.test_fraction, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sites(Source):
+    """Training rows that stay on the machines of their owners; the server has test rows, which name the classes.
+
+    Args:
+        test: path of the test rows.
+        columns: name that the task uses -> name in the file, for columns that are called otherwise.
+    """
+
+    kind: Literal["sites"] = "sites"
+    test: str
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def load(self) -> Raw:
+        rows = rename(read_rows(self.test), self.columns, "test")
+        return Raw(rows, rows, 0.5, 0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Validation(Source):
+    """Another source with a part of its training rows in place of the test rows, to choose settings by.
+
+    The test rows of the other source are in neither split. Classes are those of all its training rows, as in the final
+    run.
+
+    Args:
+        source: the other source.
+        share: the part of the training rows, or of the training clients.
+        seed: of the draw.
+        hold_out: ``rows`` by a hash of their content, as ``Files`` does; or whole ``clients``, beside those that
+            ``clients.test_clients`` already holds out.
+    """
+
+    kind: Literal["validation"] = "validation"
+    source: Annotated[Docstrings | Files | Hub | ImageFolder, Field(discriminator="kind")]
+    share: Fraction = 0.1
+    seed: int = 0
+    hold_out: Literal["rows", "clients"] = "rows"
+
+    def load(self) -> Raw:
+        raw = self.source.load()
+        if self.hold_out == "clients":  # they are known only once the rows are dealt
+            return raw
+        final = (raw.test_fraction, raw.seed) if raw.test is None else None
+        return Raw(raw.train, None, self.share, named_seed(self.seed, "validation"), final)
+
+
+AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Sites | Validation, Field(discriminator="kind")]
+"""Any source, told apart by ``kind``."""
+
+SOURCES: dict[str, type[Source]] = by_kind(AnySource)
+"""The sources by ``kind``."""
+
+
+def _library_files(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
+        yield from (Path(folder, file) for file in sorted(files) if file.endswith(".py"))
+
+
+def _docstrings(source: bytes) -> Iterator[str]:
+    # most files without triple quotes are tables; skipping them halves the time
+    if b'"""' not in source and b"'''" not in source:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
+            # a lone surrogate is no text that a file or a tokenizer can hold
+            if len(text) >= MIN_CHARACTERS and text == text.encode("utf-8", "ignore").decode():
+                yield text
+
+
+def read_rows(path: str) -> datasets.Dataset:
+    """The rows of a file in one of ``FORMATS``.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    import datasets
+
+    file = Path(path).expanduser()
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, _names_in(file.parent), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "correct the path"
+        raise DataError(f"there is no file '{path}', but rows were to be read from it: {hint}")
+    zipped = file.suffix == ".gz"
+    suffix = Path(file.stem).suffix if zipped else file.suffix
+    if suffix not in FORMATS:
+        raise DataError(
+            f"'{path}' ends in '{file.suffix}', but files are read by their ending: use one of {', '.join(FORMATS)}, "
+            "each also with .gz"
+        )
+    options: dict[str, Any] = {}
+    if FORMATS[suffix] == "csv":
+        options = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
+    try:
+        source = _decompress(file, suffix) if zipped else file.resolve()
+        if not source.stat().st_size:
+            raise DataError(f"'{path}' is empty, but rows were to be read from it: fill it or name another file")
+        # load_dataset() would announce the reader's name to the Hub, and wait for an answer
+        readers = {
+            "csv": datasets.Dataset.from_csv,
+            "json": datasets.Dataset.from_json,
+            "parquet": datasets.Dataset.from_parquet,
+        }
+        with _quiet():
+            return readers[FORMATS[suffix]](str(source), **options)
+    except (OSError, EOFError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = first_line(error.__cause__ or error)
+        if "corresponds to no data" in cause:
+            raise DataError(
+                f"'{path}' has no rows, but one at least is needed: fill it or name another file"
+            ) from error
+        raise DataError(
+            f"'{path}' cannot be read as {FORMATS[suffix]} ({cause}): mend the file or use the ending of its format"
+        ) from error
+
+
+def _decompress(file: Path, suffix: str) -> Path:
+    """A plain copy in the cache, named by content: the cache's own copies are named by path and can be out of date."""
+    import datasets
+
+    raw = file.read_bytes()
+    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "fedlora"
+    target = folder / f"{xxhash.xxh3_128_hexdigest(raw)}{suffix}"
+    if not target.exists():
+        write_atomically(target, gzip.decompress(raw))
+    return target
+
+
+def _names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars within, and afterwards as they were."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -1,0 +1,4 @@
+"""Image classification: decoding, augmentation and the model's own preprocessing.
+
+Nothing here reads text.
+"""

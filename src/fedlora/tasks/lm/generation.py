@@ -1,0 +1,100 @@
+"""Greedy generation: the likeliest next token again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from fedlora.core.errors import ConfigError
+from fedlora.tasks.models.loading import positions, quiet_transformers
+
+
+def cut_left(tokens: Sequence[int], size: int, bos: int | None) -> list[int]:
+    """The last ``size`` tokens; a leading ``bos`` stays.
+
+    >>> cut_left([1, 5, 6, 7], 3, bos=1), cut_left([1, 5, 6, 7], 3, bos=None)
+    ([1, 6, 7], [5, 6, 7])
+    """
+    if len(tokens) <= size:
+        return list(tokens)
+    head = list(tokens[:1]) if tokens[0] == bos and size > 1 else []
+    return head + list(tokens[len(tokens) - size + len(head) :])
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    device: torch.device,
+) -> list[list[int]]:
+    """The likeliest next token again and again, to an end token or ``max_new_tokens``; the end token is left out.
+
+    End tokens are the tokenizer's and those that the model came with.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: token ids, one at least in each; cut from the left where the model has no room for them.
+        max_new_tokens: new tokens at most.
+        batch_size: prompts that go through the model together, padded on the left.
+        device: where the model is.
+
+    Raises:
+        ConfigError: the model has no room for so many new tokens.
+    """
+    limit = positions(model)
+    if limit is not None and max_new_tokens >= limit:
+        raise ConfigError(
+            f"task.max_new_tokens = {max_new_tokens} leaves no room for a prompt in a model that reads {limit} tokens; "
+            "make it smaller"
+        )
+    if limit is not None:
+        prompts = [cut_left(prompt, limit - max_new_tokens, tokenizer.bos_token_id) for prompt in prompts]
+    stops = stop_tokens(model, tokenizer)
+    settings = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    result: list[list[int]] = [[] for _ in prompts]
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        width = len(prompts[chosen[-1]])
+        gaps = [width - len(prompts[number]) for number in chosen]
+        inputs = [[tokenizer.pad_token_id] * gap + list(prompts[n]) for gap, n in zip(gaps, chosen, strict=True)]
+        mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+        with quiet_transformers():
+            found = model.generate(  # type: ignore[operator]
+                input_ids=torch.tensor(inputs, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=settings,
+            )
+        for number, tokens in zip(chosen, found[:, width:].tolist(), strict=True):
+            end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+            result[number] = tokens[:end]
+    return result
+
+
+def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and those that the model came with."""
+    settings = getattr(model, "generation_config", None)
+    told = getattr(settings, "eos_token_id", None)
+    told = told if isinstance(told, list) else [told]
+    return sorted({token for token in [tokenizer.eos_token_id, *told] if token is not None})
+
+
+def without_end(tokens: Sequence[int], tokenizer: Any) -> list[int]:
+    """A prompt's tokens without an end token that the tokenizer put there, so that the text can go on."""
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    return list(tokens[:-1]) if len(tokens) > 1 and tokens[-1] in ends else list(tokens)

@@ -1,0 +1,160 @@
+"""What the tasks that predict tokens one after the other share."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlora.core.errors import ConfigError, DataError
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Rows, Split
+from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
+from fedlora.tasks.lm import tokens_out
+from fedlora.tasks.lm.tokens_out import Examples
+from fedlora.tasks.models.embeddings import embed
+from fedlora.tasks.models.encoded import chunks
+from fedlora.tasks.models.loading import load_pretrained
+
+
+class NextTokenTask(TokenizedTask):
+    """A task that predicts tokens one after the other."""
+
+    packing: bool
+    eval_batch_size: int
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens of a sequence at most."""
+
+    @abstractmethod
+    def encode(self, rows: Any, tokenizer: Any) -> Examples:
+        """Rows as sequences, and which of their tokens are learnt."""
+
+
+class PreparedNextToken(PreparedTokenized):
+    """Rows as sequences of tokens, of which some are learnt, and the decoder that they are for.
+
+    Args:
+        names: none; tokens are no classes.
+        data: a data set per split; rows that make no example are left out.
+        lacking: what is wrong with a row that makes no example.
+        cut_to: the setting that cuts rows, with its value; empty if none does.
+
+    Raises:
+        DataError: no row is left.
+    """
+
+    settings: NextTokenTask
+    auto_class = "AutoModelForCausalLM"
+    peft_task = "CAUSAL_LM"
+    higher_is_better = True
+    main_metric = "accuracy"
+
+    def __init__(
+        self,
+        settings: NextTokenTask,
+        model: Model,
+        tokenizer: Any,
+        names: list[str],
+        data: Data,
+        lacking: str,
+        cut_to: str = "",
+    ) -> None:
+        self._examples, self._packing = {}, settings.packing
+        self._notes: tuple[str, ...] = ()
+        left: dict[Split, Any] = {}
+        for name, rows in data.items():
+            found = self._examples[name] = settings.encode(rows, tokenizer)
+            total, kept = len(rows), len(found.kept)
+            if not kept:
+                raise DataError(f"all {total} {name} rows have {lacking}, so nothing can be learnt: mend the columns")
+            left[name] = rows if kept == total else rows.select(found.kept)
+            if kept < total:
+                self._notes += (f"{total - kept} of {total} {name} rows have {lacking} and are left out",)
+            if found.num_cut:
+                self._notes += (f"{found.num_cut} of {total} {name} rows were cut to {cut_to}",)
+        super().__init__(settings, model, tokenizer, names, left)
+
+    def embeddings(self, split: Split, device: torch.device) -> NDArray[np.float32]:
+        alone = copy.copy(self)
+        alone._packing = False  # an example's state is of its own tokens
+        return embed(alone, split, device)
+
+    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+        """See ``Prepared.load_model``; the head is what the checkpoint lacks, in general nothing.
+
+        Raises:
+            ConfigError: there is no such model, or it reads fewer tokens, or sees those that it is to predict.
+        """
+        longest = max((examples.tokens.longest() for examples in self._examples.values()), default=0)
+        loaded, head = load_pretrained(self.auto_class, self._model, seed, device, fresh_head=False, longest=longest)
+        if not _is_causal(loaded, device):
+            raise ConfigError(
+                f"{self._model.path!r} sees the tokens that it is to predict, as encoders such as BERT do, so it would "
+                "learn to copy: set model.path to a decoder, such as gpt2 or a Llama"
+            )
+        return loaded, head
+
+    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
+        """See ``Prepared.batch``: all sequences of the examples, padded to the longest on the right.
+
+        ``input_ids``, ``attention_mask`` and ``labels`` are ``(sequences, width)`` int64 each; labels stand where their
+        token stands, ``IGNORED`` where it is not learnt.
+        """
+        examples = self._examples[split]
+        return self._padded(examples, examples.sequences(rows), self._packing, device)
+
+    def _padded(self, examples: Examples, chosen: Rows, packing: bool, device: torch.device) -> Batch:
+        tokens, learnt, limit = examples.tokens, examples.learnt, self.settings.longest
+        if packing:
+            bins = tokens_out.pack(tokens.lengths(chosen), limit)
+            places = [chosen[numbers] for numbers in bins]
+            tokens, learnt = (tokens_out.joined(one, places) for one in (tokens, learnt))
+            chosen = np.arange(len(bins))
+        batch = self.inputs(tokens, chosen, limit)
+        ids = batch["input_ids"]
+        batch["labels"] = torch.where(learnt.padded(chosen, ids.shape[1], 0) == 1, ids, tokens_out.IGNORED)
+        return {name: value.to(device) for name, value in batch.items()}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return tokens_out.mean_loss(model, batch)
+
+    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+        """See ``Prepared.evaluate``: token accuracy of the greedy next token, the mean loss per learnt token, and
+        ``perplexity = exp(loss)``."""
+        examples, size = self._examples[split], self.settings.eval_batch_size
+        chosen = examples.sequences(rows)
+        chosen = chosen[np.argsort(examples.tokens.lengths(chosen), kind="stable")]
+        total, correct, count = 0.0, 0, 0
+        said: set[int] = set()
+        wanted: set[int] = set()
+        for part in chunks(chosen, size):
+            batch = self._padded(examples, part, False, device)
+            logits, targets = tokens_out.target_logits(model, batch)
+            found = logits.argmax(-1)
+            total += float(tokens_out.summed_cross_entropy(logits, targets))
+            correct += int((found == targets).sum())
+            count += len(targets)
+            if len(said) < 2 or len(wanted) < 2:
+                said |= set(found.tolist())
+                wanted |= set(targets.tolist())
+        loss = total / count
+        perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
+        same = len(said) == 1 < len(wanted)
+        warnings = ("the model says the same token everywhere: it has learnt nothing useful",) if same else ()
+        metrics = {"accuracy": correct / count, "loss": loss, "perplexity": perplexity}
+        return Evaluation(metrics, warnings + self._notes)
+
+
+def _is_causal(model: nn.Module, device: torch.device) -> bool:
+    """Whether what comes later changes nothing that is said before."""
+    tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device)
+    with torch.no_grad():
+        one, other = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :3].float()
+    return torch.allclose(one, other, atol=1e-3, rtol=1e-2)

@@ -1,0 +1,194 @@
+"""Next-token prediction: sequences and which of their tokens are learnt, joined ones, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from fedlora.core.errors import TrainingError
+from fedlora.tasks.base import Batch, Rows
+from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, ranges
+
+IGNORED = -100
+"""The label of a token that is not learnt."""
+CHUNK_ENTRIES = 2**24
+"""Entries of the logits that the loss takes at a time; with a large vocabulary its copies are most of the memory."""
+
+
+class Examples(NamedTuple):
+    """Examples as token sequences.
+
+    Args:
+        tokens: int32, all sequences; each has two tokens at least.
+        learnt: int8, in the same places: one where a token is to be predicted from those before it. The first token
+            of a sequence has nothing before it, so it never is.
+        offsets: ``(examples + 1,)`` int64; example ``i`` is the sequences from ``offsets[i]`` to ``offsets[i + 1]``.
+        kept: ``(examples,)`` int64, the rows that they were made of; one with nothing to learn makes none.
+        num_cut: rows that lost tokens.
+    """
+
+    tokens: Ragged
+    learnt: Ragged
+    offsets: Rows
+    kept: Rows
+    num_cut: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], num_cut: int = 0) -> Examples:
+        """Lays the sequences of ``rows`` one after the other; those with nothing to learn are left out.
+
+        Args:
+            rows: for each row its sequences as ``(tokens, learnt)``.
+            num_cut: rows that lost tokens.
+        """
+        found = [[(tokens, [0, *learnt[1:]]) for tokens, learnt in row if any(learnt[1:])] for row in rows]
+        kept = np.asarray([number for number, row in enumerate(found) if row], dtype=np.int64)
+        sequences = [one for row in found for one in row]
+        tokens = Ragged.of([tokens for tokens, _ in sequences])
+        learnt = Ragged.of([learnt for _, learnt in sequences], np.int8)
+        offsets = np.concatenate([[0], np.cumsum([len(found[row]) for row in kept])]).astype(np.int64)
+        return cls(tokens, learnt, offsets, kept, num_cut)
+
+    @classmethod
+    def read(cls, arrays: Arrays) -> Examples:
+        """The inverse of ``arrays``."""
+        tokens, learnt = (Ragged(arrays[name], arrays["sequences"]) for name in ("tokens", "learnt"))
+        return cls(tokens, learnt, arrays["examples"], arrays["kept"], int(arrays["num_cut"][0]))
+
+    def arrays(self) -> Arrays:
+        """Everything as flat arrays, for the cache."""
+        return {
+            "tokens": self.tokens.values,
+            "learnt": self.learnt.values,
+            "sequences": self.tokens.offsets,
+            "examples": self.offsets,
+            "kept": self.kept,
+            "num_cut": np.asarray([self.num_cut], dtype=np.int64),
+        }
+
+    def sequences(self, rows: Rows) -> Rows:
+        """The sequences of the examples ``rows``, in their order."""
+        return ranges(self.offsets, rows)
+
+
+def pack(lengths: Rows, limit: int) -> list[list[int]]:
+    """Puts sequences into blocks: from the longest on, each into the first block that has room for it.
+
+    Args:
+        lengths: tokens of each sequence, ``limit`` at most.
+        limit: room of a block.
+
+    Returns:
+        The numbers of the sequences in each block.
+
+    >>> pack(np.array([3, 8, 5, 2]), 8)
+    [[1], [2, 0], [3]]
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[number])
+        place = next((place for place, free in enumerate(room) if free >= length), len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(limit)
+        bins[place].append(number)
+        room[place] -= length
+    return bins
+
+
+def joined(ragged: Ragged, bins: Sequence[Rows]) -> Ragged:
+    """The sequences of each of ``bins`` as one."""
+    parts = [ragged.values[ragged.offsets[number] : ragged.offsets[number + 1]] for one in bins for number in one]
+    offsets = np.concatenate([[0], np.cumsum([ragged.lengths(one).sum() for one in bins])]).astype(np.int64)
+    return Ragged(np.concatenate(parts), offsets)
+
+
+def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The cross entropy ``-log p(token | tokens before it)``, the mean over all learnt tokens of the batch, in float32.
+
+    On a CPU the sequences go through the model in groups of like length.
+
+    Args:
+        model: gives ``logits``.
+        batch: of ``input_ids``, ``attention_mask`` and ``labels``.
+
+    Raises:
+        TrainingError: no token of the batch is learnt.
+    """
+    sums, count = [], 0
+    for part in by_length(batch):
+        logits, targets = target_logits(model, part)
+        sums.append(summed_cross_entropy(logits, targets))
+        count += len(targets)
+    if not count:
+        raise TrainingError("no token of a batch is to be learnt: give examples with answers, or a larger max_length")
+    return torch.stack(sums).sum() / count
+
+
+def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What the model says in front of each learnt token.
+
+    The model's last matrix is applied in these places alone.
+
+    Args:
+        model: a causal language model.
+        batch: of ``input_ids``, ``attention_mask`` and ``labels``.
+
+    Returns:
+        Logits ``(learnt, vocabulary)`` in the model's number format, and the tokens ``(learnt,)`` int64.
+    """
+    labels = batch["labels"]
+    row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+
+    def choose(values: Tensor) -> Tensor:
+        # tokens that a tuning puts in front are none of the batch's
+        return values[:, values.shape[1] - labels.shape[1] :][row, place]
+
+    with _last_matrix_sees(model, choose) as chosen:
+        logits = model(**inputs, use_cache=False).logits
+    return logits.squeeze(0) if chosen else choose(logits), labels[row, place + 1]
+
+
+@contextmanager
+def _last_matrix_sees(model: nn.Module, choose: Callable[[Tensor], Tensor]) -> Iterator[bool]:
+    """Within, the model's last matrix gets ``choose(hidden)`` as one sequence; False where it cannot be found."""
+    find = getattr(model, "get_output_embeddings", None)
+    last = find() if find is not None else None
+    if last is None:
+        yield False
+        return
+    handle = last.register_forward_pre_hook(lambda _, inputs: (choose(inputs[0]).unsqueeze(0), *inputs[1:]))
+    try:
+        yield True
+    finally:
+        handle.remove()
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of cross entropies in float32, made in chunks that are made again for the gradient.
+
+    Args:
+        logits: ``(tokens, vocabulary)``.
+        targets: ``(tokens,)`` int64.
+    """
+    size = max(1, CHUNK_ENTRIES // logits.shape[-1])
+    if len(logits) <= size:
+        return _cross_entropy(logits, targets)
+    parts = [
+        checkpoint(_cross_entropy, part, wanted, use_reentrant=False, preserve_rng_state=False)
+        for part, wanted in zip(torch.split(logits, size), torch.split(targets, size), strict=True)
+    ]
+    return torch.stack(parts).sum()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -1,0 +1,57 @@
+"""What the pre-trained backbone makes of examples, for clusters of like ones."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedlora.tasks.models.encoded import chunks
+
+if TYPE_CHECKING:
+    from fedlora.tasks.base import Batch, Prepared, Split
+
+CHUNK = 32
+
+
+def embed(task: Prepared, split: Split, device: torch.device) -> NDArray[np.float32]:
+    """The mean of the backbone's last hidden state over each example.
+
+    Args:
+        task: model and data.
+        split: whose examples.
+        device: where to compute.
+
+    Returns:
+        ``(examples, size)`` float32.
+    """
+    model, _ = task.load_model(0, "fp32", device)
+    backbone = getattr(model, str(model.base_model_prefix))
+    accepted = set(inspect.signature(backbone.forward).parameters)
+    backbone.eval()
+    rows, result = np.arange(task.num_examples(split)), []
+    with torch.inference_mode():
+        for chunk in chunks(rows, CHUNK):
+            found = _means(backbone, accepted, task.batch(chunk, device, split))
+            if len(found) != len(chunk):  # an example may make several sequences
+                parts = (
+                    _means(backbone, accepted, task.batch(chunk[[row]], device, split)) for row in range(len(chunk))
+                )
+                found = torch.stack([part.mean(0) for part in parts])
+            result.append(found.cpu().numpy())
+    return np.concatenate(result)
+
+
+def _means(backbone: nn.Module, accepted: set[str], batch: Batch) -> Tensor:
+    inputs = {name: value for name, value in batch.items() if name in accepted}
+    hidden = backbone(**inputs).last_hidden_state.float()
+    if hidden.dim() == 4:  # a picture's channels come first
+        hidden = hidden.flatten(2).transpose(1, 2)
+    mask = inputs.get("attention_mask")
+    weight = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask.float()
+    means: Tensor = (hidden * weight.unsqueeze(2)).sum(1) / weight.sum(1, keepdim=True)
+    return means

@@ -1,0 +1,161 @@
+"""Token sequences of different lengths in flat arrays: kept on disk, padded into batches, grouped by length."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+import xxhash
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from fedlora.core.files import new_file
+from fedlora.tasks.base import Batch, Rows
+from fedlora.tasks.models.loading import forget_last_call
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Ragged(NamedTuple):
+    """Sequences one after the other.
+
+    Args:
+        values: all entries.
+        offsets: ``(sequences + 1,)`` int64; sequence ``i`` is ``values[offsets[i]:offsets[i + 1]]``.
+    """
+
+    values: NDArray[Any]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]], dtype: type[np.generic] = np.int32) -> Ragged:
+        """Lays ``sequences`` one after the other."""
+        offsets = np.concatenate([[0], np.cumsum([len(sequence) for sequence in sequences])]).astype(np.int64)
+        values = np.fromiter((entry for sequence in sequences for entry in sequence), dtype, int(offsets[-1]))
+        return cls(values, offsets)
+
+    def lengths(self, rows: Rows) -> NDArray[np.int64]:
+        """Lengths of the sequences ``rows``."""
+        lengths: NDArray[np.int64] = self.offsets[rows + 1] - self.offsets[rows]
+        return lengths
+
+    def longest(self) -> int:
+        """The length of the longest sequence; 0 without any."""
+        return int(np.diff(self.offsets).max(initial=0))
+
+    def padded(self, rows: Rows, width: int, fill: int) -> Tensor:
+        """``(rows, width)`` int64, filled on the right."""
+        mask = np.arange(width) < self.lengths(rows)[:, None]
+        result = np.full(mask.shape, fill, dtype=np.int64)
+        result[mask] = np.concatenate([self.values[self.offsets[row] : self.offsets[row + 1]] for row in rows])
+        return torch.from_numpy(result)
+
+
+def ranges(offsets: NDArray[np.int64], rows: Rows) -> Rows:
+    """The numbers ``offsets[row]`` to ``offsets[row + 1] - 1`` of each row, one row after the other."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(offsets[row], offsets[row + 1]) for row in rows)])
+
+
+def chunks(values: Rows, size: int) -> Iterator[Rows]:
+    """``size`` of ``values`` at a time."""
+    return (values[first : first + size] for first in range(0, len(values), size))
+
+
+def width_of(longest: int, limit: int, pad_to: int | None) -> int:
+    """The width of a batch: kernels are made once for each, so widths are few, multiples of eight."""
+    return min(-8 * (longest // -8), limit) if pad_to is None else pad_to
+
+
+GROUP_COST = 64
+"""What a pass through the model costs beside its tokens, in tokens."""
+
+
+def group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
+    """Cuts ascending lengths into groups so that tokens, padding included, and passes cost least.
+
+    Args:
+        lengths: tokens of each sequence, ascending.
+
+    Returns:
+        First and last position (exclusive) of each group, in order.
+
+    >>> group_lengths([10, 10, 100, 100])
+    [(0, 2), (2, 4)]
+    >>> group_lengths([90, 95, 100, 100])
+    [(0, 4)]
+    """
+    best, cut = [0], [0]
+    for last in range(1, len(lengths) + 1):
+        costs = [best[first] + (last - first) * lengths[last - 1] + GROUP_COST for first in range(last)]
+        best.append(min(costs))
+        cut.append(costs.index(best[-1]))
+    groups: list[tuple[int, int]] = []
+    last = len(lengths)
+    while last:
+        groups.append((cut[last], last))
+        last = cut[last]
+    return groups[::-1]
+
+
+def by_length(batch: Batch) -> list[Batch]:
+    """On a CPU, a batch as groups of like length, which spares most of the padding; elsewhere the batch itself.
+
+    The order of examples changes; a loss that is one mean over all of them stays the same but for rounding.
+
+    Args:
+        batch: tensors of ``(examples, ...)``; those of ``(examples, width)`` are cut; ``attention_mask`` among them.
+    """
+    mask = batch["attention_mask"]
+    if mask.device.type != "cpu":
+        return [batch]
+    lengths, order = mask.sum(1).sort(stable=True)
+    groups = []
+    for first, last in group_lengths(lengths.tolist()):
+        chosen, width = order[first:last], int(lengths[last - 1])
+        groups.append(
+            {
+                name: value[chosen, :width] if value.shape[:2] == mask.shape else value[chosen]
+                for name, value in batch.items()
+            }
+        )
+    return groups
+
+
+def cache_folder() -> Path:
+    """Where encoded data are kept: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
+    return Path(os.environ.get("FEDLORA_CACHE") or Path.home() / ".cache" / "fedlora")
+
+
+def cached(tokenizer: Any, content: str, settings: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
+    """Arrays made from a tokenizer and data: read from disk where they were made before.
+
+    Args:
+        tokenizer: its class and whole vocabulary name the file.
+        content: a digest of the data.
+        settings: everything else that decides the arrays, as JSON values.
+        make: makes them.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    forget_last_call(tokenizer)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    # tokenizers of one vocabulary may differ in what they give a model
+    settings = {**settings, "inputs": list(getattr(tokenizer, "model_input_names", []))}
+    parts = [tokenizer.__class__.__name__, transformers.__version__, json.dumps(settings, sort_keys=True)]
+    key = xxhash.xxh3_128_hexdigest("/".join([content, *parts, vocabulary]).encode())
+    path = cache_folder() / "tokens" / f"{key}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError):
+        return load_file(path)
+    result = make()
+    # a cache that cannot be written costs time, nothing else
+    with contextlib.suppress(OSError), new_file(path) as temporary:
+        save_file(result, temporary)
+    return result

@@ -1,0 +1,227 @@
+"""Models and tokenizers of ``transformers``, quietly, with one sentence where they cannot be had."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from fedlora.core.errors import ConfigError, first_line
+from fedlora.tasks.base import Model
+from fedlora.tasks.models import cpu
+from fedlora.tasks.models.heads import parameters_of
+from fedlora.tasks.models.pooling import POOLER_FAMILIES, PooledClassifier, Pooling
+
+FEW_BITS: dict[str, dict[str, Any]] = {
+    "8bit": {"load_in_8bit": True},
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+"""What ``bitsandbytes`` is told, by ``model.load``."""
+
+
+def load_pretrained(
+    auto_class: str,
+    model: Model,
+    seed: int,
+    device: torch.device,
+    settings: Mapping[str, Any] | None = None,
+    fresh_head: bool = True,
+    longest: int = 0,
+    pooling: Pooling = "model",
+) -> tuple[nn.Module, frozenset[str]]:
+    """A pre-trained model in float32, with a fresh head where the checkpoint has none.
+
+    Whatever the checkpoint lacks starts at random, so it counts as head even where it sits in the backbone.
+
+    Args:
+        auto_class: such as ``AutoModelForSequenceClassification``.
+        model: which model.
+        seed: of the fresh parts.
+        device: where it is to live.
+        settings: entries of its configuration, such as ``id2label``.
+        fresh_head: whether all that lies outside the backbone is head; if not, only what the checkpoint lacks, as for
+            language models, whose last matrix is pre-trained.
+        longest: tokens of the longest sequence that it will read.
+        pooling: what a classifier of sequences reads; see ``tasks.pooling``.
+
+    Returns:
+        The model, and the names of the head's parameters.
+
+    Raises:
+        ConfigError: there is no such model, or not in the form asked for, or it reads fewer tokens, or it lacks a
+            module that ``model.head`` names.
+    """
+    with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
+        torch.manual_seed(seed)
+        loaded, report = getattr(transformers, auto_class).from_pretrained(
+            model.resolve(),
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation=None if model.attention == "auto" else model.attention,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            quantization_config=_quantised(model),
+            **(settings or {}),
+        )
+    limit = positions(loaded)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"the data have sequences of {longest} tokens, but {model.path!r} reads {limit} at most: set "
+            f"task.max_length (or task.block_size) = {limit}"
+        )
+    if device.type == "cpu":
+        cpu.speed_up(loaded, model.attention == "auto")
+    _checkpoint(loaded, model)
+    if pooling != "model":
+        with quiet_transformers():
+            loaded = PooledClassifier(loaded, pooling, seed)
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    head = head_names(loaded, missing, fresh_head) | parameters_of(loaded, model.head)
+    return loaded if model.load in FEW_BITS else loaded.to(device), head
+
+
+def pooling_of(model: Model) -> Pooling:
+    """What a classifier reads where nobody said so: the mean, in families whose stock class reads a frozen pooler.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    return "mean" if _of(model, transformers.AutoConfig).model_type in POOLER_FAMILIES else "model"
+
+
+def positions(model: nn.Module) -> int | None:
+    """The most tokens that a model reads, where its configuration says so."""
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(found, int):
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa counts positions from behind the padding's
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return found
+
+
+def class_settings(names: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a head that tells ``names`` apart."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The model's tokenizer, padding on the right, with a padding token even where the model has none.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    tokenizer = _of(model, transformers.AutoTokenizer)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f"the tokenizer of {model.path!r} has no token to pad with; give it a pad_token")
+    return tokenizer
+
+
+def _of(model: Model, auto_class: Any) -> Any:
+    """What ``auto_class`` reads of a model's folder or hub entry."""
+    with quiet_transformers(), readable(model):
+        return auto_class.from_pretrained(
+            model.resolve(), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer as it was loaded."""
+    forget_last_call(tokenizer)
+    # whether the Hub could be reached here is no property of the tokenizer
+    tokenizer.init_kwargs.pop("local_files_only", None)
+    tokenizer.save_pretrained(str(folder))
+
+
+def forget_last_call(tokenizer: Any) -> None:
+    """A fast tokenizer keeps truncation and padding of its last call, and would save them as its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+
+
+def head_names(model: nn.Module, missing: set[str], fresh_head: bool = True) -> frozenset[str]:
+    """The parameters of the task head: outside the backbone, or not in the checkpoint.
+
+    Args:
+        model: a Hugging Face model with a head.
+        missing: names that the checkpoint lacked.
+        fresh_head: see ``load_pretrained``.
+    """
+    backbone = f"{getattr(model, 'base_model_prefix', '')}." if fresh_head else ""
+    return frozenset(name for name, _ in model.named_parameters() if name in missing or not name.startswith(backbone))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps reports and bars of ``transformers`` off the screen, and puts its settings back afterwards."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def readable(model: Model) -> Iterator[None]:
+    """Turns what ``transformers`` raises for a model that cannot be had into one sentence.
+
+    Raises:
+        ConfigError: the model cannot be had.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"the model {model.path!r} cannot be loaded as asked ({first_line(error).rpartition('error: ')[2]}): "
+            "install what is missing, or set model.attention to 'auto' and model.load to 'full'"
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = first_line(error)
+        raise ConfigError(
+            f"the model {model.path!r} cannot be loaded ({reason}); model.path should be a folder with config.json and "
+            "model.safetensors, a hub id that can be reached, or 'embedded'"
+        ) from error
+
+
+def _checkpoint(loaded: Any, model: Model) -> None:
+    if not model.gradient_checkpointing:
+        return
+    # the newer name; the older one warns
+    enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
+    try:
+        enable()
+    except ValueError as error:
+        raise ConfigError(
+            f"the model {model.path!r} cannot compute its activations twice ({first_line(error)}); set "
+            "model.gradient_checkpointing = false"
+        ) from error
+
+
+def _quantised(model: Model) -> Any:
+    if model.load not in FEW_BITS:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.load = {model.load!r} needs the package bitsandbytes, which is not installed: pip install "
+            "bitsandbytes, or set model.load = 'full'"
+        )
+    return transformers.BitsAndBytesConfig(**FEW_BITS[model.load])  # type: ignore[no-untyped-call]

@@ -1,0 +1,695 @@
+"""Clients on sites, without a network: the same bits as one process, and what sites may do wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.fake_transport import Post, Told, Trick, shared_sites
+from fixtures.malformed_replies import WRONGS
+from fixtures.tiny import METHODS, experiment, ledger, make_rows, tiny_world, write_rows
+
+import fedlora
+from fedlora.config import Experiment
+from fedlora.core.errors import ConfigError, QuorumError, WireError
+from fedlora.federation.deploy.federate import federate
+from fedlora.federation.protocol import letters
+from fedlora.federation.protocol.courier import Arrived
+from fedlora.federation.protocol.rules import Limits, Rules, SiteConfig
+from fedlora.federation.server import probes, remote
+from fedlora.federation.site.site import Site, base_digest
+from fedlora.rounds.checkpoint import load_state
+from fedlora.runs.result import Result
+from fedlora.transport import wire
+
+world = pytest.fixture(scope="module")(tiny_world)
+ANY = Rules()
+FEDAVG = ("method.kind='fedavg'", "method.memory='init'", "method.tuning={kind='lora', rank=4}")
+OTHERS = {
+    "feedback": (
+        "flasc",
+        "method.precision={kind='uniform', bits=4}",
+        "method.feedback=true",
+        "method.memory='last_round'",
+    ),
+    "optimizer": ("full", *FEDAVG, "method.local.keep_optimizer=true"),
+    "folds remembered": ("full", *FEDAVG, "method.aggregator.kind='product_exact'"),
+    "tiers": ("lora", "clients.tiers=[{name='weak', share=0.5, rank=1}, {name='strong', share=0.5}]"),
+    "private": (
+        "full",
+        *FEDAVG,
+        "method.privacy={kind='central_gaussian', clip_norm=0.5, noise_multiplier=0.1, delta=0.01, seed=3}",
+    ),
+    "fewer ranks": ("lora", "method.kind='het_lora'"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "POLL", 0.001)
+
+
+def params(folder: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((folder / "checkpoints").glob("round-*"))[-1]
+    state, _ = load_state(newest)
+    return {**state.params, **{f"fold {name}": value for name, value in state.folds.total.items()}}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert ledger(one) == ledger(other)
+    left, right = params(one), params(other)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def tried(
+    chosen: Experiment,
+    folder: Path,
+    trick: Trick | None = None,
+    rules: Rules = ANY,
+    **given: Any,
+) -> tuple[Result, Post]:
+    post = Post(shared_sites(folder / "sites", 3, given.pop("limits", Limits())), trick)
+    return federate(chosen, folder / "run", post, rules, **given), post
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sites_give_the_bits_of_one_process(world: Path, tmp_path: Path, method: str) -> None:
+    chosen = experiment(world, method)
+    fedlora.run(chosen, tmp_path / "serial")
+    tried(chosen, tmp_path)
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_sites_remember_is_what_one_process_remembers(world: Path, tmp_path: Path, name: str) -> None:
+    method, *overrides = OTHERS[name]
+    chosen = experiment(world, method, *overrides, "clients.per_round=6", rounds=4)
+    fedlora.run(chosen, tmp_path / "serial")
+    tried(chosen, tmp_path)
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+def test_a_run_and_its_sites_go_on_after_all_processes_are_gone(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=6", rounds=4)
+    fedlora.run(chosen, tmp_path / "serial")
+
+    def stop(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if letters.read(letter).head.get("progress", [0])[0] == 2:
+            raise KeyboardInterrupt
+        return answer
+
+    with pytest.raises(fedlora.runs.experiment.Stopped):
+        tried(chosen, tmp_path, stop)
+    tried(chosen, tmp_path)  # with new sites over the same folders
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+def test_a_site_that_lost_its_memory_is_told_so_and_told_everything_anew(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9", rounds=4)
+    forgot = []
+
+    def forget(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["progress"][0] == 0:
+            for file in (tmp_path / "sites" / "site-1").rglob("*.safetensors"):
+                file.unlink()
+                forgot.append(file)
+        return answer
+
+    result, _ = tried(chosen, tmp_path, forget)
+    refused = [row.refused for row in result.rows[1:]]
+    assert forgot
+    assert refused[0] == {}
+    assert set(refused[1]) == {"1", "4", "7"}
+    assert "not here any more" in refused[1]["1"]
+    assert refused[2:] == [{}, {}]
+
+
+# ---- sites that do what they should not
+
+
+@pytest.mark.parametrize("wrong", WRONGS)
+def test_a_wrong_answer_is_refused_named_and_the_round_goes_on(world: Path, tmp_path: Path, wrong: str) -> None:
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    change, why = WRONGS[wrong]
+    old: list[bytes] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            old.append(answer)
+            return change(answer, old) if head["progress"][0] == 1 else answer
+        return answer
+
+    result, _ = tried(chosen, tmp_path, trick)
+    assert [list(row.refused) for row in result.rows[1:]] == [[], ["4"], []]
+    assert re.search(why, result.rows[2].refused["4"])
+    assert all(torch.isfinite(value).all() for value in params(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        (Limits(tunings=("head_only",)), "tuning 'lora' is not accepted"),
+        (Limits(max_steps=0), "steps are asked for"),
+        (Limits(min_noise=1.0), "noise 0, and 1 is asked for"),
+        (Limits(min_example_noise=1.0), "examples get noise 0"),
+    ],
+)
+def test_a_site_takes_no_part_in_what_it_does_not_accept(world: Path, tmp_path: Path, limits: Limits, why: str) -> None:
+    with pytest.raises(QuorumError, match=why):
+        tried(experiment(world), tmp_path, limits=limits, rules=Rules(round_timeout=0.5))
+
+
+def test_a_job_beyond_a_site_s_limits_is_refused(world: Path, tmp_path: Path) -> None:
+    sites = shared_sites(tmp_path / "sites", 3)
+    sites["site-1"] = Site(replace(sites["site-1"].settings, limits=Limits(max_megabytes=0.001)))
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    result = federate(chosen, tmp_path / "run", Post(sites), Rules())
+    assert all(set(row.refused) == {"1", "4", "7"} for row in result.rows[1:])
+    assert "MB, and 0.001 at most" in result.rows[1].refused["4"]
+
+
+# ---- sites that are slow, lost, or few
+
+
+def test_a_site_that_is_lost_and_comes_back_is_asked_again(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9")
+    fedlora.run(chosen, tmp_path / "serial")
+    lost: list[bytes] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | Arrived | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and name == "site-2" and head["progress"][0] == 1 and len(lost) < 3:
+            lost.append(letter)
+            return Arrived("", None, "its process died", again=True)
+        return answer
+
+    result, _ = tried(chosen, tmp_path, trick)
+    assert len(lost) == 3
+    assert [row.refused for row in result.rows] == [{}] * 4
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+@pytest.mark.parametrize("client", [2, 8])
+def test_a_letter_lost_on_the_way_is_sent_again(
+    world: Path, tmp_path: Path, client: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # of site-2's clients 8 is the last to be asked, so that nothing later is answered but a probe
+    monkeypatch.setattr(probes, "FIRST_SILENCE", 0.01)
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9")
+    fedlora.run(chosen, tmp_path / "serial")
+    lost: list[bytes] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if not lost and head["kind"] == "job" and head["client"] == client and head["progress"][0] == 1:
+            lost.append(letter)
+        return None if letter in lost else answer
+
+    result, post = tried(chosen, tmp_path, trick)
+    assert [(row.refused, row.late) for row in result.rows] == [({}, ())] * 4
+    assert_same(tmp_path / "run", tmp_path / "serial")
+    again = [raw for raw in post.sent if letters.read(raw).head["ticket"] == letters.read(lost[0]).head["ticket"]]
+    assert len(again) == 2
+
+
+def test_a_lost_invitation_is_sent_again(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "FIRST_SILENCE", 0.01)
+    lost: list[bytes] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if name == "site-1" and not lost:
+            lost.append(letter)
+        return None if letter in lost else answer
+
+    result, post = tried(experiment(world, "lora"), tmp_path, trick, Rules(min_available=9, round_timeout=30.0))
+    assert result.rounds == 3
+    assert [letters.read(raw).head["kind"] for raw in post.sent].count("open") == 4
+
+
+def test_a_busy_site_is_probed_ever_more_seldom_and_not_asked_twice(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "FIRST_SILENCE", 0.01)
+    looks: list[str] = []
+
+    def busy(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if name == "site-1" and letters.read(letter).head["kind"] != "open":
+            looks.append(name)
+        return None if 0 < len(looks) < 500 else answer
+
+    _, post = tried(experiment(world, "lora", "clients.per_round=9"), tmp_path, busy)
+    kinds = [letters.read(raw).head["kind"] for raw in post.sent]
+    assert (kinds.count("open"), kinds.count("job")) == (3, 27)
+    assert 2 <= kinds.count("probe") < 50
+
+
+def test_a_site_that_stays_away_is_left_out_and_not_asked_in_the_next_round(world: Path, tmp_path: Path) -> None:
+    post = Post(shared_sites(tmp_path / "sites", 3))
+
+    def leave(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if letters.read(letter).head.get("progress", [0])[0] == 1:
+            post.away.add("site-2")
+        return answer
+
+    post.trick = leave
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    result = federate(chosen, tmp_path / "run", post, Rules(rejoin_timeout=0.0))
+    assert set(result.rows[2].refused) | set(map(str, result.rows[2].late)) <= {"2", "5", "8"}
+    assert sorted(result.rows[3].cohort) == [0, 1, 3, 4, 6, 7]
+
+
+def test_a_site_that_is_there_and_takes_no_letters_is_given_up(world: Path, tmp_path: Path) -> None:
+    class Closed(Post):
+        def post(self, address: int, raw: bytes, seconds: float) -> str | None:
+            shut = address == 0 and letters.read(raw).head["kind"] == "job"
+            return None if shut else super().post(address, raw, seconds)
+
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    result = federate(chosen, tmp_path / "run", Closed(shared_sites(tmp_path / "sites", 3)), Rules(rejoin_timeout=0.5))
+    assert [set(row.refused) for row in result.rows[1:]] == [{"0", "3", "6"}] * 3
+
+
+def test_who_answers_late_is_dropped_and_told_so(world: Path, tmp_path: Path) -> None:
+    told = Told()
+
+    def slow(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        return None if head["kind"] == "job" and head["client"] == 4 else answer
+
+    chosen = experiment(world, "lora", "clients.per_round=9", rounds=2)
+    result, _ = tried(chosen, tmp_path, slow, Rules(round_timeout=3.0), callbacks=[told])
+    assert [row.late for row in result.rows[1:]] == [(4,), (4,)]
+    assert any("client 4 (site-1) is late" in line for line in told.messages)
+
+
+def test_the_first_to_answer_count_where_more_are_asked(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", "clients.per_round=4", rounds=2)
+    result, _ = tried(chosen, tmp_path, rules=Rules(over_sample=1.5))
+    assert [(len(row.cohort), len(row.late)) for row in result.rows[1:]] == [(6, 2), (6, 2)]
+
+
+def test_a_round_with_too_few_answers_is_tried_again_and_changes_nothing(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", "clients.per_round=9")
+    fedlora.run(chosen, tmp_path / "serial")
+    once: list[str] = []
+
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["progress"][0] == 1 and len(once) < 7:
+            once.append(name)
+            return b"nonsense"
+        return answer
+
+    result, _ = tried(chosen, tmp_path, trick, Rules(min_clients=5))
+    assert any("was tried again: 2 of 9 clients answered" in text for text in result.rows[2].warnings)
+    left, right = params(tmp_path / "run"), params(tmp_path / "serial")
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def test_a_run_ends_with_a_sentence_where_nobody_answers(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        return answer if letters.read(letter).head["kind"] == "open" else b"nonsense"
+
+    with pytest.raises(QuorumError, match="0 of 3 clients answered, and 1 must"):
+        tried(experiment(world), tmp_path, trick)
+
+
+def test_a_deadline_travels_with_a_job(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", "clients.per_round=1", "method.local.epochs=100000", rounds=1)
+    with pytest.raises(QuorumError, match="out of time"):
+        tried(chosen, tmp_path, rules=Rules(round_timeout=1.0, attempts=1))
+
+
+# ---- rows of sites' own
+
+
+def own_sites(world: Path, folder: Path, **settings: Any) -> dict[str, Site]:
+    rows = make_rows(72, 0)
+    sites = {}
+    for number, name in enumerate(("clinic", "hospital", "practice")):
+        file = write_rows(folder / f"{name}.jsonl", rows[number * 24 : number * 24 + 24])
+        given = {"model": {"path": str(world / "bert")}, "tier": ("weak", "strong")[number % 2], **settings}
+        text = {"name": name, "rows": str(file), "state": str(folder / "state" / name), **given}
+        sites[name] = Site(remote_config(text))
+    return sites
+
+
+def remote_config(values: dict[str, Any]) -> SiteConfig:
+    from fedlora.federation.protocol.rules import parse_as
+
+    return parse_as(SiteConfig, values, Path("site.toml"))
+
+
+def sites_experiment(world: Path, *overrides: str) -> Experiment:
+    return experiment(
+        world, "lora", f"data={{kind='sites', test='{world / 'test.jsonl'}'}}", "clients.num=3", *overrides
+    )
+
+
+def test_rows_of_sites_train_as_they_would_here(world: Path, tmp_path: Path) -> None:
+    rows = [{**row, "site": "abc"[number // 24]} for number, row in enumerate(make_rows(72, 0))]
+    file = write_rows(tmp_path / "all.jsonl", rows)
+    natural = experiment(
+        world, "lora", f"data.train={file}", "clients.partition={kind='natural', column='site'}", "clients.num=3"
+    )
+    fedlora.run(natural, tmp_path / "serial")
+    post = Post(own_sites(world, tmp_path))
+    federate(sites_experiment(world), tmp_path / "run", post, Rules(min_clients=3), names=list(post.homes))
+    assert ledger(tmp_path / "run") == ledger(tmp_path / "serial")
+    left, right = params(tmp_path / "run"), params(tmp_path / "serial")
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    # no row of a site is in what it sent or was sent
+    assert not any(row["text"].encode() in raw for row in rows for raw in post.sent)
+
+
+@pytest.mark.parametrize("head", ["model.train_head=false", "model.head=['pooler']"])
+def test_what_is_head_is_for_the_server_to_say(world: Path, tmp_path: Path, head: str) -> None:
+    file = write_rows(
+        tmp_path / "all.jsonl", [{**row, "site": "abc"[n // 24]} for n, row in enumerate(make_rows(72, 0))]
+    )
+    by_site = ("clients.partition={kind='natural', column='site'}", "clients.num=3", f"data.train={file}")
+    pooling = (
+        "task={kind='text_classification', pooling='mean'}" if "train" in head else "task.kind=text_classification"
+    )
+    fedlora.run(experiment(world, "lora", *by_site, head, pooling), tmp_path / "serial")
+    post = Post(own_sites(world, tmp_path))
+    chosen = sites_experiment(world, head, pooling)
+    federate(chosen, tmp_path / "run", post, Rules(min_clients=3), names=list(post.homes))
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+def test_what_a_site_says_it_is_decides_its_tier(world: Path, tmp_path: Path) -> None:
+    tiers = "clients.tiers=[{name='small', values=['weak'], rank=1}, {name='large', values=['strong']}]"
+    chosen = sites_experiment(world, tiers, "clients.tier_column=tier")
+    post = Post(own_sites(world, tmp_path))
+    result = federate(chosen, tmp_path / "run", post, Rules(min_clients=3), names=list(post.homes))
+    assert {name: share["clients"]["num"] for name, share in result.rows[1].tiers.items()} == {"small": 2, "large": 1}
+
+
+def test_another_pre_trained_model_is_found_out_before_training(world: Path, tmp_path: Path) -> None:
+    from fixtures.tiny import save_model
+
+    other = save_model(tmp_path / "other", "distilbert")
+    assert base_digest(fedlora.Model(path=str(other))) != base_digest(fedlora.Model(path=str(world / "bert")))
+    post = Post(own_sites(world, tmp_path, model={"path": str(other)}))
+    with pytest.raises(QuorumError, match="the pre-trained model here"):
+        federate(sites_experiment(world), tmp_path / "run", post, Rules(round_timeout=0.5), names=list(post.homes))
+
+
+def test_a_server_does_not_choose_which_files_a_site_reads(world: Path, tmp_path: Path) -> None:
+    post = Post(own_sites(world, tmp_path, model=None))
+    with pytest.raises(QuorumError, match=r"say in the site's file where it is: model\.path"):
+        federate(sites_experiment(world), tmp_path / "run", post, Rules(round_timeout=0.5), names=list(post.homes))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (("clients.num=4",), "clients.num = 4, and 3 sites are registered"),
+        (("clients.holdout=0.2",), "sites keep their rows"),
+        (("mode=centralised",), "nothing for sites"),
+    ],
+)
+def test_what_makes_no_sense_on_sites_is_refused(
+    world: Path, tmp_path: Path, overrides: tuple[str, ...], why: str
+) -> None:
+    post = Post(own_sites(world, tmp_path))
+    with pytest.raises(ConfigError, match=why):
+        federate(sites_experiment(world, *overrides), tmp_path / "run", post, Rules(), names=list(post.homes))
+
+
+def test_rows_of_sites_cannot_be_trained_on_here(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fedlora serve"):
+        fedlora.run(sites_experiment(world), tmp_path / "run")
+
+
+# ---- letters
+
+
+def test_a_job_comes_back_from_its_letter(world: Path, tmp_path: Path) -> None:
+    _, post = tried(experiment(world, *OTHERS["folds remembered"], "clients.per_round=9", rounds=4), tmp_path)
+    jobs = [letters.read(raw) for raw in post.sent]
+    found = [letters.to_job(letter) for letter in jobs if letter.head["kind"] == "job"]
+    assert len(found) == 36
+    assert {job.fold.version for job in found if job.fold} == {1, 2}
+    again = [letters.to_job(letters.read(letters.of_job(job, "ab" * 4, "t", None))) for job in found]
+    for one, other in zip(found, again, strict=True):
+        assert one._replace(fold=None) == other._replace(fold=None)
+
+
+@pytest.mark.parametrize("raw", [b"", b"FLL", b"FLL\x01\x02\0\0\0{}", b"FLL\x02\x02\0\0\0{}", b"FLL\x02\x02\0\0\0[]"])
+def test_what_is_no_letter_is_refused(raw: bytes) -> None:
+    with pytest.raises(WireError):
+        letters.read(raw)
+
+
+def test_a_letter_is_as_long_as_it_says() -> None:
+    raw = letters.write({"kind": "reply"}, {"raw": b"12345"})
+    assert letters.read(raw).blobs == {"raw": b"12345"}
+    with pytest.raises(WireError, match="bytes after its head"):
+        letters.read(raw + b"6")
+    with pytest.raises(WireError, match="bytes after its head"):
+        letters.read(raw[:-1])
+    head = json.dumps({"blobs": {"a": -5, "b": 10}}).encode()
+    with pytest.raises(WireError, match="bytes after its head"):
+        letters.read(letters._START.pack(b"FLL", 2, len(head)) + head + b"12345")
+
+
+def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "site.toml"
+    file.write_text("name = 'a'\nrows = 'rows.csv'\n")
+    loaded = SiteConfig.load(file)
+    assert loaded.rows == str(tmp_path / "rows.csv")
+    assert loaded.state == str(tmp_path / "state")
+    file.write_text("name = 'a'\nrowz = 'rows.csv'\n")
+    with pytest.raises(ConfigError, match="rowz"):
+        SiteConfig.load(file)
+    file.write_text("name = 'a'\n")
+    with pytest.raises(ConfigError, match="give one of them"):
+        SiteConfig.load(file)
+    file.write_text("name = '../a'\nrows = 'x'\n")
+    with pytest.raises(ConfigError, match="name"):
+        SiteConfig.load(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SiteConfig.load(tmp_path / "none.toml")
+
+
+# ---- what a review of these halves found
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b'{"kind": "reply", "blobs": {"a": 1e999}}',
+        b'{"kind": "reply", "blobs": {"a": "x"}}',
+        b'{"kind": "reply", "blobs": 5}',
+    ],
+)
+def test_numbers_without_bounds_are_no_fault_of_the_server(head: bytes) -> None:
+    with pytest.raises(WireError):
+        letters.read(letters._START.pack(b"FLL", 2, len(head)) + head)
+
+
+def test_a_reply_that_took_for_ever_is_refused(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            told = letters.read(answer)
+            lengths = json.dumps({name: len(blob) for name, blob in told.blobs.items()})
+            text = json.dumps({**told.head, "seconds": 7}).replace('"seconds": 7', '"seconds": 1' + "0" * 400)
+            raw = (text[:-1] + f', "blobs": {lengths}}}').encode()
+            return letters._START.pack(b"FLL", 2, len(raw)) + raw + b"".join(told.blobs.values())
+        return answer
+
+    result, _ = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
+    assert list(result.rows[1].refused) == ["4"]
+
+
+@pytest.mark.parametrize("sizes", [{"0": 5, "999": 3}, {"0": 10**15}, {"0": -1}, {"-1": 4}, {"0": 1e999}, [3]])
+def test_a_site_stands_for_no_clients_that_do_not_exist(world: Path, tmp_path: Path, sizes: Any) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if letters.read(letter).head["kind"] == "open" and name == "site-0" and answer:
+            told = letters.read(answer)
+            text = json.dumps({**told.head, "sizes": sizes, "blobs": {}}).encode()
+            return letters._START.pack(b"FLL", 2, len(text)) + text
+        return answer
+
+    told = Told()
+    result, _ = tried(experiment(world, "lora", "clients.per_round=9"), tmp_path, trick, callbacks=[told])
+    assert any("site-0 is not taken in" in line for line in told.messages)
+    assert {client for row in result.rows[1:] for client in row.cohort} == {1, 2, 4, 5, 7, 8}
+
+
+def test_a_site_does_not_speak_for_another(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        if letters.read(letter).head["kind"] == "open" and name == "hospital" and answer:
+            told = letters.read(answer)
+            return letters.write({**told.head, "sizes": {"0": 24, "1": 24, "2": 24}}, {})
+        return answer
+
+    post = Post(own_sites(world, tmp_path), trick)
+    told = Told()
+    names = list(post.homes)
+    result = federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=names, callbacks=[told])
+    assert any("hospital is not taken in: it stands for clients that are not its own" in line for line in told.messages)
+    assert set(result.rows[1].cohort) == {0, 2}
+
+
+def test_a_client_counts_no_more_examples_than_it_said_it_has(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            like = wire_template(letter, tmp_path)
+            told = letters.read(answer)
+            parts = wire.unpack(told.blobs["raw"], like)
+            parts["report"]["examples"] = torch.tensor(1e9)
+            return letters.write(told.head, {"raw": wire.pack(parts, {}).raw})
+        return answer
+
+    result, _ = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
+    assert "it says that it trained on 1e+09 examples" in result.rows[1].refused["4"]
+
+
+@pytest.mark.parametrize("below", [60.0, -1.0, 0.5])
+def test_one_site_does_not_move_the_clip_of_all(world: Path, tmp_path: Path, below: float) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            told = letters.read(answer)
+            parts = wire.unpack(told.blobs["raw"], wire_template(letter, tmp_path))
+            parts["report"]["below"] = torch.tensor(below)
+            return letters.write(told.head, {"raw": wire.pack(parts, {}).raw})
+        return answer
+
+    adapting = OTHERS["private"][-1].replace("seed=3", "seed=3, quantile=0.5")
+    chosen = experiment(world, "full", *FEDAVG, adapting, "clients.per_round=9", rounds=1)
+    result, _ = tried(chosen, tmp_path, trick)
+    assert "0 or 1" in result.rows[1].refused["4"]
+
+
+def test_what_a_site_sends_is_clipped_again(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4 and answer:
+            told = letters.read(answer)
+            parts = wire.unpack(told.blobs["raw"], wire_template(letter, tmp_path))
+            long = {part: {name: 1e3 * value for name, value in tree.items()} for part, tree in parts.items()}
+            return letters.write(told.head, {"raw": wire.pack(long | {"report": parts["report"]}, {}).raw})
+        return answer
+
+    clip = "method.privacy={kind='central_gaussian', clip_norm=0.5, noise_multiplier=0.0}"
+    chosen = experiment(world, "full", *FEDAVG, clip, "clients.per_round=9", rounds=1)
+    result, _ = tried(chosen, tmp_path, trick)
+    assert 0 < result.rows[1].update_norm <= 0.5 * (1 + 1e-5)
+
+
+def wire_template(letter: bytes, tmp_path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The parts of a reply, as the server expects them: what the site's own workspace has."""
+    from fedlora.client.jobs import empty_report
+
+    job = letters.to_job(letters.read(letter))
+    site = Site(replace(shared_sites(tmp_path / "sites", 3)["site-1"].settings))
+    site.answer(letter)
+    assert site._run is not None
+    installed = site._run.workspace.installed
+    like = {name: value.detach() for name, value in installed.parameters.items()}
+    return {**installed.schema.split(like), "report": empty_report(job.recipe)}
+
+
+def test_a_silent_site_holds_nobody_up(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        return None if name == "site-2" else answer
+
+    chosen = experiment(world, "lora", "clients.per_round=6")
+    result, post = tried(chosen, tmp_path, trick, Rules(round_timeout=600, min_available=6))
+    assert result.rounds == 3
+    assert sum(letters.read(raw).head["kind"] == "open" for raw in post.sent) == 3
+
+
+def test_a_site_takes_no_noise_that_the_server_can_take_off_again() -> None:
+    seeded = {"noise_multiplier": 1.0, "clip_norm": 1.0, "seed": 3}
+    kinds = {seed: recipe_with(example={**seeded, "seed": seed}) for seed in (3, None)}
+    limits = Limits(min_example_noise=0.5)
+    assert "from a seed that the server knows" in limits.refusal(kinds[3], 10)
+    assert limits.refusal(kinds[None], 10) == ""
+    pending = recipe_with(central={"kind": "central_gaussian", "clip_norm": 1.0, "target_epsilon": 1e9})
+    assert Limits(min_noise=0.5).refusal(pending, 10, opening=True) == ""
+    assert "gets noise 0" in Limits(min_noise=0.5).refusal(pending, 10)
+
+
+def recipe_with(example: dict[str, Any] | None = None, central: dict[str, Any] | None = None) -> Any:
+    method: dict[str, Any] = {"kind": "fedavg", "local": {}, "aggregator": {"kind": "mean", "weighting": "uniform"}}
+    if example:
+        method["local"]["example_privacy"] = {name: value for name, value in example.items() if value is not None}
+    if central:
+        method["privacy"] = central
+    return fedlora.config.parse({"method": method}).phases[0].recipe
+
+
+def test_a_server_hears_nothing_that_quotes_rows(world: Path, tmp_path: Path) -> None:
+    rows = [{**row, "label": "SECRET-DIAGNOSIS"} for row in make_rows(24, 0)]
+    sites = own_sites(world, tmp_path)
+    write_rows(tmp_path / "clinic.jsonl", rows)
+    post = Post(sites)
+    told = Told()
+    federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=list(post.homes), callbacks=[told])
+    assert any("clinic is not taken in" in line for line in told.messages)
+    assert not any("SECRET" in line for line in told.messages)
+    assert not any(b"SECRET" in answer for answer in post.answers.values() if answer)
+
+
+def test_a_run_whose_round_needs_all_sites_gets_over_a_lost_memory(world: Path, tmp_path: Path) -> None:
+    import shutil
+
+    chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9", rounds=4)
+    forgot = []
+
+    def forget(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["progress"][0] == 1 and name == "site-1" and not forgot:
+            shutil.rmtree(tmp_path / "sites" / "site-1")
+            forgot.append(name)
+        return answer
+
+    result, _ = tried(chosen, tmp_path, forget, Rules(min_clients=9))
+    assert forgot
+    assert result.rounds == 4
+    assert any("tried again" in text for row in result.rows for text in row.warnings)
+
+
+def test_an_empty_poisson_draw_ends_no_run(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", "clients.sampling=poisson", "clients.per_round=1", rounds=6)
+    fedlora.run(chosen, tmp_path / "serial")
+    assert any(not row["cohort"] for row in ledger(tmp_path / "serial")[1:])
+    tried(chosen, tmp_path)
+    assert_same(tmp_path / "run", tmp_path / "serial")
+
+
+def test_who_is_drawn_under_noise_is_not_replaced(world: Path, tmp_path: Path) -> None:
+    post = Post(shared_sites(tmp_path / "sites", 3))
+    post.away.add("site-2")
+    chosen = experiment(world, *OTHERS["private"], "clients.per_round=6")
+    result = federate(chosen, tmp_path / "run", post, Rules(rejoin_timeout=0.0))
+    undisturbed = fedlora.run(chosen, tmp_path / "serial")
+    assert [row.cohort for row in result.rows] == [row.cohort for row in undisturbed.rows]
+
+
+def test_a_job_that_kills_its_site_every_time_is_given_up(world: Path, tmp_path: Path) -> None:
+    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | Arrived | None:
+        head = letters.read(letter).head
+        if head["kind"] == "job" and head["client"] == 4:
+            return Arrived("", None, "its process died", again=True)
+        return answer
+
+    result, post = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
+    assert result.rows[1].refused == {"4": "site-1: its process died"}
+    sent = [letters.read(raw).head for raw in post.sent]
+    assert sum(head["kind"] == "job" and head["client"] == 4 for head in sent) == remote.TRIES

@@ -1,0 +1,368 @@
+"""What clients keep away from training, what is reported of it, and by which classes data are dealt and drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from fixtures.tiny import document, experiment, ledger, tiny_world
+from typer.testing import CliRunner
+
+import fedlora
+from fedlora.cli.main import app
+from fedlora.client.workspace import Workspace
+from fedlora.config.federated_data import Setting, in_mode, prepare
+from fedlora.core import tree
+from fedlora.core.errors import ConfigError, DataError, TrainingError
+from fedlora.population.clients import Population
+from fedlora.rounds.downlink import view
+from fedlora.runs.folder import RunFolder
+from fedlora.show.plots import partition_html
+from fedlora.tasks.base import Evaluation
+
+world = pytest.fixture(scope="module")(tiny_world)
+NATURAL = "clients.partition={kind='natural', column='user'}"
+HOLDOUT = "clients.holdout=0.25"
+OVER_CLIENTS = {"client_mean_accuracy", "client_worst_tenth_accuracy", "client_spread_accuracy"}
+
+
+@pytest.fixture
+def tested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """The split and the rows of every evaluation."""
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    original = Workspace.evaluate
+
+    def watched(self: Workspace, rows: Any, split: Any, compute: str) -> Evaluation:
+        seen.append((split, tuple(rows.tolist())))
+        return original(self, rows, split, compute)
+
+    monkeypatch.setattr(Workspace, "evaluate", watched)
+    return seen
+
+
+def own_rows(seen: list[tuple[str, tuple[int, ...]]], setting: Setting) -> list[int]:
+    """Whose rows were evaluated, in order; -1 is the global test set."""
+    client = {tuple(rows.tolist()): number for number, rows in setting.holdout.items()}
+    return [client[rows] if split == "train" else -1 for split, rows in seen]
+
+
+# ---- what clients keep
+
+
+def test_held_out_rows_are_trained_by_nobody(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", HOLDOUT)
+    setting = prepare(chosen)
+    assert {client: len(rows) for client, rows in setting.holdout.items()} == dict.fromkeys(range(9), 2)
+    away = set(np.concatenate(list(setting.holdout.values())).tolist())
+    assert sorted([*away, *setting.population.rows.tolist()]) == list(range(72))
+    assert (setting.split, len(setting.test_rows)) == ("test", 24)
+    result = fedlora.run(chosen, tmp_path / "run")
+    assert [row.examples for row in result.rows[1:]] == [18] * 3
+    partition = json.loads((result.folder / "manifest.json").read_text())["partition"]
+    assert (partition["num_examples"], partition["held_out"], partition["dropped"]) == (54, 18, 0)
+
+
+def test_clients_keep_rows_of_what_they_would_have_held(world: Path) -> None:
+    whole, train = prepare(experiment(world)), prepare(experiment(world, "lora", HOLDOUT))
+    for client in range(9):
+        both = [*train.population.rows_of(client).tolist(), *train.holdout[client].tolist()]
+        assert sorted(both) == sorted(whole.population.rows_of(client).tolist())
+    other = prepare(experiment(world, "lora", HOLDOUT, "seed=1"))
+    assert any(other.holdout[client].tolist() != train.holdout[client].tolist() for client in range(9))
+
+
+def test_natural_clients_keep_their_own_beside_whole_test_clients(world: Path) -> None:
+    setting = prepare(experiment(world, "lora", NATURAL, "clients.test_clients=0.34", HOLDOUT))
+    users = setting.task.column("user", "train")
+    assert len(set(users[setting.test_rows])) == 3
+    assert sorted(setting.holdout) == list(range(6))
+    for client, rows in setting.holdout.items():
+        assert set(users[rows]) == set(users[setting.population.rows_of(client)]) == {setting.population.names[client]}
+    everything = [setting.test_rows, setting.population.rows, *setting.holdout.values()]
+    assert sorted(np.concatenate(everything).tolist()) == list(range(72))
+
+
+def test_clients_of_one_row_have_nothing_to_keep(world: Path) -> None:
+    with pytest.raises(DataError, match=r"none of the 72 clients has two rows, so clients\.holdout = 0\.25"):
+        prepare(experiment(world, "lora", "clients.num=72", HOLDOUT))
+
+
+def test_centralised_training_leaves_out_what_the_clients_would_keep(world: Path, tmp_path: Path) -> None:
+    overrides = (NATURAL, "clients.test_clients=0.34", HOLDOUT)
+    federated = prepare(experiment(world, "lora", *overrides))
+    chosen = experiment(world, "lora", *overrides, 'mode="centralised"', 'evaluate.clients="end"', rounds=1)
+    pooled = prepare(in_mode(chosen))
+    assert pooled.population.names == ("0",)
+    assert pooled.population.rows.tolist() == sorted(federated.population.rows.tolist())
+    assert pooled.population.held_out == 12
+    assert {client: rows.tolist() for client, rows in pooled.holdout.items()} == {
+        client: rows.tolist() for client, rows in federated.holdout.items()
+    }
+    assert pooled.test_rows.tolist() == federated.test_rows.tolist()
+    result = fedlora.run(chosen, tmp_path / "run")
+    assert [row.examples for row in result.rows[1:]] == [36]
+    assert result.after.keys() >= OVER_CLIENTS
+
+
+def test_centralised_training_does_not_depend_on_how_rows_are_dealt(world: Path) -> None:
+    # 70 clients with this skew would stay empty
+    skewed = ("clients.num=70", "clients.partition={kind='dirichlet', alpha=1.0}")
+    setting = prepare(in_mode(experiment(world, "lora", *skewed, 'mode="centralised"')))
+    assert setting.population.rows.tolist() == list(range(72))
+
+
+# ---- evaluation by client
+
+
+def test_the_end_is_evaluated_on_every_clients_own_rows(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "flasc", HOLDOUT, 'evaluate.clients="end"')
+    result = fedlora.run(chosen, tmp_path / "run")
+    assert [row.metrics.keys() >= OVER_CLIENTS for row in result.rows] == [False, False, False, True]
+    assert result.after.items() >= {name: result.rows[-1].metrics[name] for name in OVER_CLIENTS}.items()
+    assert {"accuracy", "dense_accuracy"} <= result.after.keys()
+    assert not {name for name in result.after if name.startswith("dense_client_")}
+    assert json.loads((result.folder / "result.json").read_text())["after"] == result.after
+
+    # by hand: the model that clients receive, on each client's rows
+    held = RunFolder(result.folder).latest()
+    assert held is not None
+    state, recipe, setting = held[0], chosen.phases[0].recipe, prepare(chosen)
+    workspace = Workspace(setting.task, 0, torch.device("cpu"))
+    workspace.settle(0, recipe, state.setup)
+    received = view(recipe, state, chosen.seed)
+    assert tree.norm(tree.subtract(received, state.params)) > 0
+    workspace.installed.load(received)
+    own = sorted(
+        workspace.evaluate(setting.holdout[client], "train", "fp32").metrics["accuracy"] for client in range(9)
+    )
+    mean = sum(own) / 9
+    assert result.after["client_mean_accuracy"] == pytest.approx(mean)
+    assert result.after["client_worst_tenth_accuracy"] == pytest.approx(own[0])
+    spread = (sum((one - mean) ** 2 for one in own) / 9) ** 0.5
+    assert result.after["client_spread_accuracy"] == pytest.approx(spread)
+    assert spread > 0
+
+
+def test_between_rounds_the_same_few_clients_are_tested_and_all_at_the_end(
+    world: Path, tmp_path: Path, tested: list[tuple[str, tuple[int, ...]]]
+) -> None:
+    chosen = experiment(world, "lora", HOLDOUT, 'evaluate.clients="always"', "evaluate.num_clients=4")
+    result = fedlora.run(chosen, tmp_path / "run")
+    whose = own_rows(tested, prepare(chosen))
+    few = whose[1:5]
+    assert len(set(few)) == 4
+    assert few == sorted(few)
+    # rounds 0, 2 and 3
+    assert whose == [-1, *few, -1, *few, -1, *range(9)]
+    assert [row.metrics.keys() >= OVER_CLIENTS for row in result.rows] == [True, False, True, True]
+
+
+def test_without_a_number_all_clients_are_tested(
+    world: Path, tmp_path: Path, tested: list[tuple[str, tuple[int, ...]]]
+) -> None:
+    chosen = experiment(world, "lora", HOLDOUT, 'evaluate.clients="always"', "evaluate.num_examples=5", rounds=1)
+    fedlora.run(chosen, tmp_path / "run")
+    assert own_rows(tested, prepare(chosen)) == [-1, *range(9), -1, *range(9), -1]
+    assert [len(rows) for split, rows in tested if split == "test"] == [5, 5, 24]
+
+
+def test_metrics_of_clients_do_not_change_the_run(world: Path, tmp_path: Path) -> None:
+    plain = fedlora.run(experiment(world, "lora", HOLDOUT), tmp_path / "plain")
+    watched = fedlora.run(experiment(world, "lora", HOLDOUT, 'evaluate.clients="always"'), tmp_path / "watched")
+    for row, other in zip(ledger(plain.folder), ledger(watched.folder), strict=True):
+        kept = {name: value for name, value in other["metrics"].items() if not name.startswith("client_")}
+        assert {**other, "metrics": kept} == row
+
+
+def test_a_finished_run_tells_the_same_again(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "lora", HOLDOUT, 'evaluate.clients="end"')
+    first = fedlora.run(chosen, tmp_path / "run")
+    assert fedlora.run(chosen, tmp_path / "run").after == first.after
+    (tmp_path / "run" / "result.json").unlink()
+    assert fedlora.run(chosen, tmp_path / "run").after == first.after
+
+
+def test_clients_alone_are_compared_with_each_other(world: Path, tmp_path: Path) -> None:
+    overrides = (HOLDOUT, 'mode="local"', "num_local=3", 'evaluate.clients="always"')
+    chosen = experiment(world, "full", *overrides, rounds=2)
+    result = fedlora.run(chosen, tmp_path / "run")
+    files = sorted((tmp_path / "run" / "clients").glob("*/result.json"))
+    own = [json.loads(path.read_text())["after"] for path in files]
+    # each is tested on its own rows alone
+    assert [one["client_spread_accuracy"] for one in own] == [0.0] * 3
+    values = [one["client_mean_accuracy"] for one in own]
+    assert len(set(values)) > 1
+    assert result.after["client_mean_accuracy"] == pytest.approx(np.mean(values))
+    assert result.after["client_worst_tenth_accuracy"] == min(values)
+    assert result.after["client_spread_accuracy"] == pytest.approx(np.std(values))
+    assert result.after["loss"] == pytest.approx(np.mean([one["loss"] for one in own]))
+    assert result.before.keys() == result.after.keys()
+
+
+def test_clients_without_rows_of_their_own_are_not_tested(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"clients\.holdout = 0 keeps none: set clients\.holdout to 0\.2"):
+        fedlora.run(experiment(world, "lora", 'evaluate.clients="end"'), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"evaluate\.num_clients = 3 has no effect"):
+        experiment(world, "lora", HOLDOUT, "evaluate.num_clients=3")
+
+
+@pytest.mark.parametrize(
+    ("split", "name"), [("test", "perplexity"), ("test", "accuracy"), ("train", "accuracy of client 0")]
+)
+def test_a_figure_that_is_not_finite_stops_the_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, name: str
+) -> None:
+    original = Workspace.evaluate
+
+    def infinite(self: Workspace, rows: Any, which: Any, compute: str) -> Evaluation:
+        metrics, warnings = original(self, rows, which, compute)
+        wrong = {name.split()[0]: float("inf") if name == "perplexity" else float("nan")}
+        return Evaluation(metrics | wrong if which == split else metrics, warnings)
+
+    monkeypatch.setattr(Workspace, "evaluate", infinite)
+    chosen = experiment(world, "lora", HOLDOUT, 'evaluate.clients="always"')
+    with pytest.raises(TrainingError, match=f"not finite: {{'{name}': (inf|nan)"):
+        fedlora.run(chosen, tmp_path / "run")
+
+
+# ---- how many take part
+
+
+def test_rounds_of_more_clients_than_there_are_are_refused(world: Path) -> None:
+    with pytest.raises(ConfigError, match=r"clients\.per_round = 10 exceeds the 9 clients there are: set it to 9 or"):
+        prepare(experiment(world, "lora", NATURAL, "clients.per_round=10"))
+    with pytest.raises(ConfigError, match="exceeds the 6 clients"):
+        prepare(experiment(world, "lora", NATURAL, "clients.per_round=7", "clients.test_clients=0.34"))
+    assert len(prepare(experiment(world, "lora", NATURAL, "clients.per_round=9")).population) == 9
+
+
+@pytest.mark.parametrize(("mode", "clients"), [("local", 9), ("centralised", 1)])
+def test_where_nothing_is_sent_rounds_are_of_one_client(world: Path, tmp_path: Path, mode: str, clients: int) -> None:
+    overrides = (NATURAL, "clients.per_round=10", f'mode="{mode}"', "num_local=1")
+    chosen = experiment(world, "lora", *overrides, rounds=1)
+    assert len(prepare(in_mode(chosen)).population) == clients
+    result = fedlora.run(chosen, tmp_path / "run")
+    assert [row.cohort for row in result.rows] == [(), (0,)]
+
+
+def test_the_cost_of_rounds_that_cannot_be_is_not_told(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(document(world, "lora", NATURAL, "clients.per_round=10")))
+    result = CliRunner().invoke(app, ["cost", str(tmp_path / "run.toml")])
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_a_foreign_partitioners_clients_bound_a_round_too(world: Path) -> None:
+    class Halves:
+        dataset: Any = None
+
+        def load_partition(self, partition_id: int) -> Any:
+            return self.dataset.select(hands[partition_id])
+
+    hands: list[list[int]] = [[1, 2, 3], [0, 5]]
+
+    with pytest.raises(ConfigError, match="per_round = 3 exceeds the 2 clients"):
+        prepare(experiment(world), Halves())
+    setting = prepare(experiment(world, "lora", "clients.per_round=2", HOLDOUT), Halves())
+    assert setting.population.sizes().tolist() == [2, 1]
+    assert sorted([*setting.population.rows_of(1).tolist(), *setting.holdout[1].tolist()]) == [0, 5]
+    pooled = prepare(in_mode(experiment(world, "lora", 'mode="centralised"')), Halves())
+    assert len(pooled.population.rows) == 72
+    hands.append([])
+    with pytest.raises(DataError, match="1 of 3 clients got no rows"):
+        prepare(experiment(world, "lora", "clients.per_round=2"), Halves())
+    chosen = experiment(world, "lora", "clients.per_round=2", "clients.allow_empty=true")
+    assert prepare(chosen, Halves()).population.empty == 1
+
+
+# ---- what is skewed
+
+DIRICHLET = "clients.partition={kind='dirichlet', scheme='fednlp', alpha=0.1}"
+
+
+def mixed(setting: Setting, values: Any) -> float:
+    """How many values of ``values`` a client sees, on average."""
+    population = setting.population
+    return float(np.mean([len(set(values[population.rows_of(client)])) for client in range(len(population))]))
+
+
+def test_a_column_is_skewed_instead_of_the_labels(world: Path) -> None:
+    by_label = prepare(experiment(world, "lora", DIRICHLET))
+    by_user = prepare(experiment(world, "lora", DIRICHLET, "clients.skew={kind='column', name='user'}"))
+    assert by_user.classes.names == [f"u{number}" for number in range(9)]
+    users, labels = by_user.task.column("user", "train"), by_user.task.labels
+    assert mixed(by_user, users) < 2 < mixed(by_label, users)
+    assert mixed(by_label, labels) < 1.5
+    assert by_user.summary().effective_classes < 2
+    # the summary is of what is skewed, and there are more users than labels
+    even = prepare(experiment(world, "lora", "clients.skew={kind='column', name='user'}"))
+    assert even.summary().effective_classes > 3
+    with pytest.raises(DataError, match="no column 'usr'"):
+        prepare(experiment(world, "lora", "clients.skew={kind='column', name='usr'}"))
+
+
+@pytest.mark.parametrize("features", ["tfidf", "embeddings"])
+def test_clusters_are_skewed_and_the_manifest_tells_their_skew(world: Path, tmp_path: Path, features: str) -> None:
+    skew = f"clients.skew={{kind='clusters', num=4, features='{features}'}}"
+    chosen = experiment(world, "lora", DIRICHLET, skew, rounds=1)
+    setting = prepare(chosen)
+    assert setting.classes.names == [f"cluster {number}" for number in range(4)]
+    assert set(setting.classes.numbers.tolist()) == set(range(4))
+    assert mixed(setting, setting.classes.numbers) < 2
+    again = prepare(chosen)
+    assert again.classes.numbers.tolist() == setting.classes.numbers.tolist()
+    result = fedlora.run(chosen, tmp_path / "run")
+    partition = json.loads((result.folder / "manifest.json").read_text())["partition"]
+    assert partition == setting.summary().as_dict()
+    assert partition["effective_classes"] < 2
+
+
+@pytest.mark.parametrize("partition", ["{kind='dirichlet'}", "{kind='shards'}"])
+def test_what_has_no_classes_needs_another_skew(world: Path, monkeypatch: pytest.MonkeyPatch, partition: str) -> None:
+    kind = type(prepare(experiment(world)).task)
+    monkeypatch.setattr(kind, "labels", property(lambda self: np.zeros(72, dtype=np.int64)))
+    chosen = ("lora", f"clients.partition={partition}")
+    with pytest.raises(DataError, match=r"the task has no classes, .* set clients\.skew to { kind = \"clusters\" } or"):
+        prepare(experiment(world, *chosen))
+    assert prepare(experiment(world, *chosen, "clients.skew={kind='clusters', num=3}")).classes.names[0] == "cluster 0"
+    plain = prepare(experiment(world))
+    assert (plain.classes.names, plain.summary().effective_classes) == ([], 1.0)
+
+
+@pytest.fixture
+def partition(world: Path, tmp_path: Path) -> Callable[..., str]:
+    def invoke(*overrides: str, options: tuple[str, ...] = ()) -> str:
+        (tmp_path / "run.toml").write_text(tomli_w.dumps(document(world, "lora", *overrides)))
+        result = CliRunner().invoke(app, ["partition", str(tmp_path / "run.toml"), *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return invoke
+
+
+def test_partition_draws_clusters_and_columns_by_name(partition: Callable[..., str], tmp_path: Path) -> None:
+    clusters = "clients.skew={kind='clusters', num=3}"
+    said = partition(DIRICHLET, clusters)
+    assert all(f"{letter} cluster {number}" in said for number, letter in enumerate("abc"))
+    said = partition("clients.skew={kind='column', name='user'}")
+    assert "a u0" in said
+    assert "i u8" in said
+    pytest.importorskip("plotly")
+    partition(clusters, options=("--html", str(tmp_path / "page.html")))
+    assert "cluster 2" in (tmp_path / "page.html").read_text()
+
+
+def test_partition_counts_what_is_held_out(partition: Callable[..., str]) -> None:
+    found = json.loads(partition(HOLDOUT, options=("--format", "json")))
+    assert (found["num_examples"], found["held_out"]) == (54, 18)
+
+
+def test_a_page_without_classes_still_shows_sizes() -> None:
+    pytest.importorskip("plotly")
+    page = partition_html(Population(("amy",), np.arange(3), np.array([0, 3])), np.zeros(3, np.int64), [])
+    assert '"name":"examples"' in page

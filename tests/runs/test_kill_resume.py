@@ -1,0 +1,368 @@
+"""Runs that are killed, interrupted, or robbed of their disk, and go on: the same ledger and the same adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures.tiny import contents, document, experiment, ledger, tiny_world, write_rows
+from safetensors import SafetensorError
+
+import fedlora
+from fedlora import config
+from fedlora.cli import main as cli
+from fedlora.core.errors import CheckpointError, DataError
+from fedlora.rounds import checkpoint
+from fedlora.rounds.ledger import Row
+from fedlora.runs import evaluation, session
+from fedlora.runs.callbacks import Callback
+from fedlora.runs.experiment import Stopped
+from fedlora.runs.result import Result
+from fedlora.show import report
+from fedlora.tuning import export as adapters
+
+PHASES = ("method.warm_rounds=5", "method.fold='rest'")
+"""SLoRA with both phases long enough to be killed in."""
+
+world = pytest.fixture(scope="module")(tiny_world)
+
+
+class Deed(Callback):
+    """Does something right after a round was written to the ledger."""
+
+    def __init__(self, round: int, deed: Callable[[], Any]) -> None:
+        self.round, self.deed = round, deed
+
+    def row_recorded(self, row: Row) -> None:
+        if row.round == self.round:
+            self.deed()
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def command(arguments: list[str], output: str) -> None:
+    """``fedlora ARGUMENTS`` in this process, with both streams in a file."""
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = ["fedlora", *arguments]
+    cli.main()
+
+
+def start(arguments: list[str], output: Path) -> BaseProcess:
+    """The same in a process of its own; a server that has the imports done forks it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["fedlora.cli.main", "fedlora.show.describe", "fedlora.runs.inference", "fedlora.show.report"]
+    )
+    process = context.Process(target=command, args=(arguments, str(output)))
+    process.start()
+    return process
+
+
+def wait_for_rows(process: BaseProcess, folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.is_alive():
+        if (folder / "ledger.jsonl").exists() and (folder / "ledger.jsonl").read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"the process never wrote {count} rows; exit code {process.exitcode}")
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Result:
+    """The run that nobody disturbed."""
+    return fedlora.run(experiment(world, "slora", *PHASES, rounds=12), world / "runs" / "whole")
+
+
+@pytest.fixture
+def run_toml(world: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "run.toml"
+    file.write_text(config.to_toml(experiment(world, "slora", *PHASES, rounds=12)))
+    return file
+
+
+def assert_same(folder: Path, whole: Result) -> None:
+    assert ledger(folder) == ledger(whole.folder)
+    name = whole.adapter.name if whole.adapter else ""
+    assert contents(folder / name) == contents(whole.folder / name)
+
+
+# ---- real processes
+
+
+def test_a_run_killed_in_both_phases_ends_as_if_nothing_had_happened(
+    run_toml: Path, tmp_path: Path, whole: Result
+) -> None:
+    folder = tmp_path / "run"
+    arguments = ["run", str(run_toml), "--out", str(folder)]
+    # the hand-over is between rows 6 and 7; later than a row, a checkpoint is being written
+    for rows, later in ((3, 0.001), (6, 0.0), (7, 0.004), (10, 0.002)):
+        process = start(arguments, tmp_path / "output")
+        wait_for_rows(process, folder, rows)
+        time.sleep(later)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (folder / "result.json").exists()
+    process = start(arguments, tmp_path / "output")
+    process.join()
+    assert process.exitcode == 0
+    assert "going on after round" in (tmp_path / "output").read_text()
+    assert_same(folder, whole)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run_toml: Path, tmp_path: Path, whole: Result) -> None:
+    folder = tmp_path / "a run"
+    process = start(["run", str(run_toml), "--out", str(folder)], tmp_path / "output")
+    wait_for_rows(process, folder, 5)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    said = (tmp_path / "output").read_text()
+    assert f"stopped; every finished round is saved. Go on with: fedlora run '{folder}'" in said
+    assert "Traceback" not in said
+    process = start(["run", str(folder)], tmp_path / "output")
+    process.join()
+    assert process.exitcode == 0
+    assert_same(folder, whole)
+
+
+# ---- the same within this process, at chosen moments
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("round", [0, 1, 4, 5, 6, 12])
+def test_an_interrupt_after_any_row_loses_nothing(
+    world: Path, tmp_path: Path, whole: Result, round: int, every: int
+) -> None:
+    chosen = experiment(world, "slora", *PHASES, f"checkpoint_every={every}", rounds=12)
+    with pytest.raises(Stopped):
+        fedlora.run(chosen, tmp_path / "run", callbacks=[Deed(round, interrupt)])
+    fedlora.run(chosen, tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("where", ["view", "evaluate", "open_phase", "close_phase", "export_run"])
+def test_an_interrupt_between_a_round_and_its_row_loses_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    method = "flasc" if where == "view" else "slora"
+    chosen = experiment(world, method, "checkpoint_every=2", "evaluate.every=1", rounds=4)
+    undisturbed = fedlora.run(chosen, tmp_path / "whole")
+    place = evaluation if where == "view" else session
+    original, calls = getattr(place, where), []
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        calls.append(1)
+        if len(calls) == (2 if where in ("open_phase", "evaluate", "view") else 1):
+            interrupt()
+        return original(*arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, where, interrupted)
+        with pytest.raises(Stopped):
+            fedlora.run(chosen, tmp_path / "run")
+    fedlora.run(chosen, tmp_path / "run")
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_torn_last_line_of_the_ledger_is_written_again(world: Path, tmp_path: Path, whole: Result) -> None:
+    chosen, folder = experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run"
+    with pytest.raises(Stopped):
+        fedlora.run(chosen, folder, callbacks=[Deed(9, interrupt)])
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.write('{"round": 10, "phase": 1, "coh')
+    fedlora.run(chosen, folder)
+    assert_same(folder, whole)
+
+
+def test_rows_that_no_checkpoint_covers_are_dropped_and_made_again(world: Path, tmp_path: Path, whole: Result) -> None:
+    chosen, folder = experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run"
+    shutil.copytree(whole.folder, folder)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "round-000012")
+    fedlora.run(chosen, folder)
+    assert_same(folder, whole)
+
+
+def test_going_on_with_a_finished_run_changes_no_file(world: Path, whole: Result) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("adapter/*")}
+    files = contents(whole.folder)
+    again = fedlora.run(experiment(world, "slora", *PHASES, rounds=12), whole.folder)
+    assert contents(whole.folder) == files
+    assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("adapter/*")} == before
+    assert (again.after, again.seconds, again.adapter) == (whole.after, whole.seconds, whole.adapter)
+
+
+def test_a_finished_run_whose_adapter_was_removed_writes_it_again(world: Path, tmp_path: Path, whole: Result) -> None:
+    shutil.copytree(whole.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / str(whole.adapter and whole.adapter.name))
+    fedlora.run(experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+
+
+# ---- checkpoints that do not belong here
+
+
+@pytest.fixture
+def stopped(world: Path, tmp_path: Path) -> Path:
+    """A run that was stopped after its third round."""
+    with pytest.raises(Stopped):
+        fedlora.run(experiment(world), tmp_path / "run", callbacks=[Deed(3, interrupt)])
+    return tmp_path / "run"
+
+
+def test_another_configuration_is_refused_with_the_difference(world: Path, stopped: Path) -> None:
+    before = contents(stopped)
+    with pytest.raises(
+        CheckpointError, match=r"another configuration \(phases\.0\.recipe\.tuning\.rank: 4 against 5\)"
+    ):
+        fedlora.run(experiment(world, "lora", "method.rank=5"), stopped)
+    assert contents(stopped) == before
+
+
+def test_changed_data_are_refused_and_the_manifest_stays(world: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    shutil.copy(world / "train.jsonl", train)
+    chosen, folder = experiment(world, "lora", f"data.train={train}"), tmp_path / "run"
+    with pytest.raises(Stopped):
+        fedlora.run(chosen, folder, callbacks=[Deed(2, interrupt)])
+    before = contents(folder)
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    write_rows(train, [{**rows[0], "text": "w1 w2 red"}, *rows[1:]])
+    with pytest.raises(CheckpointError, match="the data have changed since the checkpoint"):
+        fedlora.run(chosen, folder)
+    assert contents(folder) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(world: Path, stopped: Path) -> None:
+    newest = sorted((stopped / "checkpoints").iterdir())[-1]
+    file = newest / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="remove that folder to go on from the one before it"):
+        fedlora.run(experiment(world), stopped)
+    shutil.rmtree(newest)
+    assert fedlora.run(experiment(world), stopped).rounds == 3
+
+
+def test_a_ledger_that_lacks_rounds_is_refused(world: Path, stopped: Path) -> None:
+    (stopped / "ledger.jsonl").unlink()
+    with pytest.raises(CheckpointError, match="lacks rounds"):
+        fedlora.run(experiment(world), stopped)
+
+
+def test_a_configuration_whose_run_never_began_may_be_replaced(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        fedlora.run(experiment(world, "lora", "data.train=nothing.jsonl"), tmp_path / "run")
+    assert fedlora.run(experiment(world), tmp_path / "run").rounds == 3
+
+
+# ---- a full disk
+
+
+def full_disk(*arguments: Any, **settings: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_for_safetensors(*arguments: Any, **settings: Any) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "failure"),
+    [
+        (checkpoint, "save_file", full_for_safetensors),
+        (checkpoint, "save_file", full_disk),
+        (os, "fsync", full_disk),
+    ],
+    ids=["tensors", "checkpoint", "flush"],
+)
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Result, module: Any, name: str, failure: Any
+) -> None:
+    chosen, folder = experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="the disk is full while writing to"):
+        fedlora.run(chosen, folder, callbacks=[Deed(8, lambda: patch.setattr(module, name, failure))])
+    assert len(list((folder / "checkpoints").glob("round-??????"))) == 2
+    assert not list(folder.glob("adapter*"))
+    fedlora.run(chosen, folder)
+    assert_same(folder, whole)
+
+
+def test_a_full_disk_while_the_adapter_is_written_leaves_no_half_of_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "save_file", full_for_safetensors)
+    with pytest.raises(DataError, match="the disk is full while writing to"):
+        fedlora.run(experiment(world), tmp_path / "run")
+    monkeypatch.undo()
+    assert not list((tmp_path / "run").glob("adapter*"))
+    assert fedlora.run(experiment(world), tmp_path / "run").adapter == tmp_path / "run" / "adapter"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(place)], capture_output=True)
+    if made.returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_really_is_full_exits_with_2_and_room_mends_it(
+    world: Path, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = small_disk / "rest"
+
+    def fill() -> None:
+        with rest.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"0" * 4096):
+                pass
+
+    file = tmp_path / "run.toml"
+    file.write_text(config.to_toml(config.parse(document(world))))
+    arguments = ["fedlora", "run", str(file), "--out", str(small_disk / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        patch.setattr(report, "Live", lambda console: Deed(2, fill))
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+    assert exit.value.code == 2
+    assert "the disk is full while writing to" in capsys.readouterr().err
+    rest.unlink()
+    result = fedlora.run(config.load(file), small_disk / "run")
+    assert ledger(result.folder) == ledger(fedlora.run(config.load(file), tmp_path / "whole").folder)
+
+
+def test_an_unfinished_run_of_before_is_refused_and_a_finished_one_is_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = experiment(world, "lora", rounds=2)
+    fedlora.run(chosen, tmp_path / "begun", until=1)
+    after = fedlora.run(chosen, tmp_path / "done").after
+    monkeypatch.setattr(session, "can_go_on", lambda folder: False)
+    with pytest.raises(CheckpointError, match="begun by an older version of fedlora, and cannot go on with this one"):
+        fedlora.run(chosen, tmp_path / "begun")
+    assert fedlora.run(chosen, tmp_path / "done").after == after

@@ -1,0 +1,223 @@
+"""Tables for people: units, comparisons over seeds, live progress."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fixtures.tiny import experiment, tiny_world
+from rich.console import Console
+
+import fedlora
+from fedlora.core.errors import ConfigError
+from fedlora.population.clients import Population
+from fedlora.runs.result import Result
+from fedlora.show.plots import comparison_html, label_counts, partition_bars
+from fedlora.show.report import (
+    Live,
+    as_dict,
+    comparison,
+    comparison_table,
+    human_bytes,
+    human_seconds,
+    load_result,
+    result_table,
+)
+
+world = pytest.fixture(scope="module")(tiny_world)
+THREE = Population(("a", "b", "c"), np.array([0, 1, 2, 3, 4, 5]), np.array([0, 3, 4, 6]))
+
+
+def shown(value: Any, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(value)
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def result(label: str, seed: int, after: float, down: int = 100, up: int = 50) -> dict[str, Any]:
+    return {
+        "label": label,
+        "seed": seed,
+        "rounds": 2,
+        "main_metric": "accuracy",
+        "before": {"accuracy": 0.25},
+        "after": {"accuracy": after},
+        "down_bytes": {"adapter": down - 10, "head": 10} if down else {},
+        "up_bytes": {"adapter": up} if up else {},
+        "seconds": 2.0,
+        "folder": f"runs/{label}-{seed}",
+        "adapter": None,
+    }
+
+
+@pytest.fixture(scope="module")
+def done(world: Path) -> Result:
+    return fedlora.run(experiment(world, "lora", rounds=1), world / "run")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1_234_567, "1.23 MB"),
+        (98_765_432_100, "98.8 GB"),
+        (5e15, "5e+03 TB"),
+    ],
+)
+def test_bytes_have_decimal_units(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (42, "42 s"), (99.4, "99 s"), (200, "3 min 20 s")])
+def test_seconds_become_minutes(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_seeds_of_a_method_are_averaged() -> None:
+    (row,) = comparison([result("lora", 1, 0.6), result("lora", 0, 0.8)])
+    assert (row["label"], row["seeds"], row["after"]) == ("lora", [0, 1], pytest.approx(0.7))
+    # the sample's standard deviation: sqrt((0.1^2 + 0.1^2) / 1)
+    assert row["spread"] == pytest.approx(0.02**0.5)
+    assert row["folders"] == ["runs/lora-1", "runs/lora-0"]
+
+
+def test_bytes_are_compared_with_dense_lora_wherever_it_stands() -> None:
+    rows = comparison([result("flasc", 0, 0.5, down=20, up=10), result("lora", 0, 0.5)])
+    assert [(row["ratio"], row["reference"]) for row in rows] == [(5.0, "lora"), (1.0, "lora")]
+
+
+def test_without_dense_lora_the_first_method_is_compared_with() -> None:
+    rows = comparison([result("full", 0, 0.5), result("flasc", 0, 0.5, down=20, up=10)])
+    assert [(row["ratio"], row["reference"]) for row in rows] == [(1.0, "full"), (5.0, "full")]
+
+
+def test_runs_of_one_name_that_are_no_seeds_of_each_other_are_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="have the seed 0: name them apart"):
+        comparison([result("lora", 0, 0.5), result("lora", 0, 0.5)])
+    with pytest.raises(ConfigError, match="judged by accuracy and f1"):
+        comparison([result("lora", 0, 0.5), result("other", 0, 0.5) | {"main_metric": "f1"}])
+    runs = []
+    for seed, density in ((0, 0.25), (1, 0.25), (2, 0.5)):
+        chosen = experiment(world, "flasc", f"seed={seed}", f"method.up={density}", rounds=1)
+        runs.append(as_dict(fedlora.run(chosen, tmp_path / str(seed))))
+    assert comparison(runs[:2])[0]["seeds"] == [0, 1]
+    with pytest.raises(ConfigError, match=r"differ in phases\.0\.recipe\.up\.sparsify\.density: 0\.25 against 0\.5"):
+        comparison(runs)
+
+
+@pytest.mark.parametrize(
+    ("made", "mend"),
+    [
+        ([], "there is no such folder"),
+        (["config.toml"], "finish it with: fedlora run"),
+        (["config.toml", "result.json"], "remove that file"),
+        (["notes.txt"], "there is no result.json in it"),
+    ],
+)
+def test_an_unfinished_run_says_how_to_go_on(tmp_path: Path, made: list[str], mend: str) -> None:
+    folder = tmp_path / "run"
+    for name in made:
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("{")
+    with pytest.raises(ConfigError, match=mend):
+        load_result(folder)
+
+
+def test_what_sends_nothing_has_no_ratio() -> None:
+    rows = comparison([result("lora", 0, 0.5), result("alone", 0, 0.5, down=0, up=0)])
+    assert rows[1]["ratio"] is None
+    assert "nothing sent" in shown(comparison_table(rows))
+
+
+def test_the_table_shows_every_method_with_its_figures() -> None:
+    text = shown(comparison_table(comparison([result("lora", 0, 0.6), result("lora", 1, 0.8), result("[b]x", 0, 0.5)])))
+    assert "0.700 ± 0.141" in text
+    assert "[b]x" in text
+    assert "fewer than lora" in text
+
+
+def test_a_result_is_the_same_from_memory_and_from_disk(done: Result) -> None:
+    assert as_dict(done) | {"adapter": "adapter"} == load_result(done.folder)
+
+
+def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not the folder of a finished run"):
+        load_result(tmp_path)
+
+
+def test_the_table_of_a_run_splits_its_bytes(done: Result) -> None:
+    text = shown(result_table(done))
+    assert f"{done.before['accuracy']:.4f} -> {done.after['accuracy']:.4f}" in text
+    assert f"adapter {human_bytes(done.up_bytes['adapter'])}" in text
+
+
+def test_without_a_terminal_evaluations_are_lines(world: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    found = fedlora.run(experiment(world, "lora", "label='[x]'"), tmp_path / "run", callbacks=[Live(console)])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.startswith("[x]: 9 clients with 8 to 8 examples, 3 per round, 3 rounds on cpu\n")
+    assert [line.split()[1] for line in text.splitlines() if " loss " in line] == ["0/3", "2/3", "3/3"]
+    total = sum(found.down_bytes.values()) + sum(found.up_bytes.values())
+    assert f"accuracy {found.after['accuracy']:.3f}  sent {human_bytes(total)}  left 0 s" in text
+
+
+def test_on_a_terminal_there_is_a_bar_that_goes_away(world: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    live = Live(console)
+    fedlora.run(experiment(world), tmp_path / "run", callbacks=[live])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "3/3" in text
+    live.close()
+
+
+def test_labels_are_counted_per_client() -> None:
+    counts = label_counts(THREE, np.array([0, 0, 1, 1, 0, 0]), 2)
+    assert counts.tolist() == [[2, 1], [0, 1], [2, 0]]
+
+
+def test_a_bar_is_as_long_as_its_client_is_large() -> None:
+    text = partition_bars(THREE, np.array([0, 0, 1, 1, 0, 0]), ["no", "yes"], width=30).plain.splitlines()
+    assert [line.strip() for line in text[:3]] == [
+        f"a {'a' * 20}{'b' * 10} 3",
+        f"b {'b' * 10} 1",
+        f"c {'a' * 20} 2",
+    ]
+    assert text[3].split() == ["a", "no", "b", "yes"]
+
+
+def drawn(page: str) -> list[dict[str, Any]]:
+    """The lines of a page of plotly's."""
+    call = page.rindex("Plotly.newPlot(")
+    lines: list[dict[str, Any]] = json.JSONDecoder().raw_decode(page, page.index("[", call))[0]
+    return lines
+
+
+def test_a_comparison_is_drawn_by_round_and_by_bytes(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    runs = [
+        fedlora.run(experiment(world, "lora", f"seed={seed}", "evaluate.every=1", rounds=2), tmp_path / str(seed))
+        for seed in (0, 1)
+    ]
+    lines = drawn(comparison_html(comparison([as_dict(run) for run in runs])))
+    curves = [line for line in lines if line["mode"] == "lines+markers"]
+    by_round, by_bytes = curves
+    every = [[row.metrics["accuracy"] for row in run.rows] for run in runs]
+    sent = [[sum(row.down_bytes.values()) + sum(row.up_bytes.values()) for row in run.rows] for run in runs]
+    assert by_round["x"] == [0, 1, 2]
+    assert by_round["y"] == pytest.approx(np.mean(every, 0))
+    assert by_bytes["x"] == pytest.approx(np.cumsum(np.mean(sent, 0))[1:] / 1e6)
+    band = next(line for line in lines if line["mode"] == "none")
+    assert band["y"] == pytest.approx([*np.max(every, 0), *np.min(every, 0)[::-1]])
+
+
+def test_runs_that_are_judged_differently_are_not_drawn_together() -> None:
+    pytest.importorskip("plotly")
+    rows = [{"label": name, "metric": name, "folders": [], "seeds": []} for name in ("accuracy", "f1")]
+    with pytest.raises(ConfigError, match="judged by accuracy, f1"):
+        comparison_html(rows)
