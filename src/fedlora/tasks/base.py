@@ -17,6 +17,7 @@ from fedlora.core.component import STRICT, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks.data.columns import check_column, fingerprint, values_of
 from fedlora.tasks.data.sources import Source
+from fedlora.tasks.models.embeddings import embed
 
 if TYPE_CHECKING:
     import datasets
@@ -240,8 +241,6 @@ class Prepared(ABC):
 
         Examples that make several sequences are the mean of these.
         """
-        from fedlora.tasks.models.embeddings import embed
-
         return embed(self, split, device)
 
 

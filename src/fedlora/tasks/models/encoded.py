@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from fedlora.core.files import new_file
-from fedlora.tasks.base import Batch, Rows
 from fedlora.tasks.models.loading import forget_last_call
+
+if TYPE_CHECKING:
+    from fedlora.tasks.base import Batch, Rows
 
 Arrays = dict[str, NDArray[Any]]
 

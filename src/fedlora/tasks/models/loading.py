@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fedlora.core.errors import ConfigError, first_line
-from fedlora.tasks.base import Model
 from fedlora.tasks.models import cpu
 from fedlora.tasks.models.heads import parameters_of
 from fedlora.tasks.models.pooling import POOLER_FAMILIES, PooledClassifier, Pooling
+
+if TYPE_CHECKING:
+    from fedlora.tasks.base import Model
 
 FEW_BITS: dict[str, dict[str, Any]] = {
     "8bit": {"load_in_8bit": True},
