@@ -2,7 +2,7 @@
 
     python scripts/same_bits.py OLD NEW [--only WORDS]
 
-OLD and NEW are checkouts. Each runs the recipes of its own ``tests/contracts/test_pairs.py`` for four rounds and goes
+OLD and NEW are checkouts, and each is recorded by its own copy of this script. It runs the recipes of its own ``tests/contracts/test_pairs.py`` for four rounds and goes
 on from a checkpoint after the second: in turn as they are, with tiers of densities over networks, with tiers of ranks,
 with Poisson cohorts, and after a phase of a sparse mask; and two runs without a federation. Compared are the whole
 state after each half (parameters, optimisers, memories, folds, clips, ranks) and each row of the ledger without its
@@ -64,7 +64,11 @@ def recorded(tree: Path, only: str) -> dict[str, dict[str, str]]:
         return json.loads(kept.read_text())
     places = [str(tree / place) for place in ("src", "tests", "tests/contracts")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
-    out = subprocess.check_output([sys.executable, __file__, str(tree), "--record", "--only", only], env=env, text=True)
+    out = subprocess.check_output(
+        [sys.executable, str(tree / "scripts" / "same_bits.py"), str(tree), "--record", "--only", only],
+        env=env,
+        text=True,
+    )
     if not changed:
         RECORDS.mkdir(parents=True, exist_ok=True)
         kept.write_text(out)
@@ -89,7 +93,7 @@ def runs() -> Iterator[tuple[str, Any, Any]]:
     """A name, an experiment and its data for each run."""
     import test_pairs
 
-    from fedlora.errors import ConfigError
+    from fedlora.core.errors import ConfigError
 
     for number, names in enumerate(test_pairs.covering()):
         phases = test_pairs.phases_of(*names)
@@ -115,13 +119,13 @@ def federation(phases: Any, variant: str, mode: str = "federated") -> tuple[Any,
     import numpy as np
     import torch
 
-    from fedlora.clients import Clients
     from fedlora.config import Evaluate, Experiment
+    from fedlora.config.federated_data import Setting, in_mode
+    from fedlora.population.clients import Clients
+    from fedlora.population.skew import Classes
+    from fedlora.population.tiers import Tier, assign_tiers
     from fedlora.recipe import Phase
-    from fedlora.setting import Setting, in_mode
-    from fedlora.skew import Classes
     from fedlora.testing import equal_population, toy_task
-    from fedlora.tiers import Tier, assign_tiers
     from fedlora.transport import TopK
     from fedlora.tuning import SparseMask
 
@@ -159,7 +163,7 @@ def federation(phases: Any, variant: str, mode: str = "federated") -> tuple[Any,
 def parts_of(experiment: Any, setting: Any) -> dict[str, str]:
     """Hashes of the state after each half, and of each row."""
     from fedlora import run
-    from fedlora.errors import FedloraError
+    from fedlora.core.errors import FedloraError
 
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as place:
@@ -181,43 +185,13 @@ def parts_of(experiment: Any, setting: Any) -> dict[str, str]:
 
 def state_of(folder: Path) -> dict[str, str]:
     """Hashes of a checkpoint by part."""
-    try:
-        from fedlora.checkpoint import load_state
-    except ImportError:
-        from fedlora.state import load_state
-    state, _ = load_state(folder)
-    parts = _parts_before(state) if hasattr(state, "groups") else _parts(state)
-    return {part: _digest(value) for part, value in parts.items()}
+    from fedlora.rounds.checkpoint import load_state
 
-
-def _parts_before(state: Any) -> dict[str, Any]:
-    """What 0.1.0's state holds."""
-    return {
-        "numbers": [state.phase, state.round, state.steps, state.clip_norm, sorted(state.ranks.items())],
-        "groups": list(state.groups.items()),
-        "setup": [state.setup, sorted(state.setup_bytes.items())],
-        "params": state.params,
-        "init": state.init,
-        "slots": state.slots,
-        "feedback": state.feedback,
-        "held": dict(sorted(state.held.items())),
-        "folds": [state.folds.version, state.folds.total, list(state.folds.recent)],
-        "clients": {
-            client: [
-                one.has_setup,
-                one.folds.version,
-                one.folds.total,
-                sorted(one.optimizer.items()),
-                one.feedback,
-                one.held,
-            ]
-            for client, one in sorted(state.clients.items())
-        },
-    }
+    return {part: _digest(value) for part, value in _parts(load_state(folder)[0]).items()}
 
 
 def _parts(state: Any) -> dict[str, Any]:
-    """The same of a state whose parts have stores."""
+    """What a state holds, by part."""
     known = dict(sorted(state.known.items()))
     ranks = [(client, memory.value("rank", "rank")) for client, memory in known.items() if "rank" in memory]
     held = {client: memory.tree("down", "held") for client, memory in known.items() if "down" in memory}
