@@ -2,11 +2,12 @@
 
     python scripts/same_bits.py OLD NEW [--only WORDS]
 
-OLD and NEW are checkouts, and each is recorded by its own copy of this script. It runs the recipes of its own ``tests/contracts/test_pairs.py`` for four rounds and goes
-on from a checkpoint after the second: in turn as they are, with tiers of densities over networks, with tiers of ranks,
-with Poisson cohorts, and after a phase of a sparse mask; and two runs without a federation. Compared are the whole
-state after each half (parameters, optimisers, memories, folds, clips, ranks) and each row of the ledger without its
-times. A record is kept in ``build/same_bits`` by commit where nothing is uncommitted.
+OLD and NEW are checkouts, and each is recorded by its own copy of this script. It runs the recipes of its own
+``tests/contracts/test_pairs.py`` for four rounds and goes on from a checkpoint after the second: in turn as they are,
+with tiers of densities over networks, with tiers of ranks, with Poisson cohorts, and after a phase of a sparse mask;
+and two runs without a federation. Compared are the whole state after each half (parameters, optimisers, memories,
+folds, clips, ranks) and each row of the ledger without its times. A record is kept in ``build/same_bits`` by commit
+where nothing is uncommitted.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.core.later import transformers
 from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.population.clients import Population
 from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split

@@ -221,7 +221,7 @@ LIES = dict(list(WRONGS.items())[::4])
 """Some of what sites may answer; ``test_remote.py`` has all, without a network."""
 ROGUE = """
 import sys
-if "fedlora.federation.deploy.worker" in sys.orig_argv and "--check" not in sys.orig_argv:
+if "fedlora.federation.deploy.worker" in sys.orig_argv:
     from fedlora.federation.protocol import letters
     from fedlora.federation.site import site
     from fixtures.malformed_replies import WRONGS

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import fedlora
-from fedlora.tasks.models.pooling import PooledClassifier, pool
+from fedlora.tasks.models.pooled import PooledClassifier, pool
 
 TEXTS = ["red w1 w2", "w3 blue", "w4 w5 w6 green w7 green"]
 LORA = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 2, "target_modules": ".*query"}

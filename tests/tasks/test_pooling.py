@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 import fedlora
 from fedlora.core.errors import ConfigError
 from fedlora.tasks import Files, Model, TextClassification
-from fedlora.tasks.models.pooling import PooledClassifier
+from fedlora.tasks.models.pooled import PooledClassifier
 from fedlora.tasks.text import PreparedText
 
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedlora.core.errors import ConfigError
 if TYPE_CHECKING:
     from fedlora.config import Experiment
     from fedlora.runs.callbacks import Callback
+    from fedlora.runs.inference import Trained
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -37,6 +39,21 @@ LinkText = Annotated[str | None, typer.Option("--link", help="A network for all:
 AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]
 
 
+def import_settings() -> None:
+    """Imports what reads configurations, says so on a terminal, and looks for no garbage in it, then or later."""
+    waiting("PyTorch")
+    gc.disable()
+
+    gc.freeze()
+    gc.enable()
+
+
+def waiting(what: str) -> None:
+    """Says on a terminal what a command is loading."""
+    if ERR.is_terminal:
+        ERR.print(f"loading {what} ...", style="dim", highlight=False)
+
+
 def experiment_of(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Experiment, Path | None]:
     """The experiment of a file or of a run's folder, and the folder of the run, if the arguments name one.
 
@@ -47,7 +64,21 @@ def experiment_of(path: Path, overrides: list[str] | None, out: Path | None) -> 
 
     if path.is_dir() and not (path / "config.toml").exists():
         raise ConfigError(f"{path} is a folder without config.toml; name a TOML file or the folder of a run")
-    return load(path, overrides or []), out or (path if path.is_dir() else None)
+    experiment = load(path, overrides or [])
+    waiting("the model and the data")
+    return experiment, out or (path if path.is_dir() else None)
+
+
+def run_of(folder: Path) -> Trained:
+    """A finished run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    waiting("the model")
+    from fedlora.runs.inference import load_run
+
+    return load_run(folder)
 
 
 def folder_of(experiment: Experiment, folder: Path | None) -> Path:

@@ -28,6 +28,8 @@ from fedlora.cli.common import (
     callbacks_of,
     experiment_of,
     folder_of,
+    import_settings,
+    run_of,
     write_page,
 )
 from fedlora.cli.common import show as show_result
@@ -48,7 +50,8 @@ app = typer.Typer(
 
 @app.callback()
 def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works anywhere.")] = False) -> None:
-    pass
+    if "--help" not in sys.argv:
+        import_settings()
 
 
 @app.command()
@@ -242,9 +245,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="A whole model that needs no peft.")] = False,
 ) -> None:
     """Write a run's adapter for `peft`, or the merged model."""
-    from fedlora.runs.inference import load_run
-
-    load_run(run).export(out, merge)
+    run_of(run).export(out, merge)
     OUT.print(f"written to {out}", markup=False, soft_wrap=True, highlight=False)
 
 
@@ -255,10 +256,10 @@ def predict(
     format_: AsFormat = Format.table,
 ) -> None:
     """Say what a run's model makes of a text, or of what else its task takes."""
-    from fedlora.runs.inference import load_run, read_inputs
+    from fedlora.runs.inference import read_inputs
 
     inputs = read_inputs(text)
-    found = load_run(run).predict(inputs)
+    found = run_of(run).predict(inputs)
     table = Table("input", "answer", "", "next")
     for one, answer in zip(inputs, found, strict=True):
         first, *rest = [
@@ -279,12 +280,10 @@ def evaluate(
     format_: AsFormat = Format.table,
 ) -> None:
     """Evaluate a run's model on the rows of a file."""
-    from fedlora.runs.inference import load_run
-
     wrong = [one for one in column or [] if "=" not in one]
     if wrong:
         raise ConfigError(f"--column {wrong[0]!r} is not of the form use=name, as in --column text=body")
-    found = load_run(run).evaluate(data, dict(one.split("=", 1) for one in column or []))
+    found = run_of(run).evaluate(data, dict(one.split("=", 1) for one in column or []))
     table = Table("metric", "value")
     for name, value in found.metrics.items():
         table.add_row(name, f"{value:.4f}")

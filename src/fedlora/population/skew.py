@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora.core.component import STRICT, Field, dataclass
 from fedlora.core.errors import DataError
+from fedlora.core.later import sklearn
 from fedlora.population.partitions import Rows
 
 if TYPE_CHECKING:
@@ -126,11 +127,9 @@ SKEWS: dict[str, type[Skew]] = {"label": Label, "column": Column, "clusters": Cl
 
 
 def _topics(texts: list[str], seed: int) -> NDArray[Any]:
-    from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
     try:
-        counts = TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
+        counts = sklearn.feature_extraction.text.TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
     except ValueError as error:
         raise DataError(
             "the texts have no words of two letters or more to tell them apart by: set clients.skew.features to "
@@ -140,23 +139,24 @@ def _topics(texts: list[str], seed: int) -> NDArray[Any]:
         return np.asarray(counts.toarray())
     # equal texts have no variance to explain
     with np.errstate(invalid="ignore"):
-        points: NDArray[Any] = TruncatedSVD(min(NUM_TOPICS, counts.shape[0]), random_state=seed).fit_transform(counts)
+        points: NDArray[Any] = sklearn.decomposition.TruncatedSVD(
+            min(NUM_TOPICS, counts.shape[0]), random_state=seed
+        ).fit_transform(counts)
     return points
 
 
 def _k_means(points: NDArray[Any], num: int, seed: int) -> Rows:
     """The cluster of each of the ``points``, (rows, size), as (rows,) int64; the first row lies in cluster 0."""
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.preprocessing import normalize
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     found = np.zeros(0, dtype=np.int64)
     if len(points) >= num:
         # several threads would add up in an order of chance
         with threadpool_limits(1), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            found = KMeans(num, n_init=NUM_STARTS, random_state=seed).fit_predict(normalize(points))
+            warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
+            found = sklearn.cluster.KMeans(num, n_init=NUM_STARTS, random_state=seed).fit_predict(
+                sklearn.preprocessing.normalize(points)
+            )
     _, first, found = np.unique(found, return_index=True, return_inverse=True)
     if len(first) < num:
         raise DataError(

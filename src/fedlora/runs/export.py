@@ -19,8 +19,7 @@ from fedlora.core.tree import Tree
 from fedlora.rounds.downlink import view
 from fedlora.rounds.phases import close_phase
 from fedlora.runs.folder import cannot_write
-from fedlora.tasks.models.loading import quiet_transformers
-from fedlora.tasks.models.pooling import PooledClassifier
+from fedlora.tasks.models.loading import pooled, quiet_transformers
 from fedlora.tuning import Bottleneck, Installed, LoRA, Peft
 from fedlora.tuning.export import dilated, save_lora, save_peft
 from fedlora.tuning.lora import PEFT_PREFIX
@@ -98,7 +97,7 @@ def _save_merged(folder: Path, trained: Trained) -> None:
         for name, value in learnt.head.items():
             named[name].copy_(value)
     with quiet_transformers():
-        if isinstance(model, PooledClassifier):
+        if isinstance(model, pooled.PooledClassifier):
             model.save_backbone(folder)
         else:
             model.save_pretrained(str(folder))  # type: ignore[operator]

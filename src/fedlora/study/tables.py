@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from fedlora.core.later import scipy
 from fedlora.study.gates import parse_term
 from fedlora.study.pool import shown
 
@@ -49,14 +50,13 @@ class Summary:
 
 def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float | None] | None:
     """The mean difference over common seeds, and half of its 95 % interval: ``t(0.975, n - 1) s / sqrt(n)``."""
-    from scipy import stats
 
     gaps = [value - other[seed] for seed, value in mine.items() if seed in other]
     if not gaps:
         return None
     if len(gaps) == 1:
         return gaps[0], None
-    return mean(gaps), float(stats.t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
+    return mean(gaps), float(scipy.stats.t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
 
 
 def summaries(results: Results) -> list[Summary]:

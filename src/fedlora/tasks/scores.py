@@ -7,10 +7,10 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional
 
+from fedlora.core.later import sklearn
 from fedlora.tasks.base import Evaluation
 
 Problem = Literal["single", "multi", "regression"]
@@ -72,7 +72,9 @@ def score(logits: Tensor, labels: Tensor, problem: Problem, names: list[str]) ->
     if problem == "multi":
         chosen = logits > 0
         metrics = {
-            f"{average}_f1": float(f1_score(labels.numpy(), chosen.numpy(), average=average, zero_division=0.0))
+            f"{average}_f1": float(
+                sklearn.metrics.f1_score(labels.numpy(), chosen.numpy(), average=average, zero_division=0.0)
+            )
             for average in ("micro", "macro")
         }
         metrics |= {"accuracy": float((chosen == labels.bool()).all(1).float().mean()), **last}
@@ -83,7 +85,9 @@ def score(logits: Tensor, labels: Tensor, problem: Problem, names: list[str]) ->
     predicted = logits.argmax(1)
     metrics = {
         "accuracy": float((predicted == labels).float().mean()),
-        "macro_f1": float(f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0.0)),
+        "macro_f1": float(
+            sklearn.metrics.f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0.0)
+        ),
         **last,
     }
     if len(torch.unique(predicted)) == 1 and len(torch.unique(labels)) > 1:

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors.torch import load_file, save_file
 
 from fedlora.core.errors import ConfigError
+from fedlora.core.later import peft
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed
 from fedlora.tuning.lora import PEFT_PREFIX, LoRA, lora_layers, to_peft

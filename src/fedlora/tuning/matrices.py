@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
-Matrix = nn.Linear | Conv1D | nn.Conv2d | nn.Embedding
+from fedlora.core.later import transformers
 
-_PLAIN = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
+if TYPE_CHECKING:
+    Matrix = nn.Linear | transformers.pytorch_utils.Conv1D | nn.Conv2d | nn.Embedding
+
 _READ = (
     *("in_features", "out_features", "nx", "nf"),
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
@@ -22,17 +23,17 @@ _NUMBERS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def is_matrix(module: nn.Module) -> TypeGuard[Matrix]:
     """Whether ``module`` multiplies by one matrix: a linear layer, GPT-2's ``Conv1D``, a convolution, an embedding."""
-    return isinstance(module, _PLAIN)
+    return isinstance(module, _plain())
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``."""
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D)
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether ``module`` computes as its class in PyTorch does, and not in a subclass's way (quantised, scaled)."""
-    return type(module) in _PLAIN and "forward" not in vars(module)
+    return type(module) in _plain() and "forward" not in vars(module)
 
 
 def holds_numbers(weight: Tensor) -> bool:
@@ -49,7 +50,7 @@ def is_packed(module: nn.Module) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight is stored as ``(in, out)``: GPT-2's ``Conv1D``, and an embedding, ``(number, size)``."""
-    return isinstance(module, Conv1D | nn.Embedding)
+    return isinstance(module, transformers.pytorch_utils.Conv1D | nn.Embedding)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
@@ -106,3 +107,7 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
             holders.setdefault(id(weight), []).append(name)
     shared = [names for names in holders.values() if len(names) > 1]
     return {name: next(other for other in names if other != name) for names in shared for name in names}
+
+
+def _plain() -> tuple[type[nn.Module], ...]:
+    return nn.Linear, transformers.pytorch_utils.Conv1D, nn.Conv2d, nn.Embedding

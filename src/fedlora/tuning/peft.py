@@ -6,13 +6,12 @@ import re
 import warnings
 from typing import Any, Literal
 
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fedlora.core.component import STRICT, dataclass
 from fedlora.core.errors import ConfigError
+from fedlora.core.later import peft
 from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
@@ -83,7 +82,7 @@ class Peft(Tuning):
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"peft cannot put {config.peft_type} into this model: {error}") from error
         for module in wrapped.modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
                 mirror(module.get_base_layer(), module)
         parameters, schema = {}, Schema()
         for name, parameter in wrapped.named_parameters():

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import PreTrainedModel
 
 from fedlora.core.errors import ConfigError
+from fedlora.core.later import peft, transformers
 from fedlora.tuning.base import check_matched
-from fedlora.tuning.matrices import Matrix, is_linear, is_matrix, obstacle, tied_weights
+from fedlora.tuning.matrices import is_linear, is_matrix, obstacle, tied_weights
+
+if TYPE_CHECKING:
+    from fedlora.tuning.matrices import Matrix
 
 Targets = str | tuple[str, ...]
 
@@ -44,7 +47,7 @@ _MORE_DEFAULTS: dict[str, tuple[str, ...]] = {
 
 def family(model: nn.Module) -> str:
     """The model's ``model_type``, such as ``bert``."""
-    assert isinstance(model, PreTrainedModel)
+    assert isinstance(model, transformers.PreTrainedModel)
     return str(model.config.model_type)
 
 
@@ -64,7 +67,7 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
     """
     named = targets not in ("default", "all-linear")
     if targets == "default":
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_DEFAULTS
+        known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_DEFAULTS
         usual = known.get(family(model), "all-linear")
         targets = usual if isinstance(usual, str) else tuple(usual)
     matches = _matcher(targets)
@@ -79,7 +82,7 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
     if named and obstacles:
         name, why = next(iter(obstacles.items()))
         raise ConfigError(f"{name} cannot be a target: {why}; leave it out of `targets`")
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    output = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None  # type: ignore[no-untyped-call]
     found = {
         name: module
         for name, module in matrices.items()

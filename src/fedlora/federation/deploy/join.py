@@ -7,7 +7,6 @@ import re
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
 from fedlora.federation.deploy.processes import Child, free_port, quiet, stop_all, write_secret
+from fedlora.federation.protocol.rules import SiteConfig
 from fedlora.runs.callbacks import Callback, CallbackList
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 30.0
@@ -52,14 +52,14 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
         raise ConfigError(f"{server!r} is not of the form host:port")
     if insecure and not _is_loopback(host):
         raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
-    name, poll = _checked(file)
+    settings = SiteConfig.load(file)
     trust = ["--insecure"] if insecure else _credentials(file.parent)
     home = Path(tempfile.mkdtemp(prefix="fedlora-site-"))
     secret = home / "secret"
     inner = f"127.0.0.1:{free_port()}"
     node = Child(
         [
-            sys.executable, "-m", "fedlora.federation.flower.supernode", poll,
+            sys.executable, "-m", "fedlora.federation.flower.supernode", str(settings.poll_seconds),
             "--superlink", server, *trust, "--isolation", "process",
             "--host", "127.0.0.1", "--port", inner.rpartition(":")[2], "--superexec-auth-secret-file", str(secret),
         ],
@@ -71,7 +71,7 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
     )
     try:
         write_secret(secret, secrets.token_bytes(32))
-        _keep(name, {"the SuperNode": node, "the worker": worker}, report)
+        _keep(settings.name, {"the SuperNode": node, "the worker": worker}, report)
     finally:
         # whoever asks twice waits as long, and nothing is left behind
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -79,25 +79,9 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
             signal.signal(number, signal.SIG_IGN)
         stop_all([node, worker])
         shutil.rmtree(home, ignore_errors=True)
-        report.message(f"{name}: left")
+        report.message(f"{settings.name}: left")
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _checked(file: Path) -> tuple[str, str]:
-    """The site's name and how often it asks for work; the process that waits here need not hold what reads the rest.
-
-    Raises:
-        ConfigError: the file is wrong.
-    """
-    command = [sys.executable, "-m", "fedlora.federation.deploy.worker", "--check", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 2:
-        raise ConfigError(done.stderr.strip())
-    if done.returncode:
-        raise RuntimeError(f"{file} could not be checked: {done.stderr[-500:]}")
-    name, poll = done.stdout.split()
-    return name, poll
 
 
 def _keep(name: str, children: dict[str, Child], report: Callback) -> None:

@@ -6,7 +6,6 @@ import logging
 import sys
 from pathlib import Path
 
-from fedlora.core.errors import ConfigError
 from fedlora.federation.flower.app import answer
 from fedlora.federation.flower.runtime import Link, take_messages
 from fedlora.federation.protocol.rules import SiteConfig
@@ -15,24 +14,11 @@ from fedlora.federation.site.site import Site
 
 def main() -> None:
     """Answers the messages of the SuperNode at an address, until it is stopped."""
-    if sys.argv[1] == "--check":
-        _check(Path(sys.argv[2]))
-        return
     address, secret, file = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     site = Site(SiteConfig.load(Path(file)))
     take_messages(Link(address, None, Path(secret).read_bytes()), lambda message: answer(site, message))
-
-
-def _check(file: Path) -> None:
-    """Prints what the process that waits needs to know, or what is wrong with a site's file."""
-    try:
-        settings = SiteConfig.load(file)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    print(settings.name, settings.poll_seconds)
 
 
 if __name__ == "__main__":

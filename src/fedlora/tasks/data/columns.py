@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
 from fedlora.core.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    import datasets
+from fedlora.core.later import datasets
 
 
 class Raw(NamedTuple):
@@ -184,7 +182,6 @@ def known_classes(rows: datasets.Dataset, label: str, names: Sequence[str]) -> d
     Raises:
         DataError: a label is neither.
     """
-    import datasets
 
     declared = class_names(rows, label)
     known = class_numbers(names, declared, by_number=True)
@@ -238,7 +235,6 @@ def fingerprint(dataset: datasets.Dataset, columns: Sequence[str] | None = None)
 
 def class_names(rows: datasets.Dataset, name: str) -> list[str] | None:
     """The names of a column's declared classes; of the entries' classes where it holds lists; None without any."""
-    import datasets
 
     feature = rows.features[name]
     feature = getattr(feature, "feature", feature)
@@ -270,7 +266,6 @@ def _label_names(rows: datasets.Dataset, label: str, label_name: str | None) -> 
 
 
 def _encode(rows: datasets.Dataset, label: str, names: dict[Any, str], which: str) -> datasets.Dataset:
-    import datasets
 
     declared = class_names(rows, label)
     if declared is not None and declared != list(names.values()):

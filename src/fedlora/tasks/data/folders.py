@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedlora.core.errors import DataError
-
-if TYPE_CHECKING:
-    import datasets
+from fedlora.core.later import datasets
 
 PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Endings of the files that count as pictures, in small letters or large."""
@@ -49,7 +46,6 @@ def read_folder(root: Path, names: Sequence[str] | None = None) -> datasets.Data
     Raises:
         DataError: there is no such folder, or no picture in it, or a class that is not among ``names``.
     """
-    import datasets
 
     if not root.is_dir():
         raise DataError(f"there is no folder '{root}', but pictures were to be read from it: correct the path")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.errors import DataError
+from fedlora.core.later import datasets
 from fedlora.tasks.data.columns import Raw, class_names, class_numbers, known_classes, values_of, with_classes
 from fedlora.tasks.scores import Problem
-
-if TYPE_CHECKING:
-    import datasets
 
 
 def labelled(raw: Raw, problem: Problem) -> tuple[Raw, list[str]]:
@@ -95,7 +93,6 @@ def class_sets_of(
     Raises:
         DataError: the column holds no lists, or a class that is not among ``names``.
     """
-    import datasets
 
     declared = class_names(rows, label)
     known = class_numbers(names, declared, by_number)

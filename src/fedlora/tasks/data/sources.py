@@ -15,19 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import xxhash
 
 from fedlora.core.component import STRICT, Field, Fraction, by_kind, dataclass
 from fedlora.core.errors import DataError, first_line
 from fedlora.core.files import write_atomically
+from fedlora.core.later import datasets
 from fedlora.core.state import named_seed
 from fedlora.tasks.data.columns import Raw, rename
 from fedlora.tasks.data.folders import picture_folders, read_folder
-
-if TYPE_CHECKING:
-    import datasets
 
 MIN_CHARACTERS = 20
 """Shorter docstrings say too little to be classified."""
@@ -74,7 +72,6 @@ class Docstrings(Source):
     seed: int = 0
 
     def load(self) -> Raw:
-        import datasets
 
         root = Path(sysconfig.get_path("stdlib"))
         rows: dict[str, tuple[str, str]] = {}
@@ -159,7 +156,6 @@ class Hub(Source):
         return Raw(train, test, self.test_fraction, self.seed)
 
     def _fetch(self, split: str) -> datasets.Dataset:
-        import datasets
 
         try:
             with _quiet():
@@ -289,7 +285,6 @@ def read_rows(path: str) -> datasets.Dataset:
     Raises:
         DataError: there is no such file, or it cannot be read.
     """
-    import datasets
 
     file = Path(path).expanduser()
     if not file.is_file():
@@ -331,7 +326,6 @@ def read_rows(path: str) -> datasets.Dataset:
 
 def _decompress(file: Path, suffix: str) -> Path:
     """A plain copy in the cache, named by content: the cache's own copies are named by path and can be out of date."""
-    import datasets
 
     raw = file.read_bytes()
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "fedlora"
@@ -348,7 +342,6 @@ def _names_in(folder: Path) -> list[str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars within, and afterwards as they were."""
-    import datasets
 
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.core.errors import ConfigError, DataError, first_line
 from fedlora.core.files import new_file
+from fedlora.core.later import transformers
 from fedlora.tasks.base import Model
 from fedlora.tasks.models.encoded import cache_folder
 from fedlora.tasks.models.loading import quiet_transformers, readable

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from fedlora.core.errors import ConfigError
+from fedlora.core.later import transformers
 from fedlora.tasks.models.loading import positions, quiet_transformers
 
 

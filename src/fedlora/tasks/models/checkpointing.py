@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedlora.core.later import transformers
 
 
 @contextlib.contextmanager
@@ -27,7 +28,9 @@ def checkpointing_without_dropout(model: nn.Module) -> Iterator[None]:
         model: in evaluation mode; it is in evaluation mode afterwards too.
     """
     layers: list[Any] = [
-        layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) and _is_checkpointed(layer)
+        layer
+        for layer in model.modules()
+        if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer) and _is_checkpointed(layer)
     ]
     inner = [layer._gradient_checkpointing_func for layer in layers]
     cached = _caching_configs(model) if layers else []
@@ -46,7 +49,7 @@ def checkpointing_without_dropout(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _is_checkpointed(layer: GradientCheckpointingLayer) -> bool:
+def _is_checkpointed(layer: transformers.modeling_layers.GradientCheckpointingLayer) -> bool:
     return bool(layer.gradient_checkpointing) and not layer.training
 
 

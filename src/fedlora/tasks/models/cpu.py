@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
 
+from fedlora.core.later import transformers
 from fedlora.tuning.targets import replace_module
 
 ATTENTION = "fedlora_cpu"
@@ -39,9 +37,13 @@ def speed_up(model: nn.Module, attention: bool) -> None:
         if type(module) is nn.Dropout:
             replace_module(model, name, Dropout(module.p).train(module.training))
     # the flag of models whose attention calls the interface with nothing hidden
-    if attention and isinstance(model, PreTrainedModel) and getattr(model, "_supports_attention_backend", False):
-        AttentionInterface.register(ATTENTION, attend)
-        AttentionMaskInterface.register(ATTENTION, eager_mask)
+    if (
+        attention
+        and isinstance(model, transformers.PreTrainedModel)
+        and getattr(model, "_supports_attention_backend", False)
+    ):
+        transformers.AttentionInterface.register(ATTENTION, attend)
+        transformers.AttentionMaskInterface.register(ATTENTION, transformers.masking_utils.eager_mask)
         model.set_attn_implementation(ATTENTION)
 
 
@@ -126,7 +128,7 @@ def attend(
     plain = query.dtype == torch.float32 and not dropout
     special = any(others.get(name) is not None for name in ("position_bias", "s_aux", "softcap"))
     if plain or special or key.shape[1] != query.shape[1]:
-        return sdpa_attention_forward(
+        return transformers.integrations.sdpa_attention.sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
     with torch.autocast("cpu", enabled=False):

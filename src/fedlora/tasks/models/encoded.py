@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import transformers
 import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -19,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from fedlora.core.files import new_file
+from fedlora.core.later import transformers
 from fedlora.tasks.models.loading import forget_last_call
 
 if TYPE_CHECKING:

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 
 from fedlora.core.errors import ConfigError, first_line
+from fedlora.core.later import Later, transformers
 from fedlora.tasks.models import cpu
 from fedlora.tasks.models.heads import parameters_of
-from fedlora.tasks.models.pooling import POOLER_FAMILIES, PooledClassifier, Pooling
+from fedlora.tasks.models.pooling import POOLER_FAMILIES, Pooling
 
 if TYPE_CHECKING:
     from fedlora.tasks.base import Model
+    from fedlora.tasks.models import pooled as pooled
+else:
+    pooled = Later("fedlora.tasks.models.pooled")  # its class is one of transformers
 
 FEW_BITS: dict[str, dict[str, Any]] = {
     "8bit": {"load_in_8bit": True},
@@ -84,7 +87,7 @@ def load_pretrained(
     _checkpoint(loaded, model)
     if pooling != "model":
         with quiet_transformers():
-            loaded = PooledClassifier(loaded, pooling, seed)
+            loaded = pooled.PooledClassifier(loaded, pooling, seed)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     head = head_names(loaded, missing, fresh_head) | parameters_of(loaded, model.head)
     return loaded if model.load in FEW_BITS else loaded.to(device), head

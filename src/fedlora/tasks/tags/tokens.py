@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, TrainingError, shown
+from fedlora.core.later import datasets, seqeval
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
 from fedlora.tasks.data.columns import Splits, check_rows, class_names, fingerprint, split, values_of
 from fedlora.tasks.data.sources import Source
@@ -229,7 +229,9 @@ class PreparedTokens(PreparedTokenized):
             [[self._iob2[tag] for tag in tags[slice(*windows.tags.offsets[row : row + 2])]] for row in rows.tolist()]
             for tags in (wanted.tolist(), found.tolist())
         ]
-        precision, recall, f1, _ = precision_recall_fscore_support(*tagged, average="micro", zero_division=0)
+        precision, recall, f1, _ = seqeval.metrics.sequence_labeling.precision_recall_fscore_support(
+            *tagged, average="micro", zero_division=0
+        )
         metrics = {
             "f1": float(f1),
             "precision": float(precision),
@@ -257,7 +259,7 @@ class PreparedTokens(PreparedTokenized):
         for number, text in enumerate(inputs):
             tags = found[slice(*windows.tags.offsets[number : number + 2])]
             entities = []
-            for kind, first, last in get_entities([self._iob2[tag] for tag in tags]):
+            for kind, first, last in seqeval.metrics.sequence_labeling.get_entities([self._iob2[tag] for tag in tags]):
                 start, end = spans[number][first][0], spans[number][last][1]
                 entities.append({"type": kind, "text": text[start:end], "start": start, "end": end})
             results.append({"entities": entities})
@@ -303,7 +305,10 @@ class PreparedTokens(PreparedTokenized):
         for row in range(len(labels)):
             found = tags.values[tags.offsets[row] : tags.offsets[row + 1]]
             if found.any():
-                counts = Counter(first[kind] for kind, _, _ in get_entities([self._iob2[tag] for tag in found]))
+                counts = Counter(
+                    first[kind]
+                    for kind, _, _ in seqeval.metrics.sequence_labeling.get_entities([self._iob2[tag] for tag in found])
+                )
                 labels[row] = min(counts, key=lambda number: (-counts[number], number))
         return labels
 
@@ -318,7 +323,6 @@ class PreparedTokens(PreparedTokenized):
 
 
 def _numbered(rows: Any, tags: list[list[str]], names: Sequence[str], which: str) -> Any:
-    import datasets
 
     known = {name: number for number, name in enumerate(names)}
     for row, found in enumerate(tags):

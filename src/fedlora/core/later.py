@@ -1,0 +1,56 @@
+"""Libraries that take seconds to import; each is imported when something of it is first used.
+
+Reading, checking and printing a configuration uses none of them. A type checker sees plain imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Later", "datasets", "peft", "scipy", "seqeval", "sklearn", "transformers"]
+
+
+class Later(ModuleType):
+    """A module that is imported at the first look at one of its names; its submodules are too.
+
+    Args:
+        name: of the module.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        module = importlib.import_module(self.__name__)
+        try:
+            return getattr(module, name)
+        except AttributeError:
+            if importlib.util.find_spec(f"{self.__name__}.{name}") is None:
+                raise
+            return importlib.import_module(f"{self.__name__}.{name}")
+
+
+if TYPE_CHECKING:
+    import datasets
+    import peft.tuners.tuners_utils
+    import scipy.stats
+    import seqeval.metrics.sequence_labeling
+    import sklearn.cluster
+    import sklearn.decomposition
+    import sklearn.exceptions
+    import sklearn.feature_extraction.text
+    import sklearn.metrics
+    import sklearn.preprocessing
+    import transformers
+    import transformers.integrations.sdpa_attention
+    import transformers.masking_utils
+    import transformers.modeling_layers
+    import transformers.modeling_outputs
+    import transformers.pytorch_utils
+else:
+    datasets = Later("datasets")
+    peft = Later("peft")
+    scipy = Later("scipy")
+    seqeval = Later("seqeval")
+    sklearn = Later("sklearn")
+    transformers = Later("transformers")

@@ -1,0 +1,90 @@
+"""Reading, checking and printing configurations loads no library that only models and data need."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedlora.core.later import Later
+
+HEAVY = ("transformers", "peft", "datasets", "sklearn", "scipy", "pandas", "pyarrow", "seqeval", "flwr")
+READ = """
+import json, sys
+from fedlora.cli import main
+sys.argv = ["fedlora", *json.loads(sys.argv[1])]
+try:
+    main.main()
+except SystemExit as stop:
+    code = stop.code or 0
+print("HEAVY", json.dumps([code, [name for name in NAMES if name in sys.modules]]))
+"""
+
+
+def imported(*arguments: str) -> tuple[int, list[str]]:
+    """The exit code of a command, and which heavy libraries its process imported."""
+    code = READ.replace("NAMES", repr(HEAVY))
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True)
+    line = done.stdout.splitlines()[-1] if done.stdout else pytest.fail(done.stderr)
+    exit_code, names = json.loads(line.removeprefix("HEAVY "))
+    return exit_code, names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("show", "wrong.toml"), 2),
+        (("run", "wrong.toml"), 2),
+        (("list",), 0),
+        (("list", "task"), 0),
+        (("list", "refusals"), 0),
+        (("new", "flasc"), 0),
+        # without Flower it is refused before anything is written
+        (("federation", "init", "federation", "--sites", "2"), 0 if importlib.util.find_spec("flwr") else 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_commands_that_read_settings_load_no_models_library(
+    arguments: tuple[str, ...], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.toml").write_text('[method]\nkind = "flasc"\nranks = 4\n')
+    assert imported(*arguments) == (expected, [])
+
+
+def test_every_kind_of_configuration_is_read_and_printed_without_them() -> None:
+    code = f"""
+import sys
+from fedlora.config import digest, parse, to_toml
+from fedlora.config.template import template
+from fedlora.federation.protocol.rules import SiteConfig
+from fedlora.methods import METHODS
+import tomllib
+for name in METHODS:
+    experiment = parse(tomllib.loads(template(name)))
+    digest(experiment), to_toml(experiment)
+sys.exit([name for name in {HEAVY!r} if name in sys.modules] or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_terminal_is_told_what_is_loaded(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedlora", "show", str(tmp_path / "none.toml")]
+    for terminal in ("1", ""):
+        env = {**os.environ, "FORCE_COLOR": terminal, "NO_COLOR": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert ("loading PyTorch ..." in done.stderr) == bool(terminal)
+        assert done.returncode == 2
+
+
+def test_a_module_is_imported_when_something_of_it_is_used() -> None:
+    later = Later("xml")
+    assert later.sax.__name__ == "xml.sax"
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        _ = later.nothing_of_that_name
