@@ -25,14 +25,15 @@ from fedlora.cli.common import (
 from fedlora.core.errors import ConfigError
 from fedlora.runs.callbacks import Callback
 
+GROUP = "Federation"
 federation = typer.Typer(no_args_is_help=True, help="Set up a federation over several machines, or try one on this.")
 
 
 def add_to(app: typer.Typer) -> None:
     """Adds these commands to the others."""
-    app.add_typer(federation, name="federation")
-    app.command()(serve)
-    app.command()(join)
+    app.add_typer(federation, name="federation", rich_help_panel=GROUP)
+    app.command(rich_help_panel=GROUP)(serve)
+    app.command(rich_help_panel=GROUP)(join)
 
 
 class Messages(Callback):

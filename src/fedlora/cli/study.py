@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.cli.common import ERR, OUT, AsFormat, ConfigPath, Format, Overrides, show
+from fedlora.cli.compare import GROUP
 from fedlora.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class TableFormat(StrEnum):
 
 def add_to(app: typer.Typer) -> None:
     """Adds these commands to the others."""
-    app.command()(tune)
-    app.command()(study)
+    app.command(rich_help_panel=GROUP)(tune)
+    app.command(rich_help_panel=GROUP)(study)
 
 
 def progress(text: str) -> None:

@@ -1,0 +1,62 @@
+"""The commands before there is a configuration: what there is to choose from, and a file to start with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.cli.common import AsFormat, Format, show
+
+GROUP = "Begin"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds these commands to the others."""
+    app.command(rich_help_panel=GROUP)(new)
+    app.command("list", rich_help_panel=GROUP)(list_)
+    app.command(rich_help_panel=GROUP)(env)
+
+
+def list_(slot: Annotated[str | None, typer.Argument()] = None, format_: AsFormat = Format.table) -> None:
+    """List the slots, the values of one slot with their settings, or `refusals`: combinations that are refused."""
+    from fedlora.recipe.refusals import REFUSALS
+    from fedlora.show.describe import SLOTS, choices
+
+    if slot == "refusals":
+        table = Table(slot, "why, and what to do")
+        for sentence in REFUSALS.items():
+            table.add_row(*map(Text, sentence))
+        show(format_, REFUSALS, table)
+        return
+    if slot is None:
+        table = Table("slot", "values")
+        for name, values in SLOTS.items():
+            table.add_row(name, ", ".join(values))
+        show(format_, {name: list(values) for name, values in SLOTS.items()}, table)
+        return
+    rows = choices(slot)
+    table = Table(slot, "what it is", "settings")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    show(format_, [dict(zip(("kind", "text", "settings"), row, strict=True)) for row in rows], table)
+
+
+def new(method: Annotated[str, typer.Argument(help="A method; `fedlora list method` names them.")]) -> None:
+    """Print a configuration to start from: fedlora new flasc > run.toml."""
+    from fedlora.config.template import template
+
+    print(template(method), end="")
+
+
+def env(format_: AsFormat = Format.table) -> None:
+    """Print versions, devices and folders, for a bug report."""
+    from fedlora.show.describe import environment
+
+    facts = environment()
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    show(format_, facts, table)

@@ -1,0 +1,98 @@
+"""The commands that say what a configuration means before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fedlora.cli.common import OUT, AsFormat, ConfigPath, Format, LinkText, Overrides, experiment_of, write_page
+from fedlora.cli.common import show as show_result
+from fedlora.core.errors import ConfigError
+
+GROUP = "Plan"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds these commands to the others."""
+    app.command(rich_help_panel=GROUP)(show)
+    app.command(rich_help_panel=GROUP)(partition)
+    app.command(rich_help_panel=GROUP)(cost)
+
+
+def show(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.table) -> None:
+    """Print the resolved configuration, what is trained, and which modules were matched."""
+    from dataclasses import asdict
+
+    from fedlora.config import resolved, to_toml
+    from fedlora.config.federated_data import in_mode, prepare
+    from fedlora.show.describe import HOLDS, phase_facts
+
+    experiment, _ = experiment_of(config, set_, None)
+    facts = phase_facts(experiment, prepare(in_mode(experiment)).task)
+    if format_ is Format.json:
+        phases = [asdict(fact) for fact in facts]
+        OUT.print_json(json.dumps({"config": resolved(experiment), "phases": phases}))
+        return
+    print(to_toml(experiment))
+    for number, fact in enumerate(facts):
+        trained = sum(fact.trainable.values())
+        groups = ", ".join(f"{group} {count:,}" for group, count in fact.trainable.items())
+        OUT.print(
+            f"[bold]phase {number}[/bold]: {fact.tuning}, {fact.rounds} rounds; {trained:,} of {fact.total:,} numbers "
+            f"are trained ({trained / fact.total:.2%}): {groups}"
+        )
+        OUT.print(f"  aggregation holds {fact.held_bytes / 1e6:.1f} MB on the server: {HOLDS[fact.needs]}")
+        for name, shape in fact.tensors.items():
+            OUT.print(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}", highlight=False)
+
+
+def partition(
+    config: ConfigPath,
+    set_: Overrides = None,
+    html: Annotated[Path | None, typer.Option(help="Also draw the classes of every client into this file.")] = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Show how the data are dealt: sizes, skew, and a drawing by what clients.skew looks at."""
+    from fedlora.config.federated_data import in_mode, prepare
+    from fedlora.show.plots import partition_bars, partition_html
+
+    experiment, _ = experiment_of(config, set_, None)
+    setting = prepare(in_mode(experiment))
+    labels, names = setting.classes
+    summary = setting.summary().as_dict()
+    if html is not None:
+        write_page(html, partition_html(setting.population, labels, names))
+    table = Table(show_header=False)
+    for key, value in summary.items():
+        table.add_row(key.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
+    show_result(format_, summary, table)
+    if format_ is Format.table:
+        OUT.print(partition_bars(setting.population, labels, names))
+
+
+def cost(
+    config: ConfigPath,
+    set_: Overrides = None,
+    link: LinkText = None,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Seconds of a client's step, over a network. Measured here by default."),
+    ] = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Tell the bytes of a run before it is trained, from real messages of its first rounds; over a network its time."""
+    from fedlora.config.federated_data import in_mode, prepare
+    from fedlora.runs.cost import costs
+    from fedlora.show.report import cost_table
+
+    experiment, _ = experiment_of(config, set_, None)
+    networks = experiment.clients.networks(link or "")
+    if step_seconds is not None and not networks:
+        raise ConfigError("--step-seconds is for the time over a network; name one with --link or clients.network")
+    effective = in_mode(experiment)
+    values, table = cost_table(costs(effective, prepare(effective)), networks, step_seconds)
+    show_result(format_, values, table)

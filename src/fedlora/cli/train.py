@@ -1,0 +1,103 @@
+"""The commands that train on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedlora.cli.common import (
+    ERR,
+    OUT,
+    AsFormat,
+    ConfigPath,
+    Format,
+    Overrides,
+    RunOut,
+    Tracks,
+    callbacks_of,
+    experiment_of,
+    folder_of,
+    show,
+)
+from fedlora.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedlora.config import Experiment
+    from fedlora.config.federated_data import Setting
+    from fedlora.runs.result import Result
+
+GROUP = "Train"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds these commands to the others."""
+    app.command(rich_help_panel=GROUP)(run)
+    app.command(rich_help_panel=GROUP)(demo)
+
+
+def run(
+    config: ConfigPath,
+    set_: Overrides = None,
+    out: RunOut = None,
+    engine: Annotated[str, typer.Option(help="Where clients run: serial, or flower-simulation.")] = "serial",
+    track: Tracks = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Run an experiment, or go on with one."""
+    from fedlora.show.report import as_dict, result_table
+
+    experiment, folder = experiment_of(config, set_, out)
+    result = _run(experiment, folder, track, engine=engine)
+    show(format_, as_dict(result), result_table(result))
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the run folders go; goes on where they hold checkpoints.")] = Path(
+        "runs/demo"
+    ),
+    set_: Overrides = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Train the embedded model with dense LoRA, FLASC, FeDeRA and SLoRA on one federation, and compare them."""
+    from fedlora.cli.demo import METHODS, configuration
+    from fedlora.config import parse
+    from fedlora.config.federated_data import prepare
+    from fedlora.show.report import as_dict, comparison, comparison_table
+
+    ERR.print(
+        "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
+        "to tell apart; 100 clients with skewed labels.",
+        highlight=False,
+    )
+    # what cannot run is refused before anything is trained
+    experiments = {method: parse(configuration(method, set_ or [])) for method in METHODS}
+    setting = prepare(experiments["lora"])
+    results = [_run(experiment, out / method, setting=setting) for method, experiment in experiments.items()]
+    rows = comparison([as_dict(result) for result in results])
+    show(format_, rows, comparison_table(rows))
+    if format_ is Format.table:
+        OUT.print("runs: " + "  ".join(str(result.folder) for result in results), soft_wrap=True, highlight=False)
+        OUT.print(f'try:  fedlora predict {results[0].folder} "Parse a MIME message from a file."', highlight=False)
+
+
+def _run(
+    experiment: Experiment,
+    folder: Path | None,
+    tracks: list[str] | None = None,
+    setting: Setting | None = None,
+    engine: str = "serial",
+) -> Result:
+    from fedlora.federation.engines import ENGINES
+    from fedlora.runs.experiment import run as run_experiment
+
+    folder = folder_of(experiment, folder)
+    if engine not in ENGINES:
+        raise ConfigError(f"there is no engine {engine!r}; there are: {', '.join(ENGINES)}")
+    callbacks = callbacks_of(folder, tracks)
+    if engine == "flower-simulation":
+        from fedlora.federation.deploy.simulate import simulate
+
+        return simulate(experiment, folder, callbacks=callbacks)
+    return run_experiment(experiment, folder, callbacks=callbacks, setting=setting)

@@ -1,0 +1,73 @@
+"""The commands that use what a run learnt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.cli.common import ERR, OUT, AsFormat, Format, RunPath, run_of, show
+from fedlora.core.errors import ConfigError
+
+GROUP = "Use a run"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds these commands to the others."""
+    app.command(rich_help_panel=GROUP)(predict)
+    app.command(rich_help_panel=GROUP)(evaluate)
+    app.command(rich_help_panel=GROUP)(export)
+
+
+def predict(
+    run: RunPath,
+    text: Annotated[str, typer.Argument(help="An input (a text, for most tasks), or a file with one per line.")],
+    format_: AsFormat = Format.table,
+) -> None:
+    """Say what a run's model makes of a text, or of what else its task takes."""
+    from fedlora.runs.inference import read_inputs
+
+    inputs = read_inputs(text)
+    found = run_of(run).predict(inputs)
+    table = Table("input", "answer", "", "next")
+    for one, answer in zip(inputs, found, strict=True):
+        first, *rest = [
+            (name, f"{value:.3g}" if isinstance(value, float) else str(value)) for name, value in answer.items()
+        ] or [("", "")]
+        cells = (one if len(one) < 60 else one[:57] + "...", *first, ", ".join(" ".join(pair) for pair in rest[:2]))
+        table.add_row(*map(Text, cells))
+    show(format_, [{"input": one, "answer": answer} for one, answer in zip(inputs, found, strict=True)], table)
+
+
+def evaluate(
+    run: RunPath,
+    data: Annotated[Path, typer.Option(help="A csv, tsv, json, jsonl or parquet file, maybe with .gz.")],
+    column: Annotated[
+        list[str] | None, typer.Option("-c", "--column", help="use=name: what a column of the task is called there.")
+    ] = None,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Evaluate a run's model on the rows of a file."""
+    wrong = [one for one in column or [] if "=" not in one]
+    if wrong:
+        raise ConfigError(f"--column {wrong[0]!r} is not of the form use=name, as in --column text=body")
+    found = run_of(run).evaluate(data, dict(one.split("=", 1) for one in column or []))
+    table = Table("metric", "value")
+    for name, value in found.metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    show(format_, {**found.metrics, "warnings": list(found.warnings)}, table)
+    for warning in found.warnings:
+        ERR.print(warning, style="yellow", markup=False)
+
+
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="A whole model that needs no peft.")] = False,
+) -> None:
+    """Write a run's adapter for `peft`, or the merged model."""
+    run_of(run).export(out, merge)
+    OUT.print(f"written to {out}", markup=False, soft_wrap=True, highlight=False)
