@@ -29,7 +29,10 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
         "unknown key 'method.local.optimizer.lrr', did you mean 'lr'; known here: kind, lr, beta1",
     ),
     "argument of a method": (("method.rnk=3",), "unknown key 'method.rnk', did you mean 'rank'"),
-    "table": (("clinets.num=3",), "unknown key 'clinets', did you mean 'clients'; known here: label, seed, mode"),
+    "table": (
+        ("clinets.num=3",),
+        "unknown key 'clinets.num', did you mean 'clients.num'; known here: label, seed, mode",
+    ),
     "method": (("method.kind='flask'",), "there is no method 'flask', did you mean 'flasc'; known: fedavg, lora"),
     "kind": (("clients.partition.kind='irichlet'",), "did you mean 'dirichlet'; known: iid, pooled, dirichlet"),
     "no kind": (("data={path='x'}",), "data needs a kind, one of: docstrings, files, hub"),

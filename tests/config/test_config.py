@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import tomllib
@@ -188,18 +189,71 @@ def test_rounds_are_those_of_one_phase() -> None:
 
 def test_a_slip_in_a_key_of_the_top_is_no_key_of_the_method() -> None:
     document: dict[str, Any] = {"method": {"kind": "lora"}}
-    config.override(document, "clinets.num=3")
-    with pytest.raises(ConfigError, match="unknown key 'clinets', did you mean 'clients'"):
-        config.parse(document)
-    document = {"method": {"kind": "lora"}}
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'clinets\.num', did you mean 'clients\.num'; known here: label"
+    ):
+        config.override(document, "clinets.num=3")
     config.override(document, "loca.epochs=3")
     with pytest.raises(ConfigError, match=r"unknown key 'method\.loca', did you mean 'local'"):
         config.parse(document)
 
 
+@pytest.mark.parametrize(
+    ("assignment", "meant"),
+    [
+        ("metod.rank=4", "'method.rank'; known here: .*, phases, method, and"),
+        ("metod={kind='lora'}", "'method';"),
+        ("max_length=32", "'task.max_length';"),
+        ("optimizer.lr=1.0", "'local.optimizer.lr';"),
+        ("lr=1.0", "'server.lr' or 'local.optimizer.lr';"),
+        ("seeed=1", "'seed';"),
+    ],
+)
+def test_a_key_that_stands_elsewhere_or_is_a_slip_is_named_with_its_whole_path(assignment: str, meant: str) -> None:
+    for document in ({}, {"method": {"kind": "lora"}}, config.resolved(config.parse({}))):
+        before = copy.deepcopy(document)
+        with pytest.raises(ConfigError, match=f"unknown key '.*', did you mean {meant}"):
+            config.override(document, assignment)
+        assert document == before
+
+
+def test_a_key_of_another_method_waits_for_its_kind() -> None:
+    document: dict[str, Any] = {"method": {"kind": "full"}}
+    config.override(document, "warm_rounds=3")
+    config.override(document, "method.kind=slora")
+    assert config.parse(document).phases[0].rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("task.max_length=32", {"task": {"kind": "text_classification", "max_length": 32}}),
+        ("data.num_classes=4", {"data": {"kind": "docstrings", "num_classes": 4}}),
+        ("clients.partition.alpha=0.5", {"clients": {"partition": {"kind": "dirichlet", "alpha": 0.5}}}),
+    ],
+)
+def test_an_override_needs_no_table_where_the_default_has_the_key(assignment: str, expected: dict[str, Any]) -> None:
+    document: dict[str, Any] = {}
+    config.override(document, assignment)
+    assert document == expected
+    config.parse(document)
+
+
+def test_an_override_that_the_default_kind_lacks_asks_for_a_kind() -> None:
+    config.override(document := {}, "data.train=x.csv")
+    with pytest.raises(ConfigError, match="data needs a kind, one of: docstrings, files"):
+        config.parse(document)
+
+
+def test_a_slip_in_method_is_one_in_a_file_too() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'metod', did you mean 'method'; known here: label.*, method"):
+        config.parse({"metod": {"kind": "lora"}})
+
+
 def test_later_overrides_win(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("seed = 1\n")
     assert config.load(tmp_path / "run.toml", ["seed=2", "seed=3"]).seed == 3
+    assert config.load(str(tmp_path / "run.toml")).seed == 1
 
 
 # ---- what is wrong, where, and what is known there

@@ -1,17 +1,11 @@
-"""An experiment as a value, and as TOML: reading, overriding, explaining what is wrong, writing back."""
+"""An experiment as a value, from the content of a TOML file and back."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import difflib
 import hashlib
-import inspect
 import itertools
 import json
-import tomllib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -24,7 +18,7 @@ from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.methods import METHODS
 from fedlora.population.clients import Clients
-from fedlora.recipe import Phase, Recipe
+from fedlora.recipe import Phase
 from fedlora.recipe.refusals import check_experiment
 from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
 
@@ -111,48 +105,6 @@ class Experiment:
 _ADAPTER = TypeAdapter(Experiment)
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads an experiment from a TOML file.
-
-    Args:
-        path: the file, or a run folder with a ``config.toml``.
-        overrides: ``key.key=value`` each; the value is read as TOML, and as plain text where that fails.
-
-    Raises:
-        ConfigError: there is no such file, it is no TOML, or it asks for something that is not there.
-    """
-    return parse(document_of(path, overrides))
-
-
-def document_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of a TOML file, or of a run folder's, with overrides; as for ``load``.
-
-    Raises:
-        ConfigError: there is no such file, it is no TOML, or an override is none.
-    """
-    file = path / "config.toml" if path.is_dir() else path
-    if not file.exists():
-        raise ConfigError(f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from")
-    document = read_toml(file)
-    for assignment in overrides:
-        override(document, assignment)
-    return document
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises:
-        ConfigError: there is no such file, or it is no TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a TOML file there is") from error
-
-
 def parse(document: Mapping[str, Any]) -> Experiment:
     """An experiment from the content of a TOML file.
 
@@ -173,7 +125,7 @@ def parse(document: Mapping[str, Any]) -> Experiment:
     try:
         return _ADAPTER.validate_python(content)
     except ValidationError as error:
-        raise ConfigError(explain(error, Experiment, "")) from error
+        raise ConfigError(explain(error, Experiment, "", beside=["method"])) from error
 
 
 def resolved(experiment: Experiment) -> dict[str, Any]:
@@ -208,82 +160,3 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
         elif mine != other:
             found.append(f"{prefix}{key}: {mine!r} against {other!r}")
     return found
-
-
-def override(document: dict[str, Any], assignment: str) -> None:
-    """Sets one value of a TOML document in place; keys as for ``assign``.
-
-    Args:
-        document: what ``tomllib`` read.
-        assignment: ``key.key=value``.
-
-    Raises:
-        ConfigError: it is not of that form, or a key on the way is no table.
-    """
-    path, equals, text = assignment.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"-s {assignment!r} is not of the form key.key=value")
-    assign(document, path.strip(), toml_value(text))
-
-
-def toml_value(text: str) -> Any:
-    """A value read as TOML, and as plain text where that fails."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def assign(document: dict[str, Any], path: str, value: Any) -> None:
-    """Sets one value of a TOML document in place.
-
-    A key whose first part is no key of an ``Experiment`` belongs to the method: ``local.epochs`` is
-    ``method.local.epochs``. Where the document has phases instead, it is set in the recipe of every phase.
-
-    Args:
-        document: what ``tomllib`` read.
-        path: dotted; entries of a list by their number.
-        value: a TOML value.
-
-    Raises:
-        ConfigError: a key on the way is no table, or ``rounds`` is set for several phases at once.
-    """
-    for full in _routed(document, path):
-        *parents, last = full.split(".")
-        place: Any = document
-        for key in parents:
-            place = place[_entry(path, key, place)] if isinstance(place, list) else place.setdefault(key, {})
-            if not isinstance(place, dict | list):
-                raise ConfigError(f"-s {path!r}: {key!r} is a value, not a table")
-        place[_entry(path, last, place) if isinstance(place, list) else last] = copy.deepcopy(value)
-
-
-def _routed(document: Mapping[str, Any], path: str) -> list[str]:
-    """The places in the document that a key stands for."""
-    first, phases = path.split(".")[0], document.get("phases")
-    method = document.get("method")
-    function = METHODS.get(str(method.get("kind"))) if isinstance(method, Mapping) else None
-    own = ["method", *(field.name for field in dataclasses.fields(Experiment))]
-    others = [*(inspect.signature(function).parameters if function else ()), *inspect.signature(Recipe).parameters]
-    # a slip in a key of the experiment is no key of the method
-    near = difflib.get_close_matches(first, [*own, *others], n=1)
-    if first in own or (near and near[0] in own):
-        return [path]
-    if "method" in document or not isinstance(phases, list):
-        return [f"method.{path}"]
-    if path != "rounds":
-        return [f"phases.{number}.recipe.{path}" for number in range(len(phases))]
-    if len(phases) > 1:
-        raise ConfigError(
-            f"'rounds' could be those of any of the {len(phases)} phases; name one, as in phases.0.rounds"
-        )
-    return ["phases.0.rounds"]
-
-
-def _entry(path: str, key: str, place: list[Any]) -> int:
-    if not key.isdigit() or int(key) >= len(place):
-        raise ConfigError(
-            f"-s {path!r}: {key!r} should be the number of one of the {len(place)} entries there, from 0, as in "
-            "phases.0.rounds"
-        )
-    return int(key)

@@ -13,13 +13,14 @@ from typing import Annotated, Any
 from pydantic import ValidationError
 
 
-def explain(error: ValidationError, root: Any, prefix: str) -> str:
+def explain(error: ValidationError, root: Any, prefix: str, beside: Sequence[str] = ()) -> str:
     """The first five problems as sentences.
 
     Args:
         error: what pydantic raised.
         root: the class or function that was validated.
         prefix: the dotted path to it; empty at the top.
+        beside: keys that are known at the top beside its fields.
     """
     sentences = []
     problems = error.errors(include_url=False)
@@ -31,8 +32,8 @@ def explain(error: ValidationError, root: Any, prefix: str) -> str:
         dotted = ".".join(filter(None, [prefix, *path]))
         if problem["type"] == "unexpected_keyword_argument":
             wrong = str(location[-1])
-            known = ", ".join(fields)
-            sentences.append(f"unknown key {dotted!r}{nearest(wrong, fields)}; known here: {known}")
+            known = fields if path[1:] else [*fields, *beside]
+            sentences.append(f"unknown key {dotted!r}{nearest(wrong, known)}; known here: {', '.join(known)}")
         elif problem["type"] == "union_tag_invalid":
             tags = str(problem["ctx"]["expected_tags"])
             wrong = str(problem["ctx"]["tag"])
@@ -41,7 +42,7 @@ def explain(error: ValidationError, root: Any, prefix: str) -> str:
                 f"{dotted}.kind = {wrong!r} is not known{nearest(wrong, names)}; known: {', '.join(names)}"
             )
         elif problem["type"] == "union_tag_not_found":
-            kinds = ", ".join(member.kind for member in _members(kind))
+            kinds = ", ".join(member.kind for member in members_of(kind))
             sentences.append(f"{dotted} needs a kind, one of: {kinds}")
         elif problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             sentences.append(f"{dotted} is missing")
@@ -59,32 +60,35 @@ def nearest(wrong: str, known: Sequence[str]) -> str:
 def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
     """An error's dotted path without the tags that unions put in, the fields known at its last step, its type."""
     path: list[str] = []
-    fields = _fields(kind)
+    fields = fields_of(kind)
     for step in location:
-        fields = _fields(kind)
-        members = _members(kind)
+        fields = fields_of(kind)
+        members = members_of(kind)
         if members and not fields:
             # a union of components puts the chosen one's tag into the path
             chosen = [member for member in members if getattr(member, "kind", None) == step]
             kind = chosen[0] if chosen else kind
             continue
         path.append(str(step))
-        kind = _plain(typing.get_args(kind)[0] if isinstance(step, int) else fields.get(step, Any))
+        kind = bare_type(typing.get_args(kind)[0] if isinstance(step, int) else fields.get(step, Any))
     return path, list(fields), kind
 
 
-def _plain(kind: Any) -> Any:
+def bare_type(kind: Any) -> Any:
+    """A type without its metadata, and without None where one other type is left."""
     while typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
-    members = [member for member in _members(kind) if member is not type(None)]
+    members = [member for member in members_of(kind) if member is not type(None)]
     return members[0] if len(members) == 1 else kind
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
+def members_of(kind: Any) -> tuple[Any, ...]:
+    """The types of a union; none of anything else."""
     return typing.get_args(kind) if typing.get_origin(kind) in (UnionType, typing.Union) else ()
 
 
-def _fields(kind: Any) -> dict[str, Any]:
+def fields_of(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields or of a function's arguments by their names; none of anything else."""
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind, include_extras=True)
         return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

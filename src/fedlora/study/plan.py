@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora.config.experiment import read_toml
 from fedlora.config.explain import explain
+from fedlora.config.reading import read_toml
 from fedlora.core.component import STRICT, Count, Field, Fraction, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.recipe.modes import MODES

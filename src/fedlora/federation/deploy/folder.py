@@ -8,7 +8,7 @@ from typing import Annotated, Self
 
 import tomli_w
 
-from fedlora.config.experiment import read_toml
+from fedlora.config.reading import read_toml
 from fedlora.core.component import STRICT, Field, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy.file_templates import PROXY, README, SITE, SITE_README

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora.config.experiment import read_toml
+from fedlora.config.reading import read_toml
 from fedlora.core.component import STRICT, Count, Field, NonNegative, Positive, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.privacy import CentralGaussian

@@ -1,0 +1,154 @@
+"""Configurations from files, and ``-s key.key=value`` over them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.config.experiment import Experiment, parse
+from fedlora.config.keys import TOP, check_key
+from fedlora.core.errors import ConfigError
+
+_DEFAULT = Experiment()
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads an experiment from a TOML file.
+
+    Args:
+        path: the file, or a run folder with a ``config.toml``.
+        overrides: ``key.key=value`` each; the value is read as TOML, and as plain text where that fails.
+
+    Raises:
+        ConfigError: there is no such file, it is no TOML, or it asks for something that is not there.
+    """
+    return parse(document_of(path, overrides))
+
+
+def document_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a TOML file, or of a run folder's, with overrides; as for ``load``.
+
+    Raises:
+        ConfigError: there is no such file, it is no TOML, or an override is none.
+    """
+    file = Path(path)
+    file = file / "config.toml" if file.is_dir() else file
+    if not file.exists():
+        raise ConfigError(f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from")
+    document = read_toml(file)
+    for assignment in overrides:
+        override(document, assignment)
+    return document
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: there is no such file, or it is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a TOML file there is") from error
+
+
+def override(document: dict[str, Any], assignment: str) -> None:
+    """Sets one value of a TOML document in place; keys as for ``assign``.
+
+    Args:
+        document: what ``tomllib`` read.
+        assignment: ``key.key=value``.
+
+    Raises:
+        ConfigError: it is not of that form, or a key on the way is no table.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"-s {assignment!r} is not of the form key.key=value")
+    assign(document, path.strip(), toml_value(text))
+
+
+def toml_value(text: str) -> Any:
+    """A value read as TOML, and as plain text where that fails."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def assign(document: dict[str, Any], path: str, value: Any) -> None:
+    """Sets one value of a TOML document in place.
+
+    A key whose first part is no key of an ``Experiment`` belongs to the method: ``local.epochs`` is
+    ``method.local.epochs``. Where the document has phases instead, it is set in the recipe of every phase. A table that
+    the document lacks starts as the default of its place, if that has the key: ``task.max_length`` is that of
+    ``text_classification``.
+
+    Args:
+        document: what ``tomllib`` read.
+        path: dotted; entries of a list by their number.
+        value: a TOML value.
+
+    Raises:
+        ConfigError: the key is not known and resembles one that is, a key on the way is no table, or ``rounds`` is set
+            for several phases at once.
+    """
+    for full in _routed(document, path):
+        *parents, last = full.split(".")
+        place: Any = document
+        default: Any = _DEFAULT
+        for key, below in zip(parents, full.split(".")[1:], strict=True):
+            default = _default_below(default, key)
+            if isinstance(place, list):
+                place = place[_entry(path, key, place)]
+            else:
+                place = place.setdefault(key, _table(default, below))
+            if not isinstance(place, dict | list):
+                raise ConfigError(f"-s {path!r}: {key!r} is a value, not a table")
+        place[_entry(path, last, place) if isinstance(place, list) else last] = copy.deepcopy(value)
+
+
+def _routed(document: Mapping[str, Any], path: str) -> list[str]:
+    """The places in the document that a key stands for."""
+    check_key(path, document)
+    phases = document.get("phases")
+    if path.split(".")[0] in TOP:
+        return [path]
+    if "method" in document or not isinstance(phases, list):
+        return [f"method.{path}"]
+    if path != "rounds":
+        return [f"phases.{number}.recipe.{path}" for number in range(len(phases))]
+    if len(phases) > 1:
+        raise ConfigError(
+            f"'rounds' could be those of any of the {len(phases)} phases; name one, as in phases.0.rounds"
+        )
+    return ["phases.0.rounds"]
+
+
+def _default_below(default: Any, key: str) -> Any:
+    """What stands below a key of a default value; None where nothing does."""
+    if isinstance(default, tuple):
+        return default[0] if default else None
+    return getattr(default, key, None) if dataclasses.is_dataclass(default) else None
+
+
+def _table(default: Any, key: str) -> dict[str, Any]:
+    """A new table for a key: of the default's kind where that has the key."""
+    names = [field.name for field in dataclasses.fields(default)] if dataclasses.is_dataclass(default) else []
+    return {"kind": default.kind} if {"kind", key} <= {*names} else {}
+
+
+def _entry(path: str, key: str, place: list[Any]) -> int:
+    if not key.isdigit() or int(key) >= len(place):
+        raise ConfigError(
+            f"-s {path!r}: {key!r} should be the number of one of the {len(place)} entries there, from 0, as in "
+            "phases.0.rounds"
+        )
+    return int(key)
