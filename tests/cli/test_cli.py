@@ -187,6 +187,13 @@ def test_new_prints_a_configuration(tmp_path: Path) -> None:
     assert config.load(tmp_path / "run.toml").label == "flasc"
 
 
+def test_new_names_the_schema_that_schema_prints() -> None:
+    first, second, *_ = invoke("new", "flasc").stdout.splitlines()
+    assert first == "#:schema ./fedlora.schema.json"
+    assert "fedlora schema > fedlora.schema.json" in second
+    assert json.loads(invoke("schema").stdout)["properties"].keys() >= {"seed", "method", "phases"}
+
+
 # ---- after a run
 
 

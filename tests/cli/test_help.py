@@ -51,7 +51,7 @@ def test_the_version_is_the_packages() -> None:
     ("words", "expected"),
     [
         ("fedlora par", {"partition"}),
-        ("fedlora s", {"show", "search", "study", "serve"}),
+        ("fedlora s", {"show", "search", "study", "serve", "schema"}),
         ("fedlora federation d", {"demo"}),
         ("fedlora study run.toml --stage t", {"tune", "table"}),
     ],

@@ -114,7 +114,8 @@ def test_new_prints_a_configuration_of_the_method_with_its_defaults(method: str)
     text = template(method)
     experiment = config.parse(tomllib.loads(text))
     assert experiment == Experiment(label=method, phases=METHODS[method]())
-    assert text.startswith(f"# {(inspect.getdoc(METHODS[method]) or '').split(chr(10))[0].replace('``', '')}")
+    assert text.startswith("#:schema ./fedlora.schema.json\n")
+    assert f"\n# {(inspect.getdoc(METHODS[method]) or '').split(chr(10))[0].replace('``', '')}" in text
 
 
 def test_a_method_in_toml_is_the_method_in_python() -> None:

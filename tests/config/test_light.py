@@ -44,6 +44,8 @@ def imported(*arguments: str) -> tuple[int, list[str]]:
         (("list", "task"), 0),
         (("list", "refusals"), 0),
         (("new", "flasc"), 0),
+        (("schema",), 0),
+        (("--version",), 0),
         # without Flower it is refused before anything is written
         (("federation", "init", "federation", "--sites", "2"), 0 if importlib.util.find_spec("flwr") else 2),
     ],

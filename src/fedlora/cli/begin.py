@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ def add_to(app: typer.Typer) -> None:
     """Adds these commands to the others."""
     app.command(rich_help_panel=GROUP)(new)
     app.command("list", rich_help_panel=GROUP)(list_)
+    app.command(rich_help_panel=GROUP)(schema)
     app.command(rich_help_panel=GROUP)(env)
 
 
@@ -49,6 +51,13 @@ def new(method: Annotated[str, typer.Argument(help="A method; `fedlora list meth
     from fedlora.config.template import template
 
     print(template(method), end="")
+
+
+def schema() -> None:
+    """Print the JSON Schema of configurations, for editors: fedlora schema > fedlora.schema.json."""
+    from fedlora.config.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
 
 
 def env(format_: AsFormat = Format.table) -> None:

@@ -10,6 +10,7 @@ import tomli_w
 
 from fedlora.config.experiment import Experiment, parse, resolved
 from fedlora.config.method_table import build_method, plain_values
+from fedlora.core.docs import first_sentence
 from fedlora.methods import METHODS
 from fedlora.recipe import Phase, Recipe
 
@@ -30,10 +31,11 @@ def template(method: str) -> str:
         ConfigError: there is no such method.
     """
     phases = build_method({"kind": method})
-    text = (inspect.getdoc(METHODS[method]) or "").split("\n")[0].replace("``", "")
     values = resolved(parse({"method": {"kind": method}}))
     lines = [
-        f"# {text}",
+        "#:schema ./fedlora.schema.json",
+        "# editors complete and check this file by the schema, once: fedlora schema > fedlora.schema.json",
+        f"# {first_sentence(METHODS[method])}",
         "# fedlora run run.toml      trains it and goes on if it was stopped",
         "# fedlora cost run.toml     tells its bytes before",
         "",
