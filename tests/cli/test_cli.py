@@ -164,7 +164,11 @@ def test_list_describes_every_value_of_a_slot(slot: str) -> None:
     rows = printed("list", slot)
     assert [row["kind"] for row in rows] == list(SLOTS[slot])
     assert all(len(row["text"]) > 10 for row in rows)
-    assert all(row["kind"] in invoke("list", slot).stdout for row in rows)
+    said = invoke("list", slot).stdout
+    assert all(row["kind"] in said for row in rows)
+    for row in rows:
+        assert row["settings"] == ", ".join(one["name"] for one in row["arguments"])
+        assert all(one["text"] and f" {one['name']} " in said for one in row["arguments"])
 
 
 def test_env_names_versions() -> None:

@@ -6,7 +6,7 @@ import json
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedlora.cli.common import AsFormat, Format, show
@@ -22,28 +22,44 @@ def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel=GROUP)(env)
 
 
-def list_(slot: Annotated[str | None, typer.Argument()] = None, format_: AsFormat = Format.table) -> None:
+def list_(
+    slot: Annotated[str | None, typer.Argument(help="A slot, or refusals; all slots by default.")] = None,
+    format_: AsFormat = Format.table,
+) -> None:
     """List the slots, the values of one slot with their settings, or `refusals`: combinations that are refused."""
     from fedlora.recipe.refusals import REFUSALS
-    from fedlora.show.describe import SLOTS, choices
+    from fedlora.show.describe import SLOTS
 
     if slot == "refusals":
         table = Table(slot, "why, and what to do")
         for sentence in REFUSALS.items():
             table.add_row(*map(Text, sentence))
         show(format_, REFUSALS, table)
-        return
-    if slot is None:
+    elif slot is None:
         table = Table("slot", "values")
         for name, values in SLOTS.items():
             table.add_row(name, ", ".join(values))
         show(format_, {name: list(values) for name, values in SLOTS.items()}, table)
-        return
-    rows = choices(slot)
-    table = Table(slot, "what it is", "settings")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    show(format_, [dict(zip(("kind", "text", "settings"), row, strict=True)) for row in rows], table)
+    else:
+        _list_slot(slot, format_)
+
+
+def _list_slot(slot: str, format_: Format) -> None:
+    from dataclasses import asdict
+
+    from fedlora.show.describe import SLOTS, choices
+    from fedlora.show.settings import settings_of
+
+    rows = []
+    table = Table(Column(slot, no_wrap=True), "values", "default", "what it is")
+    for kind, text, names in choices(slot):
+        settings = settings_of(kind, SLOTS[slot][kind])
+        rows.append({"kind": kind, "text": text, "settings": names, "arguments": [asdict(one) for one in settings]})
+        table.add_section()
+        table.add_row(Text(kind, style="bold"), "", "", Text(text, style="bold"))
+        for one in settings:
+            table.add_row(*map(Text, (f"  {one.name}", one.type, one.default_text, one.text)))
+    show(format_, rows, table)
 
 
 def new(method: Annotated[str, typer.Argument(help="A method; `fedlora list method` names them.")]) -> None:

@@ -17,6 +17,7 @@ from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import VERSIONED, pick_device
 from fedlora.core import tree
+from fedlora.core.docs import first_sentence
 from fedlora.core.errors import ConfigError
 from fedlora.core.state import ServerState
 from fedlora.federation.engines import ENGINES
@@ -137,14 +138,13 @@ def choices(slot: str) -> list[tuple[str, str, str]]:
         raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}; and the list refusals")
     rows = []
     for name, value in SLOTS[slot].items():
-        text = (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
         if dataclasses.is_dataclass(value):
             settings = [field.name for field in dataclasses.fields(value) if field.name != "kind"]
         elif inspect.isfunction(value):
             settings = list(inspect.signature(value).parameters)
         else:
             settings = []
-        rows.append((name, text, ", ".join(settings)))
+        rows.append((name, first_sentence(value), ", ".join(settings)))
     return rows
 
 
