@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,26 @@ def test_show_lists_what_is_trained(run_toml: Path) -> None:
     assert (phase["needs"], phase["held_bytes"]) == ("sum", 4 * sum(phase["trainable"].values()))
 
 
-def test_show_prints_a_configuration_that_can_be_saved_and_the_names(run_toml: Path) -> None:
-    said = invoke("show", run_toml).stdout
+def test_show_prints_what_differs_and_a_summary(run_toml: Path, tmp_path: Path) -> None:
+    options = ("-s", "clients.per_round=10", "-s", "clients.num=20")
+    said = invoke("show", run_toml, *options).stdout
+    text, summary = said.split("phase 0: ")
+    (tmp_path / "again.toml").write_text(text)
+    assert config.load(tmp_path / "again.toml") == config.load(run_toml, options[1::2])
+    # ten in a round is the default
+    assert "num = 20" in text
+    assert "per_round" not in text
+    assert "lora, 3 rounds; 1,123 of " in " ".join(summary.split())
+    assert "aggregation holds 0.0 MB on the server" in summary
+    assert "10 tensors; --full names them" in summary
+    assert "bert.encoder" not in said
+    assert tomllib.loads(text) == printed("show", run_toml, *options)["differs"]
+
+
+def test_show_in_full_prints_every_setting_and_the_names(run_toml: Path, tmp_path: Path) -> None:
+    said = invoke("show", run_toml, "--full").stdout
+    (tmp_path / "again.toml").write_text(said.split("phase 0: ")[0])
+    assert tomllib.loads((tmp_path / "again.toml").read_text()) == config.resolved(config.load(run_toml))
     assert "bert.encoder.layer.1.attention.self.value.lora_B  32 x 4" in said
     assert "numbers are trained" in " ".join(said.split())
 

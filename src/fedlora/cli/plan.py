@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,6 +12,9 @@ from rich.table import Table
 from fedlora.cli.common import OUT, AsFormat, ConfigPath, Format, LinkText, Overrides, experiment_of, write_page
 from fedlora.cli.common import show as show_result
 from fedlora.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedlora.show.describe import PhaseFacts
 
 GROUP = "Plan"
 
@@ -23,31 +26,53 @@ def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel=GROUP)(cost)
 
 
-def show(config: ConfigPath, set_: Overrides = None, format_: AsFormat = Format.table) -> None:
-    """Print the resolved configuration, what is trained, and which modules were matched."""
+def show(
+    config: ConfigPath,
+    set_: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="All settings, and each trained tensor.")] = False,
+    format_: AsFormat = Format.table,
+) -> None:
+    """Print the settings that are not at their defaults, and what each phase trains; with --full everything."""
     from dataclasses import asdict
 
-    from fedlora.config import resolved, to_toml
+    import tomli_w
+
+    from fedlora.config import document_of, resolved, to_toml
+    from fedlora.config.essential import essential
     from fedlora.config.federated_data import in_mode, prepare
-    from fedlora.show.describe import HOLDS, phase_facts
+    from fedlora.show.describe import phase_facts
 
     experiment, _ = experiment_of(config, set_, None)
+    differs = essential(document_of(config, set_ or []))
     facts = phase_facts(experiment, prepare(in_mode(experiment)).task)
     if format_ is Format.json:
         phases = [asdict(fact) for fact in facts]
-        OUT.print_json(json.dumps({"config": resolved(experiment), "phases": phases}))
+        OUT.print_json(json.dumps({"config": resolved(experiment), "differs": differs, "phases": phases}))
         return
-    print(to_toml(experiment))
+    if full:
+        print(to_toml(experiment))
+    else:
+        print("# what is not at its default; all settings: --full")
+        print(tomli_w.dumps(differs))
     for number, fact in enumerate(facts):
-        trained = sum(fact.trainable.values())
-        groups = ", ".join(f"{group} {count:,}" for group, count in fact.trainable.items())
-        OUT.print(
-            f"[bold]phase {number}[/bold]: {fact.tuning}, {fact.rounds} rounds; {trained:,} of {fact.total:,} numbers "
-            f"are trained ({trained / fact.total:.2%}): {groups}"
-        )
-        OUT.print(f"  aggregation holds {fact.held_bytes / 1e6:.1f} MB on the server: {HOLDS[fact.needs]}")
-        for name, shape in fact.tensors.items():
-            OUT.print(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}", highlight=False)
+        _print_phase(number, fact, full)
+
+
+def _print_phase(number: int, fact: PhaseFacts, full: bool) -> None:
+    from fedlora.show.describe import HOLDS
+
+    trained = sum(fact.trainable.values())
+    groups = ", ".join(f"{group} {count:,}" for group, count in fact.trainable.items())
+    OUT.print(
+        f"[bold]phase {number}[/bold]: {fact.tuning}, {fact.rounds} rounds; {trained:,} of {fact.total:,} numbers "
+        f"are trained ({trained / fact.total:.2%}): {groups}"
+    )
+    OUT.print(f"  aggregation holds {fact.held_bytes / 1e6:.1f} MB on the server: {HOLDS[fact.needs]}")
+    if not full:
+        OUT.print(f"  {len(fact.tensors)} tensors; --full names them", highlight=False)
+        return
+    for name, shape in fact.tensors.items():
+        OUT.print(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}", highlight=False)
 
 
 def partition(
