@@ -7,9 +7,7 @@ import dataclasses
 import sys
 
 import fedlora
-from fedlora.config.federated_data import prepare
 from fedlora.methods.defaults import ADAPTIVE
-from fedlora.tuning import SvdOfWeight
 
 rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
 
@@ -21,7 +19,7 @@ methods = {
     "both": (
         fedlora.Phase(
             recipe=fedlora.Recipe(
-                tuning=fedlora.LoRA(rank=16, init=SvdOfWeight()),
+                tuning=fedlora.LoRA(rank=16, init=fedlora.SvdOfWeight()),
                 down=fedlora.Link(sparsify=fedlora.TopK(density=0.25, quota=fedlora.Quota(head=1)), reference="init"),
                 up=fedlora.Link(sparsify=fedlora.TopK(density=0.25, quota=fedlora.Quota(head=1))),
                 server=ADAPTIVE,
@@ -37,7 +35,7 @@ shared = fedlora.Experiment(
     task=fedlora.TextClassification(max_length=64),
     clients=fedlora.Clients(num=40, per_round=4, partition=fedlora.Dirichlet(scheme="flasc", alpha=1.0)),
 )
-setting = prepare(shared)  # read, tokenise and deal once, for all three
+setting = fedlora.prepare(shared)  # read, tokenise and deal once, for all three
 
 for label, phases in methods.items():
     experiment = dataclasses.replace(shared, label=label, phases=phases)

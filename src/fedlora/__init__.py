@@ -1,6 +1,7 @@
 """Federated fine-tuning of Hugging Face models with low-rank adapters, sending as few bytes as possible.
 
-Names are imported when they are first used, so that ``import fedlora`` costs nothing.
+Names are imported when they are first used, so that ``import fedlora`` costs nothing. What is stable is in ``__all__``
+and in docs/api-stability.md; every other module is private.
 """
 
 from __future__ import annotations
@@ -9,9 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora.config import Evaluate, Experiment, load
-    from fedlora.core.errors import FedloraError
+    from fedlora.config import Evaluate, Experiment, load, parse
+    from fedlora.config.federated_data import prepare
+    from fedlora.core.errors import (
+        CallbackError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        FedloraError,
+        ProcessError,
+        QuorumError,
+        TrainingError,
+        WireError,
+    )
     from fedlora.core.rates import LrScale, Schedule
+    from fedlora.engines import Engine
     from fedlora.methods import (
         adapter_lth,
         dense_lora,
@@ -31,13 +44,33 @@ if TYPE_CHECKING:
         sparse_adapter,
     )
     from fedlora.population.clients import Clients
-    from fedlora.population.partitions import Dirichlet, Iid, Natural, Pooled, Quantity, Shards
-    from fedlora.population.skew import Clusters, Column
+    from fedlora.population.partitions import Dirichlet, Iid, Natural, Partition, Pooled, Quantity, Shards
+    from fedlora.population.skew import Clusters, Column, Label, Skew
+    from fedlora.population.tiers import Tier
+    from fedlora.privacy import CentralGaussian, NoPrivacy, Privacy
     from fedlora.recipe import Phase, Recipe
-    from fedlora.recipe.local import Local
-    from fedlora.runs.experiment import run
-    from fedlora.runs.inference import load_run
+    from fedlora.recipe.local import ClientOptimizer, Local
+    from fedlora.recipe.rank_pruning import Shrink
+    from fedlora.runs.callbacks import Callback
+    from fedlora.runs.experiment import Stopped, run
+    from fedlora.runs.inference import Trained, load_run
     from fedlora.runs.result import Result
+    from fedlora.runs.trackers import TensorBoard
+    from fedlora.server.aggregate import (
+        Aggregator,
+        CoordinateMedian,
+        Krum,
+        Mean,
+        NormBound,
+        ProductExact,
+        SparsityWeighted,
+        Stack,
+        SvdRedistribute,
+        TrimmedMean,
+    )
+    from fedlora.server.optimizers import ServerOptimizer
+    from fedlora.server.pruning import Prune
+    from fedlora.study import tune
     from fedlora.tasks import (
         CausalLM,
         Docstrings,
@@ -49,48 +82,108 @@ if TYPE_CHECKING:
         Model,
         QuestionAnswering,
         Sites,
+        Source,
+        Task,
         TextClassification,
         TokenClassification,
     )
-    from fedlora.transport import Link, Quota, RandomK, Stage, TopK, Uniform
-    from fedlora.tuning import BitFit, Bottleneck, Full, HeadOnly, LoRA, Peft, SparseMask
+    from fedlora.transport import (
+        BFloat16,
+        Dense,
+        Float16,
+        Float32,
+        Link,
+        Precision,
+        Quota,
+        RandomK,
+        RankSlice,
+        Sparsifier,
+        Stage,
+        Threshold,
+        TopK,
+        Uniform,
+    )
+    from fedlora.tuning import (
+        BitFit,
+        Bottleneck,
+        Full,
+        HeadOnly,
+        Kaiming,
+        LoRA,
+        LoRAInit,
+        Orthogonal,
+        Peft,
+        SparseMask,
+        SvdOfDelta,
+        SvdOfWeight,
+        Tuning,
+    )
 
 _NAMES = {
-    "config": "Evaluate Experiment load",
-    "core.errors": "FedloraError",
-    "runs.experiment": "run",
-    "runs.inference": "load_run",
-    "recipe.local": "Local",
-    "methods": "adapter_lth dense_lora fed_select fedavg federa fedex ffa flasc flexlora flora full het_lora "
-    "primed_lora rolora slora sparse_adapter",
-    "population.clients": "Clients",
-    "population.partitions": "Dirichlet Iid Natural Pooled Quantity Shards",
+    "config": "Evaluate Experiment load parse",
+    "config.federated_data": "prepare",
+    "core.errors": "CallbackError CheckpointError ConfigError DataError FedloraError ProcessError QuorumError "
+    "TrainingError WireError",
     "core.rates": "LrScale Schedule",
+    "engines": "Engine",
+    "methods": "adapter_lth dense_lora fed_select fedavg federa fedex ffa flasc flexlora flora full "
+    "het_lora primed_lora rolora slora sparse_adapter",
+    "population.clients": "Clients",
+    "population.partitions": "Dirichlet Iid Natural Partition Pooled Quantity Shards",
+    "population.skew": "Clusters Column Label Skew",
+    "population.tiers": "Tier",
+    "privacy": "CentralGaussian NoPrivacy Privacy",
     "recipe": "Phase Recipe",
+    "recipe.local": "ClientOptimizer Local",
+    "recipe.rank_pruning": "Shrink",
+    "runs.callbacks": "Callback",
+    "runs.experiment": "Stopped run",
+    "runs.inference": "Trained load_run",
     "runs.result": "Result",
-    "population.skew": "Clusters Column",
-    "tasks": "CausalLM Docstrings Files Hub ImageClassification ImageFolder Instruction Model QuestionAnswering Sites "
-    "TextClassification TokenClassification",
-    "transport": "Link Quota RandomK Stage TopK Uniform",
-    "tuning": "BitFit Bottleneck Full HeadOnly LoRA Peft SparseMask",
+    "runs.trackers": "TensorBoard",
+    "server.aggregate": "Aggregator CoordinateMedian Krum Mean NormBound ProductExact SparsityWeighted Stack "
+    "SvdRedistribute TrimmedMean",
+    "server.optimizers": "ServerOptimizer",
+    "server.pruning": "Prune",
+    "study": "tune",
+    "tasks": "CausalLM Docstrings Files Hub ImageClassification ImageFolder Instruction Model "
+    "QuestionAnswering Sites Source Task TextClassification TokenClassification",
+    "transport": "BFloat16 Dense Float16 Float32 Link Precision Quota RandomK RankSlice Sparsifier Stage "
+    "Threshold TopK Uniform",
+    "tuning": "BitFit Bottleneck Full HeadOnly Kaiming LoRA LoRAInit Orthogonal Peft SparseMask "
+    "SvdOfDelta SvdOfWeight Tuning",
 }
 _HOME = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Aggregator",
+    "BFloat16",
     "BitFit",
     "Bottleneck",
+    "Callback",
+    "CallbackError",
     "CausalLM",
+    "CentralGaussian",
+    "CheckpointError",
+    "ClientOptimizer",
     "Clients",
     "Clusters",
     "Column",
+    "ConfigError",
+    "CoordinateMedian",
+    "DataError",
+    "Dense",
     "Dirichlet",
     "Docstrings",
+    "Engine",
     "Evaluate",
     "Experiment",
     "FedloraError",
     "Files",
+    "Float16",
+    "Float32",
     "Full",
     "HeadOnly",
     "Hub",
@@ -98,30 +191,66 @@ __all__ = [
     "ImageClassification",
     "ImageFolder",
     "Instruction",
+    "Kaiming",
+    "Krum",
+    "Label",
     "Link",
     "LoRA",
+    "LoRAInit",
     "Local",
     "LrScale",
+    "Mean",
     "Model",
     "Natural",
+    "NoPrivacy",
+    "NormBound",
+    "Orthogonal",
+    "Partition",
     "Peft",
     "Phase",
     "Pooled",
+    "Precision",
+    "Privacy",
+    "ProcessError",
+    "ProductExact",
+    "Prune",
     "Quantity",
     "QuestionAnswering",
+    "QuorumError",
     "Quota",
     "RandomK",
+    "RankSlice",
     "Recipe",
     "Result",
     "Schedule",
+    "ServerOptimizer",
     "Shards",
+    "Shrink",
     "Sites",
+    "Skew",
+    "Source",
     "SparseMask",
+    "Sparsifier",
+    "SparsityWeighted",
+    "Stack",
     "Stage",
+    "Stopped",
+    "SvdOfDelta",
+    "SvdOfWeight",
+    "SvdRedistribute",
+    "Task",
+    "TensorBoard",
     "TextClassification",
+    "Threshold",
+    "Tier",
     "TokenClassification",
     "TopK",
+    "Trained",
+    "TrainingError",
+    "TrimmedMean",
+    "Tuning",
     "Uniform",
+    "WireError",
     "adapter_lth",
     "dense_lora",
     "fed_select",
@@ -136,11 +265,14 @@ __all__ = [
     "het_lora",
     "load",
     "load_run",
+    "parse",
+    "prepare",
     "primed_lora",
     "rolora",
     "run",
     "slora",
     "sparse_adapter",
+    "tune",
 ]
 
 

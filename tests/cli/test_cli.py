@@ -15,6 +15,7 @@ import tomli_w
 from fixtures.tiny import COLOURS, METHODS, contents, document, ledger, make_rows, tiny_world, write_rows
 from typer.testing import CliRunner, Result
 
+import fedlora
 from fedlora import config
 from fedlora.cli.main import app
 from fedlora.runs.inference import Trained
@@ -239,6 +240,14 @@ def test_predict_gives_every_class_its_probability(run_folder: Path) -> None:
     assert set(found["answer"]) == set(COLOURS)
     assert sum(found["answer"].values()) == pytest.approx(1)
     assert list(found["answer"].values()) == sorted(found["answer"].values(), reverse=True)
+
+
+def test_a_run_is_loaded_exported_and_evaluated_by_names_of_folders_and_files(run_folder: Path, tmp_path: Path) -> None:
+    trained = fedlora.load_run(str(run_folder))
+    assert trained.predict(["w1 red red"]) == [one["answer"] for one in printed("predict", run_folder, "w1 red red")]
+    assert trained.evaluate(str(run_folder.parent / "test.jsonl")).metrics["accuracy"] <= 1
+    trained.export(str(tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(run_folder / "adapter")
 
 
 def test_predict_prints_the_likeliest_class_and_those_after_it(run_folder: Path) -> None:

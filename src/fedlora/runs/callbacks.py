@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fedlora.runs.result import Result
 
 _RENAMED = (
-    "watchers and trackers of fedlora 0.1.0 are callbacks now: derive from fedlora.runs.callbacks.Callback, call "
+    "watchers and trackers of fedlora 0.1.0 are callbacks now: derive from fedlora.Callback, call "
     "`started` run_started(experiment, setting, rows), `finished_round` and `log` row_recorded(row), `finished` "
     "run_finished(result), and give fedlora.run(..., callbacks=[...])"
 )

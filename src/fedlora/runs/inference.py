@@ -54,7 +54,7 @@ class Trained:
         with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
             return self.task.predict(self.workspace.model, inputs, self.workspace.device)
 
-    def evaluate(self, path: Path, columns: Mapping[str, str] | None = None) -> Evaluation:
+    def evaluate(self, path: Path | str, columns: Mapping[str, str] | None = None) -> Evaluation:
         """Metrics on the rows of a file.
 
         Args:
@@ -64,18 +64,19 @@ class Trained:
         Raises:
             DataError: the file cannot be read.
         """
-        task = self.task.with_rows(path, columns or {})
+        task = self.task.with_rows(Path(path), columns or {})
         self.workspace.model.eval()
         with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
             rows = np.arange(task.num_examples("test"))
             return task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
 
-    def export(self, folder: Path, merge: bool = False) -> None:
+    def export(self, folder: Path | str, merge: bool = False) -> None:
         """Writes an adapter that ``peft`` loads, or with ``merge`` a model that needs no ``peft``.
 
         Raises:
             ConfigError: the folder is there already, or the tuning cannot be written in that form.
         """
+        folder = Path(folder)
         if folder.exists():
             raise ConfigError(f"{folder} is there already; name a new folder")
         export(folder, self, merge)
@@ -108,12 +109,13 @@ def read_inputs(text: str) -> list[str]:
     return inputs
 
 
-def load_run(path: Path) -> Trained:
+def load_run(path: Path | str) -> Trained:
     """The model of a run, from its newest checkpoint.
 
     Raises:
         ConfigError: ``path`` is not the folder of a run with a checkpoint.
     """
+    path = Path(path)
     files = RunFolder(path)
     if not (path / "config.toml").exists():
         raise ConfigError(f"{path} is not a run's folder: it has no config.toml")
