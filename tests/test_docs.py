@@ -202,7 +202,9 @@ def test_a_row_of_slots_names_files_tables_and_tests_that_exist(row: list[str]) 
             assert not _imported(file, name), f"{file} only passes {name} on"
             named += 1
     assert named
-    assert [one for one in re.findall(r"`([^`]+)`", tests) if exists(one, ROOT / "tests")]
+    named_tests = re.findall(r"`([^`]+)`", tests)
+    assert named_tests
+    assert [one for one in named_tests if not exists(one, ROOT / "tests")] == []
 
 
 def _imported(file: Path, name: str) -> bool:
