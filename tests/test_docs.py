@@ -164,6 +164,15 @@ def test_every_module_and_public_name_that_a_page_names_exists(path: Path) -> No
     assert [one for one in sorted(named) if not resolves(one)] == []
 
 
+def test_every_file_that_the_code_names_exists() -> None:
+    missing = []
+    for path in [*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        for file in re.findall(r"``([\w./]+\.py)``", path.read_text(encoding="utf-8")):
+            if not (exists(file, ROOT) or exists(f"**/{file}", SOURCE, ROOT / "tests")):
+                missing.append(f"{name_of(path)}: {file}")
+    assert missing == []
+
+
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_every_make_target_that_a_page_names_exists(path: Path) -> None:
     named = {match for span in spans(path) for match in re.findall(r"^make ([a-z]+)", span)}
