@@ -81,10 +81,13 @@ def exists(named: str, *folders: Path) -> bool:
 
 @functools.cache
 def defined(path: Path) -> frozenset[str]:
-    """The names that a module assigns, defines or imports at its top."""
+    """The names that a module assigns, defines or imports at its top, those under an ``if`` included."""
     names = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        match node:
+    nodes = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while nodes:
+        match node := nodes.pop():
+            case ast.If(body=body, orelse=other):
+                nodes += body + other
             case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
                 names.add(name)
             case ast.Assign(targets=targets):
@@ -230,7 +233,7 @@ def test_every_table_that_a_new_component_must_enter_is_named() -> None:
     unions, by_hand = set(), set()
     for file in SOURCE.rglob("*.py"):
         code = file.read_text(encoding="utf-8")
-        unions |= set(re.findall(r"^(Any[A-Z]\w+) = ", code, re.MULTILINE))
+        unions |= set(re.findall(r"^ *(Any[A-Z]\w+) = ", code, re.MULTILINE))
         # tables that list their values again instead of reading them from the union, and are filled by classes
         by_hand |= set(re.findall(r"^(_?[A-Z_]+): dict\[\w+, type\[\w+\]\] = \{", code, re.MULTILINE))
     assert {name for name in unions | by_hand if f"`{name}`" not in text} == set()

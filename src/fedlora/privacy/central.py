@@ -104,7 +104,7 @@ class CentralGaussian(Privacy):
     """Clip and noise of DP-FedAvg (arXiv 1710.06963, Alg. 1): ``mean_k clip(delta_k, C) + N(0, (z C / n)^2)``.
 
     The noise falls on every coordinate that clients may move, sent or not, because which coordinates a client sent
-    tells of its data. One of ``noise_multiplier`` and ``target_epsilon`` is given; ``accountant.py`` tells what is spent.
+    tells of its data. One of ``noise_multiplier`` and ``target_epsilon`` is given; ``accountant.py`` has the account.
 
     With ``quantile`` the clip adapts (Andrew et al., arXiv 1905.03871, Alg. 1): each client also tells whether its
     update is not longer than C, a bit; with ``b`` the share of those, with noise of its own, the next clip is
