@@ -85,7 +85,7 @@ def defined(path: Path) -> frozenset[str]:
     names = set()
     nodes = list(ast.parse(path.read_text(encoding="utf-8")).body)
     while nodes:
-        match node := nodes.pop():
+        match nodes.pop():
             case ast.If(body=body, orelse=other):
                 nodes += body + other
             case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AnnAssign(target=ast.Name(id=name)):
