@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fedlora.core import tree as trees
 from fedlora.core.component import STRICT, Field, Whole, by_kind, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema
+from fedlora.core.slots import Slot
 from fedlora.core.tree import Tree
 from fedlora.transport import wire
 from fedlora.transport.layout import Draw
@@ -17,13 +18,23 @@ from fedlora.transport.sparsify import Dense, Facts, RandomK, RankSlice, Sparsif
 from fedlora.transport.uniform import Uniform
 from fedlora.transport.wire import Form, Packet
 
-AnySparsifier = Annotated[Dense | TopK | RandomK | Threshold | RankSlice, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnySparsifier = Sparsifier
+else:
+    AnySparsifier = Annotated[
+        Dense | TopK | RandomK | Threshold | RankSlice, Field(discriminator="kind"), Slot("sparsify", Sparsifier)
+    ]
 """Every sparsifier, told apart by ``kind``; a new one is one more class in this line."""
 
 SPARSIFIERS: dict[str, type[Sparsifier]] = by_kind(AnySparsifier)
 """The table of sparsifiers, by ``kind``."""
 
-AnyPrecision = Annotated[Float32 | BFloat16 | Float16 | Uniform, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnyPrecision = Precision
+else:
+    AnyPrecision = Annotated[
+        Float32 | BFloat16 | Float16 | Uniform, Field(discriminator="kind"), Slot("precision", Precision)
+    ]
 """Every precision, told apart by ``kind``; a new one is one more class in this line, and one in ``wire``."""
 
 PRECISIONS: dict[str, type[Precision]] = by_kind(AnyPrecision)
