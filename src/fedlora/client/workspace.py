@@ -107,7 +107,7 @@ class Workspace:
             self.open(phase, recipe)
         installed = self.installed
         like = setup_parts(recipe, installed, Start(installed.read(), Fold(), 0, {}))
-        parts = wire.unpack(setup, like) if like else {}
+        parts = wire.unpack(setup, like, recipe.down.precisions) if like else {}
         self.personal = parts.get("personal", {})
         self.init = recipe.tuning.settle(installed, parts)
         if recipe.local.compute == "bf16":

@@ -62,6 +62,9 @@ class Slot:
     def _build(self, kind: str, table: Mapping[str, Any]) -> Any:
         cls = self.find(kind)
         fields = {key: one for key, one in table.items() if key not in ("kind", "source")}
+        known = [one.name for one in dataclasses.fields(cls) if one.init and one.name != "kind"]
+        if unknown := [key for key in fields if key not in known]:
+            raise ConfigError(f"{kind} has no setting {unknown[0]!r}; known: {', '.join(known) or 'none'}")
         try:
             value: Any = TypeAdapter(cls).validate_python(fields)
         except ValidationError as error:

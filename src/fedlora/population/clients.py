@@ -350,5 +350,6 @@ def _check(clients: Clients, labels: NDArray[Any], column: NDArray[Any] | None) 
     if int(labels.min()) == int(labels.max()):
         raise DataError(
             f"all {len(labels)} rows have class {int(labels[0])}, but the '{kind_of(partition)}' partition skews "
-            'classes and needs two or more: set clients.skew to { kind = "clusters" } or to a column, or use kind = "iid"'
+            'classes and needs two or more: set clients.skew to { kind = "clusters" } or to a column, or use '
+            'kind = "iid"'
         )

@@ -9,7 +9,7 @@ from fedlora.core import tree as trees
 from fedlora.core.component import STRICT, Field, Whole, by_kind, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema
-from fedlora.core.slots import Slot
+from fedlora.core.slots import Slot, kind_of
 from fedlora.core.tree import Tree
 from fedlora.transport import wire
 from fedlora.transport.layout import Draw
@@ -94,6 +94,9 @@ class Link:
         starts = [stage.round for stage in self.stages]
         if starts != sorted(set(starts)):
             raise ConfigError(f"stages begin in rounds {starts}; name them in order, each round once")
+        for form in self.precisions:
+            if type(form) not in PRECISIONS.values() and not 128 <= form.code < 256:
+                raise ConfigError(f"{kind_of(form)}.code = {form.code}: formats of your own have codes from 128 to 255")
 
     @property
     def facts(self) -> tuple[Facts, ...]:
