@@ -6,7 +6,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from fedlora.core import tree
 from fedlora.core.component import STRICT, Field, Fraction, NonNegative, Positive, Whole, dataclass
 from fedlora.core.errors import ConfigError
+from fedlora.core.slots import Slot
 from fedlora.core.state import generator, named_seed
 from fedlora.core.tree import Tree
 
@@ -233,4 +234,7 @@ def normal(like: Tensor, draws: torch.Generator | None) -> Tensor:
 
 
 PRIVACY: dict[str, type[Privacy]] = {"none": NoPrivacy, "central_gaussian": CentralGaussian}
-AnyPrivacy = Annotated[NoPrivacy | CentralGaussian, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnyPrivacy = Privacy
+else:
+    AnyPrivacy = Annotated[NoPrivacy | CentralGaussian, Field(discriminator="kind"), Slot("privacy", Privacy)]

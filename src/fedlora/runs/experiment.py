@@ -14,7 +14,7 @@ from fedlora.config import Experiment
 from fedlora.config.federated_data import Setting, in_mode, manifest, prepare
 from fedlora.core.errors import FedloraError
 from fedlora.core.state import named_seed
-from fedlora.engines import Engine
+from fedlora.engines import AnyEngine
 from fedlora.population.clients import Population, draw_cohort
 from fedlora.population.external import Partitioner
 from fedlora.recipe.modes import MODES
@@ -36,7 +36,7 @@ def run(
     partitioner: Partitioner | None = None,
     callbacks: Sequence[Callback] = (),
     setting: Setting | None = None,
-    engine: Engine | None = None,
+    engine: AnyEngine | None = None,
     until: int | None = None,
 ) -> Result:
     """Runs an experiment, or goes on with it where its folder holds a checkpoint.
@@ -47,7 +47,7 @@ def run(
         partitioner: deals the data instead of the configuration's partition.
         callbacks: are called as the run goes on, in this order, and closed at its end.
         setting: data that ``prepare`` gave for the same experiment, to share among runs.
-        engine: where clients run; in this process if absent.
+        engine: where clients run, or the class of it; in this process if absent.
         until: the round to stop after for now, evaluated and saved; a later call goes on from it. Nothing is exported.
 
     Returns:
