@@ -143,7 +143,7 @@ def _acquire(folder: Path) -> tuple[int, str]:
 
 def _open(folder: Path, flags: int) -> int:
     # for writing too, without which locks over a network are refused
-    return os.open(folder / LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | flags, 0o644)
+    return os.open(folder / LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | flags, 0o666)
 
 
 def _lock(handle: int, shared: bool = False) -> bool | str:
@@ -171,13 +171,13 @@ def _sign(handle: int) -> None:
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     with suppress(OSError):  # the lock holds without
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {host} since {since}\n".encode(), 0)
+        os.write(handle, f"process {os.getpid()} on {host} since {since}\n".encode())
 
 
 def _record(handle: int) -> str:
     """Who holds the lock, if the file says so in the form that is written here."""
     try:
-        found = _RECORD.match(os.pread(handle, 300, 0).decode("ascii", "replace"))
+        found = _RECORD.match(os.read(handle, 300).decode("ascii", "replace"))
     except OSError:
         return ""
     return found.group() if found else ""
