@@ -47,13 +47,13 @@ def list_(
 def _list_slot(slot: str, format_: Format) -> None:
     from dataclasses import asdict
 
-    from fedlora.show.describe import SLOTS, choices
+    from fedlora.show.describe import choices, values_of
     from fedlora.show.settings import settings_of
 
     rows = []
     table = Table(Column(slot, no_wrap=True), "values", "default", "what it is")
     for kind, text, names in choices(slot):
-        settings = settings_of(kind, SLOTS[slot][kind])
+        settings = settings_of(kind, values_of(slot)[kind])
         rows.append({"kind": kind, "text": text, "settings": names, "arguments": [asdict(one) for one in settings]})
         table.add_section()
         table.add_row(Text(kind, style="bold"), "", "", Text(text, style="bold"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,7 +35,9 @@ ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, or the folder of 
 RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
 RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; goes on if it holds a checkpoint.")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value, over what the file says.")]
-Tracks = Annotated[list[str] | None, typer.Option("--track", help="Also send figures to: tensorboard.")]
+Tracks = Annotated[
+    list[str] | None, typer.Option("--track", help="Also send figures to: tensorboard, or package.module:Class.")
+]
 LinkText = Annotated[str | None, typer.Option("--link", help="A network for all: down=10Mbit,up=1Mbit,latency=50ms")]
 AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]
 
@@ -110,12 +113,30 @@ def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:
     Raises:
         ConfigError: there is no such tracker.
     """
+    from fedlora.runs.callbacks import Callback
     from fedlora.runs.trackers import TRACKERS
     from fedlora.show.report import Live
 
-    if unknown := [name for name in tracks or [] if name not in TRACKERS]:
-        raise ConfigError(f"there is no tracker {unknown[0]!r}; there are: {', '.join(TRACKERS)}")
-    return [Live(ERR), *(TRACKERS[name](folder / name) for name in tracks or [])]
+    made = [
+        (TRACKERS.get(name) or other_class("track", Callback, name, TRACKERS))(folder / name.replace(":", "."))
+        for name in tracks or []
+    ]
+    return [Live(ERR), *made]
+
+
+def other_class(slot: str, base: type, name: str, known: Collection[str]) -> Any:
+    """A class of a package of one's own, or an installed one's: an engine or a tracker.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    from fedlora.core.slots import Slot
+
+    installed = Slot(slot, base).installed()
+    if ":" not in name and name not in installed:
+        what = {"track": "tracker"}.get(slot, slot)
+        raise ConfigError(f"there is no {what} {name!r}; there are: {', '.join([*known, *installed])}")
+    return Slot(slot, base).find(name)
 
 
 def show(format_: Format, values: Any, table: Table) -> None:

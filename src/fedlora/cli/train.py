@@ -19,9 +19,10 @@ from fedlora.cli.common import (
     callbacks_of,
     experiment_of,
     folder_of,
+    other_class,
     show,
 )
-from fedlora.core.errors import ConfigError
+from fedlora.cli.federation import Messages
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
@@ -41,7 +42,9 @@ def run(
     config: ConfigPath,
     set_: Overrides = None,
     out: RunOut = None,
-    engine: Annotated[str, typer.Option(help="Where clients run: serial, or flower-simulation.")] = "serial",
+    engine: Annotated[
+        str, typer.Option(help="Where clients run: serial, flower-simulation, or package.module:Class.")
+    ] = "serial",
     track: Tracks = None,
     format_: AsFormat = Format.table,
 ) -> None:
@@ -89,15 +92,17 @@ def _run(
     setting: Setting | None = None,
     engine: str = "serial",
 ) -> Result:
+    from fedlora.engines import Engine
     from fedlora.federation.engines import ENGINES
     from fedlora.runs.experiment import run as run_experiment
 
     folder = folder_of(experiment, folder)
-    if engine not in ENGINES:
-        raise ConfigError(f"there is no engine {engine!r}; there are: {', '.join(ENGINES)}")
-    callbacks = callbacks_of(folder, tracks)
+    chosen = ENGINES.get(engine) or other_class("engine", Engine, engine, ENGINES)
+    callbacks = [*callbacks_of(folder, tracks), Messages()]
     if engine == "flower-simulation":
         from fedlora.federation.deploy.simulate import simulate
 
         return simulate(experiment, folder, callbacks=callbacks)
-    return run_experiment(experiment, folder, callbacks=callbacks, setting=setting)
+    return run_experiment(
+        experiment, folder, callbacks=callbacks, setting=setting, engine=None if engine == "serial" else chosen
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.files import new_folder
+from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
 from fedlora.core.tree import Tree
 from fedlora.rounds.downlink import view
@@ -74,7 +75,7 @@ def _write(temporary: Path, trained: Trained, merge: bool) -> None:
         save_file(state.params | installed.head_values(state.params), temporary / "params.safetensors")
     else:
         raise ConfigError(
-            f"what `{tuning.kind}` learnt here is no low-rank adapter; use --merge to write the whole model"
+            f"what `{kind_of(tuning)}` learnt here is no low-rank adapter; use --merge to write the whole model"
         )
     if task.backbone_only and not alone:
         task.save_head(temporary, _head(installed, state.params))
@@ -114,7 +115,7 @@ def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
 
 def model_card(trained: Trained, merged: bool) -> str:
     """The README of an exported folder."""
-    experiment, task, tuning = trained.experiment, trained.task, trained.recipe.tuning.kind
+    experiment, task, tuning = trained.experiment, trained.task, kind_of(trained.recipe.tuning)
     base = experiment.model.path if experiment.model.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
     auto_class = task.auto_class
     found = "\n".join(f"| {name} | {value:.4f} |" for name, value in trained.metrics.items())
@@ -135,8 +136,8 @@ base_model: {base}
 # {base}, fine-tuned by federated learning
 
 Method `{experiment.label}`, tuning `{tuning}`, {trained.state.round} rounds, {experiment.clients.per_round} clients per
-round, partition `{experiment.clients.partition.kind}`, seed {experiment.seed}. The data stayed with their owners; what
-was sent is in the run's `ledger.jsonl`.
+round, partition `{kind_of(experiment.clients.partition)}`, seed {experiment.seed}. The data stayed with their owners;
+what was sent is in the run's `ledger.jsonl`.
 
 | metric on all test examples | value |
 |---|---|

@@ -19,21 +19,24 @@ from fedlora.config.federated_data import VERSIONED, pick_device
 from fedlora.core import tree
 from fedlora.core.docs import first_sentence
 from fedlora.core.errors import ConfigError
+from fedlora.core.slots import Slot, kind_of
 from fedlora.core.state import ServerState
+from fedlora.engines import Engine
 from fedlora.federation.engines import ENGINES
 from fedlora.methods import METHODS
-from fedlora.population.partitions import PARTITIONS
-from fedlora.population.skew import SKEWS
-from fedlora.privacy import PRIVACY
-from fedlora.recipe.local import CLIENT_OPTIMIZERS
+from fedlora.population.partitions import PARTITIONS, Partition
+from fedlora.population.skew import SKEWS, Skew
+from fedlora.privacy import PRIVACY, Privacy
+from fedlora.recipe.local import CLIENT_OPTIMIZERS, ClientOptimizer
 from fedlora.rounds.phases import close_phase, open_phase
+from fedlora.runs.callbacks import Callback
 from fedlora.runs.trackers import TRACKERS
-from fedlora.server.aggregate import AGGREGATORS, Needs
-from fedlora.server.optimizers import SERVER_OPTIMIZERS
-from fedlora.tasks import SOURCES, TASKS, Prepared
+from fedlora.server.aggregate import AGGREGATORS, Aggregator, Needs
+from fedlora.server.optimizers import SERVER_OPTIMIZERS, ServerOptimizer
+from fedlora.tasks import SOURCES, TASKS, Prepared, Source, Task
 from fedlora.tasks.models.encoded import cache_folder
-from fedlora.transport import PRECISIONS, SPARSIFIERS
-from fedlora.tuning import LORA_INITS, TUNINGS
+from fedlora.transport import PRECISIONS, SPARSIFIERS, Precision, Sparsifier
+from fedlora.tuning import LORA_INITS, TUNINGS, LoRAInit, Tuning
 
 SLOTS: dict[str, Mapping[str, Any]] = {
     "method": METHODS,
@@ -53,6 +56,39 @@ SLOTS: dict[str, Mapping[str, Any]] = {
     "track": TRACKERS,
 }
 """Every table of choices, by the name of its slot."""
+
+
+BASES: dict[str, type] = {
+    "tuning": Tuning,
+    "lora_init": LoRAInit,
+    "sparsify": Sparsifier,
+    "precision": Precision,
+    "aggregator": Aggregator,
+    "server": ServerOptimizer,
+    "client_optimizer": ClientOptimizer,
+    "privacy": Privacy,
+    "partition": Partition,
+    "skew": Skew,
+    "task": Task,
+    "data": Source,
+    "engine": Engine,
+    "track": Callback,
+}
+"""The abstract class of each slot that takes classes of others."""
+
+
+def values_of(slot: str) -> dict[str, Any]:
+    """The values of a slot by name, those of installed packages after fedlora's own.
+
+    Raises:
+        ConfigError: there is no such slot, or a package's class cannot be had.
+    """
+    if slot not in SLOTS:
+        raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}; and the list refusals")
+    if slot not in BASES:
+        return dict(SLOTS[slot])
+    others = Slot(slot, BASES[slot])
+    return {**SLOTS[slot], **{name: others.find(name) for name in others.installed()}}
 
 
 HOLDS: dict[Needs, str] = {
@@ -102,7 +138,7 @@ def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
         facts.append(
             PhaseFacts(
                 rounds=phase.rounds,
-                tuning=phase.recipe.tuning.kind,
+                tuning=kind_of(phase.recipe.tuning),
                 trainable={group: tree.num_entries(part) for group, part in groups.items()},
                 total=sum(parameter.numel() for parameter in workspace.model.parameters()),
                 tensors={name: tuple(value.shape) for name, value in state.params.items()},
@@ -134,10 +170,8 @@ def choices(slot: str) -> list[tuple[str, str, str]]:
     Raises:
         ConfigError: there is no such slot.
     """
-    if slot not in SLOTS:
-        raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}; and the list refusals")
     rows = []
-    for name, value in SLOTS[slot].items():
+    for name, value in values_of(slot).items():
         if dataclasses.is_dataclass(value):
             settings = [field.name for field in dataclasses.fields(value) if field.name != "kind"]
         elif inspect.isfunction(value):
