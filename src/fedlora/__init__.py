@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Instruction,
         Model,
         QuestionAnswering,
+        Rows,
         Sites,
         TextClassification,
         TokenClassification,
@@ -69,8 +70,8 @@ _NAMES = {
     "recipe": "Phase Recipe",
     "runs.result": "Result",
     "population.skew": "Clusters Column",
-    "tasks": "CausalLM Docstrings Files Hub ImageClassification ImageFolder Instruction Model QuestionAnswering Sites "
-    "TextClassification TokenClassification",
+    "tasks": "CausalLM Docstrings Files Hub ImageClassification ImageFolder Instruction Model QuestionAnswering Rows "
+    "Sites TextClassification TokenClassification",
     "transport": "Link Quota RandomK Stage TopK Uniform",
     "tuning": "BitFit Bottleneck Full HeadOnly LoRA Peft SparseMask",
 }
@@ -113,6 +114,7 @@ __all__ = [
     "RandomK",
     "Recipe",
     "Result",
+    "Rows",
     "Schedule",
     "Shards",
     "Sites",

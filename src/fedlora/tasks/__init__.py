@@ -9,6 +9,8 @@ from typing import Annotated
 
 from fedlora.core.component import Field, by_kind
 from fedlora.tasks.base import Evaluation, Model, Prepared, Task
+from fedlora.tasks.data.columns import Source
+from fedlora.tasks.data.rows import Rows
 from fedlora.tasks.data.sources import (
     SOURCES,
     AnySource,
@@ -17,7 +19,6 @@ from fedlora.tasks.data.sources import (
     Hub,
     ImageFolder,
     Sites,
-    Source,
     Validation,
 )
 from fedlora.tasks.images.images import ImageClassification
@@ -52,6 +53,7 @@ __all__ = [
     "Model",
     "Prepared",
     "QuestionAnswering",
+    "Rows",
     "Sites",
     "Source",
     "Task",

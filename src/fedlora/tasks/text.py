@@ -16,9 +16,8 @@ from fedlora.core.component import STRICT, Count, Field, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
-from fedlora.tasks.data.columns import Splits, check_rows, check_texts, fingerprint, split, values_of
+from fedlora.tasks.data.columns import Source, Splits, check_rows, check_texts, fingerprint, split, values_of
 from fedlora.tasks.data.labels import known_labels, label_table, labelled
-from fedlora.tasks.data.sources import Source
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained, pooling_of

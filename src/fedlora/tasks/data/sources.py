@@ -1,4 +1,4 @@
-"""Where rows come from: docstrings of the standard library, local files, or the Hugging Face Hub."""
+"""Where rows come from: docstrings of the standard library, local files, the Hugging Face Hub, or Python itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import inspect
 import os
 import sysconfig
 import warnings
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +23,9 @@ from fedlora.core.errors import DataError, first_line
 from fedlora.core.files import write_atomically
 from fedlora.core.later import datasets
 from fedlora.core.state import named_seed
-from fedlora.tasks.data.columns import Raw, rename
+from fedlora.tasks.data.columns import Raw, Source, rename
 from fedlora.tasks.data.folders import picture_folders, read_folder
+from fedlora.tasks.data.rows import Rows
 
 MIN_CHARACTERS = 20
 """Shorter docstrings say too little to be classified."""
@@ -35,21 +35,6 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "lib2t
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """The reader for each ending; each may be followed by ``.gz``."""
-
-
-class Source(ABC):
-    """A place that rows come from."""
-
-    @abstractmethod
-    def load(self) -> Raw:
-        """Read the rows.
-
-        Returns:
-            The rows as they came, columns under the names that tasks use.
-
-        Raises:
-            DataError: if the data are missing, empty or not of the stated form.
-        """
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -235,7 +220,7 @@ class Validation(Source):
     """
 
     kind: Literal["validation"] = "validation"
-    source: Annotated[Docstrings | Files | Hub | ImageFolder, Field(discriminator="kind")]
+    source: Annotated[Docstrings | Files | Hub | ImageFolder | Rows, Field(discriminator="kind")]
     share: Fraction = 0.1
     seed: int = 0
     hold_out: Literal["rows", "clients"] = "rows"
@@ -248,7 +233,7 @@ class Validation(Source):
         return Raw(raw.train, None, self.share, named_seed(self.seed, "validation"), final)
 
 
-AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Sites | Validation, Field(discriminator="kind")]
+AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Rows | Sites | Validation, Field(discriminator="kind")]
 """Any source, told apart by ``kind``."""
 
 SOURCES: dict[str, type[Source]] = by_kind(AnySource)

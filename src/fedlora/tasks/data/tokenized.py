@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from fedlora.tasks.base import Batch, Data, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.data.columns import Splits, rename, split
-from fedlora.tasks.data.sources import Source, read_rows
+from fedlora.tasks.data.columns import Source, Splits, rename, split
+from fedlora.tasks.data.sources import read_rows
 from fedlora.tasks.models.encoded import Ragged, width_of
 from fedlora.tasks.models.loading import load_tokenizer, save_tokenizer
 

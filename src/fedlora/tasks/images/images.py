@@ -17,10 +17,10 @@ from fedlora.core.component import STRICT, Count, Field, dataclass
 from fedlora.core.errors import ConfigError, first_line
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.data.columns import check_rows, rename, split, values_of
+from fedlora.tasks.data.columns import Source, check_rows, rename, split, values_of
 from fedlora.tasks.data.folders import read_folder
 from fedlora.tasks.data.labels import known_labels, label_table, labelled
-from fedlora.tasks.data.sources import Source, read_rows
+from fedlora.tasks.data.sources import read_rows
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained

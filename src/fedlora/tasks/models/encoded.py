@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlora.core.files import new_file
 from fedlora.core.later import transformers
-from fedlora.tasks.models.loading import forget_last_call
+from fedlora.tasks.models.objects import forget_last_call
 
 if TYPE_CHECKING:
     from fedlora.tasks.base import Batch, Rows

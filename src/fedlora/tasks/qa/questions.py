@@ -19,7 +19,7 @@ from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, S
 from fedlora.tasks.data.columns import fingerprint, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import by_length, cached, chunks
-from fedlora.tasks.models.loading import load_pretrained, quiet_transformers, readable
+from fedlora.tasks.models.loading import config_of, load_pretrained
 from fedlora.tasks.qa import spans
 from fedlora.tasks.qa.passages import Passages, check_stride, encode
 
@@ -244,10 +244,7 @@ def _renamed_backbone(model: Model) -> dict[str, str]:
     Returns:
         A pattern of the checkpoint's names and what it becomes; nothing for most families.
     """
-    with quiet_transformers(), readable(model):
-        settings = transformers.AutoConfig.from_pretrained(
-            model.resolve(), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+    settings = config_of(model)
     tables: tuple[Any, ...] = (
         transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
         transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING,

@@ -17,8 +17,7 @@ from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, TrainingError, shown
 from fedlora.core.later import datasets, seqeval
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
-from fedlora.tasks.data.columns import Splits, check_rows, class_names, fingerprint, split, values_of
-from fedlora.tasks.data.sources import Source
+from fedlora.tasks.data.columns import Source, Splits, check_rows, class_names, fingerprint, split, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
 from fedlora.tasks.models.loading import class_settings, load_pretrained
