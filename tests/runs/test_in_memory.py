@@ -1,4 +1,4 @@
-"""Rows and models that are handed over from Python: the same runs as from files, and what a folder says without them."""
+"""Rows and models that are handed over from Python: the same runs as from files, and what folders say without them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ import datasets
 import pandas
 import pytest
 import torch
-from fixtures.tiny import COLOURS, contents, document, ledger, make_rows, save_model, tiny_world, write_rows
+from fixtures.tiny import COLOURS, contents, document, ledger, make_rows, save_model, tiny_world
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 import fedlora
 from fedlora import config
 from fedlora.config import Experiment
+from fedlora.config.experiment import read_toml
+from fedlora.config.federated_data import prepare
 from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.population.partitions import Natural
 from fedlora.study.tuning import tune
 from fedlora.tasks.data.rows import CLIENT
+from fedlora.tasks.models.loading import quiet_transformers
 from fedlora.testing import tiny_model
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -44,8 +48,10 @@ FORMS: dict[str, Callable[[list[dict[str, str]]], Any]] = {
 }
 
 
-def loaded(world: Path) -> tuple[Any, Any]:
-    return AutoModel.from_pretrained(str(world / "bert")), AutoTokenizer.from_pretrained(str(world / "bert"))
+def loaded(world: Path, auto: Any = AutoModelForSequenceClassification) -> tuple[Any, Any]:
+    """The tiny model and its tokenizer."""
+    with quiet_transformers():
+        return auto.from_pretrained(str(world / "bert")), AutoTokenizer.from_pretrained(str(world / "bert"))
 
 
 def over(world: Path, data: Any, model: Any = None, method: str = "flasc", *overrides: str) -> Experiment:
@@ -81,7 +87,7 @@ def test_rows_in_every_form_train_as_a_file_does(form: str, world: Path, referen
         assert manifest["data_fingerprint"] == told["data_fingerprint"]
     assert manifest["handed_over"]["data.train"]["fingerprint"] == experiment.data.train.fingerprint
     assert "handed_over" not in told
-    kept = config.read_toml(result.folder / "config.toml")["data"]
+    kept = read_toml(result.folder / "config.toml")["data"]
     assert kept["kind"] == "rows"
     assert kept["train"] == experiment.data.train.fingerprint
 
@@ -116,8 +122,8 @@ def test_a_configuration_of_objects_is_written_and_read_by_their_fingerprints(wo
     assert config.resolved(read) == config.resolved(experiment)
     others = [
         over(world, TRAIN[1:], (model, tokenizer)),
-        over(world, TRAIN, (tiny_model(seed=1).bert, tokenizer)),
-        over(world, TRAIN, (AutoModelForSequenceClassification.from_pretrained(str(world / "bert")), tokenizer)),
+        over(world, TRAIN, (tiny_model(seed=1), tokenizer)),
+        over(world, TRAIN, (loaded(world, AutoModel)[0], tokenizer)),
     ]
     tokenizer.add_tokens(["w99"])
     others.append(over(world, TRAIN, (model, tokenizer)))
@@ -168,7 +174,7 @@ def test_rows_by_client_without_test_rows_are_held_out_by_content(world: Path, t
     values = document(world, "flasc", rounds=2)
     del values["clients"]["partition"]
     experiment = config.parse({**values, "data": mapping(TRAIN, list)})
-    setting = fedlora.config.federated_data.prepare(experiment)
+    setting = prepare(experiment)
     assert setting.population.names == tuple(f"u{number}" for number in range(9))
     assert 0 < len(setting.test_rows) < len(TRAIN) / 2
     assert len(setting.test_rows) + len(setting.population.rows) == len(TRAIN)
@@ -176,7 +182,7 @@ def test_rows_by_client_without_test_rows_are_held_out_by_content(world: Path, t
 
 def test_a_run_goes_on_with_the_same_objects_alone(world: Path, tmp_path: Path) -> None:
     def handed(rows: list[dict[str, str]] = TRAIN) -> Experiment:
-        return over(world, fedlora.Rows(train=rows, test=TEST), loaded(world))
+        return over(world, fedlora.Rows(train=rows, test=TEST), loaded(world), "flasc", "evaluate.every=1")
 
     whole = fedlora.run(handed(), tmp_path / "whole")
     folder = tmp_path / "run"
@@ -184,15 +190,15 @@ def test_a_run_goes_on_with_the_same_objects_alone(world: Path, tmp_path: Path) 
     missing = "data.test were handed over from Python, and the configuration keeps a fingerprint alone: hand the same"
     with pytest.raises(ConfigError, match=f"model.object and model.tokenizer and data.train and {missing}"):
         fedlora.run(fedlora.load(folder), folder)
-    with pytest.raises(CheckpointError, match="another configuration .data.train: 'rows:"):
+    with pytest.raises(CheckpointError, match=r"another configuration .data.train: 'rows:"):
         fedlora.run(handed(TRAIN[3:]), folder)
     changed = dataclasses.replace(handed(), model=fedlora.Model(object=tiny_model(seed=1), tokenizer=loaded(world)[1]))
-    with pytest.raises(CheckpointError, match="another configuration .model.object: 'BertModel:"):
+    with pytest.raises(CheckpointError, match=r"another configuration .model.object: 'BertFor"):
         fedlora.run(changed, folder)
     own = handed()
     result = fedlora.run(dataclasses.replace(fedlora.load(folder), data=own.data, model=own.model), folder)
     assert ledger(folder) == ledger(whole.folder)
-    assert contents(result.folder / "adapter").keys() == contents(whole.folder / "adapter").keys()
+    assert contents(result.folder / "adapter") == contents(whole.folder / "adapter")
 
 
 def test_a_finished_run_needs_its_model_again(world: Path, tmp_path: Path) -> None:
@@ -200,15 +206,20 @@ def test_a_finished_run_needs_its_model_again(world: Path, tmp_path: Path) -> No
     # of no folder
     pair = tiny_model(), tokenizer
     folder = fedlora.run(over(world, None, pair), tmp_path / "run").folder
-    with pytest.raises(ConfigError, match=r"was handed over from Python: hand the same over again, by fedlora.load_run"):
+    with pytest.raises(ConfigError, match=r"was handed over from Python: hand the same over again, by fedlora\."):
         fedlora.load_run(folder)
-    with pytest.raises(ConfigError, match=r"the weights handed over .BertForSequenceClassification:\w+. are not those"):
+    with pytest.raises(ConfigError, match=r"the weights handed over .BertFor\w+:\w+. are not those"):
         fedlora.load_run(folder, model=(tiny_model(seed=1), tokenizer))
     trained = fedlora.load_run(folder, model=fedlora.Model(object=pair[0], tokenizer=tokenizer))
     (answer,) = trained.predict(["red w1 red"])
-    assert set(answer) == set(COLOURS) or {one["label"] for one in answer["classes"]} == set(COLOURS)
+    assert (
+        {one["label"] for one in answer["answer"]} == set(COLOURS)
+        if "answer" in answer
+        else set(COLOURS) <= set(answer)
+    )
+    after = json.loads((folder / "result.json").read_text())["after"]
     metrics = trained.evaluate(world / "test.jsonl").metrics
-    assert metrics == pytest.approx(json.loads((folder / "result.json").read_text())["after"] | metrics)
+    assert metrics == pytest.approx({name: after[name] for name in metrics})
     trained.export(tmp_path / "merged", merge=True)
     assert BertForSequenceClassification.from_pretrained(tmp_path / "merged").config.id2label == dict(
         enumerate(sorted(COLOURS))
@@ -222,10 +233,10 @@ def test_a_finished_run_needs_its_model_again(world: Path, tmp_path: Path) -> No
 
 def test_a_finished_run_finds_its_model_where_it_was_loaded_from(world: Path, tmp_path: Path) -> None:
     base = save_model(tmp_path / "bert")
-    model = AutoModel.from_pretrained(str(base))
+    model = AutoModelForSequenceClassification.from_pretrained(str(base))
     folder = fedlora.run(over(world, None, model), tmp_path / "run").folder
     card = (folder / "adapter" / "README.md").read_text()
-    assert f"from_pretrained(\"{base}\"" in card
+    assert f'from_pretrained("{base}"' in card
     expected = fedlora.load_run(folder, model=model).predict(["red w1"])
     assert fedlora.load_run(folder).predict(["red w1"]) == expected
     tiny_model(seed=3).save_pretrained(str(base))
@@ -257,37 +268,43 @@ def test_models_that_cannot_be_copied_are_refused(world: Path) -> None:
     tokenizer = loaded(world)[1]
     tiny = tiny_model()
     peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["query"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers by an old name
+        wrapped = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["query"]))
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"object": torch.nn.Linear(2, 2), "tokenizer": tokenizer}, "is a Linear, but a model of transformers"),
+        ({"object": torch.nn.Linear(2, 2), "tokenizer": tokenizer}, "is of type Linear, but a model of transformers"),
         ({"object": wrapped, "tokenizer": tokenizer}, r"call merge_and_unload\(\)"),
-        ({"object": Own(tiny.config), "tokenizer": tokenizer}, "is a Own of .* give model.path and"),
+        ({"object": Own(tiny.config), "tokenizer": tokenizer}, r"is of type \S+Own, .* give model.path and"),
         ({"object": tiny}, "came without its tokenizer, and it does not say where it was loaded from; give"),
-        ({"object": tiny, "tokenizer": "w1"}, ""),
-        ({"object": tiny, "tokenizer": 3}, "model.tokenizer is a int, but a tokenizer of transformers was expected"),
+        (
+            {"object": tiny, "tokenizer": 3},
+            "model.tokenizer is of type int, but a tokenizer",
+        ),
         ({"tokenizer": tokenizer}, "model.tokenizer goes with model.object, but there is none"),
         ({"object": tiny, "tokenizer": tokenizer, "path": "bert"}, "model.path = 'bert' says how a model is read"),
         ({"object": tiny, "tokenizer": tokenizer, "load": "4bit"}, "model.load = '4bit' says how a model is read"),
-        ({"object": tiny.to("meta"), "tokenizer": tokenizer}, "not in memory"),
+        ({"object": copy.deepcopy(tiny).to("meta"), "tokenizer": tokenizer}, "not in memory"),
     ]
     for arguments, said in cases:
-        if said:
-            with pytest.raises(ConfigError, match=said):
-                fedlora.Model(**arguments)
+        with pytest.raises(ConfigError, match=said):
+            fedlora.Model(**arguments)
 
 
 def test_rows_that_make_no_table_are_refused() -> None:
     row = {"text": "w1", "label": "red"}
     cases: list[tuple[Any, str]] = [
         ("train.csv", r"the training rows are 'train.csv', but .* fedlora.Files"),
-        (3, "the training rows are a int, but a datasets.Dataset, a pandas.DataFrame, a list of dicts"),
+        (3, "the training rows are of type int, but a datasets.Dataset, a pandas.DataFrame, a list of dicts"),
         ([], "the training rows are an empty list"),
-        ([row, "w1"], "entry 1 of the training rows is a str, but a list of dicts was expected"),
+        ([row, "w1"], "entry 1 of the training rows is of type str, but a list of dicts was expected"),
         ([row, {"text": 3}], "the training rows do not make a table"),
         ({"a": [row], "b": []}, "client 'b' has no training rows"),
         ({"train": [row], "test": [row]}, r"look like splits: use fedlora.Rows\(train=..., test=...\)"),
         ({1: [row], "1": [row]}, "2 clients to training rows .* names that differ as text"),
-        ({"text": ["w1"], "label": ["red"]}, r"entry 0 of the training rows of client 'text' .* Dataset.from_dict"),
+        (
+            {"text": ["w1"], "label": ["red"]},
+            r"entry 0 of the training rows of client 'text' is of type str, .*Dataset.from_dict",
+        ),
         ({"a": [row], "b": pandas.DataFrame([{"text": 1}])}, "the clients' training rows do not make one table"),
         ([{**row, CLIENT: "a"}], "a name of fedlora's own"),
         (datasets.DatasetDict(a=datasets.Dataset.from_list([row])), "has the splits a, but none called 'train'"),
@@ -295,7 +312,7 @@ def test_rows_that_make_no_table_are_refused() -> None:
     for given, said in cases:
         with pytest.raises(DataError, match=said):
             fedlora.Rows(train=given)
-    with pytest.raises(DataError, match="the training rows are a ndarray"):
+    with pytest.raises(DataError, match="the training rows are of type ndarray"):
         fedlora.Experiment(data=torch.zeros(2).numpy())
     with pytest.raises(ConfigError, match="data needs a kind, one of: docstrings, files"):
         config.parse({"data": {"train": "rows.csv"}})
@@ -331,7 +348,10 @@ def test_the_readmes_ten_lines_lead_from_import_to_adapter(
     rows = [{"text": row["text"], "label": row["label"], "author": row["user"]} for row in make_rows(200, 0)]
     pandas.DataFrame(rows).to_csv(tmp_path / "reviews.csv", index=False)
     monkeypatch.chdir(tmp_path)
-    for old, new in (('"sentence-transformers/all-MiniLM-L6-v2"', repr(str(world / "bert"))), ("rounds=10", "rounds=2")):
+    for old, new in (
+        ('"sentence-transformers/all-MiniLM-L6-v2"', repr(str(world / "bert"))),
+        ("rounds=10", "rounds=2"),
+    ):
         assert old in block
         block = block.replace(old, new)
     space: dict[str, Any] = {}
@@ -340,7 +360,6 @@ def test_the_readmes_ten_lines_lead_from_import_to_adapter(
     assert space["result"].rounds == 2
 
 
-def test_rows_are_written_nowhere(world: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", TRAIN[:3])
+def test_rows_are_not_written_into_the_folder(world: Path, tmp_path: Path) -> None:
     folder = fedlora.run(over(world, TRAIN), tmp_path / "run").folder
-    assert not any(b"w1 " in content for content in contents(folder).values() if b"tokenizer" not in content)
+    assert not [name for name, content in contents(folder).items() if TRAIN[0]["text"].encode() in content]

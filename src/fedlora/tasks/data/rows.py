@@ -157,7 +157,9 @@ def _table(given: Any, label: str, what: str) -> datasets.Dataset:
             _check_dicts(given, what)
             rows = _of_dicts(given, what)
         else:
-            raise DataError(f"{what} are a {type(given).__name__}, but {_FORMS} was expected: hand one of these over")
+            raise DataError(
+                f"{what} are of type {type(given).__name__}, but {_FORMS} was expected: hand one of these over"
+            )
     except (ValueError, TypeError, OverflowError) as error:
         raise _no_table(what, error) from error
     if CLIENT in rows.column_names:
@@ -169,8 +171,8 @@ def _check_dicts(given: Sequence[Any], what: str) -> None:
     for number, row in enumerate(given):
         if not isinstance(row, Mapping):
             raise DataError(
-                f"entry {number} of {what} is a {type(row).__name__}, but a list of dicts was expected, one for each "
-                "row: a table of columns becomes rows with datasets.Dataset.from_dict(...)"
+                f"entry {number} of {what} is of type {type(row).__name__}, but a list of dicts was expected, one for "
+                "each row: a table of columns becomes rows with datasets.Dataset.from_dict(...)"
             )
 
 

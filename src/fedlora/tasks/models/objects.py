@@ -121,7 +121,9 @@ def copy_of_tokenizer(model: Model) -> Any:
     """
     own = _handed_tokenizer(model)
     if not isinstance(own, transformers.PreTrainedTokenizerBase):
-        raise ConfigError(f"model.tokenizer is a {type(own).__name__}, but this task reads text: hand a tokenizer over")
+        raise ConfigError(
+            f"model.tokenizer is of type {type(own).__name__}, but this task reads text: hand a tokenizer over"
+        )
     own = copy.deepcopy(own)
     forget_last_call(own)
     return own
@@ -137,7 +139,7 @@ def processor_folder(model: Model) -> Iterator[str]:
     own = _handed_tokenizer(model)
     if not isinstance(own, transformers.ImageProcessingMixin):
         raise ConfigError(
-            f"model.tokenizer is a {type(own).__name__}, but this task reads pictures: hand the model's image "
+            f"model.tokenizer is of type {type(own).__name__}, but this task reads pictures: hand the model's image "
             "processor over in its place"
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -184,13 +186,14 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, transformers.PreTrainedModel):
         wrapped = ": call merge_and_unload()" if type(model).__module__.startswith("peft.") else ""
         raise ConfigError(
-            f"model.object is a {type(model).__name__}, but a model of transformers was expected, such as "
+            f"model.object is of type {type(model).__name__}, but a model of transformers was expected, such as "
             f"AutoModel.from_pretrained(...) gives{wrapped}"
         )
     if not type(model).__module__.startswith("transformers."):
         raise ConfigError(
-            f"model.object is a {type(model).__name__} of {type(model).__module__}, and copies are made with "
-            "the classes of transformers alone: write it with save_pretrained, and give model.path and model.trust_remote_code"
+            f"model.object is of type {type(model).__module__}.{type(model).__name__}, and copies are made "
+            "with the classes of transformers alone: write it with save_pretrained, and give model.path and "
+            "model.trust_remote_code"
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
@@ -225,7 +228,7 @@ def _fingerprint_of_tokenizer(given: Any) -> str:
         return f"processor:{_hash(given.to_dict())}"
     if not isinstance(given, transformers.PreTrainedTokenizerBase):
         raise ConfigError(
-            f"model.tokenizer is a {type(given).__name__}, but a tokenizer of transformers was expected, or for "
+            f"model.tokenizer is of type {type(given).__name__}, but a tokenizer of transformers was expected, or for "
             "pictures an image processor, such as AutoTokenizer.from_pretrained(...) gives"
         )
     own = copy.deepcopy(given)
