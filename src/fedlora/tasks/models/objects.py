@@ -213,7 +213,9 @@ def _state(model: Any) -> dict[str, Tensor]:
 
 def _name_of(model: Any, state: Mapping[str, Tensor]) -> str:
     """The class of a model, and a hash of its settings and of names, types, shapes and values of its weights."""
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in _NO_PART_OF_THE_MODEL}
+    # what all families have is left out at its default, so that fewer versions of transformers differ
+    settings = model.config.to_diff_dict()
+    settings = {name: value for name, value in settings.items() if name not in _NO_PART_OF_THE_MODEL}
     digest = xxhash.xxh3_128(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, value in sorted(state.items()):
         digest.update(ascii((name, str(value.dtype), tuple(value.shape))).encode())
