@@ -20,9 +20,11 @@ import pytest
 import torch
 from fixtures.tiny import COLOURS, contents, document, ledger, make_rows, save_model, tiny_world
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
+from typer.testing import CliRunner
 
 import fedlora
 from fedlora import config
+from fedlora.cli.main import app
 from fedlora.config import Experiment
 from fedlora.config.experiment import read_toml
 from fedlora.config.federated_data import prepare
@@ -213,6 +215,10 @@ def test_a_finished_run_needs_its_model_again(world: Path, tmp_path: Path) -> No
         fedlora.load_run(folder)
     with pytest.raises(ConfigError, match=r"the weights handed over .BertFor\w+:\w+. are not those"):
         fedlora.load_run(folder, model=(tiny_model(seed=1), tokenizer))
+    for words in (["run", str(folder)], ["predict", str(folder), "red"]):
+        done = CliRunner().invoke(app, words)
+        assert isinstance(done.exception, ConfigError)
+        assert "handed over from Python" in str(done.exception)
     trained = fedlora.load_run(folder, model=fedlora.Model(object=pair[0], tokenizer=tokenizer))
     (answer,) = trained.predict(["red w1 red"])
     assert (

@@ -11,7 +11,7 @@ from fedlora.core.errors import ConfigError, TrainingError
 from fedlora.core.state import Fold, Folds, named_seed
 from fedlora.core.tree import Tree
 from fedlora.recipe import Recipe
-from fedlora.tasks.base import Evaluation, Prepared, Rows, Split
+from fedlora.tasks.base import Evaluation, Positions, Prepared, Split
 from fedlora.transport import wire
 from fedlora.transport.base_updates import FoldMessage, received
 from fedlora.tuning import Installed, Start
@@ -118,7 +118,7 @@ class Workspace:
         recipe.tuning.fold(self.installed, folds)
         self.installed.load(params)
 
-    def evaluate(self, rows: Rows, split: Split, compute: str) -> Evaluation:
+    def evaluate(self, rows: Positions, split: Split, compute: str) -> Evaluation:
         """Metrics of the model as it is now, in evaluation mode."""
         self.model.eval()
         with torch.inference_mode(), self.autocast(compute):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import datasets
 
 Batch = dict[str, Tensor]
-Rows = NDArray[Any]
+Positions = NDArray[Any]
+"""Rows of a split by their numbers, integers from 0."""
 Split = Literal["train", "test"]
 Data = Mapping[Split, Any]
 """A ``datasets.Dataset`` per split."""
@@ -121,7 +122,7 @@ def as_model(given: Any) -> Any:
 class Prepared(ABC):
     """A task over a model and a data set: everything that a client's turn and an evaluation need.
 
-    Rows are integer arrays of positions in a split, ``train`` or ``test``.
+    Rows are named by their positions in a split, ``train`` or ``test``, as integer arrays.
 
     Args:
         model: which model.
@@ -152,7 +153,7 @@ class Prepared(ABC):
         return self._data
 
     @property
-    def labels(self) -> Rows:
+    def labels(self) -> Positions:
         """The class of each training example, ``(num_train,)`` integers, for partitions by label; zeros without any."""
         return np.zeros(self.num_examples("train"), dtype=np.int64)
 
@@ -170,7 +171,7 @@ class Prepared(ABC):
         """
 
     @abstractmethod
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
+    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """Examples as one batch, padded to the longest."""
 
     @abstractmethod
@@ -182,7 +183,7 @@ class Prepared(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+    def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """Metrics of ``model``, in evaluation mode, on the examples ``rows`` of ``split``."""
 
     @abstractmethod
@@ -252,7 +253,7 @@ class Prepared(ABC):
         """The names of the data's columns."""
         return list(self.data[split].column_names)
 
-    def column(self, name: str, split: Split) -> Rows:
+    def column(self, name: str, split: Split) -> Positions:
         """A column of the data, for natural clients and skews; values that are no scalars as text.
 
         Raises:
