@@ -1,4 +1,4 @@
-# Everything a newcomer needs: make demo, make test, make check, make bench, make fuzz. Works in folders with spaces.
+# Everything a newcomer needs: make demo, make test, make check, make docs, make bench, make fuzz. Works in folders with spaces.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -8,7 +8,7 @@ OLDER := typer|rich|protobuf
 # threads that spin while they wait starve each other on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test coverage slow check flower format bench fuzz clean
+.PHONY: help demo test docs coverage slow check flower format bench fuzz clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -25,6 +25,9 @@ demo: $(STAMP)  ## train a real model with four methods on one federation, and c
 
 test: $(STAMP)  ## run the tests, offline; make slow runs those that take minutes
 	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m "not slow" $(MEASURED)
+
+docs: $(STAMP)  ## the tests of the documentation alone: links, and files and names that pages mention
+	$(BIN)/python -m pytest tests/test_docs.py
 
 coverage: MEASURED := --cov
 coverage: test  ## make test, and which lines of src/ it runs: 92 % of them or more; takes half as long again

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks import local_work, memory, naive, overhead, rate, wire
+from benchmarks import local_work, memory, naive, overhead, rate, startup, wire
 from benchmarks.common import Figure, Settings
 
 Measure = Callable[[Settings], list[Figure]]
@@ -25,6 +25,7 @@ PARTS: dict[str, Measure] = {
     "naive": naive.measure,
     "memory": memory.measure,
     "wire": wire.measure,
+    "startup": startup.measure,
 }
 
 

@@ -124,6 +124,8 @@ def test_one_sentence_and_exit_code_2(
     options = [word for one in overrides for word in ("-s", one.replace("{root}", str(run_toml.parent)))]
     assert fedlora(monkeypatch, "run", run_toml, "--out", tmp_path / "run", *options) == 2
     assert expected in sentence(capsys)
+    # one that fails in training has its first evaluation on record
+    assert (tmp_path / "run").exists() == (case == "not finite")
 
 
 def test_losses_that_are_not_finite_leave_the_checkpoint_of_the_round_before(

@@ -24,6 +24,8 @@ from fedlora.federation.protocol.rules import Limits, Rules, SiteConfig
 from fedlora.federation.server import probes, remote
 from fedlora.federation.site.site import Site, base_digest
 from fedlora.rounds.checkpoint import load_state
+from fedlora.runs.claim import claimed
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.transport import wire
 
@@ -402,6 +404,17 @@ def test_another_pre_trained_model_is_found_out_before_training(world: Path, tmp
     post = Post(own_sites(world, tmp_path, model={"path": str(other)}))
     with pytest.raises(QuorumError, match="the pre-trained model here"):
         federate(sites_experiment(world), tmp_path / "run", post, Rules(round_timeout=0.5), names=list(post.homes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_server_in_a_folder_that_is_in_use_is_refused_before_sites_hear_of_it(world: Path, tmp_path: Path) -> None:
+    chosen, heard = experiment(world), []
+    post = Post(shared_sites(tmp_path / "sites", 3), lambda name, letter, answer: heard.append(name) or answer)
+    with claimed(RunFolder(tmp_path / "run"), chosen), pytest.raises(ConfigError, match="is in use by process"):
+        federate(chosen, tmp_path / "run", post, ANY)
+    assert heard == []
+    federate(chosen, tmp_path / "run", post, ANY)
+    assert heard
 
 
 def test_a_server_does_not_choose_which_files_a_site_reads(world: Path, tmp_path: Path) -> None:
@@ -424,6 +437,7 @@ def test_what_makes_no_sense_on_sites_is_refused(
     post = Post(own_sites(world, tmp_path))
     with pytest.raises(ConfigError, match=why):
         federate(sites_experiment(world, *overrides), tmp_path / "run", post, Rules(), names=list(post.homes))
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_of_sites_cannot_be_trained_on_here(world: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_without_sampling_it_is_the_gaussian_mechanisms(multiplier: float, round
     assert exact <= epsilon(((multiplier, rounds),), ALL, DELTA, "rdp") < 1.25 * exact
 
 
+@pytest.mark.slow
 def test_chance_is_cheaper_than_everybody_and_pld_is_tighter_than_rdp() -> None:
     everybody = epsilon(((1.0, 60),), ALL, DELTA, "pld")
     rdp, pld = (epsilon(((1.0, 60),), CHANCE, DELTA, name) for name in ("rdp", "pld"))
@@ -87,7 +88,7 @@ def test_phases_add_up() -> None:
     assert epsilon(((1.0, 4), (1.0, 6)), CHANCE, DELTA, "rdp") == pytest.approx(whole)
 
 
-@pytest.mark.parametrize("sampled", [ALL, FEW, CHANCE])
+@pytest.mark.parametrize("sampled", [ALL, pytest.param(FEW, marks=pytest.mark.slow), CHANCE])
 def test_the_noise_found_spends_the_target_and_no_more(sampled: Sampled) -> None:
     found = calibrate(2.0, 50, sampled, DELTA, "rdp")
     assert 1.98 < epsilon(((found, 50),), sampled, DELTA, "rdp") <= 2.0 + 1e-6
@@ -98,9 +99,7 @@ def phase(**privacy: Any) -> Phase:
 
 
 def test_an_account_is_opened_with_the_noise_of_its_target() -> None:
-    budget, (noisy,) = open_account(
-        (phase(target_epsilon=0.3),), CHANCE
-    )  # the tight accountant is quick beside much noise
+    budget, (noisy,) = open_account((phase(target_epsilon=0.3, accountant="rdp"),), CHANCE)
     assert budget is not None
     assert isinstance(noisy.recipe.privacy, CentralGaussian)
     assert noisy.recipe.privacy.noise_multiplier is not None

@@ -50,7 +50,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], frozenset[str], str]] = {
     "none": ({}, ALL, "1111111"),
     "central": (central(), NONE, "0110000"),
     "central, seeded": (central(seed=0), NONE, "0110011"),
-    "central, to an epsilon": (central(noise_multiplier=None, target_epsilon=8.0), NONE, "0110000"),
+    "central, to an epsilon": (central(noise_multiplier=None, target_epsilon=8.0, accountant="rdp"), NONE, "0110000"),
     "central, a clip alone": (central(noise_multiplier=0.0), NONE, "0110011"),
     "adaptive": (central(**ADAPTIVE), BELOW, "0110000"),
     "adaptive, seeded": (central(**ADAPTIVE, seed=0), BELOW, "0110011"),

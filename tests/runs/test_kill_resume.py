@@ -31,6 +31,7 @@ from fedlora.rounds.ledger import Row
 from fedlora.runs import evaluation, session
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.experiment import Stopped
+from fedlora.runs.folder import LOCK
 from fedlora.runs.result import Result
 from fedlora.show import report
 from fedlora.tuning import export as adapters
@@ -122,11 +123,13 @@ def test_a_run_killed_in_both_phases_ends_as_if_nothing_had_happened(
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert not (folder / "result.json").exists()
+        assert (folder / LOCK).exists()
     process = start(arguments, tmp_path / "output")
     process.join()
     assert process.exitcode == 0
     assert "going on after round" in (tmp_path / "output").read_text()
     assert_same(folder, whole)
+    assert contents(folder).keys() == contents(whole.folder).keys()
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run_toml: Path, tmp_path: Path, whole: Result) -> None:

@@ -110,7 +110,7 @@ def test_a_trial_that_fails_has_lost(world: Path, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "search" / "best.toml").exists()
 
 
-@pytest.mark.parametrize(("rank", "density", "factor"), [(2, 0.25, 2), (1, 0.1, 4)])
+@pytest.mark.parametrize(("rank", "density", "factor"), [(2, 0.25, 2), pytest.param(1, 0.1, 4, marks=pytest.mark.slow)])
 def test_the_two_of_a_pair_cost_the_same(world: Path, tmp_path: Path, rank: int, density: float, factor: int) -> None:
     bounds = Bounds(rank, density, factor, client_bytes=30_000.0, max_rank=16)
     trials = search(experiment(world, "flasc", rounds=6), tmp_path / "search", bounds)

@@ -347,7 +347,7 @@ def _run(
     folder = folder_of(experiment, folder)
     if engine not in ENGINES:
         raise ConfigError(f"there is no engine {engine!r}; there are: {', '.join(ENGINES)}")
-    callbacks = callbacks_of(folder, tracks)
+    callbacks = [*callbacks_of(folder, tracks), cli_federation.Messages()]
     if engine == "flower-simulation":
         from fedlora.federation.deploy.simulate import simulate
 

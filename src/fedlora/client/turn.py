@@ -127,7 +127,7 @@ def _received(job: Job, workspace: Workspace) -> Tree:
     """The parameters that a payload tells, whatever it is relative to; all but what is personal."""
     installed, schema = workspace.installed, workspace.installed.schema.sent()
     like = {name: value.detach() for name, value in installed.parameters.items() if name in schema}
-    sent = schema.join(wire.unpack(job.payload, schema.split(like)))
+    sent = schema.join(wire.unpack(job.payload, schema.split(like), job.recipe.down.precisions))
     reference = wire.reference_of(job.payload)
     if reference == "init":
         init = workspace.init | restarted(job.recipe, installed.schema, workspace.init, installed.seed, job.round)

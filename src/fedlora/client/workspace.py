@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.slots import kind_of
 from fedlora.core.state import Fold, Folds, named_seed
 from fedlora.core.tree import Tree
 from fedlora.recipe import Recipe
@@ -69,8 +70,8 @@ class Workspace:
             self._installed.freeze_head()
             if not self._installed.parameters:
                 raise ConfigError(
-                    f"{recipe.tuning.kind} would train nothing: model.train_head = false freezes the head; use `lora`, "
-                    "`bitfit` or `full`, or set model.train_head = true"
+                    f"{kind_of(recipe.tuning)} would train nothing: model.train_head = false freezes the head; "
+                    "use `lora`, `bitfit` or `full`, or set model.train_head = true"
                 )
         for parameter in self._installed.parameters.values():  # fused optimisers look at no strides
             parameter.data = parameter.data.contiguous()
@@ -78,7 +79,7 @@ class Workspace:
             for name, layer in lora_layers(model).items():
                 if layer.packed:
                     raise ConfigError(
-                        f"aggregator {recipe.aggregator.kind!r} edits the values of {name}, which are stored "
+                        f"aggregator {kind_of(recipe.aggregator)!r} edits the values of {name}, which are stored "
                         "quantised; load the model unquantised, or use another aggregator"
                     )
         self._phase, self._setup, self.init = phase, None, {}
@@ -106,7 +107,7 @@ class Workspace:
             self.open(phase, recipe)
         installed = self.installed
         like = setup_parts(recipe, installed, Start(installed.read(), Fold(), 0, {}))
-        parts = wire.unpack(setup, like) if like else {}
+        parts = wire.unpack(setup, like, recipe.down.precisions) if like else {}
         self.personal = parts.get("personal", {})
         self.init = recipe.tuning.settle(installed, parts)
         if recipe.local.compute == "bf16":

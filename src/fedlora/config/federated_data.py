@@ -16,6 +16,7 @@ from fedlora.config import experiment as config
 from fedlora.config.experiment import Experiment
 from fedlora.config.handed_over import check_here, handed_over
 from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
 from fedlora.population.clients import (
     Clients,
@@ -193,7 +194,7 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
         return Division(from_partitioner(partitioner, task.table(), clients.allow_empty), None)
     if clients.partition.skewed and not classes.names:
         raise DataError(
-            f"the task has no classes, which the '{clients.partition.kind}' partition skews: set clients.skew to "
+            f"the task has no classes, which the '{kind_of(clients.partition)}' partition skews: set clients.skew to "
             '{ kind = "clusters" } or { kind = "column", name = "..." }, or clients.partition to { kind = "iid" }'
         )
     name = clients.column()

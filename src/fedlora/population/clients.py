@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedlora.core.component import STRICT, Count, Part, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.network import Network, parse_network
+from fedlora.core.slots import kind_of
 from fedlora.population.partitions import AnyPartition, Deal, Dirichlet, Natural, Pooled, Rows
 from fedlora.population.skew import AnySkew, Label
 from fedlora.population.tiers import Tier, check_tiers
@@ -63,7 +64,7 @@ class Clients:
         if self.test_clients:
             raise ConfigError(
                 f"clients.test_clients = {self.test_clients:g} holds whole users out for testing, which needs a "
-                f"natural partition, not '{self.partition.kind}': set it to 0 or use kind = \"natural\""
+                f"natural partition, not '{kind_of(self.partition)}': set it to 0 or use kind = \"natural\""
             )
         check_per_round(self.per_round, 1 if isinstance(self.partition, Pooled) else self.num)
 
@@ -343,9 +344,12 @@ def _check(clients: Clients, labels: NDArray[Any], column: NDArray[Any] | None) 
     if not partition.skewed:
         return
     if not np.issubdtype(labels.dtype, np.integer) or int(labels.min()) < 0:
-        raise DataError(f"the '{partition.kind}' partition needs class numbers from 0 for labels: use kind = \"iid\"")
+        raise DataError(
+            f"the '{kind_of(partition)}' partition needs class numbers from 0 for labels: use kind = \"iid\""
+        )
     if int(labels.min()) == int(labels.max()):
         raise DataError(
-            f"all {len(labels)} rows have class {int(labels[0])}, but the '{partition.kind}' partition skews classes "
-            'and needs two or more: set clients.skew to { kind = "clusters" } or to a column, or use kind = "iid"'
+            f"all {len(labels)} rows have class {int(labels[0])}, but the '{kind_of(partition)}' partition skews "
+            'classes and needs two or more: set clients.skew to { kind = "clusters" } or to a column, or use '
+            'kind = "iid"'
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.component import STRICT, Count, Field, Positive, by_kind, dataclass
 from fedlora.core.errors import DataError
+from fedlora.core.slots import Slot
 
 Rows = NDArray[np.int64]
 """Row numbers of the data set, int64."""
@@ -246,7 +247,14 @@ class Natural(Partition):
         return Deal([groups[index] for index in kept], [str(distinct[index]) for index in kept])
 
 
-AnyPartition = Annotated[Iid | Pooled | Dirichlet | Quantity | Shards | Natural, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnyPartition = Partition
+else:
+    AnyPartition = Annotated[
+        Iid | Pooled | Dirichlet | Quantity | Shards | Natural,
+        Field(discriminator="kind"),
+        Slot("partition", Partition),
+    ]
 """Any partition, told apart by ``kind``."""
 
 PARTITIONS: dict[str, type[Partition]] = by_kind(AnyPartition)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedlora.core.component import STRICT, Field, dataclass
 from fedlora.core.errors import DataError
 from fedlora.core.later import sklearn
+from fedlora.core.slots import Slot
 from fedlora.population.partitions import Rows
 
 if TYPE_CHECKING:
@@ -119,7 +120,10 @@ class Clusters(Skew):
         return Classes(_k_means(points, self.num, seed % 2**32), [f"cluster {number}" for number in range(self.num)])
 
 
-AnySkew = Annotated[Label | Column | Clusters, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnySkew = Skew
+else:
+    AnySkew = Annotated[Label | Column | Clusters, Field(discriminator="kind"), Slot("skew", Skew)]
 """Any skew, told apart by ``kind``."""
 
 SKEWS: dict[str, type[Skew]] = {"label": Label, "column": Column, "clusters": Clusters}

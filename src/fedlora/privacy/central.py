@@ -6,7 +6,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from fedlora.core import tree
 from fedlora.core.component import STRICT, Field, Fraction, NonNegative, Positive, Whole, dataclass
 from fedlora.core.errors import ConfigError
+from fedlora.core.slots import Slot
 from fedlora.core.state import generator, named_seed
 from fedlora.core.tree import Tree
 
@@ -104,7 +105,7 @@ class CentralGaussian(Privacy):
     """Clip and noise of DP-FedAvg (arXiv 1710.06963, Alg. 1): ``mean_k clip(delta_k, C) + N(0, (z C / n)^2)``.
 
     The noise falls on every coordinate that clients may move, sent or not, because which coordinates a client sent
-    tells of its data. One of ``noise_multiplier`` and ``target_epsilon`` is given; ``account.py`` tells what is spent.
+    tells of its data. One of ``noise_multiplier`` and ``target_epsilon`` is given; ``accountant.py`` has the account.
 
     With ``quantile`` the clip adapts (Andrew et al., arXiv 1905.03871, Alg. 1): each client also tells whether its
     update is not longer than C, a bit; with ``b`` the share of those, with noise of its own, the next clip is
@@ -233,4 +234,7 @@ def normal(like: Tensor, draws: torch.Generator | None) -> Tensor:
 
 
 PRIVACY: dict[str, type[Privacy]] = {"none": NoPrivacy, "central_gaussian": CentralGaussian}
-AnyPrivacy = Annotated[NoPrivacy | CentralGaussian, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnyPrivacy = Privacy
+else:
+    AnyPrivacy = Annotated[NoPrivacy | CentralGaussian, Field(discriminator="kind"), Slot("privacy", Privacy)]

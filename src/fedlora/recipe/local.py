@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
 from fedlora.core.component import STRICT, Count, Field, NonNegative, Part, Whole, dataclass
 from fedlora.core.rates import LrScale, Rate, Schedule
+from fedlora.core.slots import Slot
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe.gradients import Backward, GradientSource
 
 
 class ClientOptimizer(ABC):
     """Builds the optimiser of one client's turn."""
+
+    @property
+    def decays(self) -> bool:
+        """Whether a step pulls parameters to zero."""
+        return False
 
     @abstractmethod
     def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
@@ -35,6 +41,10 @@ class Sgd(ClientOptimizer):
     lr: Rate = 0.05
     momentum: Part = 0.9
     weight_decay: NonNegative = 0.0
+
+    @property
+    def decays(self) -> bool:
+        return self.weight_decay > 0
 
     def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
@@ -65,6 +75,10 @@ class AdamW(ClientOptimizer):
     eps: Rate = 1e-8
     weight_decay: NonNegative = 0.0
 
+    @property
+    def decays(self) -> bool:
+        return self.weight_decay > 0
+
     def build(self, parameters: list[torch.nn.Parameter], factors: list[float]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             _by_rate(parameters, self.lr, factors),
@@ -84,7 +98,10 @@ def _by_rate(parameters: list[torch.nn.Parameter], lr: float, factors: list[floa
 
 
 CLIENT_OPTIMIZERS: dict[str, type[ClientOptimizer]] = {"sgd": Sgd, "adamw": AdamW}
-AnyClientOptimizer = Annotated[Sgd | AdamW, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnyClientOptimizer = ClientOptimizer
+else:
+    AnyClientOptimizer = Annotated[Sgd | AdamW, Field(discriminator="kind"), Slot("client_optimizer", ClientOptimizer)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

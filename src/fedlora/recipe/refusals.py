@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from fedlora.core.errors import ConfigError
+from fedlora.core.slots import kind_of
 from fedlora.recipe.modes import MODES
 
 if TYPE_CHECKING:
@@ -69,9 +70,7 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     ),
     "decay_after_svd": Refusal(
         lambda r: (
-            r.tuning.adapter_rank > 0
-            and not r.tuning.zero_is_neutral
-            and (r.local.optimizer.weight_decay > 0 or r.server.decays)
+            r.tuning.adapter_rank > 0 and not r.tuning.zero_is_neutral and (r.local.optimizer.decays or r.server.decays)
         ),
         "weight decay pulls factors to zero, and after an SVD start they carry knowledge; set weight_decay = 0 in "
         "local.optimizer and in server",
@@ -295,7 +294,7 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         ConfigError: with the sentence of the first refusal that applies.
     """
-    aggregator, tuning = repr(recipe.aggregator.kind), repr(recipe.tuning.kind)
+    aggregator, tuning = repr(kind_of(recipe.aggregator)), repr(kind_of(recipe.tuning))
     _check(RECIPE_REFUSALS, recipe, {"aggregator": aggregator, "tuning": tuning, "rate": _factor_rate(recipe)})
 
 

@@ -1,4 +1,4 @@
-"""The life of an update on the server: read this first, ``client.py`` next.
+"""The life of an update on the server: read this first, ``client/turn.py`` next.
 
 params -> plan: sparsify, round, pack -> BYTES -> (client) -> BYTES -> uplink: unpack, check -> aggregate -> cover with
 noise -> advance: server step, pruning, base update, new start -> record

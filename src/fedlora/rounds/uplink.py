@@ -129,7 +129,7 @@ def read_reply(
         largest = 4096 + sum(64 + 4 * value.numel() for part in like.values() for value in part.values())
         if len(reply.raw) > largest:
             raise WireError(f"{len(reply.raw):,} bytes, larger than any message of these parts ({largest:,})")
-        packet = wire.receive(reply.raw, like)
+        packet = wire.receive(reply.raw, like, job.recipe.up.precisions)
         delta = schema.join(packet.trees)
         report = {name: float(value) for name, value in packet.trees["report"].items()}
         most = LARGEST_COUNT if examples is None else float(examples * job.recipe.local.epochs)

@@ -17,6 +17,7 @@ from fedlora.config.federated_data import Setting
 from fedlora.core import tree
 from fedlora.core.byte_counts import ByteCounts, add_up, mean, rounded, scaled
 from fedlora.core.network import Network
+from fedlora.core.slots import kind_of
 from fedlora.core.state import Folds, ServerState, named_seed
 from fedlora.core.store import EMPTY, Memory
 from fedlora.core.tree import Tree
@@ -228,7 +229,7 @@ class _Costs:
         found = {
             name: TierCost(got[name], sum(up[name].values()), steps[name], one.seconds) for name, one in tiers.items()
         }
-        alone = PhaseCost(phase.rounds, phase.recipe.tuning.kind, 0, {}, {}, {}, found)
+        alone = PhaseCost(phase.rounds, kind_of(phase.recipe.tuning), 0, {}, {}, {}, found)
         if not self._sends:
             return alone
         return dataclasses.replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from fedlora.config import Experiment
 from fedlora.config.federated_data import Setting, in_mode, manifest, prepare
 from fedlora.core.errors import FedloraError
 from fedlora.core.state import named_seed
-from fedlora.engines import Engine
+from fedlora.engines import AnyEngine
 from fedlora.population.clients import Population, draw_cohort
 from fedlora.population.external import Partitioner
 from fedlora.recipe.modes import MODES
 from fedlora.runs.callbacks import Callback, CallbackList
+from fedlora.runs.claim import claimed, look
 from fedlora.runs.evaluation import over_clients
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
@@ -36,10 +38,13 @@ def run(
     partitioner: Partitioner | None = None,
     callbacks: Sequence[Callback] = (),
     setting: Setting | None = None,
-    engine: Engine | None = None,
+    engine: AnyEngine | None = None,
     until: int | None = None,
+    held: bool = False,
 ) -> Result:
     """Runs an experiment, or goes on with it where its folder holds a checkpoint.
+
+    What is refused before the first round leaves no folder, and one process at a time trains in a folder.
 
     Args:
         experiment: what to run.
@@ -47,8 +52,9 @@ def run(
         partitioner: deals the data instead of the configuration's partition.
         callbacks: are called as the run goes on, in this order, and closed at its end.
         setting: data that ``prepare`` gave for the same experiment, to share among runs.
-        engine: where clients run; in this process if absent.
+        engine: where clients run, or the class of it; in this process if absent.
         until: the round to stop after for now, evaluated and saved; a later call goes on from it. Nothing is exported.
+        held: whether the caller has claimed the folder (``claim.claimed``) for as long as this takes.
 
     Returns:
         Metrics, bytes and the folder; with ``until``, of the rounds up to it, metrics being those of the ledger.
@@ -57,21 +63,25 @@ def run(
         FedloraError: something that the message says how to mend.
         Stopped: the user interrupted; the run can go on.
     """
-    callback = CallbackList(callbacks)
     path = Path(folder) if folder is not None else Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
+    files = RunFolder(path)
     try:
-        files = RunFolder(path)
-        files.claim(experiment)
-        effective = in_mode(experiment)
-        setting = setting or prepare(effective, partitioner)
-        if MODES[experiment.mode].separate:
-            return _run_separately(experiment, setting, files, callback, until)
-        return Session(effective, setting, files, callback, engine).run(until)
+        # callbacks are closed before what a refused run wrote is removed, as some write there too
+        with ExitStack() as claim, closing(CallbackList(callbacks)) as callback:
+            if not held:
+                look(files, experiment)
+            effective = in_mode(experiment)
+            setting = setting or prepare(effective, partitioner)
+            if not held:
+                claim.enter_context(claimed(files, experiment, callback.message))
+            if MODES[experiment.mode].separate:
+                return _run_separately(experiment, setting, files, callback, until)
+            return Session(effective, setting, files, callback, engine).run(until)
     except KeyboardInterrupt:
+        if not files.begun:
+            raise Stopped("stopped before the first round; nothing was saved. The same command begins anew") from None
         on = "The same command goes on" if engine else f"Go on with: fedlora run {shlex.quote(str(path))}"
         raise Stopped(f"stopped; every finished round is saved. {on}") from None
-    finally:
-        callback.close()
 
 
 def _run_separately(

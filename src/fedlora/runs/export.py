@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.files import new_folder
+from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
 from fedlora.core.tree import Tree
 from fedlora.rounds.downlink import view
@@ -76,7 +77,7 @@ def _write(temporary: Path, trained: Trained, merge: bool) -> None:
         save_file(state.params | installed.head_values(state.params), temporary / "params.safetensors")
     else:
         raise ConfigError(
-            f"what `{tuning.kind}` learnt here is no low-rank adapter; use --merge to write the whole model"
+            f"what `{kind_of(tuning)}` learnt here is no low-rank adapter; use --merge to write the whole model"
         )
     if task.backbone_only and not alone:
         task.save_head(temporary, _head(installed, state.params))
@@ -116,7 +117,7 @@ def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
 
 def model_card(trained: Trained, merged: bool) -> str:
     """The README of an exported folder."""
-    experiment, task, tuning = trained.experiment, trained.task, trained.recipe.tuning.kind
+    experiment, task, tuning = trained.experiment, trained.task, kind_of(trained.recipe.tuning)
     base = experiment.model.name or "BASE_MODEL"
     auto_class = task.auto_class
     found = "\n".join(f"| {name} | {value:.4f} |" for name, value in trained.metrics.items())
@@ -137,8 +138,8 @@ base_model: {base}
 # {base}, fine-tuned by federated learning
 
 Method `{experiment.label}`, tuning `{tuning}`, {trained.state.round} rounds, {experiment.clients.per_round} clients per
-round, partition `{experiment.clients.partition.kind}`, seed {experiment.seed}. The data stayed with their owners; what
-was sent is in the run's `ledger.jsonl`.{_handed(experiment.model)}
+round, partition `{kind_of(experiment.clients.partition)}`, seed {experiment.seed}. The data stayed with their owners;
+what was sent is in the run's `ledger.jsonl`.{_handed(experiment.model)}
 
 | metric on all test examples | value |
 |---|---|

@@ -19,6 +19,8 @@ from fedlora.rounds.checkpoint import load_state, save_state
 from fedlora.rounds.ledger import Row
 
 KEPT = 2
+LOCK = "run.lock"
+"""The file that whoever trains in a folder holds locked; no part of the run."""
 
 
 class RunFolder:
@@ -37,33 +39,59 @@ class RunFolder:
         found = self.path.glob("checkpoints/round-*")
         return sorted(folder for folder in found if not folder.name.endswith(".tmp"))
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run has left something here that it can go on with, or that is worth keeping."""
+        ledgers = (self.path / "ledger.jsonl", *self.path.glob("clients/*/ledger.jsonl"))
+        rows = any(file.stat().st_size for file in ledgers if file.exists())
+        return rows or bool(self.checkpoints) or (self.path / "result.json").exists()
+
+    def check(self, experiment: Experiment) -> bool:
+        """Whether the folder is this experiment's own already, or could become so.
+
+        Raises:
+            CheckpointError: it holds another experiment's run.
+            ConfigError: it holds something else.
+            DataError: it cannot be looked at.
+        """
+        file = self.path / "config.toml"
+        try:
+            if not file.exists():
+                self._check_empty()
+                return False
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            held = config.load(file)
+        except ConfigError as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); choose another folder with --out") from error
+        if config.digest(held) == config.digest(experiment):
+            return True
+        # a run that was killed before it began has nothing to lose
+        if self.begun:
+            found = "; ".join(config.differences(config.resolved(held), config.resolved(experiment))[:4])
+            raise CheckpointError(
+                f"{self.path} holds a run of another configuration ({found}); choose another folder with --out, or "
+                "remove that one"
+            )
+        return False
+
+    def _check_empty(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, not a folder; choose another folder with --out")
+        if self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
+            raise ConfigError(f"{self.path} is not empty and holds no run; choose another folder with --out")
+
     def claim(self, experiment: Experiment) -> None:
         """Makes the folder this experiment's own, or finds that it is already.
 
         Raises:
             CheckpointError: it holds another experiment's run.
             ConfigError: it holds something else.
+            DataError: the disk refused.
         """
-        file = self.path / "config.toml"
-        if file.exists():
-            try:
-                held = config.load(file)
-            except ConfigError as error:
-                raise CheckpointError(f"{file} cannot be read ({error}); choose another folder with --out") from error
-            if config.digest(held) == config.digest(experiment):
-                return
-            # a run that failed before it began has nothing to lose
-            if any(self.path.rglob("ledger.jsonl")):
-                found = "; ".join(config.differences(config.resolved(held), config.resolved(experiment))[:4])
-                raise CheckpointError(
-                    f"{self.path} holds a run of another configuration ({found}); choose another folder with --out, or "
-                    "remove that one"
-                )
-        elif self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path} is a file, not a folder; choose another folder with --out")
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise ConfigError(f"{self.path} is not empty and holds no run; choose another folder with --out")
-        self.write("config.toml", config.to_toml(experiment))
+        if not self.check(experiment):
+            self.write("config.toml", config.to_toml(experiment))
 
     def write(self, name: str, text: str) -> None:
         """Replaces a file of the folder, all at once."""

@@ -16,6 +16,7 @@ from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import Setting, prepare
 from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.slots import kind_of
 from fedlora.core.state import generator
 from fedlora.recipe.modes import MODES
 from fedlora.rounds.phases import open_phase
@@ -226,7 +227,8 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
         )
     if recipe.aggregator.edits_base:
         raise ConfigError(
-            f"{recipe.aggregator.kind!r} sends folds, whose bytes no density changes; use an aggregator without folds"
+            f"{kind_of(recipe.aggregator)!r} sends folds, whose bytes no density changes; "
+            "use an aggregator without folds"
         )
     if own := [tier.name for tier in experiment.clients.tiers if tier.rank or tier.down or tier.up]:
         raise ConfigError(

@@ -18,7 +18,7 @@ from fedlora.config.federated_data import Setting, manifest
 from fedlora.core.byte_counts import add_up
 from fedlora.core.errors import CallbackError, CheckpointError, QuorumError
 from fedlora.core.state import ServerState, named_seed
-from fedlora.engines import Engine, Serial
+from fedlora.engines import AnyEngine, Engine, Serial
 from fedlora.population.clients import draw_cohort
 from fedlora.privacy.accountant import Sampled, example_epsilon, open_account
 from fedlora.privacy.disclosure import disclosure_of
@@ -56,12 +56,12 @@ class Session:
     state: ServerState
 
     def __init__(
-        self, experiment: Experiment, setting: Setting, files: RunFolder, callback: Callback, engine: Engine | None
+        self, experiment: Experiment, setting: Setting, files: RunFolder, callback: Callback, engine: AnyEngine | None
     ) -> None:
         self.experiment, self.setting, self.files, self.callback = experiment, setting, files, callback
         self.mode = MODES[experiment.mode]
         self.workspace = Workspace(setting.task, experiment.seed, setting.device)
-        self.engine = engine or Serial(self.workspace, setting.population)
+        self.engine = engine if isinstance(engine, Engine) else (engine or Serial)(self.workspace, setting.population)
         self._facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
         self.rows = self._resume()
         clients = experiment.clients

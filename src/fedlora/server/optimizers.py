@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fedlora.core import tree
 from fedlora.core.component import STRICT, Field, NonNegative, Part, by_kind, dataclass
 from fedlora.core.rates import LrScale, Rate, Rates, Schedule
 from fedlora.core.schema import Schema
+from fedlora.core.slots import Slot
 from fedlora.core.tree import Tree
 
 Slots = Mapping[str, Tree]
@@ -263,5 +264,12 @@ def _adaptive(
     return result, {"m": first, "v": second}
 
 
-AnyServerOptimizer = Annotated[Sgd | Adam | AdamW | FedAdam | FedYogi | FedAdagrad, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnyServerOptimizer = ServerOptimizer
+else:
+    AnyServerOptimizer = Annotated[
+        Sgd | Adam | AdamW | FedAdam | FedYogi | FedAdagrad,
+        Field(discriminator="kind"),
+        Slot("server", ServerOptimizer),
+    ]
 SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = by_kind(AnyServerOptimizer)

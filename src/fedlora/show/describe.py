@@ -18,6 +18,7 @@ from fedlora.config import Experiment
 from fedlora.config.federated_data import VERSIONED, pick_device
 from fedlora.core import tree
 from fedlora.core.errors import ConfigError
+from fedlora.core.slots import kind_of
 from fedlora.core.state import ServerState
 from fedlora.federation.engines import ENGINES
 from fedlora.methods import METHODS
@@ -101,7 +102,7 @@ def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
         facts.append(
             PhaseFacts(
                 rounds=phase.rounds,
-                tuning=phase.recipe.tuning.kind,
+                tuning=kind_of(phase.recipe.tuning),
                 trainable={group: tree.num_entries(part) for group, part in groups.items()},
                 total=sum(parameter.numel() for parameter in workspace.model.parameters()),
                 tensors={name: tuple(value.shape) for name, value in state.params.items()},

@@ -12,6 +12,7 @@ from typing import Any
 from fedlora import config
 from fedlora.config import Experiment, assign
 from fedlora.core.errors import ConfigError
+from fedlora.core.slots import kind_of
 from fedlora.study.pool import Job, Outcome, Source, drop_checkpoints, shown
 from fedlora.study.space import Values, at_ends, points
 from fedlora.tasks import Sites, Validation
@@ -210,7 +211,7 @@ def held_out(document: Mapping[str, Any], share: float, seed: int) -> dict[str, 
             "lie here and are whole; name them in [data]"
         )
     found = copy.deepcopy(dict(document))
-    source = found.get("data") or {"kind": experiment.data.kind}
+    source = found.get("data") or {"kind": kind_of(experiment.data)}
     unit = "clients" if experiment.clients.column() else "rows"
     found["data"] = {"kind": Validation.kind, "source": source, "share": share, "seed": seed, "hold_out": unit}
     kept = {key: value for key, value in found.get("evaluate", {}).items() if key == "dense"}

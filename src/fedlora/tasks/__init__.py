@@ -5,9 +5,10 @@ Only tasks and tunings import ``transformers`` and ``datasets``; nothing here kn
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fedlora.core.component import Field, by_kind
+from fedlora.core.slots import Slot
 from fedlora.tasks.base import Evaluation, Model, Prepared, Task
 from fedlora.tasks.data.columns import Source
 from fedlora.tasks.data.rows import Rows
@@ -28,10 +29,14 @@ from fedlora.tasks.qa.questions import QuestionAnswering
 from fedlora.tasks.tags.tokens import TokenClassification
 from fedlora.tasks.text import TextClassification
 
-AnyTask = Annotated[
-    CausalLM | ImageClassification | Instruction | QuestionAnswering | TextClassification | TokenClassification,
-    Field(discriminator="kind"),
-]
+if TYPE_CHECKING:
+    AnyTask = Task
+else:
+    AnyTask = Annotated[
+        CausalLM | ImageClassification | Instruction | QuestionAnswering | TextClassification | TokenClassification,
+        Field(discriminator="kind"),
+        Slot("task", Task),
+    ]
 """Any task, told apart by ``kind``."""
 
 TASKS: dict[str, type[Task]] = by_kind(AnyTask)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from fedlora.core import tree as trees
 from fedlora.core.component import STRICT, Field, Whole, by_kind, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema
+from fedlora.core.slots import Slot, kind_of
 from fedlora.core.tree import Tree
 from fedlora.transport import wire
 from fedlora.transport.layout import Draw
@@ -17,13 +18,23 @@ from fedlora.transport.sparsify import Dense, Facts, RandomK, RankSlice, Sparsif
 from fedlora.transport.uniform import Uniform
 from fedlora.transport.wire import Form, Packet
 
-AnySparsifier = Annotated[Dense | TopK | RandomK | Threshold | RankSlice, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnySparsifier = Sparsifier
+else:
+    AnySparsifier = Annotated[
+        Dense | TopK | RandomK | Threshold | RankSlice, Field(discriminator="kind"), Slot("sparsify", Sparsifier)
+    ]
 """Every sparsifier, told apart by ``kind``; a new one is one more class in this line."""
 
 SPARSIFIERS: dict[str, type[Sparsifier]] = by_kind(AnySparsifier)
 """The table of sparsifiers, by ``kind``."""
 
-AnyPrecision = Annotated[Float32 | BFloat16 | Float16 | Uniform, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnyPrecision = Precision
+else:
+    AnyPrecision = Annotated[
+        Float32 | BFloat16 | Float16 | Uniform, Field(discriminator="kind"), Slot("precision", Precision)
+    ]
 """Every precision, told apart by ``kind``; a new one is one more class in this line, and one in ``wire``."""
 
 PRECISIONS: dict[str, type[Precision]] = by_kind(AnyPrecision)
@@ -83,6 +94,9 @@ class Link:
         starts = [stage.round for stage in self.stages]
         if starts != sorted(set(starts)):
             raise ConfigError(f"stages begin in rounds {starts}; name them in order, each round once")
+        for form in self.precisions:
+            if type(form) not in PRECISIONS.values() and not 128 <= form.code < 256:
+                raise ConfigError(f"{kind_of(form)}.code = {form.code}: formats of your own have codes from 128 to 255")
 
     @property
     def facts(self) -> tuple[Facts, ...]:

@@ -28,7 +28,7 @@ class Precision(ABC):
     """The number format of the values in a message."""
 
     code: ClassVar[int]
-    """The byte that names this format in a message; never reused for another."""
+    """The byte that names this format in a message, never reused for another; from 128 on for formats of others."""
     is_floating: ClassVar[bool] = False
     """Whether each value keeps an exponent of its own, so that only the tiniest become zero."""
 

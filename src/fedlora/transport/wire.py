@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -95,12 +95,12 @@ def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = 
     return Packet(b"".join(chunks), sizes, kept, told)
 
 
-def unpack(raw: bytes, like: Mapping[str, Tree]) -> dict[str, Tree]:
+def unpack(raw: bytes, like: Mapping[str, Tree], formats: Sequence[Precision] = ()) -> dict[str, Tree]:
     """The trees of ``receive``."""
-    return receive(raw, like).trees
+    return receive(raw, like, formats).trees
 
 
-def receive(raw: bytes, like: Mapping[str, Tree]) -> Packet:
+def receive(raw: bytes, like: Mapping[str, Tree], formats: Sequence[Precision] = ()) -> Packet:
     """The inverse of ``pack``. Parts, names and shapes come from ``like``, never from the message.
 
     The checksum is verified before anything is decoded. What is allocated is bounded by the template: at most 64 bytes
@@ -109,6 +109,7 @@ def receive(raw: bytes, like: Mapping[str, Tree]) -> Packet:
     Args:
         raw: the whole message.
         like: the parts that are expected, in the order in which they were packed; only names and shapes are read.
+        formats: number formats that may come beside those of fedlora.
 
     Returns:
         What ``pack`` told of it. Trees are float32 on the CPU with ``like``'s names and shapes; the tensors of a part
@@ -126,12 +127,13 @@ def receive(raw: bytes, like: Mapping[str, Tree]) -> Packet:
         raise WireError(
             "The message was made for other parts, names or shapes than are expected; use one recipe on both sides."
         )
+    known = {one.code: type(one) for one in formats} | _PRECISIONS
     reader = Reader(body)
     packet = Packet(raw, {"envelope": _ENVELOPE.size}, {}, {})
     for part, tree in like.items():
         before = reader.rest()
         try:
-            values = _unpack_section(reader, tree)
+            values = _unpack_section(reader, tree, known)
         except WireError as error:
             raise WireError(f"Part {part!r} is not of this format: {error}; send it again.") from error
         packet.sizes[part] = before - reader.rest()
@@ -205,12 +207,12 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     return [header, *written.chunks], values
 
 
-def _unpack_section(reader: Reader, like: Tree) -> NDArray[np.float32]:
+def _unpack_section(reader: Reader, like: Tree, known: Mapping[int, type[Precision]]) -> NDArray[np.float32]:
     """The values of one part, one vector for all of ``like``."""
     code = reader.byte()
-    if code not in _PRECISIONS:
-        raise WireError(f"it has the unknown number format {code}, expected one of {list(_PRECISIONS)}")
-    precision = _PRECISIONS[code].from_settings(reader)
+    if code not in known:
+        raise WireError(f"it has the unknown number format {code}, expected one of {list(known)}")
+    precision = known[code].from_settings(reader)
     stored = read_layout(reader, like)
     return _spread(precision.read(reader, stored.runs), stored.where, sum(value.numel() for value in like.values()))
 

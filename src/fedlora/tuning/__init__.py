@@ -5,9 +5,10 @@ Only this folder imports ``peft``; nothing here knows about rounds or clients.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fedlora.core.component import Field, by_kind
+from fedlora.core.slots import Slot
 from fedlora.tuning.base import Installed, Start, Tuning
 from fedlora.tuning.bottleneck import Bottleneck
 from fedlora.tuning.lora import LoRA, from_peft, to_peft
@@ -15,7 +16,14 @@ from fedlora.tuning.lora_init import LORA_INITS, Kaiming, LoRAInit, Orthogonal, 
 from fedlora.tuning.peft import Peft
 from fedlora.tuning.subset import BitFit, Full, HeadOnly, SparseMask
 
-AnyTuning = Annotated[LoRA | Full | HeadOnly | BitFit | SparseMask | Bottleneck | Peft, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnyTuning = Tuning
+else:
+    AnyTuning = Annotated[
+        LoRA | Full | HeadOnly | BitFit | SparseMask | Bottleneck | Peft,
+        Field(discriminator="kind"),
+        Slot("tuning", Tuning),
+    ]
 TUNINGS: dict[str, type[Tuning]] = by_kind(AnyTuning)
 
 __all__ = [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedlora.core.component import STRICT, Count, Part, Positive, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema, factor_leaf
+from fedlora.core.slots import kind_of
 from fedlora.core.state import Carry, Fold, Folds, named_seed
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped, seed_from_tree, seed_to_tree
@@ -106,7 +107,7 @@ class LoRA(Tuning):
                 )
             if self.residual and is_packed(module):
                 raise ConfigError(
-                    f"init = {self.init.kind!r} edits the values of {name}, which are stored quantised; "
+                    f"init = {kind_of(self.init)!r} edits the values of {name}, which are stored quantised; "
                     "load the model unquantised, or start with init = { kind = 'kaiming' }"
                 )
         for name, module in found.items():

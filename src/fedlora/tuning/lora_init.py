@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedlora.core.component import STRICT, Field, by_kind, dataclass
+from fedlora.core.slots import Slot
 
 Factors = tuple[Tensor, Tensor]
 Split = Literal["symmetric", "left"]
@@ -142,5 +143,10 @@ def truncated_svd(matrix: Tensor, rank: int, scale: float, split: Split) -> Fact
     return b, a
 
 
-AnyLoRAInit = Annotated[Kaiming | Orthogonal | SvdOfWeight | SvdOfDelta, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnyLoRAInit = LoRAInit
+else:
+    AnyLoRAInit = Annotated[
+        Kaiming | Orthogonal | SvdOfWeight | SvdOfDelta, Field(discriminator="kind"), Slot("lora_init", LoRAInit)
+    ]
 LORA_INITS: dict[str, type[LoRAInit]] = by_kind(AnyLoRAInit)

@@ -79,6 +79,11 @@ class Peft(Tuning):
             torch.manual_seed(seed)
             try:
                 wrapped = peft.get_peft_model(model, config)
+            except KeyError as error:  # its table of wrappers, by task
+                raise ConfigError(
+                    f"peft cannot put {config.peft_type} into this model without a task ({error}); set task_type in "
+                    "the configuration, such as 'SEQ_CLS', or choose another peft_type"
+                ) from error
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"peft cannot put {config.peft_type} into this model: {error}") from error
         for module in wrapped.modules():

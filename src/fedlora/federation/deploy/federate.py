@@ -15,10 +15,11 @@ from fedlora.federation.protocol.rules import Rules
 from fedlora.federation.server.remote import Remote
 from fedlora.recipe.modes import MODES
 from fedlora.runs import experiment as experiments
-from fedlora.runs.callbacks import Callback
+from fedlora.runs.callbacks import Callback, CallbackList
+from fedlora.runs.claim import claimed, look
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
-from fedlora.tasks import Sites
+from fedlora.tasks import Prepared, Sites
 
 KNOWN = "federation.json"
 """The file of a run's folder that names the run to sites, and has what they said of themselves."""
@@ -48,7 +49,8 @@ def federate(
         begun: is called once the folder is the run's.
 
     Raises:
-        ConfigError: the experiment cannot be run on sites.
+        CheckpointError: the folder holds another experiment's run.
+        ConfigError: the experiment cannot be run on sites, or another process trains in the folder.
         QuorumError: too few clients can be reached, or answer.
     """
     if not MODES[experiment.mode].sends:
@@ -64,23 +66,25 @@ def federate(
         )
     if rules.over_sample > 1 and experiment.clients.sampling != "fixed":
         raise ConfigError("over_sample asks more clients than count, and a Poisson draw has no number; leave it at 1")
-    files = RunFolder(folder)
-    files.claim(experiment)
-    if not (folder / KNOWN).exists():
-        files.write_json(KNOWN, {"run": secrets.token_hex(8), "sites": {}})
-    begun()
-    remote = Remote(courier, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
-    setting = _setting(experiment, remote, files, names)
-    return experiments.run(experiment, folder, callbacks=callbacks, setting=setting, engine=remote)
+    files, report = RunFolder(folder), CallbackList(callbacks)
+    look(files, experiment)
+    ready = prepare(experiment) if not isinstance(experiment.data, Sites) else None
+    task = ready.task if ready else experiment.task.prepare(experiment.model, experiment.data)
+    with claimed(files, experiment, report.message):
+        if not (folder / KNOWN).exists():
+            files.write_json(KNOWN, {"run": secrets.token_hex(8), "sites": {}})
+        begun()
+        remote = Remote(courier, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
+        if ready:
+            remote.open(experiment, task.label_names, len(ready.population))
+        setting = ready or _of_sites(experiment, task, remote, files, names)
+        return experiments.run(experiment, folder, callbacks=callbacks, setting=setting, engine=remote, held=True)
 
 
-def _setting(experiment: Experiment, remote: Remote, files: RunFolder, names: Sequence[str]) -> Setting:
-    """The setting, after the sites have heard of the run."""
-    if not isinstance(experiment.data, Sites):
-        setting = prepare(experiment)
-        remote.open(experiment, setting.task.label_names, len(setting.population))
-        return setting
-    task = experiment.task.prepare(experiment.model, experiment.data)
+def _of_sites(
+    experiment: Experiment, task: Prepared, remote: Remote, files: RunFolder, names: Sequence[str]
+) -> Setting:
+    """The setting of sites with rows of their own, after they have heard of the run."""
     ordered = sorted(names)
     numbers = {name: number for number, name in enumerate(ordered)}
     remote.open(experiment, task.label_names, len(ordered), numbers)

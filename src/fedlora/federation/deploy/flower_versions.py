@@ -7,9 +7,9 @@ from importlib import metadata
 from fedlora.core.errors import ConfigError
 
 PUBLIC = ("1.29", "2")
-"""Versions of Flower whose public interface ``app.py`` speaks: from, and below."""
+"""Versions of Flower whose public interface ``flower/app.py`` speaks: from, and below."""
 PRIVATE = ("1.41", "1.42")
-"""Versions whose insides ``runtime.py`` and ``simulation.py`` know: from, and below."""
+"""Versions whose insides the other files of ``flower/`` and ``deploy/simulate.py`` know: from, and below."""
 
 
 def check_flower(versions: tuple[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -11,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedlora.config.experiment import read_toml
 from fedlora.core.component import STRICT, Count, Field, NonNegative, Positive, Whole, dataclass
 from fedlora.core.errors import ConfigError
+from fedlora.core.slots import kind_of, named
 from fedlora.privacy import CentralGaussian
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
@@ -26,6 +28,8 @@ class Limits:
 
     Args:
         tunings: kinds of tuning, which say what may be trained and sent.
+        classes: classes of your own, as ``package.module:Class``, that a server may name; their code runs here. What
+            comes with fedlora needs no entry.
         max_megabytes: of one message, either way.
         max_steps: optimiser steps of one turn.
         min_noise: the least noise multiplier that the server says it adds to the mean of clients.
@@ -33,10 +37,25 @@ class Limits:
     """
 
     tunings: tuple[str, ...] | None = None
+    classes: tuple[str, ...] = ()
     max_megabytes: Positive | None = None
     max_steps: Whole | None = None
     min_noise: NonNegative | None = None
     min_example_noise: NonNegative | None = None
+
+    def check_classes(self, head: Mapping[str, Any]) -> None:
+        """Looks for classes that are not accepted, before anything of them is imported.
+
+        Args:
+            head: of a server's message.
+
+        Raises:
+            ConfigError: it names one.
+        """
+        if unknown := sorted(named(head) - {*self.classes}):
+            raise ConfigError(
+                f"the class {unknown[0][:200]!r} is not accepted here; limits.classes lists those that are"
+            )
 
     def refusal(self, recipe: Recipe, examples: int, opening: bool = False) -> str:
         """Why a recipe is not accepted; empty if it is.
@@ -46,8 +65,8 @@ class Limits:
             examples: of the client.
             opening: whether no job has come yet; an epsilon to reach becomes a noise multiplier with the first.
         """
-        if self.tunings is not None and recipe.tuning.kind not in self.tunings:
-            return f"tuning {recipe.tuning.kind!r} is not accepted here, only {', '.join(self.tunings)}"
+        if self.tunings is not None and kind_of(recipe.tuning) not in self.tunings:
+            return f"tuning {kind_of(recipe.tuning)!r} is not accepted here, only {', '.join(self.tunings)}"
         steps = recipe.local.num_steps(examples)
         if self.max_steps is not None and steps > self.max_steps:
             return f"{steps} steps are asked for, and {self.max_steps} at most are taken here"

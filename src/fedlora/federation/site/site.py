@@ -70,6 +70,10 @@ class Site:
             raise WireError(
                 f"a letter of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
             )
+        try:
+            self.settings.limits.check_classes(letter.head)
+        except ConfigError as error:
+            raise WireError(self._said(error)) from error
         job = letters.to_job(letter)
         lost = False
         try:
@@ -108,6 +112,7 @@ class Site:
         Raises:
             FedloraError: it is not accepted, or cannot be prepared here.
         """
+        self.settings.limits.check_classes(head)
         name = str(head.get("run"))
         memory = SiteMemory(Path(self.settings.state), name)
         experiment = config.parse(head["experiment"])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
 
@@ -22,6 +22,7 @@ from fedlora.core.component import STRICT, Field, Fraction, by_kind, dataclass
 from fedlora.core.errors import DataError, first_line
 from fedlora.core.files import write_atomically
 from fedlora.core.later import datasets
+from fedlora.core.slots import Slot
 from fedlora.core.state import named_seed
 from fedlora.tasks.data.columns import Raw, Source, rename
 from fedlora.tasks.data.folders import picture_folders, read_folder
@@ -233,7 +234,14 @@ class Validation(Source):
         return Raw(raw.train, None, self.share, named_seed(self.seed, "validation"), final)
 
 
-AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Rows | Sites | Validation, Field(discriminator="kind")]
+if TYPE_CHECKING:
+    AnySource = Source
+else:
+    AnySource = Annotated[
+        Docstrings | Files | Hub | ImageFolder | Rows | Sites | Validation,
+        Field(discriminator="kind"),
+        Slot("data", Source),
+    ]
 """Any source, told apart by ``kind``."""
 
 SOURCES: dict[str, type[Source]] = by_kind(AnySource)

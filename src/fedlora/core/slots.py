@@ -1,0 +1,188 @@
+"""Slots that are open: a value of one's own class stands wherever a value of fedlora's does.
+
+A class is known by the name in its slot's table; any other class of the slot by ``package.module:Class``, which
+``kind`` says in TOML, or by an entry point of the group ``fedlora.<slot>``. Its name and a digest of its source stand
+in the configuration, so that a run goes on with the same code or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import textwrap
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import core_schema
+
+from fedlora.core.errors import ConfigError
+
+OPEN = (
+    *("aggregator", "client_optimizer", "data", "engine", "lora_init", "partition", "precision", "privacy"),
+    *("server", "skew", "sparsify", "task", "track", "tuning"),
+)
+"""The slots that take classes of others; their entry points are in the groups ``fedlora.<slot>``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Metadata of a union of components that lets in other classes of the same base; see the module.
+
+    Args:
+        name: of the slot, as in ``fedlora list``.
+        base: the slot's abstract class.
+    """
+
+    name: str
+    base: type
+
+    def __get_pydantic_core_schema__(self, union: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        known = handler(union)
+        kinds = _kinds(union)
+        written = core_schema.wrap_serializer_function_ser_schema(
+            lambda value, write: write(value) if type(value) in kinds.values() else written_as(value), schema=known
+        )
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, read: self._read(value, read, kinds), known, serialization=written
+        )
+
+    def _read(self, value: Any, read: Any, kinds: Mapping[str, type]) -> Any:
+        if isinstance(value, self.base):
+            return value if type(value) in kinds.values() else _checked(value)
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        if not isinstance(kind, str) or kind in kinds or not (":" in kind or kind in self.installed()):
+            return read(value)
+        return self._build(kind, value)
+
+    def _build(self, kind: str, table: Mapping[str, Any]) -> Any:
+        cls = self.find(kind)
+        fields = {key: one for key, one in table.items() if key not in ("kind", "source")}
+        known = [one.name for one in dataclasses.fields(cls) if one.init and one.name != "kind"]
+        if unknown := [key for key in fields if key not in known]:
+            raise ConfigError(f"{kind} has no setting {unknown[0]!r}; known: {', '.join(known) or 'none'}")
+        try:
+            value: Any = TypeAdapter(cls).validate_python(fields)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, one['loc'])) or 'its settings'}: {one['msg'][0].lower()}{one['msg'][1:]}"
+                for one in error.errors(include_url=False)
+            )
+            raise ConfigError(f"{kind} does not take these settings: {problems}") from error
+        if table.get("source", digest_of(cls)) != digest_of(cls):
+            raise ConfigError(
+                f"the source of {kind} is another than when this configuration was written ({digest_of(cls)} instead "
+                f"of {table['source']}); go back to that source, or remove `source` there and start a new run"
+            )
+        return value
+
+    def installed(self) -> dict[str, str]:
+        """Classes of installed packages: the name of an entry point -> ``package.module:Class``."""
+        return _installed(self.name)
+
+    def find(self, kind: str) -> type:
+        """The class that a name stands for.
+
+        Args:
+            kind: ``package.module:Class``, or the name of an entry point.
+
+        Raises:
+            ConfigError: it cannot be imported, or it is no dataclass of this slot.
+        """
+        name = self.installed().get(kind, kind)
+        module, _, path = name.partition(":")
+        try:
+            found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(
+                f"kind = {kind!r} cannot be imported ({error}); install its package, or put its folder on PYTHONPATH"
+            ) from error
+        if not (inspect.isclass(found) and issubclass(found, self.base) and not inspect.isabstract(found)):
+            raise ConfigError(
+                f"kind = {kind!r} is no {self.base.__name__}: derive it from {self.base.__module__}."
+                f"{self.base.__name__}, and define its abstract methods"
+            )
+        _check_class(found)
+        return found
+
+
+def named(document: Any) -> set[str]:
+    """The classes in no table that a configuration names, as ``package.module:Class``.
+
+    Args:
+        document: TOML or JSON values, from whoever wrote them.
+    """
+    if isinstance(document, list):
+        return set().union(*map(named, document))
+    if not isinstance(document, Mapping):
+        return set()
+    kind = document.get("kind")
+    known = {name: value for slot in OPEN for name, value in _installed(slot).items()}
+    own = {known.get(kind, kind)} if isinstance(kind, str) and (":" in kind or kind in known) else set()
+    return own.union(*map(named, document.values()))
+
+
+def kind_of(value: Any) -> str:
+    """What a component is called: its ``kind``, or for a class of others ``package.module:Class``."""
+    return str(value.kind) if type(value).__module__.split(".")[0] == "fedlora" else name_of(type(value))
+
+
+def name_of(cls: type) -> str:
+    """``package.module:Class``."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def written_as(value: Any) -> dict[str, Any]:
+    """A value of a class that is in no table, as TOML values: its name, its settings, and a digest of its source."""
+    fields = TypeAdapter(type(value)).dump_python(value, mode="json", exclude_none=True)
+    return {**fields, "kind": name_of(type(value)), "source": digest_of(type(value))}
+
+
+def digest_of(cls: type[Any]) -> str:
+    """A digest of a class's source and of its bases', fedlora's own left out.
+
+    Raises:
+        ConfigError: the source cannot be read, so that nobody could tell whether it is the same again.
+    """
+    whole = hashlib.blake2b(digest_size=8)
+    for one in cls.__mro__[:-1]:
+        if one.__module__.split(".")[0] not in ("fedlora", "abc", "typing"):
+            try:
+                whole.update(textwrap.dedent(inspect.getsource(one)).encode())
+            except (OSError, TypeError) as error:
+                raise ConfigError(
+                    f"the source of {name_of(one)} cannot be read ({error}); put the class into a file"
+                ) from error
+    return whole.hexdigest()
+
+
+def _checked(value: Any) -> Any:
+    _check_class(type(value))
+    digest_of(type(value))
+    return value
+
+
+def _check_class(cls: type) -> None:
+    settings = getattr(cls, "__dataclass_params__", None)
+    if settings is None or not settings.frozen:
+        raise ConfigError(f"{name_of(cls)} is no frozen dataclass: decorate it with @dataclass(frozen=True)")
+
+
+def _kinds(union: Any) -> dict[str, type]:
+    """The classes of a union by their ``kind``."""
+    return {cls.kind: cls for cls in _members(union)}
+
+
+def _members(union: Any) -> Collection[Any]:
+    origin: Collection[Any] = getattr(union, "__args__", ())
+    return [one for member in origin for one in (_members(member) or [member]) if inspect.isclass(one)]
+
+
+@functools.cache
+def _installed(slot: str) -> dict[str, str]:
+    found = importlib.metadata.entry_points(group=f"fedlora.{slot}")
+    return {point.name: point.value for point in found}

@@ -1,0 +1,48 @@
+"""Tiny models and data, and checks for components of your own; what tests of fedlora itself use.
+
+Nothing here is imported by fedlora; everything in ``__all__`` is stable.
+"""
+
+from fedlora.testing.checks import (
+    check_aggregator,
+    check_client_optimizer,
+    check_lora_init,
+    check_partition,
+    check_precision,
+    check_privacy,
+    check_server_optimizer,
+    check_skew,
+    check_sparsifier,
+    check_tuning,
+)
+from fedlora.testing.models import (
+    FAMILIES,
+    IMAGE_FAMILIES,
+    TensorTask,
+    equal_population,
+    schema_of,
+    tiny_config,
+    tiny_model,
+    toy_task,
+)
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE_FAMILIES",
+    "TensorTask",
+    "check_aggregator",
+    "check_client_optimizer",
+    "check_lora_init",
+    "check_partition",
+    "check_precision",
+    "check_privacy",
+    "check_server_optimizer",
+    "check_skew",
+    "check_sparsifier",
+    "check_tuning",
+    "equal_population",
+    "schema_of",
+    "tiny_config",
+    "tiny_model",
+    "toy_task",
+]
