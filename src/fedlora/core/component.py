@@ -41,5 +41,5 @@ Part = Annotated[float, Field(ge=0, lt=1)]
 
 
 def by_kind(union: Any) -> dict[str, Any]:
-    """The classes of ``Annotated[A | B, Field(discriminator="kind")]`` by their ``kind``, in its order."""
+    """The classes of ``Annotated[A | B, Slot(...)]`` by their ``kind``, in its order."""
     return {cls.kind: cls for cls in get_args(get_args(union)[0])}

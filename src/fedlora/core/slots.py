@@ -31,7 +31,7 @@ OPEN = (
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Metadata of a union of components that lets in other classes of the same base; see the module.
+    """Metadata of a union of components: told apart by ``kind``, other classes of the same base let in.
 
     Args:
         name: of the slot, as in ``fedlora list``.
@@ -42,8 +42,9 @@ class Slot:
     base: type
 
     def __get_pydantic_core_schema__(self, union: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        known = handler(union)
         kinds = _kinds(union)
+        choices = {kind: handler.generate_schema(cls) for kind, cls in kinds.items()}
+        known = core_schema.tagged_union_schema(choices, discriminator="kind")
         written = core_schema.wrap_serializer_function_ser_schema(
             lambda value, write: write(value) if type(value) in kinds.values() else written_as(value), schema=known
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.component import STRICT, Count, Field, Positive, by_kind, dataclass
+from fedlora.core.component import STRICT, Count, Positive, by_kind, dataclass
 from fedlora.core.errors import DataError
 from fedlora.core.slots import Slot
 
@@ -252,7 +252,6 @@ if TYPE_CHECKING:
 else:
     AnyPartition = Annotated[
         Iid | Pooled | Dirichlet | Quantity | Shards | Natural,
-        Field(discriminator="kind"),
         Slot("partition", Partition),
     ]
 """Any partition, told apart by ``kind``."""

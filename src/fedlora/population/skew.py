@@ -123,7 +123,7 @@ class Clusters(Skew):
 if TYPE_CHECKING:
     AnySkew = Skew
 else:
-    AnySkew = Annotated[Label | Column | Clusters, Field(discriminator="kind"), Slot("skew", Skew)]
+    AnySkew = Annotated[Label | Column | Clusters, Slot("skew", Skew)]
 """Any skew, told apart by ``kind``."""
 
 SKEWS: dict[str, type[Skew]] = {"label": Label, "column": Column, "clusters": Clusters}

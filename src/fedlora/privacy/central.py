@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.core import tree
-from fedlora.core.component import STRICT, Field, Fraction, NonNegative, Positive, Whole, dataclass
+from fedlora.core.component import STRICT, Fraction, NonNegative, Positive, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.slots import Slot
 from fedlora.core.state import generator, named_seed
@@ -237,4 +237,4 @@ PRIVACY: dict[str, type[Privacy]] = {"none": NoPrivacy, "central_gaussian": Cent
 if TYPE_CHECKING:
     AnyPrivacy = Privacy
 else:
-    AnyPrivacy = Annotated[NoPrivacy | CentralGaussian, Field(discriminator="kind"), Slot("privacy", Privacy)]
+    AnyPrivacy = Annotated[NoPrivacy | CentralGaussian, Slot("privacy", Privacy)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
-from fedlora.core.component import STRICT, Count, Field, NonNegative, Part, Whole, dataclass
+from fedlora.core.component import STRICT, Count, NonNegative, Part, Whole, dataclass
 from fedlora.core.rates import LrScale, Rate, Schedule
 from fedlora.core.slots import Slot
 from fedlora.privacy.examples import ExampleNoise
@@ -101,7 +101,7 @@ CLIENT_OPTIMIZERS: dict[str, type[ClientOptimizer]] = {"sgd": Sgd, "adamw": Adam
 if TYPE_CHECKING:
     AnyClientOptimizer = ClientOptimizer
 else:
-    AnyClientOptimizer = Annotated[Sgd | AdamW, Field(discriminator="kind"), Slot("client_optimizer", ClientOptimizer)]
+    AnyClientOptimizer = Annotated[Sgd | AdamW, Slot("client_optimizer", ClientOptimizer)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

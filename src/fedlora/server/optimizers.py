@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora.core import tree
-from fedlora.core.component import STRICT, Field, NonNegative, Part, by_kind, dataclass
+from fedlora.core.component import STRICT, NonNegative, Part, by_kind, dataclass
 from fedlora.core.rates import LrScale, Rate, Rates, Schedule
 from fedlora.core.schema import Schema
 from fedlora.core.slots import Slot
@@ -269,7 +269,6 @@ if TYPE_CHECKING:
 else:
     AnyServerOptimizer = Annotated[
         Sgd | Adam | AdamW | FedAdam | FedYogi | FedAdagrad,
-        Field(discriminator="kind"),
         Slot("server", ServerOptimizer),
     ]
 SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = by_kind(AnyServerOptimizer)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from fedlora.core.component import Field, by_kind
+from fedlora.core.component import by_kind
 from fedlora.core.slots import Slot
 from fedlora.tasks.base import Evaluation, Model, Prepared, Task
 from fedlora.tasks.data.columns import Source
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 else:
     AnyTask = Annotated[
         CausalLM | ImageClassification | Instruction | QuestionAnswering | TextClassification | TokenClassification,
-        Field(discriminator="kind"),
         Slot("task", Task),
     ]
 """Any task, told apart by ``kind``."""

@@ -18,7 +18,9 @@ from fedlora.testing.checks import (
 from fedlora.testing.models import (
     FAMILIES,
     IMAGE_FAMILIES,
+    Head,
     TensorTask,
+    default_head,
     equal_population,
     schema_of,
     tiny_config,
@@ -29,6 +31,7 @@ from fedlora.testing.models import (
 __all__ = [
     "FAMILIES",
     "IMAGE_FAMILIES",
+    "Head",
     "TensorTask",
     "check_aggregator",
     "check_client_optimizer",
@@ -40,6 +43,7 @@ __all__ = [
     "check_skew",
     "check_sparsifier",
     "check_tuning",
+    "default_head",
     "equal_population",
     "schema_of",
     "tiny_config",

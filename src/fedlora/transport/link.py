@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from fedlora.core import tree as trees
-from fedlora.core.component import STRICT, Field, Whole, by_kind, dataclass
+from fedlora.core.component import STRICT, Whole, by_kind, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema
 from fedlora.core.slots import Slot, kind_of
@@ -21,9 +21,7 @@ from fedlora.transport.wire import Form, Packet
 if TYPE_CHECKING:
     AnySparsifier = Sparsifier
 else:
-    AnySparsifier = Annotated[
-        Dense | TopK | RandomK | Threshold | RankSlice, Field(discriminator="kind"), Slot("sparsify", Sparsifier)
-    ]
+    AnySparsifier = Annotated[Dense | TopK | RandomK | Threshold | RankSlice, Slot("sparsify", Sparsifier)]
 """Every sparsifier, told apart by ``kind``; a new one is one more class in this line."""
 
 SPARSIFIERS: dict[str, type[Sparsifier]] = by_kind(AnySparsifier)
@@ -32,9 +30,7 @@ SPARSIFIERS: dict[str, type[Sparsifier]] = by_kind(AnySparsifier)
 if TYPE_CHECKING:
     AnyPrecision = Precision
 else:
-    AnyPrecision = Annotated[
-        Float32 | BFloat16 | Float16 | Uniform, Field(discriminator="kind"), Slot("precision", Precision)
-    ]
+    AnyPrecision = Annotated[Float32 | BFloat16 | Float16 | Uniform, Slot("precision", Precision)]
 """Every precision, told apart by ``kind``; a new one is one more class in this line, and one in ``wire``."""
 
 PRECISIONS: dict[str, type[Precision]] = by_kind(AnyPrecision)

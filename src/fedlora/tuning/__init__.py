@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from fedlora.core.component import Field, by_kind
+from fedlora.core.component import by_kind
 from fedlora.core.slots import Slot
 from fedlora.tuning.base import Installed, Start, Tuning
 from fedlora.tuning.bottleneck import Bottleneck
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 else:
     AnyTuning = Annotated[
         LoRA | Full | HeadOnly | BitFit | SparseMask | Bottleneck | Peft,
-        Field(discriminator="kind"),
         Slot("tuning", Tuning),
     ]
 TUNINGS: dict[str, type[Tuning]] = by_kind(AnyTuning)

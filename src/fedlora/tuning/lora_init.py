@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.core.component import STRICT, Field, by_kind, dataclass
+from fedlora.core.component import STRICT, by_kind, dataclass
 from fedlora.core.slots import Slot
 
 Factors = tuple[Tensor, Tensor]
@@ -146,7 +146,5 @@ def truncated_svd(matrix: Tensor, rank: int, scale: float, split: Split) -> Fact
 if TYPE_CHECKING:
     AnyLoRAInit = LoRAInit
 else:
-    AnyLoRAInit = Annotated[
-        Kaiming | Orthogonal | SvdOfWeight | SvdOfDelta, Field(discriminator="kind"), Slot("lora_init", LoRAInit)
-    ]
+    AnyLoRAInit = Annotated[Kaiming | Orthogonal | SvdOfWeight | SvdOfDelta, Slot("lora_init", LoRAInit)]
 LORA_INITS: dict[str, type[LoRAInit]] = by_kind(AnyLoRAInit)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from fedlora.core.component import Field, by_kind
+from fedlora.core.component import by_kind
 from fedlora.core.slots import Slot
 from fedlora.server.aggregate.base import Accumulator, Aggregator, Needs
 from fedlora.server.aggregate.means import CoordinateMedian, Krum, Mean, NormBound, TrimmedMean
@@ -26,7 +26,6 @@ else:
         | TrimmedMean
         | Krum
         | NormBound,
-        Field(discriminator="kind"),
         Slot("aggregator", Aggregator),
     ]
 AGGREGATORS: dict[str, type[Aggregator]] = by_kind(AnyAggregator)

@@ -237,11 +237,7 @@ class Validation(Source):
 if TYPE_CHECKING:
     AnySource = Source
 else:
-    AnySource = Annotated[
-        Docstrings | Files | Hub | ImageFolder | Rows | Sites | Validation,
-        Field(discriminator="kind"),
-        Slot("data", Source),
-    ]
+    AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Rows | Sites | Validation, Slot("data", Source)]
 """Any source, told apart by ``kind``."""
 
 SOURCES: dict[str, type[Source]] = by_kind(AnySource)
