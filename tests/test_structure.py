@@ -67,6 +67,7 @@ NEEDED = {
     "natural": {"column"},
     "files": {"train"},
     "hub": {"path"},
+    "rows": {"train"},
     "image_folder": {"path"},
     "peft": {"config"},
     "central_gaussian": {"clip_norm"},

@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         Instruction,
         Model,
         QuestionAnswering,
+        Rows,
         Sites,
         Source,
         Task,
@@ -147,7 +148,7 @@ _NAMES = {
     "server.pruning": "Prune",
     "study": "tune",
     "tasks": "CausalLM Docstrings Files Hub ImageClassification ImageFolder Instruction Model "
-    "QuestionAnswering Sites Source Task TextClassification TokenClassification",
+    "QuestionAnswering Rows Sites Source Task TextClassification TokenClassification",
     "transport": "BFloat16 Dense Float16 Float32 Link Precision Quota RandomK RankSlice Sparsifier Stage "
     "Threshold TopK Uniform",
     "tuning": "BitFit Bottleneck Full HeadOnly Kaiming LoRA LoRAInit Orthogonal Peft SparseMask "
@@ -222,6 +223,7 @@ __all__ = [
     "RankSlice",
     "Recipe",
     "Result",
+    "Rows",
     "Schedule",
     "ServerOptimizer",
     "Shards",

@@ -33,6 +33,7 @@ STATED: dict[str, dict[str, Any]] = {
     "files": {"train": "rows.csv", "columns": {"text_pair": "second", "label": "the label"}},
     "hub": {"path": "owner/name", "revision": "abc", "test_split": ""},
     "image_folder": {"path": "pictures"},
+    "rows": {"train": "rows:0f"},
     "sites": {"test": "test.jsonl"},
     "validation": {"source": {"kind": "docstrings"}},
     "column": {"name": "user"},

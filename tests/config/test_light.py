@@ -70,6 +70,9 @@ import tomllib
 for name in METHODS:
     experiment = parse(tomllib.loads(template(name)))
     digest(experiment), to_toml(experiment)
+model = {{"object": "BertModel:1f", "tokenizer": "tokenizer:2e"}}
+handed = parse({{"model": model, "data": {{"kind": "rows", "train": "rows:3d"}}}})
+digest(handed), to_toml(handed)
 sys.exit([name for name in {HEAVY!r} if name in sys.modules] or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

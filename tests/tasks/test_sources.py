@@ -355,6 +355,7 @@ def test_the_table_and_the_union_agree() -> None:
         "files": {"train": "a.csv"},
         "hub": {"path": "owner/name"},
         "image_folder": {"path": "pictures"},
+        "rows": {"train": "rows:0f"},
         "sites": {"test": "test.jsonl"},
         "validation": {"source": {"kind": "docstrings"}},
     }

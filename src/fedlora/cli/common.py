@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 from collections.abc import Collection
 from enum import StrEnum
@@ -46,7 +47,7 @@ def import_settings() -> None:
     """Imports what reads configurations, says so on a terminal, and looks for no garbage in it, then or later."""
     waiting("PyTorch")
     gc.disable()
-
+    importlib.import_module("fedlora.config")
     gc.freeze()
     gc.enable()
 

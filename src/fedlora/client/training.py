@@ -21,7 +21,7 @@ from fedlora.core.schema import Schema
 from fedlora.core.state import Folds, named_seed
 from fedlora.core.tree import Tree
 from fedlora.recipe.gradients import GradientSource, Proximal
-from fedlora.tasks.base import Rows
+from fedlora.tasks.base import Positions
 from fedlora.tasks.models.checkpointing import checkpointing_without_dropout
 from fedlora.tuning import Installed
 from fedlora.tuning.lora import lora_layers
@@ -41,7 +41,7 @@ class Ready(NamedTuple):
     """
 
     job: Job
-    rows: Rows
+    rows: Positions
     start: Tree
     folds: Folds
     schema: Schema
@@ -105,7 +105,7 @@ def _take_steps(
     ready: Ready,
     source: GradientSource,
     draws: torch.Generator | None,
-    batches: Sequence[Rows],
+    batches: Sequence[Positions],
     optimizer: torch.optim.Optimizer,
 ) -> list[Tensor]:
     """The loss of each step.
@@ -122,7 +122,7 @@ def _take_steps(
     masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
     penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
 
-    def loss_of(chosen: Rows) -> Tensor:
+    def loss_of(chosen: Positions) -> Tensor:
         with workspace.autocast(local.compute):
             return task.loss(model, task.batch(chosen, device))
 

@@ -17,11 +17,11 @@ from fedlora.core.store import EMPTY, Store
 from fedlora.core.tree import Tree
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.recipe.recipe import restarted
-from fedlora.tasks.base import Rows
+from fedlora.tasks.base import Positions
 from fedlora.transport import wire
 
 
-def run_job(job: Job, workspace: Workspace, rows: Rows, seconds: float = math.inf) -> Reply:
+def run_job(job: Job, workspace: Workspace, rows: Positions, seconds: float = math.inf) -> Reply:
     """Takes a client's turn.
 
     Args:
@@ -42,7 +42,7 @@ def run_job(job: Job, workspace: Workspace, rows: Rows, seconds: float = math.in
     return close_turn(ready, trained)
 
 
-def open_turn(job: Job, workspace: Workspace, rows: Rows, deadline: float = math.inf) -> Ready:
+def open_turn(job: Job, workspace: Workspace, rows: Positions, deadline: float = math.inf) -> Ready:
     """Begins a client's turn: brings the frozen part to what was announced, and decodes where to start.
 
     Args:

@@ -12,7 +12,7 @@ from fedlora.core.slots import kind_of
 from fedlora.core.state import Fold, Folds, named_seed
 from fedlora.core.tree import Tree
 from fedlora.recipe import Recipe
-from fedlora.tasks.base import Evaluation, Prepared, Rows, Split
+from fedlora.tasks.base import Evaluation, Positions, Prepared, Split
 from fedlora.transport import wire
 from fedlora.transport.base_updates import FoldMessage, received
 from fedlora.tuning import Installed, Start
@@ -119,7 +119,7 @@ class Workspace:
         recipe.tuning.fold(self.installed, folds)
         self.installed.load(params)
 
-    def evaluate(self, rows: Rows, split: Split, compute: str) -> Evaluation:
+    def evaluate(self, rows: Positions, split: Split, compute: str) -> Evaluation:
         """Metrics of the model as it is now, in evaluation mode."""
         self.model.eval()
         with torch.inference_mode(), self.autocast(compute):

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from fedlora.config.explain import explain
+from fedlora.config.handed_over import dealt_as_handed
 from fedlora.config.method_table import build_method
 from fedlora.config.upgrade import upgraded
 from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
@@ -21,6 +22,8 @@ from fedlora.population.clients import Clients
 from fedlora.recipe import Phase
 from fedlora.recipe.refusals import check_experiment
 from fedlora.tasks import AnySource, AnyTask, Docstrings, Model, TextClassification
+from fedlora.tasks.base import as_model
+from fedlora.tasks.data.rows import as_source
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -68,10 +71,11 @@ class Experiment:
         mode: ``federated``; ``centralised`` trains one client that holds everything, a round being a pass; ``local``
             lets ``num_local`` clients train alone, and reports their mean. In the latter two nothing is sent.
         num_local: clients that train alone in the mode ``local``.
-        model: the pre-trained model.
+        model: the pre-trained model; a loaded one, or a pair of it and its tokenizer, becomes ``Model(object=...)``.
         task: what it is trained for.
-        data: on what.
-        clients: how the data are dealt, and how many clients take part in a round.
+        data: on what; rows that are no source become ``Rows(train=...)``.
+        clients: how the data are dealt, and how many clients take part in a round. Rows that were handed over by client
+            are dealt so where ``partition`` is left at its default.
         phases: the method.
         evaluate: when the model is evaluated.
         checkpoint_every: rounds between two checkpoints.
@@ -84,14 +88,15 @@ class Experiment:
     num_local: Count = 10
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every: Count = 1
-    model: Model = Model()
+    model: Annotated[Model, BeforeValidator(as_model)] = Model()
     task: AnyTask = TextClassification()
-    data: AnySource = Docstrings()
+    data: Annotated[AnySource, BeforeValidator(as_source)] = Docstrings()
     clients: Clients = Clients()
     evaluate: Evaluate = Evaluate()
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "clients", dealt_as_handed(self.data, self.clients))
         check_experiment(self)
         for tier, phase in itertools.product(self.clients.tiers, self.phases):
             tier.applied(phase.recipe)

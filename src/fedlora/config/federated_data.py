@@ -14,6 +14,7 @@ import torch
 
 from fedlora.config import experiment as config
 from fedlora.config.experiment import Experiment
+from fedlora.config.handed_over import check_here, handed_over
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
@@ -42,6 +43,8 @@ from fedlora.server.aggregate import Mean
 from fedlora.server.optimizers import Sgd
 from fedlora.tasks import Prepared, Sites, Validation
 from fedlora.tasks.base import Split
+from fedlora.tasks.data.rows import CLIENT
+from fedlora.tasks.models.objects import origin_of
 from fedlora.transport import Link
 
 VERSIONED = ("fedlora", "torch", "transformers", "peft", "datasets", "numpy", "safetensors", "constriction", "pydantic")
@@ -92,8 +95,10 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
 
     Raises:
         DataError: the data cannot be read, or not be dealt as asked.
-        ConfigError: a round has more clients than there are, or clients are to be evaluated on no rows.
+        ConfigError: a round has more clients than there are, or clients are to be evaluated on no rows, or what was
+            handed over from Python is not here.
     """
+    check_here(experiment)
     clients = experiment.clients
     if isinstance(experiment.data, Sites):
         raise ConfigError(
@@ -194,7 +199,8 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
         )
     name = clients.column()
     division = build_population(clients, classes.numbers, task.column(name, "train") if name else None, seed)
-    if division.test_rows is None and name is not None and name in task.columns("test"):
+    # rows that were handed over by client are held out row by row where nothing else was asked for
+    if division.test_rows is None and name not in (None, CLIENT) and name in task.columns("test"):
         shared = set(task.column(name, "test").tolist()) & set(task.column(name, "train").tolist())
         if shared:
             raise DataError(
@@ -252,12 +258,22 @@ def manifest(
         "seed": experiment.seed,
         "config_digest": config.digest(experiment),
         "data_fingerprint": setting.task.fingerprint,
+        **_handed_over(experiment),
         "label_names": setting.task.label_names,
         "num_test": len(setting.test_rows),
         "privacy": _privacy(budget, phases),
         "example_privacy": _example_privacy(phases),
         "partition": setting.summary().as_dict(),
     }
+
+
+def _handed_over(experiment: Experiment) -> dict[str, Any]:
+    """The fingerprints of what was handed over from Python, and where it came from; nothing where nothing was."""
+    found = {
+        name: {"fingerprint": held.fingerprint, "origin": origin_of(held)}
+        for name, held in handed_over(experiment).items()
+    }
+    return {"handed_over": found} if found else {}
 
 
 def _privacy(budget: Budget | None, phases: Sequence[Phase]) -> dict[str, Any] | None:

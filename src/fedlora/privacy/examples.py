@@ -17,7 +17,7 @@ from fedlora.core.tree import Tree
 from fedlora.privacy.central import normal, uniform
 
 if TYPE_CHECKING:
-    from fedlora.tasks.base import Rows
+    from fedlora.tasks.base import Positions
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -54,16 +54,18 @@ class ExampleNoise:
         """See ``Backward.draws``."""
         return None if self.seed is None else generator(named_seed(self.seed, "examples", turn))
 
-    def batches(self, rows: Rows, num_steps: int, batch_size: int, draws: torch.Generator | None) -> list[Rows]:
+    def batches(
+        self, rows: Positions, num_steps: int, batch_size: int, draws: torch.Generator | None
+    ) -> list[Positions]:
         """A Poisson sample of ``rows`` for each step; some may be empty."""
         chance = min(1.0, batch_size / len(rows))
         return [rows[uniform(len(rows), draws) < chance] for _ in range(num_steps)]
 
     def gradients(
         self,
-        loss_of: Callable[[Rows], Tensor],
+        loss_of: Callable[[Positions], Tensor],
         values: list[nn.Parameter],
-        chosen: Rows,
+        chosen: Positions,
         batch_size: int,
         draws: torch.Generator | None,
         penalty: Callable[[], Tensor | float] = float,

@@ -15,7 +15,7 @@ from fedlora.core.tree import Tree
 from fedlora.privacy.examples import ExampleNoise
 
 if TYPE_CHECKING:
-    from fedlora.tasks.base import Rows
+    from fedlora.tasks.base import Positions
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ class Backward:
         """The generator of a turn by its seed; None for the operating system's secure source."""
         return generator(named_seed(turn, "shuffle"))
 
-    def batches(self, rows: Rows, num_steps: int, batch_size: int, draws: torch.Generator | None) -> list[Rows]:
+    def batches(
+        self, rows: Positions, num_steps: int, batch_size: int, draws: torch.Generator | None
+    ) -> list[Positions]:
         """The examples of each of ``num_steps`` steps; the last batch of a pass may be smaller."""
-        batches: list[Rows] = []
+        batches: list[Positions] = []
         while len(batches) < num_steps:
             passed = rows[torch.randperm(len(rows), generator=draws).numpy()] if self.shuffle else rows
             batches += [passed[first : first + batch_size] for first in range(0, len(rows), batch_size)]
@@ -46,9 +48,9 @@ class Backward:
 
     def gradients(
         self,
-        loss_of: Callable[[Rows], Tensor],
+        loss_of: Callable[[Positions], Tensor],
         values: list[nn.Parameter],
-        chosen: Rows,
+        chosen: Positions,
         batch_size: int,
         draws: torch.Generator | None,
         penalty: Callable[[], Tensor | float] = float,

@@ -20,6 +20,7 @@ from fedlora.core.tree import Tree
 from fedlora.rounds.downlink import view
 from fedlora.rounds.phases import close_phase
 from fedlora.runs.folder import cannot_write
+from fedlora.tasks import Model
 from fedlora.tasks.models.loading import pooled, quiet_transformers
 from fedlora.tuning import Bottleneck, Installed, LoRA, Peft
 from fedlora.tuning.export import dilated, save_lora, save_peft
@@ -66,7 +67,8 @@ def _write(temporary: Path, trained: Trained, merge: bool) -> None:
     if merge:
         _save_merged(temporary, trained)
     elif isinstance(tuning, LoRA) and not (installed.folded or state.folds.version):
-        base = trained.experiment.model.resolve()
+        model = trained.experiment.model
+        base = model.name if model.object else model.resolve()
         save_lora(tuning, installed, state.init, state.params, base, temporary, task.peft_task, root)
     elif isinstance(tuning, Peft):
         installed.load(state.params)
@@ -116,7 +118,7 @@ def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
 def model_card(trained: Trained, merged: bool) -> str:
     """The README of an exported folder."""
     experiment, task, tuning = trained.experiment, trained.task, kind_of(trained.recipe.tuning)
-    base = experiment.model.path if experiment.model.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
+    base = experiment.model.name or "BASE_MODEL"
     auto_class = task.auto_class
     found = "\n".join(f"| {name} | {value:.4f} |" for name, value in trained.metrics.items())
     if merged:
@@ -137,7 +139,7 @@ base_model: {base}
 
 Method `{experiment.label}`, tuning `{tuning}`, {trained.state.round} rounds, {experiment.clients.per_round} clients per
 round, partition `{kind_of(experiment.clients.partition)}`, seed {experiment.seed}. The data stayed with their owners;
-what was sent is in the run's `ledger.jsonl`.
+what was sent is in the run's `ledger.jsonl`.{_handed(experiment.model)}
 
 | metric on all test examples | value |
 |---|---|
@@ -150,3 +152,14 @@ from transformers import {auto_class}
 {load}
 ```
 """
+
+
+def _handed(model: Model) -> str:
+    """What a card says of a base model that no path names for sure."""
+    if model.object is None:
+        return ""
+    whence = f", where it was loaded from {model.name}" if model.name else ""
+    return (
+        f"\n\nThe base model was handed over from Python{whence}: class and fingerprint `{model.object.fingerprint}`. "
+        "What was learnt fits these weights; keep them with it if they were changed after loading."
+    )

@@ -19,6 +19,7 @@ from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.state import ServerState
 from fedlora.recipe import Recipe
 from fedlora.rounds.downlink import view
+from fedlora.runs.base_model import base_model
 from fedlora.runs.export import export
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks import Evaluation, Prepared
@@ -109,11 +110,17 @@ def read_inputs(text: str) -> list[str]:
     return inputs
 
 
-def load_run(path: Path | str) -> Trained:
+def load_run(path: Path | str, model: Any = None) -> Trained:
     """The model of a run, from its newest checkpoint.
 
+    Args:
+        path: the run's folder.
+        model: where the run's base model was handed over from Python, the same again: ``fedlora.Model(object=...,
+            tokenizer=...)``, or the pair of both. Left out, it is read from the folder that it was loaded from, if that
+            still holds the same.
+
     Raises:
-        ConfigError: ``path`` is not the folder of a run with a checkpoint.
+        ConfigError: ``path`` is not the folder of a run with a checkpoint, or the base model is not here.
     """
     path = Path(path)
     files = RunFolder(path)
@@ -129,7 +136,10 @@ def load_run(path: Path | str) -> Trained:
     experiment = in_mode(config.load(path))
     state, _ = latest
     recipe = experiment.phases[state.phase].recipe
-    names = list(files.read_json("manifest.json")["label_names"])
+    manifest = files.read_json("manifest.json")
+    names = list(manifest["label_names"])
+    base = base_model(experiment.model, model, manifest.get("handed_over", {}), path)
+    experiment = dataclasses.replace(experiment, model=base)
     task = experiment.task.restore(experiment.model, names)
     workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
     workspace.settle(state.phase, recipe, state.setup)

@@ -12,7 +12,7 @@ from rich.text import Text
 from fedlora.core.errors import ConfigError
 from fedlora.population.clients import Population
 from fedlora.runs.folder import RunFolder
-from fedlora.tasks.base import Rows
+from fedlora.tasks.base import Positions
 
 _COLOURS = (
     "blue", "green", "yellow", "red", "magenta", "cyan", "white", "bright_blue", "bright_green", "bright_yellow",
@@ -21,7 +21,7 @@ _COLOURS = (
 )  # fmt: skip
 
 
-def label_counts(population: Population, labels: Rows, num_classes: int) -> Rows:
+def label_counts(population: Population, labels: Positions, num_classes: int) -> Positions:
     """How many examples of each class each client holds, ``(clients, classes)`` integers."""
     return np.stack(
         [np.bincount(labels[population.rows_of(client)], minlength=num_classes) for client in range(len(population))]
@@ -29,7 +29,7 @@ def label_counts(population: Population, labels: Rows, num_classes: int) -> Rows
 
 
 def partition_bars(
-    population: Population, labels: Rows, names: list[str], num_clients: int = 20, width: int = 55
+    population: Population, labels: Positions, names: list[str], num_clients: int = 20, width: int = 55
 ) -> Text:
     """One bar per client, as long as its examples and coloured by class, for a terminal.
 
@@ -56,7 +56,7 @@ def partition_bars(
     return text
 
 
-def partition_html(population: Population, labels: Rows, names: list[str]) -> str:
+def partition_html(population: Population, labels: Positions, names: list[str]) -> str:
     """A page with one stacked bar per client.
 
     Args:

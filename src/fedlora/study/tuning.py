@@ -12,6 +12,7 @@ import tomli_w
 
 from fedlora import config
 from fedlora.config import Experiment
+from fedlora.config.handed_over import check_on_disk
 from fedlora.core.errors import ConfigError
 from fedlora.runs.folder import RunFolder
 from fedlora.study.halving import Halving, Trial, with_values
@@ -95,6 +96,8 @@ def tune(
         ConfigError: a key or value is refused, or the data are.
         Stopped: the user interrupted; the same call goes on.
     """
+    if isinstance(configuration, Experiment):
+        check_on_disk(configuration, "trials in processes of their own")
     document = config.resolved(configuration) if isinstance(configuration, Experiment) else configuration
     if trials < 1 or not 0 < holdout < 1:
         raise ConfigError("tuning needs one trial or more, and a holdout above 0 and below 1")

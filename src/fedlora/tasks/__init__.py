@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from fedlora.core.component import by_kind
 from fedlora.core.slots import Slot
 from fedlora.tasks.base import Evaluation, Model, Prepared, Task
+from fedlora.tasks.data.columns import Source
+from fedlora.tasks.data.rows import Rows
 from fedlora.tasks.data.sources import (
     SOURCES,
     AnySource,
@@ -18,7 +20,6 @@ from fedlora.tasks.data.sources import (
     Hub,
     ImageFolder,
     Sites,
-    Source,
     Validation,
 )
 from fedlora.tasks.images.images import ImageClassification
@@ -56,6 +57,7 @@ __all__ = [
     "Model",
     "Prepared",
     "QuestionAnswering",
+    "Rows",
     "Sites",
     "Source",
     "Task",

@@ -11,19 +11,22 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from fedlora.core.component import STRICT, dataclass
 from fedlora.core.errors import ConfigError, DataError
-from fedlora.tasks.data.columns import check_column, fingerprint, values_of
-from fedlora.tasks.data.sources import Source
+from fedlora.core.handed import HandedField, with_keywords
+from fedlora.tasks.data.columns import Source, check_column, fingerprint, values_of
 from fedlora.tasks.models.embeddings import embed
+from fedlora.tasks.models.objects import origin_of, taken_over
 
 if TYPE_CHECKING:
     import datasets
 
 Batch = dict[str, Tensor]
-Rows = NDArray[Any]
+Positions = NDArray[Any]
+"""Rows of a split by their numbers, integers from 0."""
 Split = Literal["train", "test"]
 Data = Mapping[Split, Any]
 """A ``datasets.Dataset`` per split."""
@@ -56,6 +59,12 @@ class Model:
         head: pre-trained modules that count as head too, by name or its last parts, such as ``bert.pooler`` or
             ``pooler``: trained and sent as the head is, and no targets of adapters.
         train_head: whether the head is trained; if not, it keeps the values that its seed gives it and is never sent.
+        object: a model of ``transformers`` that is loaded already, in place of ``path``; runs work on copies, and it
+            stays as it is. A configuration in TOML has its class and a fingerprint of its weights.
+        tokenizer: that model's tokenizer, or its image processor; where None, from where the model was loaded.
+
+    Raises:
+        ConfigError: ``object`` or ``tokenizer`` is not of ``transformers``, or does not go with another setting.
     """
 
     path: str = "embedded"
@@ -66,13 +75,32 @@ class Model:
     gradient_checkpointing: bool = False
     head: tuple[str, ...] = ()
     train_head: bool = True
+    object: HandedField | None = None
+    tokenizer: HandedField | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _taken_over(cls, given: Any) -> Any:
+        return with_keywords(given, taken_over)
+
+    @property
+    def name(self) -> str:
+        """What others load the same model by: a hub id or a folder; empty where that is not known."""
+        if self.object:
+            return origin_of(self.object)
+        return self.path if self.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
 
     def resolve(self) -> str:
         """The path or hub id to load from.
 
         Raises:
-            ConfigError: the embedded model is not installed.
+            ConfigError: the embedded model is not installed, or the model was handed over as an object.
         """
+        if self.object:
+            raise ConfigError(
+                "model.object is in the memory of one process, and others cannot load it: write it with "
+                "save_pretrained, its tokenizer too, and give model.path"
+            )
         if self.path != "embedded":
             return self.path
         try:
@@ -84,10 +112,17 @@ class Model:
         return str(get_model_path())
 
 
+def as_model(given: Any) -> Any:
+    """A ``Model`` for a loaded model, alone or in a pair with its tokenizer; anything else as it is."""
+    if isinstance(given, tuple) and len(given) == 2:
+        return Model(object=given[0], tokenizer=given[1])
+    return Model(object=given) if isinstance(given, nn.Module) else given
+
+
 class Prepared(ABC):
     """A task over a model and a data set: everything that a client's turn and an evaluation need.
 
-    Rows are integer arrays of positions in a split, ``train`` or ``test``.
+    Rows are named by their positions in a split, ``train`` or ``test``, as integer arrays.
 
     Args:
         model: which model.
@@ -118,7 +153,7 @@ class Prepared(ABC):
         return self._data
 
     @property
-    def labels(self) -> Rows:
+    def labels(self) -> Positions:
         """The class of each training example, ``(num_train,)`` integers, for partitions by label; zeros without any."""
         return np.zeros(self.num_examples("train"), dtype=np.int64)
 
@@ -136,7 +171,7 @@ class Prepared(ABC):
         """
 
     @abstractmethod
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
+    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """Examples as one batch, padded to the longest."""
 
     @abstractmethod
@@ -148,7 +183,7 @@ class Prepared(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+    def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """Metrics of ``model``, in evaluation mode, on the examples ``rows`` of ``split``."""
 
     @abstractmethod
@@ -218,7 +253,7 @@ class Prepared(ABC):
         """The names of the data's columns."""
         return list(self.data[split].column_names)
 
-    def column(self, name: str, split: Split) -> Rows:
+    def column(self, name: str, split: Split) -> Positions:
         """A column of the data, for natural clients and skews; values that are no scalars as text.
 
         Raises:

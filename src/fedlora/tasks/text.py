@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from fedlora.core.component import STRICT, Count, Field, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
-from fedlora.tasks.data.columns import Splits, check_rows, check_texts, fingerprint, split, values_of
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.data.columns import Source, Splits, check_rows, check_texts, fingerprint, split, values_of
 from fedlora.tasks.data.labels import known_labels, label_table, labelled
-from fedlora.tasks.data.sources import Source
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained, pooling_of
@@ -113,7 +112,7 @@ class PreparedText(PreparedTokenized):
         self._labels = {name: label_table(part, settings.problem, len(names)) for name, part in data.items()}
 
     @property
-    def labels(self) -> Rows:
+    def labels(self) -> Positions:
         """See ``Prepared.labels``; of several classes the first one."""
         labels = self._labels["train"]
         if self.settings.problem == "single":
@@ -135,7 +134,7 @@ class PreparedText(PreparedTokenized):
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
         return model, head
 
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
+    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         pad_to = None if self.settings.pad_to == "longest" else self.settings.pad_to
         batch = self.inputs(self._tokens[split], rows, self.settings.max_length, self._types.get(split), pad_to)
         batch["labels"] = torch.from_numpy(self._labels[split][rows])
@@ -153,7 +152,7 @@ class PreparedText(PreparedTokenized):
             logits.append(model(**{name: value for name, value in part.items() if name != "labels"}).logits.float())
         return scores.loss(torch.cat(logits), torch.cat(labels), self.settings.problem)
 
-    def logits(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Tensor:
+    def logits(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Tensor:
         """The outputs for examples, ``(rows, outputs)`` float32, in the order of ``rows``."""
         order = np.argsort(self._tokens[split].lengths(rows), kind="stable")
         result = torch.empty(len(rows), max(1, len(self._names)))
@@ -163,7 +162,7 @@ class PreparedText(PreparedTokenized):
             result[torch.from_numpy(chosen)] = model(**batch).logits.float().cpu()
         return result
 
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+    def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         labels = torch.from_numpy(self._labels[split][rows])
         return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from fedlora.core.later import transformers
 from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.population.clients import Population
-from fedlora.tasks.base import Batch, Evaluation, Model, Prepared, Rows, Split
+from fedlora.tasks.base import Batch, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.models.loading import head_names
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -147,7 +147,7 @@ class TensorTask(Prepared):
         self.attention = attention
 
     @property
-    def labels(self) -> Rows:
+    def labels(self) -> Positions:
         return self.targets.numpy()
 
     @property
@@ -163,14 +163,14 @@ class TensorTask(Prepared):
     def columns(self, split: Split) -> list[str]:
         return ["label"]
 
-    def column(self, name: str, split: Split) -> Rows:
+    def column(self, name: str, split: Split) -> Positions:
         return self.labels
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         model = self.make_model().to(device)
         return model, head_names(model, set())
 
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
+    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         name = "input_ids" if self.tokens.dim() == 2 else "pixel_values"
         batch = {name: self.tokens[rows].to(device), "labels": self.targets[rows].to(device)}
         if self.attention and name == "input_ids":
@@ -186,7 +186,7 @@ class TensorTask(Prepared):
         logits: Tensor = model(**inputs).logits.float()
         return logits.mean(1) if logits.dim() == 3 else logits
 
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+    def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         batch = self.batch(rows, device)
         labels, logits = batch["labels"], self.logits(model, batch)
         return Evaluation(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedlora.config import Experiment
 from fedlora.config.federated_data import Setting, prepare, prepare_sites
+from fedlora.config.handed_over import check_on_disk
 from fedlora.core.errors import ConfigError
 from fedlora.federation.protocol.courier import Courier
 from fedlora.federation.protocol.rules import Rules
@@ -54,6 +55,7 @@ def federate(
     """
     if not MODES[experiment.mode].sends:
         raise ConfigError(f"mode = {experiment.mode!r} sends nothing, so there is nothing for sites; use `fedlora run`")
+    check_on_disk(experiment, "sites")
     noisy = any(phase.recipe.privacy.needs_uniform_mean for phase in experiment.phases)
     if noisy and rules.over_sample > 1:
         raise ConfigError("noise is calibrated for the clients that are drawn, all of them; leave over_sample at 1")

@@ -28,7 +28,7 @@ from fedlora.federation.protocol.rules import SiteConfig
 from fedlora.federation.site.memory import SiteMemory
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.tasks import Model
-from fedlora.tasks.base import Prepared, Rows
+from fedlora.tasks.base import Positions, Prepared
 
 
 class _Run(NamedTuple):
@@ -36,7 +36,7 @@ class _Run(NamedTuple):
 
     name: str
     workspace: Workspace
-    clients: dict[int, Rows]
+    clients: dict[int, Positions]
     memory: SiteMemory
 
 

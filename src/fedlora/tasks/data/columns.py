@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,21 @@ class Raw(NamedTuple):
         """The rows that there are, and what to call them in messages."""
         named = ((self.train, "training"), (self.test, "test"))
         return [(rows, which) for rows, which in named if rows is not None]
+
+
+class Source(ABC):
+    """A place that rows come from."""
+
+    @abstractmethod
+    def load(self) -> Raw:
+        """Read the rows.
+
+        Returns:
+            The rows as they came, columns under the names that tasks use.
+
+        Raises:
+            DataError: if the data are missing, empty or not of the stated form.
+        """
 
 
 class Splits(NamedTuple):

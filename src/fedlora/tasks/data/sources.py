@@ -1,4 +1,4 @@
-"""Where rows come from: docstrings of the standard library, local files, or the Hugging Face Hub."""
+"""Where rows come from: docstrings of the standard library, local files, the Hugging Face Hub, or Python itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import inspect
 import os
 import sysconfig
 import warnings
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +24,9 @@ from fedlora.core.files import write_atomically
 from fedlora.core.later import datasets
 from fedlora.core.slots import Slot
 from fedlora.core.state import named_seed
-from fedlora.tasks.data.columns import Raw, rename
+from fedlora.tasks.data.columns import Raw, Source, rename
 from fedlora.tasks.data.folders import picture_folders, read_folder
+from fedlora.tasks.data.rows import Rows
 
 MIN_CHARACTERS = 20
 """Shorter docstrings say too little to be classified."""
@@ -36,21 +36,6 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "lib2t
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """The reader for each ending; each may be followed by ``.gz``."""
-
-
-class Source(ABC):
-    """A place that rows come from."""
-
-    @abstractmethod
-    def load(self) -> Raw:
-        """Read the rows.
-
-        Returns:
-            The rows as they came, columns under the names that tasks use.
-
-        Raises:
-            DataError: if the data are missing, empty or not of the stated form.
-        """
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -236,7 +221,7 @@ class Validation(Source):
     """
 
     kind: Literal["validation"] = "validation"
-    source: Annotated[Docstrings | Files | Hub | ImageFolder, Field(discriminator="kind")]
+    source: Annotated[Docstrings | Files | Hub | ImageFolder | Rows, Field(discriminator="kind")]
     share: Fraction = 0.1
     seed: int = 0
     hold_out: Literal["rows", "clients"] = "rows"
@@ -252,7 +237,7 @@ class Validation(Source):
 if TYPE_CHECKING:
     AnySource = Source
 else:
-    AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Sites | Validation, Slot("data", Source)]
+    AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Rows | Sites | Validation, Slot("data", Source)]
 """Any source, told apart by ``kind``."""
 
 SOURCES: dict[str, type[Source]] = by_kind(AnySource)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlora.tasks.base import Batch, Data, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.data.columns import Splits, rename, split
-from fedlora.tasks.data.sources import Source, read_rows
+from fedlora.tasks.base import Batch, Data, Model, Positions, Prepared, Split, Task
+from fedlora.tasks.data.columns import Source, Splits, rename, split
+from fedlora.tasks.data.sources import read_rows
 from fedlora.tasks.models.encoded import Ragged, width_of
 from fedlora.tasks.models.loading import load_tokenizer, save_tokenizer
 
@@ -79,7 +79,7 @@ class PreparedTokenized(Prepared):
         self.tokenizer = tokenizer
 
     def inputs(
-        self, tokens: Ragged, rows: Rows, limit: int, types: Ragged | None = None, pad_to: int | None = None
+        self, tokens: Ragged, rows: Positions, limit: int, types: Ragged | None = None, pad_to: int | None = None
     ) -> Batch:
         """Sequences as a batch, padded to the longest, or to ``pad_to``.
 

@@ -16,11 +16,11 @@ from torch.nn import functional
 from fedlora.core.component import STRICT, Count, Field, dataclass
 from fedlora.core.errors import ConfigError, first_line
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split, Task
-from fedlora.tasks.data.columns import check_rows, rename, split, values_of
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split, Task
+from fedlora.tasks.data.columns import Source, check_rows, rename, split, values_of
 from fedlora.tasks.data.folders import read_folder
 from fedlora.tasks.data.labels import known_labels, label_table, labelled
-from fedlora.tasks.data.sources import Source, read_rows
+from fedlora.tasks.data.sources import read_rows
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained
@@ -117,7 +117,7 @@ class PreparedImages(Prepared):
         self._labels = {name: label_table(part, settings.problem, len(names)) for name, part in data.items()}
 
     @property
-    def labels(self) -> Rows:
+    def labels(self) -> Positions:
         """See ``Prepared.labels``; of several classes the first one."""
         labels = self._labels["train"]
         return labels if self.settings.problem == "single" else labels.argmax(1)
@@ -127,7 +127,7 @@ class PreparedImages(Prepared):
         _take_size(model, self.processor.size, device)
         return model, head
 
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
+    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: ``pixel_values`` ``(rows, 3, height, width)`` float32 and ``labels``."""
         pixels, places = self._pictures[split]
         chosen = torch.from_numpy(np.asarray(pixels[places[rows]])).to(device)
@@ -142,12 +142,12 @@ class PreparedImages(Prepared):
             pixels = augment(pixels, self.settings.augmentation)
         return scores.loss(model(pixel_values=pixels).logits, batch["labels"], self.settings.problem)
 
-    def logits(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Tensor:
+    def logits(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Tensor:
         """The outputs for examples, ``(rows, classes)`` float32, in the order of ``rows``."""
         parts = (self.batch(part, device, split) for part in chunks(rows, self.settings.eval_batch_size))
         return torch.cat([model(pixel_values=part["pixel_values"]).logits.float().cpu() for part in parts])
 
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+    def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: the metrics of ``scores.score``, pictures as they are."""
         labels = torch.from_numpy(self._labels[split][rows])
         return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)

@@ -22,6 +22,7 @@ from fedlora.core.later import transformers
 from fedlora.tasks.base import Model
 from fedlora.tasks.models.encoded import cache_folder
 from fedlora.tasks.models.loading import quiet_transformers, readable
+from fedlora.tasks.models.objects import processor_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -202,9 +203,10 @@ def _raw(rows: datasets.Dataset, which: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _load(model: Model, settings: dict[str, Any]) -> Any:
-    with quiet_transformers(), readable(model):
+    place = processor_folder(model) if model.object else contextlib.nullcontext(model.resolve())
+    with place as folder, quiet_transformers(), readable(model):
         return transformers.AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            model.resolve(),
+            folder,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             backend="pil",

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError
-from fedlora.tasks.base import Data, Evaluation, Model, Prepared, Rows, Split
+from fedlora.tasks.base import Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import check_rows, check_texts, fingerprint, values_of
 from fedlora.tasks.lm import generation
 from fedlora.tasks.lm.answers import check_pattern, extract
@@ -158,7 +158,7 @@ class PreparedInstruction(PreparedNextToken):
             return values_of(rows, "prompt")
         return ["\n".join(message["content"] for message in one) for one in _conversations(rows, self.settings)]
 
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+    def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: those of next tokens over answers, and ``exact_match`` if asked for."""
         found = super().evaluate(model, rows, split, device)
         if not (wanted := min(self.settings.generate, len(rows))):
@@ -193,7 +193,7 @@ class PreparedInstruction(PreparedNextToken):
         )
         return [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in found]
 
-    def _exact_match(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> float:
+    def _exact_match(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> float:
         chosen, pattern = self._data[split].select(rows), self.settings.answer_pattern
         prompts, wanted = self._asked(chosen)
         tokens = [self._prompt_tokens(prompt, f"{split} row {row}") for prompt, row in zip(prompts, rows, strict=True)]

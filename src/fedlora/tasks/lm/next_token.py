@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora.core.errors import ConfigError, DataError
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Rows, Split
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Split
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.lm import tokens_out
 from fedlora.tasks.lm.tokens_out import Examples
@@ -101,7 +101,7 @@ class PreparedNextToken(PreparedTokenized):
             )
         return loaded, head
 
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
+    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: all sequences of the examples, padded to the longest on the right.
 
         ``input_ids``, ``attention_mask`` and ``labels`` are ``(sequences, width)`` int64 each; labels stand where their
@@ -110,7 +110,7 @@ class PreparedNextToken(PreparedTokenized):
         examples = self._examples[split]
         return self._padded(examples, examples.sequences(rows), self._packing, device)
 
-    def _padded(self, examples: Examples, chosen: Rows, packing: bool, device: torch.device) -> Batch:
+    def _padded(self, examples: Examples, chosen: Positions, packing: bool, device: torch.device) -> Batch:
         tokens, learnt, limit = examples.tokens, examples.learnt, self.settings.longest
         if packing:
             bins = tokens_out.pack(tokens.lengths(chosen), limit)
@@ -125,7 +125,7 @@ class PreparedNextToken(PreparedTokenized):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return tokens_out.mean_loss(model, batch)
 
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+    def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: token accuracy of the greedy next token, the mean loss per learnt token, and
         ``perplexity = exp(loss)``."""
         examples, size = self._examples[split], self.settings.eval_batch_size

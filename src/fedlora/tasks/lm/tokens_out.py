@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fedlora.core.errors import TrainingError
-from fedlora.tasks.base import Batch, Rows
+from fedlora.tasks.base import Batch, Positions
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, ranges
 
 IGNORED = -100
@@ -36,8 +36,8 @@ class Examples(NamedTuple):
 
     tokens: Ragged
     learnt: Ragged
-    offsets: Rows
-    kept: Rows
+    offsets: Positions
+    kept: Positions
     num_cut: int
 
     @classmethod
@@ -73,12 +73,12 @@ class Examples(NamedTuple):
             "num_cut": np.asarray([self.num_cut], dtype=np.int64),
         }
 
-    def sequences(self, rows: Rows) -> Rows:
+    def sequences(self, rows: Positions) -> Positions:
         """The sequences of the examples ``rows``, in their order."""
         return ranges(self.offsets, rows)
 
 
-def pack(lengths: Rows, limit: int) -> list[list[int]]:
+def pack(lengths: Positions, limit: int) -> list[list[int]]:
     """Puts sequences into blocks: from the longest on, each into the first block that has room for it.
 
     Args:
@@ -104,7 +104,7 @@ def pack(lengths: Rows, limit: int) -> list[list[int]]:
     return bins
 
 
-def joined(ragged: Ragged, bins: Sequence[Rows]) -> Ragged:
+def joined(ragged: Ragged, bins: Sequence[Positions]) -> Ragged:
     """The sequences of each of ``bins`` as one."""
     parts = [ragged.values[ragged.offsets[number] : ragged.offsets[number + 1]] for one in bins for number in one]
     offsets = np.concatenate([[0], np.cumsum([ragged.lengths(one).sum() for one in bins])]).astype(np.int64)

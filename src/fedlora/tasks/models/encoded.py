@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fedlora.core.files import new_file
 from fedlora.core.later import transformers
-from fedlora.tasks.models.loading import forget_last_call
+from fedlora.tasks.models.objects import forget_last_call
 
 if TYPE_CHECKING:
-    from fedlora.tasks.base import Batch, Rows
+    from fedlora.tasks.base import Batch, Positions
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -45,7 +45,7 @@ class Ragged(NamedTuple):
         values = np.fromiter((entry for sequence in sequences for entry in sequence), dtype, int(offsets[-1]))
         return cls(values, offsets)
 
-    def lengths(self, rows: Rows) -> NDArray[np.int64]:
+    def lengths(self, rows: Positions) -> NDArray[np.int64]:
         """Lengths of the sequences ``rows``."""
         lengths: NDArray[np.int64] = self.offsets[rows + 1] - self.offsets[rows]
         return lengths
@@ -54,7 +54,7 @@ class Ragged(NamedTuple):
         """The length of the longest sequence; 0 without any."""
         return int(np.diff(self.offsets).max(initial=0))
 
-    def padded(self, rows: Rows, width: int, fill: int) -> Tensor:
+    def padded(self, rows: Positions, width: int, fill: int) -> Tensor:
         """``(rows, width)`` int64, filled on the right."""
         mask = np.arange(width) < self.lengths(rows)[:, None]
         result = np.full(mask.shape, fill, dtype=np.int64)
@@ -62,12 +62,12 @@ class Ragged(NamedTuple):
         return torch.from_numpy(result)
 
 
-def ranges(offsets: NDArray[np.int64], rows: Rows) -> Rows:
+def ranges(offsets: NDArray[np.int64], rows: Positions) -> Positions:
     """The numbers ``offsets[row]`` to ``offsets[row + 1] - 1`` of each row, one row after the other."""
     return np.concatenate([np.zeros(0, np.int64), *(np.arange(offsets[row], offsets[row + 1]) for row in rows)])
 
 
-def chunks(values: Rows, size: int) -> Iterator[Rows]:
+def chunks(values: Positions, size: int) -> Iterator[Positions]:
     """``size`` of ``values`` at a time."""
     return (values[first : first + size] for first in range(0, len(values), size))
 

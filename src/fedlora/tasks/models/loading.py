@@ -16,6 +16,7 @@ from fedlora.core.errors import ConfigError, first_line
 from fedlora.core.later import Later, transformers
 from fedlora.tasks.models import cpu
 from fedlora.tasks.models.heads import parameters_of
+from fedlora.tasks.models.objects import copy_of_tokenizer, forget_last_call, fresh_copy
 from fedlora.tasks.models.pooling import POOLER_FAMILIES, Pooling
 
 if TYPE_CHECKING:
@@ -65,17 +66,7 @@ def load_pretrained(
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
         torch.manual_seed(seed)
-        loaded, report = getattr(transformers, auto_class).from_pretrained(
-            model.resolve(),
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            attn_implementation=None if model.attention == "auto" else model.attention,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            quantization_config=_quantised(model),
-            **(settings or {}),
-        )
+        loaded, report = _loaded(auto_class, model, settings or {})
     limit = positions(loaded)
     if limit is not None and longest > limit:
         raise ConfigError(
@@ -99,7 +90,16 @@ def pooling_of(model: Model) -> Pooling:
     Raises:
         ConfigError: there is no such model.
     """
-    return "mean" if _of(model, transformers.AutoConfig).model_type in POOLER_FAMILIES else "model"
+    return "mean" if config_of(model).model_type in POOLER_FAMILIES else "model"
+
+
+def config_of(model: Model) -> Any:
+    """The configuration of ``transformers`` that a model has.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    return model.object.here("model.object").config if model.object else _of(model, transformers.AutoConfig)
 
 
 def positions(model: nn.Module) -> int | None:
@@ -125,13 +125,31 @@ def load_tokenizer(model: Model) -> Any:
     Raises:
         ConfigError: there is no such model.
     """
-    tokenizer = _of(model, transformers.AutoTokenizer)
+    tokenizer = copy_of_tokenizer(model) if model.object else _of(model, transformers.AutoTokenizer)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise ConfigError(f"the tokenizer of {model.path!r} has no token to pad with; give it a pad_token")
     return tokenizer
+
+
+def _loaded(auto_class: str, model: Model, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model as ``transformers`` loads it, and what the checkpoint lacked."""
+    if model.object:
+        return fresh_copy(auto_class, model, settings)
+    loaded, report = getattr(transformers, auto_class).from_pretrained(
+        model.resolve(),
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=None if model.attention == "auto" else model.attention,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        quantization_config=_quantised(model),
+        **settings,
+    )
+    return loaded, report
 
 
 def _of(model: Model, auto_class: Any) -> Any:
@@ -148,14 +166,6 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     # whether the Hub could be reached here is no property of the tokenizer
     tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.save_pretrained(str(folder))
-
-
-def forget_last_call(tokenizer: Any) -> None:
-    """A fast tokenizer keeps truncation and padding of its last call, and would save them as its own."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
 
 
 def head_names(model: nn.Module, missing: set[str], fresh_head: bool = True) -> frozenset[str]:

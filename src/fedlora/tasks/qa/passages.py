@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.errors import ConfigError
-from fedlora.tasks.base import Rows
+from fedlora.tasks.base import Positions
 from fedlora.tasks.models.encoded import Arrays, Ragged, ranges
 from fedlora.tasks.qa.spans import Reference
 
@@ -41,11 +41,11 @@ class Passages(NamedTuple):
         tokens = Ragged(arrays["tokens"], arrays["offsets"])
         return cls(tokens, types, arrays["chars"], arrays["contexts"], arrays["examples"])
 
-    def rows(self, examples: Rows) -> Rows:
+    def rows(self, examples: Positions) -> Positions:
         """The windows of ``examples``, in their order."""
         return ranges(self.examples, examples)
 
-    def counts(self, examples: Rows) -> NDArray[np.int64]:
+    def counts(self, examples: Positions) -> NDArray[np.int64]:
         """Number of windows of each of ``examples``."""
         counts: NDArray[np.int64] = self.examples[examples + 1] - self.examples[examples]
         return counts

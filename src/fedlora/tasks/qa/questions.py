@@ -15,11 +15,11 @@ from torch.nn import functional
 from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.later import transformers
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import fingerprint, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import by_length, cached, chunks
-from fedlora.tasks.models.loading import load_pretrained, quiet_transformers, readable
+from fedlora.tasks.models.loading import config_of, load_pretrained
 from fedlora.tasks.qa import spans
 from fedlora.tasks.qa.passages import Passages, check_stride, encode
 
@@ -126,7 +126,7 @@ class PreparedQuestions(PreparedTokenized):
             model._weight_conversions = kept
         return model, head
 
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
+    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: all windows of the examples, one after the other."""
         chosen = self._passages[split].rows(rows)
         batch = self._inputs(self._passages[split], chosen)
@@ -144,7 +144,7 @@ class PreparedQuestions(PreparedTokenized):
             losses.append(span_losses(start, end, part["attention_mask"], *(part[name] for name in POSITIONS)))
         return torch.cat(losses).mean()
 
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+    def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: the metrics of ``spans.score``; the loss is a mean over windows."""
         passages = self._passages[split]
         chosen = passages.rows(rows)
@@ -169,11 +169,11 @@ class PreparedQuestions(PreparedTokenized):
         answers = self._decode(said, np.diff(passages.examples), contexts)
         return [{"answer": one.text, "score": one.score, "start": one.start} for one in answers]
 
-    def _inputs(self, passages: Passages, chosen: Rows) -> Batch:
+    def _inputs(self, passages: Passages, chosen: Positions) -> Batch:
         return self.inputs(passages.tokens, chosen, self.settings.max_length, passages.types)
 
     def _read(
-        self, model: nn.Module, passages: Passages, chosen: Rows, device: torch.device, targets: Rows | None
+        self, model: nn.Module, passages: Passages, chosen: Positions, device: torch.device, targets: Positions | None
     ) -> tuple[list[spans.Window], float]:
         """What the model says of each of the windows ``chosen``, and the mean loss where there are targets."""
         order = np.argsort(passages.tokens.lengths(chosen), kind="stable")
@@ -244,10 +244,7 @@ def _renamed_backbone(model: Model) -> dict[str, str]:
     Returns:
         A pattern of the checkpoint's names and what it becomes; nothing for most families.
     """
-    with quiet_transformers(), readable(model):
-        settings = transformers.AutoConfig.from_pretrained(
-            model.resolve(), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+    settings = config_of(model)
     tables: tuple[Any, ...] = (
         transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
         transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING,

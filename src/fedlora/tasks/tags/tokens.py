@@ -16,9 +16,8 @@ from torch.nn import functional
 from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, TrainingError, shown
 from fedlora.core.later import datasets, seqeval
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Prepared, Rows, Split
-from fedlora.tasks.data.columns import Splits, check_rows, class_names, fingerprint, split, values_of
-from fedlora.tasks.data.sources import Source
+from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.data.columns import Source, Splits, check_rows, class_names, fingerprint, split, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
 from fedlora.tasks.models.loading import class_settings, load_pretrained
@@ -173,7 +172,7 @@ class PreparedTokens(PreparedTokenized):
         self._labels = self._frequent(self._windows["train"].tags) if "train" in data else np.zeros(0, np.int64)
 
     @property
-    def labels(self) -> Rows:
+    def labels(self) -> Positions:
         """See ``Prepared.labels``: the most frequent type of entity in each example."""
         return self._labels
 
@@ -185,7 +184,7 @@ class PreparedTokens(PreparedTokenized):
         settings = class_settings(self._names)
         return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
 
-    def batch(self, rows: Rows, device: torch.device, split: Split = "train") -> Batch:
+    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: all windows of the examples; ``labels`` are ``(windows, width)``, -100 is masked."""
         windows = self._windows[split]
         batch, places = self._inputs(windows, windows.of(rows))
@@ -207,7 +206,7 @@ class PreparedTokens(PreparedTokenized):
             labels.append(part["labels"][kept])
         return functional.cross_entropy(torch.cat(logits), torch.cat(labels))
 
-    def evaluate(self, model: nn.Module, rows: Rows, split: Split, device: torch.device) -> Evaluation:
+    def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: F1, precision and recall over entities, accuracy over words, and the loss.
 
         An entity counts as found if its type, first and last word are right. Predictions that break IOB2 are read as
@@ -265,13 +264,13 @@ class PreparedTokens(PreparedTokenized):
             results.append({"entities": entities})
         return results
 
-    def _inputs(self, windows: Windows, sequences: Rows) -> tuple[Batch, NDArray[np.int64]]:
+    def _inputs(self, windows: Windows, sequences: Positions) -> tuple[Batch, NDArray[np.int64]]:
         """Sequences padded to the longest, and the places of their pieces."""
         inputs = self.inputs(windows.tokens, sequences, self.settings.max_length)
         return inputs, windows.places.padded(sequences, inputs["input_ids"].shape[1], -1).numpy()
 
     def _logits(
-        self, model: nn.Module, windows: Windows, sequences: Rows, device: torch.device
+        self, model: nn.Module, windows: Windows, sequences: Positions, device: torch.device
     ) -> tuple[Tensor, NDArray[np.int64]]:
         """The outputs for all words that make a piece, ``(words, tags)`` float32, and the words' numbers."""
         order = sequences[np.argsort(windows.tokens.lengths(sequences), kind="stable")]
@@ -283,7 +282,7 @@ class PreparedTokens(PreparedTokenized):
             numbers.append(places[places >= 0])
         return torch.cat(logits), np.concatenate(numbers)
 
-    def _warnings(self, wanted: Rows, found: Rows, words: Rows, places: Rows) -> list[str]:
+    def _warnings(self, wanted: Positions, found: Positions, words: Positions, places: Positions) -> list[str]:
         sentences = []
         if len(np.unique(found[places])) == 1 and (wanted[places] != found[places]).any():
             sentences.append(
@@ -297,7 +296,7 @@ class PreparedTokens(PreparedTokenized):
             )
         return sentences
 
-    def _frequent(self, tags: Ragged) -> Rows:
+    def _frequent(self, tags: Ragged) -> Positions:
         first: dict[str, int] = {}
         for number, tag in enumerate(self._iob2[1:], 1):
             first.setdefault(tag[2:], number)

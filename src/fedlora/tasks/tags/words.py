@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.errors import ConfigError
-from fedlora.tasks.base import Rows
+from fedlora.tasks.base import Positions
 from fedlora.tasks.models.encoded import Arrays, Ragged, ranges
 from fedlora.tasks.models.loading import quiet_transformers
 
@@ -36,7 +36,7 @@ class Windows(NamedTuple):
         offsets = arrays["offsets"]
         return cls(Ragged(arrays["tokens"], offsets), Ragged(arrays["places"], offsets), arrays["examples"], tags)
 
-    def of(self, rows: Rows) -> Rows:
+    def of(self, rows: Positions) -> Positions:
         """The sequences of the examples ``rows``, in order."""
         return ranges(self.examples, rows)
 

@@ -1,0 +1,61 @@
+"""What of an experiment was handed over from Python, and what follows from that."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from fedlora.core.errors import ConfigError
+from fedlora.core.handed import Handed, absent
+from fedlora.population.clients import Clients
+from fedlora.population.partitions import Natural
+from fedlora.tasks import Rows, Source, Validation
+from fedlora.tasks.data.rows import CLIENT
+
+if TYPE_CHECKING:
+    from fedlora.config.experiment import Experiment
+
+
+def dealt_as_handed(data: Source, clients: Clients) -> Clients:
+    """The clients, natural ones where rows were handed over by client and no other partition was set."""
+    source = data.source if isinstance(data, Validation) else data
+    if isinstance(source, Rows) and source.by_client and clients.partition == Clients().partition:
+        return dataclasses.replace(clients, partition=Natural(column=CLIENT))
+    return clients
+
+
+def handed_over(experiment: Experiment) -> dict[str, Handed]:
+    """What was handed over, by the names of the settings."""
+    data = experiment.data.source if isinstance(experiment.data, Validation) else experiment.data
+    found = {"model.object": experiment.model.object, "model.tokenizer": experiment.model.tokenizer}
+    if isinstance(data, Rows):
+        found |= {"data.train": data.train, "data.test": data.test}
+    return {name: held for name, held in found.items() if held is not None}
+
+
+def check_here(experiment: Experiment) -> None:
+    """Refuses an experiment of whose objects only fingerprints are known.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    if missing := [name for name, held in handed_over(experiment).items() if held.value is None]:
+        raise ConfigError(absent(missing))
+
+
+def check_on_disk(experiment: Experiment, who: str) -> None:
+    """Refuses objects where other processes take part, which they do not reach.
+
+    Args:
+        experiment: the configuration.
+        who: who would need them.
+
+    Raises:
+        ConfigError: something was handed over.
+    """
+    if names := list(handed_over(experiment)):
+        raise ConfigError(
+            f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} in the memory of this process, which {who} "
+            "cannot read: write rows into a file (data.kind = 'files'), and the model into a folder with "
+            "save_pretrained (model.path)"
+        )

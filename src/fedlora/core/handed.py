@@ -1,0 +1,66 @@
+"""What was handed over from Python as an object, such as rows or a loaded model: a file holds its fingerprint alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import PlainSerializer
+from pydantic_core import ArgsKwargs
+
+from fedlora.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Handed:
+    """An object, known by a fingerprint of what is in it: two with the same fingerprint are equal.
+
+    Args:
+        fingerprint: the same in every process for the same content.
+        value: the object; None where only the fingerprint is known, as in a configuration read from a file.
+    """
+
+    fingerprint: str
+    value: Any = field(default=None, compare=False, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handed:
+        return self
+
+    def here(self, what: str) -> Any:
+        """The object.
+
+        Args:
+            what: the setting's name, for the message.
+
+        Raises:
+            ConfigError: only its fingerprint is known.
+        """
+        if self.value is None:
+            raise ConfigError(absent([what]))
+        return self.value
+
+
+HandedField = Annotated[Any, PlainSerializer(lambda held: held.fingerprint, return_type=str)]
+"""The type of a setting that is handed over, a ``Handed`` once validated; TOML and digests have its fingerprint."""
+
+
+def absent(names: list[str]) -> str:
+    """What to say where only the fingerprints of some settings are known."""
+    return (
+        f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'} handed over from Python, and the configuration "
+        "keeps a fingerprint alone: hand the same over again, by running the same script, or by "
+        "fedlora.run(dataclasses.replace(fedlora.load(FOLDER), data=..., model=...), FOLDER)"
+    )
+
+
+def with_keywords(given: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """What a validator in the mode ``before`` got, by keyword or from a table, with its values changed.
+
+    Args:
+        given: what pydantic passes.
+        change: gets the values by name and returns what stands in their place.
+    """
+    if isinstance(given, ArgsKwargs):
+        return ArgsKwargs(given.args, change(dict(given.kwargs or {})))
+    return change(dict(given)) if isinstance(given, Mapping) else given

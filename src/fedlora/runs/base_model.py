@@ -1,0 +1,56 @@
+"""The base model of a finished run where it was handed over from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedlora.core.errors import ConfigError
+from fedlora.tasks import Model
+from fedlora.tasks.base import as_model
+from fedlora.tasks.models.objects import loaded_again
+
+
+def base_model(known: Model, given: Any, told: Mapping[str, Mapping[str, str]], path: Path) -> Model:
+    """The model that a run began with: as its configuration names it, or handed over again.
+
+    Args:
+        known: what the run's configuration has.
+        given: what the caller hands over, or None.
+        told: what the manifest has of objects, by setting.
+        path: the run's folder, for messages.
+
+    Raises:
+        ConfigError: the model is not here, or another one was handed over.
+    """
+    if known.object is None or known.tokenizer is None:
+        if given is not None:
+            raise ConfigError(
+                f"the run in {path} reads its base model from {known.path!r}, and no other takes its place: leave "
+                "`model` out"
+            )
+        return known
+    fingerprints = {"object": known.object.fingerprint, "tokenizer": known.tokenizer.fingerprint}
+    if given is None:
+        origins = {part: told.get(f"model.{part}", {}).get("origin", "") for part in fingerprints}
+        parts = loaded_again(fingerprints, origins)
+        if parts is None:
+            folder = origins["object"]
+            looked = f", and {folder} is no local folder that holds the same" if folder else ""
+            raise ConfigError(
+                f"the base model of the run in {path} was handed over from Python{looked}: hand the same over again, "
+                "by fedlora.load_run(path, model=fedlora.Model(object=..., tokenizer=...))"
+            )
+        return dataclasses.replace(known, **parts)
+    chosen = as_model(given)
+    for part, name in (("object", "weights"), ("tokenizer", "tokenizer")):
+        held = getattr(chosen, part, None)
+        found = held.fingerprint if held else "none"
+        if found != fingerprints[part]:
+            raise ConfigError(
+                f"the {name} handed over ({found}) are not those of the run in {path} ({fingerprints[part]}): hand "
+                "over what the run began with"
+            )
+    return dataclasses.replace(known, object=chosen.object, tokenizer=chosen.tokenizer)
