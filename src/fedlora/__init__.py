@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from fedlora.privacy import CentralGaussian, NoPrivacy, Privacy
     from fedlora.recipe import Phase, Recipe
     from fedlora.recipe.local import ClientOptimizer, Local
-    from fedlora.recipe.rank_pruning import Shrink
+    from fedlora.recipe.rank_pruning import RankPruning
     from fedlora.runs.callbacks import Callback
     from fedlora.runs.experiment import Stopped, run
-    from fedlora.runs.inference import Trained, load_run
+    from fedlora.runs.inference import TrainedRun, load_run
     from fedlora.runs.result import Result
     from fedlora.runs.trackers import TensorBoard
     from fedlora.server.aggregate import (
@@ -136,10 +136,10 @@ _NAMES = {
     "privacy": "CentralGaussian NoPrivacy Privacy",
     "recipe": "Phase Recipe",
     "recipe.local": "ClientOptimizer Local",
-    "recipe.rank_pruning": "Shrink",
+    "recipe.rank_pruning": "RankPruning",
     "runs.callbacks": "Callback",
     "runs.experiment": "Stopped run",
-    "runs.inference": "Trained load_run",
+    "runs.inference": "TrainedRun load_run",
     "runs.result": "Result",
     "runs.trackers": "TensorBoard",
     "server.aggregate": "Aggregator CoordinateMedian Krum Mean NormBound ProductExact SparsityWeighted Stack "
@@ -220,6 +220,7 @@ __all__ = [
     "QuorumError",
     "Quota",
     "RandomK",
+    "RankPruning",
     "RankSlice",
     "Recipe",
     "Result",
@@ -227,7 +228,6 @@ __all__ = [
     "Schedule",
     "ServerOptimizer",
     "Shards",
-    "Shrink",
     "Sites",
     "Skew",
     "Source",
@@ -247,7 +247,7 @@ __all__ = [
     "Tier",
     "TokenClassification",
     "TopK",
-    "Trained",
+    "TrainedRun",
     "TrainingError",
     "TrimmedMean",
     "Tuning",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.core.component import STRICT, Count, Part, Positive, Share, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Part, Positive, Share, dataclass
 from fedlora.methods import METHODS
 from fedlora.server.optimizers import AnyServerOptimizer, Sgd
 from fedlora.show.describe import SLOTS, choices
@@ -15,7 +15,7 @@ from fedlora.show.settings import settings_of
 from fedlora.transport import Quota
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Everything:
     """One of each type.
 

@@ -26,7 +26,7 @@ from fedlora.cli.federation import Messages
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
-    from fedlora.config.federated_data import Setting
+    from fedlora.config.federated_data import FederatedData
     from fedlora.runs.result import Result
 
 GROUP = "Train"
@@ -89,7 +89,7 @@ def _run(
     experiment: Experiment,
     folder: Path | None,
     tracks: list[str] | None = None,
-    setting: Setting | None = None,
+    setting: FederatedData | None = None,
     engine: str = "serial",
 ) -> Result:
     from fedlora.engines import Engine
