@@ -24,8 +24,8 @@ from fedlora.federation.deploy.federate import federate
 from fedlora.federation.deploy.folder import ServerConfig, public_keys
 from fedlora.federation.deploy.serve import sites_of, superlink
 from fedlora.federation.deploy.simulate import simulate
-from fedlora.federation.protocol.rules import Rules
-from fedlora.rounds.ledger import Row
+from fedlora.federation.protocol.policies import ServerPolicy
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.experiment import run
 
@@ -38,7 +38,7 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         self.ends.append(time.perf_counter())
 
     @property
@@ -70,12 +70,12 @@ def warm() -> None:
                 found = {}
                 for name, steps in (("idle", 0), ("work", 20)):
                     clock = Clock()
-                    with sites_of(link, keys) as courier:
+                    with sites_of(link, keys) as transport:
                         result = federate(
                             chosen(1, 1, steps),
                             Path(folder) / name,
-                            courier,
-                            Rules(),
+                            transport,
+                            ServerPolicy(),
                             names=["site-0"],
                             callbacks=[clock],
                         )

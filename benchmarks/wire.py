@@ -61,7 +61,7 @@ class Reference(NamedTuple):
         return self.read(self.write())
 
 
-class Row(NamedTuple):
+class RoundRecord(NamedTuple):
     """What one precision at one density costs: bytes and those of the envelope, the least by entropy, seconds."""
 
     density: str
@@ -93,7 +93,7 @@ def measure(settings: Settings) -> list[Figure]:
     """The largest of normal random values, at each density and precision, for three adapters."""
     figures = []
     for adapter in adapters():
-        rows: list[Row] = []
+        rows: list[RoundRecord] = []
         beside: list[Figure] = []
         for density in DENSITIES:
             at_density, notes = _measure_density(settings, adapter, density)
@@ -122,7 +122,7 @@ def _link(density: str, precision: str) -> Link:
     return Link(sparsify=TopK(density=share), precision=PRECISIONS[precision])
 
 
-def _measure_density(settings: Settings, adapter: Adapter, density: str) -> tuple[list[Row], list[Figure]]:
+def _measure_density(settings: Settings, adapter: Adapter, density: str) -> tuple[list[RoundRecord], list[Figure]]:
     """The rows of one density, and figures of what is measured beside them."""
     groups, large = adapter.groups, adapter.name == LARGE
     thinned = _link(density, "float32").thin(adapter.params, groups, 0, SEED)
@@ -143,7 +143,7 @@ def _measure_density(settings: Settings, adapter: Adapter, density: str) -> tupl
     repeats = (1 if settings.quick else 2) if large else (5 if settings.quick else 15)
     times = side_by_side(settings, functions, repeats, warm=0 if large else 1)
     rows = [
-        Row(
+        RoundRecord(
             density,
             name,
             len(packet.raw),
@@ -171,7 +171,7 @@ def _beside(adapter: Adapter, density: str, references: dict[str, Reference], ti
     return figures
 
 
-def _goals(adapter: Adapter, rows: list[Row]) -> list[Figure]:
+def _goals(adapter: Adapter, rows: list[RoundRecord]) -> list[Figure]:
     """The figures that have goals."""
     entries = trees.num_entries(adapter.params)
     of = {(row.density, row.precision): row for row in rows}
@@ -180,7 +180,7 @@ def _goals(adapter: Adapter, rows: list[Row]) -> list[Figure]:
         if share < 1:
             row = of[density, "float32"]
             kept = int(entries * share)
-            spent, positions = row.size - row.envelope - 4 * kept, row.least - 4 * kept
+            spent, positions = row.size - row.envelope - 4 * kept, row.min_updates - 4 * kept
             note = f"{spent:,} bytes, headers and counts included, envelope {row.envelope}; {kept:,} of {entries:,}"
             name = f"{adapter.name}, density {density}: positions above entropy"
             figures.append(figure(name, [100 * (spent / positions - 1)], "%", "<= 1", note))
@@ -200,12 +200,12 @@ def _goals(adapter: Adapter, rows: list[Row]) -> list[Figure]:
     return figures
 
 
-def _figure_of(adapter: Adapter, row: Row) -> Figure:
+def _figure_of(adapter: Adapter, row: RoundRecord) -> Figure:
     """The bytes of a row, and all else about it."""
     entries = trees.num_entries(adapter.params)
     note = (
         f"{8 * row.size / entries:.3f} bits per entry; {4 * entries / row.size:.1f} times smaller than dense float32; "
-        f"{row.size / row.least:.4f} x entropy; encode {_ms(row.encode):.3g} ms, decode {_ms(row.decode):.3g} ms"
+        f"{row.size / row.min_updates:.4f} x entropy; encode {_ms(row.encode):.3g} ms, decode {_ms(row.decode):.3g} ms"
     )
     return figure(f"{adapter.name}, density {row.density}, {row.precision}", [row.size], "bytes", note=note)
 

@@ -121,7 +121,7 @@ def federation(phases: Any, variant: str, mode: str = "federated") -> tuple[Any,
     import torch
 
     from fedlora.config import Evaluate, Experiment
-    from fedlora.config.federated_data import Setting, in_mode
+    from fedlora.config.federated_data import FederatedData, in_mode
     from fedlora.population.clients import Clients
     from fedlora.population.skew import Classes
     from fedlora.population.tiers import Tier, assign_tiers
@@ -150,7 +150,7 @@ def federation(phases: Any, variant: str, mode: str = "federated") -> tuple[Any,
     task = toy_task(num_examples=48)
     population = equal_population(48, 6 if mode != "centralised" else 1)
     rows = np.arange(48)
-    setting = Setting(
+    setting = FederatedData(
         task, population, rows, "train", torch.device("cpu"), Classes(np.asarray(task.labels), ("a", "b", "c"))
     )
     if mode == "federated" and tiers:

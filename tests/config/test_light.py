@@ -62,7 +62,7 @@ def test_every_kind_of_configuration_is_read_and_printed_without_them() -> None:
 import sys
 from fedlora.config import digest, parse, to_toml
 from fedlora.config.template import template
-from fedlora.federation.protocol.rules import SiteConfig
+from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.methods import METHODS
 import tomllib
 for name in METHODS:

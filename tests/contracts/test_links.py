@@ -23,7 +23,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.rounds.checkpoint import load_state, save_state
 from fedlora.rounds.downlink import Downlink
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.server.aggregate.base import WeightedMean
 from fedlora.server.optimizers import Sgd
 from fedlora.transport import (
@@ -90,7 +90,7 @@ def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def untimed(row: Row) -> Row:
+def untimed(row: RoundRecord) -> RoundRecord:
     return replace(row, seconds={}, slowest_seconds=0.0, tier_seconds={})
 
 
@@ -119,7 +119,7 @@ def test_saved_and_loaded_in_every_round_it_ends_in_the_same_bits(name: str, tmp
     expected = state = whole.start()
     for rounds, cohort in enumerate(cohorts, 1):
         expected = whole.go_on(expected, rounds, cohort)
-    rows: list[Row] = []
+    rows: list[RoundRecord] = []
     for rounds, cohort in enumerate(cohorts, 1):
         federation = Federation(LINKS[name], 24)
         save_state(federation.go_on(state, rounds, cohort), tmp_path / "state", {})

@@ -18,8 +18,8 @@ from fedlora import testing
 from fedlora.config import digest, parse, resolved, to_toml
 from fedlora.core import slots
 from fedlora.core.errors import CheckpointError, ConfigError, WireError
-from fedlora.federation.protocol import letters
-from fedlora.federation.protocol.rules import SiteConfig
+from fedlora.federation.protocol import envelopes
+from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.federation.site.site import Site
 from fedlora.population.clients import Clients
 from fedlora.population.partitions import PARTITIONS
@@ -186,10 +186,10 @@ def test_a_site_imports_what_its_owner_listed_alone(tmp_path: Path) -> None:
     site = Site(SiteConfig(name="clinic", rows="rows.csv", state=str(tmp_path)))
     recipe = {"aggregator": {"kind": "fixtures.strangers:MajoritySign"}}
     opening = {"kind": "open", "run": "r", "ticket": "t", "experiment": {"phases": [{"recipe": recipe}]}}
-    answer = letters.read(site.answer(letters.write(opening, {})))
+    answer = envelopes.read(site.answer(envelopes.write(opening, {})))
     assert "the class 'fixtures.strangers:MajoritySign' is not accepted here; limits.classes" in answer.head["refused"]
     with pytest.raises(WireError, match=r"limits\.classes"):
-        site.answer(letters.write({"kind": "job", "recipe": recipe}, {}))
+        site.answer(envelopes.write({"kind": "job", "recipe": recipe}, {}))
     listed = SiteConfig(name="c", rows="r.csv", limits={"classes": ["fixtures.strangers:MajoritySign"]})  # type: ignore[arg-type]
     listed.limits.check_classes(opening)
 

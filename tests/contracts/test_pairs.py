@@ -24,7 +24,7 @@ from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe.local import CLIENT_OPTIMIZERS
 from fedlora.recipe.local import AdamW as ClientAdamW
 from fedlora.recipe.local import Sgd as ClientSgd
-from fedlora.recipe.rank_pruning import Shrink
+from fedlora.recipe.rank_pruning import RankPruning
 from fedlora.rounds.checkpoint import load_state, save_state
 from fedlora.server.aggregate import AGGREGATORS, Aggregator, Krum, NormBound, TrimmedMean
 from fedlora.server.optimizers import SERVER_OPTIMIZERS, Adam, AdamW, FedAdagrad, FedAdam, FedYogi, Sgd
@@ -136,7 +136,7 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "bf16": {"local": {"compute": "bf16"}},
         "client lr_scale": {"local": {"lr_scale": LrScale(head=2.0)}},
     },
-    "shrink": {"shrink": {"shrink": Shrink(keep=0.6)}},
+    "shrink": {"shrink": {"shrink": RankPruning(keep=0.6)}},
     "prune": {"prune": {"prune": Prune(density=0.6)}},
 }
 PAIRS = [

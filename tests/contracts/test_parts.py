@@ -18,9 +18,9 @@ from fedlora.core.state import Change, ServerState, Update
 from fedlora.core.store import Store
 from fedlora.core.tree import Tree
 from fedlora.methods import fedavg
-from fedlora.recipe.rank_pruning import Shrink
+from fedlora.recipe.rank_pruning import RankPruning
 from fedlora.rounds.checkpoint import load_state, save_state
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.cost import costs
 from fedlora.runs.experiment import Stopped
@@ -60,7 +60,7 @@ class KilledAfter(Callback):
     def __init__(self, round: int) -> None:
         self.round = round
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         if row.round == self.round:
             raise KeyboardInterrupt
 
@@ -115,7 +115,9 @@ class PersonalHead(LoRA):
 
 
 def test_a_personal_head_goes_with_ranks_that_clients_give_up() -> None:
-    federation = Federation(fedavg(rounds=2, tuning=PersonalHead(rank=4), local=LOCAL, memory="init", shrink=Shrink()))
+    federation = Federation(
+        fedavg(rounds=2, tuning=PersonalHead(rank=4), local=LOCAL, memory="init", shrink=RankPruning())
+    )
     state = federation.go_on(federation.start(), 2)
     assert "head" not in federation.rows[-1].up_bytes
     assert all(

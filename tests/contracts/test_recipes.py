@@ -16,7 +16,7 @@ from fedlora import config
 from fedlora.config import Experiment
 from fedlora.methods import METHODS, Phases
 from fedlora.rounds.checkpoint import load_state, save_state
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.server.optimizers import Sgd
 
 COMMON: dict[str, Any] = {"rounds": 6, "local": LOCAL}
@@ -60,7 +60,7 @@ def test_saved_and_loaded_in_every_round_it_ends_in_the_same_bits(method: str, t
     whole = Federation(phases_of(method), 24)
     expected = whole.go_on(whole.start(), 6)
     state = Federation(phases_of(method), 24).start()
-    rows: list[Row] = []
+    rows: list[RoundRecord] = []
     for rounds in range(1, 7):
         # a workspace of its own each time, as in a process of its own
         federation = Federation(phases_of(method), 24)

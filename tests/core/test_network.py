@@ -13,13 +13,13 @@ import fedlora
 from fedlora.config.federated_data import prepare
 from fedlora.core.errors import ConfigError
 from fedlora.core.network import Network, Turn, parse_network, seconds_to, slowest_seconds
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.cost import costs
 from fedlora.show.report import comparison, cost_table, load_result
 
 world = pytest.fixture(scope="module")(tiny_world)
 
-ROW = Row(
+ROW = RoundRecord(
     round=1, phase=0, cohort=(0, 1), examples=4, steps=2, loss=1.0,
     down_bytes={"adapter": 2000}, up_bytes={"head": 400}, density_down=1.0,
     density_up=1.0, update_norm=1.0, references={"zero": 2}, slowest_seconds=3.0,

@@ -181,7 +181,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> Non
     uninterrupted, row = run_round(recipe, state, (1, 0), first, seed=1, rounds=2)
     loaded, _ = load_state(tmp_path / "c")
     second = engine()
-    second.workspace.settle(0, recipe, loaded.setup)
+    second.workspace.apply_setup(0, recipe, loaded.setup)
     resumed, row_again = run_round(recipe, loaded, (1, 0), second, seed=1, rounds=2)
     assert_equal(resumed, uninterrupted)
     assert (row.loss, row.down_bytes, row.up_bytes) == (row_again.loss, row_again.down_bytes, row_again.up_bytes)

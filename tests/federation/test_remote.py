@@ -18,9 +18,9 @@ import fedlora
 from fedlora.config import Experiment
 from fedlora.core.errors import ConfigError, QuorumError, WireError
 from fedlora.federation.deploy.federate import federate
-from fedlora.federation.protocol import letters
-from fedlora.federation.protocol.courier import Arrived
-from fedlora.federation.protocol.rules import Limits, Rules, SiteConfig
+from fedlora.federation.protocol import envelopes
+from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig, SitePolicy
+from fedlora.federation.protocol.transport import Received
 from fedlora.federation.server import probes, remote
 from fedlora.federation.site.site import Site, base_digest
 from fedlora.rounds.checkpoint import load_state
@@ -30,7 +30,7 @@ from fedlora.runs.result import Result
 from fedlora.transport import wire
 
 world = pytest.fixture(scope="module")(tiny_world)
-ANY = Rules()
+ANY = ServerPolicy()
 FEDAVG = ("method.kind='fedavg'", "method.memory='init'", "method.tuning={kind='lora', rank=4}")
 OTHERS = {
     "feedback": (
@@ -73,10 +73,10 @@ def tried(
     chosen: Experiment,
     folder: Path,
     trick: Trick | None = None,
-    rules: Rules = ANY,
+    rules: ServerPolicy = ANY,
     **given: Any,
 ) -> tuple[Result, Post]:
-    post = Post(shared_sites(folder / "sites", 3, given.pop("limits", Limits())), trick)
+    post = Post(shared_sites(folder / "sites", 3, given.pop("limits", SitePolicy())), trick)
     return federate(chosen, folder / "run", post, rules, **given), post
 
 
@@ -101,8 +101,8 @@ def test_a_run_and_its_sites_go_on_after_all_processes_are_gone(world: Path, tmp
     chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=6", rounds=4)
     fedlora.run(chosen, tmp_path / "serial")
 
-    def stop(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        if letters.read(letter).head.get("progress", [0])[0] == 2:
+    def stop(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        if envelopes.read(envelope).head.get("progress", [0])[0] == 2:
             raise KeyboardInterrupt
         return answer
 
@@ -116,8 +116,8 @@ def test_a_site_that_lost_its_memory_is_told_so_and_told_everything_anew(world: 
     chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9", rounds=4)
     forgot = []
 
-    def forget(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def forget(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and head["progress"][0] == 0:
             for file in (tmp_path / "sites" / "site-1").rglob("*.safetensors"):
                 file.unlink()
@@ -142,8 +142,8 @@ def test_a_wrong_answer_is_refused_named_and_the_round_goes_on(world: Path, tmp_
     change, why = WRONGS[wrong]
     old: list[bytes] = []
 
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and head["client"] == 4 and answer:
             old.append(answer)
             return change(answer, old) if head["progress"][0] == 1 else answer
@@ -158,22 +158,24 @@ def test_a_wrong_answer_is_refused_named_and_the_round_goes_on(world: Path, tmp_
 @pytest.mark.parametrize(
     ("limits", "why"),
     [
-        (Limits(tunings=("head_only",)), "tuning 'lora' is not accepted"),
-        (Limits(max_steps=0), "steps are asked for"),
-        (Limits(min_noise=1.0), "noise 0, and 1 is asked for"),
-        (Limits(min_example_noise=1.0), "examples get noise 0"),
+        (SitePolicy(tunings=("head_only",)), "tuning 'lora' is not accepted"),
+        (SitePolicy(max_steps=0), "steps are asked for"),
+        (SitePolicy(min_noise=1.0), "noise 0, and 1 is asked for"),
+        (SitePolicy(min_example_noise=1.0), "examples get noise 0"),
     ],
 )
-def test_a_site_takes_no_part_in_what_it_does_not_accept(world: Path, tmp_path: Path, limits: Limits, why: str) -> None:
+def test_a_site_takes_no_part_in_what_it_does_not_accept(
+    world: Path, tmp_path: Path, limits: SitePolicy, why: str
+) -> None:
     with pytest.raises(QuorumError, match=why):
-        tried(experiment(world), tmp_path, limits=limits, rules=Rules(round_timeout=0.5))
+        tried(experiment(world), tmp_path, limits=limits, rules=ServerPolicy(round_timeout=0.5))
 
 
 def test_a_job_beyond_a_site_s_limits_is_refused(world: Path, tmp_path: Path) -> None:
     sites = shared_sites(tmp_path / "sites", 3)
-    sites["site-1"] = Site(replace(sites["site-1"].settings, limits=Limits(max_megabytes=0.001)))
+    sites["site-1"] = Site(replace(sites["site-1"].settings, limits=SitePolicy(max_megabytes=0.001)))
     chosen = experiment(world, "lora", "clients.per_round=9")
-    result = federate(chosen, tmp_path / "run", Post(sites), Rules())
+    result = federate(chosen, tmp_path / "run", Post(sites), ServerPolicy())
     assert all(set(row.refused) == {"1", "4", "7"} for row in result.rows[1:])
     assert "MB, and 0.001 at most" in result.rows[1].refused["4"]
 
@@ -186,11 +188,11 @@ def test_a_site_that_is_lost_and_comes_back_is_asked_again(world: Path, tmp_path
     fedlora.run(chosen, tmp_path / "serial")
     lost: list[bytes] = []
 
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | Arrived | None:
-        head = letters.read(letter).head
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | Received | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and name == "site-2" and head["progress"][0] == 1 and len(lost) < 3:
-            lost.append(letter)
-            return Arrived("", None, "its process died", again=True)
+            lost.append(envelope)
+            return Received("", None, "its process died", again=True)
         return answer
 
     result, _ = tried(chosen, tmp_path, trick)
@@ -209,16 +211,16 @@ def test_a_letter_lost_on_the_way_is_sent_again(
     fedlora.run(chosen, tmp_path / "serial")
     lost: list[bytes] = []
 
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         if not lost and head["kind"] == "job" and head["client"] == client and head["progress"][0] == 1:
-            lost.append(letter)
-        return None if letter in lost else answer
+            lost.append(envelope)
+        return None if envelope in lost else answer
 
     result, post = tried(chosen, tmp_path, trick)
     assert [(row.refused, row.late) for row in result.rows] == [({}, ())] * 4
     assert_same(tmp_path / "run", tmp_path / "serial")
-    again = [raw for raw in post.sent if letters.read(raw).head["ticket"] == letters.read(lost[0]).head["ticket"]]
+    again = [raw for raw in post.sent if envelopes.read(raw).head["ticket"] == envelopes.read(lost[0]).head["ticket"]]
     assert len(again) == 2
 
 
@@ -226,14 +228,14 @@ def test_a_lost_invitation_is_sent_again(world: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(probes, "FIRST_SILENCE", 0.01)
     lost: list[bytes] = []
 
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
         if name == "site-1" and not lost:
-            lost.append(letter)
-        return None if letter in lost else answer
+            lost.append(envelope)
+        return None if envelope in lost else answer
 
-    result, post = tried(experiment(world, "lora"), tmp_path, trick, Rules(min_available=9, round_timeout=30.0))
+    result, post = tried(experiment(world, "lora"), tmp_path, trick, ServerPolicy(min_available=9, round_timeout=30.0))
     assert result.rounds == 3
-    assert [letters.read(raw).head["kind"] for raw in post.sent].count("open") == 4
+    assert [envelopes.read(raw).head["kind"] for raw in post.sent].count("open") == 4
 
 
 def test_a_busy_site_is_probed_ever_more_seldom_and_not_asked_twice(
@@ -242,13 +244,13 @@ def test_a_busy_site_is_probed_ever_more_seldom_and_not_asked_twice(
     monkeypatch.setattr(probes, "FIRST_SILENCE", 0.01)
     looks: list[str] = []
 
-    def busy(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        if name == "site-1" and letters.read(letter).head["kind"] != "open":
+    def busy(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        if name == "site-1" and envelopes.read(envelope).head["kind"] != "open":
             looks.append(name)
         return None if 0 < len(looks) < 500 else answer
 
     _, post = tried(experiment(world, "lora", "clients.per_round=9"), tmp_path, busy)
-    kinds = [letters.read(raw).head["kind"] for raw in post.sent]
+    kinds = [envelopes.read(raw).head["kind"] for raw in post.sent]
     assert (kinds.count("open"), kinds.count("job")) == (3, 27)
     assert 2 <= kinds.count("probe") < 50
 
@@ -256,45 +258,47 @@ def test_a_busy_site_is_probed_ever_more_seldom_and_not_asked_twice(
 def test_a_site_that_stays_away_is_left_out_and_not_asked_in_the_next_round(world: Path, tmp_path: Path) -> None:
     post = Post(shared_sites(tmp_path / "sites", 3))
 
-    def leave(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        if letters.read(letter).head.get("progress", [0])[0] == 1:
+    def leave(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        if envelopes.read(envelope).head.get("progress", [0])[0] == 1:
             post.away.add("site-2")
         return answer
 
     post.trick = leave
     chosen = experiment(world, "lora", "clients.per_round=9")
-    result = federate(chosen, tmp_path / "run", post, Rules(rejoin_timeout=0.0))
+    result = federate(chosen, tmp_path / "run", post, ServerPolicy(rejoin_timeout=0.0))
     assert set(result.rows[2].refused) | set(map(str, result.rows[2].late)) <= {"2", "5", "8"}
     assert sorted(result.rows[3].cohort) == [0, 1, 3, 4, 6, 7]
 
 
 def test_a_site_that_is_there_and_takes_no_letters_is_given_up(world: Path, tmp_path: Path) -> None:
     class Closed(Post):
-        def post(self, address: int, raw: bytes, seconds: float) -> str | None:
-            shut = address == 0 and letters.read(raw).head["kind"] == "job"
-            return None if shut else super().post(address, raw, seconds)
+        def send(self, address: int, raw: bytes, seconds: float) -> str | None:
+            shut = address == 0 and envelopes.read(raw).head["kind"] == "job"
+            return None if shut else super().send(address, raw, seconds)
 
     chosen = experiment(world, "lora", "clients.per_round=9")
-    result = federate(chosen, tmp_path / "run", Closed(shared_sites(tmp_path / "sites", 3)), Rules(rejoin_timeout=0.5))
+    result = federate(
+        chosen, tmp_path / "run", Closed(shared_sites(tmp_path / "sites", 3)), ServerPolicy(rejoin_timeout=0.5)
+    )
     assert [set(row.refused) for row in result.rows[1:]] == [{"0", "3", "6"}] * 3
 
 
 def test_who_answers_late_is_dropped_and_told_so(world: Path, tmp_path: Path) -> None:
     told = Told()
 
-    def slow(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def slow(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         return None if head["kind"] == "job" and head["client"] == 4 else answer
 
     chosen = experiment(world, "lora", "clients.per_round=9", rounds=2)
-    result, _ = tried(chosen, tmp_path, slow, Rules(round_timeout=3.0), callbacks=[told])
+    result, _ = tried(chosen, tmp_path, slow, ServerPolicy(round_timeout=3.0), callbacks=[told])
     assert [row.late for row in result.rows[1:]] == [(4,), (4,)]
     assert any("client 4 (site-1) is late" in line for line in told.messages)
 
 
 def test_the_first_to_answer_count_where_more_are_asked(world: Path, tmp_path: Path) -> None:
     chosen = experiment(world, "lora", "clients.per_round=4", rounds=2)
-    result, _ = tried(chosen, tmp_path, rules=Rules(over_sample=1.5))
+    result, _ = tried(chosen, tmp_path, rules=ServerPolicy(over_sample=1.5))
     assert [(len(row.cohort), len(row.late)) for row in result.rows[1:]] == [(6, 2), (6, 2)]
 
 
@@ -303,22 +307,22 @@ def test_a_round_with_too_few_answers_is_tried_again_and_changes_nothing(world: 
     fedlora.run(chosen, tmp_path / "serial")
     once: list[str] = []
 
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and head["progress"][0] == 1 and len(once) < 7:
             once.append(name)
             return b"nonsense"
         return answer
 
-    result, _ = tried(chosen, tmp_path, trick, Rules(min_clients=5))
+    result, _ = tried(chosen, tmp_path, trick, ServerPolicy(min_clients=5))
     assert any("was tried again: 2 of 9 clients answered" in text for text in result.rows[2].warnings)
     left, right = params(tmp_path / "run"), params(tmp_path / "serial")
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 def test_a_run_ends_with_a_sentence_where_nobody_answers(world: Path, tmp_path: Path) -> None:
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        return answer if letters.read(letter).head["kind"] == "open" else b"nonsense"
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        return answer if envelopes.read(envelope).head["kind"] == "open" else b"nonsense"
 
     with pytest.raises(QuorumError, match="0 of 3 clients answered, and 1 must"):
         tried(experiment(world), tmp_path, trick)
@@ -327,7 +331,7 @@ def test_a_run_ends_with_a_sentence_where_nobody_answers(world: Path, tmp_path: 
 def test_a_deadline_travels_with_a_job(world: Path, tmp_path: Path) -> None:
     chosen = experiment(world, "lora", "clients.per_round=1", "method.local.epochs=100000", rounds=1)
     with pytest.raises(QuorumError, match="out of time"):
-        tried(chosen, tmp_path, rules=Rules(round_timeout=1.0, attempts=1))
+        tried(chosen, tmp_path, rules=ServerPolicy(round_timeout=1.0, attempts=1))
 
 
 # ---- rows of sites' own
@@ -345,7 +349,7 @@ def own_sites(world: Path, folder: Path, **settings: Any) -> dict[str, Site]:
 
 
 def remote_config(values: dict[str, Any]) -> SiteConfig:
-    from fedlora.federation.protocol.rules import parse_as
+    from fedlora.federation.protocol.policies import parse_as
 
     return parse_as(SiteConfig, values, Path("site.toml"))
 
@@ -364,7 +368,7 @@ def test_rows_of_sites_train_as_they_would_here(world: Path, tmp_path: Path) -> 
     )
     fedlora.run(natural, tmp_path / "serial")
     post = Post(own_sites(world, tmp_path))
-    federate(sites_experiment(world), tmp_path / "run", post, Rules(min_clients=3), names=list(post.homes))
+    federate(sites_experiment(world), tmp_path / "run", post, ServerPolicy(min_clients=3), names=list(post.homes))
     assert ledger(tmp_path / "run") == ledger(tmp_path / "serial")
     left, right = params(tmp_path / "run"), params(tmp_path / "serial")
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
@@ -384,7 +388,7 @@ def test_what_is_head_is_for_the_server_to_say(world: Path, tmp_path: Path, head
     fedlora.run(experiment(world, "lora", *by_site, head, pooling), tmp_path / "serial")
     post = Post(own_sites(world, tmp_path))
     chosen = sites_experiment(world, head, pooling)
-    federate(chosen, tmp_path / "run", post, Rules(min_clients=3), names=list(post.homes))
+    federate(chosen, tmp_path / "run", post, ServerPolicy(min_clients=3), names=list(post.homes))
     assert_same(tmp_path / "run", tmp_path / "serial")
 
 
@@ -392,7 +396,7 @@ def test_what_a_site_says_it_is_decides_its_tier(world: Path, tmp_path: Path) ->
     tiers = "clients.tiers=[{name='small', values=['weak'], rank=1}, {name='large', values=['strong']}]"
     chosen = sites_experiment(world, tiers, "clients.tier_column=tier")
     post = Post(own_sites(world, tmp_path))
-    result = federate(chosen, tmp_path / "run", post, Rules(min_clients=3), names=list(post.homes))
+    result = federate(chosen, tmp_path / "run", post, ServerPolicy(min_clients=3), names=list(post.homes))
     assert {name: share["clients"]["num"] for name, share in result.rows[1].tiers.items()} == {"small": 2, "large": 1}
 
 
@@ -403,13 +407,15 @@ def test_another_pre_trained_model_is_found_out_before_training(world: Path, tmp
     assert base_digest(fedlora.Model(path=str(other))) != base_digest(fedlora.Model(path=str(world / "bert")))
     post = Post(own_sites(world, tmp_path, model={"path": str(other)}))
     with pytest.raises(QuorumError, match="the pre-trained model here"):
-        federate(sites_experiment(world), tmp_path / "run", post, Rules(round_timeout=0.5), names=list(post.homes))
+        federate(
+            sites_experiment(world), tmp_path / "run", post, ServerPolicy(round_timeout=0.5), names=list(post.homes)
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_server_in_a_folder_that_is_in_use_is_refused_before_sites_hear_of_it(world: Path, tmp_path: Path) -> None:
     chosen, heard = experiment(world), []
-    post = Post(shared_sites(tmp_path / "sites", 3), lambda name, letter, answer: heard.append(name) or answer)
+    post = Post(shared_sites(tmp_path / "sites", 3), lambda name, envelope, answer: heard.append(name) or answer)
     with claimed(RunFolder(tmp_path / "run"), chosen), pytest.raises(ConfigError, match="is in use by process"):
         federate(chosen, tmp_path / "run", post, ANY)
     assert heard == []
@@ -420,7 +426,9 @@ def test_a_server_in_a_folder_that_is_in_use_is_refused_before_sites_hear_of_it(
 def test_a_server_does_not_choose_which_files_a_site_reads(world: Path, tmp_path: Path) -> None:
     post = Post(own_sites(world, tmp_path, model=None))
     with pytest.raises(QuorumError, match=r"say in the site's file where it is: model\.path"):
-        federate(sites_experiment(world), tmp_path / "run", post, Rules(round_timeout=0.5), names=list(post.homes))
+        federate(
+            sites_experiment(world), tmp_path / "run", post, ServerPolicy(round_timeout=0.5), names=list(post.homes)
+        )
 
 
 @pytest.mark.parametrize(
@@ -436,7 +444,7 @@ def test_what_makes_no_sense_on_sites_is_refused(
 ) -> None:
     post = Post(own_sites(world, tmp_path))
     with pytest.raises(ConfigError, match=why):
-        federate(sites_experiment(world, *overrides), tmp_path / "run", post, Rules(), names=list(post.homes))
+        federate(sites_experiment(world, *overrides), tmp_path / "run", post, ServerPolicy(), names=list(post.homes))
     assert not (tmp_path / "run").exists()
 
 
@@ -445,16 +453,16 @@ def test_rows_of_sites_cannot_be_trained_on_here(world: Path, tmp_path: Path) ->
         fedlora.run(sites_experiment(world), tmp_path / "run")
 
 
-# ---- letters
+# ---- messages
 
 
 def test_a_job_comes_back_from_its_letter(world: Path, tmp_path: Path) -> None:
     _, post = tried(experiment(world, *OTHERS["folds remembered"], "clients.per_round=9", rounds=4), tmp_path)
-    jobs = [letters.read(raw) for raw in post.sent]
-    found = [letters.to_job(letter) for letter in jobs if letter.head["kind"] == "job"]
+    jobs = [envelopes.read(raw) for raw in post.sent]
+    found = [envelopes.to_job(envelope) for envelope in jobs if envelope.head["kind"] == "job"]
     assert len(found) == 36
     assert {job.fold.version for job in found if job.fold} == {1, 2}
-    again = [letters.to_job(letters.read(letters.of_job(job, "ab" * 4, "t", None))) for job in found]
+    again = [envelopes.to_job(envelopes.read(envelopes.of_job(job, "ab" * 4, "t", None))) for job in found]
     for one, other in zip(found, again, strict=True):
         assert one._replace(fold=None) == other._replace(fold=None)
 
@@ -462,19 +470,19 @@ def test_a_job_comes_back_from_its_letter(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("raw", [b"", b"FLL", b"FLL\x01\x02\0\0\0{}", b"FLL\x02\x02\0\0\0{}", b"FLL\x02\x02\0\0\0[]"])
 def test_what_is_no_letter_is_refused(raw: bytes) -> None:
     with pytest.raises(WireError):
-        letters.read(raw)
+        envelopes.read(raw)
 
 
 def test_a_letter_is_as_long_as_it_says() -> None:
-    raw = letters.write({"kind": "reply"}, {"raw": b"12345"})
-    assert letters.read(raw).blobs == {"raw": b"12345"}
+    raw = envelopes.write({"kind": "reply"}, {"raw": b"12345"})
+    assert envelopes.read(raw).blobs == {"raw": b"12345"}
     with pytest.raises(WireError, match="bytes after its head"):
-        letters.read(raw + b"6")
+        envelopes.read(raw + b"6")
     with pytest.raises(WireError, match="bytes after its head"):
-        letters.read(raw[:-1])
+        envelopes.read(raw[:-1])
     head = json.dumps({"blobs": {"a": -5, "b": 10}}).encode()
     with pytest.raises(WireError, match="bytes after its head"):
-        letters.read(letters._START.pack(b"FLL", 2, len(head)) + head + b"12345")
+        envelopes.read(envelopes._START.pack(b"FLL", 2, len(head)) + head + b"12345")
 
 
 def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
@@ -509,18 +517,18 @@ def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
 )
 def test_numbers_without_bounds_are_no_fault_of_the_server(head: bytes) -> None:
     with pytest.raises(WireError):
-        letters.read(letters._START.pack(b"FLL", 2, len(head)) + head)
+        envelopes.read(envelopes._START.pack(b"FLL", 2, len(head)) + head)
 
 
 def test_a_reply_that_took_for_ever_is_refused(world: Path, tmp_path: Path) -> None:
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and head["client"] == 4 and answer:
-            told = letters.read(answer)
+            told = envelopes.read(answer)
             lengths = json.dumps({name: len(blob) for name, blob in told.blobs.items()})
             text = json.dumps({**told.head, "seconds": 7}).replace('"seconds": 7', '"seconds": 1' + "0" * 400)
             raw = (text[:-1] + f', "blobs": {lengths}}}').encode()
-            return letters._START.pack(b"FLL", 2, len(raw)) + raw + b"".join(told.blobs.values())
+            return envelopes._START.pack(b"FLL", 2, len(raw)) + raw + b"".join(told.blobs.values())
         return answer
 
     result, _ = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
@@ -529,11 +537,11 @@ def test_a_reply_that_took_for_ever_is_refused(world: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("sizes", [{"0": 5, "999": 3}, {"0": 10**15}, {"0": -1}, {"-1": 4}, {"0": 1e999}, [3]])
 def test_a_site_stands_for_no_clients_that_do_not_exist(world: Path, tmp_path: Path, sizes: Any) -> None:
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        if letters.read(letter).head["kind"] == "open" and name == "site-0" and answer:
-            told = letters.read(answer)
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        if envelopes.read(envelope).head["kind"] == "open" and name == "site-0" and answer:
+            told = envelopes.read(answer)
             text = json.dumps({**told.head, "sizes": sizes, "blobs": {}}).encode()
-            return letters._START.pack(b"FLL", 2, len(text)) + text
+            return envelopes._START.pack(b"FLL", 2, len(text)) + text
         return answer
 
     told = Told()
@@ -543,29 +551,29 @@ def test_a_site_stands_for_no_clients_that_do_not_exist(world: Path, tmp_path: P
 
 
 def test_a_site_does_not_speak_for_another(world: Path, tmp_path: Path) -> None:
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        if letters.read(letter).head["kind"] == "open" and name == "hospital" and answer:
-            told = letters.read(answer)
-            return letters.write({**told.head, "sizes": {"0": 24, "1": 24, "2": 24}}, {})
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        if envelopes.read(envelope).head["kind"] == "open" and name == "hospital" and answer:
+            told = envelopes.read(answer)
+            return envelopes.write({**told.head, "sizes": {"0": 24, "1": 24, "2": 24}}, {})
         return answer
 
     post = Post(own_sites(world, tmp_path), trick)
     told = Told()
     names = list(post.homes)
-    result = federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=names, callbacks=[told])
+    result = federate(sites_experiment(world), tmp_path / "run", post, ServerPolicy(), names=names, callbacks=[told])
     assert any("hospital is not taken in: it stands for clients that are not its own" in line for line in told.messages)
     assert set(result.rows[1].cohort) == {0, 2}
 
 
 def test_a_client_counts_no_more_examples_than_it_said_it_has(world: Path, tmp_path: Path) -> None:
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and head["client"] == 4 and answer:
-            like = wire_template(letter, tmp_path)
-            told = letters.read(answer)
+            like = wire_template(envelope, tmp_path)
+            told = envelopes.read(answer)
             parts = wire.unpack(told.blobs["raw"], like)
             parts["report"]["examples"] = torch.tensor(1e9)
-            return letters.write(told.head, {"raw": wire.pack(parts, {}).raw})
+            return envelopes.write(told.head, {"raw": wire.pack(parts, {}).raw})
         return answer
 
     result, _ = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
@@ -574,13 +582,13 @@ def test_a_client_counts_no_more_examples_than_it_said_it_has(world: Path, tmp_p
 
 @pytest.mark.parametrize("below", [60.0, -1.0, 0.5])
 def test_one_site_does_not_move_the_clip_of_all(world: Path, tmp_path: Path, below: float) -> None:
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and head["client"] == 4 and answer:
-            told = letters.read(answer)
-            parts = wire.unpack(told.blobs["raw"], wire_template(letter, tmp_path))
+            told = envelopes.read(answer)
+            parts = wire.unpack(told.blobs["raw"], wire_template(envelope, tmp_path))
             parts["report"]["below"] = torch.tensor(below)
-            return letters.write(told.head, {"raw": wire.pack(parts, {}).raw})
+            return envelopes.write(told.head, {"raw": wire.pack(parts, {}).raw})
         return answer
 
     adapting = OTHERS["private"][-1].replace("seed=3", "seed=3, quantile=0.5")
@@ -590,13 +598,13 @@ def test_one_site_does_not_move_the_clip_of_all(world: Path, tmp_path: Path, bel
 
 
 def test_what_a_site_sends_is_clipped_again(world: Path, tmp_path: Path) -> None:
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and head["client"] == 4 and answer:
-            told = letters.read(answer)
-            parts = wire.unpack(told.blobs["raw"], wire_template(letter, tmp_path))
+            told = envelopes.read(answer)
+            parts = wire.unpack(told.blobs["raw"], wire_template(envelope, tmp_path))
             long = {part: {name: 1e3 * value for name, value in tree.items()} for part, tree in parts.items()}
-            return letters.write(told.head, {"raw": wire.pack(long | {"report": parts["report"]}, {}).raw})
+            return envelopes.write(told.head, {"raw": wire.pack(long | {"report": parts["report"]}, {}).raw})
         return answer
 
     clip = "method.privacy={kind='central_gaussian', clip_norm=0.5, noise_multiplier=0.0}"
@@ -605,13 +613,13 @@ def test_what_a_site_sends_is_clipped_again(world: Path, tmp_path: Path) -> None
     assert 0 < result.rows[1].update_norm <= 0.5 * (1 + 1e-5)
 
 
-def wire_template(letter: bytes, tmp_path: Path) -> dict[str, dict[str, torch.Tensor]]:
+def wire_template(envelope: bytes, tmp_path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The parts of a reply, as the server expects them: what the site's own workspace has."""
     from fedlora.client.jobs import empty_report
 
-    job = letters.to_job(letters.read(letter))
+    job = envelopes.to_job(envelopes.read(envelope))
     site = Site(replace(shared_sites(tmp_path / "sites", 3)["site-1"].settings))
-    site.answer(letter)
+    site.answer(envelope)
     assert site._run is not None
     installed = site._run.workspace.installed
     like = {name: value.detach() for name, value in installed.parameters.items()}
@@ -619,24 +627,24 @@ def wire_template(letter: bytes, tmp_path: Path) -> dict[str, dict[str, torch.Te
 
 
 def test_a_silent_site_holds_nobody_up(world: Path, tmp_path: Path) -> None:
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
         return None if name == "site-2" else answer
 
     chosen = experiment(world, "lora", "clients.per_round=6")
-    result, post = tried(chosen, tmp_path, trick, Rules(round_timeout=600, min_available=6))
+    result, post = tried(chosen, tmp_path, trick, ServerPolicy(round_timeout=600, min_available=6))
     assert result.rounds == 3
-    assert sum(letters.read(raw).head["kind"] == "open" for raw in post.sent) == 3
+    assert sum(envelopes.read(raw).head["kind"] == "open" for raw in post.sent) == 3
 
 
 def test_a_site_takes_no_noise_that_the_server_can_take_off_again() -> None:
     seeded = {"noise_multiplier": 1.0, "clip_norm": 1.0, "seed": 3}
     kinds = {seed: recipe_with(example={**seeded, "seed": seed}) for seed in (3, None)}
-    limits = Limits(min_example_noise=0.5)
+    limits = SitePolicy(min_example_noise=0.5)
     assert "from a seed that the server knows" in limits.refusal(kinds[3], 10)
     assert limits.refusal(kinds[None], 10) == ""
     pending = recipe_with(central={"kind": "central_gaussian", "clip_norm": 1.0, "target_epsilon": 1e9})
-    assert Limits(min_noise=0.5).refusal(pending, 10, opening=True) == ""
-    assert "gets noise 0" in Limits(min_noise=0.5).refusal(pending, 10)
+    assert SitePolicy(min_noise=0.5).refusal(pending, 10, opening=True) == ""
+    assert "gets noise 0" in SitePolicy(min_noise=0.5).refusal(pending, 10)
 
 
 def recipe_with(example: dict[str, Any] | None = None, central: dict[str, Any] | None = None) -> Any:
@@ -654,7 +662,7 @@ def test_a_server_hears_nothing_that_quotes_rows(world: Path, tmp_path: Path) ->
     write_rows(tmp_path / "clinic.jsonl", rows)
     post = Post(sites)
     told = Told()
-    federate(sites_experiment(world), tmp_path / "run", post, Rules(), names=list(post.homes), callbacks=[told])
+    federate(sites_experiment(world), tmp_path / "run", post, ServerPolicy(), names=list(post.homes), callbacks=[told])
     assert any("clinic is not taken in" in line for line in told.messages)
     assert not any("SECRET" in line for line in told.messages)
     assert not any(b"SECRET" in answer for answer in post.answers.values() if answer)
@@ -666,14 +674,14 @@ def test_a_run_whose_round_needs_all_sites_gets_over_a_lost_memory(world: Path, 
     chosen = experiment(world, *OTHERS["feedback"], "clients.per_round=9", rounds=4)
     forgot = []
 
-    def forget(name: str, letter: bytes, answer: bytes | None) -> bytes | None:
-        head = letters.read(letter).head
+    def forget(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and head["progress"][0] == 1 and name == "site-1" and not forgot:
             shutil.rmtree(tmp_path / "sites" / "site-1")
             forgot.append(name)
         return answer
 
-    result, _ = tried(chosen, tmp_path, forget, Rules(min_clients=9))
+    result, _ = tried(chosen, tmp_path, forget, ServerPolicy(min_clients=9))
     assert forgot
     assert result.rounds == 4
     assert any("tried again" in text for row in result.rows for text in row.warnings)
@@ -691,19 +699,19 @@ def test_who_is_drawn_under_noise_is_not_replaced(world: Path, tmp_path: Path) -
     post = Post(shared_sites(tmp_path / "sites", 3))
     post.away.add("site-2")
     chosen = experiment(world, *OTHERS["private"], "clients.per_round=6")
-    result = federate(chosen, tmp_path / "run", post, Rules(rejoin_timeout=0.0))
+    result = federate(chosen, tmp_path / "run", post, ServerPolicy(rejoin_timeout=0.0))
     undisturbed = fedlora.run(chosen, tmp_path / "serial")
     assert [row.cohort for row in result.rows] == [row.cohort for row in undisturbed.rows]
 
 
 def test_a_job_that_kills_its_site_every_time_is_given_up(world: Path, tmp_path: Path) -> None:
-    def trick(name: str, letter: bytes, answer: bytes | None) -> bytes | Arrived | None:
-        head = letters.read(letter).head
+    def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | Received | None:
+        head = envelopes.read(envelope).head
         if head["kind"] == "job" and head["client"] == 4:
-            return Arrived("", None, "its process died", again=True)
+            return Received("", None, "its process died", again=True)
         return answer
 
     result, post = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
     assert result.rows[1].refused == {"4": "site-1: its process died"}
-    sent = [letters.read(raw).head for raw in post.sent]
+    sent = [envelopes.read(raw).head for raw in post.sent]
     assert sum(head["kind"] == "job" and head["client"] == 4 for head in sent) == remote.TRIES

@@ -23,7 +23,7 @@ from fedlora.federation.deploy import demo, folder, processes, serve
 from fedlora.federation.deploy.federate import federate
 from fedlora.federation.deploy.processes import Child
 from fedlora.federation.flower.runtime import Link
-from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.runs.result import Result
 
 SITES = 4
@@ -81,14 +81,18 @@ class Federation:
         return Child([*command, "--site-config", str(where / "site.toml")], where / "processes", grace=40.0)
 
     def run(
-        self, experiment: Experiment, where: Path, rules: Rules | None = None, before: Callable[[], None] = lambda: None
+        self,
+        experiment: Experiment,
+        where: Path,
+        rules: ServerPolicy | None = None,
+        before: Callable[[], None] = lambda: None,
     ) -> Result:
         assert self.link is not None
         keys = folder.public_keys(self.place / "server", self.config)
-        with serve.sites_of(self.link, keys) as courier:
+        with serve.sites_of(self.link, keys) as transport:
             before()
             return federate(
-                experiment, where, courier, rules or Rules(min_clients=1, round_timeout=120), names=self.names,
+                experiment, where, transport, rules or ServerPolicy(min_clients=1, round_timeout=120), names=self.names,
                 callbacks=[self.told],
             )  # fmt: skip
 

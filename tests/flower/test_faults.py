@@ -27,7 +27,7 @@ from fedlora import config
 from fedlora.config import Experiment
 from fedlora.federation.deploy import folder, serve
 from fedlora.federation.deploy.processes import Child, free_port
-from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.rounds.checkpoint import load_state
 from fedlora.runs.experiment import Stopped
 
@@ -35,7 +35,7 @@ from .conftest import Federation, processes_of
 
 SLOW = "method.local.epochs=60"
 """Turns that last about a second, so that something can happen in between."""
-PATIENT = Rules(min_available=8, round_timeout=240, rejoin_timeout=200)
+PATIENT = ServerPolicy(min_available=8, round_timeout=240, rejoin_timeout=200)
 
 
 def chosen(root: Path, *overrides: str, rounds: int = 3) -> Experiment:
@@ -96,12 +96,14 @@ def test_a_client_that_raises_is_refused_and_named(root: Path, federation: Feder
         return Path(state / run / "setup-0.bin")
 
     def spoil() -> None:
-        # where a file should be there is a folder: an error of the site's own, not of a letter
+        # where a file should be there is a folder: an error of the site's own, not of a message
         setup().unlink()
         setup().mkdir()
 
     with at(lambda: rounds_done(where) >= 1 and setup().is_file(), spoil, done):
-        result = federation.run(chosen(root, SLOW), where, Rules(min_clients=1, min_available=8, round_timeout=120))
+        result = federation.run(
+            chosen(root, SLOW), where, ServerPolicy(min_clients=1, min_available=8, round_timeout=120)
+        )
     assert done
     told = [row.refused for row in result.rows[1:]]
     assert {client for row in told for client in row} == {"1", "5"}
@@ -197,7 +199,7 @@ def test_a_run_stopped_amid_an_upload_leaves_sites_that_work(
         federation.run(one, root / "torn", PATIENT)
     monkeypatch.undo()
     assert len(stopped) == 1
-    federation.run(one, root / "torn", Rules(min_available=8, round_timeout=60))
+    federation.run(one, root / "torn", ServerPolicy(min_available=8, round_timeout=60))
     assert_same(root / "torn", root / "doubled-serial")
 
 
@@ -222,12 +224,12 @@ LIES = dict(list(WRONGS.items())[::4])
 ROGUE = """
 import sys
 if "fedlora.federation.deploy.worker" in sys.orig_argv:
-    from fedlora.federation.protocol import letters
+    from fedlora.federation.protocol import envelopes
     from fedlora.federation.site import site
     from fixtures.malformed_replies import WRONGS
     honest, changes, old = site.Site.answer, [one[0] for one in WRONGS.values()][::4], []
     def answer(self, raw):
-        found, head = honest(self, raw), letters.read(raw).head
+        found, head = honest(self, raw), envelopes.read(raw).head
         if head["kind"] == "job" and head["client"] == 3:
             old.append(found)
             turn = head["progress"][0]
@@ -269,10 +271,10 @@ def test_the_server_app_alone_runs_what_its_configuration_names(root: Path) -> N
     with Federation(root / "app-federation", 1) as started:
         keys = folder.public_keys(started.place / "server", started.config)
         assert started.link is not None
-        with serve.sites_of(started.link, keys) as courier:
-            assert isinstance(courier, app.GridCourier)
+        with serve.sites_of(started.link, keys) as transport:
+            assert isinstance(transport, app.GridCourier)
             names = {"config": str(file), "folder": str(root / "app-run")}
-            app.server_app(courier._grid, Context(1, 0, {}, RecordDict(), names))
+            app.server_app(transport._grid, Context(1, 0, {}, RecordDict(), names))
     fedlora.run(config.load(file), root / "app-serial")
     assert_same(root / "app-run", root / "app-serial")
 
@@ -341,7 +343,7 @@ def test_twenty_megabytes_over_a_slow_link_arrive(root: Path) -> None:
     link = SlowLink(federation.config.port, 250_000)
     federation.children = {"site-0": behind(federation, link, "site-0")}
     with federation:
-        result = federation.run(large, root / "large", Rules(round_timeout=540))
+        result = federation.run(large, root / "large", ServerPolicy(round_timeout=540))
     link.close()
     assert sum(result.down_bytes.values()) > 18e6
     assert sum(result.up_bytes.values()) > 18e6

@@ -15,8 +15,8 @@ from fedlora import config
 from fedlora.config import Experiment
 from fedlora.federation.deploy.federate import federate
 from fedlora.federation.deploy.simulate import with_ray, write_site
-from fedlora.federation.protocol.courier import Courier
-from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.protocol.policies import ServerPolicy
+from fedlora.federation.protocol.transport import Transport
 from fedlora.methods import METHODS
 from fedlora.rounds.checkpoint import load_state
 
@@ -87,10 +87,12 @@ def serial(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ray(root: Path) -> Iterator[Path]:
-    def main(courier: Courier) -> None:
+    def main(transport: Transport) -> None:
         write_site(root / "simulation", "cpu")
         for experiment in runs(root).values():
-            federate(experiment, root / "ray" / experiment.label, courier, Rules(round_timeout=300), anywhere=True)
+            federate(
+                experiment, root / "ray" / experiment.label, transport, ServerPolicy(round_timeout=300), anywhere=True
+            )
 
     with_ray(main, root / "simulation", workers=2)
     return root / "ray"
@@ -121,6 +123,6 @@ def test_four_sites_over_tls_give_the_bits_of_one_process(
 ) -> None:
     experiment = runs(root)[name]
     before = len(federation.told.messages)
-    federation.run(experiment, root / "deployed" / experiment.label, Rules(min_available=8, round_timeout=120))
+    federation.run(experiment, root / "deployed" / experiment.label, ServerPolicy(min_available=8, round_timeout=120))
     assert_same(root / "deployed" / experiment.label, serial / experiment.label)
     assert [text for text in federation.told.messages[before:] if "asked again" in text] == []

@@ -18,7 +18,7 @@ from fixtures.tiny import experiment
 from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy import folder, join, keys, serve
 from fedlora.federation.deploy.processes import Child, free_port, write_secret
-from fedlora.federation.protocol.rules import Rules, SiteConfig
+from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig
 
 from .conftest import Federation, processes_of
 
@@ -39,7 +39,7 @@ def test_keys_are_their_owner_s_alone(tmp_path: Path) -> None:
         write_secret(secrets[0], b"")
     loaded = SiteConfig.load(tmp_path / "fed" / "sites" / "clinic" / "site.toml")
     assert loaded.name == "clinic"
-    assert folder.ServerConfig.load(tmp_path / "fed" / "server").rules == Rules(min_available=2)
+    assert folder.ServerConfig.load(tmp_path / "fed" / "server").rules == ServerPolicy(min_available=2)
 
 
 def test_a_certificate_is_for_the_host_and_signed_by_the_authority(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_task_is_not_handed_to_whoever_asks(federation: Federation) -> None:
     trust = ssl.create_default_context(cafile=str(federation.place / "server" / "ca.crt"))
     url = f"https://127.0.0.1:{federation.config.port}/v1/runtime/acquire-task"
     asked = runtime.AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]).SerializeToString()
-    answer = httpx.post(url, content=asked, verify=trust, headers={"content-type": "application/protobuf"})
+    answer = httpx.send(url, content=asked, verify=trust, headers={"content-type": "application/protobuf"})
     assert answer.status_code in (401, 403), answer.text
 
 
@@ -158,7 +158,7 @@ def test_plain_text_works_on_this_machine_when_it_is_asked_for(root: Path) -> No
     command = [sys.executable, "-m", "fedlora", "join", "--insecure", f"127.0.0.1:{port}"]
     with Child([*command, "--site-config", str(site / "site.toml")], site / "processes"):
         chosen = experiment(root, rounds=1)
-        result = serve.serve(chosen, root / "plain-run", place / "server", rules=Rules(), insecure=True)
+        result = serve.serve(chosen, root / "plain-run", place / "server", rules=ServerPolicy(), insecure=True)
     assert result.rows[1].refused == {}
     assert len(result.rows[1].cohort) == 3
 
@@ -231,12 +231,12 @@ def test_the_proxy_lets_sites_through_and_nobody_to_the_control_interface(root: 
         url = f"https://localhost:{port}"
         for _ in range(100):
             try:
-                code = httpx.post(f"{url}/v1/control/start-run", content=b"", verify=trust).status_code
+                code = httpx.send(f"{url}/v1/control/start-run", content=b"", verify=trust).status_code
                 break
             except httpx.ConnectError:
                 time.sleep(0.1)
         assert code == 403
-        assert httpx.post(f"{url}/v1/runtime/acquire-task", content=b"", verify=trust).status_code == 403
+        assert httpx.send(f"{url}/v1/runtime/acquire-task", content=b"", verify=trust).status_code == 403
         assert httpx.get(f"{url}/health", verify=trust).status_code == 403
         # a site behind the proxy
         child = federation.children["site-0"]
@@ -247,7 +247,7 @@ def test_the_proxy_lets_sites_through_and_nobody_to_the_control_interface(root: 
             result = federation.run(
                 experiment(root, "lora", "clients.num=8", "clients.per_round=8", rounds=1),
                 root / "through-nginx",
-                Rules(min_available=8, round_timeout=120),
+                ServerPolicy(min_available=8, round_timeout=120),
             )
             assert result.rows[1].refused == {}
         federation.children["site-0"] = federation.site("site-0").start()

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from fedlora.config import parse
-from fedlora.config.federated_data import Setting, prepare
+from fedlora.config.federated_data import FederatedData, prepare
 from fedlora.methods import METHODS
 from fedlora.runs.experiment import run
 from fedlora.tasks import Model
@@ -39,22 +39,22 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def setting(cut: Path) -> Setting:
+def setting(cut: Path) -> FederatedData:
     return prepare(parse(document(cut, {"kind": "lora"})))
 
 
-def accuracy(cut: Path, setting: Setting, method: dict[str, Any], folder: Path) -> float:
+def accuracy(cut: Path, setting: FederatedData, method: dict[str, Any], folder: Path) -> float:
     return run(parse(document(cut, method)), folder, setting=setting).after["accuracy"]
 
 
 @pytest.fixture(scope="module")
-def head_alone(cut: Path, setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> float:
+def head_alone(cut: Path, setting: FederatedData, tmp_path_factory: pytest.TempPathFactory) -> float:
     method = {"kind": "fedavg", "tuning": {"kind": "head_only"}}
     return accuracy(cut, setting, method, tmp_path_factory.mktemp("head"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_not_behind_the_head_alone(
-    method: str, cut: Path, setting: Setting, head_alone: float, tmp_path: Path
+    method: str, cut: Path, setting: FederatedData, head_alone: float, tmp_path: Path
 ) -> None:
     assert accuracy(cut, setting, {"kind": method}, tmp_path) > head_alone - 0.02

@@ -56,8 +56,8 @@ def largest(values: Tensor, density: float, among: Tensor) -> Tensor:
 def trained(federation: Federation, state: ServerState, start: Tree, client: int) -> Tensor:
     """``theta_i - theta_i^0`` of a client's pass, by PyTorch alone."""
     workspace, recipe = federation.workspace, federation.phases[0].recipe
-    workspace.settle(state.phase, recipe, state.setup)
-    workspace.show(recipe, start, state.folds)
+    workspace.apply_setup(state.phase, recipe, state.setup)
+    workspace.load(recipe, start, state.folds)
     parameters = workspace.installed.parameters
     values = [parameters[name] for name in start]
     workspace.model.eval()  # no dropout

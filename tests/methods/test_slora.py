@@ -14,12 +14,12 @@ from torch import Tensor
 from fedlora.client.workspace import Workspace
 from fedlora.core import tree
 from fedlora.core.errors import ConfigError
-from fedlora.core.state import Carry, ServerState
+from fedlora.core.state import PhaseHandover, ServerState
 from fedlora.engines import Serial
 from fedlora.methods import Phases, primed_lora, slora
 from fedlora.recipe.local import Local, Sgd
 from fedlora.rounds.downlink import view
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.rounds.phases import close_phase, open_phase
 from fedlora.rounds.round import run_round
 from fedlora.server.optimizers import Adam
@@ -50,7 +50,7 @@ def phases_of(**settings: Any) -> Phases:
     )
 
 
-def rounds_of(workspace: Workspace, phases: Phases, phase: int, state: ServerState) -> tuple[ServerState, Row]:
+def rounds_of(workspace: Workspace, phases: Phases, phase: int, state: ServerState) -> tuple[ServerState, RoundRecord]:
     engine = Serial(workspace, equal_population(16, 2))
     for _ in range(phases[phase].rounds):
         state, row = run_round(phases[phase].recipe, state, (0, 1), engine, seed=0, rounds=2)
@@ -76,7 +76,7 @@ class HandOver:
         self.workspace.installed.load(self.warm.params)
         self.last_logits = logits(self.task, self.workspace)
         self.trained = {n: v.detach().clone() for n, v in self.workspace.model.named_parameters()}
-        self.carry: Carry = close_phase(self.workspace, warm, self.warm)
+        self.carry: PhaseHandover = close_phase(self.workspace, warm, self.warm)
         self.state, self.facts = open_phase(self.workspace, 1, cold, 0, self.warm.round, self.carry)
         self.workspace.installed.load(view(cold, self.state, 0))
         self.pretrained = dict(self.task.make_model().named_parameters())
@@ -219,7 +219,7 @@ def test_a_fold_is_billed_and_a_client_that_receives_it_settles_alike(fold: str)
     phases = phases_of(biases=True, fold=fold)
     over = HandOver(phases)
     device = Workspace(over.task, 5, CPU)
-    device.settle(1, phases[1].recipe, over.state.setup)
+    device.apply_setup(1, phases[1].recipe, over.state.setup)
     theirs = dict(device.model.named_parameters())
     for name, value in over.workspace.model.named_parameters():
         if name not in over.state.params:

@@ -21,7 +21,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.methods import fedavg
 from fedlora.population.clients import draw_cohort
 from fedlora.privacy import CentralGaussian
-from fedlora.privacy.accountant import Sampled, calibrate, epsilon, open_account
+from fedlora.privacy.accountant import SamplingScheme, calibrate, epsilon, open_account
 from fedlora.recipe import Phase, Recipe
 from fedlora.rounds.round import run_round
 from fedlora.testing import equal_population
@@ -32,9 +32,9 @@ pytest.importorskip("dp_accounting", reason="the extra fedlora[privacy] is not i
 world = pytest.fixture(scope="module")(tiny_world)
 
 DELTA = 1e-5
-ALL = Sampled(10, 10, "fixed")
-FEW = Sampled(350, 10, "fixed")
-CHANCE = Sampled(350, 10, "poisson")
+ALL = SamplingScheme(10, 10, "fixed")
+FEW = SamplingScheme(350, 10, "fixed")
+CHANCE = SamplingScheme(350, 10, "poisson")
 
 
 def gaussian_epsilon(multiplier: float, rounds: int) -> float:
@@ -89,7 +89,7 @@ def test_phases_add_up() -> None:
 
 
 @pytest.mark.parametrize("sampled", [ALL, pytest.param(FEW, marks=pytest.mark.slow), CHANCE])
-def test_the_noise_found_spends_the_target_and_no_more(sampled: Sampled) -> None:
+def test_the_noise_found_spends_the_target_and_no_more(sampled: SamplingScheme) -> None:
     found = calibrate(2.0, 50, sampled, DELTA, "rdp")
     assert 1.98 < epsilon(((found, 50),), sampled, DELTA, "rdp") <= 2.0 + 1e-6
 

@@ -15,7 +15,7 @@ from fixtures.toy import LOCAL, Federation, toy_run
 from fedlora import run
 from fedlora.client import turn as client
 from fedlora.client.jobs import Job, Reply, empty_report
-from fedlora.client.training import Ready, Trained
+from fedlora.client.training import LocalResult, Ready
 from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.engines import Serial
@@ -23,8 +23,8 @@ from fedlora.privacy import CentralGaussian
 from fedlora.privacy.disclosure import Disclosure, disclosure_of
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Phase, Recipe
-from fedlora.recipe.rank_pruning import Shrink
-from fedlora.rounds.ledger import Row
+from fedlora.recipe.rank_pruning import RankPruning
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
 from fedlora.server.aggregate import Mean
 from fedlora.transport import wire
@@ -97,7 +97,7 @@ def reports(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, f
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if "epsilon" not in name] + ["ranks"])
 def test_a_report_says_what_may_be_known_and_nothing_else(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    slots: dict[str, Any] = {"shrink": Shrink(keep=0.5)} if setting == "ranks" else SETTINGS[setting][0]
+    slots: dict[str, Any] = {"shrink": RankPruning(keep=0.5)} if setting == "ranks" else SETTINGS[setting][0]
     recipe = recipe_of(slots)
     known = disclosure_of(recipe).figures
     found = reports(recipe, monkeypatch)
@@ -121,10 +121,10 @@ MARKS = {"loss": 12345.625, "examples": 7777777, "steps": 5555555}
 
 class Heard(Callback):
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[RoundRecord] = []
         self.texts: list[str] = []
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         self.rows.append(row)
 
     def message(self, text: str) -> None:
@@ -143,7 +143,7 @@ def test_a_run_tells_nobody_more(
     experiment, data = toy_run((Phase(recipe=recipe, rounds=1),), clients=3)
     trained, sent, heard = client.train, [], Heard()
 
-    def marked(workspace: Workspace, turns: list[Ready]) -> list[Trained]:
+    def marked(workspace: Workspace, turns: list[Ready]) -> list[LocalResult]:
         return [one._replace(**MARKS) for one in trained(workspace, turns)]
 
     def watched(engine: Serial, jobs: list[Job]) -> Iterator[Reply]:

@@ -23,7 +23,7 @@ from fedlora.privacy.accountant import example_epsilon
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.local import AdamW, Local
-from fedlora.recipe.rank_pruning import Shrink
+from fedlora.recipe.rank_pruning import RankPruning
 from fedlora.server.aggregate import Mean
 from fedlora.testing import toy_task
 from fedlora.tuning import BitFit, Full, LoRA, Tuning
@@ -204,7 +204,7 @@ def test_the_ledger_tells_what_examples_have_lost(world: Path, tmp_path: Path) -
     ("slots", "message"),
     [
         ({"aggregator": Mean(weighting="examples")}, "do not tell how many"),
-        ({"shrink": Shrink()}, "pass by the noise"),
+        ({"shrink": RankPruning()}, "pass by the noise"),
         ({"local": Local(example_privacy=SILENT, timeout_seconds=1.0)}, "lengths of examples"),
     ],
 )

@@ -22,7 +22,7 @@ from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.local import AdamW as ClientAdamW
 from fedlora.recipe.local import Local
-from fedlora.recipe.rank_pruning import Shrink
+from fedlora.recipe.rank_pruning import RankPruning
 from fedlora.recipe.refusals import EXPERIMENT_REFUSALS, RECIPE_REFUSALS, REFUSALS, TIER_REFUSALS
 from fedlora.server.aggregate import (
     CoordinateMedian,
@@ -75,7 +75,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "alternating_factors_with_memory": {"tuning": ALTERNATING, "server": Adam()},
     "example_noise_with_weights": {"local": EXAMPLES, "aggregator": ProductExact(weighting="examples")},
     "example_noise_with_timeout": {"local": replace(EXAMPLES, timeout_seconds=1.0)},
-    "example_noise_with_shrink": {"local": EXAMPLES, "shrink": Shrink()},
+    "example_noise_with_shrink": {"local": EXAMPLES, "shrink": RankPruning()},
     "noise_without_uniform_mean": {"privacy": NOISE, "aggregator": Mean(weighting="examples")},
     "products_without_factors": {"tuning": Full(), "aggregator": SparsityWeighted()},
     "factors_rebuilt_and_stepped": {"aggregator": SvdRedistribute(), "server": Sgd(lr=0.5)},
@@ -83,10 +83,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "reinitialised_without_seed": {"tuning": LoRA(init=Orthogonal()), "aggregator": Stack()},
     "reinitialised_alternating": {"tuning": ALTERNATING, "aggregator": Stack()},
     "reinitialised_with_memory": {"aggregator": Stack(), "local": Local(keep_optimizer=True)},
-    "shrink_without_ranks": {"shrink": Shrink(), "tuning": FROZEN_A},
-    "shrink_hidden": {"shrink": Shrink(), "down": SPARSE},
-    "shrink_with_kept_optimizer": {"shrink": Shrink(), "local": Local(keep_optimizer=True)},
-    "shrink_with_noise_or_new_starts": {"shrink": Shrink(), "aggregator": Stack()},
+    "shrink_without_ranks": {"shrink": RankPruning(), "tuning": FROZEN_A},
+    "shrink_hidden": {"shrink": RankPruning(), "down": SPARSE},
+    "shrink_with_kept_optimizer": {"shrink": RankPruning(), "local": Local(keep_optimizer=True)},
+    "shrink_with_noise_or_new_starts": {"shrink": RankPruning(), "aggregator": Stack()},
 }
 TIERS: dict[str, tuple[Tier, Recipe]] = {
     "tier_rank_above_recipe": (Tier(name="a", rank=32), Recipe()),
@@ -154,8 +154,8 @@ def test_no_case_is_left_over() -> None:
 
 def test_a_lower_rank_that_would_be_refused_is_refused_before_training() -> None:
     with pytest.raises(ConfigError, match="uplink carries a difference"):
-        Recipe(shrink=Shrink(), up=Link(reference="init"))
-    assert Recipe(shrink=Shrink()).rank == 16
+        Recipe(shrink=RankPruning(), up=Link(reference="init"))
+    assert Recipe(shrink=RankPruning()).rank == 16
 
 
 @pytest.mark.parametrize("text", REFUSALS.values(), ids=REFUSALS)

@@ -18,7 +18,7 @@ from fedlora.population.tiers import Tier
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.recipe.local import Local
-from fedlora.recipe.rank_pruning import Shrink
+from fedlora.recipe.rank_pruning import RankPruning
 from fedlora.rounds.checkpoint import load_state, save_state
 from fedlora.rounds.round import run_round
 from fedlora.server.aggregate import SparsityWeighted
@@ -36,25 +36,25 @@ SCHEMA = schema_of({"m.lora_A": "adapter", "m.lora_B": "adapter", "head": "head"
 
 
 def test_the_tail_by_hand() -> None:
-    assert Shrink(keep=0.99).fewer(3) == 2
-    assert Shrink(keep=0.4).fewer(3) == 1
-    assert Shrink(keep=0.1).fewer(3) == 1
-    assert float(Shrink(keep=0.7).tail(FACTORS, SCHEMA, 3)) == pytest.approx(2.0 * 10.0)
-    assert float(Shrink(keep=0.4).tail(FACTORS, SCHEMA, 3)) == pytest.approx(8**0.5 * 101**0.5)
+    assert RankPruning(keep=0.99).fewer(3) == 2
+    assert RankPruning(keep=0.4).fewer(3) == 1
+    assert RankPruning(keep=0.1).fewer(3) == 1
+    assert float(RankPruning(keep=0.7).tail(FACTORS, SCHEMA, 3)) == pytest.approx(2.0 * 10.0)
+    assert float(RankPruning(keep=0.4).tail(FACTORS, SCHEMA, 3)) == pytest.approx(8**0.5 * 101**0.5)
     # a client of rank 2 has no third
-    assert float(Shrink(keep=0.7).tail(FACTORS, SCHEMA, 2)) == pytest.approx(2.0 * 1.0)
+    assert float(RankPruning(keep=0.7).tail(FACTORS, SCHEMA, 2)) == pytest.approx(2.0 * 1.0)
 
 
 def test_a_tail_that_became_smaller_is_given_up() -> None:
     smaller = {**FACTORS, "m.lora_B": FACTORS["m.lora_B"] * 0.9}
-    shrink = Shrink(keep=0.7)
+    shrink = RankPruning(keep=0.7)
     assert shrink.after(FACTORS, smaller, SCHEMA, 3) == 2
     assert shrink.after(smaller, FACTORS, SCHEMA, 3) == 3
     assert shrink.after(FACTORS, FACTORS, SCHEMA, 3) == 3
 
 
 def test_what_is_given_up_is_not_sent() -> None:
-    left = Shrink().keep_ranks(FACTORS, SCHEMA, 2)
+    left = RankPruning().keep_ranks(FACTORS, SCHEMA, 2)
     assert left["m.lora_A"].tolist() == [[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]]
     assert left["m.lora_B"].tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
     assert left["head"] is FACTORS["head"]
@@ -70,7 +70,7 @@ def test_zero_padding_is_the_weighted_mean_of_padded_adapters() -> None:
     for rank in (1, 2, 4):
         start = RankSlice(rank=rank)(params, schema, 0)
         delta = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
-        updates.append(Update(start, Shrink().keep_ranks(delta, schema, rank), 1.0))
+        updates.append(Update(start, RankPruning().keep_ranks(delta, schema, rank), 1.0))
     whole = [tree.add(update.start, update.delta) for update in updates]
     norms = np.array([float((one["m.lora_B"] @ one["m.lora_A"]).norm()) for one in whole])
     after = tree.add(params, combined(SparsityWeighted(), updates, params).delta)
@@ -83,7 +83,7 @@ def test_zero_padding_is_the_weighted_mean_of_padded_adapters() -> None:
 
 
 def federation(**settings: float) -> Federation:
-    return Federation(het_lora(rounds=8, rank=8, local=LOCAL, server=Sgd(), shrink=Shrink(keep=0.5, **settings)))
+    return Federation(het_lora(rounds=8, rank=8, local=LOCAL, server=Sgd(), shrink=RankPruning(keep=0.5, **settings)))
 
 
 def test_a_strong_penalty_makes_clients_give_up_ranks_and_send_less(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_without_a_penalty_clients_that_learn_keep_their_ranks_at_first() -> Non
 )
 def test_what_hides_ranks_is_refused(slots: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Recipe(shrink=Shrink(), **slots)  # type: ignore[arg-type]
+        Recipe(shrink=RankPruning(), **slots)  # type: ignore[arg-type]
 
 
 def test_ranks_that_a_client_gives_up_are_zero_at_once() -> None:
@@ -146,8 +146,8 @@ def test_ranks_that_a_client_gives_up_are_zero_at_once() -> None:
 
 @pytest.mark.parametrize("told", [-3.0, 0.0, 1e9, 7.5, float(2**40)])
 def test_a_rank_that_a_client_cannot_have_is_refused(told: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Shrink, "after", lambda self, before, now, schema, rank: told)
-    monkeypatch.setattr(Shrink, "keep_ranks", lambda self, values, schema, rank: values)
+    monkeypatch.setattr(RankPruning, "after", lambda self, before, now, schema, rank: told)
+    monkeypatch.setattr(RankPruning, "keep_ranks", lambda self, values, schema, rank: values)
     lying = federation(weight=0.0)
     with pytest.raises(WireError, match="cannot be"):
         lying.go_on(lying.start(), 1)

@@ -10,9 +10,9 @@ from fixtures.tiny import experiment, ledger, tiny_world
 
 import fedlora
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting
+from fedlora.config.federated_data import FederatedData
 from fedlora.core.errors import CallbackError, ConfigError, DataError
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback, CallbackList
 from fedlora.runs.experiment import Stopped
 from fedlora.runs.result import Result
@@ -27,10 +27,10 @@ class Notes(Callback):
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls = name, calls
 
-    def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
+    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
         self.calls.append(f"{self.name} started after {len(rows)} of {experiment.rounds + 1}, {setting.split}")
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         self.calls.append(f"{self.name} row {row.round}")
 
     def run_finished(self, result: Result) -> None:
@@ -46,7 +46,7 @@ class Fails(Callback):
     def __init__(self, method: str) -> None:
         self.method = method
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         if self.method == "row_recorded" and row.round == 2:
             raise ValueError("no room")
 
@@ -67,7 +67,7 @@ def test_callbacks_are_called_in_order_from_the_start_to_the_end(world: Path, tm
 
 def test_a_row_is_in_the_ledger_before_it_is_reported(world: Path, tmp_path: Path) -> None:
     class Looks(Callback):
-        def row_recorded(self, row: Row) -> None:
+        def row_recorded(self, row: RoundRecord) -> None:
             assert ledger(tmp_path / "run")[-1]["round"] == row.round
 
     fedlora.run(experiment(world, rounds=1), tmp_path / "run", callbacks=[Looks()])
@@ -92,7 +92,7 @@ def test_tensorboard_has_no_events_of_clients_that_train_alone(world: Path, tmp_
 
 def test_whatever_ends_a_run_closes_its_callbacks(world: Path, tmp_path: Path) -> None:
     class Stops(Callback):
-        def row_recorded(self, row: Row) -> None:
+        def row_recorded(self, row: RoundRecord) -> None:
             raise KeyboardInterrupt
 
     calls: list[str] = []
@@ -118,12 +118,12 @@ def test_one_that_fails_is_named_and_the_run_goes_on_without_it(world: Path, tmp
 
 def test_what_an_earlier_version_called_is_refused_with_the_new_names(world: Path, tmp_path: Path) -> None:
     class Watcher(Callback):
-        def finished_round(self, row: Row) -> None: ...
+        def finished_round(self, row: RoundRecord) -> None: ...
 
     class Tracker(Callback):
-        def started(self, rows: list[Row]) -> None: ...
+        def started(self, rows: list[RoundRecord]) -> None: ...
 
-        def log(self, row: Row) -> None: ...
+        def log(self, row: RoundRecord) -> None: ...
 
     class Other(Callback):
         log = "a file"

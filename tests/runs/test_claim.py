@@ -20,9 +20,9 @@ from fixtures.tiny import contents, experiment, ledger, tiny_world
 import fedlora
 from fedlora import config
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting
+from fedlora.config.federated_data import FederatedData
 from fedlora.core.errors import CallbackError, ConfigError, DataError, FedloraError
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs import claim
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.claim import claimed, look
@@ -42,7 +42,7 @@ class AtStart(Callback):
     def __init__(self, deed: Callable[[], Any], folder: Path) -> None:
         self.deed, self.folder = deed, folder
 
-    def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
+    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
         self.folder.mkdir()
         (self.folder / "events").touch()
         self.deed()
@@ -54,7 +54,7 @@ class AfterRow(Callback):
     def __init__(self, deed: Callable[[], Any]) -> None:
         self.deed, self.refused = deed, ""
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         if row.round == 0:
             try:
                 self.deed()
@@ -63,7 +63,7 @@ class AfterRow(Callback):
 
 
 class Old(Callback):
-    def finished_round(self, row: Row) -> None: ...
+    def finished_round(self, row: RoundRecord) -> None: ...
 
 
 class Nobody:

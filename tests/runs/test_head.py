@@ -22,7 +22,7 @@ from fedlora.cli.main import app
 from fedlora.config import to_toml
 from fedlora.core.errors import ConfigError
 from fedlora.core.state import named_seed
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.experiment import Stopped
 from fedlora.show.describe import phase_facts
@@ -154,7 +154,7 @@ def test_a_frozen_head_is_neither_trained_nor_sent(world: Path, tmp_path: Path, 
 class Stopping(Callback):
     """Ends a run after its second round."""
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         if row.round == 2:
             raise KeyboardInterrupt
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import fedlora
 from fedlora.cli.main import app
 from fedlora.client.workspace import Workspace
-from fedlora.config.federated_data import Setting, in_mode, prepare
+from fedlora.config.federated_data import FederatedData, in_mode, prepare
 from fedlora.core import tree
 from fedlora.core.errors import ConfigError, DataError, TrainingError
 from fedlora.population.clients import Population
@@ -46,7 +46,7 @@ def tested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]
     return seen
 
 
-def own_rows(seen: list[tuple[str, tuple[int, ...]]], setting: Setting) -> list[int]:
+def own_rows(seen: list[tuple[str, tuple[int, ...]]], setting: FederatedData) -> list[int]:
     """Whose rows were evaluated, in order; -1 is the global test set."""
     client = {tuple(rows.tolist()): number for number, rows in setting.holdout.items()}
     return [client[rows] if split == "train" else -1 for split, rows in seen]
@@ -134,7 +134,7 @@ def test_the_end_is_evaluated_on_every_clients_own_rows(world: Path, tmp_path: P
     assert held is not None
     state, recipe, setting = held[0], chosen.phases[0].recipe, prepare(chosen)
     workspace = Workspace(setting.task, 0, torch.device("cpu"))
-    workspace.settle(0, recipe, state.setup)
+    workspace.apply_setup(0, recipe, state.setup)
     received = view(recipe, state, chosen.seed)
     assert tree.norm(tree.subtract(received, state.params)) > 0
     workspace.installed.load(received)
@@ -285,7 +285,7 @@ def test_a_foreign_partitioners_clients_bound_a_round_too(world: Path) -> None:
 DIRICHLET = "clients.partition={kind='dirichlet', scheme='fednlp', alpha=0.1}"
 
 
-def mixed(setting: Setting, values: Any) -> float:
+def mixed(setting: FederatedData, values: Any) -> float:
     """How many values of ``values`` a client sees, on average."""
     population = setting.population
     return float(np.mean([len(set(values[population.rows_of(client)])) for client in range(len(population))]))

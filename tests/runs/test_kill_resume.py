@@ -27,7 +27,7 @@ from fedlora import config
 from fedlora.cli import main as cli
 from fedlora.core.errors import CheckpointError, DataError
 from fedlora.rounds import checkpoint
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs import evaluation, session
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.experiment import Stopped
@@ -48,7 +48,7 @@ class Deed(Callback):
     def __init__(self, round: int, deed: Callable[[], Any]) -> None:
         self.round, self.deed = round, deed
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         if row.round == self.round:
             self.deed()
 

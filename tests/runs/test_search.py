@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from fedlora import config
 from fedlora.cli.main import app
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting, prepare
+from fedlora.config.federated_data import FederatedData, prepare
 from fedlora.core.errors import ConfigError, TrainingError
 from fedlora.runs.search import Bounds, Trial, _Sizes, configured, search
 from fedlora.transport import TopK
@@ -60,7 +60,7 @@ def test_each_step_tries_more_density_and_more_ranks_of_the_better_one(world: Pa
 def test_the_better_of_a_pair_is_kept_whichever_way_is_better(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, higher: bool, wide: bool
 ) -> None:
-    def made_up(chosen: Experiment, folder: Path, *, setting: Setting, callbacks: Any) -> SimpleNamespace:
+    def made_up(chosen: Experiment, folder: Path, *, setting: FederatedData, callbacks: Any) -> SimpleNamespace:
         recipe = chosen.phases[0].recipe
         rank, density = recipe.tuning.rank, recipe.up.sparsify.density
         good = (rank if wide else 0) + density
@@ -72,7 +72,7 @@ def test_the_better_of_a_pair_is_kept_whichever_way_is_better(
             after={"m": good if higher else -good},
         )
 
-    def prepared(chosen: Experiment) -> Setting:
+    def prepared(chosen: Experiment) -> FederatedData:
         setting = prepare(chosen)
         setting.task.higher_is_better = higher
         return setting

@@ -10,19 +10,19 @@ import pytest
 from fixtures.tiny import COLOURS, document, make_rows, tiny_world, write_rows
 
 from fedlora import config
-from fedlora.config.federated_data import Setting, prepare
+from fedlora.config.federated_data import FederatedData, prepare
 from fedlora.core.errors import ConfigError
 from fedlora.study.halving import held_out
 
 world = pytest.fixture(scope="module")(tiny_world)
 
 
-def setting(values: dict[str, Any], share: float = 0.2) -> tuple[Setting, Setting]:
+def setting(values: dict[str, Any], share: float = 0.2) -> tuple[FederatedData, FederatedData]:
     """The final run's data, and those to choose by."""
     return prepare(config.parse(values)), prepare(config.parse(held_out(values, share, 0)))
 
 
-def texts(found: Setting, split: str) -> set[str]:
+def texts(found: FederatedData, split: str) -> set[str]:
     return set(found.task.data["train" if split == "train" else "test"]["text"])
 
 
@@ -52,7 +52,7 @@ def test_where_test_rows_are_drawn_they_are_dropped_first(world: Path) -> None:
     assert chosen.task.label_names == final.task.label_names
 
 
-def users(found: Setting) -> set[str]:
+def users(found: FederatedData) -> set[str]:
     return set(found.population.names)
 
 

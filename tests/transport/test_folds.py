@@ -57,13 +57,13 @@ class Listening(Federation):
 
     def __init__(self, found: Phases) -> None:
         super().__init__(found)
-        self.heard: list[tuple[Job, Reply, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+        self.delivered: list[tuple[Job, Reply, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
         run = self.engine.run
 
         def listening(jobs: Any) -> Any:
             for job, reply in zip(jobs, run(jobs), strict=True):
                 now = {name: value.detach().clone() for name, value in self.workspace.installed.parameters.items()}
-                self.heard.append((job, reply, now, weights(self)))
+                self.delivered.append((job, reply, now, weights(self)))
                 yield reply
 
         self.engine.run = listening  # type: ignore[method-assign]
@@ -75,15 +75,15 @@ def test_after_a_round_the_server_has_the_mean_of_the_clients_whole_matrices(met
     federation = Listening(phases(method, memory=memory))
     state = federation.start()
     for rounds in range(1, 4):
-        federation.heard.clear()
+        federation.delivered.clear()
         state = federation.go_on(state, rounds)
-        assert len({job.client for job, *_ in federation.heard}) == 3
+        assert len({job.client for job, *_ in federation.delivered}) == 3
         scale = federation.phases[0].recipe.tuning.scale  # type: ignore[union-attr]
         means = {
             name: torch.stack(
                 [
                     frozen[name].double() + scale * now[f"{name}.lora_B"].double() @ now[f"{name}.lora_A"].double()
-                    for _, _, now, frozen in federation.heard
+                    for _, _, now, frozen in federation.delivered
                 ]
             ).mean(0)
             for name in weights(federation)
@@ -102,7 +102,7 @@ def test_clients_train_on_the_bits_that_the_server_has(method: str, memory: str)
     federation.loss(state)
     expected = weights(federation)
     federation.go_on(state, 4)
-    for *_, frozen in federation.heard[-3:]:
+    for *_, frozen in federation.delivered[-3:]:
         assert all(torch.equal(frozen[name], value) for name, value in expected.items())
 
 
@@ -114,7 +114,7 @@ def test_clients_that_were_away_catch_up() -> None:
     known = {client: memory.folds.version for client, memory in state.clients.items()}
     assert (known, state.folds.version) == ({0: 2, 1: 3, 2: 3}, 4)
     federation.go_on(state, 5, (0, 1))
-    first, second = (frozen for *_, frozen in federation.heard[-2:])
+    first, second = (frozen for *_, frozen in federation.delivered[-2:])
     assert all(torch.equal(first[name], value) for name, value in second.items())
     for client in (0, 1):
         memory = federation.go_on(state, 5, (0, 1)).clients[client]
@@ -275,12 +275,12 @@ def test_without_a_head_each_round_starts_from_its_own_a() -> None:
     state = federation.start()
     assert set(state.schema.groups.values()) == {"adapter"}
     for rounds in range(1, 4):
-        federation.heard.clear()
+        federation.delivered.clear()
         before = federation.go_on(state, rounds)
-        for job, *_ in federation.heard:
+        for job, *_ in federation.delivered:
             assert job.round == rounds - 1
         means = {
-            name: torch.stack([_whole(now, frozen, name) for _, _, now, frozen in federation.heard]).mean(0)
+            name: torch.stack([_whole(now, frozen, name) for _, _, now, frozen in federation.delivered]).mean(0)
             for name in weights(federation)
         }
         state = before

@@ -219,7 +219,7 @@ def test_a_group_without_names_is_no_part():
     ],
 )
 def test_a_link_says_whether_it_thins_or_rounds(link, thins, rounds):
-    assert (link.thins, link.rounds_values, link.lossy) == (thins, rounds, thins or rounds)
+    assert (link.drops_entries, link.rounds_values, link.lossy) == (thins, rounds, thins or rounds)
 
 
 @pytest.mark.parametrize("rounds", [(3, 1), (2, 2)])

@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.client.workspace import Workspace
-from fedlora.core.state import Carry
+from fedlora.core.state import PhaseHandover
 from fedlora.core.tree import Tree
 from fedlora.engines import Serial
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
 from fedlora.recipe.local import Local, Sgd
-from fedlora.recipe.rank_pruning import Shrink
+from fedlora.recipe.rank_pruning import RankPruning
 from fedlora.rounds.phases import close_phase, open_phase
 from fedlora.rounds.round import run_round
 from fedlora.server.aggregate import ProductExact, SparsityWeighted, Stack
@@ -136,7 +136,7 @@ PHASES: dict[str, dict[str, Any]] = {
     "rest": {"tuning": LoRA(rank=3, init=SvdOfDelta(fold="rest"))},
     "fedex": {"tuning": LORA, "aggregator": ProductExact()},
     "flora": {"tuning": LORA, "aggregator": Stack()},
-    "ranks": {"tuning": LORA, "aggregator": SparsityWeighted(), "shrink": Shrink(keep=0.5)},
+    "ranks": {"tuning": LORA, "aggregator": SparsityWeighted(), "shrink": RankPruning(keep=0.5)},
     "pruned": {"tuning": LORA, "prune": Prune(density=0.5)},
     "bottleneck": {"tuning": Bottleneck(width=2)},
     "full": {"tuning": Full()},
@@ -160,13 +160,13 @@ def phase(device: torch.device, family: str, settings: dict[str, Any]) -> tuple[
     local = Local(optimizer=Sgd(lr=0.1), batch_size=8, **settings.get("local", {}))
     recipe = Recipe(**{**settings, "local": local})
     workspace = Workspace(toy_task(family, num_examples=16), 0, device)
-    before = Carry({"bert.encoder.layer.0.attention.self.query.weight": 0.01 * torch.eye(32)}, {})
+    before = PhaseHandover({"bert.encoder.layer.0.attention.self.query.weight": 0.01 * torch.eye(32)}, {})
     rest = isinstance(recipe.tuning, LoRA) and recipe.tuning.folds == "rest"
     state, _ = open_phase(workspace, 0, recipe, 3, 0, before if rest else None)
     for _ in range(2):
         engine = Serial(workspace, equal_population(16, 2))
         state, _ = run_round(recipe, state, (0, 1), engine, seed=3, rounds=2)
-    workspace.show(recipe, state.params, state.folds)
+    workspace.load(recipe, state.params, state.folds)
     metrics = workspace.evaluate(np.arange(16), "train", "fp32").metrics
     if not isinstance(recipe.tuning, Bottleneck | Peft):  # their change is no edit of weights
         assert {value.device for value in close_phase(workspace, recipe, state).delta.values()} == {CPU}

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.client.workspace import Workspace
 from fedlora.core.errors import ConfigError
-from fedlora.core.state import Carry, ServerState
+from fedlora.core.state import PhaseHandover, ServerState
 from fedlora.engines import Serial
 from fedlora.methods import METHODS
 from fedlora.recipe import Recipe
@@ -315,7 +315,7 @@ EXPORTS = [(f, i) for f in EVERY for i in STARTS if f in OF_EACH_KIND or i in ("
 LIVELY = Local(optimizer=Sgd(lr=0.3), batch_size=4, dropout=False)
 
 
-def trained(family: str, tuning: Tuning, carry: Carry | None = None) -> tuple[Workspace, ServerState, Tensor]:
+def trained(family: str, tuning: Tuning, carry: PhaseHandover | None = None) -> tuple[Workspace, ServerState, Tensor]:
     """After a round with bytes: the model holds what was learnt, and says this."""
     workspace, recipe = Workspace(make_task(family), 0, CPU), Recipe(tuning=tuning, local=LIVELY)
     state, _ = open_phase(workspace, 0, recipe, seed=3, rounds_done=0, carry=carry)
@@ -345,7 +345,7 @@ def test_peft_computes_what_was_trained(family: str, start: str, tmp_path: Path)
         before = make_task(family).make_model()
         noise = torch.Generator().manual_seed(1)
         found = {f"{name}.weight": module.weight for name, module in find(before, "default", frozenset()).items()}
-        carry = Carry({n: 0.02 * torch.randn(w.shape, generator=noise) for n, w in found.items()}, {})
+        carry = PhaseHandover({n: 0.02 * torch.randn(w.shape, generator=noise) for n, w in found.items()}, {})
     workspace, state, says = trained(family, tuning, carry)
     save_lora(tuning, workspace.installed, state.init, state.params, "base", tmp_path, PEFT_TASKS[default_head(family)])
     assert changed(family, says)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fedlora.client.workspace import Workspace
 from fedlora.core.errors import ConfigError
-from fedlora.core.state import Carry, ServerState
+from fedlora.core.state import PhaseHandover, ServerState
 from fedlora.engines import Serial
 from fedlora.recipe import Recipe
 from fedlora.recipe.local import Local, Sgd
@@ -96,7 +96,7 @@ def settled(
     carry = None
     if isinstance(init, SvdOfDelta):
         found = find(task.make_model(), targets, frozenset())
-        carry = Carry({f"{n}.weight": 0.02 * random(*m.weight.shape) for n, m in found.items()}, {})
+        carry = PhaseHandover({f"{n}.weight": 0.02 * random(*m.weight.shape) for n, m in found.items()}, {})
     workspace, recipe = Workspace(task, 0, CPU), Recipe(tuning=tuning, local=local)
     state, _ = open_phase(workspace, 0, recipe, seed=3, rounds_done=0, carry=carry)
     return tuning, workspace, turn(workspace, recipe, state)

@@ -232,7 +232,7 @@ def test_the_residual_is_taken_from_the_factors_received(family: str) -> None:
     state, _ = open_phase(server, 0, recipe, seed=0, rounds_done=0, carry=None)
     adapters = {name: value for name, value in state.init.items() if state.schema[name].group == "adapter"}
     received = {name: value + 0.1 * matrix(tuple(value.shape)) for name, value in adapters.items()}  # type: ignore[arg-type]
-    device.settle(0, recipe, pack({"init": received}, {}).raw)
+    device.apply_setup(0, recipe, pack({"init": received}, {}).raw)
     before = pretrained(family)
     for name, residual in weights(device).items():
         product = 3.0 * received[f"{name}.lora_B"] @ received[f"{name}.lora_A"]
@@ -263,6 +263,6 @@ def test_an_announcement_is_applied_once() -> None:
     recipe = Recipe(tuning=FEDERA)
     state, _ = open_phase(workspace, 0, recipe, seed=0, rounds_done=0, carry=None)
     once = weights(workspace)
-    workspace.settle(0, recipe, state.setup)
-    workspace.settle(0, recipe, None)
+    workspace.apply_setup(0, recipe, state.setup)
+    workspace.apply_setup(0, recipe, None)
     assert all(torch.equal(weights(workspace)[name], value) for name, value in once.items())

@@ -18,7 +18,7 @@ from fedlora.core.tree import Tree
 from fedlora.engines import Serial
 from fedlora.recipe import Recipe
 from fedlora.recipe.local import Local, Sgd
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.rounds.phases import open_phase
 from fedlora.rounds.round import run_round
 from fedlora.testing import equal_population, tiny_model, toy_task
@@ -60,7 +60,7 @@ def opened(tuning: Tuning, family: str = "bert") -> tuple[Workspace, Recipe, Ser
     return workspace, recipe, state
 
 
-def turn(workspace: Workspace, recipe: Recipe, state: ServerState) -> tuple[ServerState, Row]:
+def turn(workspace: Workspace, recipe: Recipe, state: ServerState) -> tuple[ServerState, RoundRecord]:
     return run_round(recipe, state, (0, 1), Serial(workspace, equal_population(16, 2)), seed=0, rounds=1)
 
 
@@ -144,7 +144,7 @@ def test_given_their_factors_the_residual_and_the_function_are_those_of_pissa(fa
     adapters = {name: value for name, value in received.items() if ".lora_" in name}
     _, recipe, state = opened(tuning, family)
     ordered = {name: adapters[name] for name in state.params if name in adapters}
-    workspace.settle(0, recipe, pack({"init": ordered}, {}).raw)
+    workspace.apply_setup(0, recipe, pack({"init": ordered}, {}).raw)
     workspace.installed.load({name: received[name] for name in state.params})
     for name, layer in lora_layers(workspace.model).items():
         theirs_residual = reference.get_submodule(f"base_model.model.{name}.base_layer").weight

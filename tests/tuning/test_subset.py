@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fedlora.client.workspace import Workspace
 from fedlora.core.errors import ConfigError, TrainingError
-from fedlora.core.state import Carry, ServerState
+from fedlora.core.state import PhaseHandover, ServerState
 from fedlora.core.tree import num_entries
 from fedlora.engines import Serial
 from fedlora.recipe import Recipe
 from fedlora.recipe.local import AdamW, Local, Sgd
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.rounds.phases import open_phase
 from fedlora.rounds.round import run_round
 from fedlora.testing import equal_population, toy_task
@@ -38,7 +38,7 @@ def opened(tuning: Tuning, seed: int = 0, family: str = "bert", **local: Any) ->
     return workspace, recipe, state
 
 
-def turn(workspace: Workspace, recipe: Recipe, state: ServerState, clients: int = 2) -> tuple[ServerState, Row]:
+def turn(workspace: Workspace, recipe: Recipe, state: ServerState, clients: int = 2) -> tuple[ServerState, RoundRecord]:
     engine = Serial(workspace, equal_population(16, clients))
     return run_round(recipe, state, tuple(range(clients)), engine, seed=0, rounds=5)
 
@@ -69,7 +69,7 @@ def test_a_matrix_too_small_for_the_density_still_moves_in_one_place() -> None:
 def test_everybody_draws_the_same_mask_from_the_announcement() -> None:
     server, recipe, state = opened(SparseMask(density=0.1))
     device = Workspace(toy_task(), 99, CPU)
-    device.settle(0, recipe, state.setup)
+    device.apply_setup(0, recipe, state.setup)
     assert list(device.installed.places) == list(server.installed.places)
     assert all(torch.equal(device.installed.places[n], index) for n, index in server.installed.places.items())
 
@@ -232,7 +232,7 @@ def test_what_an_earlier_phase_learnt_is_taken_over_where_the_mask_is() -> None:
     workspace, recipe, state = opened(SparseMask(density=0.5))
     name = "bert.encoder.layer.0.attention.self.query.weight"
     delta = torch.arange(1024.0).view(32, 32)
-    carry = Carry({name: delta}, {"classifier.bias": torch.tensor([1.0, 2.0, 3.0])})
+    carry = PhaseHandover({name: delta}, {"classifier.bias": torch.tensor([1.0, 2.0, 3.0])})
     start = recipe.tuning.start(workspace.installed, seed=4, carry=carry)
     plain = recipe.tuning.start(workspace.installed, seed=4, carry=None)
     taken = start.params[name] - plain.params[name]
@@ -248,7 +248,7 @@ def test_what_an_earlier_phase_learnt_is_taken_over_where_the_mask_is() -> None:
 def test_dense_tunings_take_over_a_change_as_it_is(tuning: Tuning) -> None:
     workspace, _, state = opened(tuning)
     name = "bert.encoder.layer.0.attention.self.query.bias"
-    carry = Carry({name: torch.arange(32.0)}, {"classifier.bias": torch.tensor([1.0, 2.0, 3.0])})
+    carry = PhaseHandover({name: torch.arange(32.0)}, {"classifier.bias": torch.tensor([1.0, 2.0, 3.0])})
     start = tuning.start(workspace.installed, seed=4, carry=carry)
     assert torch.equal(start.params[name], state.init[name] + torch.arange(32.0))
     assert start.params["classifier.bias"].tolist() == [1.0, 2.0, 3.0]

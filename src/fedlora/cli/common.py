@@ -18,7 +18,7 @@ from fedlora.core.errors import ConfigError
 if TYPE_CHECKING:
     from fedlora.config import Experiment
     from fedlora.runs.callbacks import Callback
-    from fedlora.runs.inference import Trained
+    from fedlora.runs.inference import TrainedRun
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -70,7 +70,7 @@ def experiment_of(path: Path, overrides: list[str] | None, out: Path | None) -> 
     return experiment, out or (path if path.is_dir() else None)
 
 
-def run_of(folder: Path) -> Trained:
+def run_of(folder: Path) -> TrainedRun:
     """A finished run.
 
     Raises:

@@ -37,7 +37,7 @@ from fedlora.core.errors import ConfigError, FedloraError
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
-    from fedlora.config.federated_data import Setting
+    from fedlora.config.federated_data import FederatedData
     from fedlora.runs.result import Result
 
 app = typer.Typer(
@@ -338,7 +338,7 @@ def _run(
     experiment: Experiment,
     folder: Path | None,
     tracks: list[str] | None = None,
-    setting: Setting | None = None,
+    setting: FederatedData | None = None,
     engine: str = "serial",
 ) -> Result:
     from fedlora.federation.engines import ENGINES

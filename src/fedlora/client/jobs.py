@@ -71,11 +71,11 @@ class Reply(NamedTuple):
         memory: what stays with the client.
         seconds: how long it worked.
         refused: why there is no answer that counts; empty where there is one, or where time ran out.
-        heard: whether the client is known to have got the job.
+        delivered: whether the client is known to have got the job.
     """
 
     raw: bytes | None
     memory: ClientState
     seconds: float
     refused: str = ""
-    heard: bool = True
+    delivered: bool = True

@@ -49,7 +49,7 @@ class Ready(NamedTuple):
     seconds: float
 
 
-class Trained(NamedTuple):
+class LocalResult(NamedTuple):
     """A client's turn after its training.
 
     Args:
@@ -69,19 +69,19 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def train(workspace: Workspace, turns: Sequence[Ready]) -> list[Trained]:
+def train(workspace: Workspace, turns: Sequence[Ready]) -> list[LocalResult]:
     """Local training of some clients, one after another on the resident model."""
     return [_train(workspace, ready, time.perf_counter() - ready.seconds) for ready in turns]
 
 
-def _train(workspace: Workspace, ready: Ready, clock: float) -> Trained:
+def _train(workspace: Workspace, ready: Ready, clock: float) -> LocalResult:
     job, local, installed = ready.job, ready.job.recipe.local, workspace.installed
-    workspace.show(job.recipe, ready.start, ready.folds)
+    workspace.load(job.recipe, ready.start, ready.folds)
     source = local.gradient_source
     draws = source.draws(job.seed)
     batches = source.batches(ready.rows, local.num_steps(len(ready.rows)), local.batch_size, draws)
     if not batches:
-        return Trained(installed.since(ready.start), 0.0, 0, 0, {}, time.perf_counter() - clock)
+        return LocalResult(installed.delta_from(ready.start), 0.0, 0, 0, {}, time.perf_counter() - clock)
     roles = job.recipe.tuning.in_round(ready.schema, job.round)
     for name, parameter in installed.parameters.items():
         parameter.requires_grad_(roles[name].role != "frozen")
@@ -89,9 +89,9 @@ def _train(workspace: Workspace, ready: Ready, clock: float) -> Trained:
     try:
         losses = _take_steps(workspace, ready, source, draws, batches, optimizer)
     except TimeoutError:
-        return Trained(None, 0.0, 0, 0, {}, time.perf_counter() - clock)
-    return Trained(
-        delta=installed.since(ready.start),
+        return LocalResult(None, 0.0, 0, 0, {}, time.perf_counter() - clock)
+    return LocalResult(
+        delta=installed.delta_from(ready.start),
         loss=float(torch.stack(losses).mean()),
         steps=len(batches),
         examples=sum(map(len, batches)),
@@ -178,7 +178,7 @@ def training_mode(model: nn.Module, dropout: bool) -> Iterator[None]:
         yield
 
 
-def check_trained(ready: Ready, trained: Trained, delta: Tree) -> None:
+def check_trained(ready: Ready, trained: LocalResult, delta: Tree) -> None:
     """Refuses what no training of one step or more would be right to give.
 
     Args:

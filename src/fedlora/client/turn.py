@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from fedlora.client.jobs import Job, Reply, report_of
-from fedlora.client.training import Ready, Trained, check_trained, train
+from fedlora.client.training import LocalResult, Ready, check_trained, train
 from fedlora.client.workspace import Workspace
 from fedlora.core import tree
 from fedlora.core.errors import WireError
@@ -57,7 +57,7 @@ def open_turn(job: Job, workspace: Workspace, rows: Positions, deadline: float =
     clock = time.perf_counter()
     recipe, local = job.recipe, job.recipe.local
     base = recipe if local.compute == job.base else replace(recipe, local=replace(local, compute=job.base))
-    workspace.settle(job.phase, base, job.setup)
+    workspace.apply_setup(job.phase, base, job.setup)
     shared = workspace.decode(job.payload, job.round, lambda: _received(job, workspace))
     return Ready(
         job=job,
@@ -70,7 +70,7 @@ def open_turn(job: Job, workspace: Workspace, rows: Positions, deadline: float =
     )
 
 
-def close_turn(ready: Ready, trained: Trained) -> Reply:
+def close_turn(ready: Ready, trained: LocalResult) -> Reply:
     """Ends a client's turn: what the last message lost, given-up ranks, sparsify, clip, round, encode.
 
     Args:
@@ -105,7 +105,7 @@ def close_turn(ready: Ready, trained: Trained) -> Reply:
     return Reply(packet.raw, memory, time.perf_counter() - clock)
 
 
-def _checked(ready: Ready, trained: Trained, delta: Tree) -> Tree:
+def _checked(ready: Ready, trained: LocalResult, delta: Tree) -> Tree:
     """``delta``; zeros where it is not finite and nobody may know of it: nothing leaves without noise, not even so."""
     if not disclosure_of(ready.job.recipe).failures:
         return delta if tree.is_finite(delta) else tree.zeros_like(delta)

@@ -15,7 +15,7 @@ from fedlora.recipe import Recipe
 from fedlora.tasks.base import Evaluation, Positions, Prepared, Split
 from fedlora.transport import wire
 from fedlora.transport.base_updates import FoldMessage, received
-from fedlora.tuning import Installed, Start
+from fedlora.tuning import InitialParams, Installed
 from fedlora.tuning.lora import lora_layers
 from fedlora.tuning.lora_layer import LoRALayer
 
@@ -85,7 +85,7 @@ class Workspace:
         self._phase, self._setup, self.init = phase, None, {}
         return self._installed
 
-    def settle(self, phase: int, recipe: Recipe, setup: bytes | None) -> None:
+    def apply_setup(self, phase: int, recipe: Recipe, setup: bytes | None) -> None:
         """Brings the frozen part to what a server announced; does nothing if it is there already.
 
         Args:
@@ -106,15 +106,15 @@ class Workspace:
         if phase != self._phase or self._setup is not None:
             self.open(phase, recipe)
         installed = self.installed
-        like = setup_parts(recipe, installed, Start(installed.read(), Fold(), 0, {}))
+        like = setup_parts(recipe, installed, InitialParams(installed.read(), Fold(), 0, {}))
         parts = wire.unpack(setup, like, recipe.down.precisions) if like else {}
         self.personal = parts.get("personal", {})
-        self.init = recipe.tuning.settle(installed, parts)
+        self.init = recipe.tuning.apply_setup(installed, parts)
         if recipe.local.compute == "bf16":
             _to_bfloat16(installed, keep=recipe.aggregator.edits_base)
         self._setup = setup
 
-    def show(self, recipe: Recipe, params: Tree, folds: Folds) -> None:
+    def load(self, recipe: Recipe, params: Tree, folds: Folds) -> None:
         """Puts a model into the workspace: what is trained, and what rounds have folded into what is not."""
         recipe.tuning.fold(self.installed, folds)
         self.installed.load(params)
@@ -166,7 +166,7 @@ class Workspace:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=compute == "bf16")
 
 
-def setup_parts(recipe: Recipe, installed: Installed, start: Start) -> dict[str, Tree]:
+def setup_parts(recipe: Recipe, installed: Installed, start: InitialParams) -> dict[str, Tree]:
     """The parts of ``recipe``'s announcement; with any start of the right shapes, its template."""
     parts = recipe.tuning.setup(installed, start, recipe.down.reference == "init")
     personal = {name: start.params[name] for name in installed.parameters if name in installed.schema.personal}

@@ -21,7 +21,7 @@ from fedlora.config.explain import explain
 from fedlora.config.handed_over import dealt_as_handed
 from fedlora.config.method_table import build_method
 from fedlora.config.upgrade import upgraded
-from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.methods import METHODS
 from fedlora.population.clients import Clients
@@ -32,7 +32,7 @@ from fedlora.tasks.base import as_model
 from fedlora.tasks.data.rows import as_source
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Evaluate:
     """When and on what the model is evaluated, in the form in which clients would receive it next (as FLASC does).
 
@@ -67,7 +67,7 @@ class Evaluate:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Experiment:
     """Everything that decides a run.
 

@@ -23,19 +23,19 @@ from fedlora.population.clients import (
     Division,
     Population,
     Summary,
-    assemble,
     build_population,
     check_per_round,
     hold_out,
     hold_out_clients,
+    population_of,
     summarise,
 )
 from fedlora.population.external import Partitioner, from_partitioner
-from fedlora.population.partitions import Deal, Pooled, Rows
+from fedlora.population.partitions import Assignment, Pooled, Rows
 from fedlora.population.skew import Classes
 from fedlora.population.tiers import Tier, assign_tiers
 from fedlora.privacy import CentralGaussian
-from fedlora.privacy.accountant import Budget
+from fedlora.privacy.accountant import PrivacyBudget
 from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.local import Local
 from fedlora.recipe.modes import MODES
@@ -51,7 +51,7 @@ VERSIONED = ("fedlora", "torch", "transformers", "peft", "datasets", "numpy", "s
 
 
 @dataclass(frozen=True)
-class Setting:
+class FederatedData:
     """What all runs of an experiment share: the encoded data, and who holds them.
 
     Args:
@@ -86,7 +86,7 @@ class Setting:
         return summarise(self.population, self.classes.numbers, max(1, len(self.classes.names)))
 
 
-def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> Setting:
+def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> FederatedData:
     """Loads and encodes the data and deals them to clients.
 
     Args:
@@ -133,12 +133,12 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> S
         column = task.column(clients.tier_column, "train") if clients.tier_column else None
         rows = [population.rows_of(client) for client in range(len(population))]
         tiers = assign_tiers(clients.tiers, population.names, rows, column)
-    return Setting(task, population, test_rows, split, device, classes, holdout, tiers)
+    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers)
 
 
 def prepare_sites(
     experiment: Experiment, task: Prepared, sizes: Mapping[str, int], kinds: Mapping[str, str]
-) -> Setting:
+) -> FederatedData:
     """The setting of a server whose clients are sites with rows of their own.
 
     Args:
@@ -164,7 +164,7 @@ def prepare_sites(
     tiers = assign_tiers(clients.tiers, names, rows, column)
     classes = Classes(np.zeros(task.num_examples("train"), dtype=np.int64), [])
     test_rows = np.arange(task.num_examples("test"))
-    return Setting(task, population, test_rows, "test", pick_device(experiment.device), classes, {}, tiers)
+    return FederatedData(task, population, test_rows, "test", pick_device(experiment.device), classes, {}, tiers)
 
 
 def _deal(
@@ -181,10 +181,10 @@ def _deal(
         population = division.population
         if len(population) < 2:
             raise DataError("there is one client, but holding clients out to choose settings by needs 2 or more")
-        deal = Deal([population.rows_of(client) for client in range(len(population))], list(population.names))
+        deal = Assignment([population.rows_of(client) for client in range(len(population))], list(population.names))
         rng = np.random.default_rng(named_seed(further.seed, "validation"))
         kept, test_rows = hold_out_clients(deal, further.share, rng)
-        division = Division(assemble(kept, sum(map(len, kept.groups)), allow_empty=False), test_rows)
+        division = Division(population_of(kept, sum(map(len, kept.groups)), allow_empty=False), test_rows)
         away.append(test_rows)
     return division, away
 
@@ -213,7 +213,9 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
 def _pool(total: int, kept_away: list[Rows], held_out: int) -> Population:
     """One client that holds all rows but those."""
     rows = np.setdiff1d(np.arange(total), np.concatenate([np.zeros(0, dtype=np.int64), *kept_away]))
-    return dataclasses.replace(assemble(Deal([rows], ["0"]), len(rows), allow_empty=False), held_out=held_out)
+    return dataclasses.replace(
+        population_of(Assignment([rows], ["0"]), len(rows), allow_empty=False), held_out=held_out
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -246,7 +248,7 @@ def in_mode(experiment: Experiment) -> Experiment:
 
 
 def manifest(
-    experiment: Experiment, setting: Setting, budget: Budget | None = None, phases: Sequence[Phase] = ()
+    experiment: Experiment, setting: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
 ) -> dict[str, Any]:
     """What a reader needs to know about how a run was made."""
     return {
@@ -276,7 +278,7 @@ def _handed_over(experiment: Experiment) -> dict[str, Any]:
     return {"handed_over": found} if found else {}
 
 
-def _privacy(budget: Budget | None, phases: Sequence[Phase]) -> dict[str, Any] | None:
+def _privacy(budget: PrivacyBudget | None, phases: Sequence[Phase]) -> dict[str, Any] | None:
     """What an auditor of the account needs."""
     if budget is None:
         return None

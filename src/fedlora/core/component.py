@@ -1,4 +1,4 @@
-"""What every configurable thing is made with: ``@dataclass(frozen=True, kw_only=True, config=STRICT)`` of pydantic."""
+"""The dataclasses that settings are made of: ``@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 __all__ = [
-    "STRICT",
+    "MODEL_CONFIG",
     "Count",
     "Field",
     "Fraction",
@@ -21,7 +21,7 @@ __all__ = [
     "dataclass",
 ]
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+MODEL_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 """Unknown fields are errors and wrong values are refused, from TOML and from Python alike."""
 
 Count = Annotated[int, Field(ge=1)]

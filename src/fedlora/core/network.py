@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedlora.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.rounds.ledger import Row
+    from fedlora.rounds.ledger import RoundRecord
 
 _BITS = {"bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9}
 _SECONDS = {"s": 1.0, "ms": 1e-3}
@@ -64,7 +64,7 @@ class Network:
         """
         return 2 * self.latency + 8 * down_bytes / self.down + work + 8 * up_bytes / self.up
 
-    def round_seconds(self, row: Row) -> float:
+    def round_seconds(self, row: RoundRecord) -> float:
         """A round of a ledger: the slowest tier, with its mean message and the longest of its turns."""
         cohort = sum(row.references.values())  # names may be secret
         if not cohort:  # nothing was sent
@@ -79,7 +79,7 @@ class Network:
 
 
 def seconds_to(
-    rows: Sequence[Row], network: Network | None, metric: str, target: float, higher_is_better: bool
+    rows: Sequence[RoundRecord], network: Network | None, metric: str, target: float, higher_is_better: bool
 ) -> float | None:
     """Seconds until an evaluation first reached ``target``; None if none did.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from fedlora.core.component import STRICT, Part, Positive, dataclass
+from fedlora.core.component import MODEL_CONFIG, Part, Positive, dataclass
 from fedlora.core.schema import Schema
 
 Rate = Positive
@@ -14,7 +14,7 @@ Rates = Mapping[str, float]
 """What the learning rate of a parameter is multiplied by, by its name; 1 where it is not named."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class LrScale:
     """Multipliers of the learning rate: that of a parameter's group times that of its LoRA factor.
 
@@ -55,7 +55,7 @@ class LrScale:
         return {"A": self.A, "B": self.B}.get(factor, 1.0)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Schedule:
     """The learning rate's multiplier over the *whole run*: it never starts again with a round or a phase.
 

@@ -110,7 +110,7 @@ class Change(NamedTuple):
     store: Store = EMPTY
 
 
-class Carry(NamedTuple):
+class PhaseHandover(NamedTuple):
     """What a phase hands to the next one.
 
     Args:

@@ -9,7 +9,7 @@ from fedlora.methods.defaults import ADAPTIVE, PLAIN
 from fedlora.methods.papers import Memory, Phases, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.recipe.local import Local
-from fedlora.recipe.rank_pruning import Shrink
+from fedlora.recipe.rank_pruning import RankPruning
 from fedlora.server.aggregate import ProductExact, SparsityWeighted, Stack, SvdRedistribute
 from fedlora.server.optimizers import AnyServerOptimizer
 from fedlora.server.optimizers import Sgd as ServerSgd
@@ -193,7 +193,7 @@ def het_lora(
     rank: Count = 16,
     alpha: float = 16.0,
     targets: str | tuple[str, ...] = "default",
-    shrink: Shrink | None = Shrink(),
+    shrink: RankPruning | None = RankPruning(),
     padding: Literal["zero", "keep"] = "zero",
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ADAPTIVE,

@@ -11,7 +11,7 @@ from fedlora.methods.defaults import ADAPTIVE, ADAPTIVE_FULL, PLAIN
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.local import Local
-from fedlora.recipe.rank_pruning import Shrink
+from fedlora.recipe.rank_pruning import RankPruning
 from fedlora.server.aggregate import AnyAggregator, Mean
 from fedlora.server.optimizers import AnyServerOptimizer
 from fedlora.server.optimizers import Sgd as ServerSgd
@@ -34,7 +34,7 @@ def fedavg(
     privacy: AnyPrivacy = NoPrivacy(),
     local: Local = PLAIN,
     prune: Prune | None = None,
-    shrink: Shrink | None = None,
+    shrink: RankPruning | None = None,
     memory: Memory = "none",
 ) -> Phases:
     """Federated averaging (arXiv 1602.05629, Alg. 1) of whatever ``tuning`` trains; over LoRA it is FedIT.

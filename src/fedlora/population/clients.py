@@ -9,16 +9,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.component import STRICT, Count, Part, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Part, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.network import Network, parse_network
 from fedlora.core.slots import kind_of
-from fedlora.population.partitions import AnyPartition, Deal, Dirichlet, Natural, Pooled, Rows
+from fedlora.population.partitions import AnyPartition, Assignment, Dirichlet, Natural, Pooled, Rows
 from fedlora.population.skew import AnySkew, Label
 from fedlora.population.tiers import Tier, check_tiers
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Clients:
     """The clients of an experiment: how rows are dealt to them and how many take part in a round.
 
@@ -130,7 +130,7 @@ class Division(NamedTuple):
 def build_population(
     clients: Clients, labels: NDArray[Any] | Sequence[int], column: NDArray[Any] | Sequence[Any] | None, seed: int
 ) -> Division:
-    """Deal a data set to clients.
+    """Assignment a data set to clients.
 
     Args:
         clients: the partition and its numbers.
@@ -151,22 +151,22 @@ def build_population(
     rng = np.random.default_rng(seed)
     deal = clients.partition.split(labels, names, clients.num, rng)
     if not clients.test_clients:
-        return Division(assemble(deal, len(labels), clients.allow_empty), None)
+        return Division(population_of(deal, len(labels), clients.allow_empty), None)
     if (num := len(deal.groups)) < 2:
         raise DataError(
             f"there are {num} natural clients, but holding some out for testing needs 2 or more: set test_clients = 0"
         )
     train, test_rows = hold_out_clients(deal, clients.test_clients, rng)
-    return Division(assemble(train, len(labels) - len(test_rows), clients.allow_empty), test_rows)
+    return Division(population_of(train, len(labels) - len(test_rows), clients.allow_empty), test_rows)
 
 
-def hold_out_clients(deal: Deal, share: float, rng: np.random.Generator) -> tuple[Deal, Rows]:
+def hold_out_clients(deal: Assignment, share: float, rng: np.random.Generator) -> tuple[Assignment, Rows]:
     """A deal without a share of its clients, one at least and not all, and their rows ((rows,) int64, ascending)."""
     num = len(deal.groups)
     held = set(rng.permutation(num)[: min(max(round(share * num), 1), num - 1)].tolist())
     rows = np.sort(np.concatenate([deal.groups[client] for client in sorted(held)]))
     kept = [client for client in range(num) if client not in held]
-    return Deal([deal.groups[client] for client in kept], [deal.names[client] for client in kept]), rows
+    return Assignment([deal.groups[client] for client in kept], [deal.names[client] for client in kept]), rows
 
 
 def hold_out(population: Population, share: float, seed: int) -> tuple[Population, dict[int, Rows]]:
@@ -193,7 +193,7 @@ def hold_out(population: Population, share: float, seed: int) -> tuple[Populatio
         if num:
             held[client] = np.sort(rows[chosen])
     # clients without rows are gone already, and whoever has one keeps one
-    left = assemble(Deal(trained, list(population.names)), len(population.rows), allow_empty=False)
+    left = population_of(Assignment(trained, list(population.names)), len(population.rows), allow_empty=False)
     return dataclasses.replace(
         left, dropped=population.dropped, empty=population.empty, held_out=sum(map(len, held.values()))
     ), held
@@ -306,7 +306,7 @@ def check_per_round(per_round: int, num: int) -> None:
         )
 
 
-def assemble(deal: Deal, total: int, allow_empty: bool) -> Population:
+def population_of(deal: Assignment, total: int, allow_empty: bool) -> Population:
     """The population of a deal.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 from xxhash import xxh3_128_digest
 
 from fedlora.core.errors import DataError
-from fedlora.population.clients import Population, assemble
+from fedlora.population.clients import Population, population_of
 from fedlora.population.partitions import Rows, numbered
 
 
@@ -86,7 +86,7 @@ def from_partitioner(partitioner: Partitioner, dataset: Table, allow_empty: bool
             )
         free[rows] = False
         groups.append(rows)
-    return assemble(numbered(groups), len(dataset), allow_empty)
+    return population_of(numbered(groups), len(dataset), allow_empty)
 
 
 class _Known(NamedTuple):

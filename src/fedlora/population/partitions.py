@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.component import STRICT, Count, Positive, by_kind, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Positive, by_kind, dataclass
 from fedlora.core.errors import DataError
 from fedlora.core.slots import Slot
 
 Rows = NDArray[np.int64]
-"""Row numbers of the data set, int64."""
+"""RoundRecord numbers of the data set, int64."""
 Values = NDArray[Any]
 
 MAX_DRAWS = 1000
 """How often a partition with a minimum size is drawn anew before giving up."""
 
 
-class Deal(NamedTuple):
+class Assignment(NamedTuple):
     """Rows dealt to clients: ``groups[i]`` are the row numbers of the client called ``names[i]``."""
 
     groups: list[Rows]
@@ -35,8 +35,8 @@ class Partition(ABC):
     """Whether rows are dealt by class, so that two classes or more are needed."""
 
     @abstractmethod
-    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
-        """Deal the rows.
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Assignment:
+        """Assignment the rows.
 
         Args:
             labels: (rows,) class numbers, integer, of what ``clients.skew`` looks at.
@@ -52,27 +52,27 @@ class Partition(ABC):
         """
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Iid(Partition):
     """Rows shuffled and cut into parts whose sizes differ by one at most: every client sees the same distribution."""
 
     kind: Literal["iid"] = "iid"
 
-    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Assignment:
         return numbered(np.array_split(rng.permutation(len(labels)), num_clients))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Pooled(Partition):
     """One client holds every row, in data set order: centralised training. ``num_clients`` is not read."""
 
     kind: Literal["pooled"] = "pooled"
 
-    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
-        return Deal([np.arange(len(labels), dtype=np.int64)], ["0"])
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Assignment:
+        return Assignment([np.arange(len(labels), dtype=np.int64)], ["0"])
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Dirichlet(Partition):
     """Label skew by Dirichlet draws; for N rows, K clients, C classes and class shares p, by one of three schemes.
 
@@ -103,7 +103,7 @@ class Dirichlet(Partition):
     scheme: Literal["flasc", "fednlp", "hsu"] = "flasc"
     min_examples: Count | None = None
 
-    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Assignment:
         classes = _by_class(labels)
         counts = np.array([len(rows) for rows in classes], dtype=np.int64)
         draw = {"flasc": self._flasc, "fednlp": self._fednlp, "hsu": self._hsu}[self.scheme]
@@ -157,7 +157,7 @@ class Dirichlet(Partition):
         return table
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Quantity(Partition):
     """Sizes ``~ Dir(beta 1_K)`` of all rows, classes ignored: clients differ in how much they hold, not in what.
 
@@ -173,7 +173,7 @@ class Quantity(Partition):
     beta: Positive = 0.5
     min_examples: Count = 10
 
-    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Assignment:
         def draw() -> Rows:
             return _cut(rng.dirichlet(np.full(num_clients, self.beta)), len(labels))[:, None]
 
@@ -181,7 +181,7 @@ class Quantity(Partition):
         return numbered(np.split(rng.permutation(len(labels)), np.cumsum(table[:-1, 0])))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Shards(Partition):
     """Rows sorted by class and cut into equal shards, dealt at random: each client sees few classes.
 
@@ -197,7 +197,7 @@ class Shards(Partition):
     kind: Literal["shards"] = "shards"
     shards_per_client: Count = 2
 
-    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Assignment:
         num_shards = num_clients * self.shards_per_client
         if num_shards > len(labels):
             raise DataError(
@@ -209,7 +209,7 @@ class Shards(Partition):
         return numbered([np.concatenate([shards[shard] for shard in hand]) for hand in hands])
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Natural(Partition):
     """One client per distinct value of a column (an author, a site, a file), in sorted order.
 
@@ -224,7 +224,7 @@ class Natural(Partition):
     column: str
     min_examples: Count = 1
 
-    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Deal:
+    def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Assignment:
         if column is None:
             raise DataError(
                 f"the natural partition needs the values of column '{self.column}', but got none: pass that column"
@@ -244,7 +244,7 @@ class Natural(Partition):
                 f"none of the {len(distinct)} clients of column '{self.column}' has min_examples = {self.min_examples} "
                 f"rows (the largest has {max(map(len, groups), default=0)}): use a smaller min_examples"
             )
-        return Deal([groups[index] for index in kept], [str(distinct[index]) for index in kept])
+        return Assignment([groups[index] for index in kept], [str(distinct[index]) for index in kept])
 
 
 if TYPE_CHECKING:
@@ -260,9 +260,9 @@ PARTITIONS: dict[str, type[Partition]] = by_kind(AnyPartition)
 """The partitions by ``kind``."""
 
 
-def numbered(groups: list[Rows]) -> Deal:
+def numbered(groups: list[Rows]) -> Assignment:
     """A deal to clients called ``"0"``, ``"1"`` and so on."""
-    return Deal(groups, [str(index) for index in range(len(groups))])
+    return Assignment(groups, [str(index) for index in range(len(groups))])
 
 
 def _redraw(draw: Callable[[], Rows], least: int, num_clients: int, total: int, setting: str) -> Rows:

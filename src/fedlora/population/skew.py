@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.component import STRICT, Field, dataclass
+from fedlora.core.component import MODEL_CONFIG, Field, dataclass
 from fedlora.core.errors import DataError
 from fedlora.core.later import sklearn
 from fedlora.core.slots import Slot
@@ -54,7 +54,7 @@ class Skew(ABC):
         """
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Label(Skew):
     """The task's own classes."""
 
@@ -68,7 +68,7 @@ class Label(Skew):
         return Classes(numbers, [*names, *missing])
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Column(Skew):
     """The distinct values of a column, sorted: a title, a language, a year.
 
@@ -89,7 +89,7 @@ class Column(Skew):
         return Classes(np.array([place[key] for key in keys], dtype=np.int64), [str(key) for key in distinct])
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Clusters(Skew):
     """Clusters of like content by k-means, for tasks without classes, as FedNLP makes them for questions and tags.
 

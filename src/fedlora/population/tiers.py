@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.component import STRICT, Count, Field, Positive, Share, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, Positive, Share, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.rates import LrScale
 from fedlora.recipe import Recipe
@@ -20,7 +20,7 @@ _VIEWS = {"dense", "newcomer", "client_mean", "client_worst_tenth", "client_spre
 """What metrics of other models than the tiers' begin with."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Tier:
     """A kind of client, and what differs for it from the recipe; what is None is as there.
 

@@ -22,7 +22,7 @@ _FEW = 50  # clients, below which the usual delta is too large to mean anything
 _LITTLE_NOISE = 0.3  # multiplier, below which the tight accountant takes gigabytes
 
 
-class Sampled(NamedTuple):
+class SamplingScheme(NamedTuple):
     """How clients get into a round, which decides how much of their privacy a round costs.
 
     Attributes:
@@ -37,7 +37,7 @@ class Sampled(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def epsilon(spent: tuple[tuple[float, int], ...], sampled: Sampled, delta: float, accountant: str) -> float:
+def epsilon(spent: tuple[tuple[float, int], ...], sampled: SamplingScheme, delta: float, accountant: str) -> float:
     """Epsilon after some rounds.
 
     With Poisson sampling the neighbour of a population lacks one client, and a round is a Poisson-sampled Gaussian of
@@ -64,7 +64,7 @@ def epsilon(spent: tuple[tuple[float, int], ...], sampled: Sampled, delta: float
     return float(account.get_epsilon(delta))
 
 
-def chosen(multipliers: Sequence[float], sampled: Sampled, accountant: str) -> str:
+def chosen(multipliers: Sequence[float], sampled: SamplingScheme, accountant: str) -> str:
     """``rdp`` or ``pld``: what ``auto`` means for such noise and such sampling."""
     if accountant != "auto":
         return accountant
@@ -72,7 +72,7 @@ def chosen(multipliers: Sequence[float], sampled: Sampled, accountant: str) -> s
     return "rdp" if little or not _is_tight(sampled) else "pld"
 
 
-def calibrate(target: float, rounds: int, sampled: Sampled, delta: float, accountant: str) -> float:
+def calibrate(target: float, rounds: int, sampled: SamplingScheme, delta: float, accountant: str) -> float:
     """The least noise multiplier whose epsilon after ``rounds`` is at most ``target``.
 
     Raises:
@@ -167,7 +167,7 @@ def _sgd_epsilon(multiplier: float, chance: float, steps: int, delta: float) -> 
     return float(account.get_epsilon(delta))
 
 
-class Budget(NamedTuple):
+class PrivacyBudget(NamedTuple):
     """The account of a run: how clients are drawn, delta, and the accountant.
 
     Attributes:
@@ -177,7 +177,7 @@ class Budget(NamedTuple):
         max_epsilon: what the run may spend; None for any.
     """
 
-    sampled: Sampled
+    sampled: SamplingScheme
     delta: float
     accountant: str
     max_epsilon: float | None
@@ -201,7 +201,7 @@ class Budget(NamedTuple):
         return self.max_epsilon is not None and self.spent(phases, rounds + 1) > self.max_epsilon
 
 
-def open_account(phases: Sequence[Phase], sampled: Sampled) -> tuple[Budget | None, tuple[Phase, ...]]:
+def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[PrivacyBudget | None, tuple[Phase, ...]]:
     """The account of a run, None without noise; and its phases with the noise that a target epsilon asks for.
 
     Raises:
@@ -224,7 +224,7 @@ def open_account(phases: Sequence[Phase], sampled: Sampled) -> tuple[Budget | No
         raise ConfigError(
             f"delta is 1 / N ** 1.1 by default, which says nothing for {sampled.num_clients} clients; set privacy.delta"
         )
-    budget = Budget(sampled, *found.pop())
+    budget = PrivacyBudget(sampled, *found.pop())
     _accountant(sampled, budget.accountant)
     rounds = sum(phase.rounds for phase in phases)
     noisy = tuple(dataclasses.replace(phase, recipe=_with_noise(phase.recipe, rounds, budget)) for phase in phases)
@@ -235,7 +235,7 @@ def open_account(phases: Sequence[Phase], sampled: Sampled) -> tuple[Budget | No
     return budget, noisy
 
 
-def _with_noise(recipe: Recipe, rounds: int, budget: Budget) -> Recipe:
+def _with_noise(recipe: Recipe, rounds: int, budget: PrivacyBudget) -> Recipe:
     """The recipe with the noise that ``target_epsilon`` asks for over all ``rounds`` of the run."""
     privacy = recipe.privacy
     if not isinstance(privacy, CentralGaussian) or privacy.target_epsilon is None:
@@ -257,7 +257,7 @@ def _library() -> Any:
     return dp_accounting
 
 
-def _event(sampled: Sampled, multiplier: float) -> Any:
+def _event(sampled: SamplingScheme, multiplier: float) -> Any:
     accounting = _library()
     if sampled.per_round == sampled.num_clients:
         return accounting.GaussianDpEvent(multiplier)
@@ -268,12 +268,12 @@ def _event(sampled: Sampled, multiplier: float) -> Any:
     return accounting.SampledWithoutReplacementDpEvent(sampled.num_clients, sampled.per_round, gaussian)
 
 
-def _is_tight(sampled: Sampled) -> bool:
+def _is_tight(sampled: SamplingScheme) -> bool:
     """Whether there is a tight accountant for how clients are drawn."""
     return sampled.sampling == "poisson" or sampled.per_round == sampled.num_clients
 
 
-def _accountant(sampled: Sampled, accountant: str) -> Any:
+def _accountant(sampled: SamplingScheme, accountant: str) -> Any:
     accounting = _library()
     fixed = not _is_tight(sampled)
     if fixed and accountant == "pld":

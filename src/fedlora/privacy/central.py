@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.core import tree
-from fedlora.core.component import STRICT, Fraction, NonNegative, Positive, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Fraction, NonNegative, Positive, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.slots import Slot
 from fedlora.core.state import generator, named_seed
@@ -82,7 +82,7 @@ class Privacy(ABC):
         return self.noise(delta, num_clients, round)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class NoPrivacy(Privacy):
     """Nothing is clipped and no noise is added."""
 
@@ -100,7 +100,7 @@ class NoPrivacy(Privacy):
         return delta
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class CentralGaussian(Privacy):
     """Clip and noise of DP-FedAvg (arXiv 1710.06963, Alg. 1): ``mean_k clip(delta_k, C) + N(0, (z C / n)^2)``.
 

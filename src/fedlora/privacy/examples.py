@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.component import STRICT, Fraction, NonNegative, Positive, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Fraction, NonNegative, Positive, Whole, dataclass
 from fedlora.core.schema import Schema
 from fedlora.core.state import generator, named_seed
 from fedlora.core.tree import Tree
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedlora.tasks.base import Positions
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ExampleNoise:
     """A client's steps by DP-SGD (Abadi et al., arXiv 1607.00133, Alg. 1).
 

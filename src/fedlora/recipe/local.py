@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
-from fedlora.core.component import STRICT, Count, NonNegative, Part, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, NonNegative, Part, Whole, dataclass
 from fedlora.core.rates import LrScale, Rate, Schedule
 from fedlora.core.slots import Slot
 from fedlora.privacy.examples import ExampleNoise
@@ -27,7 +27,7 @@ class ClientOptimizer(ABC):
         """A fresh ``torch`` optimiser; each parameter's learning rate is multiplied by its factor."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Sgd(ClientOptimizer):
     """``torch.optim.SGD``: ``m = momentum * m + g;  x = x - lr * m``.
 
@@ -56,7 +56,7 @@ class Sgd(ClientOptimizer):
         )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class AdamW(ClientOptimizer):
     """``torch.optim.AdamW`` (arXiv 1711.05101, Alg. 2).
 
@@ -104,7 +104,7 @@ else:
     AnyClientOptimizer = Annotated[Sgd | AdamW, Slot("client_optimizer", ClientOptimizer)]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Local:
     """A client's turn.
 

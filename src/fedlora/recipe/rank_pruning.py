@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fedlora.core import tree
-from fedlora.core.component import STRICT, Fraction, NonNegative, dataclass
+from fedlora.core.component import MODEL_CONFIG, Fraction, NonNegative, dataclass
 from fedlora.core.schema import Schema
 from fedlora.core.tree import Tree
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Shrink:
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
+class RankPruning:
     """Self-pruning of ranks (HetLoRA, arXiv 2401.06432, Sec. 3.2).
 
     A client of rank ``r`` adds ``weight sum_m ||B_m[:, t:r]|| ||A_m[t:r]||`` to its loss, ``t = int(keep r)``. If the
@@ -76,8 +76,8 @@ class Shrink:
         return result
 
 
-class NoShrink:
-    """Clients keep their ranks; what ``Shrink`` does, done to nothing."""
+class NoRankPruning:
+    """Clients keep their ranks; what ``RankPruning`` does, done to nothing."""
 
     reports: ClassVar[tuple[str, ...]] = ()
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from fedlora.core.component import STRICT, Count, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema
 from fedlora.core.state import named_seed
 from fedlora.core.tree import Tree
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.recipe.local import Local
-from fedlora.recipe.rank_pruning import NoShrink, Shrink
+from fedlora.recipe.rank_pruning import NoRankPruning, RankPruning
 from fedlora.recipe.refusals import check_recipe
 from fedlora.server.aggregate import AnyAggregator, Mean
 from fedlora.server.optimizers import AnyServerOptimizer, Sgd
@@ -21,7 +21,7 @@ from fedlora.transport import Link, RankSlice
 from fedlora.tuning import AnyTuning, LoRA
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Recipe:
     """What a round does, slot by slot, in the order of an update's life.
 
@@ -50,7 +50,7 @@ class Recipe:
     privacy: AnyPrivacy = NoPrivacy()
     local: Local = Local()
     prune: Prune | None = None
-    shrink: Shrink | None = None
+    shrink: RankPruning | None = None
     memory: Literal["none", "init", "last_round"] = "none"
 
     def __post_init__(self) -> None:
@@ -65,9 +65,9 @@ class Recipe:
         return min(whole, self.down.sparsify.rank) if isinstance(self.down.sparsify, RankSlice) else whole
 
     @property
-    def rank_pruning(self) -> Shrink | NoShrink:
+    def rank_pruning(self) -> RankPruning | NoRankPruning:
         """``shrink``, or what does nothing in its place."""
-        return self.shrink or NoShrink()
+        return self.shrink or NoRankPruning()
 
     @property
     def pruning(self) -> Prune:
@@ -91,11 +91,11 @@ def restarted(recipe: Recipe, schema: Schema, init: Tree, seed: int, steps: int)
     """
     if not recipe.aggregator.reinitialises or not steps:
         return {}
-    drawn = recipe.tuning.redrawn(schema, init, named_seed(seed, "restart", steps))
+    drawn = recipe.tuning.redraw_init(schema, init, named_seed(seed, "restart", steps))
     return {name: value for name, value in drawn.items() if schema[name].group == "adapter"}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Phase:
     """A recipe for a number of rounds; the next phase takes over what this one learnt.
 

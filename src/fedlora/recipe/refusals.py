@@ -46,7 +46,7 @@ class TierOf(NamedTuple):
 
 RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     "sparse_downlink_of_pretrained": Refusal(
-        lambda r: r.down.thins and r.down.reference == "zero" and not r.tuning.zero_is_neutral,
+        lambda r: r.down.drops_entries and r.down.reference == "zero" and not r.tuning.zero_is_neutral,
         "a sparse downlink would set weights to zero that carry pre-trained knowledge; set down.reference = 'init' so "
         "that only the difference from the public start is sparsified",
     ),
@@ -121,17 +121,17 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
         "in up.sparsify",
     ),
     "factors_rebuilt_from_sparse": Refusal(
-        lambda r: r.aggregator.needs == "factors" and r.down.thins and not r.down.slices_ranks,
+        lambda r: r.aggregator.needs == "factors" and r.down.drops_entries and not r.down.slices_ranks,
         "{aggregator} rebuilds the factors from what clients received, and entries left out would be lost; leave "
         "down.sparsify at dense",
     ),
     "zero_padding_of_sparse": Refusal(
-        lambda r: r.aggregator.pads_with_zeros and r.down.thins and not r.down.slices_ranks,
+        lambda r: r.aggregator.pads_with_zeros and r.down.drops_entries and not r.down.slices_ranks,
         "padding with zeros takes ranks that a sparse link happened to leave out for ranks that the client lacks, and "
         "these die; set aggregator.padding = 'keep', or leave down.sparsify at dense",
     ),
     "coordinates_of_sparse": Refusal(
-        lambda r: r.aggregator.coordinatewise and (r.up.thins or r.down.thins),
+        lambda r: r.aggregator.coordinatewise and (r.up.drops_entries or r.down.drops_entries),
         "{aggregator} looks at each coordinate, which a sparse link leaves out for most clients, so that hardly "
         "anything would move; leave sparsify at dense",
     ),
@@ -140,7 +140,9 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
         "up.sparsify multiplies what it keeps, which is right for a plain mean only; use aggregator 'mean'",
     ),
     "frozen_factor_loses_entries": Refusal(
-        lambda r: r.tuning.moving != "both" and (r.prune is not None or (r.down.thins and r.down.reference == "zero")),
+        lambda r: (
+            r.tuning.moving != "both" and (r.prune is not None or (r.down.drops_entries and r.down.reference == "zero"))
+        ),
         "the factor that keeps still would lose entries on the way or by pruning; set down.reference = 'init', or "
         "leave down.sparsify and prune out",
     ),
@@ -334,7 +336,7 @@ def _factor_rate(recipe: Recipe) -> str:
 def _moves_zeros(recipe: Recipe) -> bool:
     """Whether zeros of pruned entries arrive as other numbers, or other entries as zeros."""
     down = recipe.down
-    lost = down.thins or not all(each.is_floating for each in down.precisions)
+    lost = down.drops_entries or not all(each.is_floating for each in down.precisions)
     relative = down.reference == "init" or recipe.memory == "last_round"
     return lost or relative or down.feedback or recipe.up.feedback or recipe.aggregator.needs == "factors"
 
@@ -342,7 +344,7 @@ def _moves_zeros(recipe: Recipe) -> bool:
 def _hides_ranks(recipe: Recipe) -> bool:
     """Whether the downlink is no plain list of the first ranks, or something else brings ranks back."""
     down = recipe.down
-    plain = (not down.thins or down.slices_ranks) and not down.stages and down.reference == "zero"
+    plain = (not down.drops_entries or down.slices_ranks) and not down.stages and down.reference == "zero"
     remembers = down.feedback or recipe.up.feedback or recipe.memory == "last_round"
     return not plain or remembers or recipe.prune is not None
 
@@ -353,7 +355,7 @@ def _covers_examples(recipe: Recipe) -> bool:
 
 
 def _least(experiment: Experiment) -> int:
-    return max(phase.recipe.aggregator.least for phase in experiment.phases)
+    return max(phase.recipe.aggregator.min_updates for phase in experiment.phases)
 
 
 def _tier_with_rank(experiment: Experiment) -> str:
@@ -362,4 +364,4 @@ def _tier_with_rank(experiment: Experiment) -> str:
 
 def _is_downlink_of_its_own(tiered: TierOf) -> bool:
     down = tiered.tier.down or tiered.recipe.down
-    return down.thins or bool(down.stages) or down.reference == "init"
+    return down.drops_entries or bool(down.stages) or down.reference == "init"

@@ -12,11 +12,11 @@ from fedlora.core.network import Network, Turn, slowest_seconds
 from fedlora.core.state import Change, ServerState
 from fedlora.recipe import Recipe
 from fedlora.rounds.plan import Order, Plan
-from fedlora.rounds.uplink import Answer, Uplink
+from fedlora.rounds.uplink import ClientResult, Uplink
 
 
 @dataclass(frozen=True)
-class Row:
+class RoundRecord:
     """A round in the ledger.
 
     Args:
@@ -85,7 +85,7 @@ def record(
     uplink: Uplink,
     seconds: Mapping[str, float],
     networks: Mapping[str, Network],
-) -> Row:
+) -> RoundRecord:
     """The row of a round.
 
     Args:
@@ -102,7 +102,7 @@ def record(
     entries = tree.num_entries({name: after.params[name] for name in after.schema.sent()})
     figures = {name: sum(one.report.get(name, 0.0) for one in counted) for name in ("examples", "steps", "loss")}
     tiers, tier_seconds = _by_tier(both)
-    return Row(
+    return RoundRecord(
         round=after.round,
         phase=after.phase,
         cohort=tuple(order.job.client for order in orders),
@@ -132,11 +132,11 @@ def _density(kept: Iterable[int], entries: int, num: int) -> float:
     return sum(kept) / entries / max(1, num)
 
 
-def _turn(order: Order, answer: Answer) -> Turn:
+def _turn(order: Order, answer: ClientResult) -> Turn:
     return Turn(order.tier, sum(order.sizes.values()), sum(answer.sizes.values()), answer.reply.seconds)
 
 
-def _by_tier(both: list[tuple[Order, Answer]]) -> tuple[dict[str, dict[str, ByteCounts]], dict[str, float]]:
+def _by_tier(both: list[tuple[Order, ClientResult]]) -> tuple[dict[str, dict[str, ByteCounts]], dict[str, float]]:
     """Of each tier its bytes and number of clients, and its longest turn."""
     shares: dict[str, dict[str, ByteCounts]] = {}
     seconds: dict[str, float] = {}

@@ -20,7 +20,7 @@ from fedlora.population.tiers import Tier
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.recipe import Recipe
 from fedlora.recipe.recipe import restarted
-from fedlora.rounds.ledger import Row, record
+from fedlora.rounds.ledger import RoundRecord, record
 from fedlora.rounds.plan import Plan, make_plan
 from fedlora.rounds.uplink import Uplink
 from fedlora.transport.base_updates import extended
@@ -36,7 +36,7 @@ def run_round(
     tiers: Mapping[int, Tier] | None = None,
     expected: int | None = None,
     networks: Mapping[str, Network] | None = None,
-) -> tuple[ServerState, Row]:
+) -> tuple[ServerState, RoundRecord]:
     """One round.
 
     Args:
@@ -158,8 +158,8 @@ def _known(recipe: Recipe, state: ServerState, plan: Plan, uplink: Uplink) -> di
         stores = {}
         if answer.counts and answer.report.get("rank"):
             stores["rank"] = Store(values={"rank": int(answer.report["rank"])})
-        if recipe.memory == "last_round" and (answer.reply.heard or answer.reply.refused):
-            stores["down"] = Store({"held": order.message.start if answer.reply.heard else {}})
+        if recipe.memory == "last_round" and (answer.reply.delivered or answer.reply.refused):
+            stores["down"] = Store({"held": order.message.start if answer.reply.delivered else {}})
         known[answer.client] = known.get(answer.client, Memory()).having(stores)
     return {client: memory for client, memory in known.items() if memory}
 

@@ -20,7 +20,7 @@ LARGEST_COUNT = 2.0**40
 """No client has more examples than this, nor takes more steps."""
 
 
-class Answer(NamedTuple):
+class ClientResult(NamedTuple):
     """What is kept of one reply, which is all but its bytes.
 
     Args:
@@ -58,10 +58,10 @@ class Uplink:
     def __init__(self, recipe: Recipe, plan: Plan, schema: Schema, engine: Engine) -> None:
         self._recipe, self._plan, self._engine = recipe, plan, engine
         self._schema = schema.sent()
-        self.answers: list[Answer] = []
+        self.answers: list[ClientResult] = []
 
     @property
-    def counted(self) -> list[Answer]:
+    def counted(self) -> list[ClientResult]:
         """The answers that are part of the round's result."""
         return [answer for answer in self.answers if answer.counts]
 
@@ -99,7 +99,7 @@ class Uplink:
             frozenset(answer.client for answer in silent if answer.reply.refused),
         )
 
-    def _update(self, order: Order, answer: Answer, delta: Tree) -> Update:
+    def _update(self, order: Order, answer: ClientResult, delta: Tree) -> Update:
         delta = self._recipe.privacy.clip(delta)  # rounding may have made it longer, or a client that was not ours
         recipe = order.job.recipe
         rank = int(answer.report.get("rank", recipe.rank))
@@ -109,7 +109,7 @@ class Uplink:
 
 def read_reply(
     job: Job, reply: Reply, like: Mapping[str, Tree], schema: Schema, trusted: bool, examples: int | None = None
-) -> tuple[Answer, Tree | None]:
+) -> tuple[ClientResult, Tree | None]:
     """A reply's figures, and its update if it counts.
 
     Args:
@@ -124,7 +124,7 @@ def read_reply(
         WireError: it cannot be read, and whoever sent it is trusted.
     """
     if reply.raw is None:
-        return Answer(job.client, reply, {}, {}, 0, counts=False), None
+        return ClientResult(job.client, reply, {}, {}, 0, counts=False), None
     try:
         largest = 4096 + sum(64 + 4 * value.numel() for part in like.values() for value in part.values())
         if len(reply.raw) > largest:
@@ -138,10 +138,12 @@ def read_reply(
         if trusted:
             raise
         # what such a client remembers is not known either: it is told everything anew
-        refused = Reply(None, ClientState(), reply.seconds, f"a reply that cannot count: {plain(error)}", heard=False)
-        return Answer(job.client, refused, {}, {"refused": len(reply.raw)}, 0, counts=False), None
+        refused = Reply(
+            None, ClientState(), reply.seconds, f"a reply that cannot count: {plain(error)}", delivered=False
+        )
+        return ClientResult(job.client, refused, {}, {"refused": len(reply.raw)}, 0, counts=False), None
     kept = sum(count for part, count in packet.kept.items() if part != "report")
-    return Answer(job.client, reply._replace(raw=None), report, packet.sizes, kept, counts=True), delta
+    return ClientResult(job.client, reply._replace(raw=None), report, packet.sizes, kept, counts=True), delta
 
 
 def _check(job: Job, report: Mapping[str, float], most: float) -> None:

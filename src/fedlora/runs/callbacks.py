@@ -9,8 +9,8 @@ from fedlora.core.errors import CallbackError, ConfigError, FedloraError
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
-    from fedlora.config.federated_data import Setting
-    from fedlora.rounds.ledger import Row
+    from fedlora.config.federated_data import FederatedData
+    from fedlora.rounds.ledger import RoundRecord
     from fedlora.runs.result import Result
 
 _RENAMED = (
@@ -23,10 +23,10 @@ _RENAMED = (
 class Callback:
     """Is called as a run goes on. Each method does nothing here; a subclass has those that it needs."""
 
-    def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
+    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
         """A run begins, or goes on after ``rows``; in the mode ``local`` that of each client."""
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         """A round, or the evaluation before the first one, is in the ledger."""
 
     def message(self, text: str) -> None:
@@ -57,10 +57,10 @@ class CallbackList(Callback):
             if "finished_round" in names or names == {"started", "log"}:
                 raise ConfigError(f"{type(one).__name__} would never be called: {_RENAMED}")
 
-    def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
+    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
         self._call("run_started", lambda one: one.run_started(experiment, setting, rows))
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         self._call("row_recorded", lambda one: one.row_recorded(row))
 
     def message(self, text: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting
+from fedlora.config.federated_data import FederatedData
 from fedlora.core import tree
 from fedlora.core.byte_counts import ByteCounts, add_up, mean, rounded, scaled
 from fedlora.core.network import Network
@@ -24,7 +24,7 @@ from fedlora.core.tree import Tree
 from fedlora.engines import Serial
 from fedlora.population.clients import draw_cohort
 from fedlora.population.tiers import recipes_of
-from fedlora.privacy.accountant import Sampled, open_account
+from fedlora.privacy.accountant import SamplingScheme, open_account
 from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.modes import MODES
 from fedlora.rounds.downlink import Downlink
@@ -108,7 +108,7 @@ class PhaseCost:
         return down * self.rounds, up * self.rounds
 
 
-def costs(experiment: Experiment, setting: Setting) -> list[PhaseCost]:
+def costs(experiment: Experiment, setting: FederatedData) -> list[PhaseCost]:
     """What each phase will send.
 
     How many bytes a message takes depends on the values in it, wherever entries are left out or rounded. So the first
@@ -149,17 +149,17 @@ class _Tier:
 class _Costs:
     """The three parts of a phase's costs: a probe of its first rounds, later rounds from these, and the sum."""
 
-    def __init__(self, experiment: Experiment, setting: Setting) -> None:
+    def __init__(self, experiment: Experiment, setting: FederatedData) -> None:
         self._experiment, self._setting = experiment, setting
         self._workspace = Workspace(setting.task, experiment.seed, setting.device)
         self._sends = MODES[experiment.mode].sends
         clients = experiment.clients
         self._per_round = clients.per_round if self._sends else 1
-        sampled = Sampled(len(setting.population), self._per_round, clients.sampling)
+        sampled = SamplingScheme(len(setting.population), self._per_round, clients.sampling)
         _, self._phases = open_account(experiment.phases, sampled)
         private = any(phase.recipe.privacy.needs_uniform_mean for phase in self._phases)
         self._expected = self._per_round if private else None  # noise as small as in the run
-        least = max(PROBED_CLIENTS, *(phase.recipe.aggregator.least for phase in self._phases))
+        least = max(PROBED_CLIENTS, *(phase.recipe.aggregator.min_updates for phase in self._phases))
         self._probed = _probed(setting, experiment.seed, min(least, self._per_round))
         self._share = self._per_round / len(setting.population)
 
@@ -241,12 +241,12 @@ class _Costs:
         )
 
 
-def _most_steps(recipe: Recipe, clients: Sequence[int], setting: Setting) -> int:
+def _most_steps(recipe: Recipe, clients: Sequence[int], setting: FederatedData) -> int:
     """Optimiser steps of the longest turn of those that were tried; under noise they do not tell."""
     return max(recipe.local.num_steps(len(setting.population.rows_of(client))) for client in clients)
 
 
-def _probed(setting: Setting, seed: int, most: int) -> dict[str, tuple[int, ...]]:
+def _probed(setting: FederatedData, seed: int, most: int) -> dict[str, tuple[int, ...]]:
     """A few clients of each tier, by its name, or of all under an empty one."""
     order = draw_cohort(setting.population, len(setting.population), named_seed(seed, "probe"))
     names = {client: tier.name for client, tier in setting.tiers.items()}
@@ -256,7 +256,7 @@ def _probed(setting: Setting, seed: int, most: int) -> dict[str, tuple[int, ...]
     return {name: tuple(clients[:most]) for name, clients in members.items()}
 
 
-def _share(setting: Setting, tier: str) -> float:
+def _share(setting: FederatedData, tier: str) -> float:
     """The share of clients in a tier; 1 without tiers."""
     members = [each.name for each in setting.tiers.values()]
     return members.count(tier) / len(members) if members else 1.0

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting
+from fedlora.config.federated_data import FederatedData
 from fedlora.core.errors import TrainingError
 from fedlora.core.state import ServerState, named_seed
 from fedlora.population.tiers import recipes_of
@@ -16,7 +16,7 @@ from fedlora.recipe import Recipe
 from fedlora.rounds.downlink import Downlink, view
 
 
-def tested_clients(experiment: Experiment, setting: Setting, last: bool) -> list[int]:
+def tested_clients(experiment: Experiment, setting: FederatedData, last: bool) -> list[int]:
     """The clients whose own test rows an evaluation uses."""
     settings, clients = experiment.evaluate, sorted(setting.holdout)
     if settings.clients == "never" or (settings.clients == "end" and not last):
@@ -27,7 +27,7 @@ def tested_clients(experiment: Experiment, setting: Setting, last: bool) -> list
     return sorted(rng.choice(clients, settings.num_clients, replace=False).tolist())
 
 
-def uses_all_rows(experiment: Experiment, setting: Setting) -> bool:
+def uses_all_rows(experiment: Experiment, setting: FederatedData) -> bool:
     """Whether evaluations in between rounds are on all test examples, like the last one."""
     limit = experiment.evaluate.num_examples
     return limit is None or limit >= len(setting.test_rows)
@@ -35,7 +35,7 @@ def uses_all_rows(experiment: Experiment, setting: Setting) -> bool:
 
 def evaluate(
     experiment: Experiment,
-    setting: Setting,
+    setting: FederatedData,
     workspace: Workspace,
     recipe: Recipe,
     state: ServerState,
@@ -71,7 +71,7 @@ def evaluate(
     warnings: tuple[str, ...] = ()
     main = setting.task.main_metric
     for prefix, (params, precision) in views.items():
-        workspace.show(recipe, params, state.folds)
+        workspace.load(recipe, params, state.folds)
         found = workspace.evaluate(rows, setting.split, precision)
         metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
         if prefix:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedlora import config
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting, in_mode, manifest, prepare
+from fedlora.config.federated_data import FederatedData, in_mode, manifest, prepare
 from fedlora.core.errors import FedloraError
 from fedlora.core.state import named_seed
 from fedlora.engines import AnyEngine
@@ -37,7 +37,7 @@ def run(
     *,
     partitioner: Partitioner | None = None,
     callbacks: Sequence[Callback] = (),
-    setting: Setting | None = None,
+    setting: FederatedData | None = None,
     engine: AnyEngine | None = None,
     until: int | None = None,
     held: bool = False,
@@ -85,7 +85,7 @@ def run(
 
 
 def _run_separately(
-    experiment: Experiment, setting: Setting, files: RunFolder, callback: Callback, until: int | None
+    experiment: Experiment, setting: FederatedData, files: RunFolder, callback: Callback, until: int | None
 ) -> Result:
     """A run for each of some clients; what it gives are means over them."""
     alone = in_mode(experiment)
@@ -114,7 +114,7 @@ def _run_separately(
     return result
 
 
-def _over_local(metrics: list[dict[str, float]], setting: Setting) -> dict[str, float]:
+def _over_local(metrics: list[dict[str, float]], setting: FederatedData) -> dict[str, float]:
     """The mean over clients that trained alone; what they reached on rows of their own as ``over_clients`` has it."""
     main = setting.task.main_metric
     means = {

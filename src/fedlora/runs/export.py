@@ -27,10 +27,10 @@ from fedlora.tuning.export import dilated, save_lora, save_peft
 from fedlora.tuning.lora import PEFT_PREFIX
 
 if TYPE_CHECKING:
-    from fedlora.runs.inference import Trained
+    from fedlora.runs.inference import TrainedRun
 
 
-def export_run(run: Path, trained: Trained) -> Path:
+def export_run(run: Path, trained: TrainedRun) -> Path:
     """Writes ``adapter`` into the run's folder, or ``model`` where the change is no adapter.
 
     Returns:
@@ -45,7 +45,7 @@ def export_run(run: Path, trained: Trained) -> Path:
     return folder
 
 
-def export(folder: Path, trained: Trained, merge: bool) -> None:
+def export(folder: Path, trained: TrainedRun, merge: bool) -> None:
     """Writes an adapter, or with ``merge`` a whole model that needs no ``peft``; the folder appears all at once.
 
     Raises:
@@ -59,7 +59,7 @@ def export(folder: Path, trained: Trained, merge: bool) -> None:
         raise cannot_write(folder, error) from error
 
 
-def _write(temporary: Path, trained: Trained, merge: bool) -> None:
+def _write(temporary: Path, trained: TrainedRun, merge: bool) -> None:
     task, state, installed = trained.task, trained.state, trained.workspace.installed
     tuning = trained.recipe.tuning
     root = f"{getattr(installed.model, 'base_model_prefix', '')}." if task.backbone_only else ""
@@ -86,7 +86,7 @@ def _write(temporary: Path, trained: Trained, merge: bool) -> None:
     (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def _save_merged(folder: Path, trained: Trained) -> None:
+def _save_merged(folder: Path, trained: TrainedRun) -> None:
     if isinstance(trained.recipe.tuning, Peft):
         raise ConfigError("a `peft` tuning is merged by peft itself: load the adapter and call merge_and_unload()")
     learnt = close_phase(trained.workspace, trained.recipe, trained.state)
@@ -115,7 +115,7 @@ def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
     return values | head
 
 
-def model_card(trained: Trained, merged: bool) -> str:
+def model_card(trained: TrainedRun, merged: bool) -> str:
     """The README of an exported folder."""
     experiment, task, tuning = trained.experiment, trained.task, kind_of(trained.recipe.tuning)
     base = experiment.model.name or "BASE_MODEL"

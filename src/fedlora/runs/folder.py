@@ -16,7 +16,7 @@ from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.core.files import append, write_atomically
 from fedlora.core.state import ServerState
 from fedlora.rounds.checkpoint import load_state, save_state
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 
 KEPT = 2
 LOCK = "run.lock"
@@ -124,7 +124,7 @@ class RunFolder:
             raise ConfigError(f"{self.path} is not the folder of a finished run: {mend}") from error
         return value
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[RoundRecord]:
         """The ledger; a torn last line, as a killed process leaves it, is not there.
 
         Raises:
@@ -137,18 +137,18 @@ class RunFolder:
             lines = file.read_text(encoding="utf-8").split("\n")[:-1]
             rows = [json.loads(line) for line in lines]
             tuples = ("cohort", "late", "ranks", "warnings")
-            return [Row(**{**row, **{key: tuple(row.get(key, ())) for key in tuples}}) for row in rows]
+            return [RoundRecord(**{**row, **{key: tuple(row.get(key, ())) for key in tuples}}) for row in rows]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{file} is no ledger of this version ({error}); put the old file back") from error
 
-    def append(self, row: Row) -> None:
+    def append(self, row: RoundRecord) -> None:
         """Adds a line to the ledger and flushes it to the disk."""
         try:
             append(self.path / "ledger.jsonl", _line(row).encode())
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def rewind(self, rounds: int) -> list[Row]:
+    def rewind(self, rounds: int) -> list[RoundRecord]:
         """Drops the ledger's rows after ``rounds``, which a checkpoint does not cover, and returns the others."""
         rows = [row for row in self.rows() if row.round <= rounds]
         self.write("ledger.jsonl", "".join(map(_line, rows)))
@@ -177,7 +177,7 @@ class RunFolder:
         return load_state(self.checkpoints[-1]) if self.checkpoints else None
 
 
-def _line(row: Row) -> str:
+def _line(row: RoundRecord) -> str:
     return json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n"
 
 

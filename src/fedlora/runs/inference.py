@@ -27,7 +27,7 @@ from fedlora.tasks.data.folders import PICTURES
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A run's model, ready for use; the training data are not needed.
 
     Args:
@@ -109,7 +109,7 @@ def read_inputs(text: str) -> list[str]:
     return inputs
 
 
-def load_run(path: Path, model: Any = None) -> Trained:
+def load_run(path: Path, model: Any = None) -> TrainedRun:
     """The model of a run, from its newest checkpoint.
 
     Args:
@@ -140,8 +140,8 @@ def load_run(path: Path, model: Any = None) -> Trained:
     experiment = dataclasses.replace(experiment, model=base)
     task = experiment.task.restore(experiment.model, names)
     workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
-    workspace.settle(state.phase, recipe, state.setup)
+    workspace.apply_setup(state.phase, recipe, state.setup)
     state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
-    workspace.show(recipe, state.params, state.folds)
+    workspace.load(recipe, state.params, state.folds)
     metrics = files.read_json("result.json")["after"] if (path / "result.json").exists() else {}
-    return Trained(experiment, recipe, state, workspace, metrics)
+    return TrainedRun(experiment, recipe, state, workspace, metrics)

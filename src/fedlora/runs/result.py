@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.core.byte_counts import ByteCounts
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Result:
     down_bytes: ByteCounts
     up_bytes: ByteCounts
     seconds: float
-    rows: tuple[Row, ...] = field(repr=False)
+    rows: tuple[RoundRecord, ...] = field(repr=False)
     adapter: Path | None = None
 
     def figures(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting, prepare
+from fedlora.config.federated_data import FederatedData, prepare
 from fedlora.core.errors import ConfigError, TrainingError
 from fedlora.core.slots import kind_of
 from fedlora.core.state import generator
@@ -136,7 +136,7 @@ def _check(bounds: Bounds, sent: float, about: str = "", slack: float = 1.0) -> 
 
 
 def _try(
-    experiment: Experiment, setting: Setting, folder: Path, callbacks: Sequence[Callback],
+    experiment: Experiment, setting: FederatedData, folder: Path, callbacks: Sequence[Callback],
     step: int, rank: int, density: float,
 ) -> Trial:  # fmt: skip
     chosen = configured(experiment, rank, density)
@@ -163,7 +163,7 @@ class _Sizes:
         bounds: of the search.
     """
 
-    def __init__(self, experiment: Experiment, setting: Setting, bounds: Bounds) -> None:
+    def __init__(self, experiment: Experiment, setting: FederatedData, bounds: Bounds) -> None:
         recipe = configured(experiment, bounds.rank, bounds.density).phases[0].recipe
         workspace = Workspace(setting.task, experiment.seed, setting.device)
         state, _ = open_phase(workspace, 0, recipe, experiment.seed, 0, None)

@@ -14,25 +14,25 @@ import numpy as np
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting, manifest
+from fedlora.config.federated_data import FederatedData, manifest
 from fedlora.core.byte_counts import add_up
 from fedlora.core.errors import CallbackError, CheckpointError, QuorumError
 from fedlora.core.state import ServerState, named_seed
 from fedlora.engines import AnyEngine, Engine, Serial
 from fedlora.population.clients import draw_cohort
-from fedlora.privacy.accountant import Sampled, example_epsilon, open_account
+from fedlora.privacy.accountant import SamplingScheme, example_epsilon, open_account
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.recipe import Recipe
 from fedlora.recipe.modes import MODES
 from fedlora.rounds.checkpoint import can_go_on
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.rounds.phases import close_phase, open_phase
 from fedlora.rounds.round import run_round
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.evaluation import evaluate, tested_clients, uses_all_rows
 from fedlora.runs.export import export_run
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.inference import Trained
+from fedlora.runs.inference import TrainedRun
 from fedlora.runs.result import Result
 
 
@@ -56,7 +56,12 @@ class Session:
     state: ServerState
 
     def __init__(
-        self, experiment: Experiment, setting: Setting, files: RunFolder, callback: Callback, engine: AnyEngine | None
+        self,
+        experiment: Experiment,
+        setting: FederatedData,
+        files: RunFolder,
+        callback: Callback,
+        engine: AnyEngine | None,
     ) -> None:
         self.experiment, self.setting, self.files, self.callback = experiment, setting, files, callback
         self.mode = MODES[experiment.mode]
@@ -65,7 +70,7 @@ class Session:
         self._facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
         self.rows = self._resume()
         clients = experiment.clients
-        sampled = Sampled(len(setting.population), clients.per_round, clients.sampling)
+        sampled = SamplingScheme(len(setting.population), clients.per_round, clients.sampling)
         self.budget, self.phases = open_account(experiment.phases, sampled)
         self._turns = setting.turns(self.phases[self.state.phase if self.rows else 0].recipe)
         disclosed = [disclosure_of(phase.recipe) for phase in self.phases]
@@ -88,7 +93,7 @@ class Session:
             raise
         return self._finish() if until is None else self._so_far(until)
 
-    def _resume(self) -> list[Row]:
+    def _resume(self) -> list[RoundRecord]:
         """Takes the newest checkpoint's state, if there is one, and returns the ledger up to it."""
         files = self.files
         held = files.latest()
@@ -121,11 +126,11 @@ class Session:
         self.callback.run_started(self.experiment, self.setting, self.rows)
         example_epsilon(self.phases, [], self._turns)  # what it refuses is refused before training
         if self.rows:
-            self.workspace.settle(self.state.phase, self._recipe(self.state), self.state.setup)
+            self.workspace.apply_setup(self.state.phase, self._recipe(self.state), self.state.setup)
         else:
             state, facts = open_phase(self.workspace, 0, self.phases[0].recipe, self.experiment.seed, 0, None)
             metrics, warnings, seconds = self._evaluate(state, last=False)
-            row = Row(
+            row = RoundRecord(
                 round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
                 density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts, warnings=warnings,
                 seconds={"evaluate": seconds},
@@ -167,7 +172,7 @@ class Session:
             self.workspace, number, self.phases[number].recipe, self.experiment.seed, self.state.round, carry
         )
 
-    def _round(self, state: ServerState) -> tuple[ServerState, Row]:
+    def _round(self, state: ServerState) -> tuple[ServerState, RoundRecord]:
         """One round; where too few clients answer it is tried again, and nothing of the attempt counts."""
         experiment, setting, engine = self.experiment, self.setting, self.engine
         clients, recipe, tried = experiment.clients, self._recipe(state), 0
@@ -209,14 +214,14 @@ class Session:
         metrics, warnings = evaluate(self.experiment, self.setting, self.workspace, self._recipe(state), state, tested)
         return metrics, warnings, time.perf_counter() - clock
 
-    def _counted(self, row: Row) -> Row:
+    def _counted(self, row: RoundRecord) -> RoundRecord:
         """The row without what no message carried."""
         if self.mode.sends:
             return row
         takes = row.slowest_seconds if self.experiment.clients.network else row.network_seconds
         return dataclasses.replace(row, down_bytes={}, up_bytes={}, references={}, network_seconds=takes)
 
-    def _redacted(self, row: Row) -> Row:
+    def _redacted(self, row: RoundRecord) -> RoundRecord:
         """The row without what tells who was drawn, where that is secret."""
         if not self._secret:
             return row
@@ -234,7 +239,7 @@ class Session:
         """Whether the budget of privacy allows no further round."""
         return self.budget is not None and self.budget.exhausted(self.phases, state.round)
 
-    def _record(self, state: ServerState, row: Row) -> None:
+    def _record(self, state: ServerState, row: RoundRecord) -> None:
         self.files.append(row)
         self.rows.append(row)
         self.state = state
@@ -260,7 +265,7 @@ class Session:
             after, adapter = self._after(), None
             seconds = _seconds(self.rows) + time.perf_counter() - clock
         if adapter is None or not adapter.exists():
-            trained = Trained(self.experiment, self._recipe(state), state, self.workspace, after)
+            trained = TrainedRun(self.experiment, self._recipe(state), state, self.workspace, after)
             adapter = export_run(files.path, trained)
         result = self._result(self.rows, after, seconds, adapter)
         if not held:
@@ -277,7 +282,7 @@ class Session:
         return {name: value for name, value in metrics.items() if name not in own} | own
 
     def _result(
-        self, rows: Sequence[Row], after: dict[str, float], seconds: float, adapter: Path | None = None
+        self, rows: Sequence[RoundRecord], after: dict[str, float], seconds: float, adapter: Path | None = None
     ) -> Result:
         task = self.setting.task
         return Result(
@@ -297,5 +302,5 @@ class Session:
         )
 
 
-def _seconds(rows: Sequence[Row]) -> float:
+def _seconds(rows: Sequence[RoundRecord]) -> float:
     return sum(sum(row.seconds.values()) for row in rows)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting
+from fedlora.config.federated_data import FederatedData
 from fedlora.core.errors import ConfigError
 from fedlora.recipe.modes import MODES
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
 
 
@@ -33,7 +33,7 @@ class TensorBoard(Callback):
         self._writer: SummaryWriter | None = None
         self._down = self._up = 0
 
-    def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
+    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
         """See ``Callback.run_started``: events after the rows that the ledger kept are dropped."""
         if MODES[experiment.mode].separate:
             return
@@ -41,7 +41,7 @@ class TensorBoard(Callback):
         self._up = sum(sum(row.up_bytes.values()) for row in rows)
         self._writer = self._make(str(self._folder), purge_step=rows[-1].round + 1 if rows else 0)
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         """See ``Callback.row_recorded``: loss, metrics, bytes so far, densities."""
         if self._writer is None:
             return

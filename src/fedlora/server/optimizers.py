@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedlora.core import tree
-from fedlora.core.component import STRICT, NonNegative, Part, by_kind, dataclass
+from fedlora.core.component import MODEL_CONFIG, NonNegative, Part, by_kind, dataclass
 from fedlora.core.rates import LrScale, Rate, Rates, Schedule
 from fedlora.core.schema import Schema
 from fedlora.core.slots import Slot
@@ -23,7 +23,7 @@ ALIKE: Rates = MappingProxyType({})
 """One learning rate for all."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ServerOptimizer(ABC):
     """A pure function of parameters, change and state.
 
@@ -75,7 +75,7 @@ class ServerOptimizer(ABC):
         """
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Sgd(ServerOptimizer):
     """``m = momentum * m + g;  x = x - lr * m``, as ``torch.optim.SGD``; ``lr = 1`` without momentum is FedAvg.
 
@@ -104,7 +104,7 @@ class Sgd(ServerOptimizer):
         return _stepped(params, momentum, -self.lr, rates), {"m": momentum}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class AdamLike(ServerOptimizer):
     """Adam with bias correction (arXiv 1412.6980, Alg. 1).
 
@@ -138,7 +138,7 @@ class AdamLike(ServerOptimizer):
         return result, {"m": first, "v": second}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Adam(AdamLike):
     """Adam with bias correction (arXiv 1412.6980, Alg. 1), as ``torch.optim.Adam``."""
 
@@ -148,7 +148,7 @@ class Adam(AdamLike):
         return params
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class AdamW(AdamLike):
     """Adam with decoupled weight decay (arXiv 1711.05101, Alg. 2), as ``torch.optim.AdamW``.
 
@@ -170,7 +170,7 @@ class AdamW(AdamLike):
         return {name: value * (1.0 - decay * rates.get(name, 1.0)) for name, value in params.items()}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Adaptive(ServerOptimizer):
     """``x += lr m / (sqrt(v) + tau)`` of Reddi et al. (arXiv 2003.00295, Alg. 2): ``v`` starts at ``tau^2``.
 
@@ -195,7 +195,7 @@ class Adaptive(ServerOptimizer):
         return _adaptive(params, delta, slots, self, self.second, rates)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class FedAdam(Adaptive):
     """FedAdam of Reddi et al. (arXiv 2003.00295, Alg. 2): no bias correction, ``v`` starts at ``tau^2``."""
 
@@ -205,7 +205,7 @@ class FedAdam(Adaptive):
         return self.beta2 * value + (1 - self.beta2) * square
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class FedYogi(Adaptive):
     """FedYogi of Reddi et al. (arXiv 2003.00295, Alg. 2): ``v -= (1 - beta2) d^2 sign(v - d^2)``."""
 
@@ -215,7 +215,7 @@ class FedYogi(Adaptive):
         return value - (1 - self.beta2) * square * torch.sign(value - square)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class FedAdagrad(ServerOptimizer):
     """FedAdagrad of Reddi et al. (arXiv 2003.00295, Alg. 2): ``v += d^2``.
 

@@ -7,13 +7,13 @@ from typing import Literal
 
 import torch
 
-from fedlora.core.component import STRICT, Count, Share, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Share, dataclass
 from fedlora.core.schema import Schema
 from fedlora.core.tree import Tree
 from fedlora.transport import Quota, TopK
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Prune:
     """The server sets all but the largest parameters to zero for good, and clients train those that are left.
 

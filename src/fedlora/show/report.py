@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from fedlora.config import Experiment, differences
-from fedlora.config.federated_data import Setting
+from fedlora.config.federated_data import FederatedData
 from fedlora.core.errors import ConfigError
 from fedlora.core.network import Network, seconds_to
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.cost import PhaseCost
 from fedlora.runs.folder import RunFolder
@@ -58,7 +58,7 @@ class Live(Callback):
         self._spent: list[float] = []
         self._metric = ""
 
-    def run_started(self, experiment: Experiment, setting: Setting, rows: Sequence[Row]) -> None:
+    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
         self.close()
         self._rounds, self._spent = experiment.rounds, []
         self._main = setting.task.main_metric
@@ -86,7 +86,7 @@ class Live(Callback):
             self._progress.start()
         self._clock = time.monotonic()
 
-    def row_recorded(self, row: Row) -> None:
+    def row_recorded(self, row: RoundRecord) -> None:
         now = time.monotonic()
         self._spent.append(now - self._clock)
         self._clock, self._done = now, row.round

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedlora.config.experiment import read_toml
 from fedlora.config.explain import explain
-from fedlora.core.component import STRICT, Count, Field, Fraction, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, Fraction, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.recipe.modes import MODES
 from fedlora.study.halving import with_values
@@ -30,7 +30,7 @@ Table = dict[str, Any]
 Vary = dict[str, list[Any] | str]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class MethodTuning:
     """What is tuned for one method.
 
@@ -41,7 +41,7 @@ class MethodTuning:
     vary: Vary
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Tuning:
     """How settings are chosen.
 
@@ -60,7 +60,7 @@ class Tuning:
     methods: dict[str, MethodTuning] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Line:
     """A line to hold methods against.
 
@@ -73,7 +73,7 @@ class Line:
     set: Table = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Lines:
     """What methods are held against, tuned alike: ``true``, ``false``, a list of methods, or a ``Line``.
 
@@ -88,7 +88,7 @@ class Lines:
     local_only: bool | tuple[str, ...] | Line = True
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Gates:
     """What must hold before figures mean anything.
 
@@ -101,7 +101,7 @@ class Gates:
     stop: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Report:
     """What tables show.
 
@@ -116,7 +116,7 @@ class Report:
     link: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Study:
     """Methods, settings and seeds on one federation.
 

@@ -21,7 +21,7 @@ import torch
 
 from fedlora import config
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting, in_mode, prepare
+from fedlora.config.federated_data import FederatedData, in_mode, prepare
 from fedlora.core.errors import FedloraError, TrainingError
 from fedlora.runs.experiment import Stopped, run
 from fedlora.runs.folder import RunFolder
@@ -29,7 +29,7 @@ from fedlora.runs.folder import RunFolder
 _RUNGS, _FAILED = "rungs.json", "failed.json"
 _ATTEMPTS = 2
 """How often a run is begun whose process ends without a word."""
-_LAST: dict[str, Setting] = {}
+_LAST: dict[str, FederatedData] = {}
 """The data that this process prepared last, by the settings that decide them."""
 
 
@@ -144,7 +144,7 @@ def drop_checkpoints(folder: Path) -> None:
         shutil.rmtree(inner, ignore_errors=True)
 
 
-def _setting(experiment: Experiment) -> Setting:
+def _setting(experiment: Experiment) -> FederatedData:
     """The data of an experiment; those of the last one are kept, as runs in turn mostly share them."""
     effective = in_mode(experiment)
     values = config.resolved(effective)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.network import Network, parse_network
-from fedlora.rounds.ledger import Row
+from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.folder import RunFolder
 from fedlora.study.gates import Figures
 from fedlora.study.halving import Halving
@@ -79,7 +79,7 @@ def evaluations(
     yield from found
 
 
-def _evaluated(rows: Sequence[Row], network: Network | None, timed: bool) -> Iterator[dict[str, Any]]:
+def _evaluated(rows: Sequence[RoundRecord], network: Network | None, timed: bool) -> Iterator[dict[str, Any]]:
     """What was sent and spent until each evaluation, and its metrics."""
     down = up = 0
     passed = seconds = 0.0

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fedlora.core.component import STRICT, dataclass
+from fedlora.core.component import MODEL_CONFIG, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.handed import HandedField, with_keywords
 from fedlora.tasks.data.columns import Source, check_column, fingerprint, values_of
@@ -44,7 +44,7 @@ class Evaluation(NamedTuple):
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Model:
     """Which pre-trained model, and how it is held.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.component import STRICT, Count, Field, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
@@ -32,7 +32,7 @@ PROBLEM_TYPES: dict[scores.Problem, str] = {
 """What ``transformers`` calls the problems, so that others' code reads an exported model right."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class TextClassification(TokenizedTask):
     """A class for a text, or for a pair of texts; or several classes, or a number.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fedlora.config import Evaluate, Experiment, parse, to_toml
-from fedlora.config.federated_data import Setting
+from fedlora.config.federated_data import FederatedData
 from fedlora.core import tree
 from fedlora.core.errors import TrainingError
 from fedlora.core.state import Change, Update
@@ -53,7 +53,7 @@ def check_aggregator(value: Aggregator, learns: bool = True) -> None:
     """
     groups = {name: "head" if name.startswith("head") else "adapter" for name in _NAMES}
     params, schema = _tree(0), schema_of(groups)
-    cohort = [Update(params, _tree(1 + k), 1.0 + k) for k in range(max(3, value.least))]
+    cohort = [Update(params, _tree(1 + k), 1.0 + k) for k in range(max(3, value.min_updates))]
 
     def combined(updates: Iterable[Update]) -> Change:
         accumulator = value.begin(params, schema, EMPTY)
@@ -61,8 +61,8 @@ def check_aggregator(value: Aggregator, learns: bool = True) -> None:
             accumulator.add(update)
         return accumulator.finish()
 
-    same = combined(cohort[:1] * max(3, value.least))
-    more = combined(cohort[:1] * (max(3, value.least) + 1))
+    same = combined(cohort[:1] * max(3, value.min_updates))
+    more = combined(cohort[:1] * (max(3, value.min_updates) + 1))
     _close(same.delta, more.delta, "equal clients: one more of them changes the result")
     _close(combined(cohort).delta, combined(cohort[::-1]).delta, "the order of clients changes the result")
     try:
@@ -260,15 +260,15 @@ def check_training(phases: tuple[Phase, ...], learns: bool = True) -> None:
         _must(losses[-1] < losses[0], f"the training loss does not fall: {losses}")
 
 
-def _toy(phases: tuple[Phase, ...]) -> tuple[Experiment, Setting]:
+def _toy(phases: tuple[Phase, ...]) -> tuple[Experiment, FederatedData]:
     experiment = Experiment(
-        clients=Clients(num=6, per_round=max(3, phases[0].recipe.aggregator.least)),
+        clients=Clients(num=6, per_round=max(3, phases[0].recipe.aggregator.min_updates)),
         phases=phases,
         evaluate=Evaluate(every=2),
     )
     task, rows = toy_task(num_examples=48), np.arange(48)
     classes = Classes(task.labels, list(task.label_names))
-    return experiment, Setting(task, equal_population(48, 6), rows, "train", torch.device("cpu"), classes)
+    return experiment, FederatedData(task, equal_population(48, 6), rows, "train", torch.device("cpu"), classes)
 
 
 def _end(folder: Path) -> tuple[list[dict[str, Any]], Tree]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from fedlora.core import tree as trees
-from fedlora.core.component import STRICT, Whole, by_kind, dataclass
+from fedlora.core.component import MODEL_CONFIG, Whole, by_kind, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema
 from fedlora.core.slots import Slot, kind_of
@@ -37,7 +37,7 @@ PRECISIONS: dict[str, type[Precision]] = by_kind(AnyPrecision)
 """The table of precisions, by ``kind``."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Stage:
     """What a link does from a round on; what is None stays as it was.
 
@@ -54,7 +54,7 @@ class Stage:
     head_precision: AnyPrecision | None = None
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Link:
     """One direction of the exchange: what is kept, at what precision, and relative to what.
 
@@ -101,7 +101,7 @@ class Link:
         return tuple(each.facts for each in chosen if each is not None)
 
     @property
-    def thins(self) -> bool:
+    def drops_entries(self) -> bool:
         """Whether entries are left out in any round."""
         return any(each.drops for each in self.facts)
 
@@ -130,7 +130,7 @@ class Link:
     @property
     def lossy(self) -> bool:
         """Whether what arrives may differ from what was there."""
-        return self.thins or self.rounds_values
+        return self.drops_entries or self.rounds_values
 
     def at(self, round: int) -> Stage:
         """What holds in a round of the phase (0-based)."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlora.core.component import STRICT, dataclass
+from fedlora.core.component import MODEL_CONFIG, dataclass
 from fedlora.core.errors import WireError
 from fedlora.transport.framing import Reader
 
@@ -128,7 +128,7 @@ class Plain(Precision):
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Float32(Plain):
     """IEEE 754 binary32, four bytes a value: nothing is lost."""
 
@@ -141,7 +141,7 @@ class Float32(Plain):
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class BFloat16(Plain):
     """The upper half of a float32, two bytes a value: eight significant bits, rounded to nearest, ties to even.
 
@@ -167,7 +167,7 @@ class BFloat16(Plain):
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Float16(Plain):
     """IEEE 754 binary16, two bytes a value: eleven significant bits, rounded to nearest, ties to even.
 

@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.core.component import STRICT, Count, Positive, Share, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Positive, Share, dataclass
 from fedlora.core.schema import Leaf
 from fedlora.core.tree import Tree, flatten, unflatten
 from fedlora.transport.positions import random_positions
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Quota:
     """Densities of their own for LoRA's factors and the head; what is None counts with the rest.
 
@@ -108,7 +108,7 @@ class Sparsifier(ABC):
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Dense(Sparsifier):
     """Keeps everything.
 
@@ -128,7 +128,7 @@ class Dense(Sparsifier):
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class TopK(Sparsifier):
     """Keeps the entries of largest magnitude.
 
@@ -186,7 +186,7 @@ class TopK(Sparsifier):
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Threshold(Sparsifier):
     """Keeps the entries whose magnitude is ``value`` or more.
 
@@ -213,7 +213,7 @@ class Threshold(Sparsifier):
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class RandomK(Sparsifier):
     """Keeps ``k = max(1, int(n * density))`` of each tensor's ``n`` entries, drawn from a seed that both ends share.
 
@@ -268,7 +268,7 @@ class RandomK(Sparsifier):
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class RankSlice(Sparsifier):
     """Keeps ``rank`` rows of every ``A`` and columns of every ``B``, and all that is no LoRA factor.
 

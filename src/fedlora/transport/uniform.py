@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.component import STRICT, dataclass
+from fedlora.core.component import MODEL_CONFIG, dataclass
 from fedlora.core.errors import WireError
 from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, splitmix, take_bits
 from fedlora.transport.framing import Reader, varint
@@ -28,7 +28,7 @@ _SMALLEST = np.float32(2.0**-126)  # of a normal number: products with smaller o
 
 
 @final
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Uniform(Precision):
     """A value is ``q * scale`` with a whole ``q``, ``|q| <= 2 ** (bits - 1) - 1``; with one bit, ``q`` is the sign.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fedlora.core.component import by_kind
 from fedlora.core.slots import Slot
-from fedlora.tuning.base import Installed, Start, Tuning
+from fedlora.tuning.base import InitialParams, Installed, Tuning
 from fedlora.tuning.bottleneck import Bottleneck
 from fedlora.tuning.lora import LoRA, from_peft, to_peft
 from fedlora.tuning.lora_init import LORA_INITS, Kaiming, LoRAInit, Orthogonal, SvdOfDelta, SvdOfWeight
@@ -33,6 +33,7 @@ __all__ = [
     "Bottleneck",
     "Full",
     "HeadOnly",
+    "InitialParams",
     "Installed",
     "Kaiming",
     "LoRA",
@@ -40,7 +41,6 @@ __all__ = [
     "Orthogonal",
     "Peft",
     "SparseMask",
-    "Start",
     "SvdOfDelta",
     "SvdOfWeight",
     "Tuning",

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fedlora.core import tree
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Leaf, Schema
-from fedlora.core.state import SEED_BITS, Carry, Fold, Folds
+from fedlora.core.state import SEED_BITS, Fold, Folds, PhaseHandover
 from fedlora.core.tree import Tree
 from fedlora.tuning.matrices import holds_numbers
 
 
-class Start(NamedTuple):
+class InitialParams(NamedTuple):
     """Where a phase starts.
 
     Args:
@@ -50,7 +50,7 @@ class Installed:
         folded: edits of frozen weights that were applied, dense, by parameter name.
         folds: those of a phase's rounds that are in the frozen weights now.
         base: the weights that these edit as they were before, by module name.
-        seed: what random parts were redrawn from, where a setup told it.
+        seed: what random parts were redraw_init from, where a setup told it.
         frozen_head: the head's parameters where it is not trained, by name; exports carry their values.
         refresh: carries ``parameters`` into the weights that the forward pass reads, where they are not the same.
     """
@@ -83,7 +83,7 @@ class Installed:
         """A copy of the trained parameters, float32 on the CPU."""
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.parameters.items()}
 
-    def since(self, start: Mapping[str, Tensor]) -> Tree:
+    def delta_from(self, start: Mapping[str, Tensor]) -> Tree:
         """What the trained parameters are now, less ``start``; float32 on the CPU, in memory of its own."""
         now = {name: value.detach().to("cpu", torch.float32) for name, value in self.parameters.items()}
         return tree.subtract(now, start)
@@ -141,7 +141,7 @@ class Tuning(ABC):
             ConfigError: nothing in the model matches.
         """
 
-    def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
+    def start(self, installed: Installed, seed: int, carry: PhaseHandover | None) -> InitialParams:
         """The first values of the trained parameters; runs on the server alone.
 
         Args:
@@ -154,7 +154,7 @@ class Tuning(ABC):
         """
         params = installed.read()
         if carry is None:
-            return Start(params, Fold(), seed, {})
+            return InitialParams(params, Fold(), seed, {})
         for name, value in params.items():
             if name in carry.head:
                 params[name] = carry.head[name]
@@ -162,9 +162,9 @@ class Tuning(ABC):
                 params[name] = value + carry.delta[name]
         kept = sum(float(value.square().sum()) for name, value in carry.delta.items() if name in params)
         total = sum(float(value.square().sum()) for value in carry.delta.values())
-        return Start(params, Fold(), seed, {"energy_kept": kept / total if total else 1.0})
+        return InitialParams(params, Fold(), seed, {"energy_kept": kept / total if total else 1.0})
 
-    def setup(self, installed: Installed, start: Start, reference: bool) -> dict[str, Tree]:
+    def setup(self, installed: Installed, start: InitialParams, reference: bool) -> dict[str, Tree]:
         """What a client needs beside the parameters of a round, as the parts of a message.
 
         Args:
@@ -174,7 +174,7 @@ class Tuning(ABC):
         """
         return {"init": start.params} if reference else {}
 
-    def settle(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
+    def apply_setup(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
         """Applies a received setup to the model, once.
 
         Returns:
@@ -195,7 +195,7 @@ class Tuning(ABC):
         """Euclidean norm of what ``fold`` changes."""
         return 0.0
 
-    def redrawn(self, schema: Schema, init: Tree, seed: int) -> Tree:
+    def redraw_init(self, schema: Schema, init: Tree, seed: int) -> Tree:
         """Where the adapters start anew after a round, the head as in ``init``.
 
         Raises:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.core.component import STRICT, Count, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, dataclass
 from fedlora.core.errors import ConfigError
-from fedlora.core.state import Carry, generator, named_seed
-from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped
-from fedlora.tuning.matrices import is_linear, is_plain, is_transposed, matrix_shape, mirror
+from fedlora.core.state import PhaseHandover, generator, named_seed
+from fedlora.tuning.base import InitialParams, Installed, Tuning, freeze_all_but, grouped
+from fedlora.tuning.matrices import copy_attributes, is_linear, is_plain, is_transposed, matrix_shape
 from fedlora.tuning.targets import block_outputs, find, replace_module
 
 
@@ -26,7 +26,7 @@ class BottleneckLinear(nn.Module):
 
     def __init__(self, old: nn.Module, width: int) -> None:
         super().__init__()
-        mirror(old, self)
+        copy_attributes(old, self)
         size = matrix_shape(old)[0]
         self.weight = old.weight
         self.bias = old.bias
@@ -59,7 +59,7 @@ class BottleneckLinear(nn.Module):
 _LEAVES = ("adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Bottleneck(Tuning):
     """Bottleneck adapters, and the head.
 
@@ -95,7 +95,7 @@ class Bottleneck(Tuning):
         parameters = freeze_all_but(model, {f"{name}.{leaf}" for name in found for leaf in _LEAVES} | head)
         return Installed(model, parameters, grouped(parameters, head))
 
-    def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
+    def start(self, installed: Installed, seed: int, carry: PhaseHandover | None) -> InitialParams:
         """See ``Tuning.start``: ``D ~ N(0, 0.01^2)``, everything else zero, so the function does not change."""
         start = Tuning.start(self, installed, seed, carry)
         for name, value in start.params.items():

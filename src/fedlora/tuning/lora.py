@@ -10,16 +10,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.component import STRICT, Count, Part, Positive, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Part, Positive, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema, factor_leaf
 from fedlora.core.slots import kind_of
-from fedlora.core.state import Carry, Fold, Folds, named_seed
+from fedlora.core.state import Fold, Folds, PhaseHandover, named_seed
 from fedlora.core.tree import Tree
-from fedlora.tuning.base import Installed, Start, Tuning, freeze_all_but, grouped, seed_from_tree, seed_to_tree
+from fedlora.tuning.base import InitialParams, Installed, Tuning, freeze_all_but, grouped, seed_from_tree, seed_to_tree
 from fedlora.tuning.lora_init import AnyLoRAInit, Kaiming, SvdOfDelta
 from fedlora.tuning.lora_layer import LoRAConv, LoRAEmbedding, LoRALayer, lora_layer
-from fedlora.tuning.matrices import is_packed, matrix_shape
+from fedlora.tuning.matrices import is_quantized, matrix_shape
 from fedlora.tuning.targets import Targets, find, replace_module
 
 PEFT_PREFIX = "base_model.model."
@@ -27,7 +27,7 @@ PEFT_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.*)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class LoRA(Tuning):
     """Low-rank adapters on chosen matrices, and the head.
 
@@ -105,7 +105,7 @@ class LoRA(Tuning):
                     f"rank = {self.rank} is above the smaller side of {name} ({smaller}); "
                     f"choose a rank up to {smaller}, or other targets"
                 )
-            if self.residual and is_packed(module):
+            if self.residual and is_quantized(module):
                 raise ConfigError(
                     f"init = {kind_of(self.init)!r} edits the values of {name}, which are stored quantised; "
                     "load the model unquantised, or start with init = { kind = 'kaiming' }"
@@ -120,7 +120,7 @@ class LoRA(Tuning):
             schema |= {a: factor_leaf("A", b), b: factor_leaf("B", a)}
         return Installed(model, parameters, schema)
 
-    def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
+    def start(self, installed: Installed, seed: int, carry: PhaseHandover | None) -> InitialParams:
         """See ``Tuning.start``.
 
         The ledger's ``energy_kept`` is ``||scale B A||^2 / ||delta||^2`` over all that was learnt: what the adapters
@@ -135,7 +135,7 @@ class LoRA(Tuning):
             if isinstance(self.init, SvdOfDelta) and f"{name}.weight" in deltas:
                 kept += float((self.scale * b @ a).square().sum())
         if carry is None:
-            return Start(params, Fold(), seed, {})
+            return InitialParams(params, Fold(), seed, {})
         params.update({name: value for name, value in carry.head.items() if name in params})
         if self.folds == "rest":
             fold = Fold(dense=dict(deltas))
@@ -144,10 +144,10 @@ class LoRA(Tuning):
         else:
             fold = Fold()
         total = sum(float(value.square().sum()) for value in deltas.values())
-        return Start(params, fold, seed, {"energy_kept": kept / total if total else 1.0})
+        return InitialParams(params, fold, seed, {"energy_kept": kept / total if total else 1.0})
 
-    def setup(self, installed: Installed, start: Start, reference: bool) -> dict[str, Tree]:
-        """See ``Tuning.setup``: a seed where the start can be redrawn, its values where not; and the fold."""
+    def setup(self, installed: Installed, start: InitialParams, reference: bool) -> dict[str, Tree]:
+        """See ``Tuning.setup``: a seed where the start can be redraw_init, its values where not; and the fold."""
         head = installed.schema.split(start.params).get("head", {})
         parts: dict[str, Tree] = {}
         if reference and self.init.from_seed:
@@ -166,7 +166,7 @@ class LoRA(Tuning):
             }
         return parts
 
-    def settle(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
+    def apply_setup(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
         """See ``Tuning.settle``: the residual is derived from the factors *received*, never from an SVD made here."""
         init = dict(parts.get("init", {}))
         layers = lora_layers(installed.model)
@@ -209,8 +209,8 @@ class LoRA(Tuning):
         )
         return self.scale * math.sqrt(max(0.0, squares))
 
-    def redrawn(self, schema: Schema, init: Tree, seed: int) -> Tree:
-        """See ``Tuning.redrawn``: as at the start of a phase, from another seed."""
+    def redraw_init(self, schema: Schema, init: Tree, seed: int) -> Tree:
+        """See ``Tuning.redraw_init``: as at the start of a phase, from another seed."""
         result = dict(init)
         for a, b, name in schema.pairs:
             shape = torch.empty(init[b].shape[0], init[a].shape[1], device="meta")

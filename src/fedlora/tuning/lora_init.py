@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.core.component import STRICT, by_kind, dataclass
+from fedlora.core.component import MODEL_CONFIG, by_kind, dataclass
 from fedlora.core.slots import Slot
 
 Factors = tuple[Tensor, Tensor]
-Split = Literal["symmetric", "left"]
+SvdSplit = Literal["symmetric", "left"]
 
 
 class LoRAInit(ABC):
@@ -40,7 +40,7 @@ class LoRAInit(ABC):
         """
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Kaiming(LoRAInit):
     """LoRA's own start (arXiv 2106.09685): ``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0``, as PEFT draws it."""
 
@@ -55,7 +55,7 @@ class Kaiming(LoRAInit):
         return torch.zeros(weight.shape[0], rank), (2.0 * uniform - 1.0) * bound
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Orthogonal(LoRAInit):
     """``A`` with orthonormal rows, ``B = 0``: every direction of the input is heard equally at the start."""
 
@@ -71,7 +71,7 @@ class Orthogonal(LoRAInit):
         return torch.zeros(weight.shape[0], rank), rows
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SvdOfWeight(LoRAInit):
     """FeDeRA's start (arXiv 2404.18848, Sec. 3; PiSSA in centralised training, arXiv 2404.02948).
 
@@ -83,7 +83,7 @@ class SvdOfWeight(LoRAInit):
     """
 
     kind: Literal["svd_of_weight"] = "svd_of_weight"
-    split: Split = "symmetric"
+    split: SvdSplit = "symmetric"
     residual: ClassVar[bool] = True
     from_seed: ClassVar[bool] = False
 
@@ -91,7 +91,7 @@ class SvdOfWeight(LoRAInit):
         return truncated_svd(weight, rank, scale, self.split)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SvdOfDelta(LoRAInit):
     """SLoRA's hand-over (arXiv 2308.06522, Sec. 3): LoRA starts at the best rank-``r`` part of what was learnt.
 
@@ -105,7 +105,7 @@ class SvdOfDelta(LoRAInit):
     """
 
     kind: Literal["svd_of_delta"] = "svd_of_delta"
-    split: Split = "symmetric"
+    split: SvdSplit = "symmetric"
     fold: Literal["none", "biases", "rest"] = "none"
     residual: ClassVar[bool] = False
     from_seed: ClassVar[bool] = False
@@ -116,7 +116,7 @@ class SvdOfDelta(LoRAInit):
         return truncated_svd(delta, rank, scale, self.split)
 
 
-def truncated_svd(matrix: Tensor, rank: int, scale: float, split: Split) -> Factors:
+def truncated_svd(matrix: Tensor, rank: int, scale: float, split: SvdSplit) -> Factors:
     """``B, A`` with ``scale * B @ A`` = the best approximation of ``matrix`` of rank ``rank``.
 
     The sign of each pair of singular vectors is fixed by the largest entry of the left one, which is made positive.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.tuning.matrices import is_packed, is_plain, is_transposed, matrix_shape, mirror
+from fedlora.tuning.matrices import copy_attributes, is_plain, is_quantized, is_transposed, matrix_shape
 
 
 class LoRALayer(nn.Module, ABC):
@@ -24,13 +24,13 @@ class LoRALayer(nn.Module, ABC):
 
     def __init__(self, old: nn.Module, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
-        mirror(old, self)
+        copy_attributes(old, self)
         self.rows, self.columns = matrix_shape(old)
         self.weight = old.weight
         self.bias = getattr(old, "bias", None)
         # a quantised or scaled module goes on computing its own product
         self.own = None if is_plain(old) else old
-        self.packed = is_packed(old)
+        self.packed = is_quantized(old)
         self.transposed = is_transposed(old)
         self.scale = scale
         self.dropout = dropout

@@ -41,7 +41,7 @@ def holds_numbers(weight: Tensor) -> bool:
     return weight.dtype in _NUMBERS
 
 
-def is_packed(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether the weight is stored quantised."""
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -68,7 +68,7 @@ def oriented(module: nn.Module) -> Tensor:
     return weight.T if is_transposed(module) else weight.flatten(1)
 
 
-def mirror(old: nn.Module, new: nn.Module) -> None:
+def copy_attributes(old: nn.Module, new: nn.Module) -> None:
     """Gives ``new``, which takes the place of ``old``, what models read off it, such as a convolution's stride."""
     for name in _READ:
         if name in vars(old):

@@ -9,20 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fedlora.core.component import STRICT, dataclass
+from fedlora.core.component import MODEL_CONFIG, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.later import peft
 from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
-from fedlora.tuning.matrices import mirror
+from fedlora.tuning.matrices import copy_attributes
 from fedlora.tuning.targets import saved_modules
 
 _SVD_INITS = ("pissa", "olora", "corda", "loftq", "eva", "mica", "lora_ga")
 _SVD_TYPES = ("ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Peft(Tuning):
     """Whatever ``peft`` installs for a configuration.
 
@@ -88,7 +88,7 @@ class Peft(Tuning):
                 raise ConfigError(f"peft cannot put {config.peft_type} into this model: {error}") from error
         for module in wrapped.modules():
             if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-                mirror(module.get_base_layer(), module)
+                copy_attributes(module.get_base_layer(), module)
         parameters, schema = {}, Schema()
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:

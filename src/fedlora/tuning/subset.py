@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.component import STRICT, Count, Share, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Share, dataclass
 from fedlora.core.errors import ConfigError
-from fedlora.core.state import Carry, Fold, generator, named_seed
+from fedlora.core.state import Fold, PhaseHandover, generator, named_seed
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import (
+    InitialParams,
     Installed,
-    Start,
     Tuning,
     check_matched,
     check_trainable,
@@ -29,7 +29,7 @@ from fedlora.tuning.targets import Targets, find
 _DENSITY = 0.01
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Full(Tuning):
     """Full fine-tuning: every weight moves."""
 
@@ -39,7 +39,7 @@ class Full(Tuning):
         return _installed(model, {name for name, _ in model.named_parameters()}, head)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class HeadOnly(Tuning):
     """Linear probe: the task head moves and nothing else."""
 
@@ -55,7 +55,7 @@ class HeadOnly(Tuning):
         return _installed(model, set(), head)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class BitFit(Tuning):
     """BitFit (arXiv 2106.10199): the bias terms move, and the head."""
 
@@ -68,7 +68,7 @@ class BitFit(Tuning):
         return _installed(model, biases, head)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SparseMask(Tuning):
     """SLoRA's first phase (arXiv 2308.06522, Sec. 3): a random, data-independent part of the weights moves.
 
@@ -103,7 +103,7 @@ class SparseMask(Tuning):
         return max(1, int((_DENSITY if self.density is None else self.density) * rows * columns))
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``; the mask itself comes with ``settle``."""
+        """See ``Tuning.install``; the mask itself comes with ``apply_setup``."""
         found = find(model, self.targets, head)
         weights = {f"{name}.weight": module for name, module in found.items()}
         dense = set(head)
@@ -121,13 +121,13 @@ class SparseMask(Tuning):
         parameters = {name: packed[name] if name in packed else direct[name] for name in order}
         return Installed(model, parameters, grouped(parameters, head))
 
-    def start(self, installed: Installed, seed: int, carry: Carry | None) -> Start:
+    def start(self, installed: Installed, seed: int, carry: PhaseHandover | None) -> InitialParams:
         """See ``Tuning.start``; a delta outside the mask is lost, and ``energy_kept`` says how much stayed."""
         named = dict(installed.model.named_parameters())
         places = self._places(installed, seed)
         params = {name: _packed(named[name], places.get(name)) for name in installed.parameters}
         if carry is None:
-            return Start(params, Fold(), seed, {})
+            return InitialParams(params, Fold(), seed, {})
         kept = 0.0
         for name in params:
             if name in carry.head:
@@ -137,12 +137,12 @@ class SparseMask(Tuning):
                 params[name] = params[name] + change
                 kept += float(change.square().sum())
         total = sum(float(value.square().sum()) for value in carry.delta.values())
-        return Start(params, Fold(), seed, {"energy_kept": kept / total if total else 1.0})
+        return InitialParams(params, Fold(), seed, {"energy_kept": kept / total if total else 1.0})
 
-    def setup(self, installed: Installed, start: Start, reference: bool) -> dict[str, Tree]:
+    def setup(self, installed: Installed, start: InitialParams, reference: bool) -> dict[str, Tree]:
         return {"seed": seed_to_tree(start.seed)} | ({"init": start.params} if reference else {})
 
-    def settle(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
+    def apply_setup(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
         """See ``Tuning.settle``: draws the mask and lets gradients flow to the packed values alone."""
         named = dict(installed.model.named_parameters())
         places = self._places(installed, seed_from_tree(parts["seed"]))

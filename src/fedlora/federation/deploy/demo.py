@@ -15,7 +15,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy.folder import ServerConfig, init
 from fedlora.federation.deploy.processes import Child, free_port, stop_all
 from fedlora.federation.deploy.serve import serve
-from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.result import Result
 from fedlora.tasks import Sites
@@ -45,7 +45,7 @@ def demo(
     """
     if isinstance(experiment.data, Sites):
         raise ConfigError("data.kind = 'sites' is for real sites; the demo deals the data of any other kind to sites")
-    rules = Rules(min_available=len(prepare(experiment).population))
+    rules = ServerPolicy(min_available=len(prepare(experiment).population))
     with started_sites(federation, sites):
         return serve(experiment, folder, federation / "server", rules=rules, callbacks=callbacks)
 

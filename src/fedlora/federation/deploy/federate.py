@@ -1,4 +1,4 @@
-"""A run whose clients live elsewhere: from a configuration and a courier to what ``experiment.run`` gives."""
+"""A run whose clients live elsewhere: from a configuration and a transport to what ``experiment.run`` gives."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedlora.config import Experiment
-from fedlora.config.federated_data import Setting, prepare, prepare_sites
+from fedlora.config.federated_data import FederatedData, prepare, prepare_sites
 from fedlora.config.handed_over import check_on_disk
 from fedlora.core.errors import ConfigError
-from fedlora.federation.protocol.courier import Courier
-from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.protocol.policies import ServerPolicy
+from fedlora.federation.protocol.transport import Transport
 from fedlora.federation.server.remote import Remote
 from fedlora.recipe.modes import MODES
 from fedlora.runs import experiment as experiments
@@ -28,8 +28,8 @@ KNOWN = "federation.json"
 def federate(
     experiment: Experiment,
     folder: Path,
-    courier: Courier,
-    rules: Rules,
+    transport: Transport,
+    rules: ServerPolicy,
     *,
     names: Sequence[str] = (),
     anywhere: bool = False,
@@ -41,7 +41,7 @@ def federate(
     Args:
         experiment: what to run.
         folder: where to keep the run.
-        courier: carries letters.
+        transport: carries messages.
         rules: what is waited for.
         names: of the sites there may be, for ``data.kind = "sites"``.
         anywhere: whether any site can take any client's turn.
@@ -74,7 +74,7 @@ def federate(
         if not (folder / KNOWN).exists():
             files.write_json(KNOWN, {"run": secrets.token_hex(8), "sites": {}})
         begun()
-        remote = Remote(courier, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
+        remote = Remote(transport, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
         if ready:
             remote.open(experiment, task.label_names, len(ready.population))
         setting = ready or _of_sites(experiment, task, remote, files, names)
@@ -83,15 +83,15 @@ def federate(
 
 def _of_sites(
     experiment: Experiment, task: Prepared, remote: Remote, files: RunFolder, names: Sequence[str]
-) -> Setting:
+) -> FederatedData:
     """The setting of sites with rows of their own, after they have heard of the run."""
     ordered = sorted(names)
     numbers = {name: number for number, name in enumerate(ordered)}
     remote.open(experiment, task.label_names, len(ordered), numbers)
     # what is known of sites outlasts their absence
     known = files.read_json(KNOWN)
-    for name, guest in remote.guests.items():
-        known["sites"][name] = [sum(guest.sizes.values()), guest.kind]
+    for name, site_info in remote.site_infos.items():
+        known["sites"][name] = [sum(site_info.sizes.values()), site_info.kind]
     files.write_json(KNOWN, known)
     sites = {name: known["sites"].get(name, [0, ""]) for name in ordered}
     absent = [name for name in ordered if name not in known["sites"]]

@@ -9,17 +9,17 @@ from typing import Annotated, Self
 import tomli_w
 
 from fedlora.config.experiment import read_toml
-from fedlora.core.component import STRICT, Field, dataclass
+from fedlora.core.component import MODEL_CONFIG, Field, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy.file_templates import PROXY, README, SITE, SITE_README
 from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
 from fedlora.federation.deploy.processes import write_secret
-from fedlora.federation.protocol.rules import Name, Rules, parse_as
+from fedlora.federation.protocol.policies import Name, ServerPolicy, parse_as
 
 SERVER_FILE = "server.toml"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ServerConfig:
     """A federation as its server knows it, ``server/server.toml``.
 
@@ -35,7 +35,7 @@ class ServerConfig:
     proxy_port: Annotated[int, Field(ge=1, le=65535)] = 9443
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     sites: Annotated[tuple[Name, ...], Field(min_length=1)]
-    rules: Rules = field(default_factory=Rules)
+    rules: ServerPolicy = field(default_factory=ServerPolicy)
 
     @classmethod
     def load(cls, folder: Path) -> Self:

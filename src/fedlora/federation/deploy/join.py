@@ -16,7 +16,7 @@ from pathlib import Path
 from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
 from fedlora.federation.deploy.processes import Child, free_port, quiet, stop_all, write_secret
-from fedlora.federation.protocol.rules import SiteConfig
+from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.runs.callbacks import Callback, CallbackList
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 30.0

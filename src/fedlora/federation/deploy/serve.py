@@ -16,8 +16,8 @@ from fedlora.federation.deploy.federate import federate
 from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
 from fedlora.federation.deploy.folder import ServerConfig, public_keys
 from fedlora.federation.deploy.processes import Child, quiet, wait_until_up, write_secret
-from fedlora.federation.protocol.courier import Courier
-from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.protocol.policies import ServerPolicy
+from fedlora.federation.protocol.transport import Transport
 from fedlora.runs.callbacks import Callback, CallbackList
 from fedlora.runs.result import Result
 from fedlora.tasks import Sites
@@ -34,7 +34,7 @@ def serve(
     folder: Path,
     federation: Path,
     *,
-    rules: Rules | None = None,
+    rules: ServerPolicy | None = None,
     insecure: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
@@ -60,13 +60,13 @@ def serve(
         raise ConfigError("in plain text nobody knows which site is which; leave --insecure out")
     keys_of = {} if insecure else public_keys(federation, config)
     rules = rules or config.rules
-    with superlink(federation, config.port, callbacks, insecure) as link, sites_of(link, keys_of) as courier:
-        return federate(experiment, folder, courier, rules, names=config.sites, callbacks=callbacks)
+    with superlink(federation, config.port, callbacks, insecure) as link, sites_of(link, keys_of) as transport:
+        return federate(experiment, folder, transport, rules, names=config.sites, callbacks=callbacks)
 
 
 @contextmanager
-def sites_of(link: Link, public: Mapping[str, bytes]) -> Iterator[Courier]:
-    """A run on a SuperLink, and the courier to its sites; when it closes, the run is over.
+def sites_of(link: Link, public: Mapping[str, bytes]) -> Iterator[Transport]:
+    """A run on a SuperLink, and the transport to its sites; when it closes, the run is over.
 
     Args:
         link: to the SuperLink.

@@ -20,8 +20,8 @@ from fedlora.core.errors import ConfigError, ProcessError
 from fedlora.federation.deploy.federate import federate
 from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
 from fedlora.federation.deploy.processes import quiet
-from fedlora.federation.protocol.courier import Courier
-from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.protocol.policies import ServerPolicy
+from fedlora.federation.protocol.transport import Transport
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.result import Result
 from fedlora.tasks import Sites
@@ -58,12 +58,12 @@ def simulate(
         raise ConfigError("data.kind = 'sites' is for real sites; a simulation deals the data of any other kind")
     place = folder.resolve() / "simulation"
 
-    def main(courier: Courier) -> Result:
+    def main(transport: Transport) -> Result:
         def begun() -> None:
             write_site(place, experiment.device)
 
-        rules = Rules(round_timeout=LONGEST)
-        return federate(experiment, folder, courier, rules, anywhere=True, callbacks=callbacks, begun=begun)
+        rules = ServerPolicy(round_timeout=LONGEST)
+        return federate(experiment, folder, transport, rules, anywhere=True, callbacks=callbacks, begun=begun)
 
     return with_ray(main, place, workers, ray)
 
@@ -76,13 +76,13 @@ def write_site(folder: Path, device: str) -> None:
 
 
 def with_ray(
-    main: Callable[[Courier], T], folder: Path, workers: int | None = None, ray: dict[str, Any] | None = None
+    main: Callable[[Transport], T], folder: Path, workers: int | None = None, ray: dict[str, Any] | None = None
 ) -> T:
-    """Starts Ray's workers and gives ``main`` a courier to them.
+    """Starts Ray's workers and gives ``main`` a transport to them.
 
     Args:
         main: what is done with them.
-        folder: where ``write_site`` writes before the first letter is sent.
+        folder: where ``write_site`` writes before the first envelope is sent.
         workers: how many; as many as there are GPUs, or cores if there are none, by default.
         ray: what ``ray.init`` gets.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedlora.federation.flower.app import answer
 from fedlora.federation.flower.runtime import Link, take_messages
-from fedlora.federation.protocol.rules import SiteConfig
+from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.federation.site.site import Site
 
 

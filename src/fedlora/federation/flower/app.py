@@ -1,4 +1,4 @@
-"""The half that speaks Flower's public interface: letters as messages, a site as a client app."""
+"""The half that speaks Flower's public interface: messages as messages, a site as a client app."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from flwr.serverapp import Grid, ServerApp
 from fedlora import config
 from fedlora.core.errors import WireError
 from fedlora.federation.deploy.flower_versions import PUBLIC, check_flower
-from fedlora.federation.protocol.courier import Arrived, Courier
-from fedlora.federation.protocol.rules import Rules, SiteConfig
+from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig
+from fedlora.federation.protocol.transport import Received, Transport
 from fedlora.federation.site.site import Site
 
 check_flower(PUBLIC)
 CHUNK = 1 << 20
 """Bytes of an array: larger ones time out over slow links."""
 LARGEST = 1 << 33
-"""No letter is longer."""
+"""No envelope is longer."""
 SITE_FILE = "FEDLORA_SITE"
 """The environment variable that names a site's file."""
 TRANSPORT: tuple[type[Exception], ...] = (httpx.HTTPError, OSError)
 """What is no answer's fault."""
 BATCHES = 32
 """So many questions for answers at most."""
-_TYPE = "fedlora.letter/1"
+_TYPE = "fedlora.envelope/1"
 _AT_FAULT = 2
 """Flower's code for an app that raised; all others are losses on the way."""
 
 
 def pack(raw: bytes) -> RecordDict:
-    """A letter as a Flower record: one array for each mebibyte."""
+    """A message as a Flower record: one array for each mebibyte."""
     pieces = (raw[first : first + CHUNK] for first in range(0, max(1, len(raw)), CHUNK))
     arrays = {f"{number:06d}": Array("uint8", (len(piece),), _TYPE, piece) for number, piece in enumerate(pieces)}
-    return RecordDict({"letter": ArrayRecord(arrays)})
+    return RecordDict({"envelope": ArrayRecord(arrays)})
 
 
 def unpack(record: RecordDict) -> bytes:
     """The inverse of ``pack``.
 
     Raises:
-        WireError: the record holds no letter.
+        WireError: the record holds no envelope.
     """
-    found = record.get("letter")
-    if list(record) != ["letter"] or not isinstance(found, ArrayRecord):
-        raise WireError("a message without a letter came")
+    found = record.get("envelope")
+    if list(record) != ["envelope"] or not isinstance(found, ArrayRecord):
+        raise WireError("a message without a message came")
     if list(found) != [f"{number:06d}" for number in range(len(found))]:
-        raise WireError("the pieces of a letter are not in order")
+        raise WireError("the pieces of a message are not in order")
     if any(array.stype != _TYPE for array in found.values()) or sum(len(a.data) for a in found.values()) > LARGEST:
-        raise WireError("a letter is of an unknown kind, or too long")
+        raise WireError("a message is of an unknown kind, or too long")
     return b"".join(array.data for array in found.values())
 
 
-class GridCourier(Courier):
+class GridCourier(Transport):
     """Letters over a Flower grid.
 
     Args:
@@ -80,13 +80,13 @@ class GridCourier(Courier):
         self._check()
         return self._addresses()
 
-    def post(self, address: int, raw: bytes, seconds: float) -> str | None:
+    def send(self, address: int, raw: bytes, seconds: float) -> str | None:
         message = Message(pack(raw), dst_node_id=address, message_type="train", ttl=max(1.0, seconds))
         # the grids differ in what they give for a node that is gone
         tickets = [ticket for ticket in self._grid.push_messages([message]) if ticket]
         return tickets[0] if tickets else None
 
-    def collect(self, tickets: Sequence[str]) -> list[Arrived]:
+    def collect(self, tickets: Sequence[str]) -> list[Received]:
         self._check()
         done = []
         size = max(1, len(tickets) // BATCHES)
@@ -100,24 +100,24 @@ class GridCourier(Courier):
             except Exception as error:
                 logging.getLogger("fedlora").warning("an answer cannot be read", exc_info=error)
                 why = f"an answer that Flower cannot read ({type(error).__name__})"
-                done += [Arrived(ticket, None, why) for ticket in asked]
+                done += [Received(ticket, None, why) for ticket in asked]
                 continue
             for message in found:
                 # an error of the link itself names no ticket
                 ticket = message.metadata.reply_to_message_id or (asked[0] if size == 1 else "")
                 if ticket in asked:
-                    done.append(self._arrived(ticket, message))
+                    done.append(self._received(ticket, message))
         return done
 
-    def _arrived(self, ticket: str, message: Message) -> Arrived:
+    def _received(self, ticket: str, message: Message) -> Received:
         if message.has_error():
             reason = re.sub(r"\s+", " ", message.error.reason or "no reason given")[:300]
             again = message.error.code != _AT_FAULT
-            return Arrived(ticket, None, f"Flower's code {message.error.code}: {reason}", again)
+            return Received(ticket, None, f"Flower's code {message.error.code}: {reason}", again)
         try:
-            return Arrived(ticket, unpack(message.content))
+            return Received(ticket, unpack(message.content))
         except WireError as error:
-            return Arrived(ticket, None, str(error))
+            return Received(ticket, None, str(error))
 
 
 def nodes_of(grid: Grid) -> Mapping[str, int]:
@@ -152,5 +152,5 @@ def main(grid: Grid, context: Context) -> None:
 
     experiment = config.load(Path(str(context.run_config["config"])))
     folder = Path(str(context.run_config["folder"]))
-    result = federate(experiment, folder, GridCourier(grid, lambda: nodes_of(grid)), Rules(), anywhere=True)
+    result = federate(experiment, folder, GridCourier(grid, lambda: nodes_of(grid)), ServerPolicy(), anywhere=True)
     logging.getLogger("fedlora").info("finished: %s", result.after)

@@ -158,14 +158,14 @@ def _acquire(client: RuntimeHttpClient, kind: TaskType, seconds: float) -> str:
 
 
 class _Grid(HttpGrid):  # type: ignore[misc]
-    """A grid that takes a letter for not sent where the SuperLink was gone for longer than it keeps half a letter."""
+    """A grid that takes a message for not sent where the SuperLink was gone for longer than it keeps half a message."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         try:
             tickets: Iterable[str] = super().push_messages(messages)
             return tickets
         except ObjectPushError as error:
-            logging.getLogger("fedlora").warning("a letter was not stored, and is sent again: %s", error)
+            logging.getLogger("fedlora").warning("a message was not stored, and is sent again: %s", error)
             return []
 
 

@@ -1,8 +1,8 @@
-"""Notices letters that were lost on the way, where whatever carries them does not say so.
+"""Detects messages that were lost on the way, where the transport does not report it.
 
-A site answers one letter after another. Who answers a later letter will not answer an earlier one any more; and who has
-been silent for long is sent a small letter, so that there is a later one. A SuperLink that ends between noting that a
-message was handed over and handing it over loses it for good, either way.
+A site answers its messages in order: a reply to a later one means that no reply to an earlier one will come. A site
+that has been silent for long is sent a small probe, so that there is a later message. A SuperLink that stops between
+recording a hand-over and completing it loses the message for good, in either direction.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlora.federation.protocol import letters
-from fedlora.federation.protocol.courier import Arrived, Courier
+from fedlora.federation.protocol import envelopes
+from fedlora.federation.protocol.transport import Received, Transport
 
 FIRST_SILENCE = 20.0
 """Seconds after which a site is probed for the first time; twice as long each next time."""
@@ -26,7 +26,7 @@ class _Site:
     """What passed between the server and a site.
 
     Args:
-        answered: the place of the latest letter that it answered.
+        answered: the place of the latest envelope that it answered.
         since: when something last passed.
         patience: seconds of silence until it is probed.
     """
@@ -36,15 +36,15 @@ class _Site:
     patience: float = FIRST_SILENCE
 
 
-class Probing(Courier):
-    """A courier that says which letters of another are lost.
+class Probing(Transport):
+    """A transport that says which messages of another are lost.
 
     Args:
-        courier: hands a site its letters in their order, each after the last was answered.
+        transport: hands a site its messages in their order, each after the last was answered.
     """
 
-    def __init__(self, courier: Courier) -> None:
-        self._courier = courier
+    def __init__(self, transport: Transport) -> None:
+        self._courier = transport
         self._sent: dict[str, tuple[int, int]] = {}
         self._probes: set[str] = set()
         self._known: dict[int, _Site] = {}
@@ -53,8 +53,8 @@ class Probing(Courier):
     def sites(self) -> Mapping[str, int]:
         return self._courier.sites()
 
-    def post(self, address: int, raw: bytes, seconds: float) -> str | None:
-        ticket = self._courier.post(address, raw, seconds)
+    def send(self, address: int, raw: bytes, seconds: float) -> str | None:
+        ticket = self._courier.send(address, raw, seconds)
         if ticket is not None:
             self._count += 1
             self._sent[ticket] = address, self._count
@@ -62,11 +62,11 @@ class Probing(Courier):
             site.since, site.patience = time.monotonic(), FIRST_SILENCE
         return ticket
 
-    def collect(self, tickets: Sequence[str]) -> list[Arrived]:
-        """See ``Courier.collect``; letters that a later one's answer overtook come back as lost."""
+    def collect(self, tickets: Sequence[str]) -> list[Received]:
+        """See ``Transport.collect``; messages that a later one's answer overtook come back as lost."""
         # an answer may come between two looks of one call, so that what is overtaken is looked for once more
         overtaken = [ticket for ticket in (*tickets, *self._probes) if self._is_overtaken(ticket)]
-        arrived = []
+        received = []
         for each in self._courier.collect([*tickets, *self._probes]):
             address, place = self._sent.pop(each.ticket)
             if each.raw is not None or not each.again:
@@ -76,29 +76,29 @@ class Probing(Courier):
             if each.ticket in self._probes:
                 self._probes.remove(each.ticket)
             else:
-                arrived.append(each)
+                received.append(each)
         for ticket in overtaken:
             if ticket in self._sent:
                 del self._sent[ticket]
                 if ticket in self._probes:
                     self._probes.remove(ticket)
                     continue
-                arrived.append(Arrived(ticket, None, "a letter to it or its answer was lost on the way", again=True))
+                received.append(Received(ticket, None, "a message to it or its answer was lost on the way", again=True))
         self._probe({self._sent[ticket][0] for ticket in tickets if ticket in self._sent})
-        return arrived
+        return received
 
     def _is_overtaken(self, ticket: str) -> bool:
         address, place = self._sent[ticket]
         return place < self._known[address].answered
 
     def _probe(self, addresses: set[int]) -> None:
-        """Sends a small letter to those that owe an answer and have been silent for long."""
+        """Sends a small envelope to those that owe an answer and have been silent for long."""
         for address in addresses:
             site = self._known[address]
             if time.monotonic() - site.since > site.patience:
                 patience = 2 * site.patience
                 head = {"kind": "probe", "ticket": secrets.token_hex(8)}
-                ticket = self.post(address, letters.write(head, {}), LIFE)
+                ticket = self.send(address, envelopes.write(head, {}), LIFE)
                 if ticket is not None:
                     self._probes.add(ticket)
                 site.since, site.patience = time.monotonic(), patience

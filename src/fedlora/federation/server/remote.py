@@ -1,4 +1,4 @@
-"""Clients on sites: letters to them and back, waiting, asking again, refusing. Knows nothing of how letters travel."""
+"""Clients on remote sites: sending jobs, waiting, retrying, rejecting; how messages travel is the transport's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fedlora.config.federated_data import in_mode
 from fedlora.core.errors import DataError, QuorumError, TrainingError, WireError, plain
 from fedlora.core.state import ClientState
 from fedlora.engines.base import Engine
-from fedlora.federation.protocol import letters
-from fedlora.federation.protocol.courier import Arrived, Courier
-from fedlora.federation.protocol.rules import Rules
+from fedlora.federation.protocol import envelopes
+from fedlora.federation.protocol.policies import ServerPolicy
+from fedlora.federation.protocol.transport import Received, Transport
 from fedlora.federation.server.probes import Probing
 from fedlora.federation.site.site import base_digest
 from fedlora.privacy.disclosure import disclosure_of
@@ -30,7 +30,7 @@ LARGEST_SIZE = 2**31
 """No client has more examples."""
 
 
-class Guest(NamedTuple):
+class SiteInfo(NamedTuple):
     """What a site said of itself: its kind, and how many examples each of its clients has."""
 
     kind: str
@@ -38,7 +38,7 @@ class Guest(NamedTuple):
 
 
 class _Invited(NamedTuple):
-    """An opening letter on its way."""
+    """An opening message on its way."""
 
     name: str
     address: int
@@ -46,7 +46,7 @@ class _Invited(NamedTuple):
 
 
 @dataclass
-class _Errand:
+class _PendingJob:
     """A job on its way."""
 
     job: Job
@@ -62,7 +62,7 @@ class Remote(Engine):
     """Runs jobs on sites.
 
     Args:
-        courier: carries letters.
+        transport: carries messages.
         rules: what is waited for.
         run: name of the run, hexadecimal digits; what sites remember is theirs by it.
         anywhere: whether any site can take any client's turn, and is ours, as in a simulation.
@@ -73,20 +73,20 @@ class Remote(Engine):
 
     def __init__(
         self,
-        courier: Courier,
-        rules: Rules,
+        transport: Transport,
+        rules: ServerPolicy,
         run: str,
         anywhere: bool = False,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         # who can take any turn is not asked in order
-        self.courier = courier if anywhere else Probing(courier)
+        self.transport = transport if anywhere else Probing(transport)
         self.rules, self.name = rules, run
         self.anywhere, self._message = anywhere, CallbackList(callbacks).message
         self.min_clients = rules.min_clients
         self.over_sample = rules.over_sample
         self.attempts = rules.attempts
-        self.guests: dict[str, Guest] = {}
+        self.site_infos: dict[str, SiteInfo] = {}
         self._opening: dict[str, Any] = {}
         self._numbers: Mapping[str, int] = {}
         self._clients = self._per_round = 0
@@ -128,7 +128,7 @@ class Remote(Engine):
         deadline = time.monotonic() + min(self.rules.round_timeout, 3600.0)
         said = False
         while True:
-            online = self.courier.sites()
+            online = self.transport.sites()
             self._invite(online)
             self._welcome()
             reached = self._reach(online)
@@ -147,78 +147,82 @@ class Remote(Engine):
 
     def _reach(self, online: Mapping[str, int]) -> int:
         """How many clients the sites that are there stand for."""
-        there = self.guests if self.anywhere else [name for name in online if name in self.guests]
-        return sum(len(self.guests[name].sizes) for name in there)
+        there = self.site_infos if self.anywhere else [name for name in online if name in self.site_infos]
+        return sum(len(self.site_infos[name].sizes) for name in there)
 
     def _invite(self, online: Mapping[str, int]) -> None:
         """Tells sites of the run that do not know of it; those that refused are asked again when they come anew."""
         asked = {(one.name, one.address) for one in self._invited.values()}
         for name, address in online.items():
-            if name in self.guests or (name, address) in asked or self._refusals.get(name, (None,))[0] == address:
+            if name in self.site_infos or (name, address) in asked or self._refusals.get(name, (None,))[0] == address:
                 continue
-            if self.anywhere and (self.guests or self._invited):  # all share one memory
+            if self.anywhere and (self.site_infos or self._invited):  # all share one memory
                 return
             secret = secrets.token_hex(8)
             head = {**self._opening, "client": self._numbers.get(name, 0), "ticket": secret}
-            ticket = self.courier.post(address, letters.write(head, {}), self.rules.round_timeout)
+            ticket = self.transport.send(address, envelopes.write(head, {}), self.rules.round_timeout)
             if ticket is not None:
                 self._invited[ticket] = _Invited(name, address, secret)
 
     def _welcome(self) -> None:
-        """Reads the answers to opening letters that have come."""
-        for arrived in self.courier.collect(list(self._invited)) if self._invited else ():
-            name, address, secret = self._invited.pop(arrived.ticket)
+        """Reads the answers to opening messages that have come."""
+        for received in self.transport.collect(list(self._invited)) if self._invited else ():
+            name, address, secret = self._invited.pop(received.ticket)
             try:
-                guest = self._guest(name, arrived, secret)
+                site_info = self._site_info(name, received, secret)
             except (WireError, DataError) as error:
-                if not arrived.again:
+                if not received.again:
                     self._refusals[name] = address, str(error)
                     self._message(f"{name} is not taken in: {error}")
                 continue
-            self.guests[name] = guest
-            self._message(f"{name} is there with {sum(guest.sizes.values()):,} examples of {len(guest.sizes)} clients")
+            self.site_infos[name] = site_info
+            self._message(
+                f"{name} is there with {sum(site_info.sizes.values()):,} examples of {len(site_info.sizes)} clients"
+            )
 
-    def _guest(self, name: str, arrived: Arrived, secret: str) -> Guest:
+    def _site_info(self, name: str, received: Received, secret: str) -> SiteInfo:
         """What a site says of itself, as far as it can be.
 
         Raises:
             WireError: it cannot be.
             DataError: the site refuses.
         """
-        if arrived.raw is None:
-            raise DataError(arrived.why)
-        head, _ = letters.read(arrived.raw)
+        if received.raw is None:
+            raise DataError(received.why)
+        head, _ = envelopes.read(received.raw)
         if (head.get("kind"), head.get("run"), head.get("ticket")) != ("opened", self.name, secret):
             raise WireError("its answer is to something else")
         if head.get("refused"):
             raise DataError(plain(head["refused"]))
         try:
             sizes = {int(client): int(size) for client, size in head["sizes"].items()}
-            guest = Guest(plain(head["tier"], 64), sizes)
+            site_info = SiteInfo(plain(head["tier"], 64), sizes)
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise WireError(f"its answer cannot be read ({type(error).__name__})") from error
         if not all(0 <= client < self._clients and 0 <= size <= LARGEST_SIZE for client, size in sizes.items()):
             raise WireError("it stands for clients that do not exist, or have too many examples")
         if self._numbers and set(sizes) != {self._numbers.get(name)}:
             raise WireError("it stands for clients that are not its own")
-        online = self.courier.sites()
-        for other in [each for each in self.guests if each != name and set(sizes) & set(self.guests[each].sizes)]:
+        online = self.transport.sites()
+        for other in [
+            each for each in self.site_infos if each != name and set(sizes) & set(self.site_infos[each].sizes)
+        ]:
             if other in online:
                 raise WireError(
                     f"it stands for clients that {other} stands for; where sites have rows of their own, set "
                     "data.kind = 'sites'"
                 )
-            del self.guests[other]  # the same site under another name
-        return guest
+            del self.site_infos[other]  # the same site under another name
+        return site_info
 
     def present(self) -> frozenset[int] | None:
         if self.anywhere:
             return None
-        online = self.courier.sites()
-        return frozenset(client for name in online if name in self.guests for client in self.guests[name].sizes)
+        online = self.transport.sites()
+        return frozenset(client for name in online if name in self.site_infos for client in self.site_infos[name].sizes)
 
     def most_examples(self, client: int) -> int | None:
-        sizes = (guest.sizes[client] for guest in self.guests.values() if client in guest.sizes)
+        sizes = (site_info.sizes[client] for site_info in self.site_infos.values() if client in site_info.sizes)
         return next(sizes, None)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
@@ -226,64 +230,66 @@ class Remote(Engine):
         deadline = time.monotonic() + self.rules.round_timeout
         enough = min(len(jobs), self._per_round) if self.over_sample > 1 else len(jobs)
         secret = secrets.token_hex(8)
-        online = self.courier.sites()
-        homes = {client: name for name, guest in self.guests.items() for client in guest.sizes}
-        errands = []
+        online = self.transport.sites()
+        homes = {client: name for name, site_info in self.site_infos.items() for client in site_info.sizes}
+        pending_jobs = []
         for number, job in enumerate(jobs):
             site = sorted(online)[number % len(online)] if self.anywhere and online else homes.get(job.client, "")
-            errands.append(_Errand(job, site, f"{secret}-{number}"))
-            self._post(errands[-1], online, deadline)
+            pending_jobs.append(_PendingJob(job, site, f"{secret}-{number}"))
+            self._post(pending_jobs[-1], online, deadline)
         replies: dict[int, Reply] = {}
         counted = 0
         for place, job in enumerate(jobs):
             while place not in replies and counted < enough and time.monotonic() < deadline:
-                for number, arrived in self._collect(errands, deadline):
+                for number, received in self._collect(pending_jobs, deadline):
                     if counted < enough:
-                        replies[number] = self._read(arrived, errands[number])
+                        replies[number] = self._read(received, pending_jobs[number])
                         counted += replies[number].raw is not None
             if place not in replies:  # as far as anyone here knows, it remembers what it did
-                self._message(f"client {job.client} ({errands[place].site}) is late; its answer is dropped")
-                replies[place] = Reply(None, job.memory, 0.0, heard=False)
+                self._message(f"client {job.client} ({pending_jobs[place].site}) is late; its answer is dropped")
+                replies[place] = Reply(None, job.memory, 0.0, delivered=False)
             yield replies.pop(place)
 
-    def _post(self, errand: _Errand, online: Mapping[str, int], deadline: float) -> None:
+    def _post(self, pending_job: _PendingJob, online: Mapping[str, int], deadline: float) -> None:
         left = max(1.0, deadline - time.monotonic())
-        told = left if disclosure_of(errand.job.recipe).timing and not self.anywhere else None
-        address = online.get(errand.site)
+        told = left if disclosure_of(pending_job.job.recipe).timing and not self.anywhere else None
+        address = online.get(pending_job.site)
         if address is not None:
-            raw = letters.of_job(errand.job, self.name, errand.secret, told)
-            errand.ticket = self.courier.post(address, raw, left)
-        if errand.ticket is None:
-            errand.lost_since = errand.lost_since or time.monotonic()
+            raw = envelopes.of_job(pending_job.job, self.name, pending_job.secret, told)
+            pending_job.ticket = self.transport.send(address, raw, left)
+        if pending_job.ticket is None:
+            pending_job.lost_since = pending_job.lost_since or time.monotonic()
         else:
-            errand.tries += 1
-            errand.lost_since = None
+            pending_job.tries += 1
+            pending_job.lost_since = None
 
-    def _collect(self, errands: list[_Errand], deadline: float) -> list[tuple[int, Arrived]]:
+    def _collect(self, pending_jobs: list[_PendingJob], deadline: float) -> list[tuple[int, Received]]:
         """What has come, after a short rest if nothing has; jobs of lost sites are sent again."""
-        out = {each.ticket: number for number, each in enumerate(errands) if each.ticket is not None}
-        done: list[tuple[int, Arrived]] = []
-        for arrived in self.courier.collect(list(out)) if out else ():
-            number = out[arrived.ticket]
-            errand = errands[number]
-            errand.ticket = None
-            if arrived.again and errand.tries < TRIES and disclosure_of(errand.job.recipe).retries:
-                errand.why, errand.lost_since = arrived.why, time.monotonic()
-                self._message(f"{errand.site} has not answered ({arrived.why}); it is asked again when it is there")
+        out = {each.ticket: number for number, each in enumerate(pending_jobs) if each.ticket is not None}
+        done: list[tuple[int, Received]] = []
+        for received in self.transport.collect(list(out)) if out else ():
+            number = out[received.ticket]
+            pending_job = pending_jobs[number]
+            pending_job.ticket = None
+            if received.again and pending_job.tries < TRIES and disclosure_of(pending_job.job.recipe).retries:
+                pending_job.why, pending_job.lost_since = received.why, time.monotonic()
+                self._message(
+                    f"{pending_job.site} has not answered ({received.why}); it is asked again when it is there"
+                )
             else:
-                done.append((number, arrived))
-        lost = [(number, each) for number, each in enumerate(errands) if each.lost_since]
-        online = self.courier.sites() if lost else {}
-        for number, errand in lost:
-            self._post(errand, online, deadline)
-            if errand.lost_since and time.monotonic() - errand.lost_since > self.rules.rejoin_timeout:
-                errand.lost_since = None
-                done.append((number, Arrived("", None, errand.why)))
+                done.append((number, received))
+        lost = [(number, each) for number, each in enumerate(pending_jobs) if each.lost_since]
+        online = self.transport.sites() if lost else {}
+        for number, pending_job in lost:
+            self._post(pending_job, online, deadline)
+            if pending_job.lost_since and time.monotonic() - pending_job.lost_since > self.rules.rejoin_timeout:
+                pending_job.lost_since = None
+                done.append((number, Received("", None, pending_job.why)))
         if not done:
             time.sleep(POLL)
         return done
 
-    def _read(self, arrived: Arrived, errand: _Errand) -> Reply:
+    def _read(self, received: Received, pending_job: _PendingJob) -> Reply:
         """The reply of an answer, or why there is none.
 
         Raises:
@@ -291,16 +297,16 @@ class Remote(Engine):
         """
         lost = False
         try:
-            if arrived.raw is None:
-                raise WireError(arrived.why)
-            letter = letters.read(arrived.raw)
-            reply = letters.to_reply(letter, errand.job, self.name, errand.secret)
-            lost = letter.head.get("lost") is True
+            if received.raw is None:
+                raise WireError(received.why)
+            envelope = envelopes.read(received.raw)
+            reply = envelopes.to_reply(envelope, pending_job.job, self.name, pending_job.secret)
+            lost = envelope.head.get("lost") is True
         except WireError as error:
-            self._message(f"the answer of {errand.site} is refused: {error}")
-            reply = Reply(None, ClientState(), 0.0, f"{errand.site}: {error}", heard=False)
+            self._message(f"the answer of {pending_job.site} is refused: {error}")
+            reply = Reply(None, ClientState(), 0.0, f"{pending_job.site}: {error}", delivered=False)
         if reply.refused and self.anywhere:
             raise TrainingError(reply.refused)
         if lost:  # it is told of the run anew
-            self.guests.pop(errand.site, None)
+            self.site_infos.pop(pending_job.site, None)
         return reply

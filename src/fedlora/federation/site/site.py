@@ -1,4 +1,4 @@
-"""A site: holds its clients' rows and one resident model, and answers letters. Knows nothing of how they travel."""
+"""A site: holds its clients' rows and one resident model, and answers messages. Knows nothing of how they travel."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode, pick_device, prepare
 from fedlora.core.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError, WireError
 from fedlora.core.state import ClientState
-from fedlora.federation.protocol import letters
-from fedlora.federation.protocol.letters import Letter
-from fedlora.federation.protocol.rules import SiteConfig
+from fedlora.federation.protocol import envelopes
+from fedlora.federation.protocol.envelopes import Envelope
+from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.federation.site.memory import SiteMemory
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.tasks import Model
@@ -41,7 +41,7 @@ class _Run(NamedTuple):
 
 
 class Site:
-    """Answers a server's letters with the rows that are here.
+    """Answers a server's messages with the rows that are here.
 
     The model of the last run stays loaded, so that a round costs its training and no more.
 
@@ -54,36 +54,36 @@ class Site:
         self._run: _Run | None = None
 
     def answer(self, raw: bytes) -> bytes:
-        """The answer to a letter.
+        """The answer to a message.
 
         Raises:
             WireError: it cannot be read, so that there is nothing to answer.
         """
         received = time.perf_counter()
-        letter = letters.read(raw)
-        kind = letter.head.get("kind")
+        envelope = envelopes.read(raw)
+        kind = envelope.head.get("kind")
         if kind == "open":
-            return self._open(letter)
+            return self._open(envelope)
         if kind == "probe":  # that it is answered is all that it asks
-            return letters.write({"kind": "probed"}, {})
+            return envelopes.write({"kind": "probed"}, {})
         if kind != "job":
             raise WireError(
-                f"a letter of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
+                f"a message of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
             )
         try:
-            self.settings.limits.check_classes(letter.head)
+            self.settings.limits.check_classes(envelope.head)
         except ConfigError as error:
             raise WireError(self._said(error)) from error
-        job = letters.to_job(letter)
+        job = envelopes.to_job(envelope)
         lost = False
         try:
-            reply = self._turn(letter, job, len(raw), received)
+            reply = self._turn(envelope, job, len(raw), received)
         except (WireError, TrainingError, CheckpointError, ConfigError, DataError) as error:
             lost = isinstance(error, CheckpointError)
-            reply = Reply(None, ClientState(), 0.0, self._said(error), heard=False)
+            reply = Reply(None, ClientState(), 0.0, self._said(error), delivered=False)
         if not disclosure_of(job.recipe).timing:
             reply = reply._replace(seconds=0.0)
-        return letters.of_reply(reply, letter, lost)
+        return envelopes.of_reply(reply, envelope, lost)
 
     def _said(self, error: FedloraError) -> str:
         """What a server is told of an error: sentences about data quote them, and stay here."""
@@ -93,8 +93,8 @@ class Site:
         )
         return f"{self.settings.name}: {text}"
 
-    def _open(self, letter: Letter) -> bytes:
-        head = letter.head
+    def _open(self, envelope: Envelope) -> bytes:
+        head = envelope.head
         told: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
         told |= {key: head.get(key) for key in ("run", "ticket")}
         try:
@@ -104,10 +104,10 @@ class Site:
             told["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
         except FedloraError as error:
             told["refused"] = self._said(error)
-        return letters.write(told, {})
+        return envelopes.write(told, {})
 
     def _prepared(self, head: Mapping[str, Any]) -> _Run:
-        """The run of an opening letter.
+        """The run of an opening message.
 
         Raises:
             FedloraError: it is not accepted, or cannot be prepared here.
@@ -152,8 +152,8 @@ class Site:
         task = experiment.task.restore(experiment.model, label_names)
         return task.with_rows(Path(str(self.settings.rows)), self.settings.columns, "train")
 
-    def _turn(self, letter: Letter, job: Job, size: int, received: float) -> Reply:
-        run = self._warm(str(letter.head["run"]))
+    def _turn(self, envelope: Envelope, job: Job, size: int, received: float) -> Reply:
+        run = self._warm(str(envelope.head["run"]))
         limits = self.settings.limits
         if job.client not in run.clients:
             raise ConfigError(f"client {job.client} is not here")
@@ -166,7 +166,7 @@ class Site:
         setup = run.memory.setup(job.phase, job.setup)
         if setup is None:
             raise CheckpointError(f"what phase {job.phase} begins with is not here any more")
-        seconds = letter.head.get("seconds")
+        seconds = envelope.head.get("seconds")
         left = math.inf if seconds is None else float(seconds) - (time.perf_counter() - received)
         reply = run_job(job._replace(memory=memory, setup=setup), run.workspace, rows, left)
         if reply.raw is not None and (refusal := limits.too_large(len(reply.raw))):

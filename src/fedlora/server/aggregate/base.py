@@ -16,7 +16,7 @@ from fedlora.core.state import Change, Fold, Update
 from fedlora.core.store import Store
 from fedlora.core.tree import Tree
 
-NOBODY = (
+NO_UPDATES = (
     "no client answered with an update; a round needs at least one client that has examples and is done before "
     "local.timeout_seconds"
 )
@@ -70,7 +70,7 @@ class Aggregator(ABC):
         return False
 
     @property
-    def least(self) -> int:
+    def min_updates(self) -> int:
         """How many answers it needs."""
         return 1
 
@@ -134,7 +134,7 @@ class WeightedMean(Accumulator):
             TrainingError: there is no update, or none has a say.
         """
         if self._total is None:
-            raise TrainingError(NOBODY)
+            raise TrainingError(NO_UPDATES)
         if self._weights <= 0:
             raise TrainingError(
                 "the total aggregation weight is zero: no client reported examples, or all adapters are zero"
@@ -171,7 +171,7 @@ class Collected(Accumulator):
 
     def finish(self) -> Change:
         if not self._deltas:
-            raise TrainingError(NOBODY)
+            raise TrainingError(NO_UPDATES)
         rows = torch.stack([tree.flatten(delta) for delta in self._deltas])
         return Change(tree.unflatten(self._rule.of(rows), self._deltas[0]), Fold())
 

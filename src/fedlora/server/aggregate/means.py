@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.core import tree
-from fedlora.core.component import STRICT, Count, Field, Positive, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, Positive, Whole, dataclass
 from fedlora.core.errors import TrainingError
 from fedlora.core.schema import Schema
 from fedlora.core.state import Update
@@ -18,7 +18,7 @@ from fedlora.core.tree import Tree
 from fedlora.server.aggregate.base import Accumulator, Aggregator, Comparing, Needs, Weighted, WeightedMean, weight_by
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Mean(Weighted):
     """Weighted mean of the deltas, ``sum_k p_k delta_k`` with ``sum_k p_k = 1`` (FedAvg, arXiv 1602.05629, Alg. 1).
 
@@ -36,7 +36,7 @@ class Mean(Weighted):
         return WeightedMean(weight_by(self.weighting))
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class CoordinateMedian(Comparing):
     """The median of each coordinate (arXiv 1803.01498, Def. 1); of an even number the mean of the middle two.
 
@@ -51,7 +51,7 @@ class CoordinateMedian(Comparing):
         return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class TrimmedMean(Comparing):
     """The mean of each coordinate without a share of its smallest and its largest (arXiv 1803.01498, Def. 2).
 
@@ -68,7 +68,7 @@ class TrimmedMean(Comparing):
         return rows.sort(dim=0).values[left_out : len(rows) - left_out].mean(dim=0)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Krum(Comparing):
     """The mean of those updates that have the closest neighbours (arXiv 1703.02757).
 
@@ -85,15 +85,15 @@ class Krum(Comparing):
     select: Count = 1
 
     @property
-    def least(self) -> int:
+    def min_updates(self) -> int:
         return 2 * self.faulty + 2 + self.select
 
     def of(self, rows: Tensor) -> Tensor:
         num = len(rows)
-        if num < self.least:
+        if num < self.min_updates:
             raise TrainingError(
-                f"krum with faulty = {self.faulty} and select = {self.select} needs {self.least} clients in a round, "
-                f"and {num} answered; raise clients.per_round"
+                f"krum with faulty = {self.faulty} and select = {self.select} needs {self.min_updates} clients in a "
+                f"round, and {num} answered; raise clients.per_round"
             )
         distances = torch.cdist(rows.double(), rows.double()).square()
         nearest = distances.sort(dim=1).values[:, 1 : num - self.faulty - 1]
@@ -101,7 +101,7 @@ class Krum(Comparing):
         return rows[best].mean(dim=0)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class NormBound(Aggregator):
     """The mean of updates that are shortened to a norm (arXiv 1911.07963).
 

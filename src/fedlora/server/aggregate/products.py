@@ -1,4 +1,4 @@
-"""Rules about the products ``B A`` of low-rank adapters."""
+"""ServerPolicy about the products ``B A`` of low-rank adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.core.component import STRICT, Count, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, dataclass
 from fedlora.core.schema import Pair, Schema
 from fedlora.core.state import Change, Fold, Update
 from fedlora.core.store import Store
@@ -19,7 +19,7 @@ from fedlora.core.tree import Tree
 from fedlora.server.aggregate.base import Accumulator, Aggregator, Needs, Weighted, WeightedMean, weight_by
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SparsityWeighted(Aggregator):
     """Weighs each client by the size of its whole adapter, ``p_k ~ ||B_k A_k||_F`` (HetLoRA, arXiv 2401.06432).
 
@@ -80,7 +80,7 @@ class OfProducts(Weighted):
         return Factors(self, params, schema)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SvdRedistribute(OfProducts):
     """The best adapter of the same rank for the mean of the products (FlexLoRA, arXiv 2402.11505).
 
@@ -110,7 +110,7 @@ class SvdRedistribute(OfProducts):
         return Change(delta, Fold())
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ProductExact(OfProducts):
     """Factors are averaged, and frozen weights take what the mean of the products has beside (FedEx-LoRA, 2410.09432).
 
@@ -158,7 +158,7 @@ class ProductExact(OfProducts):
         return Change(delta, Fold(folded) if moved else Fold())
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Stack(OfProducts):
     """Frozen weights take all clients' products, and the adapters start anew (FLoRA, arXiv 2409.05976, Eq. 6).
 

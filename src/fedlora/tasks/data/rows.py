@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from fedlora.core.component import STRICT, Fraction, dataclass
+from fedlora.core.component import MODEL_CONFIG, Fraction, dataclass
 from fedlora.core.errors import DataError, first_line, shown
 from fedlora.core.handed import Handed, HandedField, with_keywords
 from fedlora.core.later import datasets
@@ -22,7 +22,7 @@ _SPLITS = {"train", "test", "validation", "valid", "dev"}
 _FORMS = "a datasets.Dataset, a pandas.DataFrame, a list of dicts, or a mapping of clients to these"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Rows(Source):
     """Rows that are handed over from Python.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import xxhash
 
-from fedlora.core.component import STRICT, Field, Fraction, by_kind, dataclass
+from fedlora.core.component import MODEL_CONFIG, Field, Fraction, by_kind, dataclass
 from fedlora.core.errors import DataError, first_line
 from fedlora.core.files import write_atomically
 from fedlora.core.later import datasets
@@ -38,7 +38,7 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".pa
 """The reader for each ending; each may be followed by ``.gz``."""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Docstrings(Source):
     """Docstrings of the running Python's standard library, to be classified by the package they come from.
 
@@ -83,7 +83,7 @@ class Docstrings(Source):
         return Raw(dataset, None, self.test_fraction, self.seed)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Files(Source):
     """Local csv, tsv, json, jsonl or parquet files, each also with ``.gz``.
 
@@ -111,7 +111,7 @@ class Files(Source):
         return Raw(train, test, self.test_fraction, self.seed)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Hub(Source):
     """A data set of the Hugging Face Hub, or a local folder laid out like one.
 
@@ -158,7 +158,7 @@ class Hub(Source):
             ) from error
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ImageFolder(Source):
     """Pictures in folders that are called as their classes: ``path/CLASS/...``, or ``path/train/CLASS/...``.
 
@@ -187,7 +187,7 @@ class ImageFolder(Source):
         return Raw(train, test, self.test_fraction, self.seed)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Sites(Source):
     """Training rows that stay on the machines of their owners; the server has test rows, which name the classes.
 
@@ -205,7 +205,7 @@ class Sites(Source):
         return Raw(rows, rows, 0.5, 0)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Validation(Source):
     """Another source with a part of its training rows in place of the test rows, to choose settings by.
 

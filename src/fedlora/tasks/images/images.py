@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.core.component import STRICT, Count, Field, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, dataclass
 from fedlora.core.errors import ConfigError, first_line
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split, Task
@@ -31,7 +31,7 @@ Augmentation = Literal["none", "flip", "crop_flip"]
 _PLACE = "fedlora: place"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ImageClassification(Task):
     """A class for a picture, or several classes.
 

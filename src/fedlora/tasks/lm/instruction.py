@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks.base import Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import check_rows, check_texts, fingerprint, values_of
@@ -24,7 +24,7 @@ from fedlora.tasks.models.encoded import cached
 from fedlora.tasks.models.loading import quiet_transformers
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Instruction(NextTokenTask):
     """The answer to a prompt: ``-log p(token | tokens before it)``, the mean over the tokens of answers alone.
 

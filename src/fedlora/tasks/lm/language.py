@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedlora.core.component import STRICT, Count, Field, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, dataclass
 from fedlora.core.errors import DataError
 from fedlora.tasks.base import Data, Model, Prepared, Split
 from fedlora.tasks.data.columns import check_rows, check_texts, fingerprint, values_of
@@ -19,7 +19,7 @@ from fedlora.tasks.models.encoded import cached
 from fedlora.tasks.models.loading import quiet_transformers
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class CausalLM(NextTokenTask):
     """The next token of a text: ``-log p(token | tokens before it)``, the mean over tokens.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.later import transformers
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
@@ -26,7 +26,7 @@ from fedlora.tasks.qa.passages import Passages, check_stride, encode
 POSITIONS = ("start_positions", "end_positions")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class QuestionAnswering(TokenizedTask):
     """The answer to a question as a span of a context, as in SQuAD.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.core.component import STRICT, Count, Field, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, TrainingError, shown
 from fedlora.core.later import datasets, seqeval
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
@@ -38,7 +38,7 @@ _UNLABELLED = "no word of these examples makes a piece of the tokenizer, so noth
 _UNLABELLED += "check the column 'tokens', or use larger batches"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class TokenClassification(TokenizedTask):
     """A tag for each word; F1 of whole entities by ``seqeval``.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora.config.experiment import read_toml
-from fedlora.core.component import STRICT, Count, Field, NonNegative, Positive, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Field, NonNegative, Positive, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.slots import kind_of, named
 from fedlora.privacy import CentralGaussian
@@ -22,8 +22,8 @@ T = TypeVar("T")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Limits:
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
+class SitePolicy:
     """What a site does for a server, and no more; None is no limit.
 
     Args:
@@ -93,7 +93,7 @@ class Limits:
         return ""
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Share:
     """The clients of the server's own partition that a site stands for: ``number``, ``number + of``, and so on.
 
@@ -106,7 +106,7 @@ class Share:
     of: Count
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SiteConfig:
     """A site: its name, its rows, its model, and what it accepts.
 
@@ -137,7 +137,7 @@ class SiteConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     state: str = "state"
     poll_seconds: Annotated[float, Field(ge=0.05)] = 1.0
-    limits: Limits = Limits()
+    limits: SitePolicy = SitePolicy()
 
     def __post_init__(self) -> None:
         if (self.rows is None) == (self.share is None):
@@ -157,8 +157,8 @@ class SiteConfig:
         return parse_as(cls, values, path)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Rules:
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
+class ServerPolicy:
     """What a server waits for.
 
     Args:

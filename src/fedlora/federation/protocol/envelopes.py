@@ -1,6 +1,6 @@
 """Jobs and replies as bytes, for clients that live in other processes; no pickle, every size bounded.
 
-A letter is ``FLL``, a version, the length of a JSON head, the head, and the blobs whose lengths it tells.
+A message is ``FLL``, a version, the length of a JSON head, the head, and the blobs whose lengths it tells.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _START = struct.Struct("<3sBI")
 _RECIPES = TypeAdapter(Recipe)
 
 
-class Letter(NamedTuple):
+class Envelope(NamedTuple):
     """A message between a server and a site.
 
     Args:
-        head: JSON values; ``kind`` says what the letter is, ``run`` of which run, ``ticket`` ties an answer to it.
+        head: JSON values; ``kind`` says what the message is, ``run`` of which run, ``ticket`` ties an answer to it.
         blobs: bytes by name.
     """
 
@@ -41,45 +41,45 @@ class Letter(NamedTuple):
 
 
 def write(head: Mapping[str, Any], blobs: Mapping[str, bytes]) -> bytes:
-    """A letter as bytes."""
+    """A message as bytes."""
     lengths = {name: len(blob) for name, blob in blobs.items()}
     text = json.dumps({**head, "blobs": lengths}, allow_nan=False).encode()
     return b"".join([_START.pack(MAGIC, VERSION, len(text)), text, *blobs.values()])
 
 
-def read(raw: bytes) -> Letter:
+def read(raw: bytes) -> Envelope:
     """The inverse of ``write``.
 
     Raises:
-        WireError: the bytes are no letter of this version, or not as long as they say.
+        WireError: the bytes are no envelope of this version, or not as long as they say.
     """
     if len(raw) < _START.size:
-        raise WireError(f"a letter of {len(raw)} bytes is too short to be one")
+        raise WireError(f"a message of {len(raw)} bytes is too short to be one")
     magic, version, length = _START.unpack_from(raw)
     if magic != MAGIC or version != VERSION:
         raise WireError(
-            f"a letter begins with {magic!r}, version {version}, where {MAGIC!r} and {VERSION} are expected; use one "
+            f"a message begins with {magic!r}, version {version}, where {MAGIC!r} and {VERSION} are expected; use one "
             "version of fedlora everywhere"
         )
     if length > min(LARGEST_HEAD, len(raw) - _START.size):
-        raise WireError(f"a letter's head is to have {length} bytes, and {len(raw) - _START.size} are there")
+        raise WireError(f"a message's head is to have {length} bytes, and {len(raw) - _START.size} are there")
     at = _START.size + length
     try:
         head = json.loads(raw[_START.size : at].decode("utf-8"))
         lengths = {str(name): int(size) for name, size in head.pop("blobs").items()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError) as error:
-        raise WireError(f"a letter's head cannot be read ({type(error).__name__})") from error
+        raise WireError(f"a message's head cannot be read ({type(error).__name__})") from error
     if min(lengths.values(), default=0) < 0 or sum(lengths.values()) != len(raw) - at:
-        raise WireError(f"a letter has {len(raw) - at} bytes after its head, which says {sum(lengths.values())}")
+        raise WireError(f"a message has {len(raw) - at} bytes after its head, which says {sum(lengths.values())}")
     blobs = {}
     for name, size in lengths.items():
         blobs[name] = raw[at : at + size]
         at += size
-    return Letter(head, blobs)
+    return Envelope(head, blobs)
 
 
 def of_job(job: Job, run: str, ticket: str, seconds: float | None) -> bytes:
-    """A job as a letter.
+    """A job as a message.
 
     Args:
         job: what to do; of what the client remembers its name goes along, see ``ClientState.kept``.
@@ -110,13 +110,13 @@ def of_job(job: Job, run: str, ticket: str, seconds: float | None) -> bytes:
     return write(head, blobs)
 
 
-def to_job(letter: Letter) -> Job:
-    """The job of a letter; of the client's memory only what the server knows.
+def to_job(envelope: Envelope) -> Job:
+    """The job of a message; of the client's memory only what the server knows.
 
     Raises:
         WireError: it is not of that form.
     """
-    head, blobs = letter
+    head, blobs = envelope
     try:
         fold = None
         if "fold" in head:
@@ -143,12 +143,12 @@ def to_job(letter: Letter) -> Job:
         raise WireError(f"a job cannot be read ({type(error).__name__}: {error})") from error
 
 
-def of_reply(reply: Reply, job: Letter, lost: bool = False) -> bytes:
-    """A reply as a letter; of what the client remembers it has the name alone.
+def of_reply(reply: Reply, job: Envelope, lost: bool = False) -> bytes:
+    """A reply as a message; of what the client remembers it has the name alone.
 
     Args:
         reply: what the client answers.
-        job: the letter that asked.
+        job: the message that asked.
         lost: whether the site has forgotten the run.
     """
     head = {
@@ -162,13 +162,13 @@ def of_reply(reply: Reply, job: Letter, lost: bool = False) -> bytes:
     return write(head, {} if reply.raw is None else {"raw": reply.raw})
 
 
-def to_reply(letter: Letter, job: Job, run: str, ticket: str) -> Reply:
+def to_reply(envelope: Envelope, job: Job, run: str, ticket: str) -> Reply:
     """The reply to a job.
 
     Raises:
         WireError: it answers something else, or is no reply.
     """
-    head, blobs = letter
+    head, blobs = envelope
     expected = {"kind": "reply", "run": run, "ticket": ticket, "client": job.client, "progress": list(job.progress)}
     found = {key: head.get(key) for key in expected}
     if found != expected:
@@ -181,7 +181,7 @@ def to_reply(letter: Letter, job: Job, run: str, ticket: str) -> Reply:
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise WireError(f"a reply cannot be read ({type(error).__name__}: {plain(error)})") from error
     if refused:
-        return Reply(None, ClientState(), seconds, refused, heard=False)
+        return Reply(None, ClientState(), seconds, refused, delivered=False)
     remembers = job.recipe.memory != "none"
     version = job.fold.version if job.fold else job.memory.folds.version
     parts = Memory().having({"base": Folds(version if remembers else 0).store()})
