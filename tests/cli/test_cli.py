@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 import fedlora
 from fedlora import config
 from fedlora.cli.main import app
-from fedlora.runs.inference import Trained
+from fedlora.runs.inference import TrainedRun
 from fedlora.show.describe import SLOTS
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -264,7 +264,7 @@ def test_predict_prints_the_likeliest_class_and_those_after_it(run_folder: Path)
 
 def test_predict_shows_an_answer_of_any_length(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [{}, {"entities": []}, {"answer": "[bold]all[/bold]", "score": 0.5, "start": 3, "end": 5}]
-    monkeypatch.setattr(Trained, "predict", lambda self, inputs: answers[: len(inputs)])
+    monkeypatch.setattr(TrainedRun, "predict", lambda self, inputs: answers[: len(inputs)])
     (run_folder.parent / "inputs").write_text("one\ntwo\nthree\n")
     assert [one["answer"] for one in printed("predict", run_folder, run_folder.parent / "inputs")] == answers
     said = invoke("predict", run_folder, run_folder.parent / "inputs").stdout
