@@ -16,7 +16,11 @@ import fedlora
 from fedlora.show.describe import SLOTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").iterdir())]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *(one for one in sorted((ROOT / "examples").rglob("*")) if one.suffix in (".py", ".toml", ".md")),
+]
 PAGE = (ROOT / "docs" / "api-stability.md").read_text(encoding="utf-8")
 INSIDE: dict[str, str] = {"docs/methods.md": "computes a threshold that no public name gives, and says so"}
 """Pages that look into private modules, each with its reason."""

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from fedlora.tasks import Model, Prepared, Source, Task, TextClassification
+from fedlora import TextClassification
+from fedlora.parts import Model, Prepared, Source, Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,12 @@
 from own_parts.identity import Identity
 from own_parts.majority import MajoritySign
 
-from fedlora import testing
+from fedlora.testing import check_aggregator, check_lora_init
 
 
 def test_the_aggregator() -> None:
-    testing.check_aggregator(MajoritySign())
+    check_aggregator(MajoritySign())
 
 
 def test_the_initialisation() -> None:
-    testing.check_lora_init(Identity())
+    check_lora_init(Identity())
