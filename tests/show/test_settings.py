@@ -67,7 +67,9 @@ def test_every_setting_of_every_value_has_a_type_and_a_sentence(slot: str) -> No
     for (kind, _, names), value in zip(choices(slot), SLOTS[slot].values(), strict=True):
         found = settings_of(kind, value)
         assert ", ".join(one.name for one in found) == names
-        assert [(kind, one.name) for one in found if not one.text or "any value" in one.type] == []
+        # rows that Python hands over are of many types, and no file names them
+        vague = () if kind == "rows" else ("any value",)
+        assert [(kind, one.name) for one in found if not one.text or one.type in vague] == []
 
 
 def test_an_argument_of_a_method_has_what_it_means_there() -> None:

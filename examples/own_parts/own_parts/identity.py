@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.tuning import LoRAInit
+from fedlora import LoRAInit
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.core.errors import TrainingError
+from fedlora import Aggregator, TrainingError
 from fedlora.core.schema import Schema
 from fedlora.core.state import Change, Fold, Update
 from fedlora.core.store import Store
 from fedlora.core.tree import Tree
-from fedlora.server.aggregate import Accumulator, Aggregator, Needs
+from fedlora.server.aggregate import Accumulator, Needs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from fedlora.tasks import Model, Prepared, Source, Task, TextClassification
+from fedlora import Model, Source, Task, TextClassification
+from fedlora.tasks import Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
