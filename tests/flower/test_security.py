@@ -120,7 +120,7 @@ def test_a_task_is_not_handed_to_whoever_asks(federation: Federation) -> None:
     trust = ssl.create_default_context(cafile=str(federation.place / "server" / "ca.crt"))
     url = f"https://127.0.0.1:{federation.config.port}/v1/runtime/acquire-task"
     asked = runtime.AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]).SerializeToString()
-    answer = httpx.send(url, content=asked, verify=trust, headers={"content-type": "application/protobuf"})
+    answer = httpx.post(url, content=asked, verify=trust, headers={"content-type": "application/protobuf"})
     assert answer.status_code in (401, 403), answer.text
 
 
@@ -231,12 +231,12 @@ def test_the_proxy_lets_sites_through_and_nobody_to_the_control_interface(root: 
         url = f"https://localhost:{port}"
         for _ in range(100):
             try:
-                code = httpx.send(f"{url}/v1/control/start-run", content=b"", verify=trust).status_code
+                code = httpx.post(f"{url}/v1/control/start-run", content=b"", verify=trust).status_code
                 break
             except httpx.ConnectError:
                 time.sleep(0.1)
         assert code == 403
-        assert httpx.send(f"{url}/v1/runtime/acquire-task", content=b"", verify=trust).status_code == 403
+        assert httpx.post(f"{url}/v1/runtime/acquire-task", content=b"", verify=trust).status_code == 403
         assert httpx.get(f"{url}/health", verify=trust).status_code == 403
         # a site behind the proxy
         child = federation.children["site-0"]

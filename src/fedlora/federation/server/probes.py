@@ -44,17 +44,17 @@ class Probing(Transport):
     """
 
     def __init__(self, transport: Transport) -> None:
-        self._courier = transport
+        self._transport = transport
         self._sent: dict[str, tuple[int, int]] = {}
         self._probes: set[str] = set()
         self._known: dict[int, _Site] = {}
         self._count = 0
 
     def sites(self) -> Mapping[str, int]:
-        return self._courier.sites()
+        return self._transport.sites()
 
     def send(self, address: int, raw: bytes, seconds: float) -> str | None:
-        ticket = self._courier.send(address, raw, seconds)
+        ticket = self._transport.send(address, raw, seconds)
         if ticket is not None:
             self._count += 1
             self._sent[ticket] = address, self._count
@@ -67,7 +67,7 @@ class Probing(Transport):
         # an answer may come between two looks of one call, so that what is overtaken is looked for once more
         overtaken = [ticket for ticket in (*tickets, *self._probes) if self._is_overtaken(ticket)]
         received = []
-        for each in self._courier.collect([*tickets, *self._probes]):
+        for each in self._transport.collect([*tickets, *self._probes]):
             address, place = self._sent.pop(each.ticket)
             if each.raw is not None or not each.again:
                 site = self._known[address]
