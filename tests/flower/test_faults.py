@@ -272,7 +272,7 @@ def test_the_server_app_alone_runs_what_its_configuration_names(root: Path) -> N
         keys = folder.public_keys(started.place / "server", started.config)
         assert started.link is not None
         with serve.sites_of(started.link, keys) as transport:
-            assert isinstance(transport, app.GridCourier)
+            assert isinstance(transport, app.GridTransport)
             names = {"config": str(file), "folder": str(root / "app-run")}
             app.server_app(transport._grid, Context(1, 0, {}, RecordDict(), names))
     fedlora.run(config.load(file), root / "app-serial")

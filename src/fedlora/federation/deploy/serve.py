@@ -73,13 +73,13 @@ def sites_of(link: Link, public: Mapping[str, bytes]) -> Iterator[Transport]:
         public: the public key file of each site that may take part, by name; none in plain text.
     """
     from fedlora.federation.flower import runtime
-    from fedlora.federation.flower.app import GridCourier
+    from fedlora.federation.flower.app import GridTransport
 
     known = {name: runtime.key_of(key) for name, key in public.items()}
     runtime.register(link, known)
     run = runtime.start_run(link)
     with runtime.open_grid(link, run) as grid:
-        yield GridCourier(grid, lambda: runtime.addresses(grid, known))
+        yield GridTransport(grid, lambda: runtime.addresses(grid, known))
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def with_ray(
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
-    from fedlora.federation.flower.app import SITE_FILE, GridCourier, client_app, nodes_of
+    from fedlora.federation.flower.app import SITE_FILE, GridTransport, client_app, nodes_of
 
     gpus = torch.cuda.device_count()
     workers = workers or gpus or os.cpu_count() or 1
@@ -110,7 +110,7 @@ def with_ray(
     @app.main()
     def serve(grid: Any, context: Any) -> None:
         try:
-            outcome.set_result(main(GridCourier(grid, lambda: nodes_of(grid), check)))
+            outcome.set_result(main(GridTransport(grid, lambda: nodes_of(grid), check)))
         except BaseException as error:  # Flower would tell it in another way
             outcome.set_exception(error)
 

@@ -60,7 +60,7 @@ def unpack(record: RecordDict) -> bytes:
     return b"".join(array.data for array in found.values())
 
 
-class GridCourier(Transport):
+class GridTransport(Transport):
     """Letters over a Flower grid.
 
     Args:
@@ -152,5 +152,5 @@ def main(grid: Grid, context: Context) -> None:
 
     experiment = config.load(Path(str(context.run_config["config"])))
     folder = Path(str(context.run_config["folder"]))
-    result = federate(experiment, folder, GridCourier(grid, lambda: nodes_of(grid)), ServerPolicy(), anywhere=True)
+    result = federate(experiment, folder, GridTransport(grid, lambda: nodes_of(grid)), ServerPolicy(), anywhere=True)
     logging.getLogger("fedlora").info("finished: %s", result.after)
