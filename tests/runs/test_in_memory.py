@@ -26,7 +26,7 @@ import fedlora
 from fedlora import config
 from fedlora.cli.main import app
 from fedlora.config import Experiment
-from fedlora.config.experiment import read_toml
+from fedlora.config.reading import read_toml
 from fedlora.config.federated_data import prepare
 from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.population.partitions import Natural
