@@ -171,7 +171,7 @@ class BFloat16(Plain):
 class Float16(Plain):
     """IEEE 754 binary16, two bytes per value: eleven significant bits, rounded to nearest, ties to even.
 
-        The relative error is at most ``2 ** -11`` for magnitudes from ``6.1e-5`` to ``65504``. Below that range the error
+    The relative error is at most ``2 ** -11`` for magnitudes from ``6.1e-5`` to ``65504``. Below that range the error
     is absolute, and values up to ``3e-8`` become zero; above it, values are refused. bfloat16 is the safer choice.
 
     >>> Float16().nonzero(np.array([1.0, 1.0004882812, 1e-9], np.float32)).tolist()

@@ -39,7 +39,7 @@ class Uniform(Precision):
     ``q = clip(round(v / scale))`` from the best scale for normally distributed values; with 8 bits the scale is
     ``max |v| / 127``, with one bit the mean magnitude (EF-signSGD, arXiv 1901.09847). ``"stochastic"`` is unbiased: the
     scale is ``max |v| / (2 ** (bits - 1) - 1)``, and ``v / scale`` is rounded up with a probability equal to its
-        fractional part (QSGD, arXiv 1610.02132); with one bit the sign is positive with probability
+    fractional part (QSGD, arXiv 1610.02132); with one bit the sign is positive with probability
     ``(1 + v / max |v|) / 2``.
 
     Args:
