@@ -1,4 +1,4 @@
-"""One client's turn, and the resident model that it is taken with.
+"""One client's turn, and the resident model that it uses.
 
-This is the only code that a device runs; it knows nothing about other clients.
+This is the only code that runs on a device; it has no information about other clients.
 """

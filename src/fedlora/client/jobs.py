@@ -1,4 +1,4 @@
-"""What goes to a client in a round and what comes back, as values: the same in every engine."""
+"""Jobs and replies of a round as values: the same in every engine."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fedlora.transport.base_updates import FoldMessage
 
 
 def empty_report(recipe: Recipe) -> Tree:
-    """What clients report beside their update, as zeros: the template of that part.
+    """What clients report besides their update, as zeros: the template of that message part.
 
-    ``rank`` is what a client's is from then on, where clients give up ranks; ``below`` says whether an update was not
-    longer than the clip, where that adapts.
+    ``rank`` is the client's rank from then on, if clients prune ranks; ``below`` is whether the update was within the
+    clip, if the clip adapts.
     """
     names = ("below",) if recipe.privacy.adapts else ("examples", "steps", "loss")
     return {name: torch.zeros(()) for name in names + recipe.rank_pruning.reports}
 
 
 def report_of(recipe: Recipe, figures: Mapping[str, float]) -> Tree:
-    """A client's report: of its figures those that may be known, and zero in place of the others."""
+    """A client's report: the figures that may be disclosed, and zero in place of the others."""
     known = disclosure_of(recipe).figures
     return {
         name: torch.tensor(float(figures[name])) if name in known else zero
@@ -37,16 +37,16 @@ class Job(NamedTuple):
     """One client's turn, as a value: the same job gives the same reply in any process.
 
     Args:
-        recipe: what to do.
-        client: whose turn it is.
+        recipe: the recipe to run.
+        client: the number of the client.
         phase: number of the phase.
         round: rounds finished in this phase.
         progress: rounds finished in the whole run, and rounds in the whole run, for the learning rate.
-        seed: where this turn's draws start.
+        seed: the seed of this turn's random draws.
         base: the number format of frozen weights, whatever the client's tier computes in.
         payload: the parameters of this round.
-        setup: the announcement of the phase; None if the client remembers it.
-        fold: the edits of frozen weights that the client lacks, if there are any.
+        setup: the setup message of the phase; None if the client has it already.
+        fold: the edits of frozen weights that the client lacks, if any.
         memory: what the client remembers.
     """
 
@@ -64,14 +64,14 @@ class Job(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A client's answer.
+    """A client's result.
 
     Args:
-        raw: the bytes that travel; None where the client ran out of time, or where there is no answer that counts.
-        memory: what stays with the client.
-        seconds: how long it worked.
-        refused: why there is no answer that counts; empty where there is one, or where time ran out.
-        delivered: whether the client is known to have got the job.
+        raw: the bytes that are sent; None if the client timed out, or if there is no valid result.
+        memory: what stays on the client.
+        seconds: how long the client worked.
+        refused: why there is no valid result; empty if there is one, or if the client timed out.
+        delivered: whether the client is known to have received the job.
     """
 
     raw: bytes | None

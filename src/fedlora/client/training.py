@@ -1,4 +1,4 @@
-"""Local training: what a client does between what it receives and what it sends."""
+"""Local training: what a client does between receiving parameters and sending its update."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from fedlora.tuning.lora import lora_layers
 
 
 class Ready(NamedTuple):
-    """A client's turn before its training: all that is needed, wherever that happens.
+    """A client's turn before local training: everything needed to train, in any process.
 
     Args:
-        job: what to do.
+        job: the job to run.
         rows: the client's training examples.
-        start: the parameters to start from; not to be written to.
+        start: the parameters to start from; read-only.
         folds: the edits of frozen weights to start from.
-        schema: what is trained.
-        deadline: when to give up, on ``time.perf_counter``.
-        seconds: how long the client has worked.
+        schema: the trained tensors.
+        deadline: when to give up, as a ``time.perf_counter`` value.
+        seconds: how long the client has worked so far.
     """
 
     job: Job
@@ -50,15 +50,15 @@ class Ready(NamedTuple):
 
 
 class LocalResult(NamedTuple):
-    """A client's turn after its training.
+    """The result of local training.
 
     Args:
-        delta: what it changed; None where time ran out.
-        loss: mean of its steps.
-        steps: of the optimiser.
-        examples: that it saw, passes counted.
-        optimizer: the optimiser's state, where that is kept.
-        seconds: how long the client has worked.
+        delta: the change of the trained parameters; None if time ran out.
+        loss: mean loss over its steps.
+        steps: number of optimiser steps.
+        examples: number of examples processed, counting every pass.
+        optimizer: the optimiser's state, if it is kept.
+        seconds: how long the client has worked so far.
     """
 
     delta: Tree | None
@@ -70,7 +70,7 @@ class LocalResult(NamedTuple):
 
 
 def train(workspace: Workspace, turns: Sequence[Ready]) -> list[LocalResult]:
-    """Local training of some clients, one after another on the resident model."""
+    """Trains several clients one after another on the resident model."""
     return [_train(workspace, ready, time.perf_counter() - ready.seconds) for ready in turns]
 
 
@@ -117,7 +117,7 @@ def _take_steps(
     task, model, device, parameters = workspace.task, workspace.model, workspace.device, workspace.installed.parameters
     values = list(parameters.values())
     proximal = Proximal(local.proximal, [ready.start[name].to(device) for name in parameters if local.proximal])
-    # what was pruned is zero, and so are ranks that were not sent
+    # pruned entries are zero, and so are ranks that were not sent
     kept = recipe.pruning.kept(ready.start, job.round) or source.kept(ready.start, ready.schema)
     masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
     penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
@@ -148,7 +148,7 @@ def _take_steps(
 
 
 def _optimizer(installed: Installed, job: Job) -> torch.optim.Optimizer:
-    """The optimiser of a turn, as the client remembers it if it does."""
+    """The optimiser of a turn, with the state that the client remembers, if any."""
     local, parameters = job.recipe.local, installed.parameters
     rates = local.lr_scale.by_name(installed.schema, local.schedule.factor(*job.progress))
     optimizer = local.optimizer.build(list(parameters.values()), [rates[name] for name in parameters])
@@ -161,17 +161,17 @@ def _optimizer(installed: Installed, job: Job) -> torch.optim.Optimizer:
 
 @contextlib.contextmanager
 def training_mode(model: nn.Module, dropout: bool) -> Iterator[None]:
-    """A model ready for training steps.
+    """Puts a model into training mode for a while.
 
     Args:
         model: the model with its tuning.
-        dropout: whether the pre-trained model's own dropout is on; LoRA's own is on in any case, and without either
-            gradient checkpointing still works.
+        dropout: whether the pre-trained model's own dropout is active; LoRA's is active in any case, and gradient
+            checkpointing works either way.
     """
     model.train(dropout)
     for layer in lora_layers(model).values():
         layer.train()
-    # one model serves all clients, so statistics of a client's batches must not stay in it
+    # all clients share one model, so statistics of a client's batches must not stay in it
     for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
         norm.eval()
     with contextlib.nullcontext() if dropout else checkpointing_without_dropout(model):
@@ -179,15 +179,15 @@ def training_mode(model: nn.Module, dropout: bool) -> Iterator[None]:
 
 
 def check_trained(ready: Ready, trained: LocalResult, delta: Tree) -> None:
-    """Refuses what no training of one step or more would be right to give.
+    """Refuses results that no training of at least one step can correctly produce.
 
     Args:
-        ready: the turn.
-        trained: what training gave.
-        delta: what it changed.
+        ready: the turn before training.
+        trained: the result of training.
+        delta: the change of the trained parameters.
 
     Raises:
-        TrainingError: a value is not finite, or the adapter or the head did not move at all.
+        TrainingError: a value is not finite, or the adapter or the head did not change at all.
     """
     job = ready.job
     if not math.isfinite(trained.loss):

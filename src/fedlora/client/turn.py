@@ -1,4 +1,4 @@
-"""The client's half of a round; the only code that a device runs."""
+"""The client side of a round; the only code that runs on a device."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fedlora.transport import wire
 
 
 def run_job(job: Job, workspace: Workspace, rows: Positions, seconds: float = math.inf) -> Reply:
-    """Takes a client's turn.
+    """Runs a client's turn.
 
     Args:
-        job: what to do.
+        job: the job to run.
         workspace: the resident model.
         rows: the client's training examples.
         seconds: how long the server waits.
@@ -43,13 +43,13 @@ def run_job(job: Job, workspace: Workspace, rows: Positions, seconds: float = ma
 
 
 def open_turn(job: Job, workspace: Workspace, rows: Positions, deadline: float = math.inf) -> Ready:
-    """Begins a client's turn: brings the frozen part to what was announced, and decodes where to start.
+    """Begins a client's turn: updates the frozen part to the announced setup and folds, and decodes the initial values.
 
     Args:
-        job: what to do.
-        workspace: a resident model; its trained parameters stay as they are.
+        job: the job to run.
+        workspace: a resident model; its trained parameters are left unchanged.
         rows: the client's training examples.
-        deadline: when the server stops waiting, on ``time.perf_counter``.
+        deadline: when the server stops waiting, as a ``time.perf_counter`` value.
 
     Raises:
         WireError: the payload is not what the recipe expects.
@@ -71,11 +71,11 @@ def open_turn(job: Job, workspace: Workspace, rows: Positions, deadline: float =
 
 
 def close_turn(ready: Ready, trained: LocalResult) -> Reply:
-    """Ends a client's turn: what the last message lost, given-up ranks, sparsify, clip, round, encode.
+    """Ends a client's turn: adds the error feedback, prunes ranks, sparsifies, clips, rounds and encodes.
 
     Args:
-        ready: what ``open_turn`` gave.
-        trained: what ``train`` made of it.
+        ready: the result of ``open_turn``.
+        trained: the result of ``train``.
 
     Raises:
         TrainingError: the loss or the update is not finite, or the adapter did not move.
@@ -106,7 +106,7 @@ def close_turn(ready: Ready, trained: LocalResult) -> Reply:
 
 
 def _checked(ready: Ready, trained: LocalResult, delta: Tree) -> Tree:
-    """``delta``; zeros where it is not finite and nobody may know of it: nothing leaves without noise, not even so."""
+    """``delta``, or zeros if it is not finite and that must not be disclosed: a failure must not leak either."""
     if not disclosure_of(ready.job.recipe).failures:
         return delta if tree.is_finite(delta) else tree.zeros_like(delta)
     if trained.steps:
@@ -115,7 +115,7 @@ def _checked(ready: Ready, trained: LocalResult, delta: Tree) -> Tree:
 
 
 def _remembered(ready: Ready, schema: Schema) -> ClientState:
-    """What a client remembers of a message, whatever becomes of its turn."""
+    """What a client remembers of a message, whether or not its turn succeeds."""
     memory, parts = ready.job.recipe.memory, ready.job.memory.parts
     held = {name: ready.start[name] for name in schema} if memory == "last_round" else {}
     base = ready.folds.store() if memory != "none" else EMPTY
@@ -124,7 +124,7 @@ def _remembered(ready: Ready, schema: Schema) -> ClientState:
 
 
 def _received(job: Job, workspace: Workspace) -> Tree:
-    """The parameters that a payload tells, whatever it is relative to; all but what is personal."""
+    """The parameters in a payload, whatever its reference; everything except personal parameters."""
     installed, schema = workspace.installed, workspace.installed.schema.sent()
     like = {name: value.detach() for name, value in installed.parameters.items() if name in schema}
     sent = schema.join(wire.unpack(job.payload, schema.split(like), job.recipe.down.precisions))
@@ -141,7 +141,7 @@ def _received(job: Job, workspace: Workspace) -> Tree:
 
 
 def _with_personal(job: Job, workspace: Workspace, shared: Tree) -> Tree:
-    """The parameters to start from: those that came, and those that the client keeps for itself."""
+    """The parameters to start from: the received ones, and the client's personal ones."""
     schema = workspace.installed.schema
     if not schema.personal:
         return shared

@@ -1,4 +1,4 @@
-"""The one resident model of a process: parameters are swapped in place, the model is never copied."""
+"""A process's single resident model: parameters are swapped in place, and the model is never copied."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fedlora.tuning.lora_layer import LoRALayer
 
 
 class Workspace:
-    """A model, the tuning that sits in it, and what its frozen part was settled to.
+    """A model, the tuning installed in it, and the setup applied to its frozen part.
 
     Args:
-        task: what the model is for.
-        seed: seed of the head's first values.
-        device: where the model lives.
+        task: the task of the model.
+        seed: seed of the head's initial values.
+        device: the model's device.
     """
 
     def __init__(self, task: Prepared, seed: int, device: torch.device) -> None:
@@ -54,14 +54,14 @@ class Workspace:
         return self.installed.model
 
     def open(self, phase: int, recipe: Recipe) -> Installed:
-        """Loads the pre-trained model and installs ``recipe``'s tuning; the base is what was published.
+        """Loads the pre-trained model with its published weights and installs ``recipe``'s tuning.
 
         Args:
             phase: number of the phase.
-            recipe: what to install.
+            recipe: the recipe whose tuning is installed.
 
         Raises:
-            ConfigError: nothing would be trained, or rounds would fold something into quantised weights.
+            ConfigError: nothing would be trained, or rounds would fold into quantised weights.
         """
         self._installed = self._decoded = self._folds = None  # free the old model first
         model, head = self.task.load_model(named_seed(self._seed, "head"), recipe.local.compute, self.device)
@@ -73,7 +73,7 @@ class Workspace:
                     f"{kind_of(recipe.tuning)} would train nothing: model.train_head = false freezes the head; "
                     "use `lora`, `bitfit` or `full`, or set model.train_head = true"
                 )
-        for parameter in self._installed.parameters.values():  # fused optimisers look at no strides
+        for parameter in self._installed.parameters.values():  # fused optimisers ignore strides
             parameter.data = parameter.data.contiguous()
         if recipe.aggregator.edits_base:
             for name, layer in lora_layers(model).items():
@@ -86,16 +86,16 @@ class Workspace:
         return self._installed
 
     def apply_setup(self, phase: int, recipe: Recipe, setup: bytes | None) -> None:
-        """Brings the frozen part to what a server announced; does nothing if it is there already.
+        """Applies the server's setup message to the frozen part; does nothing if it is applied already.
 
         Args:
             phase: number of the phase.
             recipe: its recipe.
-            setup: the announcement as received; None if the client is to remember it.
+            setup: the setup message as received; None if the client should have it already.
 
         Raises:
-            WireError: the announcement is not of the expected form.
-            TrainingError: there is nothing to remember.
+            WireError: the setup message is malformed.
+            TrainingError: ``setup`` is None and none has been applied.
         """
         if phase == self._phase and self._setup is not None and setup in (None, self._setup):
             return
@@ -115,12 +115,12 @@ class Workspace:
         self._setup = setup
 
     def load(self, recipe: Recipe, params: Tree, folds: Folds) -> None:
-        """Puts a model into the workspace: what is trained, and what rounds have folded into what is not."""
+        """Loads trained parameters, and the folds of rounds into frozen weights, into the model."""
         recipe.tuning.fold(self.installed, folds)
         self.installed.load(params)
 
     def evaluate(self, rows: Positions, split: Split, compute: str) -> Evaluation:
-        """Metrics of the model as it is now, in evaluation mode."""
+        """Metrics of the model in its current state, in evaluation mode."""
         self.model.eval()
         with torch.inference_mode(), self.autocast(compute):
             return self.task.evaluate(self.model, rows, split, self.device)

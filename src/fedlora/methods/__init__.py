@@ -61,4 +61,4 @@ METHODS: dict[str, Callable[..., Phases]] = {
     "adapter_lth": adapter_lth,
     "fed_select": fed_select,
 }
-"""What ``[method] kind = ...`` names in a configuration."""
+"""The methods that ``[method] kind = ...`` selects in a configuration, by name."""

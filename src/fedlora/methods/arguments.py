@@ -1,4 +1,4 @@
-"""A sentence for each argument of the methods, which share most of them."""
+"""Descriptions of the methods' arguments, most of which they share."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _OWN = {
 
 
 def argument_text(method: str, name: str) -> str:
-    """What an argument of a method is for.
+    """The description of a method's argument.
 
     Args:
         method: its name in ``[method]``.
-        name: of the argument, or of a key of a recipe.
+        name: the argument's name, or that of a key of a recipe.
     """
     return _OWN.get(f"{method}.{name}") or _SHARED.get(name, "")

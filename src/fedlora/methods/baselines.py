@@ -1,4 +1,4 @@
-"""What the papers compare with."""
+"""The baselines that the papers compare with."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def ffa(
     local: Local = Local(),
     memory: Memory = "none",
 ) -> Phases:
-    """FFA-LoRA (arXiv 2403.12313): ``A`` keeps its random start, ``B`` alone is trained and sent.
+    """FFA-LoRA (arXiv 2403.12313): ``A`` keeps its random initialisation; only ``B`` is trained and sent.
 
-    The mean of the products ``B A`` is then the product of the means, and half of the bytes go. Clients redraw ``A``
-    from its seed, since everything is told relative to the start.
+    The mean of the products ``B A`` is then the product of the means, and half of the bytes are saved. Clients redraw
+    ``A`` from its seed, since everything is sent relative to the initial values.
     """
     tuning = LoRA(rank=rank, alpha=alpha, targets=targets, train="B")
     down, up = Link(precision=precision, reference="init"), Link(precision=precision)
@@ -55,9 +55,10 @@ def rolora(
     local: Local = PLAIN,
     memory: Memory = "none",
 ) -> Phases:
-    """RoLoRA (arXiv 2409.02346): ``B`` is trained in one round and ``A`` in the next, the other factor keeping still.
+    """RoLoRA (arXiv 2409.02346): ``B`` is trained in one round and ``A`` in the next, with the other factor frozen.
 
-    Up, only the factor that moved is sent; down, with ``memory = "last_round"``, only what changed since the last time.
+    The uplink carries only the trained factor; the downlink, with ``memory = "last_round"``, only what has changed
+    since the client's last round.
     """
     tuning = LoRA(rank=rank, alpha=alpha, targets=targets, train="alternate")
     link = Link(precision=precision)
@@ -76,10 +77,10 @@ def sparse_adapter(
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
-    """SparseAdapter (arXiv 2210.04284) as FLASC's paper compares with it: one dense round, then a fixed mask.
+    """SparseAdapter (arXiv 2210.04284) as in the FLASC paper's comparison: one dense round, then a fixed mask.
 
-    Clients train and send only what is left. FLASC's code has one threshold for all tensors (``scope="global"``); after
-    one round that leaves nothing of ``B``, and the run stops because nothing would be learnt.
+    Clients train and send only the remaining entries. FLASC's code uses one threshold for all tensors
+    (``scope="global"``); after one round that prunes all of ``B``, and the run stops because nothing would be learnt.
     """
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
     prune = Prune(density=density, scope=scope)
@@ -98,9 +99,9 @@ def adapter_lth(
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
-    """Adapter-LTH (FLASC, arXiv 2406.05233): every ``every`` rounds the share ``keep`` of what is left stays.
+    """Adapter-LTH (FLASC, arXiv 2406.05233): every ``every`` rounds, a share ``keep`` of the remaining entries is kept.
 
-    Iterative magnitude pruning without rewinding; clients train and send only what is left.
+    Iterative magnitude pruning without rewinding; clients train and send only the remaining entries.
     """
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
     prune = Prune(density=keep, first=every, every=every, decay=keep)
@@ -119,7 +120,7 @@ def fed_select(
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
-    """Federated Select (FLASC, arXiv 2406.05233): the density of both links decays, clients train everything."""
+    """Federated Select (FLASC, arXiv 2406.05233): the density of both links decays; clients train everything."""
     tuning = LoRA(rank=rank, alpha=alpha, targets=targets)
     link = Link(sparsify=TopK(density=1.0, decay=keep, decay_every=every), precision=precision)
     return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local)
@@ -137,10 +138,11 @@ def fedex(
     local: Local = PLAIN,
     memory: Memory = "none",
 ) -> Phases:
-    """FedEx-LoRA (arXiv 2410.09432): factors are averaged, what the products have beside goes into frozen weights.
+    """FedEx-LoRA (arXiv 2410.09432): factors are averaged, and the residual of the mean product goes into frozen
+    weights.
 
-    Clients that remember get each round's fold as factors where these are smaller; others get the sum of all folds.
-    ``fold_rank`` keeps only so much of each fold, as the paper's inexact form does.
+    Clients with memory get the missing folds as factors if these are smaller; others get the sum of all folds.
+    ``fold_rank`` truncates each fold to that rank, as in the paper's inexact variant.
     """
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
     rule = ProductExact(rank=fold_rank, weighting=weighting)
@@ -159,10 +161,10 @@ def flora(
     memory: Memory = "none",
     reference: Literal["zero", "init"] = "init",
 ) -> Phases:
-    """FLoRA (arXiv 2409.05976): clients' factors are stacked into frozen weights, and adapters start anew each round.
+    """FLoRA (arXiv 2409.05976): clients' factors are stacked into frozen weights; adapters are redrawn each round.
 
-    Down go the fold and the head: clients draw the new ``A`` from its seed. With ``reference = "zero"`` it is sent, of
-    as many ranks as a client's tier has.
+    The downlink carries the fold and the head: clients draw the new ``A`` from its seed. With ``reference = "zero"``,
+    ``A`` is sent, with the number of ranks of the client's tier.
     """
     tuning, rule = LoRA(rank=rank, alpha=alpha, targets=targets), Stack(weighting=weighting)
     down, up = Link(precision=precision, reference=reference), Link(precision=precision)
@@ -181,7 +183,7 @@ def flexlora(
     local: Local = PLAIN,
     memory: Memory = "none",
 ) -> Phases:
-    """FlexLoRA (arXiv 2402.11505): the mean of the products, cut to the rank by an SVD in each round."""
+    """FlexLoRA (arXiv 2402.11505): the mean of the products, truncated to the rank by an SVD in each round."""
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
     rule = SvdRedistribute(weighting=weighting, split=split)
     return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, local=local, memory=memory)
@@ -199,9 +201,9 @@ def het_lora(
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
-    """HetLoRA (arXiv 2401.06432): clients of unequal ranks, a say by the size of their adapters, ranks given up.
+    """HetLoRA (arXiv 2401.06432): heterogeneous ranks, weights by the norm of the adapters, and rank self-pruning.
 
-    ``rank`` is the largest; ``clients.tiers`` give others to some. FLASC's code calls zero-padding alone by this name:
+    ``rank`` is the largest; ``clients.tiers`` assign smaller ones. FLASC's code uses this name for zero-padding alone:
     ``lora`` with tiers.
     """
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)

@@ -1,4 +1,4 @@
-"""The optimisers that methods begin with; `benchmarks/defaults.py` measures them, `docs/results.md` has the figures."""
+"""The methods' default optimisers; `benchmarks/defaults.py` measures them, `docs/results.md` has the figures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from fedlora.recipe.local import Local, Sgd
 from fedlora.server.optimizers import AdamW
 
 ADAPTIVE = AdamW(lr=5e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
-"""The server of methods that add up changes of adapters.
+"""The server optimiser of methods that average changes of adapters.
 
-SGD on clients keeps the relative size of a gradient's entries, which sparse links and pruning choose by; AdamW on the
-server makes up for how unequal these are. A fresh head wants a higher rate than adapters do."""
+SGD on clients preserves the relative magnitudes of a gradient's entries, by which sparse links and pruning choose;
+AdamW on the server compensates for how unequal they are. A fresh head needs a higher learning rate than adapters do."""
 
 ADAPTIVE_FULL = AdamW(lr=1e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
-"""The same where pre-trained weights themselves move."""
+"""The same for methods that train the pre-trained weights themselves."""
 
 PLAIN = Local(optimizer=Sgd(lr=0.2))
-"""The clients of methods whose server must take the mean as it is: what a round moves is decided here alone."""
+"""The client optimiser of methods whose server applies the mean as it is: it alone sets the size of a round's step."""

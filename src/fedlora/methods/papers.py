@@ -1,4 +1,4 @@
-"""The methods of the three papers, and what they are made of."""
+"""The methods of the three papers, and their building blocks."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def dense_lora(
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
-    """LoRA (arXiv 2106.09685) under federated averaging, every value sent: what the papers compare with."""
+    """LoRA (arXiv 2106.09685) under federated averaging, with every value sent: the papers' baseline."""
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
     return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local)
 
 
 def full(*, rounds: Count = 40, server: AnyServerOptimizer = ADAPTIVE_FULL, local: Local = Local()) -> Phases:
-    """Full fine-tuning under federated averaging (FFT): the ceiling in accuracy and in bytes."""
+    """Full fine-tuning under federated averaging (FFT): an upper bound in accuracy and in bytes."""
     return fedavg(rounds=rounds, tuning=Full(), server=server, local=local)
 
 
@@ -98,14 +98,14 @@ def flasc(
     local: Local = Local(),
     memory: Memory = "none",
 ) -> Phases:
-    """FLASC (arXiv 2406.05233, Alg. 1): dense local LoRA, only what is sent is sparse, down and up separately.
+    """FLASC (arXiv 2406.05233, Alg. 1): dense local LoRA with sparse messages; separate densities down and up.
 
-    Down, the largest ``int(P * down)`` of all ``P`` trained entries, head included, ranked by how far they are from
-    where they started; the others are at their start on the client. Up, the largest ``int(P * up)`` entries of each
-    client's change. The official code ranks the entries themselves and sends zeros for the others
-    (``reference="zero"``): ``B``, which starts at zero, is then not sent for many rounds, and without a head nothing is
-    learnt until it is (``docs/methods.md``).
-    ``feedback`` lets each client add what its last upload left out to the next one, which asks for a ``memory``.
+    The downlink sends the largest ``int(P * down)`` of all ``P`` trained entries, including the head, ranked by their
+    distance from the initial values; the client uses the initial values for the others. The uplink sends the largest
+    ``int(P * up)`` entries of each client's change. The official code ranks the entries themselves and sends zeros for
+    the others (``reference="zero"``): ``B``, which starts at zero, is then not sent for many rounds, and without a head
+    nothing is learnt until it is (``docs/methods.md``). ``feedback`` lets each client add what its last upload left out
+    to the next one, which needs a ``memory``.
     """
     start = SvdOfWeight() if init == "svd_of_weight" else LoRA().init
     tuning = LoRA(rank=rank, alpha=alpha, targets=targets, dropout=dropout, init=start)
@@ -134,9 +134,9 @@ def federa(
     local: Local = Local(),
     memory: Memory = "none",
 ) -> Phases:
-    """FeDeRA (arXiv 2404.18848, Sec. 3): LoRA starts at the SVD of the pre-trained weights, the residual is frozen.
+    """FeDeRA (arXiv 2404.18848, Sec. 3): LoRA starts from the SVD of the pre-trained weights; the residual is frozen.
 
-    The server makes the SVD once and announces the factors; every client derives the residual from what it received.
+    The server computes the SVD once and sends the factors; every client computes the residual from what it received.
     """
     tuning = LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfWeight(split=split))
     link = Link(precision=precision)
@@ -164,13 +164,13 @@ def slora(
 ) -> Phases:
     """SLoRA (arXiv 2308.06522, Sec. 3): train a random sparse mask, then LoRA from the SVD of what was learnt.
 
-    ``rounds`` counts both phases; the first has a quarter of them unless ``warm_rounds`` says otherwise, and the
-    optimisers of the second unless ``warm_local`` and ``warm_server`` do. At the hand-over the base is reset to the
-    pre-trained weights, the head is carried, and ``fold`` says what else is (biases if they were trained; ``rest``
-    keeps everything the truncation would lose).
+    ``rounds`` counts both phases; the first takes a quarter of them unless ``warm_rounds`` is set, and uses the
+    optimisers of the second unless ``warm_local`` and ``warm_server`` are set. At the hand-over the base is reset to
+    the pre-trained weights, the head is carried over, and ``fold`` selects what else is (biases if they were trained;
+    ``rest`` keeps everything that the truncation would lose).
 
-    The mask lies on the adapters' own targets and has as many entries as they have numbers: at equal bytes that keeps
-    six times as much of what it learns as one weight in a hundred of all matrices does, which is the paper's
+    The mask covers the adapters' targets and has as many entries as the adapters have parameters: at equal bytes, the
+    hand-over keeps six times as much of what was learnt as with one percent of all matrices, which is the paper's
     description (``density=0.01, mask_targets="all-linear"``; ``benchmarks/handover.py``).
 
     Raises:
@@ -203,7 +203,7 @@ def primed_lora(
     warm_local: Local | None = None,
     memory: Memory = "none",
 ) -> Phases:
-    """Primed-LoRA, SLoRA's ablation: the first phase is full fine-tuning instead of a sparse mask.
+    """Primed-LoRA, SLoRA's ablation: the first phase is full fine-tuning instead of sparse-mask training.
 
     ``warm_rounds``, ``warm_local`` and ``warm_server`` are as in ``slora``.
 

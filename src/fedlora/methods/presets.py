@@ -1,4 +1,4 @@
-"""What the papers' official code does, where there is any."""
+"""The settings of the papers' official code, where it exists."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FLASC_CODE: dict[str, Any] = {
         "dropout": False,
     },
 }
-"""Of github.com/imkevinkuo/flasc at commit 17c7063, the script of unequal clients, which trains on 20 Newsgroups.
+"""From github.com/imkevinkuo/flasc at commit 17c7063: the script for heterogeneous clients, on 20 Newsgroups.
 
-Its server is ``torch.optim.AdamW`` with PyTorch's decay of 0.01; ``from_pretrained`` leaves the model in evaluation
-mode, so that its own dropout is off, while PEFT's new layers have theirs on."""
+Its server uses ``torch.optim.AdamW`` with PyTorch's decay of 0.01; ``from_pretrained`` leaves the model in evaluation
+mode, so that its own dropout is off, while the dropout of PEFT's new layers is on."""
 
 _DROPOUT = {"tuning": {"dropout": 0.1}}
 
@@ -31,17 +31,17 @@ PAPER: dict[str, dict[str, Any]] = {
     "adapter_lth": _FLASC_CODE | _DROPOUT,
     "fed_select": _FLASC_CODE | _DROPOUT,
 }
-"""What ``preset = "paper"`` gives, by method: FLASC, and the baselines that FLASC's code has flags for.
+"""The settings of ``preset = "paper"``, by method: FLASC, and the baselines that FLASC's code has flags for.
 
-``ffa`` is without the server's decay: it would move the factor that is frozen, which the official code, whose optimiser
-passes over parameters without a gradient, does not do."""
+``ffa`` has no weight decay on the server: it would change the frozen factor, whereas the optimiser in the official code
+skips parameters without a gradient."""
 
 
 def paper(method: str) -> dict[str, Any]:
-    """The arguments of ``preset = "paper"``, to be given as keys of ``[method]``.
+    """The arguments of ``preset = "paper"``, to be used as keys of ``[method]``.
 
     Raises:
-        ConfigError: no official code of this method is known.
+        ConfigError: this method has no known official code.
     """
     if method not in PAPER:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Who takes part: the population that a partition makes of a data set, and the cohort of a round."""
+"""The population that a partition creates from a data set, and the cohort of a round."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from fedlora.population.tiers import Tier, check_tiers
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Clients:
-    """The clients of an experiment: how rows are dealt to them and how many take part in a round.
+    """The clients of an experiment: how rows are assigned to them, and how many take part in a round.
 
     Args:
-        partition: how rows are dealt.
-        num: number of clients (``Pooled`` makes one, ``Natural`` as many as the data have).
-        per_round: clients drawn for a round.
-        sampling: ``fixed`` draws that many without replacement; ``poisson`` draws each client by itself with the same
-            chance, so that many are drawn on average and maybe nobody, as an account of privacy likes best.
-        test_clients: share of the natural clients, in [0, 1), held out whole as the test set; ``Natural`` only.
+        partition: how rows are assigned.
+        num: number of clients (``Pooled`` creates one, ``Natural`` as many as the data have).
+        per_round: number of clients sampled for a round.
+        sampling: ``fixed`` draws ``per_round`` clients without replacement; ``poisson`` draws each client independently
+            with the same probability, ``per_round`` on average and possibly none, which gives the tightest privacy
+            accounting.
+        test_clients: share of the natural clients, in [0, 1), held out entirely as the test set; ``Natural`` only.
         allow_empty: leave clients without rows out of the population and count them, instead of raising.
-        skew: what counts as a row's class; ``Dirichlet`` and ``Shards`` deal by it, summaries and drawings show it.
-        holdout: share of each client's rows, in [0, 1), that it keeps away from training as a test set of its own.
-        tiers: kinds of clients that get and do less than the recipe says.
-        tier_column: the column that tiers by ``values`` read.
-        network: what lies between the server and a client, such as ``down=10Mbit,up=1Mbit,latency=50ms``; with it the
-            ledger says how long each round takes there. Tiers may have others.
+        skew: defines a row's class; ``Dirichlet`` and ``Shards`` assign rows by it, summaries and plots show it.
+        holdout: share of each client's rows, in [0, 1), that it keeps out of training as its own test set.
+        tiers: classes of clients that deviate from the recipe.
+        tier_column: the column read by tiers that use ``values``.
+        network: the network between the server and a client, such as ``down=10Mbit,up=1Mbit,latency=50ms``; with it,
+            the ledger estimates the duration of each round. Tiers may have others.
 
     Raises:
-        ConfigError: if it is not clear who belongs to which tier, if ``test_clients`` is set without ``Natural``, or if
+        ConfigError: if tier membership is ambiguous, if ``test_clients`` is set without ``Natural``, or if
             ``per_round`` exceeds the number of clients.
     """
 
@@ -69,13 +70,13 @@ class Clients:
         check_per_round(self.per_round, 1 if isinstance(self.partition, Pooled) else self.num)
 
     def networks(self, network: str = "") -> dict[str, Network]:
-        """The network of clients without tier, under an empty name, and of each tier; none without one.
+        """The network of each tier by name, with that of clients without a tier under an empty name; empty without any.
 
         Args:
-            network: of all clients, in place of what is set here.
+            network: the network of all clients, which overrides the settings here.
 
         Raises:
-            ConfigError: what was written is no network.
+            ConfigError: the text does not describe a network.
         """
         if not (network or self.network):
             return {}
@@ -83,7 +84,7 @@ class Clients:
         return {name: parse_network(words) for name, words in {"": network or self.network, **own}.items()}
 
     def column(self) -> str | None:
-        """The name of the data set's column that the partition reads, or None."""
+        """The name of the column that the partition reads, or None."""
         return self.partition.column if isinstance(self.partition, Natural) else None
 
 
@@ -93,11 +94,11 @@ class Population:
 
     Args:
         names: the clients' names.
-        rows: (dealt,) int64, the row numbers of all clients one after the other.
+        rows: (assigned,) int64, the concatenated row numbers of all clients.
         offsets: (clients + 1,) int64.
-        dropped: rows of the data set that no client holds (and that are not test rows).
-        empty: clients left out because they had no rows.
-        held_out: rows that clients keep away from training, see ``hold_out``.
+        dropped: number of rows of the data set that no client holds (and that are not test rows).
+        empty: number of clients left out because they had no rows.
+        held_out: number of rows that clients keep out of training, see ``hold_out``.
     """
 
     names: tuple[str, ...]
@@ -108,7 +109,7 @@ class Population:
     held_out: int = 0
 
     def __len__(self) -> int:
-        """How many clients there are."""
+        """The number of clients."""
         return len(self.names)
 
     def rows_of(self, client: int) -> Rows:
@@ -121,7 +122,7 @@ class Population:
 
 
 class Division(NamedTuple):
-    """A population, and the rows of the users held out for testing ((rows,) int64, ascending) or None."""
+    """A population, and the rows of the clients held out for testing ((rows,) int64, ascending) or None."""
 
     population: Population
     test_rows: Rows | None
@@ -130,20 +131,20 @@ class Division(NamedTuple):
 def build_population(
     clients: Clients, labels: NDArray[Any] | Sequence[int], column: NDArray[Any] | Sequence[Any] | None, seed: int
 ) -> Division:
-    """Assignment a data set to clients.
+    """Assigns a data set to clients.
 
     Args:
-        clients: the partition and its numbers.
-        labels: (rows,) class numbers, integer, of what ``clients.skew`` looks at; zeros where there are no classes.
+        clients: the partition and its settings.
+        labels: (rows,) integer class numbers, of the classes that ``clients.skew`` defines; zeros without classes.
         column: (rows,) values of ``clients.column()``, or None.
-        seed: the same seed deals the same rows.
+        seed: the same seed gives the same assignment.
 
     Returns:
-        The population, and the rows of held-out test users where ``clients.test_clients`` is set.
+        The population, and the rows of held-out test clients if ``clients.test_clients`` is set.
 
     Raises:
-        DataError: if there are no rows, fewer rows than clients, clients without rows, too few classes for a label
-            skew, labels that are no class numbers, or if the lengths differ.
+        DataError: if there are no rows, fewer rows than clients, clients without rows, too few classes for label skew,
+            labels that are not class numbers, or if the lengths differ.
     """
     labels = np.asarray(labels)
     names = None if column is None else np.asarray(column)
@@ -161,7 +162,7 @@ def build_population(
 
 
 def hold_out_clients(deal: Assignment, share: float, rng: np.random.Generator) -> tuple[Assignment, Rows]:
-    """A deal without a share of its clients, one at least and not all, and their rows ((rows,) int64, ascending)."""
+    """Removes a share of the clients, at least one and not all; also returns their rows ((rows,) int64, ascending)."""
     num = len(deal.groups)
     held = set(rng.permutation(num)[: min(max(round(share * num), 1), num - 1)].tolist())
     rows = np.sort(np.concatenate([deal.groups[client] for client in sorted(held)]))
@@ -170,16 +171,16 @@ def hold_out_clients(deal: Assignment, share: float, rng: np.random.Generator) -
 
 
 def hold_out(population: Population, share: float, seed: int) -> tuple[Population, dict[int, Rows]]:
-    """Lets every client keep a share of its rows away from training, one at least and not all.
+    """Holds out a share of every client's rows from training, at least one and not all.
 
     Args:
         population: the clients.
-        share: in [0, 1); with 0 nothing is kept away.
-        seed: together with a client's number it decides which of its rows.
+        share: in [0, 1); 0 holds out nothing.
+        seed: together with the client's number, it determines which rows are held out.
 
     Returns:
-        The clients with what they train on, and the rows ((rows,) int64, ascending) that each client keeps away; a
-        client with one row trains on it and keeps none.
+        The clients with their training rows, and the rows ((rows,) int64, ascending) that each client holds out; a
+        client with one row trains on it and holds out none.
     """
     if not share:
         return population, {}
@@ -192,7 +193,7 @@ def hold_out(population: Population, share: float, seed: int) -> tuple[Populatio
         trained.append(rows[~chosen])
         if num:
             held[client] = np.sort(rows[chosen])
-    # clients without rows are gone already, and whoever has one keeps one
+    # clients without rows were removed already, and every client keeps at least one
     left = population_of(Assignment(trained, list(population.names)), len(population.rows), allow_empty=False)
     return dataclasses.replace(
         left, dropped=population.dropped, empty=population.empty, held_out=sum(map(len, held.values()))
@@ -202,13 +203,13 @@ def hold_out(population: Population, share: float, seed: int) -> tuple[Populatio
 def draw_cohort(
     population: Population, per_round: int, seed: int, sampling: Literal["fixed", "poisson"] = "fixed"
 ) -> tuple[int, ...]:
-    """Draw a round's clients: ``per_round`` without replacement, or each with the chance ``per_round / clients``.
+    """Samples a cohort: ``per_round`` clients without replacement, or each with probability ``per_round / clients``.
 
     Args:
-        population: whom to draw from.
-        per_round: how many, or how many on average.
+        population: the population to sample from.
+        per_round: number of clients, or its expectation.
         seed: the same seed draws the same clients in the same order.
-        sampling: which of the two.
+        sampling: ``fixed`` or ``poisson``.
 
     Returns:
         Client numbers in the order they were drawn.
@@ -227,20 +228,20 @@ def draw_cohort(
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How large and how skewed the clients of a population are.
+    """Size and skew of a population's clients.
 
     Args:
-        num_clients: clients with rows.
-        num_examples: rows they hold together.
+        num_clients: number of clients with rows.
+        num_examples: total number of their rows.
         min_size: rows of the smallest client.
         median_size: median rows of a client.
         max_size: rows of the largest client.
         top_class_share: median over clients of the share of the client's most frequent class, in [0, 1].
         effective_classes: median over clients of exp(entropy of the client's classes), from 1 to ``num_classes``.
-        num_single_class: clients that see one class only.
-        num_empty: clients without rows.
-        dropped: rows that nobody holds.
-        held_out: rows that clients keep away from training; the other figures are of what they train on.
+        num_single_class: number of clients with a single class.
+        num_empty: number of clients without rows.
+        dropped: number of rows that no client holds.
+        held_out: number of rows that clients keep out of training; the other figures describe their training rows.
     """
 
     num_clients: int
@@ -269,7 +270,7 @@ def summarise(population: Population, labels: NDArray[Any] | Sequence[int], num_
         num_classes: number of classes.
 
     Returns:
-        The figures; clients without rows count in ``num_empty`` alone.
+        The figures; clients without rows count only in ``num_empty``.
     """
     sizes = population.sizes()
     owner = np.repeat(np.arange(len(population)), sizes)
@@ -294,7 +295,7 @@ def summarise(population: Population, labels: NDArray[Any] | Sequence[int], num_
 
 
 def check_per_round(per_round: int, num: int) -> None:
-    """Refuses rounds with more clients than there are.
+    """Refuses cohorts larger than the population.
 
     Raises:
         ConfigError: ``per_round`` exceeds ``num``.
@@ -307,15 +308,15 @@ def check_per_round(per_round: int, num: int) -> None:
 
 
 def population_of(deal: Assignment, total: int, allow_empty: bool) -> Population:
-    """The population of a deal.
+    """The population of an assignment.
 
     Args:
         deal: rows by client.
-        total: rows there were to deal.
+        total: number of rows to assign.
         allow_empty: leave clients without rows out and count them, instead of raising.
 
     Raises:
-        DataError: a client has no rows and may not be without, or none has any.
+        DataError: a client has no rows although ``allow_empty`` is not set, or no client has any.
     """
     kept = [index for index, group in enumerate(deal.groups) if len(group)]
     empty = len(deal.groups) - len(kept)

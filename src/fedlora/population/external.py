@@ -1,4 +1,4 @@
-"""Partitioners from elsewhere: whatever has ``dataset`` and ``load_partition(i)``, such as Flower Datasets'."""
+"""External partitioners: objects with ``dataset`` and ``load_partition(i)``, such as those of Flower Datasets."""
 
 from __future__ import annotations
 
@@ -15,55 +15,56 @@ from fedlora.population.partitions import Rows, numbered
 
 
 class Partitioner(Protocol):
-    """What is asked of a foreign partitioner.
+    """The interface required of an external partitioner.
 
-    If it also has ``num_partitions``, it makes so many clients; if not, partitions are loaded from 0 on until
+    If it also has ``num_partitions``, it creates that many clients; if not, partitions are loaded from 0 on until
     ``load_partition`` raises ``IndexError``, ``KeyError`` or ``ValueError``.
     """
 
     dataset: Any
-    """None or unset: it is set here once, with a column of row numbers added. Set: it must be the run's own data."""
+    """If None or unset, fedlora sets it once, with an added column of row numbers. If set, it must be the run's own
+    data."""
 
     def load_partition(self, partition_id: int) -> Any:
         """The rows of one client, as a data set."""
 
 
 class Table(Protocol):
-    """What is asked of the data set given to a foreign partitioner; ``datasets.Dataset`` has it."""
+    """The interface required of the data set given to an external partitioner; ``datasets.Dataset`` has it."""
 
     column_names: list[str]
 
     def __len__(self) -> int:
-        """How many rows."""
+        """The number of rows."""
 
     def add_column(self, name: str, column: Any) -> Any:
         """A copy with one more column."""
 
     def with_format(self, type: str) -> Any:
-        """A view whose rows come in another form."""
+        """A view whose rows are returned in another format."""
 
 
 ROW_COLUMN = "fedlora_row"
-"""The column of row numbers by which ``from_partitioner`` recognises rows."""
+"""The column of row numbers by which ``from_partitioner`` identifies rows."""
 
 
 def from_partitioner(partitioner: Partitioner, dataset: Table, allow_empty: bool = False) -> Population:
-    """The population that a foreign partitioner makes of a data set.
+    """The population that an external partitioner creates from a data set.
 
-    A partitioner without a data set is given ``dataset`` with row numbers. One that has its own must hold the same
-    rows in the same order; they are then recognised by content, and rows of the same content stand for each other.
+    A partitioner without a data set is given ``dataset`` with row numbers. One with its own data set must hold the same
+    rows in the same order; they are then identified by content, and rows with equal content are interchangeable.
 
     Args:
         partitioner: see ``Partitioner``.
-        dataset: the data set to deal.
+        dataset: the data set to assign.
         allow_empty: leave clients without rows out and count them, instead of raising.
 
     Returns:
-        Clients named by their partition number.
+        The population, with clients named by their partition number.
 
     Raises:
-        DataError: if the partitioner has other data, its rows cannot be recognised, it deals a row twice, makes an
-            empty client, or makes clients without an end.
+        DataError: if the partitioner has other data, its rows cannot be identified, it assigns a row twice, creates an
+            empty client, or never stops creating clients.
     """
     held = getattr(partitioner, "dataset", None)
     known = _NUMBERED if held is None else _recognise(held, dataset)
@@ -90,7 +91,7 @@ def from_partitioner(partitioner: Partitioner, dataset: Table, allow_empty: bool
 
 
 class _Known(NamedTuple):
-    """The columns by which rows are recognised, and the rows of each content that no client has yet."""
+    """The columns by which rows are identified, and the unassigned rows by content."""
 
     columns: Sequence[str]
     rows: dict[bytes, list[int]]
@@ -114,10 +115,10 @@ def _recognise(held: Any, dataset: Table) -> _Known:
             "partitioner without a data set, or with that of "
             "fedlora.config.federated_data.prepare(experiment).task.table()"
         )
-    if ROW_COLUMN in theirs:  # an earlier call numbered them
+    if ROW_COLUMN in theirs:  # an earlier call added the row numbers
         return _NUMBERED
     rows = defaultdict(list)
-    for row, digest in reversed([*enumerate(_digests(ours, columns))]):  # they are taken from the end
+    for row, digest in reversed([*enumerate(_digests(ours, columns))]):  # rows are popped from the end
         rows[digest].append(row)
     whole = _digests(ours, list(ours))
     for same in rows.values():
@@ -173,7 +174,7 @@ def _parts(partitioner: Partitioner, limit: int) -> Iterator[Any]:
 
 
 def _values(dataset: Any) -> dict[str, list[Any]]:
-    """What each column holds, as plain Python values."""
+    """The content of each column as plain Python values."""
     table = dataset.with_format("arrow")[:]
     return {name: table.column(name).to_pylist() for name in table.column_names}
 

@@ -1,4 +1,4 @@
-"""Partitions: how the rows of a data set are dealt to clients."""
+"""Partitions: how the rows of a data set are assigned to clients."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from fedlora.core.errors import DataError
 from fedlora.core.slots import Slot
 
 Rows = NDArray[np.int64]
-"""RoundRecord numbers of the data set, int64."""
+"""Row numbers of the data set, int64."""
 Values = NDArray[Any]
 
 MAX_DRAWS = 1000
-"""How often a partition with a minimum size is drawn anew before giving up."""
+"""Maximum number of redraws of a partition with a minimum size before giving up."""
 
 
 class Assignment(NamedTuple):
-    """Rows dealt to clients: ``groups[i]`` are the row numbers of the client called ``names[i]``."""
+    """Rows assigned to clients: ``groups[i]`` are the row numbers of the client named ``names[i]``."""
 
     groups: list[Rows]
     names: list[str]
 
 
 class Partition(ABC):
-    """How the rows of a data set are dealt to clients; every row goes to one client at most."""
+    """Assigns the rows of a data set to clients; every row goes to at most one client."""
 
     skewed: ClassVar[bool] = False
-    """Whether rows are dealt by class, so that two classes or more are needed."""
+    """Whether rows are assigned by class, so that at least two classes are needed."""
 
     @abstractmethod
     def split(self, labels: Values, column: Values | None, num_clients: int, rng: np.random.Generator) -> Assignment:
-        """Assignment the rows.
+        """Assigns the rows to clients.
 
         Args:
-            labels: (rows,) class numbers, integer, of what ``clients.skew`` looks at.
+            labels: (rows,) integer class numbers, of the classes that ``clients.skew`` defines.
             column: (rows,) the values that name each row's natural client, or None; only ``Natural`` reads it.
-            num_clients: how many clients to make.
-            rng: the only source of chance.
+            num_clients: number of clients to create.
+            rng: the only source of randomness.
 
         Returns:
             One int64 array of row numbers per client (some may be empty), and the clients' names.
 
         Raises:
-            DataError: if the rows cannot be dealt as stated.
+            DataError: if the rows cannot be assigned as specified.
         """
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Iid(Partition):
-    """Rows shuffled and cut into parts whose sizes differ by one at most: every client sees the same distribution."""
+    """Rows shuffled and split into parts whose sizes differ by at most one: every client sees the same distribution."""
 
     kind: Literal["iid"] = "iid"
 
@@ -64,7 +64,7 @@ class Iid(Partition):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Pooled(Partition):
-    """One client holds every row, in data set order: centralised training. ``num_clients`` is not read."""
+    """One client holds every row, in data set order: centralised training. ``num_clients`` is ignored."""
 
     kind: Literal["pooled"] = "pooled"
 
@@ -74,22 +74,23 @@ class Pooled(Partition):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Dirichlet(Partition):
-    """Label skew by Dirichlet draws; for N rows, K clients, C classes and class shares p, by one of three schemes.
+    """Label skew from Dirichlet draws, by one of three schemes; N rows, K clients, C classes, class proportions p.
 
     - ``flasc`` (FLASC's code): ``R[k] ~ Dir(alpha 1_C)``, ``R[:, c] /= sum_k R[k, c]``; client k gets
-      ``round(R[k, c] * N_c)`` rows of class c, cut from the class in data set order. Sizes are nearly equal; rounding
-      leaves a few rows out (about 2 % with 26 rows per client).
-    - ``fednlp`` (FedNLP's and FedPETuning's code): ``q ~ Dir(alpha p)``; each client gets floor(N / K) rows in shares
-      q; where a class has run out, the rest is filled from those of its classes that have not. The last client takes
-      what is over. Concentration per class is alpha / C, so its alpha is about C times that of ``flasc``.
-    - ``hsu`` (class over clients, as in most later code): ``q_c ~ Dir(alpha 1_K)`` cuts class c over the clients that
-      hold fewer than N / K rows yet. Sizes vary widely.
+      ``round(R[k, c] * N_c)`` rows of class c, taken from the class in data set order. Sizes are nearly equal; rounding
+      drops a few rows (about 2 % with 26 rows per client).
+    - ``fednlp`` (FedNLP's and FedPETuning's code): ``q ~ Dir(alpha p)``; each client gets floor(N / K) rows in
+    proportions
+      q; if a class is exhausted, the rest is filled from the client's other classes. The last client takes the
+      remainder. Concentration per class is alpha / C, so its alpha is about C times that of ``flasc``.
+    - ``hsu`` (class over clients, as in most later code): ``q_c ~ Dir(alpha 1_K)`` splits class c over the clients that
+      hold fewer than N / K rows so far. Sizes vary widely.
 
     Args:
-        alpha: concentration, > 0; small is skewed. Its meaning differs between schemes, so always state both.
-        scheme: which of the three.
-        min_examples: rows every client must have; ``flasc`` and ``hsu`` draw anew until it is so, the sizes of
-            ``fednlp`` are all alike. Absent: 10 for ``hsu``, as its code has it, and no minimum for the others.
+        alpha: concentration, > 0; smaller is more skewed. Its meaning depends on the scheme, so always state both.
+        scheme: one of the three schemes.
+        min_examples: minimum rows per client; ``flasc`` and ``hsu`` redraw until it is met, while ``fednlp`` gives all
+            clients equal sizes. Default: 10 for ``hsu``, as in its code, and no minimum for the others.
 
     References:
         Hsu, Qi and Brown, "Measuring the effects of non-identical data distribution" (arXiv 1909.06335);
@@ -113,7 +114,7 @@ class Dirichlet(Partition):
         )
         if self.scheme != "flasc":
             classes = [rng.permutation(rows) for rows in classes]
-        # owner[j] is the client of the j-th row in class order; -1 is nobody
+        # owner[j] is the client of the j-th row in class order; -1 means no client
         clients = np.arange(num_clients)
         owner = np.full(int(counts.sum()), -1, dtype=np.int64)
         starts = np.cumsum(counts) - counts
@@ -131,7 +132,7 @@ class Dirichlet(Partition):
                 "class must be dealt: use a larger alpha or more clients"
             )
         rounded = np.round(shares / totals * counts).astype(np.int64)
-        # what is rounded up finds no rows at the end of its class
+        # counts that were rounded up run out of rows at the end of the class
         table: Rows = np.diff(np.minimum(np.cumsum(rounded, axis=0), counts), axis=0, prepend=0)
         return table
 
@@ -159,11 +160,11 @@ class Dirichlet(Partition):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Quantity(Partition):
-    """Sizes ``~ Dir(beta 1_K)`` of all rows, classes ignored: clients differ in how much they hold, not in what.
+    """Quantity skew: client sizes ``~ Dir(beta 1_K)`` of all rows, ignoring classes.
 
     Args:
-        beta: concentration, > 0; small is unequal.
-        min_examples: rows every client must have; sizes are drawn anew until it is so.
+        beta: concentration, > 0; smaller is more unequal.
+        min_examples: minimum rows per client; sizes are redrawn until it is met.
 
     References:
         Li et al., "Federated learning on non-IID data silos" (arXiv 2102.02079).
@@ -183,10 +184,10 @@ class Quantity(Partition):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Shards(Partition):
-    """Rows sorted by class and cut into equal shards, dealt at random: each client sees few classes.
+    """Rows sorted by class and cut into equal shards, assigned at random: each client sees few classes.
 
     Args:
-        shards_per_client: shards each client gets; 2 in the paper.
+        shards_per_client: number of shards per client; 2 in the paper.
 
     References:
         McMahan et al., "Communication-efficient learning of deep networks" (arXiv 1602.05629), section 3.
@@ -213,11 +214,11 @@ class Shards(Partition):
 class Natural(Partition):
     """One client per distinct value of a column (an author, a site, a file), in sorted order.
 
-    ``num_clients`` is not read: the data say how many there are. No chance is involved.
+    ``num_clients`` is ignored: the data determine the number of clients. The assignment is deterministic.
 
     Args:
-        column: the column whose value names the client of a row.
-        min_examples: clients with fewer rows are left out, and their rows counted as dropped.
+        column: the column whose value names a row's client.
+        min_examples: clients with fewer rows are left out, and their rows are counted as dropped.
     """
 
     kind: Literal["natural"] = "natural"
@@ -254,19 +255,19 @@ else:
         Iid | Pooled | Dirichlet | Quantity | Shards | Natural,
         Slot("partition", Partition),
     ]
-"""Any partition, told apart by ``kind``."""
+"""Any partition, discriminated by ``kind``."""
 
 PARTITIONS: dict[str, type[Partition]] = by_kind(AnyPartition)
 """The partitions by ``kind``."""
 
 
 def numbered(groups: list[Rows]) -> Assignment:
-    """A deal to clients called ``"0"``, ``"1"`` and so on."""
+    """An assignment to clients named ``"0"``, ``"1"`` and so on."""
     return Assignment(groups, [str(index) for index in range(len(groups))])
 
 
 def _redraw(draw: Callable[[], Rows], least: int, num_clients: int, total: int, setting: str) -> Rows:
-    """A ``(clients, classes)`` table of counts that gives each client ``least`` rows; 0 takes the first draw."""
+    """Redraws a ``(clients, classes)`` count table until each client has ``least`` rows; 0 takes the first draw."""
     problem = f"{num_clients} clients cannot each have min_examples = {least} of {total} rows"
     mend = f"use fewer clients, a larger {setting.split()[0]} or a smaller min_examples"
     if least * num_clients > total:
@@ -279,7 +280,7 @@ def _redraw(draw: Callable[[], Rows], least: int, num_clients: int, total: int, 
 
 
 def _cut(shares: NDArray[np.float64], count: int) -> Rows:
-    """``count`` rows cut at the cumulated ``shares``, (clients,) int64."""
+    """``count`` rows split at the cumulative ``shares``, (clients,) int64."""
     cuts = (np.cumsum(shares)[:-1] * count).astype(np.int64)
     return np.diff(cuts, prepend=0, append=count)
 
@@ -292,7 +293,7 @@ def _by_class(labels: Values) -> list[Rows]:
 
 
 def _gather(rows: Rows, owner: Rows, num_clients: int) -> list[Rows]:
-    """``rows`` by client, in their order; owner -1 is nobody."""
+    """``rows`` by client, in their order; owner -1 means no client."""
     dealt = owner >= 0
     order = np.argsort(owner[dealt], kind="stable")
     sizes = np.bincount(owner[dealt], minlength=num_clients)
@@ -300,7 +301,7 @@ def _gather(rows: Rows, owner: Rows, num_clients: int) -> list[Rows]:
 
 
 def _fill(shares: NDArray[np.float64], size: int, left: Rows) -> Rows:
-    """``size`` rows in ``shares`` of the classes, none above what is ``left``; the others make up the lack."""
+    """``size`` rows in ``shares`` of the classes, at most what is ``left`` of each; other classes fill the gap."""
     take = np.zeros_like(left)
     while (need := size - int(take.sum())) > 0:
         room = left - take

@@ -1,4 +1,4 @@
-"""What the partitions that skew classes look at: the task's own classes, a column, or clusters of like content."""
+"""The classes used for class skew: the task's own classes, a column, or clusters of similar content."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from fedlora.tasks.base import Prepared
 
 NUM_STARTS = 5
-"""Starts of k-means, of which the best is kept."""
+"""Number of restarts of k-means, of which the best is kept."""
 
 NUM_TOPICS = 50
-"""Dimensions that TF-IDF is reduced to before k-means."""
+"""Number of dimensions to which TF-IDF is reduced before k-means."""
 
 
 class Classes(NamedTuple):
     """The class of every training row, (rows,) int64 in ``[0, len(names))``, and the classes' names.
 
-    Without any classes the numbers are zeros and there are no names.
+    Without classes, the numbers are zeros and there are no names.
     """
 
     numbers: Rows
@@ -38,16 +38,16 @@ class Classes(NamedTuple):
 
 
 class Skew(ABC):
-    """What counts as a row's class where rows are dealt, drawn and summarised by class."""
+    """Defines a row's class for assigning, plotting and summarising rows by class."""
 
     @abstractmethod
     def classes(self, task: Prepared, seed: int, device: torch.device) -> Classes:
-        """Give every training row a class.
+        """Assigns a class to every training row.
 
         Args:
             task: the data.
-            seed: the only source of chance.
-            device: where a model would run.
+            seed: the only source of randomness.
+            device: the device on which a model runs, if one is used.
 
         Raises:
             DataError: the data have no such classes.
@@ -62,7 +62,7 @@ class Label(Skew):
 
     def classes(self, task: Prepared, seed: int, device: torch.device) -> Classes:
         numbers, names = np.asarray(task.labels), task.label_names
-        if not numbers.any():  # what tasks without classes give; their names may be of something else, such as tags
+        if not numbers.any():  # tasks without classes give zeros; their names may be of something else, such as tags
             return Classes(np.zeros(len(numbers), dtype=np.int64), [])
         missing = [str(number) for number in range(len(names), int(numbers.max()) + 1)]
         return Classes(numbers, [*names, *missing])
@@ -73,7 +73,7 @@ class Column(Skew):
     """The distinct values of a column, sorted: a title, a language, a year.
 
     Args:
-        name: the column; values of several types, and lists, are told apart and sorted as Python writes them.
+        name: the column; values of mixed types, and lists, are compared and sorted by their Python representation.
     """
 
     kind: Literal["column"] = "column"
@@ -91,18 +91,18 @@ class Column(Skew):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Clusters(Skew):
-    """Clusters of like content by k-means, for tasks without classes, as FedNLP makes them for questions and tags.
+    """Clusters of similar content by k-means, for tasks without classes, as in FedNLP for questions and tags.
 
-    - ``tfidf``: words counted by TF-IDF, reduced to 50 dimensions by a truncated SVD. Needs no model and spaces
-      between words.
-    - ``embeddings``: the pre-trained model's mean-pooled last hidden state. A pass over all rows; other hardware may
-      round to other clusters.
+    - ``tfidf``: TF-IDF of words, reduced to 50 dimensions by a truncated SVD. Needs no model, but a language that
+      separates words by spaces.
+    - ``embeddings``: the pre-trained model's mean-pooled last hidden state. Needs a pass over all rows; rounding on
+      other hardware may change the clusters.
 
-    Rows are scaled to length one, so that k-means compares directions.
+    Rows are normalised to unit length, so that k-means compares directions.
 
     Args:
-        num: clusters, k.
-        features: what is clustered.
+        num: number of clusters, k.
+        features: the features to cluster.
 
     References:
         Lin et al., FedNLP (arXiv 2104.08815).
@@ -124,7 +124,7 @@ if TYPE_CHECKING:
     AnySkew = Skew
 else:
     AnySkew = Annotated[Label | Column | Clusters, Slot("skew", Skew)]
-"""Any skew, told apart by ``kind``."""
+"""Any skew, discriminated by ``kind``."""
 
 SKEWS: dict[str, type[Skew]] = {"label": Label, "column": Column, "clusters": Clusters}
 """The skews by ``kind``."""
@@ -150,12 +150,12 @@ def _topics(texts: list[str], seed: int) -> NDArray[Any]:
 
 
 def _k_means(points: NDArray[Any], num: int, seed: int) -> Rows:
-    """The cluster of each of the ``points``, (rows, size), as (rows,) int64; the first row lies in cluster 0."""
+    """The cluster of each of the ``points``, (rows, size), as (rows,) int64; the first row is in cluster 0."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     found = np.zeros(0, dtype=np.int64)
     if len(points) >= num:
-        # several threads would add up in an order of chance
+        # several threads would sum in a nondeterministic order
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
             found = sklearn.cluster.KMeans(num, n_init=NUM_STARTS, random_state=seed).fit_predict(

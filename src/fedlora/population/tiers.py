@@ -1,4 +1,4 @@
-"""Unequal clients: which of them get and do less than the recipe says."""
+"""Heterogeneous clients: tiers that deviate from the recipe, such as weaker devices."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from fedlora.recipe.refusals import check_tier
 from fedlora.transport import Link, RankSlice
 
 _VIEWS = {"dense", "newcomer", "client_mean", "client_worst_tenth", "client_spread"}
-"""What metrics of other models than the tiers' begin with."""
+"""Prefixes of metrics of models other than the tiers'."""
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Tier:
-    """A kind of client, and what differs for it from the recipe; what is None is as there.
+    """A class of clients and its deviations from the recipe; settings that are None are as in the recipe.
 
-    One of ``share``, ``values`` and ``clients`` says who belongs to it, the same one for all tiers of a run.
+    One of ``share``, ``values`` and ``clients`` defines its members; all tiers of a run must use the same one.
 
     Args:
-        name: in the ledger and in metrics.
-        share: of all clients; they are dealt out in turn, so equal shares of three tiers give client ``i`` tier
-            ``i mod 3``, as FLASC's code has it.
-        values: of the column ``clients.tier_column``, which most of a client's rows have.
-        clients: their names.
-        rank: the first so many ranks of each adapter are sent and trained, of those that the recipe has.
-        rank_by: which ranks these are: the first by ``order``, or those of the largest ``norm``.
-        down: another downlink.
-        up: another uplink.
-        max_steps: another number of optimiser steps at most.
-        batch_size: another batch size.
-        lr_scale: other learning rates of groups and factors on the client.
-        compute: another number format of the forward pass.
-        timeout_seconds: another limit of a turn.
-        network: another network than ``clients.network``.
+        name: name in the ledger and in metrics.
+        share: fraction of all clients; they are assigned in turn, so three tiers with equal shares give client ``i``
+            tier ``i mod 3``, as in FLASC's code.
+        values: values of the column ``clients.tier_column``; a client belongs by the value that most of its rows have.
+        clients: names of its clients.
+        rank: number of ranks of each adapter that are sent and trained, out of the recipe's.
+        rank_by: which ranks these are: the first ones (``order``), or those of largest norm (``norm``).
+        down: the tier's downlink.
+        up: the tier's uplink.
+        max_steps: the tier's maximum number of optimiser steps.
+        batch_size: the tier's batch size.
+        lr_scale: the tier's learning rate multipliers of groups and factors on the client.
+        compute: the tier's number format of the forward pass.
+        timeout_seconds: the tier's time limit for local training.
+        network: the tier's network, instead of ``clients.network``.
 
     Raises:
-        ConfigError: metrics with this name would be taken for others, or ``rank_by`` has no effect.
+        ConfigError: metrics with this name would be mistaken for others, or ``rank_by`` has no effect.
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$")]
@@ -70,15 +70,15 @@ class Tier:
 
     @property
     def chosen_by(self) -> str:
-        """Which of ``share``, ``values`` and ``clients`` is set; empty unless it is one."""
+        """Which of ``share``, ``values`` and ``clients`` is set; empty unless exactly one is."""
         given = [key for key in ("share", "values", "clients") if getattr(self, key)]
         return given[0] if len(given) == 1 else ""
 
     def applied(self, recipe: Recipe) -> Recipe:
-        """The recipe of its clients.
+        """The recipe for the tier's clients.
 
         Raises:
-            ConfigError: the tier cannot go with this recipe.
+            ConfigError: the tier cannot be combined with this recipe.
         """
         check_tier(self, recipe)
         down, rank = self.down or recipe.down, self.rank
@@ -90,10 +90,10 @@ class Tier:
 
 
 def check_tiers(tiers: Sequence[Tier], column: str | None) -> None:
-    """Refuses tiers of which it is not clear who belongs to them.
+    """Refuses tiers whose membership is ambiguous.
 
     Raises:
-        ConfigError: the tiers do not say in one way who belongs to them.
+        ConfigError: the tiers do not define their members in one and the same way.
     """
     if not tiers:
         if column is not None:
@@ -117,16 +117,16 @@ def check_tiers(tiers: Sequence[Tier], column: str | None) -> None:
 def assign_tiers(
     tiers: Sequence[Tier], names: Sequence[str], rows: Sequence[NDArray[np.int64]], column: NDArray[Any] | None
 ) -> dict[int, Tier]:
-    """The tier of every client, by its number; nothing if there are no tiers.
+    """The tier of every client, by client number; empty if there are no tiers.
 
     Args:
-        tiers: whose membership is clear.
-        names: of the clients.
-        rows: numbers of each client's rows.
+        tiers: the tiers, as accepted by ``check_tiers``.
+        names: names of the clients.
+        rows: row numbers of each client.
         column: values of ``clients.tier_column`` for all rows, or None.
 
     Raises:
-        DataError: a client belongs to no tier, or a named client is not there.
+        DataError: a client belongs to no tier, or a named client does not exist.
     """
     if not tiers:
         return {}
@@ -144,7 +144,7 @@ def assign_tiers(
 
 
 def _in_turn(tiers: Sequence[Tier], num: int) -> dict[int, Tier]:
-    """Each client to the tier that lacks most of its share so far, the first of equals."""
+    """Assigns each client to the tier that is furthest below its share so far; ties go to the first."""
     counts = [0] * len(tiers)
     found: dict[int, Tier] = {}
     for client in range(num):

@@ -1,4 +1,4 @@
-"""Privacy mechanisms, what they cost, and what they allow to be disclosed.
+"""Privacy mechanisms, their accounting, and what they allow to be disclosed.
 
 A mechanism is a value here; clients and rounds decide when it is applied.
 """

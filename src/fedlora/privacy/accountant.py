@@ -1,4 +1,4 @@
-"""What a run spends of privacy: epsilon at a delta, for a client's whole data, by ``dp-accounting``."""
+"""Privacy accounting of a run: epsilon at a given delta, at the level of clients, with ``dp-accounting``."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 Sampling = Literal["fixed", "poisson"]
 
 
-_FEW = 50  # clients, below which the usual delta is too large to mean anything
-_LITTLE_NOISE = 0.3  # multiplier, below which the tight accountant takes gigabytes
+_FEW = 50  # number of clients below which the usual delta is too large to be meaningful
+_LITTLE_NOISE = 0.3  # noise multiplier below which the tight accountant needs gigabytes
 
 
 class SamplingScheme(NamedTuple):
-    """How clients get into a round, which decides how much of their privacy a round costs.
+    """How clients are sampled for a round, which determines the privacy cost of a round.
 
     Attributes:
-        num_clients: of the whole population.
-        per_round: of a round; with ``poisson`` their expectation.
-        sampling: ``fixed``, so many without replacement; ``poisson``, each by itself with the same chance.
+        num_clients: size of the whole population.
+        per_round: number of clients in a round; with ``poisson``, its expectation.
+        sampling: ``fixed``, a fixed number without replacement; ``poisson``, each independently with the same
+            probability.
     """
 
     num_clients: int
@@ -40,19 +41,20 @@ class SamplingScheme(NamedTuple):
 def epsilon(spent: tuple[tuple[float, int], ...], sampled: SamplingScheme, delta: float, accountant: str) -> float:
     """Epsilon after some rounds.
 
-    With Poisson sampling the neighbour of a population lacks one client, and a round is a Poisson-sampled Gaussian of
-    noise multiplier ``z``. With a cohort of fixed size the neighbour has another client in one's place, so that the sum
-    may change by ``2 C``: a Gaussian of ``z / 2``, sampled without replacement (Wang et al., arXiv 1808.00087). If all
-    clients take part in every round there is nothing to sample, and a neighbour has zeros in place of one.
+    With Poisson sampling, a neighbouring population lacks one client, and a round is a Poisson-sampled Gaussian
+    mechanism with noise multiplier ``z``. With a cohort of fixed size, a neighbouring population has one client
+    replaced, so that the sum may change by ``2 C``: a Gaussian with ``z / 2``, sampled without replacement (Wang et
+    al., arXiv 1808.00087). If all clients take part in every round there is no sampling, and a neighbour has one
+    client's update replaced by zeros.
 
     Args:
-        spent: noise multipliers, and in how many rounds each was used.
-        sampled: how clients were drawn.
-        delta: the probability that epsilon does not hold.
+        spent: noise multipliers, each with the number of rounds that used it.
+        sampled: how clients were sampled.
+        delta: the probability that the epsilon bound fails.
         accountant: ``rdp``, ``pld`` or ``auto``.
 
     Raises:
-        ConfigError: ``dp-accounting`` is not installed, or the accountant does not know this sampling.
+        ConfigError: ``dp-accounting`` is not installed, or the accountant does not support this sampling.
     """
     if any(multiplier == 0 and rounds for multiplier, rounds in spent):
         return float("inf")
@@ -65,7 +67,7 @@ def epsilon(spent: tuple[tuple[float, int], ...], sampled: SamplingScheme, delta
 
 
 def chosen(multipliers: Sequence[float], sampled: SamplingScheme, accountant: str) -> str:
-    """``rdp`` or ``pld``: what ``auto`` means for such noise and such sampling."""
+    """The accountant in effect, ``rdp`` or ``pld``: resolves ``auto`` for the given noise and sampling."""
     if accountant != "auto":
         return accountant
     little = min(multipliers, default=1.0) < _LITTLE_NOISE
@@ -73,10 +75,10 @@ def chosen(multipliers: Sequence[float], sampled: SamplingScheme, accountant: st
 
 
 def calibrate(target: float, rounds: int, sampled: SamplingScheme, delta: float, accountant: str) -> float:
-    """The least noise multiplier whose epsilon after ``rounds`` is at most ``target``.
+    """The smallest noise multiplier whose epsilon after ``rounds`` is at most ``target``.
 
     Raises:
-        ConfigError: see ``epsilon``; or no noise up to a multiplier of 10,000 is enough.
+        ConfigError: see ``epsilon``; or no multiplier up to 10,000 is enough.
     """
     accounting = _library()
 
@@ -97,7 +99,7 @@ def calibrate(target: float, rounds: int, sampled: SamplingScheme, delta: float,
     bound = least("rdp", accounting.LowerEndpointAndGuess(1e-2, 1.0))
     if accountant == "rdp" or not _is_tight(sampled):
         return bound
-    # the tighter accountant is slow, above all where noise is small, so it searches below the other's answer alone
+    # the tighter accountant is slow, above all for little noise, so it only searches below the other's result
     lower = max(bound / 2, _LITTLE_NOISE)
     if lower >= bound:
         return bound
@@ -109,21 +111,21 @@ def calibrate(target: float, rounds: int, sampled: SamplingScheme, delta: float,
 def example_epsilon(
     phases: Sequence[Phase], cohorts: Sequence[tuple[int, ...]], turns: Sequence[tuple[int, Local]]
 ) -> float | None:
-    """Epsilon of one example at the client where it is largest, for who sees everything that the client sent.
+    """The largest example-level epsilon of any client, against an observer of everything that the client sent.
 
-    How many examples a client has is public, since its steps follow from it; a neighbour of its data has an example
-    without a gradient in place of one. Each step is a Poisson-sampled Gaussian (arXiv 1607.00133).
+    The number of a client's examples is public, since it determines its steps; in a neighbouring data set, one example
+    is replaced by one without a gradient. Each step is a Poisson-sampled Gaussian (arXiv 1607.00133).
 
     Args:
-        phases: of the run.
-        cohorts: of all rounds so far; where one is empty, as it is secret, everyone may have taken part.
-        turns: number of each client's examples, and its turn, that of its tier if there are tiers.
+        phases: the phases of the run.
+        cohorts: the cohorts of all rounds so far; an empty one is secret, so every client may have taken part.
+        turns: the number of each client's examples, and its local training, which depends on its tier if it has one.
 
     Returns:
-        None without noise for examples.
+        None without example-level noise.
 
     Raises:
-        ConfigError: phases differ in what the account depends on, or ``dp-accounting`` is not installed.
+        ConfigError: phases differ in settings that the accounting depends on, or ``dp-accounting`` is not installed.
     """
     noises = [phase.recipe.local.example_privacy for phase in phases]
     noise = noises[-1]
@@ -137,7 +139,7 @@ def example_epsilon(
         raise ConfigError(
             "phases share one account of examples; give them the same example_privacy, batch_size, epochs and max_steps"
         )
-    _library()  # said before anything is trained
+    _library()  # fails before anything is trained
     secret = sum(not cohort for cohort in cohorts)
     taken = Counter(client for cohort in cohorts for client in cohort)
     spent = {
@@ -145,7 +147,7 @@ def example_epsilon(
         for client, (size, turn) in enumerate(turns)
         if size
     }
-    # more often and for longer costs more, so few have to be looked at
+    # more rounds and more steps cost more, so only a few clients need to be considered
     worst = [
         (chance, steps)
         for chance, steps in spent
@@ -168,13 +170,13 @@ def _sgd_epsilon(multiplier: float, chance: float, steps: int, delta: float) -> 
 
 
 class PrivacyBudget(NamedTuple):
-    """The account of a run: how clients are drawn, delta, and the accountant.
+    """The privacy budget of a run: how clients are sampled, delta, the accountant, and the limit.
 
     Attributes:
-        sampled: how clients are drawn.
-        delta: the probability that epsilon does not hold.
+        sampled: how clients are sampled.
+        delta: the probability that the epsilon bound fails.
         accountant: ``rdp``, ``pld`` or ``auto``.
-        max_epsilon: what the run may spend; None for any.
+        max_epsilon: the epsilon that the run may spend; None for no limit.
     """
 
     sampled: SamplingScheme
@@ -183,7 +185,7 @@ class PrivacyBudget(NamedTuple):
     max_epsilon: float | None
 
     def spent(self, phases: Sequence[Phase], rounds: int) -> float:
-        """Epsilon after so many rounds of the run."""
+        """Epsilon after ``rounds`` rounds of the run."""
         used, left = [], rounds
         for phase in phases:
             multiplier = getattr(phase.recipe.privacy, "noise_multiplier", None) or 0.0
@@ -192,21 +194,21 @@ class PrivacyBudget(NamedTuple):
         return epsilon(tuple(used), self.sampled, self.delta, self.accountant)
 
     def used(self, phases: Sequence[Phase]) -> str:
-        """The accountant of the whole run."""
+        """The accountant used for the whole run."""
         multipliers = [getattr(phase.recipe.privacy, "noise_multiplier", None) or 0.0 for phase in phases]
         return chosen(multipliers, self.sampled, self.accountant)
 
     def exhausted(self, phases: Sequence[Phase], rounds: int) -> bool:
-        """Whether one more round would spend more than the budget."""
+        """Whether one more round would exceed the budget."""
         return self.max_epsilon is not None and self.spent(phases, rounds + 1) > self.max_epsilon
 
 
 def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[PrivacyBudget | None, tuple[Phase, ...]]:
-    """The account of a run, None without noise; and its phases with the noise that a target epsilon asks for.
+    """The privacy budget of a run, None without noise; and its phases, with noise calibrated to a target epsilon.
 
     Raises:
-        ConfigError: phases differ in delta, accountant or budget, the accountant does not know this sampling, or the
-            first round spends more than the budget.
+        ConfigError: phases differ in delta, accountant or budget, the accountant does not support this sampling, or the
+            first round would exceed the budget.
     """
     private = [phase.recipe.privacy for phase in phases if isinstance(phase.recipe.privacy, CentralGaussian)]
     found = {(each.delta or sampled.num_clients**-1.1, each.accountant, each.max_epsilon) for each in private}
@@ -236,7 +238,7 @@ def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[Priv
 
 
 def _with_noise(recipe: Recipe, rounds: int, budget: PrivacyBudget) -> Recipe:
-    """The recipe with the noise that ``target_epsilon`` asks for over all ``rounds`` of the run."""
+    """The recipe with noise calibrated to ``target_epsilon`` over all ``rounds`` of the run."""
     privacy = recipe.privacy
     if not isinstance(privacy, CentralGaussian) or privacy.target_epsilon is None:
         return recipe
@@ -251,7 +253,7 @@ def _library() -> Any:
         import dp_accounting  # type: ignore[import-untyped]
         from absl import logging
 
-        logging.set_verbosity(logging.ERROR)  # an order that does not converge is left out, with hundreds of warnings
+        logging.set_verbosity(logging.ERROR)  # orders that do not converge are skipped, with hundreds of warnings
     except ImportError as error:
         raise ConfigError("an account of epsilon needs dp-accounting: pip install 'fedlora[privacy]'") from error
     return dp_accounting
@@ -269,7 +271,7 @@ def _event(sampled: SamplingScheme, multiplier: float) -> Any:
 
 
 def _is_tight(sampled: SamplingScheme) -> bool:
-    """Whether there is a tight accountant for how clients are drawn."""
+    """Whether a tight accountant exists for this sampling scheme."""
     return sampled.sampling == "poisson" or sampled.per_round == sampled.num_clients
 
 

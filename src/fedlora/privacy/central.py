@@ -1,4 +1,4 @@
-"""What is clipped on the client and what noise the server adds."""
+"""Central differential privacy: clipping on the clients and noise on the server."""
 
 from __future__ import annotations
 
@@ -22,61 +22,61 @@ from fedlora.core.tree import Tree
 
 
 class Privacy(ABC):
-    """Both halves of a mechanism in one value, so that the noise always belongs to the clip."""
+    """Clip and noise of one mechanism in one value, so that the noise always matches the clip."""
 
     is_none: ClassVar[bool] = False
     """Whether nothing is clipped and no noise is added."""
     needs_uniform_mean: ClassVar[bool]
-    """Whether the noise is calibrated for clients that all weigh the same."""
+    """Whether the noise is calibrated for a mean with equal weights."""
 
     @property
     def adapts(self) -> bool:
-        """Whether the clip moves from round to round, for which clients tell whether they were below it."""
+        """Whether the clip adapts from round to round; clients then report whether their update was within it."""
         return False
 
     @property
     def repeatable(self) -> bool:
-        """Whether a round can be repeated, noise and all; else its secrets must be kept, its cohort too."""
+        """Whether a round can be repeated with the same noise; if not, its secrets and its cohort must be stored."""
         return True
 
     @abstractmethod
     def at(self, clip_norm: float | None) -> Privacy:
-        """The mechanism of a round.
+        """The mechanism to use in a round.
 
         Args:
-            clip_norm: what ``adapted`` gave after the round before; None at first, or if nothing adapts.
+            clip_norm: what ``adapted`` returned after the previous round; None at first, or if the clip does not adapt.
         """
 
     def adapted(self, below: float, answered: int, num_clients: int, round: int) -> float | None:
-        """The clip of the next round.
+        """The clip for the next round.
 
         Args:
-            below: how many clients said that their update was not longer than the clip.
-            answered: how many answered.
-            num_clients: what sums are divided by.
-            round: of the run.
+            below: number of clients that reported an update within the clip.
+            answered: number of clients that returned a result.
+            num_clients: the number that sums are divided by.
+            round: the round of the run.
         """
         return None
 
     def clip(self, delta: Tree) -> Tree:
-        """What a client may send of ``delta``."""
+        """``delta`` clipped, as a client may send it."""
         return self.clipped(delta)[0]
 
     @abstractmethod
     def clipped(self, delta: Tree) -> tuple[Tree, bool]:
-        """What a client may send of ``delta``, and whether that is all of it."""
+        """``delta`` clipped, as a client may send it, and whether it was within the clip."""
 
     @property
     def bound(self) -> float | None:
-        """The norm that updates are clipped to, if they are."""
+        """The norm that updates are clipped to; None if they are not clipped."""
         return None
 
     @abstractmethod
     def noise(self, delta: Tree, num_clients: int, round: int) -> Tree:
-        """The mean ``delta`` of ``num_clients`` clients, with the noise of a round of the run."""
+        """The mean ``delta`` of ``num_clients`` clients, with the noise of the given round of the run."""
 
     def cover(self, delta: Tree, answered: int, num_clients: int, round: int) -> Tree:
-        """The mean ``delta`` of those that answered as the server may use it: of a sum over all, with noise."""
+        """Rescales the mean ``delta`` over the clients that answered to a sum over ``num_clients``, and adds noise."""
         if self.needs_uniform_mean:
             delta = tree.scale(delta, answered / num_clients)
         return self.noise(delta, num_clients, round)
@@ -104,31 +104,32 @@ class NoPrivacy(Privacy):
 class CentralGaussian(Privacy):
     """Clip and noise of DP-FedAvg (arXiv 1710.06963, Alg. 1): ``mean_k clip(delta_k, C) + N(0, (z C / n)^2)``.
 
-    The noise falls on every coordinate that clients may move, sent or not, because which coordinates a client sent
-    tells of its data. One of ``noise_multiplier`` and ``target_epsilon`` is given; ``accountant.py`` has the account.
+    Noise is added to every coordinate that clients may change, sent or not, because the support of a sparse update
+    leaks information. Give one of ``noise_multiplier`` and ``target_epsilon``; ``accountant.py`` does the accounting.
 
-    With ``quantile`` the clip adapts (Andrew et al., arXiv 1905.03871, Alg. 1): each client also tells whether its
-    update is not longer than C, a bit; with ``b`` the share of those, with noise of its own, the next clip is
-    ``C exp(-clip_lr (b - quantile))``. Updates then get the noise ``(z^-2 - (2 s)^-2)^(-1/2)``, ``s`` being that of the
-    sum of bits, so that both together cost what z says.
+    With ``quantile`` the clip adapts (Andrew et al., arXiv 1905.03871, Alg. 1): each client also reports one bit,
+    whether its update's norm is at most C; with ``b`` the noised fraction of those that are, the next clip is
+    ``C exp(-clip_lr (b - quantile))``. Updates then get the noise multiplier ``(z^-2 - (2 s)^-2)^(-1/2)``, where ``s``
+    is the standard deviation of the noise on the sum of bits, so that both together cost as much as z alone.
 
     Args:
-        clip_norm: C, the largest Euclidean norm of a client's whole update; with ``quantile``, of the first round.
+        clip_norm: C, the largest Euclidean norm of a client's whole update; with ``quantile``, in the first round.
         noise_multiplier: z, the noise's standard deviation on the *sum* of updates, in units of C.
-        target_epsilon: the epsilon of the whole run, from which z is found.
-        delta: the probability that epsilon does not hold; by default ``1 / N ** 1.1`` of ``N`` clients.
-        accountant: ``rdp``, ``pld`` (tighter, for Poisson sampling alone), or ``auto``: the tightest that applies.
-        max_epsilon: the run ends before it would spend more.
-        normalise: divide the noisy mean by C, as FLASC's code does; nothing but a rate, and to Adam not even that.
-        quantile: the share of clients whose updates the clip is to leave as they are; None keeps the clip.
-        clip_lr: how fast it adapts; 0.2 by default.
+        target_epsilon: the epsilon of the whole run, from which z is computed.
+        delta: the probability that the epsilon bound fails; by default ``1 / N ** 1.1`` for ``N`` clients.
+        accountant: ``rdp``, ``pld`` (tighter, only for Poisson sampling), or ``auto``: the tightest that applies.
+        max_epsilon: privacy budget; the run ends before it would exceed it.
+        normalise: divide the noisy mean by C, as FLASC's code does; this only rescales the learning rate, and has no
+            effect under Adam.
+        quantile: the fraction of clients whose updates the clip should leave unchanged; None keeps the clip fixed.
+        clip_lr: learning rate of the clip; 0.2 by default.
         count_noise: standard deviation of the noise on the sum of bits; by default the larger of a twentieth of the
-            cohort and z.
-        seed: of noise that can be repeated, for tests; without one the operating system's secure source is read.
+            cohort size and z.
+        seed: seed of reproducible noise, for tests; without one, noise comes from the operating system's secure source.
 
     Raises:
-        ConfigError: not one of ``noise_multiplier`` and ``target_epsilon`` is given, ``count_noise`` is too small, or a
-            setting would have no effect.
+        ConfigError: not exactly one of ``noise_multiplier`` and ``target_epsilon`` is given, ``count_noise`` is too
+            small, or a setting would have no effect.
     """
 
     kind: Literal["central_gaussian"] = "central_gaussian"
@@ -182,21 +183,21 @@ class CentralGaussian(Privacy):
         return self.clip_norm * math.exp(-(self.clip_lr or 0.2) * (share - self.quantile))
 
     def _count_noise(self, num_clients: int) -> float:
-        """``s``; none where updates get none either."""
+        """``s``; zero if updates get no noise either."""
         if not self.noise_multiplier:
             return 0.0
         return self.count_noise or max(num_clients / 20, self.noise_multiplier)
 
     def clipped(self, delta: Tree) -> tuple[Tree, bool]:
-        """``delta / max(1, ||delta|| / C)``; ``delta`` itself where it is short enough."""
+        """``delta / max(1, ||delta|| / C)``; ``delta`` itself if its norm is within C."""
         norm = tree.norm(delta)
         return (delta, True) if norm <= self.clip_norm else (tree.scale(delta, self.clip_norm / norm), False)
 
     def noise(self, delta: Tree, num_clients: int, round: int) -> Tree:
-        """``delta + N(0, (z C / n)^2)`` on every coordinate, over C with ``normalise``.
+        """``delta + N(0, (z C / n)^2)`` on every coordinate, divided by C with ``normalise``.
 
         Raises:
-            ConfigError: the noise was not yet calibrated to ``target_epsilon``.
+            ConfigError: the noise has not been calibrated to ``target_epsilon`` yet.
         """
         if self.noise_multiplier is None:
             raise ConfigError(

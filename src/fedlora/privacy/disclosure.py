@@ -1,4 +1,4 @@
-"""What may be known of clients beside updates with noise: one value, which every place that could say more asks."""
+"""What may be disclosed about clients besides noisy updates: one value, consulted wherever more could leak."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Disclosure:
-    """What a recipe's privacy leaves open; without noise, everything.
+    """What a recipe's privacy mechanisms allow to be disclosed; without noise, everything.
 
     Args:
-        figures: what a client's report may say: ``examples``, ``steps``, ``loss``, ``rank``, ``below`` (the clip).
-        failures: whether a client's failure may stop the run; else it counts as an update of zeros.
-        timing: whether a client may run out of time, and say how long it worked: both tell of examples' lengths.
-        retries: whether a job may be sent again: noise for examples would be drawn twice for one turn.
-        attempts: whether a round with too few answers may be tried again; else what was sent counts.
-        absence: whether it may show that a client did not answer: by an end of a run where nobody did, or by another
-            client in its place.
-        cohort: whether anybody may know who took part: in the ledger, by times and bytes of tiers, by a seed.
-        replays: whether a run may go back to an older checkpoint, since it would draw the same noise again.
+        figures: what a client may report: ``examples``, ``steps``, ``loss``, ``rank``, ``below`` (within the clip).
+        failures: whether a client's failure may stop the run; otherwise it counts as an update of zeros.
+        timing: whether a client may time out and report how long it worked: both depend on the examples' lengths.
+        retries: whether a job may be sent again: example-level noise would be drawn twice for one turn.
+        attempts: whether a round with too few results may be retried; otherwise whatever was sent counts.
+        absence: whether a missing result may become visible: by ending a run in which no client answered, or by
+            replacing the client by another one.
+        cohort: whether the members of a cohort may be disclosed: in the ledger, by times and bytes of tiers, by a seed.
+        replays: whether a run may return to an older checkpoint, as it would draw the same noise again.
     """
 
     figures: frozenset[str]
@@ -36,9 +36,9 @@ class Disclosure:
 
 
 def disclosure_of(recipe: Recipe) -> Disclosure:
-    """What may be known under a recipe's noise for clients, and for examples.
+    """What may be disclosed under a recipe's client-level and example-level noise.
 
-    Of a run of several phases may be known what all of them allow.
+    A run of several phases may disclose only what all of them allow.
     """
     clients, examples = recipe.privacy, recipe.local.gradient_source
     is_open = not clients.needs_uniform_mean and not examples.hides_examples

@@ -1,4 +1,4 @@
-"""DP-SGD on clients: noise for each example of a client, against everyone who sees what the client sends."""
+"""DP-SGD on clients: example-level privacy against everyone who sees what the client sends."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 class ExampleNoise:
     """A client's steps by DP-SGD (Abadi et al., arXiv 1607.00133, Alg. 1).
 
-    How many examples a client has is public; what is in each of them is protected. In a step each example takes part
-    with probability ``q = batch_size / n``, and the gradient is
-    ``(sum_i g_i / max(1, ||g_i|| / C) + N(0, (z C)^2)) / batch_size``. What the optimiser makes of it, and what is
-    sent, costs nothing more.
+    The number of a client's examples is public; their contents are protected. In a step each example takes part with
+    probability ``q = batch_size / n``, and the gradient is
+    ``(sum_i g_i / max(1, ||g_i|| / C) + N(0, (z C)^2)) / batch_size``. The optimiser's step and the message are
+    post-processing and cost no further privacy.
 
-    Gradients of single examples come from passes of single examples: exact for every task, tuning and layer, also where
-    a task computes a batch in parts, of which Opacus would add up different examples.
+    Per-example gradients are computed one example at a time: exact for every task, tuning and layer, even if a task
+    computes a batch in parts, for which Opacus would mix up examples.
 
     Args:
         clip_norm: C, the largest Euclidean norm of an example's gradient.
         noise_multiplier: z.
-        delta: the probability that epsilon does not hold.
-        seed: of noise that can be repeated, for tests; without one the operating system's secure source is read.
+        delta: the probability that the epsilon bound fails.
+        seed: seed of reproducible noise, for tests; without one, noise comes from the operating system's secure source.
     """
 
     clip_norm: Positive
@@ -57,7 +57,7 @@ class ExampleNoise:
     def batches(
         self, rows: Positions, num_steps: int, batch_size: int, draws: torch.Generator | None
     ) -> list[Positions]:
-        """A Poisson sample of ``rows`` for each step; some may be empty."""
+        """A Poisson sample of ``rows`` for each step; it may be empty."""
         chance = min(1.0, batch_size / len(rows))
         return [rows[uniform(len(rows), draws) < chance] for _ in range(num_steps)]
 
@@ -80,7 +80,7 @@ class ExampleNoise:
             found = torch.autograd.grad(loss, moving, allow_unused=True)
             norm = math.sqrt(sum(float(each.double().square().sum()) for each in found if each is not None))
             for total, each in zip(sums, found, strict=True):
-                # what has no norm could not be clipped
+                # a gradient without a finite norm cannot be clipped
                 if each is not None and math.isfinite(norm):
                     total.add_(each, alpha=1.0 / max(1.0, norm / self.clip_norm))
             losses.append(loss.detach())
@@ -90,7 +90,7 @@ class ExampleNoise:
         return torch.stack(losses).mean() if losses else torch.zeros((), device=values[0].device)
 
     def kept(self, start: Tree, schema: Schema) -> Tree:
-        """See ``Backward.kept``: ranks of which a client was sent no factor have no gradient, only noise."""
+        """See ``Backward.kept``: ranks of which the client received neither factor have no gradient, only noise."""
         masks = {name: torch.ones((), dtype=torch.bool) for name in start}
         for a, b, _ in schema.pairs:
             sent = start[a].any(1) | start[b].any(0)

@@ -1,6 +1,6 @@
 """A method as a value, slot by slot, and the combinations that are refused.
 
-A recipe never knows which method it came from.
+A recipe is independent of the method that built it.
 """
 
 from fedlora.recipe.recipe import (

@@ -1,4 +1,4 @@
-"""Where the gradients of a client's steps come from, and what a penalty adds to them."""
+"""The source of the gradients in a client's steps, and the penalty added to them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Backward:
 
     shuffle: bool = True
     hides_examples: ClassVar[bool] = False
-    """Whether gradients hide what a single example adds, so that nothing else may tell of it."""
+    """Whether gradients hide the contribution of a single example, so that nothing else may reveal it."""
     repeatable: ClassVar[bool] = True
-    """Whether the same turn can be taken again, draw for draw."""
+    """Whether the same local training can be repeated with identical random draws."""
 
     def draws(self, turn: int) -> torch.Generator | None:
-        """The generator of a turn by its seed; None for the operating system's secure source."""
+        """The generator for a client's turn, from its seed; None for the operating system's secure source."""
         return generator(named_seed(turn, "shuffle"))
 
     def batches(
@@ -55,15 +55,15 @@ class Backward:
         draws: torch.Generator | None,
         penalty: Callable[[], Tensor | float] = float,
     ) -> Tensor:
-        """Puts the gradient of a step into ``values``.
+        """Computes the gradient of a step and stores it in ``values``.
 
         Args:
-            loss_of: the mean loss of some examples.
+            loss_of: computes the mean loss of some examples.
             values: the parameters, without gradients.
             chosen: the batch.
-            batch_size: what the configuration says of its size.
+            batch_size: the batch size in the configuration.
             draws: the turn's generator.
-            penalty: what is added to the loss; zero under noise, which it would pass by.
+            penalty: a term added to the loss; zero under noise, which would not cover it.
 
         Returns:
             The mean loss, without the penalty.
@@ -73,22 +73,22 @@ class Backward:
         return loss.detach()
 
     def kept(self, start: Tree, schema: Schema) -> Tree:
-        """Masks of what may move of the parameters, by name, broadcast to their shapes; empty if all may."""
+        """Masks of the trainable entries by parameter name, broadcast to their shapes; empty if all are trainable."""
         return {}
 
 
 GradientSource = Backward | ExampleNoise
-"""Draws the batches of a client's turn, and puts the gradient of each into the parameters; see ``Backward``."""
+"""Draws the batches of a client's turn and stores the gradient of each in the parameters; see ``Backward``."""
 
 
 class Proximal(NamedTuple):
-    """FedProx's penalty ``weight / 2 ||x - anchor||^2`` (arXiv 1812.06127, Eq. 2), by its gradient."""
+    """FedProx's penalty ``weight / 2 ||x - anchor||^2`` (arXiv 1812.06127, Eq. 2), applied through its gradient."""
 
     weight: float
     anchors: list[Tensor]
 
     def add_to(self, values: list[nn.Parameter]) -> None:
-        """Adds the penalty's gradient to those that ``values`` have."""
+        """Adds the penalty's gradient to the gradients of ``values``."""
         with torch.no_grad():
             for value, anchor in zip(values, self.anchors, strict=False):
                 if value.grad is not None:

@@ -1,4 +1,4 @@
-"""What a client does with its turn: optimiser, schedule, number of passes, number format."""
+"""A client's local training: optimiser, schedule, number of epochs, number format."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedlora.recipe.gradients import Backward, GradientSource
 
 
 class ClientOptimizer(ABC):
-    """Builds the optimiser of one client's turn."""
+    """Builds the optimiser for one client's local training."""
 
     @property
     def decays(self) -> bool:
-        """Whether a step pulls parameters to zero."""
+        """Whether a step decays parameters towards zero."""
         return False
 
     @abstractmethod
@@ -51,7 +51,7 @@ class Sgd(ClientOptimizer):
             _by_rate(parameters, self.lr, factors),
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            # the fused kernel cannot go on where some parameters have momentum and some have none yet
+            # the fused kernel fails if some parameters have momentum and others have none yet
             foreach=True,
         )
 
@@ -65,7 +65,7 @@ class AdamW(ClientOptimizer):
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
-        weight_decay: zero by default, because under an SVD start decay would pull pre-trained knowledge to zero.
+        weight_decay: zero by default, because with an SVD initialisation it would decay pre-trained weights.
     """
 
     kind: Literal["adamw"] = "adamw"
@@ -90,7 +90,7 @@ class AdamW(ClientOptimizer):
 
 
 def _by_rate(parameters: list[torch.nn.Parameter], lr: float, factors: list[float]) -> list[dict[str, Any]]:
-    """Parameter groups of ``torch.optim``, one for each learning rate, in order of first use."""
+    """Parameter groups for ``torch.optim``, one per learning rate, in order of first use."""
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for parameter, factor in zip(parameters, factors, strict=True):
         groups.setdefault(lr * factor, []).append(parameter)
@@ -106,24 +106,25 @@ else:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Local:
-    """A client's turn.
+    """A client's local training in a round.
 
     Args:
-        optimizer: the client's optimiser; its state starts anew in each round unless ``keep_optimizer``.
-        schedule: the learning rate over the run.
-        lr_scale: the learning rate of groups and factors; LoRA+ (arXiv 2402.12354) is ``{ B = 16.0 }``.
+        optimizer: the client's optimiser; its state is reset in each round unless ``keep_optimizer`` is set.
+        schedule: the learning rate schedule over the run.
+        lr_scale: learning rate multipliers of groups and factors; LoRA+ (arXiv 2402.12354) is ``{ B = 16.0 }``.
         epochs: passes over the client's examples.
-        max_steps: at most so many optimiser steps in a turn; 0 trains nothing and answers with zeros.
+        max_steps: maximum number of optimiser steps in a round; 0 trains nothing and sends zeros.
         shuffle: whether each pass takes the examples in a new order.
-        batch_size: examples in a step; the last batch of a pass may be smaller and is kept.
+        batch_size: examples per step; the last batch of a pass may be smaller and is kept.
         clip_norm: largest Euclidean norm of a step's gradient.
         proximal: FedProx's mu (arXiv 1812.06127, Eq. 2): adds ``mu / 2 ||x - x_start||^2`` to the loss.
-        dropout: whether the pre-trained model's own dropout is on; a client takes few steps, and they need no noise.
-        compute: ``bf16`` keeps frozen weights in bfloat16 and what is trained in float32.
-        timeout_seconds: a client that is not done by then gives up, and the round goes on without it; a run in which
-            that happens cannot be repeated bit for bit.
-        keep_optimizer: the client remembers its optimiser's state between rounds (centralised training needs it).
-        example_privacy: clip and noise for each example, if there are.
+        dropout: whether the pre-trained model's own dropout is active; a client takes only a few steps, which do not
+            need its noise.
+        compute: ``bf16`` keeps frozen weights in bfloat16 and trained ones in float32.
+        timeout_seconds: time limit after which a client gives up and the round continues without it; a run in which
+            that happens is not reproducible bit for bit.
+        keep_optimizer: whether the client keeps its optimiser's state between rounds (centralised training needs it).
+        example_privacy: per-example clip and noise, if any.
     """
 
     optimizer: AnyClientOptimizer = Sgd()
@@ -143,10 +144,10 @@ class Local:
 
     @property
     def gradient_source(self) -> GradientSource:
-        """Where the gradients of its steps come from."""
+        """The source of its gradients."""
         return self.example_privacy or Backward(self.shuffle)
 
     def num_steps(self, num_examples: int) -> int:
-        """Optimiser steps of a turn of a client that holds ``num_examples``."""
+        """The number of optimiser steps in a round for a client with ``num_examples`` examples."""
         steps = self.epochs * -(-num_examples // self.batch_size)
         return steps if self.max_steps is None else min(steps, self.max_steps)

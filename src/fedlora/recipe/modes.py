@@ -1,4 +1,4 @@
-"""The ways to train, and what differs between them."""
+"""The training modes, and how they differ."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to train.
+    """A training mode.
 
     Args:
-        sends: messages travel between a server and clients; where not, one client trains, nothing of its bytes counts,
-            and it keeps its optimiser.
-        pools: that client holds the rows of all.
-        separate: each client trains a model of its own, in a run of its own.
+        sends: whether messages are exchanged between a server and clients; if not, one client trains, no bytes are
+            counted, and it keeps its optimiser.
+        pools: whether that client holds the rows of all clients.
+        separate: whether each client trains its own model, in a separate run.
     """
 
     sends: bool = False

@@ -1,4 +1,4 @@
-"""Clients that give up ranks which they do not use."""
+"""Rank self-pruning: clients drop ranks that they do not use."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from fedlora.core.tree import Tree
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class RankPruning:
-    """Self-pruning of ranks (HetLoRA, arXiv 2401.06432, Sec. 3.2).
+    """Rank self-pruning (HetLoRA, arXiv 2401.06432, Sec. 3.2).
 
-    A client of rank ``r`` adds ``weight sum_m ||B_m[:, t:r]|| ||A_m[t:r]||`` to its loss, ``t = int(keep r)``. If the
-    sum is smaller after its turn than before, its rank is ``t`` from then on: it sends nothing of the ranks beyond, and
-    the server sends it none.
+    A client of rank ``r`` adds ``weight sum_m ||B_m[:, t:r]|| ||A_m[t:r]||`` to its loss, with ``t = int(keep r)``. If
+    the sum is smaller after local training than before, its rank is ``t`` from then on: neither the client nor the
+    server sends the ranks beyond ``t``.
 
     Args:
-        keep: gamma, what is left of the ranks.
-        weight: lambda, of the penalty in the loss.
+        keep: gamma, the fraction of ranks that is kept.
+        weight: lambda, the weight of the penalty in the loss.
     """
 
     keep: Fraction = 0.99
     weight: NonNegative = 1e-3
     reports: ClassVar[tuple[str, ...]] = ("rank",)
-    """What clients report of it: what their rank is from then on."""
+    """What clients report: their rank from then on."""
 
     def fewer(self, rank: int) -> int:
-        """The rank that a client of ``rank`` may come down to; one at least."""
+        """The rank that a client of ``rank`` may be reduced to; at least one."""
         return max(1, int(self.keep * rank))
 
     def tail(self, params: Mapping[str, Tensor], schema: Schema, rank: int) -> Tensor:
@@ -41,8 +41,8 @@ class RankPruning:
 
         Args:
             params: at least the factors of all adapters.
-            schema: what they are.
-            rank: of the client.
+            schema: their leaves.
+            rank: the client's rank.
         """
         first = self.fewer(rank)
         sizes = [
@@ -52,22 +52,22 @@ class RankPruning:
         return torch.stack(sizes).sum()
 
     def penalty(self, params: Mapping[str, Tensor], schema: Schema, rank: int) -> Tensor | float:
-        """What a client adds to its loss."""
+        """The penalty that a client adds to its loss."""
         return self.weight * self.tail(params, schema, rank)
 
     def after(self, before: Tree, now: Tree, schema: Schema, rank: int) -> int:
-        """The client's rank after its turn."""
+        """The client's rank after local training."""
         return (
             self.fewer(rank) if float(self.tail(now, schema, rank)) < float(self.tail(before, schema, rank)) else rank
         )
 
     def apply(self, delta: Tree, start: Tree, schema: Schema, rank: int) -> tuple[Tree, int]:
-        """What a client of ``rank`` sends of ``delta``, and its rank after its turn."""
+        """The part of ``delta`` that a client of ``rank`` sends, and its rank after local training."""
         left = self.after(start, tree.add(start, delta), schema, rank)
         return (self.keep_ranks(delta, schema, left) if left < rank else delta), left
 
     def keep_ranks(self, values: Tree, schema: Schema, rank: int) -> Tree:
-        """``values`` as a client has them that has come down to ``rank``."""
+        """``values`` of a client whose rank was reduced to ``rank``."""
         result = dict(values)
         for a, b, _ in schema.pairs:
             result[a], result[b] = values[a].clone(), values[b].clone()
@@ -77,7 +77,7 @@ class RankPruning:
 
 
 class NoRankPruning:
-    """Clients keep their ranks; what ``RankPruning`` does, done to nothing."""
+    """The null counterpart of ``RankPruning``: clients keep their ranks."""
 
     reports: ClassVar[tuple[str, ...]] = ()
 
@@ -86,7 +86,7 @@ class NoRankPruning:
         return rank
 
     def penalty(self, params: Mapping[str, Tensor], schema: Schema, rank: int) -> float:
-        """Nothing."""
+        """Zero."""
         return 0.0
 
     def apply(self, delta: Tree, start: Tree, schema: Schema, rank: int) -> tuple[Tree, int]:

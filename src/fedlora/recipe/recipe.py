@@ -1,4 +1,4 @@
-"""A method as a value: ingredients for every slot."""
+"""A method as a value: one component for every slot."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from fedlora.tuning import AnyTuning, LoRA
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Recipe:
-    """What a round does, slot by slot, in the order of an update's life.
+    """Defines a round, slot by slot, in the order in which an update passes through the slots.
 
     Args:
-        tuning: which weights move.
-        down: what is kept of the parameters on the way to a client, and at what precision.
-        up: the same for a client's change on the way back.
-        aggregator: how a cohort's changes become one.
+        tuning: which weights are trained.
+        down: downlink: which parameter entries are sent to a client, and in which number format.
+        up: uplink: the same for a client's change.
+        aggregator: how a cohort's changes are combined into one.
         server: how that change is applied.
         privacy: clip and noise.
-        local: a client's turn.
-        prune: what the server sets to zero for good, if it does.
-        shrink: how clients give up ranks that they do not use, if they do.
-        memory: what clients remember between rounds: ``none`` (cross-device); ``init``, the phase's setup; or
-            ``last_round``, also the parameters that they got last, so that only the difference from these is sent.
+        local: a client's local training.
+        prune: permanent pruning by the server, if any.
+        shrink: rank self-pruning by clients, if any.
+        memory: what clients keep between rounds: ``none`` (cross-device); ``init``, the phase's setup; or
+            ``last_round``, also the last received parameters, so that only the difference to them is sent.
 
     Raises:
-        ConfigError: the combination would run and lie.
+        ConfigError: the combination would run but give misleading results.
     """
 
     tuning: AnyTuning = LoRA()
@@ -55,7 +55,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_recipe(self)
-        if self.shrink and not self.down.slices_ranks:  # a refusal of a lower rank must come before training
+        if self.shrink and not self.down.slices_ranks:  # a lower rank must be refused before training
             self.of_rank(self.shrink.fewer(self.rank))
 
     @property
@@ -66,28 +66,28 @@ class Recipe:
 
     @property
     def rank_pruning(self) -> RankPruning | NoRankPruning:
-        """``shrink``, or what does nothing in its place."""
+        """``shrink``, or a value that does nothing."""
         return self.shrink or NoRankPruning()
 
     @property
     def pruning(self) -> Prune:
-        """``prune``, or one that never begins."""
+        """``prune``, or a value that never prunes."""
         return self.prune or NO_PRUNE
 
     def of_rank(self, rank: int) -> Recipe:
-        """The recipe of a client that has come down to ``rank``."""
+        """The recipe of a client whose rank was reduced to ``rank``."""
         return replace(self, down=replace(self.down, sparsify=RankSlice(rank=rank)))
 
 
 def restarted(recipe: Recipe, schema: Schema, init: Tree, seed: int, steps: int) -> Tree:
-    """The adapters' values where these start anew after each round; nothing where they go on.
+    """The adapters' values if they are reinitialised after each round; empty if they carry over.
 
     Args:
-        recipe: its aggregator says whether they do.
-        schema: what is trained.
-        init: the phase's start, or any round's.
-        seed: of the phase's start.
-        steps: rounds of the phase that are done.
+        recipe: its aggregator determines whether they are.
+        schema: the trained tensors.
+        init: the initial values of the phase, or of any round.
+        seed: the seed of the phase's start.
+        steps: number of finished rounds of the phase.
     """
     if not recipe.aggregator.reinitialises or not steps:
         return {}
@@ -97,11 +97,11 @@ def restarted(recipe: Recipe, schema: Schema, init: Tree, seed: int, steps: int)
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Phase:
-    """A recipe for a number of rounds; the next phase takes over what this one learnt.
+    """A recipe for a number of rounds; the next phase starts from what this one learnt.
 
     Args:
         recipe: what each round does.
-        rounds: how many.
+        rounds: number of rounds.
     """
 
     recipe: Recipe = Recipe()

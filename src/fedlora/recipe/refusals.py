@@ -1,4 +1,5 @@
-"""Combinations that would run and mislead: a table over the facts that parts declare, each with its sentence."""
+"""Combinations that would run but mislead: a table over the properties that parts declare, with an error message
+each."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ Subject = TypeVar("Subject")
 
 @dataclass(frozen=True)
 class Refusal(Generic[Subject]):
-    """A combination that is refused.
+    """A refused combination.
 
     Args:
-        when: tells from facts whether it applies.
-        text: what is wrong; what to do. Names in braces stand for parts of the recipe.
+        when: a predicate over declared properties: whether the refusal applies.
+        text: what is wrong and how to fix it. Names in braces stand for parts of the recipe.
     """
 
     when: Callable[[Subject], bool]
@@ -32,7 +33,7 @@ class Refusal(Generic[Subject]):
 
 
 class TierOf(NamedTuple):
-    """A tier and the recipe that it changes."""
+    """A tier and the recipe that it modifies."""
 
     tier: Tier
     recipe: Recipe
@@ -180,7 +181,7 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
         "server at kind = 'sgd' and lr = 1, where lr_scale may name the head",
     ),
     "both_factors_rebuilt": Refusal(
-        # without an edit of the base only both factors together can follow the mean of the products
+        # without an edit of the base, matching the mean of the products needs both factors
         lambda r: r.aggregator.needs == "factors" and not r.aggregator.exact_for_products and r.tuning.moving != "both",
         "{aggregator} moves both factors; leave tuning.train at 'both'",
     ),
@@ -220,7 +221,7 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
         "aggregator without new starts",
     ),
 }
-"""Refusals of recipes by name, in the order in which they are asked."""
+"""Refusals of recipes by name, in the order in which they are checked."""
 
 TIER_REFUSALS: dict[str, Refusal[TierOf]] = {
     "tier_rank_above_recipe": Refusal(
@@ -252,7 +253,7 @@ TIER_REFUSALS: dict[str, Refusal[TierOf]] = {
         "down.feedback keeps one error for all clients, and tiers get different messages; unset it",
     ),
 }
-"""Refusals of tiers beside a recipe by name, in the order in which they are asked."""
+"""Refusals of tiers with a recipe by name, in the order in which they are checked."""
 
 EXPERIMENT_REFUSALS: dict[str, Refusal[Experiment]] = {
     "noise_in_some_phases": Refusal(
@@ -282,16 +283,16 @@ EXPERIMENT_REFUSALS: dict[str, Refusal[Experiment]] = {
         "tier {tier} has a rank, and no phase trains LoRA; leave it out",
     ),
 }
-"""Refusals of experiments by name, in the order in which they are asked."""
+"""Refusals of experiments by name, in the order in which they are checked."""
 
 REFUSALS = {name: each.text for name, each in RECIPE_REFUSALS.items()}
 REFUSALS |= {name: each.text for name, each in TIER_REFUSALS.items()}
 REFUSALS |= {name: each.text for name, each in EXPERIMENT_REFUSALS.items()}
-"""Every sentence by name."""
+"""The error messages of all refusals by name."""
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuses a recipe that would run and mislead.
+    """Refuses a recipe that would run but give misleading results.
 
     Raises:
         ConfigError: with the sentence of the first refusal that applies.
@@ -301,7 +302,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_tier(tier: Tier, recipe: Recipe) -> None:
-    """Refuses a tier that cannot go with a recipe.
+    """Refuses a tier that cannot be combined with a recipe.
 
     Raises:
         ConfigError: with the sentence of the first refusal that applies.
@@ -311,7 +312,7 @@ def check_tier(tier: Tier, recipe: Recipe) -> None:
 
 
 def check_experiment(experiment: Experiment) -> None:
-    """Refuses phases, clients and a mode that cannot go together.
+    """Refuses phases, clients and a mode that cannot be combined.
 
     Raises:
         ConfigError: with the sentence of the first refusal that applies.
@@ -327,14 +328,14 @@ def _check(table: Mapping[str, Refusal[Subject]], subject: Subject, words: Mappi
 
 
 def _factor_rate(recipe: Recipe) -> str:
-    """The first key that gives a low-rank factor a rate of its own; empty if there is none."""
+    """The first key that sets a separate learning rate for a low-rank factor; empty if there is none."""
     places = (("local", recipe.local.lr_scale), ("server", recipe.server.lr_scale))
     keys = [f"{place}.lr_scale.{name}" for place, scale in places for name in scale.moved if name in ("A", "B")]
     return keys[0] if keys else ""
 
 
 def _moves_zeros(recipe: Recipe) -> bool:
-    """Whether zeros of pruned entries arrive as other numbers, or other entries as zeros."""
+    """Whether pruned entries may arrive as nonzero, or other entries as zero."""
     down = recipe.down
     lost = down.drops_entries or not all(each.is_floating for each in down.precisions)
     relative = down.reference == "init" or recipe.memory == "last_round"
@@ -342,7 +343,7 @@ def _moves_zeros(recipe: Recipe) -> bool:
 
 
 def _hides_ranks(recipe: Recipe) -> bool:
-    """Whether the downlink is no plain list of the first ranks, or something else brings ranks back."""
+    """Whether the downlink is not simply a slice of the first ranks, or dropped ranks may come back in another way."""
     down = recipe.down
     plain = (not down.drops_entries or down.slices_ranks) and not down.stages and down.reference == "zero"
     remembers = down.feedback or recipe.up.feedback or recipe.memory == "last_round"

@@ -1,4 +1,4 @@
-"""What the server does with the updates of a cohort: aggregators, server optimisers, pruning.
+"""How the server processes a cohort's updates: aggregators, server optimisers, pruning.
 
-Parts are values with pure methods; what they remember is passed to them.
+Parts are values with pure methods; their state is passed in as an argument.
 """

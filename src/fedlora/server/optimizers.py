@@ -1,4 +1,4 @@
-"""How the server applies a change: the mean delta is read as a negative gradient, ``g = -delta``."""
+"""How the server applies a change: the mean delta is treated as a negative gradient, ``g = -delta``."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fedlora.core.tree import Tree
 
 Slots = Mapping[str, Tree]
 ALIKE: Rates = MappingProxyType({})
-"""One learning rate for all."""
+"""The same learning rate for all parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ServerOptimizer(ABC):
-    """A pure function of parameters, change and state.
+    """A server optimiser: a pure function of parameters, change and state.
 
     Args:
-        lr_scale: the learning rate of groups and factors.
-        schedule: the learning rate over the run.
+        lr_scale: learning rate multipliers of groups and factors.
+        schedule: the learning rate schedule over the run.
     """
 
     lr_scale: LrScale = LrScale()
@@ -37,24 +37,24 @@ class ServerOptimizer(ABC):
 
     @property
     def remembers(self) -> bool:
-        """Whether a step depends on earlier changes, by momentum or moments."""
+        """Whether a step depends on earlier changes, through momentum or moments."""
         return True
 
     @property
     def decays(self) -> bool:
-        """Whether a step pulls parameters to zero."""
+        """Whether a step decays parameters towards zero."""
         return False
 
     @property
     def adds_unscaled(self) -> bool:
-        """Whether a step adds the adapters' change as it is."""
+        """Whether a step adds the adapters' change unscaled."""
         return False
 
     def rates(self, schema: Schema, progress: tuple[int, int]) -> Rates:
-        """What the learning rate of each parameter is multiplied by in a round.
+        """The learning rate multiplier of each parameter in a round.
 
         Args:
-            schema: what each parameter is.
+            schema: the leaf of each parameter.
             progress: rounds finished in the whole run, and rounds in the whole run.
         """
         return self.lr_scale.by_name(schema, self.schedule.factor(*progress))
@@ -65,13 +65,13 @@ class ServerOptimizer(ABC):
 
         Args:
             params: the parameters, float32.
-            delta: the change that the cohort asks for, with the same names and shapes.
+            delta: the cohort's aggregated change, with the same names and shapes.
             slots: the optimiser's state, empty before the first step.
-            steps: how many steps were taken before this one.
-            rates: what the learning rate of a parameter is multiplied by, by name; decoupled weight decay too.
+            steps: number of steps taken before this one.
+            rates: learning rate multipliers by parameter name; they also apply to decoupled weight decay.
 
         Returns:
-            The new parameters and the new state; the arguments are left as they were.
+            The new parameters and the new state; the arguments are not modified.
         """
 
 
@@ -123,7 +123,7 @@ class AdamLike(ServerOptimizer):
 
     @abstractmethod
     def decayed(self, params: Tree, rates: Rates) -> Tree:
-        """The parameters that a step is added to."""
+        """The parameters after weight decay, to which a step is added."""
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         first, second = _begun(delta, slots, 0.0)
@@ -177,7 +177,7 @@ class Adaptive(ServerOptimizer):
     Args:
         lr: server learning rate.
         beta1: decay of the first moment.
-        beta2: decay of the second moment, or how fast it follows.
+        beta2: decay of the second moment.
         tau: adaptivity, added to the root of the second moment.
     """
 
@@ -189,7 +189,7 @@ class Adaptive(ServerOptimizer):
 
     @abstractmethod
     def second(self, value: Tensor, square: Tensor) -> Tensor:
-        """``v`` after a change of this ``square``."""
+        """``v`` after a change whose square is ``square``."""
 
     def step(self, params: Tree, delta: Tree, slots: Slots, steps: int, rates: Rates = ALIKE) -> tuple[Tree, Slots]:
         return _adaptive(params, delta, slots, self, self.second, rates)
@@ -235,7 +235,7 @@ class FedAdagrad(ServerOptimizer):
 
 
 def _begun(delta: Tree, slots: Slots, start: float) -> tuple[Tree, Tree]:
-    """Both moments before a step; at first zeros, and ``start``."""
+    """Both moments before a step; initially zeros and ``start``."""
     if slots:
         return slots["m"], slots["v"]
     return tree.zeros_like(delta), {name: torch.full_like(value, start) for name, value in delta.items()}

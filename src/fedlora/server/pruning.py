@@ -1,4 +1,4 @@
-"""Pruning for good: the baselines that FLASC is compared with."""
+"""Permanent pruning: the baselines that FLASC is compared with."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fedlora.transport import Quota, TopK
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Prune:
-    """The server sets all but the largest parameters to zero for good, and clients train those that are left.
+    """The server permanently sets all but the largest parameters to zero, and clients train the remaining ones.
 
-    After ``first`` rounds, the ``int(P * density)`` largest magnitudes of ``P`` trained numbers are kept, then
-    every ``every`` rounds ``decay`` times as many. Zeros cost next to nothing on the way, in both directions.
+    After ``first`` rounds, the ``int(P * density)`` entries of largest magnitude out of ``P`` trained ones are kept,
+    and then ``decay`` times as many every ``every`` rounds. Zeros cost almost no communication, in either direction.
 
     Args:
-        density: share that is kept at first.
-        first: rounds with everything before; one at least, since ``B`` starts at zero.
+        density: share kept at the first pruning.
+        first: number of dense rounds before the first pruning; at least one, since ``B`` starts at zero.
         every: rounds between two prunings; None prunes once.
-        decay: factor on the density at each later pruning.
-        scope: whether one threshold holds for all tensors, or each has its own. After few rounds ``B`` is far smaller
-            than ``A``, so that ``global`` leaves nothing of it, and nothing can be learnt.
-        quota: densities of their own for ``A``, ``B`` and the head, which do not decay.
+        decay: factor by which the density is multiplied at each later pruning.
+        scope: whether one threshold applies to all tensors, or each has its own. After few rounds ``B`` is far smaller
+            than ``A``, so that ``global`` prunes all of it, and nothing can be learnt.
+        quota: separate densities for ``A``, ``B`` and the head, which do not decay.
     """
 
     density: Share
@@ -38,7 +38,7 @@ class Prune:
     quota: Quota = Quota()
 
     def density_after(self, steps: int) -> float | None:
-        """What is kept once so many rounds are done; None if nothing is pruned then."""
+        """The density kept after ``steps`` rounds; None if nothing is pruned at that point."""
         if steps == self.first:
             return self.density
         if self.every and steps > self.first and (steps - self.first) % self.every == 0:
@@ -46,13 +46,13 @@ class Prune:
         return None
 
     def kept(self, params: Tree, steps: int) -> Tree:
-        """Masks of what is left of a round's parameters, once something was pruned; empty before."""
+        """Masks of the remaining entries of a round's parameters; empty before the first pruning."""
         return {name: value != 0 for name, value in params.items()} if steps >= self.first else {}
 
     def apply(
         self, params: Tree, slots: Mapping[str, Tree], schema: Schema, steps: int
     ) -> tuple[Tree, Mapping[str, Tree]]:
-        """Parameters and the server optimiser's state, pruned if it is time for it."""
+        """Parameters and the server optimiser's state, pruned if this round is due for pruning."""
         density = self.density_after(steps)
         if density is None:
             return params, slots
@@ -61,7 +61,7 @@ class Prune:
 
 
 NO_PRUNE = Prune(density=1.0, first=2**62)
-"""Pruning that never begins."""
+"""Pruning that never takes place."""
 
 
 def _masked(values: Tree, kept: Tree) -> Tree:

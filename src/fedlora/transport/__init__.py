@@ -1,6 +1,6 @@
-"""What travels in one direction and in which form: the slot ``Link``, its parts and the wire format.
+"""What is sent in one direction and in which form: the ``Link`` slot, its parts and the wire format.
 
-No module here trains, aggregates, or knows which method uses it.
+No module here trains, aggregates, or depends on the method in use.
 """
 
 from __future__ import annotations

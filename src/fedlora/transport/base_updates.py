@@ -1,4 +1,4 @@
-"""Edits of frozen weights between rounds, and how clients get to know of them."""
+"""Edits of frozen weights between rounds, and how they are sent to clients."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 class FoldMessage(NamedTuple):
-    """What brings a client up to the server's folds.
+    """A message that brings a client up to date with the server's folds.
 
     Args:
         raw: the bytes.
-        sizes: their number by kind.
-        version: how many folds the client knows afterwards.
-        ranks: of the folds that it lacks, in order; nothing if the message holds the sum of all since the start.
+        sizes: the number of bytes by kind.
+        version: the number of folds that the client has afterwards.
+        ranks: the ranks of the missing folds, in order; empty if the message holds the sum of all since the start.
     """
 
     raw: bytes
@@ -34,14 +34,14 @@ class FoldMessage(NamedTuple):
 
 
 def extended(folds: Folds, fold: Fold) -> Folds:
-    """``folds`` and one more; what is larger than the sum is forgotten.
+    """``folds`` with one more; recent folds that together exceed the size of the sum are discarded.
 
     Args:
-        folds: those before.
+        folds: the previous folds.
         fold: the new one, as factors.
 
     Raises:
-        ValueError: the fold is dense, which only a phase's start can be.
+        ValueError: the fold is dense, which is allowed only at a phase's start.
     """
     if fold.dense:
         raise ValueError("a fold between rounds must come as factors")
@@ -57,10 +57,10 @@ def extended(folds: Folds, fold: Fold) -> Folds:
 
 
 def message(folds: Folds, version: int) -> FoldMessage | None:
-    """What a client needs that knows of the first ``version`` folds, or None if it knows all.
+    """The message for a client that has the first ``version`` folds, or None if it has them all.
 
-    Factors of those that it lacks, or the sum of all, whichever has fewer entries. Both travel in float32, so that
-    clients and the server hold the same bits.
+    It holds the factors of the missing folds or the sum of all folds, whichever has fewer entries. Both are sent in
+    float32, so that clients and the server hold the same bits.
     """
     if version == folds.version:
         return None
@@ -78,12 +78,12 @@ def received(told: FoldMessage, known: Folds, shapes: Shapes) -> Folds:
     """The folds after a message.
 
     Args:
-        told: the message; only its bytes are not to be trusted, and its ranks.
-        known: what the client knew.
-        shapes: of the weights that may be edited.
+        told: the message; its bytes and its ranks are untrusted.
+        known: the folds that the client had before.
+        shapes: the shapes of the weights that may be edited.
 
     Raises:
-        WireError: the message is of another form, or larger than the sum of all folds.
+        WireError: the message is malformed, or larger than the sum of all folds.
     """
     if any(rank < 1 for rank in told.ranks):
         raise WireError(f"The message announces folds of ranks {told.ranks[:4]}; ranks are 1 or more.")
@@ -107,10 +107,10 @@ def received(told: FoldMessage, known: Folds, shapes: Shapes) -> Folds:
 
 
 def _added(total: Tree, fold: Tree) -> Tree:
-    """The sum of products and one more, made in the same way by both sides."""
+    """The sum of products plus one more, computed in the same way on both sides."""
     result: Tree = {}
     for name in sorted(key.removesuffix(".B") for key in fold if key.endswith(".B")):
-        # kernels may sum in another order where memory is laid out otherwise
+        # kernels may sum in a different order for a different memory layout
         b, a = (fold[f"{name}.{side}"].clone(memory_format=torch.contiguous_format) for side in "BA")
         product = b @ a
         result[name] = total[name] + product if name in total else product

@@ -1,4 +1,4 @@
-"""Range coding of symbols, bits in bytes, and a generator that is the same everywhere; see ``docs/wire-format.md``."""
+"""Range coding, bit packing, and a random generator that is the same on every machine; see ``docs/wire-format.md``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedlora.transport.framing import Reader
 
 
 class Encoder:
-    """Symbols to 32-bit words."""
+    """A range encoder: symbols to 32-bit words."""
 
     def __init__(self) -> None:
         self._coder = constriction.stream.queue.RangeEncoder()
@@ -23,12 +23,12 @@ class Encoder:
 
         Args:
             symbols: from ``0`` to ``len(weights) - 1``.
-            weights: how likely each is, in any unit.
+            weights: the relative probability of each symbol, in any unit.
         """
         self._coder.encode(symbols, _model(weights))
 
     def to_bytes(self) -> bytes:
-        """The words, little-endian, without zeros at the end: a decoder reads zeros there."""
+        """The words, little-endian, without trailing zeros: a decoder reads zeros past the end."""
         words = self._coder.get_compressed()
         used = np.flatnonzero(words)
         return bytes(words[: used[-1] + 1 if used.size else 0].astype("<u4", copy=False).tobytes())
@@ -57,7 +57,7 @@ class Decoder:
         self._num_symbols += size
         try:
             symbols: NDArray[np.int32] = self._coder.decode(_model(weights), size)
-        except AssertionError as error:  # the coder's word for it
+        except AssertionError as error:  # how the coder reports it
             raise WireError("symbols that cannot be decoded") from error
         return symbols
 
@@ -65,14 +65,14 @@ class Decoder:
         """Checks that nothing is left.
 
         Raises:
-            WireError: there are words that no symbol needs.
+            WireError: words are left that no symbol needs.
         """
         if not self._coder.maybe_exhausted() or (self._num_words and not self._num_symbols):
             raise WireError("more words than symbols need")
 
 
 def encode_symbols(symbols: NDArray[np.int32], counts: NDArray[np.int64]) -> bytes:
-    """Coded symbols; none where all are equal.
+    """Encodes symbols; the result is empty if all are equal.
 
     Args:
         symbols: from ``0`` to ``len(counts) - 1``.
@@ -88,10 +88,10 @@ def encode_symbols(symbols: NDArray[np.int32], counts: NDArray[np.int64]) -> byt
 
 
 def decode_symbols(raw: memoryview, counts: NDArray[np.int64]) -> NDArray[np.int32]:
-    """The inverse of ``encode_symbols``, held to the stated counts.
+    """The inverse of ``encode_symbols``; the result must match the stated counts.
 
     Raises:
-        WireError: the words hold something else.
+        WireError: the words do not decode to symbols with these counts.
     """
     used = np.flatnonzero(counts).astype(np.int32)
     decoder = Decoder(raw)
@@ -126,7 +126,7 @@ def splitmix(seed: int, size: int) -> NDArray[np.uint64]:
 
 
 def pack_bits(bits: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
-    """Bits as bytes, the lowest first."""
+    """Bits packed into bytes, lowest bit first."""
     return np.packbits(bits, bitorder="little").tobytes()
 
 
@@ -134,7 +134,7 @@ def take_bits(reader: Reader, count: int) -> NDArray[np.uint8]:
     """The inverse of ``pack_bits``.
 
     Raises:
-        WireError: bits are left over that are not zero.
+        WireError: a padding bit is not zero.
     """
     raw = np.frombuffer(reader.take(-(-count // 8)), dtype=np.uint8)
     bits = np.unpackbits(raw, bitorder="little")

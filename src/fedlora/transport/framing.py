@@ -1,4 +1,4 @@
-"""Counts and slices of a message, every size checked before anything is allocated."""
+"""Reading counts and slices of a message; every size is checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fedlora.core.errors import WireError
 
 
 class Reader:
-    """A position in a message; every step past its end raises ``WireError``.
+    """A cursor over a message; reading past the end raises ``WireError``.
 
     Args:
         raw: the bytes to read.
@@ -17,7 +17,7 @@ class Reader:
         self._at = 0
 
     def rest(self) -> int:
-        """How many bytes are left."""
+        """The number of bytes left."""
         return len(self._raw) - self._at
 
     def take(self, count: int) -> memoryview:
@@ -32,7 +32,7 @@ class Reader:
         return self.take(1)[0]
 
     def varint(self, largest: int) -> int:
-        """A count in base 128, lowest digit first, refused above ``largest`` and in any but its shortest form."""
+        """A base-128 count, lowest digit first; refused if it exceeds ``largest`` or is not in its shortest form."""
         value = shift = 0
         while True:
             byte = self.byte()
@@ -46,12 +46,12 @@ class Reader:
                 return value
 
     def words(self, symbols: int) -> memoryview:
-        """A count of 32-bit words, and these words: a range coder writes one a symbol at most, and two at its end."""
+        """A count of 32-bit words and those words: a range coder writes at most one per symbol, and two at its end."""
         return self.take(4 * self.varint(min(symbols + 2, self.rest() // 4)))
 
 
 def varint(value: int) -> bytes:
-    """Base 128, lowest digit first, the high bit set on all bytes but the last."""
+    """``value`` in base 128, lowest digit first, with the high bit set on every byte but the last."""
     digits = bytearray()
     while value > 127:
         digits.append(value & 127 | 128)

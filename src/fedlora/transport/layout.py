@@ -1,4 +1,4 @@
-"""Which entries of a part are stored, told in the fewest bytes: a layout for every tensor."""
+"""Layouts: which entries of each tensor in a part are stored, encoded in the fewest bytes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from fedlora.transport.framing import Reader, varint
 from fedlora.transport.positions import Segment, decode_positions, encode_positions, random_positions
 
 EMPTY, DENSE, BITMAP, CODED, POOLED, SEEDED, BOX = range(7)
-"""Nothing is stored; everything; a bit for each entry; range-coded positions at the tensor's own density; at the common
-density of all such tensors; positions drawn from a seed; the first rows and columns."""
+"""Nothing is stored; everything; one bit per entry; range-coded positions at the tensor's own density; the same at the
+common density of all such tensors; positions drawn from a seed; the first rows and columns."""
 
 _MIXED = 255
-_PLAIN_BITS = 16  # below, values are entropy coded, and zeros among them cost what their positions do
-_WORD_BITS = 64.0  # what a range coder may write beyond the information
+_PLAIN_BITS = 16  # below this, values are entropy coded, and zeros among them cost as much as their positions would
+_WORD_BITS = 64.0  # the overhead of a range coder beyond the entropy
 Bools = NDArray[np.bool_]
 
 
 class Draw(NamedTuple):
-    """The places that a seed drew: the seed, and how many of each tensor, by name."""
+    """Positions drawn from a seed: the seed, and the number of positions in each tensor, by name."""
 
     seed: int
     counts: Mapping[str, int]
 
 
 class Stored(NamedTuple):
-    """What a layout says: the bytes that say it, where entries are stored, and how many of each tensor."""
+    """A layout: its bytes, the positions of the stored entries, and the number stored of each tensor."""
 
     raw: bytes
     where: NDArray[np.intp] | None  # None: all of them
@@ -48,13 +48,13 @@ class _Choice(NamedTuple):
 
 
 def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | None) -> Stored:
-    """The layouts that need the fewest bytes in the end, values included.
+    """Chooses the layouts that need the fewest bytes in total, values included.
 
     Args:
         nonzero: which entries must be stored, all tensors in order.
         like: the tensors, for names and shapes.
-        value_bits: what storing one entry costs.
-        draw: where the entries were thinned by a seed.
+        value_bits: the bits needed to store one entry.
+        draw: the positions that a seed drew, if the entries were sparsified that way.
     """
     sizes = [value.numel() for value in like.values()]
     total = len(nonzero)
@@ -69,7 +69,7 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
         _choices(name, value.shape, run, count, value_bits, draw)
         for (name, value), run, count in zip(like.items(), runs, counts, strict=True)
     ]
-    # what all coded or all seeded tensors share, words and a seed, may be too much for the places of a small part
+    # the cost shared by all coded or all seeded tensors (words and a seed) may be too much for a small part
     without: list[tuple[int, ...]] = [(), (CODED,), *([(SEEDED,), (CODED, SEEDED)] if draw else [])]
     plans = [[min((c for c in each if c.layout not in left), key=_bits) for each in choices] for left in without]
     plans += [[_Choice(POOLED, 0.0) if c.layout == CODED else c for c in plan] for plan in plans]
@@ -85,7 +85,7 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
     """The inverse of ``write_layout``.
 
     Raises:
-        WireError: there is no such layout, or it does not fit ``like``.
+        WireError: the layout does not exist, or does not fit ``like``.
     """
     sizes = [value.numel() for value in like.values()]
     layouts = _read_table(reader, len(sizes))
@@ -129,7 +129,7 @@ def _bits(choice: _Choice) -> float:
 def _choices(
     name: str, shape: Sequence[int], run: Bools, count: int, value_bits: float, draw: Draw | None
 ) -> list[_Choice]:
-    """The layouts that one tensor can have by itself."""
+    """The layouts that one tensor can have on its own."""
     if count == 0:
         return [_Choice(EMPTY, 0.0)]
     size = len(run)
@@ -144,7 +144,7 @@ def _choices(
                 number = 8.0 * len(varint(len(places)))
                 choices.append(_Choice(SEEDED, number + value_bits * len(places), places=places))
         grid = _grid(run, shape)
-        # where the last row and the last column have something, a box is the whole
+        # if the last row and the last column hold entries, the box is the whole tensor
         if len(shape) > 1 and not (grid[-1].any() and grid[:, -1].any()):
             rows = int(np.flatnonzero(grid.any(axis=1))[-1]) + 1
             columns = int(np.flatnonzero(grid.any(axis=0))[-1]) + 1
@@ -212,12 +212,12 @@ def _write(plan: list[_Choice], runs: list[Bools], counts: list[int], like: Tree
 
 
 def _grid(run: Bools, shape: Sequence[int]) -> Bools:
-    """A tensor as rows and columns, a view: its first axis, and all others together."""
+    """A view of a tensor as rows and columns: its first axis, and all the others flattened."""
     return run.reshape(shape[0], -1) if len(shape) and len(run) else run.reshape(1, -1)
 
 
 def _table(layouts: Sequence[int]) -> bytes:
-    """One byte if all tensors have the same layout; otherwise 255, then four bits each, the lower half first."""
+    """One byte if all tensors have the same layout; otherwise 255, then four bits per tensor, lower half first."""
     if len(set(layouts)) < 2:
         return bytes([layouts[0] if layouts else EMPTY])
     padded = [*layouts, 0]

@@ -1,4 +1,4 @@
-"""What travels in one direction, and in what form: the ``Link`` slot."""
+"""The ``Link`` slot: what is sent in one direction, and in which form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     AnySparsifier = Sparsifier
 else:
     AnySparsifier = Annotated[Dense | TopK | RandomK | Threshold | RankSlice, Slot("sparsify", Sparsifier)]
-"""Every sparsifier, told apart by ``kind``; a new one is one more class in this line."""
+"""The union of all sparsifiers, discriminated by ``kind``; add a new one to this line."""
 
 SPARSIFIERS: dict[str, type[Sparsifier]] = by_kind(AnySparsifier)
 """The table of sparsifiers, by ``kind``."""
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     AnyPrecision = Precision
 else:
     AnyPrecision = Annotated[Float32 | BFloat16 | Float16 | Uniform, Slot("precision", Precision)]
-"""Every precision, told apart by ``kind``; a new one is one more class in this line, and one in ``wire``."""
+"""The union of all precisions, discriminated by ``kind``; add a new one to this line, and to ``wire``."""
 
 PRECISIONS: dict[str, type[Precision]] = by_kind(AnyPrecision)
 """The table of precisions, by ``kind``."""
@@ -39,13 +39,13 @@ PRECISIONS: dict[str, type[Precision]] = by_kind(AnyPrecision)
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Stage:
-    """What a link does from a round on; what is None stays as it was.
+    """A change to a link from a given round on; settings that are None stay as they were.
 
     Args:
-        round: the first round of the phase for which this holds, from 0.
-        sparsify: which entries travel.
-        precision: the number format of those that do.
-        head_precision: the number format of the head's.
+        round: the first round of the phase to which this applies, from 0.
+        sparsify: which entries are sent.
+        precision: the number format of the entries sent.
+        head_precision: the number format of the head's entries.
     """
 
     round: Whole
@@ -56,19 +56,19 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Link:
-    """One direction of the exchange: what is kept, at what precision, and relative to what.
+    """One direction of the exchange: which entries are sent, in which number format, and relative to which reference.
 
     Args:
-        sparsify: which entries travel; the others arrive as zero.
-        precision: the number format of those that do.
-        head_precision: the number format of the head's, if it is another one.
-        reference: what a zero stands for: the number zero, or the value at the common start that both ends remember
-            (``init``). The caller subtracts the reference before ``thin`` and adds it after decoding.
-        feedback: whether the sender adds what was lost in one round to what it sends in the next.
-        stages: changes from given rounds on, in order.
+        sparsify: which entries are sent; the others arrive as zero.
+        precision: the number format of the entries sent.
+        head_precision: the number format of the head's entries, if it differs.
+        reference: what a zero stands for: the number zero, or the initial value that both ends hold (``init``). The
+            caller subtracts the reference before ``thin`` and adds it after decoding.
+        feedback: whether the sender uses error feedback: what one round lost is added to the next message.
+        stages: changes that apply from given rounds on, in order.
 
     Raises:
-        ConfigError: stages are not in order.
+        ConfigError: the stages are not in order.
 
     >>> from fedlora.core.schema import Leaf
     >>> Link(sparsify=TopK(density=0.5)).prepare({"a": torch.tensor([1.0, -2.0])}, Schema({"a": Leaf()}), round=0)
@@ -96,44 +96,44 @@ class Link:
 
     @property
     def facts(self) -> tuple[Facts, ...]:
-        """What is true of its sparsifiers, those of stages included."""
+        """The properties of its sparsifiers, including those of stages."""
         chosen = (self.sparsify, *(stage.sparsify for stage in self.stages))
         return tuple(each.facts for each in chosen if each is not None)
 
     @property
     def drops_entries(self) -> bool:
-        """Whether entries are left out in any round."""
+        """Whether any round drops entries."""
         return any(each.drops for each in self.facts)
 
     @property
     def slices_ranks(self) -> bool:
-        """Whether it sends the first ranks, the same in every round, and leaves out nothing else."""
+        """Whether it sends the first ranks, the same in every round, and drops nothing else."""
         facts = self.sparsify.facts
         return facts.slices_ranks and not facts.reads_values and not self.stages
 
     @property
     def rescales(self) -> bool:
-        """Whether kept entries are multiplied to make up for those left out, in any round."""
+        """Whether any round scales kept entries up to compensate for dropped ones."""
         return any(each.drops and each.unbiased for each in self.facts)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """Its number formats, those of stages included."""
+        """Its number formats, including those of stages."""
         stages = (each for stage in self.stages for each in (stage.precision, stage.head_precision))
         return tuple(each for each in (self.precision, self.head_precision, *stages) if each is not None)
 
     @property
     def rounds_values(self) -> bool:
-        """Whether values are rounded in any round."""
+        """Whether any round rounds values."""
         return any(form.lossy for form in self.precisions)
 
     @property
     def lossy(self) -> bool:
-        """Whether what arrives may differ from what was there."""
+        """Whether the decoded values may differ from the original ones."""
         return self.drops_entries or self.rounds_values
 
     def at(self, round: int) -> Stage:
-        """What holds in a round of the phase (0-based)."""
+        """The settings in effect in a round of the phase (0-based)."""
         sparsify, precision, head = self.sparsify, self.precision, self.head_precision
         for stage in self.stages:
             if stage.round <= round:
@@ -142,7 +142,7 @@ class Link:
         return Stage(round=round, sparsify=sparsify, precision=precision, head_precision=head or precision)
 
     def thin(self, tree: Tree, schema: Schema, round: int, seed: int) -> Tree:
-        """The tree with zeros where nothing travels; the arguments are those of ``Sparsifier.choose``."""
+        """The tree with zeros for the entries that are not sent; the arguments are those of ``Sparsifier.choose``."""
         sparsify = self.at(round).sparsify
         return sparsify(tree, schema, round, seed) if sparsify else tree
 
@@ -156,16 +156,16 @@ class Link:
         reference: str = "zero",
         trees: bool = True,
     ) -> Packet:
-        """The message of a tree from ``thin``, rounded.
+        """Encodes a tree from ``thin`` as a message, rounding its values.
 
         Args:
             tree: float32 tensors of any shape; not modified.
-            schema: what every name in ``tree`` is.
+            schema: the leaf of every name in ``tree``.
             round: 0-based number of the round.
-            seed: that of ``thin``.
+            seed: the seed given to ``thin``.
             others: further parts, sent in float32.
             reference: what the tree is relative to.
-            trees: whether the packet tells what its receiver will hold.
+            trees: whether the packet includes the trees that its receiver will decode.
         """
         stage = self.at(round)
         draw = None
@@ -178,11 +178,11 @@ class Link:
         return wire.pack(schema.split(tree) | dict(others or {}), forms, reference, trees)
 
     def with_lost(self, tree: Tree, lost: Tree) -> Tree:
-        """``tree`` and what the message before lost."""
+        """``tree`` plus what the previous message lost."""
         return trees.add(tree, lost) if lost else tree
 
     def lost(self, tree: Tree, packet: Packet, schema: Schema) -> Tree:
-        """What the next message is to make good for: with ``feedback`` what ``packet`` lost of ``tree``."""
+        """The error to carry into the next message: with ``feedback``, what ``packet`` lost of ``tree``."""
         return trees.subtract(tree, schema.join(packet.trees)) if self.feedback else {}
 
     def send(self, tree: Tree, schema: Schema, round: int, seed: int, reference: str = "zero") -> Packet:
@@ -190,5 +190,5 @@ class Link:
         return self.encode(self.thin(tree, schema, round, seed), schema, round, seed, reference=reference)
 
     def prepare(self, tree: Tree, schema: Schema, round: int, seed: int = 0) -> Tree:
-        """What the receiver will hold: the tree thinned, then rounded."""
+        """What the receiver will decode: the tree, sparsified and then rounded."""
         return schema.join(self.send(tree, schema, round, seed).trees)

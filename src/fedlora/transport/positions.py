@@ -1,4 +1,4 @@
-"""Where the stored entries of a tensor are: coded gaps between them, or places drawn from a seed."""
+"""Positions of a tensor's stored entries: range-coded gaps, or positions drawn from a seed."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from fedlora.core.errors import WireError
 from fedlora.transport.coder import Decoder, Encoder, pack_bits, splitmix, take_bits
 from fedlora.transport.framing import Reader, varint
 
-_ESCAPE = 128  # this symbol says that a gap is so many units longer
+_ESCAPE = 128  # this symbol makes a gap longer by that many units
 _UNIT = 2.0**40  # weights are whole numbers below this, so that their sums are exact in any order
 
 
 class Segment(NamedTuple):
-    """A run of entries whose positions share one density: how many there are, and how many are kept."""
+    """A run of entries whose positions share one density: the number of entries, and the number kept."""
 
     size: int
     kept: int
 
     @property
     def rare(self) -> int:
-        """How many entries are of the rarer kind, whose positions are coded; 0 if there is nothing to tell."""
+        """The number of entries of the rarer kind, whose positions are coded; 0 if there is nothing to encode."""
         return min(self.kept, self.size - self.kept)
 
     @property
     def low_bits(self) -> int:
-        """The largest ``b`` with ``rare * 2 ** (b + 3) <= size``, or 0: gaps lose little by ``b`` bits apart."""
+        """The largest ``b`` with ``rare * 2 ** (b + 3) <= size``, or 0: storing ``b`` bits of a gap raw costs
+        little."""
         return max(0, (self.size // self.rare).bit_length() - 4)
 
 
 def encode_positions(kept: NDArray[np.bool_], segments: Sequence[Segment]) -> bytes:
-    """The gaps between positions: high parts range coded, as geometric as random gaps are, low bits apart.
+    """Encodes the gaps between positions: high parts range coded under a geometric distribution, low bits raw.
 
     Args:
-        kept: one bool for each entry of each segment, in order.
-        segments: their sizes and counts.
+        kept: one bool per entry of each segment, in order.
+        segments: the sizes and counts of the segments.
     """
     encoder = Encoder()
     low: list[NDArray[np.uint8]] = []
@@ -63,7 +64,7 @@ def decode_positions(reader: Reader, segments: Sequence[Segment]) -> NDArray[np.
     """The inverse of ``encode_positions``.
 
     Raises:
-        WireError: the bytes hold something else.
+        WireError: the bytes are not such an encoding.
     """
     decoder = Decoder(reader.words(sum(segment.size for segment in segments)))
     mixed = [segment for segment in segments if segment.rare]
@@ -92,15 +93,15 @@ def decode_positions(reader: Reader, segments: Sequence[Segment]) -> NDArray[np.
 
 
 def random_positions(seed: int, name: str, size: int, count: int) -> NDArray[np.intp]:
-    """``count`` of ``size`` positions, ascending: those whose numbers in a SplitMix64 stream are smallest.
+    """``count`` of ``size`` positions, ascending: those with the smallest numbers in a SplitMix64 stream.
 
-    The stream starts at the XXH3-64 of the tensor's name, seeded with ``seed``; no two numbers of it are equal.
+    The stream starts at the XXH3-64 hash of the tensor's name, seeded with ``seed``; no two of its numbers are equal.
 
     Args:
         seed: 64 bits, shared by both ends.
-        name: of the tensor, so that each has places of its own.
-        size: entries of the tensor.
-        count: how many are drawn, at most ``size``.
+        name: the tensor's name, so that each tensor gets its own positions.
+        size: number of entries of the tensor.
+        count: number of positions drawn, at most ``size``.
     """
     if count in (0, size):
         return np.arange(count)
@@ -111,7 +112,7 @@ def random_positions(seed: int, name: str, size: int, count: int) -> NDArray[np.
 def _gaps(segment: Segment) -> NDArray[np.float64]:
     """Weights of the high parts 0 to ``_ESCAPE - 1`` and of the escape: ``q ** j (1 - q)`` and ``q ** _ESCAPE``.
 
-    Whole numbers, from products of doubles alone, so that they are the same everywhere.
+    Whole numbers computed by products of doubles alone, so that they are the same on every machine.
     """
     q = 1.0 - segment.rare / segment.size
     for _ in range(segment.low_bits):

@@ -1,4 +1,4 @@
-"""In how many bits a number travels: the ``Precision`` slot, and the formats of floating point."""
+"""The ``Precision`` slot: the number format of sent values; here its floating-point formats."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ class Precision(ABC):
     """The number format of the values in a message."""
 
     code: ClassVar[int]
-    """The byte that names this format in a message, never reused for another; from 128 on for formats of others."""
+    """The byte that identifies this format in a message, never reused; user-defined formats start at 128."""
     is_floating: ClassVar[bool] = False
-    """Whether each value keeps an exponent of its own, so that only the tiniest become zero."""
+    """Whether each value has its own exponent, so that only the tiniest become zero."""
 
     @property
     @abstractmethod
     def value_bits(self) -> float:
-        """Bits of a value before any entropy coding, with its share of what goes with several."""
+        """Bits per value before any entropy coding, including its share of data that several values have in common."""
 
     @property
     @abstractmethod
     def lossy(self) -> bool:
-        """Whether what arrives may differ from what was there."""
+        """Whether the decoded values may differ from the original ones."""
 
     @abstractmethod
     def settings(self) -> bytes:
-        """What ``from_settings`` needs to read these values again."""
+        """The settings as bytes, from which ``from_settings`` restores this format."""
 
     @classmethod
     @abstractmethod
@@ -52,44 +52,44 @@ class Precision(ABC):
         """The inverse of ``settings``.
 
         Raises:
-            WireError: no such settings exist.
+            WireError: the settings are invalid.
         """
 
     @abstractmethod
     def nonzero(self, values: Floats) -> Floats:
-        """``values`` with zeros where this format has no other number for them, so that no position is spent on them.
+        """``values`` with zeros where this format would round them to zero, so that no position is stored for them.
 
-        The same array where nothing changes.
+        Returns the same array if nothing changes.
         """
 
     @abstractmethod
     def write(self, values: Floats, runs: Sequence[int], seed: int) -> Written:
-        """The values as bytes.
+        """Encodes the values as bytes.
 
         Args:
             values: one-dimensional, from ``nonzero``.
-            runs: how many belong to each tensor.
-            seed: read only by formats that draw.
+            runs: the number of values of each tensor.
+            seed: used only by formats with random rounding.
 
         Raises:
-            WireError: a value is NaN, or infinite in this format.
+            WireError: a value is NaN, or infinite once rounded to this format.
         """
 
     @abstractmethod
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
-        """The inverse of ``write``: float32, one-dimensional, in memory of its own.
+        """The inverse of ``write``: a float32 vector that owns its memory.
 
         Raises:
-            WireError: the bytes are not of this format, or a value is NaN or infinite.
+            WireError: the bytes are not in this format, or a value is NaN or infinite.
         """
 
 
 class Plain(Precision):
-    """A format in which every value stands for itself, in whole bytes, little-endian."""
+    """A format that stores each value on its own, in whole bytes, little-endian."""
 
     is_floating: ClassVar[bool] = True
     dtype: ClassVar[str]
-    """What NumPy calls the bytes of a value."""
+    """The NumPy dtype of a stored value."""
 
     @property
     def value_bits(self) -> int:
@@ -107,7 +107,7 @@ class Plain(Precision):
         return cls()
 
     def to_bytes(self, values: Floats) -> bytes | memoryview:
-        """The values, which may be those of the array itself: use them before it changes."""
+        """The values as bytes; they may be a view of the array, so use them before it changes."""
         return values.astype(self.dtype, copy=False).view(np.uint8).data
 
     def from_bytes(self, raw: memoryview) -> Floats:
@@ -130,7 +130,7 @@ class Plain(Precision):
 @final
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Float32(Plain):
-    """IEEE 754 binary32, four bytes a value: nothing is lost."""
+    """IEEE 754 binary32, four bytes per value; lossless."""
 
     kind: Literal["float32"] = "float32"
     code: ClassVar[int] = 1
@@ -143,7 +143,7 @@ class Float32(Plain):
 @final
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class BFloat16(Plain):
-    """The upper half of a float32, two bytes a value: eight significant bits, rounded to nearest, ties to even.
+    """The upper half of a float32, two bytes per value: eight significant bits, rounded to nearest, ties to even.
 
     The relative error of normal numbers is at most ``2 ** -8``. Magnitudes from about ``3.396e38`` up round to
     infinity, which is refused.
@@ -169,10 +169,10 @@ class BFloat16(Plain):
 @final
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Float16(Plain):
-    """IEEE 754 binary16, two bytes a value: eleven significant bits, rounded to nearest, ties to even.
+    """IEEE 754 binary16, two bytes per value: eleven significant bits, rounded to nearest, ties to even.
 
-    The relative error is at most ``2 ** -11`` for magnitudes from ``6.1e-5`` to ``65504``. Below, the error is
-    absolute, and at ``3e-8`` a value becomes zero; larger ones are refused. So bfloat16 is the safer of the two.
+    The relative error is at most ``2 ** -11`` for magnitudes from ``6.1e-5`` to ``65504``. Below that range the error
+    is absolute, and values up to ``3e-8`` become zero; above it, values are refused. bfloat16 is the safer choice.
 
     >>> Float16().nonzero(np.array([1.0, 1.0004882812, 1e-9], np.float32)).tolist()
     [1.0, 1.0, 0.0]
@@ -183,5 +183,5 @@ class Float16(Plain):
     dtype: ClassVar[str] = "<f2"
 
     def nonzero(self, values: Floats) -> Floats:
-        with np.errstate(over="ignore"):  # infinity is refused where it is written
+        with np.errstate(over="ignore"):  # infinity is refused in `write`
             return values.astype(np.float16).astype(np.float32)

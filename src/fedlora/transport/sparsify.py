@@ -1,4 +1,4 @@
-"""Which entries of a tree travel: the ``Sparsifier`` slot and its values."""
+"""The ``Sparsifier`` slot and its values: which entries of a tree are sent."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fedlora.transport.positions import random_positions
 @final
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Quota:
-    """Densities of their own for LoRA's factors and the head; what is None counts with the rest.
+    """Separate densities for LoRA's factors and the head; a part set to None is treated with the rest.
 
     Args:
-        A: of all ``A`` together.
-        B: of all ``B`` together.
-        head: of the task head.
+        A: density of all ``A`` together.
+        B: density of all ``B`` together.
+        head: density of the task head.
     """
 
     A: Share | None = None
@@ -33,19 +33,19 @@ class Quota:
     head: Share | None = None
 
     def shares(self) -> dict[str, float]:
-        """Those that are set."""
+        """The densities that are set."""
         return {name: share for name, share in (("A", self.A), ("B", self.B), ("head", self.head)) if share is not None}
 
 
 class Facts(NamedTuple):
-    """What is true of a sparsifier with its settings.
+    """Properties of a sparsifier with its settings.
 
     Attributes:
-        unbiased: the mean of what is sent, over its own random draws, is the input.
-        reads_values: which entries are kept depends on the values, so positions differ between clients and reveal
-            something about them.
-        drops: entries may be left out.
-        slices_ranks: what is left out are whole ranks of LoRA's factors.
+        unbiased: the expectation of what is sent, over the sparsifier's random draws, is the input.
+        reads_values: the choice of entries depends on the values, so positions differ between clients and leak
+            information about their data.
+        drops: entries may be dropped.
+        slices_ranks: whole ranks of LoRA's factors are dropped, and nothing else.
     """
 
     unbiased: bool
@@ -55,7 +55,7 @@ class Facts(NamedTuple):
 
 
 class Sparsifier(ABC):
-    """What is kept of a tree before it is sent; everything else arrives as zero.
+    """Chooses the entries of a tree that are sent; all others arrive as zero.
 
     A sparsifier is a pure function: the same tree, round and seed give the same result, and the input is not modified.
     """
@@ -63,40 +63,40 @@ class Sparsifier(ABC):
     @property
     @abstractmethod
     def facts(self) -> Facts:
-        """What is true of it."""
+        """Its properties."""
 
     @abstractmethod
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """Which entries are kept of those tensors that are not kept whole.
+        """The masks of kept entries, for the tensors that are not kept whole.
 
         Args:
             tree: float32 tensors of any shape.
-            schema: what every name in ``tree`` is; read by quotas and by slices of ranks.
+            schema: the leaf of every name in ``tree``; read by quotas and by rank slices.
             round: 0-based number of the round.
-            seed: read only by sparsifiers that draw.
+            seed: used only by random sparsifiers.
 
         Returns:
-            bool tensors in the shapes of ``tree``; names that are missing are kept whole.
+            bool tensors with the shapes of ``tree``; tensors without a mask are kept whole.
         """
 
     def gain(self, kept: Tensor) -> float:
-        """What the kept entries of a tensor are multiplied with, of which ``kept`` is the mask."""
+        """The factor that kept entries are multiplied by, for a tensor whose mask is ``kept``."""
         return 1.0
 
     def mask(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int = 0) -> dict[str, Tensor]:
-        """``choose`` with a mask of True for every tensor that is kept whole."""
+        """``choose``, with an all-True mask for every tensor that is kept whole."""
         chosen = self.choose(tree, schema, round, seed)
         whole = {name: torch.ones(value.shape, dtype=torch.bool) for name, value in tree.items() if name not in chosen}
         return {name: chosen[name] if name in chosen else whole[name] for name in tree}
 
     def __call__(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int = 0) -> Tree:
-        """The tree with zeros where nothing is kept: same names, shapes, dtypes; arguments are those of ``choose``.
+        """The tree with dropped entries set to zero; same names, shapes and dtypes; arguments are those of ``choose``.
 
         Returns:
-            A new dict. Tensors of which nothing is dropped may be those of ``tree`` itself.
+            A new dict. Tensors that lose no entries may be those of ``tree`` itself.
 
         Raises:
-            KeyError: there is a quota of the head and ``schema`` lacks a name of ``tree``.
+            KeyError: the head has a quota and ``schema`` lacks a name of ``tree``.
         """
         thinned = dict(tree)
         for name, kept in self.choose(tree, schema, round, seed).items():
@@ -132,19 +132,19 @@ class Dense(Sparsifier):
 class TopK(Sparsifier):
     """Keeps the entries of largest magnitude.
 
-    ``k = int(P * density * decay ** (round // decay_every))`` of ``P`` entries are kept, exactly; among equal
-    magnitudes the first in the order of the tree. ``P`` counts all entries together (``scope="global"``) or those of
-    one tensor (``scope="tensor"``, each tensor with its own ``k``).
+    Exactly ``k = int(P * density * decay ** (round // decay_every))`` of ``P`` entries are kept; ties go to the entry
+    that comes first in the tree. ``P`` counts all entries together (``scope="global"``) or those of one tensor
+    (``scope="tensor"``, where each tensor has its own ``k``).
 
-    FLASC has one threshold over every ``A``, every ``B`` and the head. Its script for unequal devices keeps the head
-    whole on the way down: ``quota=Quota(head=1)``. Entries that a quota names are ranked among themselves, at the
-    quota's own density, which does not decay; ``P`` counts the rest.
+    FLASC uses one threshold over every ``A``, every ``B`` and the head. Its script for heterogeneous devices keeps the
+    head whole on the downlink: ``quota=Quota(head=1)``. Entries under a quota are ranked among themselves, at the
+    quota's density, which does not decay; ``P`` counts the rest.
 
     Args:
         density: fraction kept in round 0.
-        scope: whether one threshold holds for all tensors, or each has its own.
-        quota: densities of their own for ``A``, ``B`` and ``head``.
-        decay: factor on the density every ``decay_every`` rounds.
+        scope: whether one threshold applies to all tensors, or each has its own.
+        quota: separate densities for ``A``, ``B`` and ``head``.
+        decay: factor by which the density is multiplied every ``decay_every`` rounds.
         decay_every: number of rounds between two decays.
 
     >>> TopK(density=0.5)({"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([3.0, 2.0])}, {}, round=0)
@@ -163,7 +163,7 @@ class TopK(Sparsifier):
 
     @property
     def facts(self) -> Facts:
-        """The largest are kept, so small entries never arrive."""
+        """Only the largest entries are kept, so small ones never arrive."""
         return Facts(unbiased=False, reads_values=True)
 
     def density_at(self, round: int) -> float:
@@ -190,10 +190,10 @@ class TopK(Sparsifier):
 class Threshold(Sparsifier):
     """Keeps the entries whose magnitude is ``value`` or more.
 
-    How many these are is for training to say, so the bytes of a round are not known before.
+    Their number depends on training, so the bytes of a round are not known in advance.
 
     Args:
-        value: smallest magnitude that travels.
+        value: smallest magnitude that is sent.
 
     >>> Threshold(value=2)({"a": torch.tensor([1.0, -4.0, 2.0])}, {}, round=0)
     {'a': tensor([ 0., -4.,  2.])}
@@ -208,23 +208,23 @@ class Threshold(Sparsifier):
         return Facts(unbiased=False, reads_values=True)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """True where the magnitude is large enough, and where it is NaN, so that ``pack`` sees and refuses it."""
+        """True where the magnitude is large enough or NaN, so that ``pack`` sees a NaN and refuses it."""
         return {name: ~(value.detach().abs() < self.value) for name, value in tree.items()}
 
 
 @final
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class RandomK(Sparsifier):
-    """Keeps ``k = max(1, int(n * density))`` of each tensor's ``n`` entries, drawn from a seed that both ends share.
+    """Keeps ``k = max(1, int(n * density))`` random entries of each tensor's ``n``, drawn from a shared seed.
 
-    The seed travels in place of the positions. Which entries are kept says nothing about the values. Each turn of a
-    client has a seed of its own.
+    The seed is sent instead of the positions, so the support says nothing about the values. Every client uses a new
+    seed in every round.
 
     Args:
         density: fraction kept of each tensor.
-        quota: densities of their own for ``A``, ``B`` and ``head``.
-        rescale: whether kept entries are multiplied with ``n / k``, so that the mean over all draws is the input; not
-            for a downlink, whose entries are used as they arrive.
+        quota: separate densities for ``A``, ``B`` and ``head``.
+        rescale: whether kept entries are multiplied by ``n / k``, which makes the result unbiased; not for a
+            downlink, whose entries are used as they arrive.
 
     >>> kept = RandomK(density=0.5)({"a": torch.ones(6)}, {}, round=0)["a"]
     >>> sorted(kept.tolist())
@@ -241,11 +241,11 @@ class RandomK(Sparsifier):
 
     @property
     def facts(self) -> Facts:
-        """Unbiased where it is rescaled."""
+        """Unbiased if rescaled."""
         return Facts(unbiased=self.rescale, reads_values=False)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
-        """True at the places that the seed and a tensor's name draw."""
+        """True at the positions drawn from the seed and the tensor's name."""
         chosen: dict[str, Tensor] = {}
         for name, count in self.counts(tree, schema).items():
             kept = np.zeros(tree[name].numel(), np.bool_)
@@ -254,7 +254,7 @@ class RandomK(Sparsifier):
         return chosen
 
     def counts(self, tree: Tree, schema: Mapping[str, Leaf]) -> dict[str, int]:
-        """How many entries are kept of those tensors that are not kept whole."""
+        """The number of kept entries, for the tensors that are not kept whole."""
         counts = {}
         for density, names in _by_quota(tree, schema, self.quota, self.density):
             for name in names if density < 1 else ():
@@ -263,22 +263,22 @@ class RandomK(Sparsifier):
         return counts
 
     def gain(self, kept: Tensor) -> float:
-        """``n / k`` where it is rescaled."""
+        """``n / k`` if rescaled."""
         return kept.numel() / int(torch.count_nonzero(kept)) if self.rescale and kept.numel() else 1.0
 
 
 @final
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class RankSlice(Sparsifier):
-    """Keeps ``rank`` rows of every ``A`` and columns of every ``B``, and all that is no LoRA factor.
+    """Keeps ``rank`` rows of every ``A`` and columns of every ``B``, and everything that is not a LoRA factor.
 
-    A client that gets ``A`` and ``B`` with zeros beyond a rank stays at that rank: where both factors are zero, so are
-    both gradients. FLASC's code and HetLoRA give weak devices a smaller adapter this way.
+    A client whose ``A`` and ``B`` are zero beyond a rank stays at that rank: where both factors are zero, so are both
+    gradients. FLASC's code and HetLoRA give weak devices a smaller adapter this way.
 
     Args:
-        rank: rows of ``A`` and columns of ``B`` that travel.
-        by: ``order`` keeps the first ones; ``norm`` the longest, of ``A`` and of ``B`` each for itself, as FLASC's code
-            does under the name ``rankl1``. Then ranks of which one factor arrives go on learning.
+        rank: number of rows of ``A`` and columns of ``B`` that are sent.
+        by: ``order`` keeps the first ranks; ``norm`` keeps those of largest norm, of ``A`` and ``B`` separately, as
+            FLASC's code does under the name ``rankl1``; ranks of which one factor is sent then keep learning.
 
     >>> from fedlora.core.schema import factor_leaf
     >>> factors = {"A": torch.ones(2, 3), "B": torch.ones(2, 2)}
@@ -293,7 +293,7 @@ class RankSlice(Sparsifier):
 
     @property
     def facts(self) -> Facts:
-        """By order the same entries are kept always."""
+        """With ``by="order"``, the same entries are always kept."""
         return Facts(unbiased=False, reads_values=self.by == "norm", slices_ranks=True)
 
     def choose(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int) -> dict[str, Tensor]:
@@ -312,7 +312,7 @@ class RankSlice(Sparsifier):
 
 
 def _by_quota(tree: Tree, schema: Mapping[str, Leaf], quota: Quota, density: float) -> list[tuple[float, list[str]]]:
-    """Densities and the names that they hold for: each quota's, and ``density`` for the rest; in the tree's order."""
+    """Each quota's density, and ``density`` for the rest, with the names it applies to, in the tree's order."""
     shares = quota.shares()
     buckets: dict[str, list[str]] = {}
     for name in tree:
@@ -322,13 +322,13 @@ def _by_quota(tree: Tree, schema: Mapping[str, Leaf], quota: Quota, density: flo
 
 
 def _quota_of(leaf: Leaf) -> str:
-    """The quota that would name a tensor."""
+    """The quota that a tensor falls under."""
     return "head" if leaf.group == "head" else leaf.factor
 
 
 def _largest(vector: Tensor, density: float) -> Tensor:
-    """A bool vector that is true for the ``int(P * density)`` largest magnitudes, the first among equals."""
-    # without the sign, the bits of floats are ordered like their magnitudes, NaN above all; integers partition faster
+    """A bool vector that is true for the ``int(P * density)`` largest magnitudes; ties go to the first."""
+    # without the sign bit, float bits are ordered by magnitude, with NaN at the top; integers partition faster
     magnitude: NDArray[np.int32] = vector.detach().float().cpu().numpy().view(np.int32) & 0x7FFFFFFF
     total = magnitude.size
     k = int(total * density)

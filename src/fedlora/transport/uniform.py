@@ -1,4 +1,4 @@
-"""Values as whole multiples of a scale, entropy coded."""
+"""Uniform quantisation: values as integer multiples of a scale, entropy coded."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ Block = Literal[64, 128, 256]
 Symbols = NDArray[np.int32]
 
 _RAW, _CLASSES, _COUNTED = range(3)  # ways to write symbols
-_PER_SYMBOL = 64  # values for each possible symbol from which on it pays to count symbols instead of classes
-_STEP = {1: 0.8, 2: 1.22, 4: 0.35}  # of the best scale for normal values, in units of their root mean square
+_PER_SYMBOL = 64  # values per possible symbol above which counting symbols beats counting classes
+_STEP = {1: 0.8, 2: 1.22, 4: 0.35}  # the best scale for normally distributed values, in units of their root mean square
 _REFINEMENTS = 3
 _BITS: dict[int, Bits] = {1: 1, 2: 2, 4: 4, 8: 8}
-_BLOCKS: dict[int, Block | None] = {0: None, 6: 64, 7: 128, 8: 256}  # by their base-2 logarithm
-_SMALLEST = np.float32(2.0**-126)  # of a normal number: products with smaller ones depend on the processor's mode
+_BLOCKS: dict[int, Block | None] = {0: None, 6: 64, 7: 128, 8: 256}  # by base-2 logarithm
+_SMALLEST = np.float32(2.0**-126)  # smallest normal number: products with subnormal ones depend on the processor's mode
 
 
 @final
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Uniform(Precision):
-    """A value is ``q * scale`` with a whole ``q``, ``|q| <= 2 ** (bits - 1) - 1``; with one bit, ``q`` is the sign.
+    """Stores a value as ``q * scale`` with an integer ``|q| <= 2 ** (bits - 1) - 1``; with one bit, ``q`` is the sign.
 
-    Every tensor, or every block of its values that travel, has a scale, a bfloat16, so that the product is exact in
-    float32. The ``q`` are entropy coded with the counts of their magnitudes where that is smaller than ``bits`` bits.
+    Every tensor, or every block of its sent values, has one scale, a bfloat16, so that the product is exact in float32.
+    The ``q`` are entropy coded with the counts of their magnitudes if that takes fewer than ``bits`` bits each.
 
-    ``rounding="nearest"`` takes the scale that leaves the least squared error: ``scale = sum |v| |q| / sum q^2`` and
-    ``q = clip(round(v / scale))`` in turn, from the best scale of normal values; with 8 bits ``max |v| / 127``. With
-    one bit this is the mean magnitude (EF-signSGD, arXiv 1901.09847). ``"stochastic"`` is unbiased: the
-    scale is ``max |v| / (2 ** (bits - 1) - 1)`` and ``v / scale`` is rounded up with the probability of its fraction
-    (QSGD, arXiv 1610.02132); with one bit the sign is positive with probability ``(1 + v / max |v|) / 2``.
+    ``rounding="nearest"`` minimises the squared error, alternating ``scale = sum |v| |q| / sum q^2`` and
+    ``q = clip(round(v / scale))`` from the best scale for normally distributed values; with 8 bits the scale is
+    ``max |v| / 127``, with one bit the mean magnitude (EF-signSGD, arXiv 1901.09847). ``"stochastic"`` is unbiased: the
+    scale is ``max |v| / (2 ** (bits - 1) - 1)``, and ``v / scale`` is rounded up with a probability equal to its
+    fractional part (QSGD, arXiv 1610.02132); with one bit the sign is positive with probability
+    ``(1 + v / max |v|) / 2``.
 
     Args:
-        bits: of a ``q`` before entropy coding.
-        block: how many values of a tensor share a scale; all of them if None.
-        rounding: to the nearest multiple, or at random and unbiased.
+        bits: bits per value before entropy coding.
+        block: number of values of a tensor that share a scale; all of them if None.
+        rounding: to the nearest multiple, or stochastic and unbiased.
     """
 
     kind: Literal["uniform"] = "uniform"
@@ -55,12 +56,12 @@ class Uniform(Precision):
 
     @property
     def value_bits(self) -> float:
-        """``bits``, and the scale of a block shared by its values."""
+        """``bits``, plus the value's share of its block's scale."""
         return self.bits + (16 / self.block if self.block else 0)
 
     @property
     def lossy(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
     @property
@@ -69,7 +70,7 @@ class Uniform(Precision):
         return max(1, (1 << self.bits - 1) - 1)
 
     def settings(self) -> bytes:
-        """Bits, and the base-2 logarithm of the block, 0 for none."""
+        """The bits, and the base-2 logarithm of the block size, 0 for None."""
         return bytes([self.bits, self.block.bit_length() - 1 if self.block else 0])
 
     @classmethod
@@ -80,11 +81,11 @@ class Uniform(Precision):
         return cls(bits=_BITS[bits], block=_BLOCKS[block])
 
     def nonzero(self, values: Floats) -> Floats:
-        """``values`` itself: a kept value that is rounded to zero keeps its place among the others."""
+        """``values`` itself: a kept value that is rounded to zero is stored like the others."""
         return values
 
     def write(self, values: Floats, runs: Sequence[int], seed: int) -> Written:
-        """Scales, then symbols, raw or coded."""
+        """Writes the scales, then the symbols, raw or entropy coded."""
         if not np.isfinite(values).all():
             raise WireError("NaN or infinite")
         blocks = self._blocks(runs)
@@ -124,14 +125,14 @@ class Uniform(Precision):
         return values
 
     def _blocks(self, runs: Sequence[int]) -> NDArray[np.intp]:
-        """How many values share each scale."""
+        """The number of values that share each scale."""
         if self.block is None:
             return np.array([run for run in runs if run], np.intp)
         whole = [[self.block] * (run // self.block) + [run % self.block] * (run % self.block > 0) for run in runs]
         return np.array([length for lengths in whole for length in lengths], np.intp)
 
     def _scales(self, values: Floats, blocks: NDArray[np.intp]) -> Floats:
-        """One scale for each block, a bfloat16; upwards, so that the largest value stays in range."""
+        """One bfloat16 scale per block, rounded up so that the largest value stays in range."""
         if not len(blocks):
             return np.zeros(0, np.float32)
         starts = np.concatenate([[0], np.cumsum(blocks)[:-1]])
@@ -151,7 +152,7 @@ class Uniform(Precision):
     def _least_squares(
         self, magnitude: Floats, starts: NDArray[np.intp], blocks: NDArray[np.intp], top: Floats
     ) -> Floats:
-        """The scales that leave the least squared error, or nearly; never larger than ``top``."""
+        """The scales that (nearly) minimise the squared error; never larger than ``top``."""
         power = np.add.reduceat(np.square(magnitude, dtype=np.float64), starts) / blocks
         scales = np.minimum(top, (_STEP[self.bits] * np.sqrt(power)).astype(np.float32))
         for _ in range(_REFINEMENTS if self.bits > 1 else 1):
@@ -163,11 +164,11 @@ class Uniform(Precision):
         return np.minimum(scales, top)
 
     def _symbols(self, values: Floats, scales: Floats, blocks: NDArray[np.intp], seed: int) -> Symbols:
-        """The ``q`` of every value; 0 where the scale is."""
+        """The ``q`` of every value; 0 where the scale is 0."""
         ratios: Floats = values / np.repeat(np.where(scales > 0, scales, np.float32(np.inf)), blocks)
         if self.rounding == "stochastic":
             draws = (splitmix(seed, len(values)) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-            if self.bits == 1:  # to -1 or 1, and 0 where there is nothing
+            if self.bits == 1:  # to -1 or 1, and 0 where the scale is 0
                 signs = np.where(draws < (1 + ratios) / 2, np.float32(1), np.float32(-1))
                 rounded = np.where(ratios == 0, np.float32(0), signs)
             else:
@@ -179,11 +180,11 @@ class Uniform(Precision):
 
 
 class _Classes(NamedTuple):
-    """Magnitudes up to 127 in 28 classes: 0 to 15 alone, then four classes an octave, with their lowest bits apart."""
+    """Magnitudes up to 127 in 28 classes: 0 to 15 one each, then four per octave, with the lowest bits kept apart."""
 
     of: NDArray[np.int32]  # magnitude to class
     base: NDArray[np.int32]  # class to its smallest magnitude
-    low_bits: NDArray[np.int32]  # class to the number of bits that tell its magnitudes apart
+    low_bits: NDArray[np.int32]  # class to the number of bits that distinguish its magnitudes
 
 
 def _classes() -> _Classes:
@@ -201,7 +202,7 @@ _TABLE = _classes()
 
 
 def _encode_symbols(symbols: Symbols, largest: int) -> bytes:
-    """Counts of symbols from the smallest on, coded symbols."""
+    """The counts of symbols, from the smallest on, then the coded symbols."""
     shifted = symbols + np.int32(largest)
     counts = np.bincount(shifted, minlength=2 * largest + 1)
     words = encode_symbols(shifted, counts)
@@ -209,7 +210,7 @@ def _encode_symbols(symbols: Symbols, largest: int) -> bytes:
 
 
 def _counted(reader: Reader, size: int, total: int) -> tuple[memoryview, NDArray[np.int64]]:
-    """Coded symbols, and how often each of ``size`` symbols is among them."""
+    """The coded symbols, and the count of each of the ``size`` possible symbols."""
     counts = np.array([reader.varint(total) for _ in range(size)], np.int64)
     if counts.sum() != total:
         raise WireError("another number of symbols than values")
@@ -217,7 +218,7 @@ def _counted(reader: Reader, size: int, total: int) -> tuple[memoryview, NDArray
 
 
 def _encode_classes(symbols: Symbols, largest: int) -> bytes:
-    """Counts of classes, coded classes, signs of all but zeros, lowest bits by octave."""
+    """The counts of classes, the coded classes, the signs of nonzero values, and the lowest bits by octave."""
     magnitudes = np.abs(symbols)
     classes = _TABLE.of[magnitudes] if largest > 15 else magnitudes
     counts = np.bincount(classes, minlength=int(_TABLE.of[largest]) + 1)
@@ -254,7 +255,7 @@ def _multiply(symbols: Symbols, scales: Floats, blocks: NDArray[np.intp]) -> Flo
 
 
 def _to_bits(symbols: Symbols, width: int) -> NDArray[np.uint8]:
-    """The lowest ``width`` bits of each, lowest first."""
+    """The lowest ``width`` bits of each symbol, lowest first."""
     low = symbols.astype(np.uint8)[:, None]
     return np.unpackbits(low, axis=1, count=width, bitorder="little").reshape(-1)
 
@@ -264,6 +265,6 @@ def _unsigned(bits: NDArray[np.uint8], width: int) -> Symbols:
 
 
 def _from_bits(bits: NDArray[np.uint8], width: int) -> Symbols:
-    """Two's complement, lowest bit first."""
+    """Symbols from two's complement bits, lowest bit first."""
     values = _unsigned(bits, width)
     return values - (values >> (width - 1) << width)

@@ -1,4 +1,4 @@
-"""Trees to bytes and back. The byte format is described in ``docs/wire-format.md``."""
+"""Serialises trees to bytes and back. The byte format is described in ``docs/wire-format.md``."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ VERSION = 2
 """The version of the byte format; a receiver refuses every other."""
 
 REFERENCES = ("zero", "init", "last_round")
-"""What the values of a message are relative to: nothing, the start of the phase, or what the receiver got last."""
+"""What a message's values are relative to: zero, the start of the phase, or the last message to the receiver."""
 
 _ENVELOPE = struct.Struct("<3sBBIQ")  # magic, version, reference, template, checksum
 _PRECISIONS: dict[int, type[Precision]] = {cls.code: cls for cls in (Float32, BFloat16, Float16, Uniform)}
 
 
 class Packet(NamedTuple):
-    """A message, what each part of it costs, and what its receiver will hold.
+    """A message, the size of each part, and what its receiver will decode.
 
     Attributes:
-        raw: the bytes that travel.
-        sizes: their number by part, and under ``envelope`` what belongs to none; the sum is ``len(raw)``.
-        kept: how many entries of each part are not zero on arrival; nothing if it was not asked for.
-        trees: what ``unpack`` will give, bit for bit; the same.
+        raw: the bytes that are sent.
+        sizes: bytes by part, with those that belong to no part under ``envelope``; the sum is ``len(raw)``.
+        kept: the number of nonzero entries of each part after decoding; empty unless requested.
+        trees: what ``unpack`` will return, bit for bit; empty unless requested.
     """
 
     raw: bytes
@@ -51,7 +51,7 @@ class Packet(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How a part is written: its number format, the seed of what that draws, and the places that a seed drew."""
+    """How a part is encoded: its number format, the seed for random rounding, and positions drawn from a seed."""
 
     precision: Precision = Float32()
     seed: int = 0
@@ -59,21 +59,21 @@ class Form(NamedTuple):
 
 
 def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = "zero", trees: bool = True) -> Packet:
-    """One message of all parts in their order, each tensor in the smallest of the layouts.
+    """Packs all parts into one message, in order, each tensor in its smallest layout.
 
-    A negative zero is a zero, and arrives as a positive one. The same trees give the same bytes.
+    A negative zero is treated as zero and arrives as a positive one. The same trees give the same bytes.
 
     Args:
         parts: the trees by part name, float32 of any shapes.
-        forms: how each part is written; plainly in float32 where it has none.
+        forms: how each part is encoded; a part without a form is sent in plain float32.
         reference: what the values are relative to, one of ``REFERENCES``.
-        trees: whether the packet tells what its receiver will hold.
+        trees: whether the packet includes the trees that its receiver will decode.
 
     Returns:
-        The bytes, their number by part, and what they say.
+        The bytes, their number by part, and the decoded content.
 
     Raises:
-        WireError: a value is not finite (once rounded), a tensor is not float32, or a part is called ``envelope``.
+        WireError: a value is not finite (once rounded), a tensor is not float32, or a part is named ``envelope``.
     """
     if "envelope" in parts:
         raise WireError("A part is called 'envelope', which names the bytes of no part; call it something else.")
@@ -86,7 +86,7 @@ def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = 
         section, values = _pack_section(part, tree, forms.get(part, Form()))
         if trees:
             told[part] = unflatten(torch.from_numpy(values), tree)
-            kept[part] = int(np.count_nonzero(values != 0))  # counting floats themselves is slow
+            kept[part] = int(np.count_nonzero(values != 0))  # counting on the floats directly is slow
         sizes[part] = sum(map(len, section))
         chunks += section
         for chunk in section:
@@ -103,20 +103,20 @@ def unpack(raw: bytes, like: Mapping[str, Tree], formats: Sequence[Precision] = 
 def receive(raw: bytes, like: Mapping[str, Tree], formats: Sequence[Precision] = ()) -> Packet:
     """The inverse of ``pack``. Parts, names and shapes come from ``like``, never from the message.
 
-    The checksum is verified before anything is decoded. What is allocated is bounded by the template: at most 64 bytes
-    for each of its entries, 1 kB for each of its tensors and 1 MB beside, whatever the message says.
+    The checksum is verified before anything is decoded. Allocation is bounded by the template, whatever the message
+    says: at most 64 bytes per entry, 1 kB per tensor, and 1 MB in addition.
 
     Args:
         raw: the whole message.
-        like: the parts that are expected, in the order in which they were packed; only names and shapes are read.
-        formats: number formats that may come beside those of fedlora.
+        like: the expected parts, in the order in which they were packed; only names and shapes are read.
+        formats: number formats accepted in addition to the built-in ones.
 
     Returns:
-        What ``pack`` told of it. Trees are float32 on the CPU with ``like``'s names and shapes; the tensors of a part
-        are views of one vector.
+        The packet that ``pack`` returned. Trees are float32 on the CPU with ``like``'s names and shapes; the tensors of
+        a part are views of one vector.
 
     Raises:
-        WireError: the bytes are damaged, of another version, or made for another template.
+        WireError: the bytes are corrupted, of another version, or packed for another template.
     """
     reference_of(raw)
     _, _, reference, template, checksum = _ENVELOPE.unpack_from(raw)
@@ -145,10 +145,10 @@ def receive(raw: bytes, like: Mapping[str, Tree], formats: Sequence[Precision] =
 
 
 def reference_of(raw: bytes) -> str:
-    """What the values of a message are relative to, one of ``REFERENCES``; ``unpack`` verifies it.
+    """The reference that a message's values are relative to, one of ``REFERENCES``; ``unpack`` verifies it.
 
     Raises:
-        WireError: the envelope is not one of this version.
+        WireError: the envelope is not of this version.
     """
     if len(raw) < _ENVELOPE.size:
         raise WireError(f"The message has {len(raw)} bytes, fewer than its envelope ({_ENVELOPE.size}); send it again.")
@@ -165,12 +165,12 @@ def reference_of(raw: bytes) -> str:
 
 
 def _seed(template: int, reference: int) -> int:
-    """The checksum covers the envelope through its seed."""
+    """The seed of the checksum, which thereby covers the envelope."""
     return template | reference << 32
 
 
 def _fingerprint(parts: Mapping[str, Tree]) -> int:
-    """32 bits of a hash of part names, tensor names and shapes, in their order, as compact JSON."""
+    """32 bits of a hash of the part names, tensor names and shapes, in order, as compact JSON."""
     return _hash(
         tuple((part, tuple((name, value.shape) for name, value in tree.items())) for part, tree in parts.items())
     )
@@ -182,12 +182,12 @@ def _hash(named: tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
 
 
 def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memoryview], NDArray[np.float32]]:
-    """One part: number format, layout, values; and what will be read from them."""
+    """One encoded part (number format, layout, values), and the values that will be decoded from it."""
     if wrong := [name for name, value in tree.items() if value.dtype != torch.float32]:
         raise WireError(f"Tensor {wrong[0]!r} of part {part!r} is {tree[wrong[0]].dtype}; convert it to float32.")
     vector = flatten(tree).detach().cpu()
     values: NDArray[np.float32] = form.precision.nonzero(vector.numpy())
-    with np.errstate(invalid="ignore"):  # NaN is refused where it is written
+    with np.errstate(invalid="ignore"):  # NaN is refused in `write`
         values += 0.0  # flatten copied; -0.0 + 0.0 is 0.0. NumPy, as threads do not pay here
     stored = write_layout(values != 0, tree, form.precision.value_bits, form.draw)
     chosen = values if stored.where is None else values[stored.where]
@@ -202,7 +202,7 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
             "precision; nothing was sent. Look for a diverged step: a lower learning rate or clipping may help."
         ) from error
     header = bytes([form.precision.code]) + form.precision.settings() + stored.raw
-    if written.values is not chosen:  # they were rounded; else the rest of the vector is zero as it is
+    if written.values is not chosen:  # the values were rounded; otherwise the rest of the vector is already zero
         values = _spread(written.values, stored.where, len(values))
     return [header, *written.chunks], values
 
@@ -218,7 +218,7 @@ def _unpack_section(reader: Reader, like: Tree, known: Mapping[int, type[Precisi
 
 
 def _spread(values: NDArray[np.float32], where: NDArray[np.intp] | None, size: int) -> NDArray[np.float32]:
-    """``values`` at some places of a vector, zeros elsewhere."""
+    """A vector with ``values`` at the given positions and zeros elsewhere."""
     if where is None:
         return values
     vector = np.zeros(size, np.float32)

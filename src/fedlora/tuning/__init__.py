@@ -1,6 +1,6 @@
-"""Which weights are trained and how they sit in the model: the slot ``Tuning``, and LoRA's initialisations.
+"""Which weights are trained and how they are installed in the model: the ``Tuning`` slot, and LoRA's initialisations.
 
-Only this folder imports ``peft``; nothing here knows about rounds or clients.
+Only this folder imports ``peft``; nothing here depends on rounds or clients.
 """
 
 from __future__ import annotations

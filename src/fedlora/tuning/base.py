@@ -1,4 +1,4 @@
-"""The slot ``Tuning``: which weights move, and how they sit in the model."""
+"""The ``Tuning`` slot: which weights are trained, and how they are installed in the model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fedlora.tuning.matrices import holds_numbers
 
 
 class InitialParams(NamedTuple):
-    """Where a phase starts.
+    """The initial state of a phase.
 
     Args:
-        params: the trained parameters' first values.
-        fold: an edit of the frozen weights that every client must make.
-        seed: what a client redraws random parts from.
-        facts: figures for the ledger, such as the energy that a hand-over kept.
+        params: the initial values of the trained parameters.
+        fold: an edit of the frozen weights that every client must apply.
+        seed: the seed from which a client redraws random parts.
+        facts: figures for the ledger, such as the energy kept by a phase hand-over.
     """
 
     params: Tree
@@ -40,19 +40,19 @@ def _nothing() -> None:
 
 @dataclass
 class Installed:
-    """A model with a tuning in it.
+    """A model with a tuning installed.
 
     Args:
         model: the model, changed in place; everything that is not in ``parameters`` is frozen.
-        parameters: what is trained, by name, in the model's order.
-        schema: what each of them is.
+        parameters: the trained parameters, by name, in the model's order.
+        schema: the leaf of each of them.
         places: for packed parameters, their positions in the flattened weight.
-        folded: edits of frozen weights that were applied, dense, by parameter name.
-        folds: those of a phase's rounds that are in the frozen weights now.
-        base: the weights that these edit as they were before, by module name.
-        seed: what random parts were redraw_init from, where a setup told it.
-        frozen_head: the head's parameters where it is not trained, by name; exports carry their values.
-        refresh: carries ``parameters`` into the weights that the forward pass reads, where they are not the same.
+        folded: edits applied to frozen weights, dense, by parameter name.
+        folds: the folds of this phase's rounds that are currently in the frozen weights.
+        base: the weights that these folds edit, as they were before, by module name.
+        seed: the seed from which random parts were redrawn, if the setup contained one.
+        frozen_head: the head's parameters if it is not trained, by name; exports include their values.
+        refresh: copies ``parameters`` into the weights that the forward pass reads, if those are different tensors.
     """
 
     model: nn.Module
@@ -67,7 +67,7 @@ class Installed:
     refresh: Callable[[], None] = field(default=_nothing)
 
     def freeze_head(self) -> None:
-        """Takes the head out of what is trained, so that it keeps its values and is not sent."""
+        """Excludes the head from training: it keeps its values and is not sent."""
         head = self.schema.names("head")
         self.frozen_head = {name: self.parameters.pop(name) for name in self.schema if name in head}
         for parameter in self.frozen_head.values():
@@ -75,7 +75,7 @@ class Installed:
         self.schema = Schema({name: leaf for name, leaf in self.schema.items() if name not in head})
 
     def head_values(self, params: Mapping[str, Tensor]) -> Tree:
-        """The whole head's values for an export: those in ``params``, and the frozen ones."""
+        """The values of the whole head for an export: those in ``params``, and the frozen ones."""
         trained = self.schema.split(params).get("head", {})
         return trained | {name: value.detach().to("cpu", torch.float32) for name, value in self.frozen_head.items()}
 
@@ -84,7 +84,7 @@ class Installed:
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.parameters.items()}
 
     def delta_from(self, start: Mapping[str, Tensor]) -> Tree:
-        """What the trained parameters are now, less ``start``; float32 on the CPU, in memory of its own."""
+        """The current trained parameters minus ``start``; float32 on the CPU, in newly allocated memory."""
         now = {name: value.detach().to("cpu", torch.float32) for name, value in self.parameters.items()}
         return tree.subtract(now, start)
 
@@ -96,16 +96,16 @@ class Installed:
 
 
 class Tuning(ABC):
-    """Which weights are trained. A value of this slot holds settings only; the model holds the tensors."""
+    """Defines which weights are trained. A value of this slot holds settings only; the model holds the tensors."""
 
     @property
     def zero_is_neutral(self) -> bool:
-        """Whether a trained entry that a client gets as zero leaves the pre-trained function as it is."""
+        """Whether a trained entry received as zero leaves the pre-trained function unchanged."""
         return False
 
     @property
     def adapter_rank(self) -> int:
-        """The rank of low-rank adapters that aggregators and links may look into; 0 if there are none."""
+        """The rank of low-rank adapters that aggregators and links can work on; 0 if there are none."""
         return 0
 
     @property
@@ -115,11 +115,11 @@ class Tuning(ABC):
 
     @property
     def init_from_seed(self) -> bool:
-        """Whether adapters can be drawn anew from a seed and their shapes alone."""
+        """Whether adapters can be redrawn from a seed and their shapes alone."""
         return False
 
     def in_round(self, schema: Schema, round: int) -> Schema:
-        """``schema`` with the roles that hold in a round of the phase (0-based)."""
+        """``schema`` with the roles in effect in a round of the phase (0-based)."""
         return schema
 
     @property
@@ -129,28 +129,28 @@ class Tuning(ABC):
 
     @abstractmethod
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """Freezes ``model`` but for what is trained, adding modules where the method needs them.
+        """Freezes ``model`` except for the trained parameters, adding modules if the method needs them.
 
         Args:
             model: a freshly loaded model in float32.
-            head: names of the parameters that belong to the task head, which is trained by every tuning; whether it is
-                frozen afterwards is not the tuning's affair.
-            seed: for random parts that are drawn while installing.
+            head: names of the parameters of the task head, which every tuning marks as trained; freezing it afterwards
+                is up to the caller.
+            seed: for random parts drawn during installation.
 
         Raises:
             ConfigError: nothing in the model matches.
         """
 
     def start(self, installed: Installed, seed: int, carry: PhaseHandover | None) -> InitialParams:
-        """The first values of the trained parameters; runs on the server alone.
+        """The initial values of the trained parameters; runs on the server only.
 
         Args:
-            installed: what ``install`` returned, the base weights untouched.
-            seed: for random starts.
-            carry: what the phase before learnt, if there was one.
+            installed: what ``install`` returned, with unmodified base weights.
+            seed: for random initialisation.
+            carry: what the previous phase learnt, if there was one.
 
         Raises:
-            ConfigError: this tuning cannot take over what the phase before learnt.
+            ConfigError: this tuning cannot start from what the previous phase learnt.
         """
         params = installed.read()
         if carry is None:
@@ -165,12 +165,12 @@ class Tuning(ABC):
         return InitialParams(params, Fold(), seed, {"energy_kept": kept / total if total else 1.0})
 
     def setup(self, installed: Installed, start: InitialParams, reference: bool) -> dict[str, Tree]:
-        """What a client needs beside the parameters of a round, as the parts of a message.
+        """What a client needs besides the parameters of a round, as the parts of a message.
 
         Args:
             installed: the model, for names and shapes.
-            start: what ``start`` returned; for a template, any start of the same shapes.
-            reference: whether a link counts from the init, so that the client must know it.
+            start: what ``start`` returned; for a template, any start with the same shapes.
+            reference: whether a link encodes relative to the init, so that the client needs it.
         """
         return {"init": start.params} if reference else {}
 
@@ -178,15 +178,15 @@ class Tuning(ABC):
         """Applies a received setup to the model, once.
 
         Returns:
-            The init, as far as the client knows it; complete if ``setup`` was called with ``reference``.
+            The init as far as the client has it; complete if ``setup`` was called with ``reference``.
         """
         return dict(parts.get("init", {}))
 
     def fold(self, installed: Installed, folds: Folds) -> None:
-        """Makes the frozen weights those that a setup left, and ``folds``.
+        """Sets the frozen weights to those after the setup, with ``folds`` added.
 
         Raises:
-            ConfigError: this tuning has no matrices that rounds could fold into.
+            ConfigError: this tuning has no matrices that rounds can fold into.
         """
         if folds.version:
             raise ConfigError(f"{type(self).__name__} has no matrices that rounds could fold into")
@@ -196,18 +196,18 @@ class Tuning(ABC):
         return 0.0
 
     def redraw_init(self, schema: Schema, init: Tree, seed: int) -> Tree:
-        """Where the adapters start anew after a round, the head as in ``init``.
+        """A new initialisation of the adapters after a round, with the head as in ``init``.
 
         Raises:
-            ConfigError: this tuning has no adapters that can be drawn.
+            ConfigError: this tuning has no adapters that can be redrawn.
         """
         raise ConfigError(f"{type(self).__name__} has no adapters that could start anew")
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
-        """What training changed in the pre-trained weights, dense, by parameter name; the head is not in it.
+        """The change that training made to the pre-trained weights, dense, by parameter name, without the head.
 
         Raises:
-            ConfigError: the change is no edit of pre-trained weights.
+            ConfigError: the change cannot be expressed as an edit of pre-trained weights.
         """
         return {name: params[name] - init[name] for name in params if name in installed.schema.names("adapter")}
 
@@ -215,10 +215,10 @@ class Tuning(ABC):
 def freeze_all_but(model: nn.Module, trained: list[str] | set[str]) -> dict[str, nn.Parameter]:
     """Freezes ``model`` except the parameters named in ``trained`` and returns those, in the model's order.
 
-    A weight that two modules share has one name, that of its first place, and is trained and sent once.
+    A weight shared by two modules has one name, that of its first occurrence, and is trained and sent once.
 
     Raises:
-        ConfigError: one of them is stored quantised.
+        ConfigError: one of them is quantised.
     """
     wanted = set(trained)
     kept = {}
@@ -232,11 +232,11 @@ def freeze_all_but(model: nn.Module, trained: list[str] | set[str]) -> dict[str,
 
 
 def grouped(names: Iterable[str], head: frozenset[str]) -> Schema:
-    """The schema of tensors that are no low-rank factors.
+    """The schema of tensors that are not low-rank factors.
 
     Args:
-        names: of what is trained.
-        head: those that belong to the head.
+        names: names of the trained tensors.
+        head: the names that belong to the head.
     """
     return Schema({name: Leaf("head" if name in head else "adapter") for name in names})
 
@@ -245,7 +245,7 @@ def check_trainable(name: str, weight: Tensor) -> None:
     """Refuses to train a quantised weight.
 
     Raises:
-        ConfigError: the entries of ``weight`` are codes.
+        ConfigError: the entries of ``weight`` are quantisation codes.
     """
     if not holds_numbers(weight):
         raise ConfigError(
@@ -268,7 +268,7 @@ def check_matched(matched: int, what: str, model: nn.Module) -> None:
 
 
 def seed_to_tree(seed: int) -> Tree:
-    """A seed as three float32 of 16 bits each: exact, and the wire needs no integers."""
+    """A seed as three float32 values of 16 bits each: exact, and the wire format needs no integers."""
     mask = (1 << 16) - 1
     return {"seed": torch.tensor([float(seed >> shift & mask) for shift in range(0, SEED_BITS, 16)])}
 

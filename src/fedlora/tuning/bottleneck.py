@@ -30,7 +30,7 @@ class BottleneckLinear(nn.Module):
         size = matrix_shape(old)[0]
         self.weight = old.weight
         self.bias = old.bias
-        # a quantised module goes on computing its own product
+        # a quantised module keeps computing its own product
         self.own = None if is_plain(old) else old
         self.transposed = is_transposed(old)
         assert isinstance(old.weight, Tensor)
@@ -67,7 +67,7 @@ class Bottleneck(Tuning):
         width: size of the bottleneck.
         style: ``houlsby`` (arXiv 1902.00751) after the attention block and after the feed-forward block; ``pfeiffer``
             (arXiv 2005.00247) after the feed-forward block alone.
-        targets: a regular expression over module names, for families whose blocks are not known.
+        targets: a regular expression over module names, for families whose blocks are unknown.
     """
 
     kind: Literal["bottleneck"] = "bottleneck"
@@ -80,7 +80,7 @@ class Bottleneck(Tuning):
         """See ``Tuning.install``.
 
         Raises:
-            ConfigError: the family's blocks are not known, or a target is no linear layer.
+            ConfigError: the family's blocks are unknown, or a target is not a linear layer.
         """
         where = ("attention", "feed_forward") if self.style == "houlsby" else ("feed_forward",)
         found = find(model, self.targets, head) if self.targets else block_outputs(model, where, head)
@@ -108,7 +108,7 @@ class Bottleneck(Tuning):
         """See ``Tuning.changes``.
 
         Raises:
-            ConfigError: always; a bottleneck is no edit of a matrix.
+            ConfigError: always; a bottleneck cannot be expressed as an edit of a matrix.
         """
         raise ConfigError(
             "bottleneck adapters are not an edit of the pre-trained weights, so they cannot be merged or handed to a "

@@ -1,4 +1,4 @@
-"""Adapters in the form that ``peft`` loads."""
+"""Exports adapters in the format that ``peft`` loads."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def save_lora(
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Where the frozen weights lost ``scale B0 A0`` at the start, the adapter on the *original* base has twice the rank:
-    ``scale (B A - B0 A0) = scale [B, -B0] [A; A0]``.
+    If ``scale B0 A0`` was subtracted from the frozen weights at the start, the adapter on the *original* base has twice
+    the rank: ``scale (B A - B0 A0) = scale [B, -B0] [A; A0]``.
 
     Args:
         tuning: the LoRA.
-        installed: the model it sits in.
-        init: where training started.
-        params: where it ended.
+        installed: the model it is installed in.
+        init: the parameters before training.
+        params: the parameters after training.
         base: name or path of the base model.
         folder: where to write.
-        task_type: ``SEQ_CLS``, ``TOKEN_CLS``, ``QUESTION_ANS``, ``CAUSAL_LM``, or None where ``peft`` has no word for
-            the task, as for images.
-        root: what the names of the backbone begin with, such as ``bert.``, for an adapter on the backbone alone; what
-            lies outside it is left out then.
+        task_type: ``SEQ_CLS``, ``TOKEN_CLS``, ``QUESTION_ANS``, ``CAUSAL_LM``, or None if ``peft`` has no name for the
+            task, as for images.
+        root: the prefix of the backbone's names, such as ``bert.``, for an adapter on the backbone alone; everything
+            outside the backbone is then left out.
 
     Raises:
-        ConfigError: ``peft`` has no adapter that would compute the same.
+        ConfigError: no ``peft`` adapter computes the same function.
     """
     layers = lora_layers(installed.model)
     for name in dilated(installed):
@@ -87,24 +87,24 @@ def _saved(installed: Installed, head: Tree, root: str) -> list[str]:
 
 
 def _on_backbone(tensors: Tree, root: str) -> Tree:
-    """Tensors under the names that they have beside a backbone that is loaded by itself."""
+    """The tensors under the names that they have on a backbone loaded on its own."""
     outer, inner = PEFT_PREFIX, PEFT_PREFIX + root
     return {outer + name.removeprefix(inner): value for name, value in tensors.items() if name.startswith(inner)}
 
 
 def dilated(installed: Installed) -> list[str]:
-    """The adapters that ``peft`` cannot hold: it gives an adapter's convolution the stride and the padding alone."""
+    """The adapters that ``peft`` cannot represent: its adapter convolutions copy only the stride and the padding."""
     layers = lora_layers(installed.model)
     return [name for name, layer in layers.items() if isinstance(layer, LoRAConv) and max(layer.dilation) > 1]
 
 
 def save_peft(installed: Installed, folder: Path, task_type: str | None = None, root: str = "") -> None:
-    """Writes what ``peft`` itself installed, with the values that are in the model now.
+    """Writes the adapter that ``peft`` itself installed, with the values currently in the model.
 
     Args:
         installed: the model.
         folder: where to write.
-        task_type: with ``root``, the task that the configuration is to name.
+        task_type: with ``root``, the task named in the configuration.
         root: see ``save_lora``.
     """
     model = installed.model
@@ -116,7 +116,7 @@ def save_peft(installed: Installed, folder: Path, task_type: str | None = None, 
     file = folder / "adapter_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings |= {"task_type": task_type, "auto_mapping": None}
-    if "target_modules" in settings:  # an expression was matched against names that are longer
+    if "target_modules" in settings:  # a regular expression was matched against longer names
         tuner: Any = model.base_model
         settings["target_modules"] = sorted(name.removeprefix(root) for name in tuner.targeted_module_names)
     saved = settings.get("modules_to_save") or []

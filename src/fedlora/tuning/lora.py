@@ -23,22 +23,23 @@ from fedlora.tuning.matrices import is_quantized, matrix_shape
 from fedlora.tuning.targets import Targets, find, replace_module
 
 PEFT_PREFIX = "base_model.model."
-"""What ``peft`` puts before the names of a model's parameters."""
+"""The prefix that ``peft`` adds to the names of a model's parameters."""
 _FACTOR = re.compile(r"(?P<module>.*)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.default)?(?:\.weight)?")
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class LoRA(Tuning):
-    """Low-rank adapters on chosen matrices, and the head.
+    """Low-rank adapters on selected matrices, and the head.
 
     Args:
         rank: rank of every adapter.
         alpha: ``scale = alpha / rank``.
         targets: see ``tuning.targets.find``.
-        init: where the factors start.
-        dropout: on the adapters' input, while training.
-        train: which factors move: ``both``; ``B`` alone (FFA-LoRA, arXiv 2403.12313), where the mean of products is the
-            product of means; or ``alternate``, ``B`` in the first round, ``A`` in the next (RoLoRA, arXiv 2409.02346).
+        init: the initialisation of the factors.
+        dropout: dropout probability on the adapters' input during training.
+        train: which factors are trained: ``both``; ``B`` alone (FFA-LoRA, arXiv 2403.12313), so that the mean of the
+            products is the product of the means; or ``alternate``, ``B`` in the first round, ``A`` in the next (RoLoRA,
+            arXiv 2409.02346).
     """
 
     kind: Literal["lora"] = "lora"
@@ -63,7 +64,7 @@ class LoRA(Tuning):
         return self.init.from_seed
 
     def in_round(self, schema: Schema, round: int) -> Schema:
-        """See ``Tuning.in_round``: the factor that ``train`` leaves out is frozen."""
+        """See ``Tuning.in_round``: the factor that ``train`` excludes is frozen."""
         if self.train == "both":
             return schema
         frozen = "B" if self.train == "alternate" and round % 2 else "A"
@@ -78,24 +79,24 @@ class LoRA(Tuning):
 
     @property
     def zero_is_neutral(self) -> bool:
-        """See ``Tuning.zero_is_neutral``: not where the factors start from an SVD."""
+        """See ``Tuning.zero_is_neutral``: false if the factors start from an SVD."""
         return not (self.init.residual or isinstance(self.init, SvdOfDelta))
 
     @property
     def folds(self) -> str:
-        """What is folded into the base at the start: ``none``, ``biases`` or ``rest``."""
+        """The part folded into the base at the start: ``none``, ``biases`` or ``rest``."""
         return self.init.fold if isinstance(self.init, SvdOfDelta) else "none"
 
     @property
     def residual(self) -> bool:
-        """Whether the start's product is taken out of the frozen weight."""
+        """Whether the initial product is subtracted from the frozen weight."""
         return self.init.residual or self.folds == "rest"
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``; a rank above a matrix's smaller side is refused.
+        """See ``Tuning.install``; a rank above a matrix's smaller dimension is refused.
 
         Raises:
-            ConfigError: nothing matches, the rank is too large, or the start wants to edit a quantised weight.
+            ConfigError: nothing matches, the rank is too large, or the initialisation would edit a quantised weight.
         """
         found = find(model, self.targets, head)
         for name, module in found.items():
@@ -123,8 +124,8 @@ class LoRA(Tuning):
     def start(self, installed: Installed, seed: int, carry: PhaseHandover | None) -> InitialParams:
         """See ``Tuning.start``.
 
-        The ledger's ``energy_kept`` is ``||scale B A||^2 / ||delta||^2`` over all that was learnt: what the adapters
-        took over, before any fold. A start that does not look at the delta keeps nothing.
+        The ledger's ``energy_kept`` is ``||scale B A||^2 / ||delta||^2`` over everything learnt: the share taken over
+        by the adapters, before any fold. An initialisation that ignores the delta keeps nothing.
         """
         params = installed.read()
         deltas = carry.delta if carry else {}
@@ -147,7 +148,7 @@ class LoRA(Tuning):
         return InitialParams(params, fold, seed, {"energy_kept": kept / total if total else 1.0})
 
     def setup(self, installed: Installed, start: InitialParams, reference: bool) -> dict[str, Tree]:
-        """See ``Tuning.setup``: a seed where the start can be redraw_init, its values where not; and the fold."""
+        """See ``Tuning.setup``: a seed if the init can be redrawn from one, otherwise its values; and the fold."""
         head = installed.schema.split(start.params).get("head", {})
         parts: dict[str, Tree] = {}
         if reference and self.init.from_seed:
@@ -167,7 +168,7 @@ class LoRA(Tuning):
         return parts
 
     def apply_setup(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
-        """See ``Tuning.settle``: the residual is derived from the factors *received*, never from an SVD made here."""
+        """See ``Tuning.apply_setup``: the residual is computed from the factors *received*, never from a local SVD."""
         init = dict(parts.get("init", {}))
         layers = lora_layers(installed.model)
         if "seed" in parts:
@@ -187,7 +188,7 @@ class LoRA(Tuning):
         return {name: init[name] for name in installed.parameters if name in init}
 
     def fold(self, installed: Installed, folds: Folds) -> None:
-        """See ``Tuning.fold``: always from the base, so that it does not matter which folds were there before."""
+        """See ``Tuning.fold``: always starts from the base, so the folds applied before do not matter."""
         if folds.total is installed.folds.total:
             return
         layers = lora_layers(installed.model)
@@ -203,14 +204,14 @@ class LoRA(Tuning):
         installed.folds = folds
 
     def size_of(self, fold: Fold) -> float:
-        """See ``Tuning.size_of``: ``scale ||B A||``, from small matrices."""
+        """See ``Tuning.size_of``: ``scale ||B A||``, computed from small matrices."""
         squares = sum(
             float(((b.double().T @ b.double()) * (a.double() @ a.double().T)).sum()) for b, a in fold.factors.values()
         )
         return self.scale * math.sqrt(max(0.0, squares))
 
     def redraw_init(self, schema: Schema, init: Tree, seed: int) -> Tree:
-        """See ``Tuning.redraw_init``: as at the start of a phase, from another seed."""
+        """See ``Tuning.redraw_init``: as at the start of a phase, with another seed."""
         result = dict(init)
         for a, b, name in schema.pairs:
             shape = torch.empty(init[b].shape[0], init[a].shape[1], device="meta")
@@ -218,12 +219,12 @@ class LoRA(Tuning):
         return result
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
-        """See ``Tuning.changes``: what was folded, and ``scale (B A - B0 A0)``; no ``B0 A0`` where the base kept it.
+        """See ``Tuning.changes``: the folds plus ``scale (B A - B0 A0)``, without ``B0 A0`` if the base kept it.
 
-        Folds of rounds are those that the model holds now.
+        The folds of rounds are those currently in the model.
 
         Raises:
-            ConfigError: a weight is stored quantised.
+            ConfigError: a weight is quantised.
         """
         result = dict(installed.folded)
         for name, layer in lora_layers(installed.model).items():
@@ -248,12 +249,12 @@ class LoRA(Tuning):
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The adapters in ``model`` by module name, shared ones once."""
+    """The adapters in ``model`` by module name, with shared ones listed once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 def from_peft(state: Mapping[str, Tensor]) -> Tree:
-    """A PEFT LoRA state dict under fedlora's names, every factor a matrix.
+    """Converts a PEFT LoRA state dict to fedlora's names, with every factor as a matrix.
 
     Args:
         state: as in ``adapter_model.safetensors`` or ``PeftModel.state_dict()``: names such as
@@ -262,7 +263,7 @@ def from_peft(state: Mapping[str, Tensor]) -> Tree:
             ``(out, rank, 1, 1)``.
 
     Raises:
-        ConfigError: a name is not one that PEFT gives to LoRA factors or saved modules.
+        ConfigError: a name is not a PEFT name of a LoRA factor or a saved module.
     """
     result = {}
     for key, value in state.items():
@@ -282,7 +283,7 @@ def to_peft(params: Mapping[str, Tensor], model: nn.Module | None = None) -> Tre
 
     Args:
         params: the trained parameters.
-        model: the model that the adapters sit in; needed where some of them are on convolutions or embeddings, whose
+        model: the model that contains the adapters; needed if some of them are on convolutions or embeddings, whose
             factors have other shapes and names.
     """
     layers = lora_layers(model) if model is not None else {}

@@ -1,4 +1,4 @@
-"""Starts of LoRA's factors: pure functions of one matrix."""
+"""Initialisations of LoRA's factors: pure functions of one matrix."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SvdSplit = Literal["symmetric", "left"]
 
 
 class LoRAInit(ABC):
-    """The first values of ``B`` and ``A``."""
+    """The initial values of ``B`` and ``A``."""
 
     residual: ClassVar[bool]
-    """Whether ``scale * B @ A`` is taken out of the frozen weight, so that the function does not change."""
+    """Whether ``scale * B @ A`` is subtracted from the frozen weight, so that the function does not change."""
     from_seed: ClassVar[bool]
-    """Whether the values follow from a seed and the shape alone, so that a client can redraw them."""
+    """Whether the values depend only on a seed and the shape, so that a client can redraw them."""
 
     @abstractmethod
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
@@ -31,9 +31,9 @@ class LoRAInit(ABC):
         Args:
             weight: the pre-trained matrix, ``(out, in)``, float32.
             delta: what an earlier phase learnt for it, ``(out, in)``, or None.
-            rank: number of columns of ``B`` and rows of ``A``; may exceed ``min(out, in)``: the rest is zero.
-            scale: ``alpha / rank``, which the forward pass multiplies ``B @ A`` by.
-            seed: for random starts.
+            rank: number of columns of ``B`` and rows of ``A``; if it exceeds ``min(out, in)``, the rest is zero.
+            scale: ``alpha / rank``, the factor of ``B @ A`` in the forward pass.
+            seed: for random initialisation.
 
         Returns:
             ``B: (out, rank)`` and ``A: (rank, in)``, float32.
@@ -42,7 +42,7 @@ class LoRAInit(ABC):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Kaiming(LoRAInit):
-    """LoRA's own start (arXiv 2106.09685): ``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0``, as PEFT draws it."""
+    """LoRA's default initialisation (arXiv 2106.09685): ``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0``, as in PEFT."""
 
     kind: Literal["kaiming"] = "kaiming"
     residual: ClassVar[bool] = False
@@ -57,11 +57,11 @@ class Kaiming(LoRAInit):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Orthogonal(LoRAInit):
-    """``A`` with orthonormal rows, ``B = 0``: every direction of the input is heard equally at the start."""
+    """``A`` with orthonormal rows, ``B = 0``: all input directions in the row space have equal weight at the start."""
 
     kind: Literal["orthogonal"] = "orthogonal"
     residual: ClassVar[bool] = False
-    from_seed: ClassVar[bool] = False  # QR differs between machines in its last bits
+    from_seed: ClassVar[bool] = False  # QR results differ between machines in the last bits
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
         generator = torch.Generator().manual_seed(seed)
@@ -73,10 +73,10 @@ class Orthogonal(LoRAInit):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SvdOfWeight(LoRAInit):
-    """FeDeRA's start (arXiv 2404.18848, Sec. 3; PiSSA in centralised training, arXiv 2404.02948).
+    """FeDeRA's initialisation (arXiv 2404.18848, Sec. 3; PiSSA in centralised training, arXiv 2404.02948).
 
     ``W = U S V^T``; ``B = U_r sqrt(S_r) / sqrt(scale)``, ``A = sqrt(S_r) V_r^T / sqrt(scale)``, and the frozen weight
-    becomes ``W - scale B A``, so that the start computes the pre-trained function.
+    becomes ``W - scale B A``, so that the model initially computes the pre-trained function.
 
     Args:
         split: ``symmetric`` gives both factors ``sqrt(S)``; ``left`` gives ``S`` to ``B`` and leaves ``A`` orthonormal.
@@ -93,15 +93,15 @@ class SvdOfWeight(LoRAInit):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SvdOfDelta(LoRAInit):
-    """SLoRA's hand-over (arXiv 2308.06522, Sec. 3): LoRA starts at the best rank-``r`` part of what was learnt.
+    """SLoRA's hand-over (arXiv 2308.06522, Sec. 3): LoRA starts from the best rank-``r`` approximation of the delta.
 
-    ``delta = U S V^T``; ``scale B A = U_r S_r V_r^T``, on the base as it was before the first phase. A matrix that the
-    first phase did not train starts as in ``Kaiming``.
+    ``delta = U S V^T``; ``scale B A = U_r S_r V_r^T``, on the base as it was before the first phase. A matrix not
+    trained in the first phase starts as in ``Kaiming``.
 
     Args:
         split: ``symmetric`` gives both factors ``sqrt(S)``; ``left`` gives ``S`` to ``B`` and leaves ``A`` orthonormal.
-        fold: what of the rest goes into the frozen base: ``none`` of it (the paper), the ``biases``, or all the
-            ``rest`` (biases, matrices without an adapter, and what the truncation would lose).
+        fold: the part of the remainder that is folded into the frozen base: ``none`` (the paper), the ``biases``, or
+            all the ``rest`` (biases, matrices without an adapter, and the truncation error).
     """
 
     kind: Literal["svd_of_delta"] = "svd_of_delta"
@@ -119,12 +119,12 @@ class SvdOfDelta(LoRAInit):
 def truncated_svd(matrix: Tensor, rank: int, scale: float, split: SvdSplit) -> Factors:
     """``B, A`` with ``scale * B @ A`` = the best approximation of ``matrix`` of rank ``rank``.
 
-    The sign of each pair of singular vectors is fixed by the largest entry of the left one, which is made positive.
+    The sign of each pair of singular vectors is fixed by making the largest entry of the left one positive.
 
     Args:
         matrix: ``(out, in)``.
         rank: as in ``LoRAInit.factors``.
-        scale: divided out exactly once.
+        scale: the factor of ``B @ A``, divided out exactly once.
         split: where the singular values go.
 
     Returns:

@@ -13,10 +13,10 @@ from fedlora.tuning.matrices import copy_attributes, is_plain, is_quantized, is_
 
 
 class LoRALayer(nn.Module, ABC):
-    """A matrix with a low-rank adapter beside it; it takes over the old module's parameters under their old names.
+    """A matrix with a low-rank adapter; it keeps the old module's parameters under their old names.
 
     Args:
-        old: what ``tuning.matrices`` knows as a matrix.
+        old: a module that ``tuning.matrices`` treats as a matrix.
         rank: rank of the adapter.
         scale: ``alpha / rank``.
         dropout: on the adapter's input.
@@ -28,13 +28,13 @@ class LoRALayer(nn.Module, ABC):
         self.rows, self.columns = matrix_shape(old)
         self.weight = old.weight
         self.bias = getattr(old, "bias", None)
-        # a quantised or scaled module goes on computing its own product
+        # a quantised or scaled module keeps computing its own product
         self.own = None if is_plain(old) else old
         self.packed = is_quantized(old)
         self.transposed = is_transposed(old)
         self.scale = scale
         self.dropout = dropout
-        # the model is on its device already; a quantised weight is stored there too
+        # the model is already on its device; a quantised weight is stored there too
         device = self.frozen[0].device
         self.lora_A = nn.Parameter(torch.zeros(rank, self.columns, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.rows, rank, device=device))
@@ -45,20 +45,20 @@ class LoRALayer(nn.Module, ABC):
 
     @property
     def frozen(self) -> tuple[Tensor, Tensor | None]:
-        """The frozen weight as it is stored, and the bias."""
+        """The frozen weight as stored, and the bias."""
         weight, bias = self.weight, self.bias
         assert isinstance(weight, Tensor)
         assert bias is None or isinstance(bias, Tensor)
         return weight, bias
 
     def matrix(self) -> Tensor:
-        """The frozen weight as ``(out, in)``; without values, on ``meta``, where it is packed."""
+        """The frozen weight as ``(out, in)``; if packed, a tensor on ``meta``, without values."""
         if self.packed:
             return torch.empty(self.rows, self.columns, device="meta")
         return self.as_matrix(self.frozen[0])
 
     def as_matrix(self, value: Tensor) -> Tensor:
-        """A tensor of the weight's own shape as ``(out, in)``."""
+        """A tensor of the weight's shape as ``(out, in)``."""
         return value.T if self.transposed else value.flatten(1)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class LoRALayer(nn.Module, ABC):
         return (matrix.T if self.transposed else matrix).reshape(self.frozen[0].shape)
 
     def heard(self, inputs: Tensor) -> Tensor:
-        """What the adapter gets of the input."""
+        """The part of the input that the adapter receives."""
         return functional.dropout(inputs, self.dropout, self.training) if self.dropout else inputs
 
 
@@ -87,7 +87,7 @@ class LoRALinear(LoRALayer):
 
 
 class LoRAConv(LoRALayer):
-    """``nn.Conv2d`` in one group, with an adapter: a convolution to ``rank`` channels, then one of one pixel."""
+    """An ungrouped ``nn.Conv2d`` with an adapter: a convolution to ``rank`` channels, then a 1x1 convolution."""
 
     stride: tuple[int, int]
     padding: Any
@@ -107,12 +107,12 @@ class LoRAConv(LoRALayer):
 
 
 class LoRAEmbedding(LoRALayer):
-    """``nn.Embedding`` with an adapter; the input is no number, so nothing of it is dropped."""
+    """``nn.Embedding`` with an adapter; the inputs are indices, so dropout does not apply."""
 
     padding_idx: int | None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``(W + scale * B A) e_i`` for each index ``i``, times the factor of embeddings that have one."""
+        """``(W + scale * B A) e_i`` for each index ``i``, times the embedding's scale factor if it has one."""
         weight, _ = self.frozen
         result: Tensor
         if self.own is not None:

@@ -1,4 +1,4 @@
-"""What a module multiplies by, seen as one matrix ``(out, in)``: linear layers, convolutions, embeddings."""
+"""Views the weight of a linear layer, convolution or embedding as one matrix ``(out, in)``."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether ``module`` computes as its class in PyTorch does, and not in a subclass's way (quantised, scaled)."""
+    """Whether ``module`` computes exactly as its PyTorch class does, not as a subclass (quantised, scaled) does."""
     return type(module) in _plain() and "forward" not in vars(module)
 
 
 def holds_numbers(weight: Tensor) -> bool:
-    """Whether the entries of ``weight`` are the numbers it stands for, and no codes of a quantised format."""
+    """Whether the entries of ``weight`` are its actual values, not codes of a quantised format."""
     return weight.dtype in _NUMBERS
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether the weight is stored quantised."""
+    """Whether the weight is quantised."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return not holds_numbers(weight)
@@ -56,7 +56,7 @@ def is_transposed(module: nn.Module) -> bool:
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """``(out, in)``; for a convolution ``(out, in * height * width)``, for an embedding ``(size, number)``."""
     if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features  # a packed weight has another shape
+        return module.out_features, module.in_features  # a packed weight has a different shape
     out, columns = oriented(module).shape
     return out, columns
 
@@ -69,14 +69,15 @@ def oriented(module: nn.Module) -> Tensor:
 
 
 def copy_attributes(old: nn.Module, new: nn.Module) -> None:
-    """Gives ``new``, which takes the place of ``old``, what models read off it, such as a convolution's stride."""
+    """Copies the attributes that models read, such as a convolution's stride, from ``old`` to its replacement
+    ``new``."""
     for name in _READ:
         if name in vars(old):
             setattr(new, name, vars(old)[name])
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """Why nothing can be trained beside or inside ``module``'s matrix; None if it can."""
+    """The reason why ``module``'s matrix can neither be trained nor carry an adapter; None if there is none."""
     own = f"its class {type(module).__name__} computes in a way of its own"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
@@ -95,10 +96,10 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Modules whose weight is another module's too, such as a language model's embedding and head.
+    """Modules that share their weight with another module, such as a language model's embedding and head.
 
     Returns:
-        Module name to the name of the first other holder of its weight.
+        Module name to the name of the first other module with the same weight.
     """
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():

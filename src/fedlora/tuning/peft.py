@@ -1,4 +1,4 @@
-"""Any tuning that the library ``peft`` knows, as it is."""
+"""Any tuning that the ``peft`` library supports, used unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SVD_TYPES = ("ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA")
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Peft(Tuning):
-    """Whatever ``peft`` installs for a configuration.
+    """The modules that ``peft`` installs for a configuration.
 
     Args:
         config: the fields of a ``peft`` config object, ``peft_type`` among them; ``Peft.of(config)`` makes it from one.
@@ -46,7 +46,8 @@ class Peft(Tuning):
             modules: the saved modules, unless the configuration names its own.
 
         Raises:
-            ConfigError: ``peft`` refuses it, or it starts from a decomposition on each client.
+            ConfigError: ``peft`` refuses the configuration, or its initialisation computes a decomposition on each
+                client.
         """
         init, kind = str(self.config.get("init_lora_weights", True)), str(self.config.get("peft_type", "")).upper()
         if init.lower().startswith(_SVD_INITS) or kind in _SVD_TYPES:
@@ -68,18 +69,18 @@ class Peft(Tuning):
 
     @property
     def has_factors(self) -> bool:
-        """See ``Tuning.has_factors``: those that ``peft`` calls ``lora_A`` and ``lora_B``."""
+        """See ``Tuning.has_factors``: the parameters that ``peft`` calls ``lora_A`` and ``lora_B``."""
         return str(self.config.get("peft_type", "")).upper() == "LORA"
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         config = self.build(saved_modules(model, head))
         with torch.random.fork_rng(), warnings.catch_warnings():
-            # peft reads a name that transformers 5 has changed
+            # peft reads a name that transformers 5 changed
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             torch.manual_seed(seed)
             try:
                 wrapped = peft.get_peft_model(model, config)
-            except KeyError as error:  # its table of wrappers, by task
+            except KeyError as error:  # in its table of wrappers by task
                 raise ConfigError(
                     f"peft cannot put {config.peft_type} into this model without a task ({error}); set task_type in "
                     "the configuration, such as 'SEQ_CLS', or choose another peft_type"
@@ -101,12 +102,12 @@ class Peft(Tuning):
         """See ``Tuning.changes``.
 
         Raises:
-            ConfigError: always; what ``peft`` installed is opaque here.
+            ConfigError: always; modules installed by ``peft`` are opaque to fedlora.
         """
         raise ConfigError("a `peft` tuning cannot be handed to a next phase; use `lora` for that")
 
 
 def _leaf(name: str) -> Leaf:
-    """What a tensor is by ``peft``'s name; rules about products ``B A`` are not for these, so factors have no pair."""
+    """The leaf for a tensor named by ``peft``; factors get no pair, as rules about products ``B A`` do not apply."""
     found = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name)
     return factor_leaf(found[1]) if found else Leaf()

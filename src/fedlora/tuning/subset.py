@@ -1,4 +1,4 @@
-"""Tunings that train weights the model already has: all, the biases, a random mask, or the head alone."""
+"""Tunings that train existing weights: all of them, the biases, a random mask, or the head alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DENSITY = 0.01
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Full(Tuning):
-    """Full fine-tuning: every weight moves."""
+    """Full fine-tuning: every weight is trained."""
 
     kind: Literal["full"] = "full"
 
@@ -41,12 +41,12 @@ class Full(Tuning):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class HeadOnly(Tuning):
-    """Linear probe: the task head moves and nothing else."""
+    """Linear probe: only the task head is trained."""
 
     kind: Literal["head_only"] = "head_only"
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``; a model without a head of its own, such as a language model, is refused."""
+        """See ``Tuning.install``; a model without a separate head, such as a language model, is refused."""
         if not head:
             raise ConfigError(
                 f"head_only would train nothing: {type(model).__name__} has no task head of its own; "
@@ -57,7 +57,7 @@ class HeadOnly(Tuning):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class BitFit(Tuning):
-    """BitFit (arXiv 2106.10199): the bias terms move, and the head."""
+    """BitFit (arXiv 2106.10199): the bias terms and the head are trained."""
 
     kind: Literal["bitfit"] = "bitfit"
 
@@ -70,17 +70,18 @@ class BitFit(Tuning):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SparseMask(Tuning):
-    """SLoRA's first phase (arXiv 2308.06522, Sec. 3): a random, data-independent part of the weights moves.
+    """SLoRA's first phase (arXiv 2308.06522, Sec. 3): a random, data-independent subset of the weights is trained.
 
-    Every client draws the same mask from a seed of a few bytes, so values travel packed and without indices. What is
-    trained *is* the packed vector: optimiser state, weight decay and proximal terms exist on the mask alone.
+    Every client draws the same mask from a seed of a few bytes, so values are sent packed, without indices. The trained
+    parameter *is* the packed vector: optimiser state, weight decay and proximal terms exist on the mask only.
 
     Args:
-        density: share of each matrix that moves; ``int(density * entries)``, at least one. 0.01 unless ``rank`` is set.
-        rank: in place of a density, as many entries of each matrix as a LoRA of this rank has numbers beside it:
+        density: fraction of each matrix that is trained: ``int(density * entries)``, at least one. 0.01 unless ``rank``
+            is set.
+        rank: instead of a density: train as many entries of each matrix as a LoRA of this rank has parameters,
             ``min(entries, rank * (out + in))``.
         targets: see ``tuning.targets.find``.
-        biases: whether the targets' biases move too, all of them.
+        biases: whether all biases of the targets are trained too.
     """
 
     kind: Literal["sparse_mask"] = "sparse_mask"
@@ -97,13 +98,13 @@ class SparseMask(Tuning):
             )
 
     def entries(self, rows: int, columns: int) -> int:
-        """How many entries of a matrix move."""
+        """The number of trained entries of a matrix."""
         if self.rank is not None:
             return min(rows * columns, self.rank * (rows + columns))
         return max(1, int((_DENSITY if self.density is None else self.density) * rows * columns))
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
-        """See ``Tuning.install``; the mask itself comes with ``apply_setup``."""
+        """See ``Tuning.install``; the mask itself is drawn in ``apply_setup``."""
         found = find(model, self.targets, head)
         weights = {f"{name}.weight": module for name, module in found.items()}
         dense = set(head)
@@ -122,7 +123,8 @@ class SparseMask(Tuning):
         return Installed(model, parameters, grouped(parameters, head))
 
     def start(self, installed: Installed, seed: int, carry: PhaseHandover | None) -> InitialParams:
-        """See ``Tuning.start``; a delta outside the mask is lost, and ``energy_kept`` says how much stayed."""
+        """See ``Tuning.start``; the part of a delta outside the mask is lost, and ``energy_kept`` is the share that
+        remains."""
         named = dict(installed.model.named_parameters())
         places = self._places(installed, seed)
         params = {name: _packed(named[name], places.get(name)) for name in installed.parameters}
@@ -143,7 +145,7 @@ class SparseMask(Tuning):
         return {"seed": seed_to_tree(start.seed)} | ({"init": start.params} if reference else {})
 
     def apply_setup(self, installed: Installed, parts: Mapping[str, Tree]) -> Tree:
-        """See ``Tuning.settle``: draws the mask and lets gradients flow to the packed values alone."""
+        """See ``Tuning.apply_setup``: draws the mask and routes gradients to the packed values only."""
         named = dict(installed.model.named_parameters())
         places = self._places(installed, seed_from_tree(parts["seed"]))
         for name, index in places.items():
@@ -163,7 +165,7 @@ class SparseMask(Tuning):
         return dict(parts.get("init", {}))
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
-        """See ``Tuning.changes``: packed values put back at their places, zero elsewhere."""
+        """See ``Tuning.changes``: the packed values scattered to their positions, zero elsewhere."""
         named = dict(installed.model.named_parameters())
         result = {}
         for name, change in Tuning.changes(self, installed, init, params).items():
@@ -175,7 +177,7 @@ class SparseMask(Tuning):
         return result
 
     def _places(self, installed: Installed, seed: int) -> dict[str, Tensor]:
-        """Where the packed values sit: name to sorted positions in the flattened weight."""
+        """The positions of the packed values: name to sorted indices into the flattened weight."""
         named = dict(installed.model.named_parameters())
         places = {}
         for name, packed in installed.parameters.items():
@@ -195,7 +197,7 @@ def _gather(packed: nn.Parameter, index: Tensor) -> Callable[[Tensor], None]:
         assert weight.grad is not None
         values = weight.grad.reshape(-1)[index].to(torch.float32)
         packed.grad = values if packed.grad is None else packed.grad + values
-        weight.grad = None  # the dense gradient lives no longer than one matrix
+        weight.grad = None  # no more than one matrix's dense gradient is alive at a time
 
     return hook
 

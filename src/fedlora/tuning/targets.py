@@ -1,4 +1,4 @@
-"""Finding the modules that a tuning changes, in every family of models."""
+"""Finds the modules that a tuning changes, for every model family."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OUTPUTS: dict[str, tuple[str, str]] = {
     "gpt2": (r"attn\.c_proj", r"mlp\.c_proj"),
     "t5": (r"(?:SelfAttention|EncDecAttention)\.o", r"DenseReluDense\.wo"),
 }
-"""Per family, the last matrix of the attention block and of the feed-forward block, as regular expressions."""
+"""The last matrix of the attention block and of the feed-forward block, as regular expressions, by family."""
 
 _MORE_DEFAULTS: dict[str, tuple[str, ...]] = {
     "distilbert": ("q_lin", "v_lin"),
@@ -42,7 +42,7 @@ _MORE_DEFAULTS: dict[str, tuple[str, ...]] = {
         ("q_proj", "v_proj"),
     ),
 }
-"""Families that PEFT's table lacks, by the names that transformers 5 gives to query and value."""
+"""Families missing from PEFT's table, with their names for query and value in transformers 5."""
 
 
 def family(model: nn.Module) -> str:
@@ -52,18 +52,18 @@ def family(model: nn.Module) -> str:
 
 
 def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, Matrix]:
-    """The matrices that ``targets`` names, shared modules once, the task head never.
+    """The matrices selected by ``targets``, with shared modules once and without the task head.
 
     Args:
         model: the model to search.
-        targets: ``default`` for the family's usual ones (query and value, as PEFT has them; where no table knows the
-            family, all), ``all-linear`` for every linear layer and every convolution in one group but the head, a
-            regular expression that must match a whole module name, or a tuple of name endings. Embeddings are found by
-            the latter two alone.
+        targets: ``default`` for the family's usual ones (query and value, as in PEFT; all of them if the family is in
+            no table), ``all-linear`` for every linear layer and every ungrouped convolution except the head, a regular
+            expression that must match a whole module name, or a tuple of name suffixes. Only the latter two select
+            embeddings.
         head: names of the head's parameters.
 
     Raises:
-        ConfigError: nothing matches, or what is named by an expression or an ending cannot be trained.
+        ConfigError: nothing matches, or a module selected by an expression or a suffix cannot be trained.
     """
     named = targets not in ("default", "all-linear")
     if targets == "default":
@@ -140,23 +140,23 @@ def block_outputs(model: nn.Module, where: tuple[str, ...], head: frozenset[str]
 
 
 def saved_modules(model: nn.Module, head: frozenset[str]) -> list[str]:
-    """The modules that ``peft`` must train as a whole, so that the head moves and the backbone does not.
+    """The modules that ``peft`` must train as a whole, so that the head is trained and the backbone is not.
 
     Args:
-        model: the model; a checkpoint may lack parts of its backbone, such as a pooler, which then belong to the head.
+        model: the model; parts of its backbone missing from the checkpoint, such as a pooler, belong to the head.
         head: names of the head's parameters.
     """
     backbone = f"{getattr(model, 'base_model_prefix', '')}."
     found = {name.rsplit(".", 1)[0] if name.startswith(backbone) else name.split(".", 1)[0] for name in head}
-    # a module that is saved as a whole has those inside it with it
+    # a module saved as a whole includes its submodules
     return sorted(name for name in found if not any(name.startswith(f"{other}.") for other in found))
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts ``new`` where ``name`` is; a module that several places share is replaced in all of them."""
+    """Replaces module ``name`` by ``new``; a module that occurs in several places is replaced in all of them."""
     old = model.get_submodule(name)
-    for parent in list(model.modules()):  # what comes in may keep the old one inside
-        # named_children() would pass over the second place in one list
+    for parent in list(model.modules()):  # the new module may contain the old one
+        # named_children() would skip a second occurrence within one parent
         for child, module in list(parent._modules.items()):
             if module is old:
                 setattr(parent, child, new)

@@ -1,4 +1,4 @@
-"""The slot ``Aggregator``: how the updates of a cohort become one change.
+"""The ``Aggregator`` slot: how the updates of a cohort become one change.
 
 An aggregator sees updates and a schema, never clients, links or noise.
 """

@@ -1,4 +1,4 @@
-"""The slot ``Aggregator``: how a cohort's updates become one change."""
+"""The ``Aggregator`` slot: how a cohort's updates become one change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_UPDATES = (
     "no client answered with an update; a round needs at least one client that has examples and is done before "
     "local.timeout_seconds"
 )
-"""What a rule says when nothing came."""
+"""The error message of an aggregator that received no updates."""
 Needs = Literal["sum", "update", "factors", "cohort"]
 
 
@@ -29,11 +29,11 @@ class Accumulator(ABC):
 
     @abstractmethod
     def add(self, update: Update) -> None:
-        """Takes one update; what is kept of it is what ``Aggregator.needs`` says."""
+        """Adds one update; ``Aggregator.needs`` defines which part of it is kept."""
 
     @abstractmethod
     def finish(self) -> Change:
-        """The change that the cohort asks for.
+        """The cohort's aggregated change.
 
         Raises:
             TrainingError: there are too few updates.
@@ -41,61 +41,61 @@ class Accumulator(ABC):
 
 
 class Aggregator(ABC):
-    """Turns the updates of a cohort into one change."""
+    """Aggregates the updates of a cohort into one change."""
 
     exact_for_products: ClassVar[bool] = False
-    """Whether the mean of the products ``B @ A`` is what the result's product is, its fold included."""
+    """Whether the product of the result, including its fold, equals the mean of the products ``B @ A``."""
     unbiased: ClassVar[bool] = False
-    """Whether the change is a weighted mean of the updates, so that what is right on average stays right."""
+    """Whether the change is a weighted mean of the updates, so that unbiased updates stay unbiased."""
     coordinatewise: ClassVar[bool] = False
-    """Whether each coordinate is decided by its order among the clients'."""
+    """Whether each coordinate depends on its order among the clients' values."""
     needs_factors: ClassVar[bool] = False
-    """Whether the factors ``A`` and ``B`` of low-rank adapters are read as such."""
+    """Whether it interprets the factors ``A`` and ``B`` of low-rank adapters."""
     edits_base: ClassVar[bool] = False
-    """Whether frozen weights are edited, and the edit is sent to clients."""
+    """Whether it edits frozen weights; the edit is sent to clients."""
     reinitialises: ClassVar[bool] = False
-    """Whether the adapters are drawn anew after each round."""
+    """Whether the adapters are redrawn after each round."""
     needs: ClassVar[Needs]
-    """What it must be given, and holds until the round ends: a weighted ``sum`` alone; each ``update`` by itself, in
-    passing; the low-rank ``factors`` of all; or the updates of the whole ``cohort``."""
+    """What it needs and holds until the round ends: only a weighted ``sum``; each single ``update``, in streaming
+    fashion; the low-rank ``factors`` of all clients; or the updates of the whole ``cohort``."""
 
     @property
     def weighs_by_examples(self) -> bool:
-        """Whether clients report their numbers of examples, which decide their weights."""
+        """Whether clients report their numbers of examples, which determine their weights."""
         return False
 
     @property
     def pads_with_zeros(self) -> bool:
-        """Whether ranks that a client did not receive count as zeros."""
+        """Whether ranks that a client did not receive are padded with zeros."""
         return False
 
     @property
     def min_updates(self) -> int:
-        """How many answers it needs."""
+        """The minimum number of updates it needs."""
         return 1
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
         """The rank of a round's fold.
 
         Args:
-            ranks: of the cohort's adapters.
+            ranks: ranks of the cohort's adapters.
             moving: the factors that are trained: ``both``, ``B``, or ``alternate``.
         """
         return 0
 
     @abstractmethod
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        """What a round's updates are added to.
+        """The accumulator for a round's updates.
 
         Args:
             params: the server's parameters, to which the change will be added.
-            schema: what each of them is.
-            store: what the change of the round before remembered.
+            schema: the leaf of each of them.
+            store: what the previous round's change stored.
         """
 
 
 class Weighted(Aggregator):
-    """A rule whose setting ``weighting`` is ``uniform`` or ``examples``."""
+    """An aggregator with the setting ``weighting``: ``uniform`` or ``examples``."""
 
     weighting: Literal["uniform", "examples"]
 
@@ -105,11 +105,11 @@ class Weighted(Aggregator):
 
 
 class WeightedMean(Accumulator):
-    """``sum_k w_k delta_k / sum_k w_k``; holds the sum alone.
+    """``sum_k w_k delta_k / sum_k w_k``; holds only the sum.
 
     Args:
         weight_of: the weight of an update.
-        changed: what becomes of an update before it is added.
+        changed: a transformation of an update before it is added.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class WeightedMean(Accumulator):
         """See ``Accumulator.finish``.
 
         Raises:
-            TrainingError: there is no update, or none has a say.
+            TrainingError: there is no update, or the total weight is zero.
         """
         if self._total is None:
             raise TrainingError(NO_UPDATES)
@@ -143,13 +143,13 @@ class WeightedMean(Accumulator):
 
 
 class Comparing(Aggregator):
-    """A rule that compares the updates of the whole cohort, each flattened to a row."""
+    """An aggregator that compares the updates of the whole cohort, each flattened to a row."""
 
     needs: ClassVar[Needs] = "cohort"
 
     @abstractmethod
     def of(self, rows: Tensor) -> Tensor:
-        """The change, ``(numbers,)``, of updates ``(clients, numbers)``."""
+        """The change, ``(numbers,)``, from updates ``(clients, numbers)``."""
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
         return Collected(self)
@@ -159,7 +159,7 @@ class Collected(Accumulator):
     """Holds the deltas of the whole cohort.
 
     Args:
-        rule: what becomes of them.
+        rule: the aggregator applied to them.
     """
 
     def __init__(self, rule: Comparing) -> None:
@@ -177,5 +177,5 @@ class Collected(Accumulator):
 
 
 def weight_by(weighting: str) -> Callable[[Update], float]:
-    """The weight of an update by a rule's ``weighting``: ``uniform`` or ``examples``."""
+    """The weight of an update under an aggregator's ``weighting``: ``uniform`` or ``examples``."""
     return (lambda update: 1.0) if weighting == "uniform" else (lambda update: update.weight)

@@ -1,4 +1,4 @@
-"""Means of updates, and rules that bound what faulty clients can do."""
+"""Means of updates, and robust aggregators that limit the influence of faulty clients."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Mean(Weighted):
     """Weighted mean of the deltas, ``sum_k p_k delta_k`` with ``sum_k p_k = 1`` (FedAvg, arXiv 1602.05629, Alg. 1).
 
     Args:
-        weighting: ``uniform`` gives every client of the cohort the same say (FLASC's code, and what noise for privacy
-            is calibrated for); ``examples`` gives a say by the examples the client trained on in this round.
+        weighting: ``uniform`` weights every client of the cohort equally (FLASC's code; privacy noise is calibrated for
+            it); ``examples`` weights each client by the number of examples it trained on in this round.
     """
 
     kind: Literal["mean"] = "mean"
@@ -38,9 +38,9 @@ class Mean(Weighted):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class CoordinateMedian(Comparing):
-    """The median of each coordinate (arXiv 1803.01498, Def. 1); of an even number the mean of the middle two.
+    """The median of each coordinate (arXiv 1803.01498, Def. 1); for an even number, the mean of the middle two.
 
-    It stands up to faulty clients as long as they are fewer than half, and loses what only a few clients learnt.
+    It tolerates faulty clients as long as they are fewer than half, but loses what only a few clients learnt.
     """
 
     kind: Literal["median"] = "median"
@@ -53,10 +53,10 @@ class CoordinateMedian(Comparing):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class TrimmedMean(Comparing):
-    """The mean of each coordinate without a share of its smallest and its largest (arXiv 1803.01498, Def. 2).
+    """The mean of each coordinate without a share of its smallest and largest values (arXiv 1803.01498, Def. 2).
 
     Args:
-        trim: share left out at each end, rounded up: of three answers or more, at least one unless it is 0.
+        trim: share of values left out at each end, rounded up; unless it is 0, at least one of three or more updates.
     """
 
     kind: Literal["trimmed_mean"] = "trimmed_mean"
@@ -70,14 +70,14 @@ class TrimmedMean(Comparing):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Krum(Comparing):
-    """The mean of those updates that have the closest neighbours (arXiv 1703.02757).
+    """The mean of the updates with the closest neighbours (arXiv 1703.02757).
 
     An update's score is the sum of the squared distances to its ``n - faulty - 2`` nearest others.
 
     Args:
-        faulty: how many clients may be faulty.
-        select: how many of the best are averaged; above 1 it is multi-Krum. A cohort must have
-            ``2 * faulty + 2 + select`` clients at least.
+        faulty: number of faulty clients to tolerate.
+        select: number of best-scored updates to average; above 1 this is multi-Krum. A cohort must have at least
+            ``2 * faulty + 2 + select`` clients.
     """
 
     kind: Literal["krum"] = "krum"
@@ -103,10 +103,10 @@ class Krum(Comparing):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class NormBound(Aggregator):
-    """The mean of updates that are shortened to a norm (arXiv 1911.07963).
+    """The mean of updates clipped to a norm (arXiv 1911.07963).
 
     Args:
-        norm: the largest Euclidean norm that an update keeps.
+        norm: the Euclidean norm to which longer updates are clipped.
     """
 
     kind: Literal["norm_bound"] = "norm_bound"

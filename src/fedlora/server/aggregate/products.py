@@ -1,4 +1,4 @@
-"""ServerPolicy about the products ``B A`` of low-rank adapters."""
+"""Aggregators that work on the products ``B A`` of low-rank adapters."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fedlora.server.aggregate.base import Accumulator, Aggregator, Needs, Weight
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SparsityWeighted(Aggregator):
-    """Weighs each client by the size of its whole adapter, ``p_k ~ ||B_k A_k||_F`` (HetLoRA, arXiv 2401.06432).
+    """Weights each client by the norm of its whole adapter, ``p_k ~ ||B_k A_k||_F`` (HetLoRA, arXiv 2401.06432).
 
-    Clients of a low rank, or that learnt little, have less say. The head is weighed the same.
+    Clients with a low rank, or that learnt little, get less weight. The head uses the same weights.
 
     Args:
-        padding: what clients have at ranks that they do not have: ``zero``, as published, which shrinks those ranks; or
-            ``keep``, what the server has.
+        padding: how ranks that a client lacks are filled: ``zero``, as published, which shrinks those ranks; or
+            ``keep``, with the server's values.
     """
 
     kind: Literal["sparsity_weighted"] = "sparsity_weighted"
@@ -46,7 +46,7 @@ class SparsityWeighted(Aggregator):
 
 
 def _padded(update: Update, params: Tree, pairs: Sequence[Pair]) -> Update:
-    """The update with zeros, instead of the server's values, where the client has no rank."""
+    """The update with zeros instead of the server's values at ranks that the client lacks."""
     start, delta = dict(update.start), dict(update.delta)
     for a, b, _ in pairs:
         absent = ~(start[a].any(1) | start[b].any(0) | delta[a].any(1) | delta[b].any(0))
@@ -67,14 +67,14 @@ def _size_of_products(update: Update, pairs: Sequence[Pair]) -> float:
 
 
 class OfProducts(Weighted):
-    """A rule about the products ``B A`` that reads the factors of all clients."""
+    """An aggregator on the products ``B A`` that reads the factors of all clients."""
 
     needs_factors: ClassVar[bool] = True
     needs: ClassVar[Needs] = "factors"
 
     @abstractmethod
     def of(self, cohort: Factors, delta: Tree) -> Change:
-        """The change, of the factors of a cohort and of the mean ``delta``, which may be overwritten."""
+        """The change, from a cohort's factors and from the mean ``delta``, which may be overwritten."""
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
         return Factors(self, params, schema)
@@ -82,16 +82,17 @@ class OfProducts(Weighted):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SvdRedistribute(OfProducts):
-    """The best adapter of the same rank for the mean of the products (FlexLoRA, arXiv 2402.11505).
+    """The best approximation, of the same rank, of the mean of the products (FlexLoRA, arXiv 2402.11505).
 
-    ``sum_k p_k B_k A_k = U S V^T``; the new factors are ``B = U_r S_r``, ``A = V_r^T``, or have the root of ``S`` each.
-    The product is never formed: with ``[p_k B_k] = Q R`` and ``[A_k]^T = P T`` the SVD is that of ``R T^T``, of side
-    clients times rank, in float64. Of each row of ``A`` the largest entry is positive. The head is averaged.
+    ``sum_k p_k B_k A_k = U S V^T``; the new factors are ``B = U_r S_r``, ``A = V_r^T``, or get ``sqrt(S_r)`` each.
+    The product is never formed: with ``[p_k B_k] = Q R`` and ``[A_k]^T = P T`` the SVD is computed from ``R T^T``, a
+    square matrix of side clients times rank, in float64. Signs are fixed so that the largest entry of each row of ``A``
+    is positive. The head is averaged.
 
     Args:
         weighting: as for ``mean``.
-        split: ``left`` gives all of ``S`` to ``B``, so that ranks without energy can still learn; ``symmetric`` its
-            root to both, and such ranks are lost.
+        split: ``left`` gives all of ``S`` to ``B``, so that ranks without energy keep learning; ``symmetric`` gives its
+            square root to both, and such ranks are lost.
     """
 
     kind: Literal["svd_redistribute"] = "svd_redistribute"
@@ -112,14 +113,15 @@ class SvdRedistribute(OfProducts):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ProductExact(OfProducts):
-    """Factors are averaged, and frozen weights take what the mean of the products has beside (FedEx-LoRA, 2410.09432).
+    """Averages the factors, and adds the residual of the mean product to frozen weights (FedEx-LoRA, 2410.09432).
 
-    ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and ``W += scale (sum_k p_k B_k A_k - B A)``. As the ``B_k - B`` add
-    up to nothing, the fold is ``sum_{k<n} p_k (B_k - B) (A_k - A_n)``, of rank ``(n - 1) r``. The head is averaged.
+    ``B = sum_k p_k B_k``, ``A = sum_k p_k A_k``, and ``W += scale (sum_k p_k B_k A_k - B A)``. As the weighted
+    ``B_k - B`` sum to zero, the fold is ``sum_{k<n} p_k (B_k - B) (A_k - A_n)``, of rank ``(n - 1) r``. The head is
+    averaged.
 
     Args:
         weighting: as for ``mean``.
-        rank: of the best approximation of the fold that is made and sent; all of it by default.
+        rank: rank of the approximation of the fold that is applied and sent; by default, the fold is exact.
     """
 
     kind: Literal["product_exact"] = "product_exact"
@@ -129,7 +131,7 @@ class ProductExact(OfProducts):
     edits_base: ClassVar[bool] = True
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
-        """See ``Aggregator.fold_rank``; nothing where one factor keeps still."""
+        """See ``Aggregator.fold_rank``; zero if one factor is frozen."""
         whole = (len(ranks) - 1) * max(ranks) if moving == "both" else 0
         return whole if self.rank is None else min(whole, self.rank)
 
@@ -149,7 +151,7 @@ class ProductExact(OfProducts):
                 wide = torch.cat([pair[1] - ours[-1][1] for _, pair in others])
                 if self.rank is not None and self.rank < len(wide):
                     tall, wide = truncated_product(tall, wide, self.rank, "symmetric")
-                    # one rank for all modules; those that are too small for it have zeros beyond
+                    # one rank for all modules; those too small for it are padded with zeros
                     lacking = self.rank - len(wide)
                     tall = torch.nn.functional.pad(tall, (0, lacking))
                     wide = torch.nn.functional.pad(wide, (0, 0, 0, lacking))
@@ -160,13 +162,13 @@ class ProductExact(OfProducts):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Stack(OfProducts):
-    """Frozen weights take all clients' products, and the adapters start anew (FLoRA, arXiv 2409.05976, Eq. 6).
+    """Adds all clients' products to frozen weights and reinitialises the adapters (FLoRA, arXiv 2409.05976, Eq. 6).
 
-    ``W += scale sum_k p_k B_k A_k``, told as the factors side by side; then ``B = 0`` and ``A`` is drawn anew, the same
-    for all. Ranks that a client does not have take no place. The head is averaged.
+    ``W += scale sum_k p_k B_k A_k``, sent as the stacked factors; then ``B = 0``, and ``A`` is redrawn, the same for
+    all clients. Ranks that a client lacks take no space. The head is averaged.
 
     Args:
-        weighting: as for ``mean``; FLoRA's own is by examples.
+        weighting: as for ``mean``; the paper uses ``examples``.
     """
 
     kind: Literal["stack"] = "stack"
@@ -184,7 +186,7 @@ class Stack(OfProducts):
         for a, b, module in cohort.pairs:
             tall = [share * one for share, one in zip(cohort.shares, cohort.of[b], strict=True)]
             wide = cohort.of[a]
-            if cohort.same_a:  # where A is frozen, the sum of all B is enough
+            if cohort.same_a:  # if A is frozen, the sum of all B is enough
                 tall, wide = [torch.stack(tall).sum(0)], wide[:1]
             stacked[module] = torch.cat(tall, dim=1), torch.cat(wide)
             delta[a], delta[b] = torch.zeros_like(params[a]), -params[b]
@@ -194,12 +196,12 @@ class Stack(OfProducts):
 
 
 class Factors(Accumulator):
-    """Holds the factors of all updates by name, and of everything else the sum.
+    """Holds the factors of all updates by name, and the sum of everything else.
 
     Args:
-        rule: what becomes of this, and of the mean of the deltas.
+        rule: the aggregator applied to the factors and to the mean of the deltas.
         params: the server's parameters.
-        schema: what each of them is.
+        schema: the leaf of each of them.
     """
 
     def __init__(self, rule: OfProducts, params: Tree, schema: Schema) -> None:
@@ -213,7 +215,7 @@ class Factors(Accumulator):
 
     @property
     def shares(self) -> list[float]:
-        """What each client has of the mean."""
+        """Each client's share of the mean."""
         return [weight / sum(self._weights) for weight in self._weights]
 
     def add(self, update: Update) -> None:
@@ -221,7 +223,7 @@ class Factors(Accumulator):
         self._weights.append(self._weight_of(update))
         for name, values in self.of.items():
             values.append(update.start[name] + update.delta[name])
-        if self._first is None:  # of one client the changes of A are kept too
+        if self._first is None:  # the changes of A are kept too for one client
             start, delta = ({a: part[a] for a, _, _ in self.pairs} for part in (update.start, update.delta))
             self._first = Update(start, delta, 0.0)
         trees = ((self._first.delta, update.delta), (self._first.start, update.start))
@@ -232,12 +234,12 @@ class Factors(Accumulator):
 
 
 def truncated_product(tall: Tensor, wide: Tensor, rank: int, split: str) -> tuple[Tensor, Tensor]:
-    """``B`` and ``A`` of ``rank`` whose product is next to ``tall @ wide``, which is never formed.
+    """``B`` and ``A`` of ``rank`` with the product closest to ``tall @ wide``, which is never formed.
 
     Args:
         tall: ``(out, n)``, float64.
         wide: ``(n, in)``, float64.
-        rank: of the result.
+        rank: rank of the result.
         split: where the singular values go, ``left`` or ``symmetric``.
     """
     q, r = torch.linalg.qr(tall)
