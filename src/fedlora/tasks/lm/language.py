@@ -24,8 +24,8 @@ class CausalLM(NextTokenTask):
     """Predicts the next token of a text: ``-log p(token | tokens before it)``, averaged over tokens.
 
     Column: ``text``. A text is cut into blocks that overlap by one token, so every token of a text except the first
-    is predicted exactly once. ``block_size = 25`` is FLASC's setting for Reddit
-    (arXiv 2406.05233), and its metric is token accuracy, the main one here.
+    is predicted exactly once. ``block_size = 25`` is FLASC's setting for Reddit (arXiv 2406.05233), and its
+    metric is token accuracy, the main one here.
 
     Args:
         block_size: maximum number of tokens in a block.
