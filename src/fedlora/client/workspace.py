@@ -126,16 +126,16 @@ class Workspace:
             return self.task.evaluate(self.model, rows, split, self.device)
 
     def decode(self, payload: bytes, round: int, read: Callable[[], Tree]) -> Tree:
-        """What ``payload`` says, kept until other bytes come: a cohort gets the same ones.
+        """The decoded ``payload``, cached until different bytes arrive: a cohort receives the same bytes.
 
         Args:
             payload: the parameters of a round.
-            round: of the phase; what it is relative to may be another in each.
-            read: decodes it; called if the bytes are new, or tell what changed since a client's last round, which is
-                that client's own affair.
+            round: the round of the phase; the reference may differ between rounds.
+            read: decodes it; called if the bytes are new, or if they are relative to a client's last round, which
+                differs between clients.
 
         Returns:
-            A tree that must not be written to.
+            A read-only tree.
         """
         if wire.reference_of(payload) == "last_round":
             return read()
@@ -145,14 +145,14 @@ class Workspace:
         return self._decoded[1]
 
     def folds(self, told: FoldMessage | None, known: Folds) -> Folds:
-        """The folds that a client knows after a message, kept until other bytes come.
+        """The folds that a client has after a message, cached until different bytes arrive.
 
         Args:
             told: the message, if there is one.
-            known: those that the client knew.
+            known: the folds that the client had before.
 
         Raises:
-            WireError: the message is not of the expected form.
+            WireError: the message is malformed.
         """
         if told is None:
             return known
@@ -167,24 +167,24 @@ class Workspace:
 
 
 def setup_parts(recipe: Recipe, installed: Installed, start: InitialParams) -> dict[str, Tree]:
-    """The parts of ``recipe``'s announcement; with any start of the right shapes, its template."""
+    """The parts of ``recipe``'s setup message; for any start of the right shapes, its template."""
     parts = recipe.tuning.setup(installed, start, recipe.down.reference == "init")
     personal = {name: start.params[name] for name in installed.parameters if name in installed.schema.personal}
     return parts | ({"personal": personal} if personal else {})
 
 
 def _to_bfloat16(installed: Installed, keep: bool) -> None:
-    """Frozen weights in bfloat16; where rounds edit some, these ``keep`` what bfloat16 would round away."""
-    # a head that is not trained has nothing that could make up for rounding
+    """Casts frozen weights to bfloat16; with ``keep``, weights that rounds edit keep what rounding would lose."""
+    # a head that is not trained cannot compensate for rounding
     trained = {id(parameter) for parameter in (*installed.parameters.values(), *installed.frozen_head.values())}
     for module in installed.model.modules():
         own = list(module.parameters(recurse=False))
         if keep and isinstance(module, LoRALayer):
             continue
-        # statistics that run along are float32, and their kernel wants one format
+        # running statistics are float32, and their kernel needs a single format
         if isinstance(module, nn.modules.batchnorm._NormBase):
             continue
-        # kernels of normalisation want one format for weight and bias
+        # normalisation kernels need the same format for weight and bias
         if isinstance(module, nn.LayerNorm) and any(id(parameter) in trained for parameter in own):
             continue
         for parameter in own:

@@ -1,4 +1,4 @@
-"""Values and arithmetic that everything else is built from: trees, schemas, stores, seeds, files.
+"""The basic values and arithmetic: trees, schemas, stores, seeds, files.
 
-Nothing here knows about methods, models or machines, and nothing here imports another folder.
+Nothing here depends on methods, models or machines, and nothing here imports another folder.
 """

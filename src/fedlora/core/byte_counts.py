@@ -1,4 +1,4 @@
-"""Bytes by kind, such as ``adapter`` and ``head``, and how they are added up."""
+"""Byte counts by kind, such as ``adapter`` and ``head``, and arithmetic on them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 ByteCounts = dict[str, int]
-"""How many bytes there are of each kind."""
+"""The number of bytes of each kind."""
 Number = TypeVar("Number", int, float)
 
 
 def add_up(counts: Iterable[Mapping[str, Number]]) -> dict[str, Number]:
-    """The sum by kind; kinds in the order in which they first occur.
+    """The sum by kind, with kinds in order of first occurrence.
 
     >>> add_up([{"head": 1}, {"adapter": 2, "head": 3}])
     {'head': 4, 'adapter': 2}
@@ -34,5 +34,5 @@ def mean(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def rounded(counts: Mapping[str, float]) -> ByteCounts:
-    """Whole bytes."""
+    """The counts rounded to whole bytes."""
     return {kind: round(count) for kind, count in counts.items()}

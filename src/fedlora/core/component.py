@@ -1,4 +1,4 @@
-"""The dataclasses that settings are made of: ``@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)``."""
+"""The base of setting dataclasses: ``@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 MODEL_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
-"""Unknown fields are errors and wrong values are refused, from TOML and from Python alike."""
+"""Unknown fields and invalid values are refused, from TOML and from Python alike."""
 
 Count = Annotated[int, Field(ge=1)]
 """1, 2, 3 and so on."""
@@ -33,7 +33,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 """0 or more."""
 Share = Annotated[float, Field(gt=0, le=1)]
-"""Above 0, 1 at most."""
+"""Above 0, at most 1."""
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 """Above 0 and below 1."""
 Part = Annotated[float, Field(ge=0, lt=1)]

@@ -1,4 +1,4 @@
-"""What docstrings say, for tables and schemas that are made from them."""
+"""Reads docstrings, for tables and schemas generated from them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["arguments", "first_sentence"]
 
 
 def first_sentence(value: Any) -> str:
-    """The first paragraph of a docstring as one line without marks; empty where there is none."""
+    """The first paragraph of a docstring as one line without markup; empty if there is none."""
     return _plain((inspect.getdoc(value) or "").split("\n\n")[0])
 
 
 def arguments(value: Any) -> dict[str, str]:
-    """What docstrings say of each argument under ``Args``, as one line without marks.
+    """The description of each argument under ``Args``, as one line without markup.
 
     Args:
-        value: a function, or a class; what a class leaves out is read from its bases.
+        value: a function or a class; arguments that a class does not describe are read from its bases.
     """
     found: dict[str, str] = {}
     for one in reversed(inspect.getmro(value)) if inspect.isclass(value) else [value]:

@@ -1,46 +1,46 @@
-"""What can go wrong: each error says what happened, what was expected, and how to mend it."""
+"""fedlora's exceptions: each message says what happened, what was expected, and how to fix it."""
 
 from __future__ import annotations
 
 
 def plain(text: object, longest: int = 500) -> str:
-    """What others said, as it may be shown: cut, and without characters that would steer a terminal."""
+    """Untrusted text made safe to print: truncated, and without terminal control characters."""
     return "".join(one if one.isprintable() else " " for one in str(text)[:longest])
 
 
 def shown(value: object, longest: int = 60) -> str:
-    """A value in a message, as Python writes it; cut where it is long."""
+    """The ``repr`` of a value for a message, truncated if long."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library says of an error."""
+    """The first line of a library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 class FedloraError(Exception):
-    """An error a user can mend; the command line prints its text alone and exits with 2."""
+    """An error that a user can fix; the command line prints only its text and exits with 2."""
 
 
 class ConfigError(FedloraError):
-    """A configuration that cannot be read, or that asks for something that would run but lie."""
+    """A configuration that cannot be read, or that would run but give misleading results."""
 
 
 class DataError(FedloraError):
-    """Data that is missing, empty, or not of the stated form."""
+    """Data that is missing, empty, or not in the expected format."""
 
 
 class WireError(FedloraError):
-    """Bytes that are not a message of the expected template."""
+    """Bytes that are not a message for the expected template."""
 
 
 class QuorumError(FedloraError):
-    """Too few clients answered in a round; it can be tried again.
+    """Too few clients returned a valid result in a round; the round can be retried.
 
     Args:
-        text: what to tell.
-        refused: the clients whose answers did not count.
+        text: the message.
+        refused: the clients whose results were rejected.
     """
 
     def __init__(self, text: str, refused: frozenset[int] = frozenset()) -> None:
@@ -49,16 +49,16 @@ class QuorumError(FedloraError):
 
 
 class ProcessError(FedloraError):
-    """A process of Flower's that did not come up, or ended."""
+    """A Flower process that did not start, or that exited."""
 
 
 class CallbackError(FedloraError):
-    """A callback of the user's that failed."""
+    """A user's callback that failed."""
 
 
 class TrainingError(FedloraError):
-    """Training that went wrong silently: NaN, an adapter that did not move, every label masked."""
+    """Training that would have failed silently: NaN, an adapter that did not change, all labels masked."""
 
 
 class CheckpointError(FedloraError):
-    """A checkpoint that is damaged, or that belongs to another configuration."""
+    """A checkpoint that is corrupted or belongs to another configuration."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and are on the disk by then."""
+"""Atomic and durable writes of files and folders."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file; a reader finds the old content or the new one.
+    """Replaces a file atomically; a reader sees either the old or the new content.
 
     Args:
-        path: the file; folders above it are made.
-        content: the whole of it.
+        path: the file; parent folders are created.
+        content: the complete content.
 
     Raises:
-        OSError: the disk refused; the old file is intact.
+        OSError: writing failed; the old file is intact.
     """
     with new_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def append(path: Path, content: bytes) -> None:
-    """Adds to a file, on the disk by the return.
+    """Appends to a file; the data are on disk on return.
 
     Raises:
-        OSError: the disk refused; the end of the file may be torn.
+        OSError: writing failed; the end of the file may be incomplete.
     """
     with path.open("ab") as file:
         file.write(content)
@@ -38,10 +38,10 @@ def append(path: Path, content: bytes) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Where to write a file, which replaces ``path`` at the end of the block; several processes may do so at a time.
+    """A path to write a file to, which replaces ``path`` at the end of the block; safe for concurrent processes.
 
     Raises:
-        OSError: the disk refused; the old file is intact.
+        OSError: writing failed; the old file is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
@@ -56,10 +56,10 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A new folder to write into, which replaces ``path`` at the end of the block; one process at a time may do so.
+    """A new folder to write into, which replaces ``path`` at the end of the block; not safe for concurrent processes.
 
     Raises:
-        OSError: the disk refused; the old folder is intact.
+        OSError: writing failed; the old folder is intact.
     """
     temporary, replaced = (path.with_name(path.name + end) for end in (".tmp", ".old.tmp"))
     for left in (temporary, replaced):

@@ -1,4 +1,4 @@
-"""What was handed over from Python as an object, such as rows or a loaded model: a file holds its fingerprint alone."""
+"""Objects passed in from Python, such as rows or a loaded model: a file records only their fingerprint."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fedlora.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Handed:
-    """An object, known by a fingerprint of what is in it: two with the same fingerprint are equal.
+    """An object identified by a fingerprint of its content: two with the same fingerprint are equal.
 
     Args:
         fingerprint: the same in every process for the same content.
-        value: the object; None where only the fingerprint is known, as in a configuration read from a file.
+        value: the object; None if only the fingerprint is known, as in a configuration read from a file.
     """
 
     fingerprint: str
@@ -42,11 +42,11 @@ class Handed:
 
 
 HandedField = Annotated[Any, PlainSerializer(lambda held: held.fingerprint, return_type=str)]
-"""The type of a setting that is handed over, a ``Handed`` once validated; TOML and digests have its fingerprint."""
+"""The type of a setting passed as an object, a ``Handed`` once validated; TOML and digests use its fingerprint."""
 
 
 def absent(names: list[str]) -> str:
-    """What to say where only the fingerprints of some settings are known."""
+    """The error message for settings of which only the fingerprints are known."""
     return (
         f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'} handed over from Python, and the configuration "
         "keeps a fingerprint alone: hand the same over again, by running the same script, or by "
@@ -55,11 +55,11 @@ def absent(names: list[str]) -> str:
 
 
 def with_keywords(given: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """What a validator in the mode ``before`` got, by keyword or from a table, with its values changed.
+    """The input of a validator in the mode ``before``, by keyword or from a table, with its values changed.
 
     Args:
         given: what pydantic passes.
-        change: gets the values by name and returns what stands in their place.
+        change: maps the values by name to their replacements.
     """
     if isinstance(given, ArgsKwargs):
         return ArgsKwargs(given.args, change(dict(given.kwargs or {})))

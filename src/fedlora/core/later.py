@@ -1,6 +1,6 @@
-"""Libraries that take seconds to import; each is imported when something of it is first used.
+"""Lazy imports of libraries that take seconds to load; each is imported on first use.
 
-Reading, checking and printing a configuration uses none of them. A type checker sees plain imports.
+Reading, checking and printing a configuration needs none of them. A type checker sees plain imports.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ __all__ = ["Later", "datasets", "peft", "scipy", "seqeval", "sklearn", "transfor
 
 
 class Later(ModuleType):
-    """A module that is imported at the first look at one of its names; its submodules are too.
+    """A module that is imported on first access to one of its attributes, as are its submodules.
 
     Args:
-        name: of the module.
+        name: the module's name.
     """
 
     def __getattr__(self, name: str) -> Any:

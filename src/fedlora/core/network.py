@@ -1,4 +1,4 @@
-"""How long a run would take over a given network: bytes over bandwidth, and the work of the slowest client."""
+"""Estimates a run's duration over a given network: bytes over bandwidth, and the work of the slowest client."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Turn(NamedTuple):
 
     Args:
         tier: its tier's name, empty without tiers.
-        down_bytes: what the client gets.
-        up_bytes: what it answers.
-        work: seconds that it computes.
+        down_bytes: bytes that the client receives.
+        up_bytes: bytes that it sends.
+        work: seconds of computation.
     """
 
     tier: str
@@ -36,15 +36,15 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """What lies between the server and each client.
+    """The network between the server and each client.
 
     A round takes ``2 latency + 8 down_bytes / down + work + 8 up_bytes / up`` seconds of its slowest client; clients
-    work side by side, and the server's own time is left out.
+    work in parallel, and the server's own time is ignored.
 
     Args:
-        down: bits per second towards a client.
+        down: bits per second to a client.
         up: bits per second from a client.
-        latency: seconds from one end to the other.
+        latency: one-way delay in seconds.
 
     >>> Network(down=8e6, up=8e5, latency=0.05).seconds(1_000_000, 100_000, work=2.0)
     4.1
@@ -55,17 +55,17 @@ class Network:
     latency: float = 0.0
 
     def seconds(self, down_bytes: float, up_bytes: float, work: float) -> float:
-        """One client's turn, from the server's first byte to its last.
+        """The duration of one client's turn, from the first byte the server sends to the last it receives.
 
         Args:
-            down_bytes: what the client gets.
-            up_bytes: what it answers.
-            work: seconds that it computes.
+            down_bytes: bytes that the client receives.
+            up_bytes: bytes that it sends.
+            work: seconds of computation.
         """
         return 2 * self.latency + 8 * down_bytes / self.down + work + 8 * up_bytes / self.up
 
     def round_seconds(self, row: RoundRecord) -> float:
-        """A round of a ledger: the slowest tier, with its mean message and the longest of its turns."""
+        """The duration of a ledger's round: the slowest tier, with its mean message and the longest of its turns."""
         cohort = sum(row.references.values())  # names may be secret
         if not cohort:  # nothing was sent
             return row.slowest_seconds
@@ -81,17 +81,17 @@ class Network:
 def seconds_to(
     rows: Sequence[RoundRecord], network: Network | None, metric: str, target: float, higher_is_better: bool
 ) -> float | None:
-    """Seconds until an evaluation first reached ``target``; None if none did.
+    """Seconds until an evaluation first reached ``target``; None if no evaluation did.
 
     Args:
-        rows: of a ledger.
-        network: between the server and every client; None for what the run's configuration names.
-        metric: which of the evaluations' metrics.
+        rows: the rounds of a ledger.
+        network: the network between the server and every client; None for the one in the run's configuration.
+        metric: the name of the metric.
         target: the value to reach.
-        higher_is_better: which values are beyond it.
+        higher_is_better: whether values above the target are better.
 
     Raises:
-        ConfigError: no network is given, and the ledger has no times.
+        ConfigError: no network is given and the ledger has no times.
     """
     passed = 0.0
     for row in rows:
@@ -108,17 +108,17 @@ def seconds_to(
 
 
 def slowest_seconds(networks: Mapping[str, Network], turns: Sequence[Turn]) -> float | None:
-    """What a round takes: the longest of its clients' turns, each over its own network; None without networks."""
+    """The duration of a round: its longest client turn, each over its own network; None without networks."""
     if not networks:
         return None
     return max((networks[turn.tier].seconds(turn.down_bytes, turn.up_bytes, turn.work) for turn in turns), default=0.0)
 
 
 def parse_network(text: str) -> Network:
-    """A network from words like ``down=10Mbit,up=1Mbit,latency=50ms``.
+    """Parses a network such as ``down=10Mbit,up=1Mbit,latency=50ms``.
 
     Raises:
-        ConfigError: it says something else.
+        ConfigError: the text does not have this form.
     """
     found: dict[str, float] = {}
     for part in text.split(","):

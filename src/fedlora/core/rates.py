@@ -1,4 +1,4 @@
-"""Learning rates that differ by group and by round, the same on clients and on the server."""
+"""Learning rate multipliers by group and by round, used by clients and by the server."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fedlora.core.schema import Schema
 
 Rate = Positive
 Rates = Mapping[str, float]
-"""What the learning rate of a parameter is multiplied by, by its name; 1 where it is not named."""
+"""Learning rate multipliers by parameter name; 1 for names that are missing."""
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class LrScale:
-    """Multipliers of the learning rate: that of a parameter's group times that of its LoRA factor.
+    """Learning rate multipliers: that of a parameter's group times that of its LoRA factor.
 
     ``lr(x) = lr * scale[group of x] * scale[factor of x]``. LoRA+ (arXiv 2402.12354) is ``B = 16`` on clients. A fresh
-    head wants more than the adapters do: its gradient has to grow a matrix from noise, theirs adjust a trained one.
+    head needs a higher rate than adapters: it is learnt from a random matrix, while adapters adjust a trained one.
 
     Args:
-        adapter: of everything that is not the head.
-        head: of the task head.
-        A: of the factors ``A`` of low-rank adapters.
-        B: of the factors ``B``.
+        adapter: multiplier of everything except the head.
+        head: multiplier of the task head.
+        A: multiplier of the factors ``A`` of low-rank adapters.
+        B: multiplier of the factors ``B``.
     """
 
     adapter: Rate = 1.0
@@ -37,14 +37,14 @@ class LrScale:
         """The multiplier of every parameter.
 
         Args:
-            schema: what each of them is.
+            schema: the leaf of each parameter.
             common: a further multiplier for all, such as a schedule's.
         """
         return {name: common * self._group(leaf.group) * self._factor(leaf.factor) for name, leaf in schema.items()}
 
     @property
     def moved(self) -> tuple[str, ...]:
-        """The entries that are not 1."""
+        """The names of the multipliers that are not 1."""
         values = {"adapter": self.adapter, "head": self.head, "A": self.A, "B": self.B}
         return tuple(name for name, value in values.items() if value != 1.0)
 
@@ -57,11 +57,11 @@ class LrScale:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Schedule:
-    """The learning rate's multiplier over the *whole run*: it never starts again with a round or a phase.
+    """The learning rate schedule over the *whole run*: it is not restarted by a round or a phase.
 
     Args:
         shape: ``constant``; ``linear`` to zero; ``cosine`` to zero.
-        warmup: share of the run's rounds in which the multiplier rises from zero.
+        warmup: share of the run's rounds during which the multiplier rises from zero.
     """
 
     shape: Literal["constant", "linear", "cosine"] = "constant"

@@ -1,4 +1,4 @@
-"""What each trained tensor is: its group, its part in a round, and which low-rank factor; made by the tuning."""
+"""The schema of trained tensors, built by the tuning: group, role in a round, and low-rank factor."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Leaf(NamedTuple):
 
     Args:
         group: ``adapter`` or ``head``.
-        role: ``shared`` is trained and averaged; ``frozen`` keeps its value in this round; ``personal`` is trained, and
+        role: ``shared`` is trained and averaged; ``frozen`` keeps its value in this round; ``personal`` is trained but
             never leaves the client.
-        factor: ``A`` or ``B`` of a low-rank product ``B A``; empty for anything else.
-        rank_axis: the axis of a factor that counts ranks.
-        pair: the name of the other factor, where both are fedlora's own.
+        factor: ``A`` or ``B`` of a low-rank product ``B A``; empty for other tensors.
+        rank_axis: the rank axis of a factor.
+        pair: the name of the other factor, if both belong to fedlora's own adapters.
     """
 
     group: str = "adapter"
@@ -32,7 +32,7 @@ class Leaf(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Both factors of an adapter, by name, and the module that they sit in."""
+    """Both factors of an adapter, by name, and their module."""
 
     a: str
     b: str
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 
 
 def factor_leaf(factor: str, pair: str = "") -> Leaf:
-    """A factor of an adapter: ranks are the rows of ``A`` and the columns of ``B``."""
+    """The leaf of an adapter's factor: ranks are the rows of ``A`` and the columns of ``B``."""
     return Leaf("adapter", "shared", factor, 0 if factor == "A" else 1, pair)
 
 
@@ -62,7 +62,7 @@ class Schema(dict[str, Leaf]):
 
     @property
     def personal(self) -> frozenset[str]:
-        """The names of what never leaves a client."""
+        """The names of the parameters that never leave a client."""
         return frozenset(name for name, leaf in self.items() if leaf.role == "personal")
 
     @property
@@ -75,12 +75,12 @@ class Schema(dict[str, Leaf]):
         ]
 
     def sent(self) -> Schema:
-        """What travels: all but what is personal."""
+        """The schema of what is sent: everything except personal parameters."""
         personal = self.personal
         return Schema({name: leaf for name, leaf in self.items() if name not in personal}) if personal else self
 
     def split(self, params: Mapping[str, Tensor]) -> dict[str, Tree]:
-        """``params`` as the parts of a message, ``adapter`` and ``head``; a group without names is no part."""
+        """Splits ``params`` into the parts of a message, ``adapter`` and ``head``, leaving out empty groups."""
         parts: dict[str, Tree] = {}
         for group in ("adapter", "head"):
             if names := self.names(group):

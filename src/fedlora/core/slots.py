@@ -1,8 +1,8 @@
-"""Slots that are open: a value of one's own class stands wherever a value of fedlora's does.
+"""Extensible slots: a value of a user-defined class is accepted wherever a built-in one is.
 
-A class is known by the name in its slot's table; any other class of the slot by ``package.module:Class``, which
-``kind`` says in TOML, or by an entry point of the group ``fedlora.<slot>``. Its name and a digest of its source stand
-in the configuration, so that a run goes on with the same code or not at all.
+A built-in class is identified by its name in the slot's table; any other class by ``package.module:Class``, given as
+``kind`` in TOML, or by an entry point in the group ``fedlora.<slot>``. The configuration records its name and a digest
+of its source, so that a run resumes with the same code or not at all.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ OPEN = (
     *("aggregator", "client_optimizer", "data", "engine", "lora_init", "partition", "precision", "privacy"),
     *("server", "skew", "sparsify", "task", "track", "tuning"),
 )
-"""The slots that take classes of others; their entry points are in the groups ``fedlora.<slot>``."""
+"""The slots that accept user-defined classes; their entry points are in the groups ``fedlora.<slot>``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Metadata of a union of components: told apart by ``kind``, other classes of the same base let in.
+    """Metadata of a union of components: discriminated by ``kind``, and open to other classes with the same base.
 
     Args:
-        name: of the slot, as in ``fedlora list``.
+        name: the slot's name, as in ``fedlora list``.
         base: the slot's abstract class.
     """
 
@@ -83,17 +83,17 @@ class Slot:
         return value
 
     def installed(self) -> dict[str, str]:
-        """Classes of installed packages: the name of an entry point -> ``package.module:Class``."""
+        """Classes from installed packages: entry point name -> ``package.module:Class``."""
         return _installed(self.name)
 
     def find(self, kind: str) -> type:
-        """The class that a name stands for.
+        """The class that a name refers to.
 
         Args:
             kind: ``package.module:Class``, or the name of an entry point.
 
         Raises:
-            ConfigError: it cannot be imported, or it is no class of this slot.
+            ConfigError: it cannot be imported, or is not a class of this slot.
         """
         name = self.installed().get(kind, kind)
         module, _, path = name.partition(":")
@@ -112,10 +112,10 @@ class Slot:
 
 
 def named(document: Any) -> set[str]:
-    """The classes in no table that a configuration names, as ``package.module:Class``.
+    """The user-defined classes that a configuration names, as ``package.module:Class``.
 
     Args:
-        document: TOML or JSON values, from whoever wrote them.
+        document: untrusted TOML or JSON values.
     """
     if isinstance(document, list):
         return set().union(*map(named, document))
@@ -128,7 +128,7 @@ def named(document: Any) -> set[str]:
 
 
 def kind_of(value: Any) -> str:
-    """What a component is called: its ``kind``, or for a class of others ``package.module:Class``."""
+    """The name of a component: its ``kind``, or ``package.module:Class`` for a user-defined class."""
     return str(value.kind) if type(value).__module__.split(".")[0] == "fedlora" else name_of(type(value))
 
 
@@ -138,16 +138,16 @@ def name_of(cls: type) -> str:
 
 
 def written_as(value: Any) -> dict[str, Any]:
-    """A value of a class that is in no table, as TOML values: its name, its settings, and a digest of its source."""
+    """A value of a user-defined class as TOML values: its name, its settings, and a digest of its source."""
     fields = TypeAdapter(type(value)).dump_python(value, mode="json", exclude_none=True)
     return {**fields, "kind": name_of(type(value)), "source": digest_of(type(value))}
 
 
 def digest_of(cls: type[Any]) -> str:
-    """A digest of a class's source and of its bases', fedlora's own left out.
+    """A digest of the source of a class and its bases, excluding fedlora's own.
 
     Raises:
-        ConfigError: the source cannot be read, so that nobody could tell whether it is the same again.
+        ConfigError: the source cannot be read, so that changes could not be detected.
     """
     whole = hashlib.blake2b(digest_size=8)
     for one in cls.__mro__[:-1]:

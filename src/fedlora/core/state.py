@@ -1,4 +1,4 @@
-"""The values that change from round to round, and the seeds they are drawn with."""
+"""The state that changes from round to round, and the seeds used in it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SEED_BITS = 48
 
 
 def named_seed(run_seed: int, purpose: str, *numbers: int) -> int:
-    """A seed of its own for every purpose, so that one more draw here never moves a draw there.
+    """A separate seed for every purpose, so that an additional draw for one does not affect the draws for another.
 
     Args:
         run_seed: the seed of the run.
         purpose: what the draw is for (``"cohort"``, ``"client"``, ``"noise"``).
-        numbers: round, client, and whatever else tells two draws apart.
+        numbers: round, client, and whatever else distinguishes two draws.
 
     Returns:
         An integer in ``[0, 2**48)``.
@@ -43,7 +43,7 @@ class Fold:
 
     Args:
         factors: module name to ``(B, A)`` of shapes ``(out, r)`` and ``(r, in)``, the same ``r`` for all; the layer
-            knows its scale.
+            holds its scale.
         dense: parameter name to a tensor of the parameter's own shape.
     """
 
@@ -56,13 +56,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class Folds:
-    """All folds of a phase's rounds together, as the server or a client holds them.
+    """The accumulated folds of a phase's rounds, as held by the server or a client.
 
     Args:
-        version: how many there were.
-        total: module name to the sum of ``B @ A``, ``(out, in)``; nothing before the first.
-        recent: the last of them, as long as they are smaller than their sum: module name and ``.B`` or ``.A`` to a
-            factor. The server's alone.
+        version: the number of folds so far.
+        total: module name to the sum of ``B @ A``, ``(out, in)``; empty before the first fold.
+        recent: the most recent folds, as long as they are smaller than their sum: module name and ``.B`` or ``.A`` to
+            a factor. Held only by the server.
     """
 
     version: int = 0
@@ -71,7 +71,7 @@ class Folds:
 
     @staticmethod
     def of(store: Store) -> Folds:
-        """Those that a store holds."""
+        """Reads the folds from a store."""
         if not store:
             return NO_FOLDS
         recent = sorted(int(name) for name in store.trees if name != "total")
@@ -79,17 +79,17 @@ class Folds:
         return Folds(store.values.get("version", 0), store.trees.get("total", {}), places)
 
     def store(self) -> Store:
-        """As a store."""
+        """The folds as a store."""
         trees = {"total": self.total, **{str(place): fold for place, fold in enumerate(self.recent)}}
         return Store(trees if self.version else {}, {"version": self.version or None})
 
 
 NO_FOLDS = Folds()
-"""One value for all that know of none."""
+"""The shared value for the absence of folds."""
 
 
 class Update(NamedTuple):
-    """What one client answered: where it started, what it changed, and how much its word weighs."""
+    """One client's update: its initial values, its change, and its weight."""
 
     start: Tree
     delta: Tree
@@ -97,12 +97,12 @@ class Update(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a cohort's updates become.
+    """The aggregate of a cohort's updates.
 
     Args:
         delta: a step of the trained parameters.
         fold: an edit of the frozen ones.
-        store: what the aggregator remembers for the next round.
+        store: the aggregator's state for the next round.
     """
 
     delta: Tree
@@ -111,7 +111,7 @@ class Change(NamedTuple):
 
 
 class PhaseHandover(NamedTuple):
-    """What a phase hands to the next one.
+    """What a phase passes on to the next one.
 
     Args:
         delta: name of a pre-trained parameter to its accumulated change, dense, in the parameter's shape.
@@ -128,9 +128,9 @@ class ClientState:
 
     Args:
         has_setup: whether it holds this phase's setup.
-        parts: what the parts of its turn remember.
-        kept: what a site calls the rest, where the client's memory is on a site; the server then knows ``has_setup``
-            and how many folds there are, and no more.
+        parts: the state of the parts of its turn.
+        kept: a site's identifier for the rest, if the client's memory is on a site; the server then has only
+            ``has_setup`` and the number of folds.
     """
 
     has_setup: bool = False
@@ -142,26 +142,26 @@ class ClientState:
 
     @property
     def folds(self) -> Folds:
-        """The edits of frozen weights that it made."""
+        """The edits of frozen weights that the client has applied."""
         return Folds.of(self.parts.store("base"))
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """Everything the server knows between two rounds; saving it and loading it changes nothing.
+    """The server's complete state between two rounds; saving and loading it is lossless.
 
     Args:
         phase: index of the running phase.
         round: rounds finished in all phases together.
         params: the trained parameters, dense, float32.
-        init: where this phase started; public.
-        schema: what each of them is.
-        setup: the message that tells a client of the frozen part (residual, fold, mask seed).
+        init: the initial values of this phase; public.
+        schema: the leaf of each of them.
+        setup: the message that sends a client the frozen part (residual, fold, mask seed).
         setup_bytes: its size by kind.
         steps: server steps taken in this phase.
-        parts: what the server's parts remember.
-        known: what the server remembers of each client, by client number.
-        clients: what clients remember, by client number; a simulation keeps it for them.
+        parts: the state of the server's parts.
+        known: the server's state about each client, by client number.
+        clients: the clients' own state, by client number; a simulation keeps it for them.
     """
 
     phase: int
@@ -178,11 +178,11 @@ class ServerState:
 
     @property
     def folds(self) -> Folds:
-        """The edits of frozen weights in this phase's rounds."""
+        """The edits of frozen weights made by this phase's rounds."""
         return Folds.of(self.parts.store("base"))
 
     def without(self, clients: Collection[int]) -> ServerState:
-        """The state in which nothing is known of some clients, so that they are told everything anew."""
+        """The state without the memory of some clients, so that everything is sent to them again."""
         return replace(
             self,
             known={one: memory for one, memory in self.known.items() if one not in clients},

@@ -1,4 +1,4 @@
-"""What parts remember between rounds, and the one form in which that is written."""
+"""The state that parts keep between rounds, and its single serialised form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedlora.core.tree import Tree
 
 @dataclass(frozen=True)
 class Store:
-    """What one part remembers.
+    """The state of one part.
 
     Args:
         trees: tensors by name.
@@ -31,31 +31,31 @@ EMPTY = Store()
 
 
 class Memory(dict[str, Store]):
-    """Stores by part; parts that remember nothing have none."""
+    """Stores by part; stateless parts have none."""
 
     def store(self, part: str) -> Store:
         """A part's store."""
         return self.get(part, EMPTY)
 
     def tree(self, part: str, name: str) -> Tree:
-        """One of a part's trees; empty if it has none."""
+        """One of a part's trees; empty if absent."""
         return self.store(part).trees.get(name, {})
 
     def value(self, part: str, name: str) -> Any:
-        """One of a part's values; None if it has none."""
+        """One of a part's values; None if absent."""
         return self.store(part).values.get(name)
 
     def without_trees(self) -> Memory:
-        """The values alone."""
+        """The memory with values only."""
         return Memory({part: Store(values=store.values) for part, store in self.items() if store.values})
 
     def having(self, stores: Mapping[str, Store]) -> Memory:
-        """This memory with other ``stores`` for their parts."""
+        """This memory with the ``stores`` of some parts replaced."""
         return Memory({part: store for part, store in {**self, **stores}.items() if store})
 
 
 class Writer:
-    """Turns trees and memories into JSON values and one flat set of tensors, each of which is written once."""
+    """Converts trees and memories to JSON values and one flat set of tensors, each written once."""
 
     def __init__(self) -> None:
         self.tensors: Tree = {}
@@ -77,7 +77,7 @@ class Writer:
         if id(value) not in self._keys:
             self._keys[id(value)] = str(len(self.tensors))
             held = value.detach().cpu().contiguous()
-            # formats of tensors refuse those that share memory
+            # tensor file formats refuse tensors that share memory
             place = held.untyped_storage().data_ptr()
             self.tensors[self._keys[id(value)]] = held.clone() if place in self._memory else held
             self._memory.add(place)
@@ -85,7 +85,7 @@ class Writer:
 
 
 class Reader:
-    """The inverse of ``Writer``: equal trees become one again.
+    """The inverse of ``Writer``: equal trees become one object again.
 
     Args:
         tensors: by key.
@@ -99,8 +99,8 @@ class Reader:
         """A tree from its names and keys.
 
         Raises:
-            KeyError: a tensor is not there.
-            ValueError: these are no names and keys.
+            KeyError: a tensor is missing.
+            ValueError: the values are not pairs of names and keys.
         """
         pairs = tuple((str(name), str(key)) for name, key in names)
         if pairs not in self._trees:
@@ -108,7 +108,7 @@ class Reader:
         return self._trees[pairs]
 
     def memory(self, document: Mapping[str, Any]) -> Memory:
-        """A memory from what ``Writer.memory`` returned."""
+        """A memory from the result of ``Writer.memory``."""
         return Memory(
             {
                 str(part): Store(

@@ -1,4 +1,4 @@
-"""Arithmetic on ``Tree = dict[str, Tensor]``: what is trained, flat and named, in float32 on the CPU."""
+"""Arithmetic on ``Tree = dict[str, Tensor]``: trained parameters by name, in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def add_(left: Tree, right: Mapping[str, Tensor], scale: float = 1.0) -> None:
 
 
 def num_entries(tree: Mapping[str, Tensor]) -> int:
-    """How many numbers the tree holds."""
+    """The number of entries in the tree."""
     return sum(value.numel() for value in tree.values())
 
 
@@ -68,7 +68,7 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
     values = list(like.values())
     if vector.numel() != num_entries(like):
         raise ValueError(f"a vector of {vector.numel()} entries does not fill a tree of {num_entries(like)}")
-    # one call into torch; it forgets the shape of what is empty
+    # one call into torch; it loses the shape of empty tensors
     parts = _unflatten_dense_tensors(vector, values)  # type: ignore[no-untyped-call]
     return {
         name: part if part.numel() else part.view(value.shape)

@@ -80,9 +80,8 @@ class Dirichlet(Partition):
       ``round(R[k, c] * N_c)`` rows of class c, taken from the class in data set order. Sizes are nearly equal; rounding
       drops a few rows (about 2 % with 26 rows per client).
     - ``fednlp`` (FedNLP's and FedPETuning's code): ``q ~ Dir(alpha p)``; each client gets floor(N / K) rows in
-    proportions
-      q; if a class is exhausted, the rest is filled from the client's other classes. The last client takes the
-      remainder. Concentration per class is alpha / C, so its alpha is about C times that of ``flasc``.
+      proportions q; if a class is exhausted, the rest is filled from the client's other classes. The last client takes
+      the remainder. Concentration per class is alpha / C, so its alpha is about C times that of ``flasc``.
     - ``hsu`` (class over clients, as in most later code): ``q_c ~ Dir(alpha 1_K)`` splits class c over the clients that
       hold fewer than N / K rows so far. Sizes vary widely.
 

@@ -1,6 +1,6 @@
 """Tasks: models, data, losses and metrics behind one slot.
 
-Only tasks and tunings import ``transformers`` and ``datasets``; nothing here knows about federations.
+Only tasks and tunings import ``transformers`` and ``datasets``; nothing here depends on federated training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ else:
         CausalLM | ImageClassification | Instruction | QuestionAnswering | TextClassification | TokenClassification,
         Slot("task", Task),
     ]
-"""Any task, told apart by ``kind``."""
+"""Any task, discriminated by ``kind``."""
 
 TASKS: dict[str, type[Task]] = by_kind(AnyTask)
 """The tasks by ``kind``."""

@@ -1,4 +1,4 @@
-"""The slot ``Task``: model, batches, loss and metrics. Nothing else asks which task runs."""
+"""The ``Task`` slot: model, batches, loss and metrics. No other code depends on which task runs."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 Positions = NDArray[Any]
-"""Rows of a split by their numbers, integers from 0."""
+"""Row numbers within a split, integers from 0."""
 Split = Literal["train", "test"]
 Data = Mapping[Split, Any]
 """A ``datasets.Dataset`` per split."""
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Args:
-        metrics: figures by name; the task's main one among them.
-        warnings: sentences about results that are silently wrong, such as a model that predicts one class only.
+        metrics: values by name, including the task's main metric.
+        warnings: messages about results that are silently wrong, such as a model that predicts only one class.
     """
 
     metrics: dict[str, float]
@@ -46,25 +46,25 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Model:
-    """Which pre-trained model, and how it is held.
+    """The pre-trained model, and how it is loaded.
 
     Args:
         path: a hub id, a local folder, or ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs.
         revision: a hub revision.
-        trust_remote_code: whether code that comes with a model may run here.
-        attention: the attention kernel; ``auto`` takes fedlora's own on a CPU (see ``tasks.cpu.attend``), else the one
-            that ``transformers`` prefers.
+        trust_remote_code: whether code shipped with a model may run.
+        attention: the attention kernel; ``auto`` uses fedlora's own on a CPU (see ``tasks.cpu.attend``), otherwise the
+            default of ``transformers``.
         load: ``full`` precision, or frozen matrices in ``8bit`` or ``4bit`` by ``bitsandbytes``.
-        gradient_checkpointing: compute activations twice and keep few of them.
-        head: pre-trained modules that count as head too, by name or its last parts, such as ``bert.pooler`` or
-            ``pooler``: trained and sent as the head is, and no targets of adapters.
-        train_head: whether the head is trained; if not, it keeps the values that its seed gives it and is never sent.
-        object: a model of ``transformers`` that is loaded already, in place of ``path``; runs work on copies, and it
-            stays as it is. A configuration in TOML has its class and a fingerprint of its weights.
-        tokenizer: that model's tokenizer, or its image processor; where None, from where the model was loaded.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        head: pre-trained modules that also belong to the head, by full name or suffix, such as ``bert.pooler`` or
+            ``pooler``: trained and sent like the head, and never targets of adapters.
+        train_head: whether the head is trained; if not, it keeps its initial values from its seed and is never sent.
+        object: a loaded ``transformers`` model, instead of ``path``; runs work on copies and leave it unchanged. A
+            configuration in TOML records its class and a fingerprint of its weights.
+        tokenizer: that model's tokenizer or image processor; if None, it is loaded from where the model was.
 
     Raises:
-        ConfigError: ``object`` or ``tokenizer`` is not of ``transformers``, or does not go with another setting.
+        ConfigError: ``object`` or ``tokenizer`` is not from ``transformers``, or conflicts with another setting.
     """
 
     path: str = "embedded"
@@ -85,7 +85,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """What others load the same model by: a hub id or a folder; empty where that is not known."""
+        """The hub id or folder from which the same model can be loaded; empty if unknown."""
         if self.object:
             return origin_of(self.object)
         return self.path if self.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
@@ -113,35 +113,35 @@ class Model:
 
 
 def as_model(given: Any) -> Any:
-    """A ``Model`` for a loaded model, alone or in a pair with its tokenizer; anything else as it is."""
+    """A ``Model`` for a loaded model, alone or paired with its tokenizer; anything else unchanged."""
     if isinstance(given, tuple) and len(given) == 2:
         return Model(object=given[0], tokenizer=given[1])
     return Model(object=given) if isinstance(given, nn.Module) else given
 
 
 class Prepared(ABC):
-    """A task over a model and a data set: everything that a client's turn and an evaluation need.
+    """A task bound to a model and a data set: everything that local training and evaluation need.
 
-    Rows are named by their positions in a split, ``train`` or ``test``, as integer arrays.
+    Rows are identified by their positions in a split, ``train`` or ``test``, as integer arrays.
 
     Args:
-        model: which model.
-        names: of the classes, if there are any.
+        model: the model.
+        names: the classes' names, if any.
         data: a data set per split.
     """
 
     main_metric: str
-    """The metric that tables show and comparisons rank by."""
+    """The metric shown in tables and used to rank comparisons."""
     higher_is_better: bool
-    """Whether more of the main metric is better."""
+    """Whether a higher main metric is better."""
     auto_class: str
     """The class of ``transformers`` that loads the model, for model cards."""
     peft_task: str | None
-    """What ``peft`` calls the task; None where it has no word for it."""
+    """The task's name in ``peft``; None if it has none."""
     train_head: bool = True
     """Whether the head is trained; see ``Model``."""
     backbone_only: bool = False
-    """Whether exports hold the backbone, since no class of ``transformers`` has this head; see ``save_head``."""
+    """Whether exports contain only the backbone, as no ``transformers`` class has this head; see ``save_head``."""
 
     def __init__(self, model: Model, names: Sequence[str], data: Mapping[Split, datasets.Dataset]) -> None:
         self._model, self.train_head = model, model.train_head
@@ -149,7 +149,7 @@ class Prepared(ABC):
 
     @property
     def data(self) -> Mapping[Split, datasets.Dataset]:
-        """The rows of each split there is."""
+        """The rows of each existing split."""
         return self._data
 
     @property
@@ -159,7 +159,7 @@ class Prepared(ABC):
 
     @property
     def label_names(self) -> list[str]:
-        """What the model was told about its outputs: the classes' names; an empty list if the task has none."""
+        """The class names of the model's outputs; an empty list if the task has no classes."""
         return self._names
 
     @abstractmethod
@@ -167,7 +167,7 @@ class Prepared(ABC):
         """The pre-trained model in float32 with a fresh head, and the names of the head's parameters.
 
         Raises:
-            ConfigError: there is no such model, or it does not take what the task gives it.
+            ConfigError: the model does not exist, or does not accept the task's inputs.
         """
 
     @abstractmethod
@@ -191,33 +191,33 @@ class Prepared(ABC):
         """The same task with the rows of a file as its one split, classes read by name or number.
 
         Args:
-            path: csv, tsv, json, jsonl or parquet, maybe with ``.gz``.
-            columns: name that the task uses -> name in the file, where it differs.
-            split: which split they are.
+            path: csv, tsv, json, jsonl or parquet, optionally with ``.gz``.
+            columns: name that the task uses -> name in the file, if it differs.
+            split: the split that they form.
 
         Raises:
-            DataError: the file cannot be read, or has a class that the model does not know.
+            DataError: the file cannot be read, or has a class that the model does not have.
         """
 
     @abstractmethod
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
-        """What the model says of each input, as JSON values, the most telling first.
+        """The model's predictions for each input as JSON values, the most relevant first.
 
         Args:
             model: in evaluation mode.
-            inputs: what the task's documentation says an input is; a text, for most.
-            device: where the model is.
+            inputs: the inputs, as the task's documentation defines them; usually texts.
+            device: the model's device.
 
         Raises:
-            DataError: an input is not of that form.
+            DataError: an input does not have that form.
         """
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
-        """Writes what goes beside a model, such as the tokenizer."""
+        """Writes the files that accompany a model, such as the tokenizer."""
 
     def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Writes the head beside an exported backbone; nothing where classes of ``transformers`` have it themselves.
+        """Writes the head next to an exported backbone; does nothing if a ``transformers`` class has this head.
 
         Args:
             folder: the exported folder.
@@ -227,12 +227,13 @@ class Prepared(ABC):
 
     @property
     def usage(self) -> str:
-        """How a head that ``save_head`` wrote is loaded, as Markdown, for model cards."""
+        """Instructions for loading a head written by ``save_head``, as Markdown, for model cards."""
         return ""
 
     @property
     def load_arguments(self) -> str:
-        """What ``from_pretrained`` needs beside a path to load the base model, as source text, for model cards."""
+        """The arguments besides a path that ``from_pretrained`` needs for the base model, as source text, for model
+        cards."""
         return ", num_labels=NUM_LABELS" if self.auto_class.endswith("Classification") else ""
 
     @property
@@ -246,7 +247,7 @@ class Prepared(ABC):
         return len(self.data[split])
 
     def table(self) -> Any:
-        """The training data as a ``datasets.Dataset``, for foreign partitioners."""
+        """The training data as a ``datasets.Dataset``, for external partitioners."""
         return self.data["train"]
 
     def columns(self, split: Split) -> list[str]:
@@ -254,7 +255,7 @@ class Prepared(ABC):
         return list(self.data[split].column_names)
 
     def column(self, name: str, split: Split) -> Positions:
-        """A column of the data, for natural clients and skews; values that are no scalars as text.
+        """A column of the data, for natural clients and skews; non-scalar values as text.
 
         Raises:
             DataError: there is no such column.
@@ -264,7 +265,7 @@ class Prepared(ABC):
         return np.asarray([repr(value) if isinstance(value, list | dict) else value for value in values])
 
     def texts(self, split: Split) -> list[str]:
-        """What an example says, for clusters of like texts.
+        """The text of each example, for clusters of similar texts.
 
         Raises:
             DataError: the task has no texts.
@@ -274,7 +275,7 @@ class Prepared(ABC):
     def embeddings(self, split: Split, device: torch.device) -> NDArray[np.float32]:
         """The mean of the pre-trained backbone's last hidden state over each example, ``(examples, size)`` float32.
 
-        Examples that make several sequences are the mean of these.
+        An example with several sequences gets the mean over these.
         """
         return embed(self, split, device)
 
@@ -284,13 +285,13 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, model: Model, source: Source) -> Prepared:
-        """Loads the data and encodes them for ``model``, once: what took time is kept on disk.
+        """Loads the data and encodes them for ``model``; expensive results are cached on disk.
 
         Raises:
-            DataError: the data cannot be read, or are not of the form that the task needs.
-            ConfigError: the model cannot be read, or does not go with the settings.
+            DataError: the data cannot be read, or do not have the form that the task needs.
+            ConfigError: the model cannot be read, or is incompatible with the settings.
         """
 
     @abstractmethod
     def restore(self, model: Model, label_names: list[str]) -> Prepared:
-        """The task without data, for predictions where the data are not."""
+        """The task without data, for predictions where the data are unavailable."""

@@ -1,4 +1,4 @@
-"""Loss and metrics of outputs that are one class, several classes, or a number."""
+"""Loss and metrics for predicting one class, several classes, or a number."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def loss(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
 
 
 def said(logits: Tensor, problem: Problem, names: list[str]) -> list[dict[str, float]]:
-    """Outputs for people: each class's probability, the likeliest first; or ``{"value": number}``."""
+    """Human-readable outputs: each class's probability, the most likely first; or ``{"value": number}``."""
     logits = logits.float()
     if problem == "regression":
         return [{"value": value} for value in logits.squeeze(-1).tolist()]
@@ -51,7 +51,7 @@ def said(logits: Tensor, problem: Problem, names: list[str]) -> list[dict[str, f
 
 
 def score(logits: Tensor, labels: Tensor, problem: Problem, names: list[str]) -> Evaluation:
-    """Metrics of outputs, with a warning where the model gives the same answer to everything.
+    """Metrics of outputs, with a warning if the model gives the same output for every example.
 
     One class: accuracy and macro F1. Several: micro and macro F1 over classes at a threshold of 1/2, and accuracy over
     whole sets. A number: root mean squared error and Pearson's correlation, 0 for constant outputs. All: the loss.

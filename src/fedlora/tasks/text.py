@@ -29,25 +29,25 @@ PROBLEM_TYPES: dict[scores.Problem, str] = {
     "multi": "multi_label_classification",
     "regression": "regression",
 }
-"""What ``transformers`` calls the problems, so that others' code reads an exported model right."""
+"""The problems' names in ``transformers``, so that other code interprets an exported model correctly."""
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class TextClassification(TokenizedTask):
     """A class for a text, or for a pair of texts; or several classes, or a number.
 
-    Columns: ``text``, ``label``, and where they are there ``text_pair`` and ``label_name``. A label is a word or whole
-    number; with ``multi`` a list of these; with ``regression`` a number.
+    Columns: ``text``, ``label``, and optionally ``text_pair`` and ``label_name``. A label is a word or whole number;
+    with ``multi`` a list of these; with ``regression`` a number.
 
     Args:
         problem: ``single`` class, ``multi`` (any number of classes), or ``regression``.
-        max_length: tokens after which a text is cut.
+        max_length: number of tokens to which texts are truncated.
         pad_to: ``longest`` pads a batch to its longest text; a number pads every batch to that length.
-        pooling: what the classifier reads: ``model`` leaves it to the class of the family in ``transformers``;
-            ``auto`` is ``mean`` where that class reads a pooler that adapters leave frozen (BERT), else ``model``;
-            ``mean`` is the mean of the attended tokens' last hidden states, ``cls`` the first token's, both without
-            the pooler or dense layer that the family's class has in between (encoders only).
-        eval_batch_size: examples in an evaluation batch; they are sorted by length.
+        pooling: the classifier's input: ``model`` uses the family's ``transformers`` class as it is; ``auto`` is
+            ``mean`` if that class reads a pooler that adapters leave frozen (BERT), else ``model``; ``mean`` is the
+            mean of the attended tokens' last hidden states, ``cls`` that of the first token, both without the pooler or
+            dense layer of the family's class (encoders only).
+        eval_batch_size: examples per evaluation batch; they are sorted by length.
 
     Raises:
         ConfigError: ``pad_to`` is below ``max_length``.
@@ -69,7 +69,7 @@ class TextClassification(TokenizedTask):
 
     def read(self, source: Source) -> tuple[Splits, list[str]]:
         raw = source.load()
-        # pairs on one side alone would be told apart by that, not by what they say
+        # with pairs in one split only, being a pair would reveal the split, regardless of content
         texts = max((_texts(rows) for rows, _ in raw.sides), key=len)
         for rows, which in raw.sides:
             check_rows(rows, [*texts, "label"], which)
@@ -91,7 +91,7 @@ class PreparedText(PreparedTokenized):
 
     Args:
         names: the classes' names; none for a number.
-        data: a data set per split, with the columns ``text``, maybe ``text_pair``, ``label``, and any others.
+        data: a data set per split, with the columns ``text``, optionally ``text_pair``, ``label``, and any others.
     """
 
     settings: TextClassification
@@ -130,7 +130,7 @@ class PreparedText(PreparedTokenized):
         model, head = load_pretrained(
             PreparedText.auto_class, self._model, seed, device, settings, longest=longest, pooling=self._pooling
         )
-        # decoders find a text's last token by it
+        # decoders use it to find a text's last token
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
         return model, head
 
@@ -143,7 +143,7 @@ class PreparedText(PreparedTokenized):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: that of ``scores.loss``.
 
-        On a CPU the texts go through the model in groups of like length; a fixed ``pad_to`` is kept.
+        On a CPU the texts are processed in groups of similar length; a fixed ``pad_to`` is kept.
         """
         parts = by_length(batch) if self.settings.pad_to == "longest" else [batch]
         logits, labels = [], []
@@ -167,7 +167,7 @@ class PreparedText(PreparedTokenized):
         return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
-        """See ``Prepared.predict``: each class's probability, the likeliest first; or ``{"value": number}``.
+        """See ``Prepared.predict``: each class's probability, the most likely first; or ``{"value": number}``.
 
         An input is a text, or a pair of texts as JSON: ``["a text", "another"]``.
         """
@@ -177,7 +177,7 @@ class PreparedText(PreparedTokenized):
             batch = self.tokenizer(
                 part, truncation=True, max_length=self.settings.max_length, padding=True, return_tensors="pt"
             )
-            # a single text has one type, which is what models take where they are told none
+            # a single text has one token type, which models assume by default
             if all(isinstance(one, str) for one in part):
                 batch.pop("token_type_ids", None)
             logits = model(**{name: value.to(device) for name, value in batch.items()}).logits

@@ -1,4 +1,4 @@
 """Data sources, and the column names that tasks expect.
 
-Nothing here knows which model reads the rows.
+Nothing here depends on the model that reads the rows.
 """

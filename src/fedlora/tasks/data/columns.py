@@ -1,4 +1,4 @@
-"""Rows as every task wants them: columns under the names that tasks use, checked, and held out by content."""
+"""Rows in the form that tasks need: columns renamed and checked, and test rows held out by content."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fedlora.core.later import datasets
 
 
 class Raw(NamedTuple):
-    """Rows as a source gives them.
+    """Rows as returned by a source.
 
     Args:
         train: training rows.
-        test: test rows, or None to hold a part of the training rows out.
-        test_fraction: the part to hold out.
-        seed: of the hash that holds out.
-        final: share and seed of the final test rows, which are among the training rows and are dropped first; None
-            without any.
+        test: test rows, or None to hold out part of the training rows.
+        test_fraction: the share to hold out.
+        seed: seed of the hash that selects it.
+        final: share and seed of the final test rows, which are among the training rows and are dropped first; None if
+            there are none.
     """
 
     train: datasets.Dataset
@@ -138,7 +138,7 @@ def check_texts(rows: datasets.Dataset, names: Sequence[str], which: str) -> Non
 
 
 def split_by_content(rows: datasets.Dataset, key: str, test_fraction: float, seed: int) -> Splits:
-    """Hold out the rows whose content's hash is small, so that equal contents fall on one side, whatever their order.
+    """Holds out rows by a hash of their content: rows with equal content are on the same side, in any order.
 
     Args:
         rows: all rows.

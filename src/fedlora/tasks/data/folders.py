@@ -1,4 +1,4 @@
-"""Pictures in folders that are called as their classes."""
+"""Images in folders named after their classes."""
 
 from __future__ import annotations
 

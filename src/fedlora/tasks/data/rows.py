@@ -1,4 +1,4 @@
-"""Rows that are handed over from Python: tables of ``datasets`` and ``pandas``, lists of dicts, or these by client."""
+"""Rows passed in from Python: tables of ``datasets`` and ``pandas``, lists of dicts, or these by client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedlora.core.later import datasets
 from fedlora.tasks.data.columns import Raw, Source, fingerprint, rename
 
 CLIENT = "fedlora: client"
-"""The column that names each row's client where rows were handed over by client."""
+"""The column that names each row's client if rows were passed in by client."""
 
 _MARK = "rows:"
 _SPLITS = {"train", "test", "validation", "valid", "dev"}
@@ -24,23 +24,23 @@ _FORMS = "a datasets.Dataset, a pandas.DataFrame, a list of dicts, or a mapping 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Rows(Source):
-    """Rows that are handed over from Python.
+    """Rows passed in from Python.
 
     Each side is a ``datasets.Dataset``, a ``pandas.DataFrame``, a list of dicts, or a mapping of clients to these; for
-    both sides at once ``train`` is a ``datasets.DatasetDict`` with ``train`` and maybe ``test``. The training rows of a
-    mapping belong to natural clients of these names, where ``clients.partition`` is not set. Rows are taken over as
-    they are now. A configuration in TOML has a fingerprint of their content in their place.
+    both sides at once ``train`` is a ``datasets.DatasetDict`` with ``train`` and optionally ``test``. The training rows
+    of a mapping belong to natural clients with its keys as names, unless ``clients.partition`` is set. Rows are copied
+    in their current state. A configuration in TOML records a fingerprint of their content instead.
 
     Args:
         train: the training rows.
-        test: the test rows; where None, ``test_fraction`` of the training rows, chosen by a hash of their content, so
-            that equal contents fall on one side.
-        test_fraction: read only where ``test`` is None.
-        seed: of that hash.
-        columns: name that the task uses -> name in the data, for columns that are called otherwise.
+        test: the test rows; if None, ``test_fraction`` of the training rows, chosen by a hash of their content, so that
+            rows with equal content are on the same side.
+        test_fraction: used only if ``test`` is None.
+        seed: seed of that hash.
+        columns: name that the task uses -> name in the data, for columns with other names.
 
     Raises:
-        DataError: what was handed over is in none of these forms, or does not make a table.
+        DataError: an argument has none of these forms, or does not form a table.
     """
 
     kind: Literal["rows"] = "rows"

@@ -1,4 +1,4 @@
-"""Where rows come from: docstrings of the standard library, local files, the Hugging Face Hub, or Python itself."""
+"""Data sources: docstrings of the standard library, local files, the Hugging Face Hub, or Python objects."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Docstrings(Source):
     library) is a natural client. Rows differ between Python versions; compare ``fingerprint``.
 
     Args:
-        num_classes: the so many packages or modules with most docstrings are the classes.
+        num_classes: number of classes: the packages or modules with the most docstrings.
         test_fraction: share of test rows.
-        seed: of the hash that splits.
+        seed: seed of the hash that splits.
     """
 
     kind: Literal["docstrings"] = "docstrings"
@@ -91,11 +91,11 @@ class Files(Source):
 
     Args:
         train: path of the training rows.
-        test: path of the test rows; where None, ``test_fraction`` of the training rows, chosen by a hash of their
-            content, so that equal contents fall on one side.
-        test_fraction: read only where ``test`` is None.
-        seed: of that hash.
-        columns: name that the task uses -> name in the data, for columns that are called otherwise.
+        test: path of the test rows; if None, ``test_fraction`` of the training rows, chosen by a hash of their
+            content, so that rows with equal content are on the same side.
+        test_fraction: used only if ``test`` is None.
+        seed: seed of that hash.
+        columns: name that the task uses -> name in the data, for columns with other names.
     """
 
     kind: Literal["files"] = "files"
@@ -120,10 +120,11 @@ class Hub(Source):
         name: configuration, for data sets that have several.
         revision: branch, tag or commit; give a commit to be sure of the same rows.
         train_split: name of the training split.
-        test_split: name of the test split; an empty one holds ``test_fraction`` of the training rows out, as ``Files``.
-        test_fraction: read only where ``test_split`` is empty.
-        seed: of the hash that then splits.
-        columns: name that the task uses -> name in the data, for columns that are called otherwise.
+        test_split: name of the test split; if empty, ``test_fraction`` of the training rows is held out, as in
+            ``Files``.
+        test_fraction: used only if ``test_split`` is empty.
+        seed: seed of the hash that then splits.
+        columns: name that the task uses -> name in the data, for columns with other names.
     """
 
     kind: Literal["hub"] = "hub"
@@ -160,16 +161,16 @@ class Hub(Source):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ImageFolder(Source):
-    """Pictures in folders that are called as their classes: ``path/CLASS/...``, or ``path/train/CLASS/...``.
+    """Images in folders named after their classes: ``path/CLASS/...``, or ``path/train/CLASS/...``.
 
-    The further column ``file`` is a picture's path within its folder.
+    The additional column ``file`` is an image's path within its folder.
 
     Args:
-        path: the folder of classes; or of ``train``, and maybe ``test``, that are folders of classes.
-        test: the folder of classes to test on; where None, ``path/test`` if it is beside ``path/train``, else
-            ``test_fraction`` of the pictures, chosen by a hash of their content.
-        test_fraction: read only where there is no test folder.
-        seed: of that hash.
+        path: the folder of classes; or a folder with ``train``, and optionally ``test``, as folders of classes.
+        test: the folder of classes to test on; if None, ``path/test`` if it is next to ``path/train``, else
+            ``test_fraction`` of the images, chosen by a hash of their content.
+        test_fraction: used only if there is no test folder.
+        seed: seed of that hash.
     """
 
     kind: Literal["image_folder"] = "image_folder"
@@ -189,11 +190,11 @@ class ImageFolder(Source):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Sites(Source):
-    """Training rows that stay on the machines of their owners; the server has test rows, which name the classes.
+    """Training rows that stay on their owners' machines; the server has only test rows, which define the classes.
 
     Args:
         test: path of the test rows.
-        columns: name that the task uses -> name in the file, for columns that are called otherwise.
+        columns: name that the task uses -> name in the file, for columns with other names.
     """
 
     kind: Literal["sites"] = "sites"
@@ -207,17 +208,17 @@ class Sites(Source):
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Validation(Source):
-    """Another source with a part of its training rows in place of the test rows, to choose settings by.
+    """Another source with part of its training rows as the test rows, for choosing settings.
 
     The test rows of the other source are in neither split. Classes are those of all its training rows, as in the final
     run.
 
     Args:
         source: the other source.
-        share: the part of the training rows, or of the training clients.
-        seed: of the draw.
-        hold_out: ``rows`` by a hash of their content, as ``Files`` does; or whole ``clients``, beside those that
-            ``clients.test_clients`` already holds out.
+        share: the share of the training rows, or of the training clients.
+        seed: seed of the draw.
+        hold_out: ``rows`` by a hash of their content, as in ``Files``; or whole ``clients``, in addition to those that
+            ``clients.test_clients`` holds out.
     """
 
     kind: Literal["validation"] = "validation"
@@ -238,7 +239,7 @@ if TYPE_CHECKING:
     AnySource = Source
 else:
     AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Rows | Sites | Validation, Slot("data", Source)]
-"""Any source, told apart by ``kind``."""
+"""Any source, discriminated by ``kind``."""
 
 SOURCES: dict[str, type[Source]] = by_kind(AnySource)
 """The sources by ``kind``."""
@@ -330,7 +331,7 @@ def _names_in(folder: Path) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars within, and afterwards as they were."""
+    """Disables progress bars within the block, and restores the setting afterwards."""
 
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

@@ -1,4 +1,4 @@
-"""What the tasks share whose examples a tokenizer reads."""
+"""The common base of tasks with tokenised examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedlora.tasks.models.loading import load_tokenizer, save_tokenizer
 
 
 class TokenizedTask(Task):
-    """A task whose examples a tokenizer reads."""
+    """A task with tokenised examples."""
 
     def read(self, source: Source) -> tuple[Splits, list[str]]:
         """Training and test rows, classes as numbers; and the classes' names, none for a task without classes.
@@ -37,15 +37,16 @@ class TokenizedTask(Task):
 
     @abstractmethod
     def known(self, rows: Any, names: list[str], which: str) -> Any:
-        """``rows``, a ``datasets.Dataset``, after a look at every one, and with classes as numbers of ``names``.
+        """Checks every row of ``rows``, a ``datasets.Dataset``, and returns them with classes as indices into
+        ``names``.
 
         Args:
             rows: with the task's columns.
-            names: the classes that the model knows.
+            names: the model's classes.
             which: what the rows are, for messages.
 
         Raises:
-            DataError: a row is not of the form that the task needs, or has another class.
+            DataError: a row does not have the form that the task needs, or has another class.
         """
 
     @abstractmethod
@@ -61,7 +62,7 @@ class TokenizedTask(Task):
 
 
 class PreparedTokenized(Prepared):
-    """Rows that a tokenizer reads, and the model they are for.
+    """Tokenised rows, and the model they are for.
 
     Args:
         settings: the task.

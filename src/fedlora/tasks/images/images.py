@@ -1,4 +1,4 @@
-"""Image classification: one class or several classes for a picture."""
+"""Image classification: one class or several classes for an image."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained
 
 Augmentation = Literal["none", "flip", "crop_flip"]
-"""What is drawn for each training picture: nothing, a mirror image, or that and a place to cut it at."""
+"""The random augmentation of each training image: none, a horizontal flip, or a flip and a crop."""
 
 _PLACE = "fedlora: place"
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ImageClassification(Task):
-    """A class for a picture, or several classes.
+    """Assigns one class, or several classes, to an image.
 
     Columns: ``image`` (a picture file's bytes, its path, or both as ``datasets`` has them), ``label``, and where it is
     there ``label_name``. A label is a word or whole number; with ``multi`` a list of these.
 
     Args:
         problem: ``single`` class, or ``multi`` (any number of classes).
-        size: height of the pictures that the model gets, for less work; what the image processor gives where None. The
-            processor's other sizes change in proportion.
-        augmentation: what is drawn for each training picture, see ``augment``.
-        eval_batch_size: examples in an evaluation batch.
+        size: height of the model's input images, to reduce work; None for the image processor's. The processor's other
+            sizes change in proportion.
+        augmentation: random augmentation of each training image, see ``augment``.
+        eval_batch_size: examples per evaluation batch.
     """
 
     kind: Literal["image_classification"] = "image_classification"
@@ -137,7 +137,7 @@ class PreparedImages(Prepared):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: that of ``scores.loss``, over augmented pictures where gradients are computed."""
         pixels = batch["pixel_values"]
-        # a client may train with the model's dropout off, so ``model.training`` does not tell
+        # a client may train with the model's dropout off, so ``model.training`` is not reliable
         if torch.is_grad_enabled():
             pixels = augment(pixels, self.settings.augmentation)
         return scores.loss(model(pixel_values=pixels).logits, batch["labels"], self.settings.problem)

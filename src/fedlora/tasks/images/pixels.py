@@ -1,4 +1,4 @@
-"""Pictures as whole numbers: decoded once, resized as the model's image processor does, kept on disk."""
+"""Images as integers: decoded once, resized as by the model's image processor, cached on disk."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def decode(raw: bytes, which: str) -> Image.Image:
         with Image.open(io.BytesIO(raw)) as picture:
             picture.load()
             upright = ImageOps.exif_transpose(picture)
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # Pillow's decoders raise all kinds of exceptions
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "no known format" if unknown else first_line(error)
         raise DataError(f"{which} cannot be read as a picture ({reason}): mend or remove it") from error

@@ -1,4 +1,4 @@
-"""What counts as the answer in a text: all of it, the final number, or what a regular expression finds."""
+"""Extracts the answer from a text: all of it, the final number, or a regular expression's match."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NUMBER = re.compile(r"(?<![\w.])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuses what ``extract`` cannot use.
+    """Refuses patterns that ``extract`` cannot use.
 
     Raises:
         ConfigError: neither a known name nor a regular expression with one group.

@@ -1,4 +1,4 @@
-"""Conversations as a tokenizer's chat template writes them, and which of their tokens are the assistant's."""
+"""Conversations rendered by a tokenizer's chat template, with the assistant's tokens marked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedlora.tasks.models.loading import quiet_transformers
 
 Message = dict[str, Any]
 Learn = Literal["all", "last"]
-"""Which of the assistant's turns are learnt."""
+"""Which of the assistant's turns are used for training."""
 
 
 def check_chat(tokenizer: Any, path: str) -> None:
@@ -21,10 +21,10 @@ def check_chat(tokenizer: Any, path: str) -> None:
 
     Args:
         tokenizer: the tokenizer.
-        path: of its model, for the message.
+        path: its model's path, for the message.
 
     Raises:
-        ConfigError: it has no chat template, or does not say where its tokens lie in the text.
+        ConfigError: it has no chat template, or does not report the positions of tokens in the text.
     """
     if not tokenizer.chat_template:
         raise ConfigError(
@@ -39,14 +39,14 @@ def check_chat(tokenizer: Any, path: str) -> None:
 
 
 def read_messages(value: Any, where: str) -> list[Message]:
-    """A conversation; entries of a turn that are None are left out.
+    """Reads a conversation; entries of a turn that are None are left out.
 
     Args:
         value: a list of ``{"role": ..., "content": ...}``; each of them, or all together, may be JSON text.
-        where: whose it is, for messages.
+        where: its origin, for messages.
 
     Raises:
-        DataError: it is anything else.
+        DataError: the value is anything else.
     """
     found = _parsed(value)
     messages = [_parsed(one) for one in found] if isinstance(found, list) else []
@@ -62,7 +62,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
 
 
 def up_to_last_answer(messages: Sequence[Message]) -> list[Message]:
-    """A conversation without what comes after the assistant's last turn; all of it where there is none."""
+    """A conversation up to the assistant's last turn; all of it if there is none."""
     turns = _answers(messages)
     return list(messages[: turns[-1] + 1] if turns else messages)
 
@@ -91,9 +91,9 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str, answer_next:
 def encode_chat(
     tokenizer: Any, conversations: Sequence[Sequence[Message]], learn: Learn
 ) -> list[tuple[list[int], list[int]]]:
-    """Conversations as tokens, and which of them are learnt: from where the assistant begins to the end of its turn.
+    """Conversations as tokens, with a mask of the learnt ones: from the start of an assistant's turn to its end.
 
-    An end token is put last and learnt where the template has none in the last turn. Blank turns are not learnt.
+    If the template has no end token in the last turn, one is appended and learnt. Blank turns are not learnt.
 
     Args:
         tokenizer: has a chat template.
@@ -101,10 +101,10 @@ def encode_chat(
         learn: all turns of the assistant, or the last one.
 
     Returns:
-        For each conversation its tokens, and ones and zeros in the same places.
+        For each conversation, its tokens and a mask of ones and zeros of the same length.
 
     Raises:
-        DataError: the template refuses a conversation, or writes its beginning otherwise once it goes on.
+        DataError: the template refuses a conversation, or renders its beginning differently once it is continued.
     """
     texts, spans = [], []
     for number, messages in enumerate(conversations):

@@ -1,4 +1,4 @@
-"""Greedy generation: the likeliest next token again and again."""
+"""Greedy generation."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def generate(
     batch_size: int,
     device: torch.device,
 ) -> list[list[int]]:
-    """The likeliest next token again and again, to an end token or ``max_new_tokens``; the end token is left out.
+    """Generates greedily up to an end token or ``max_new_tokens``; the end token is not included.
 
-    End tokens are the tokenizer's and those that the model came with.
+    End tokens are the tokenizer's and those in the model's generation settings.
 
     Args:
         model: in evaluation mode.
         tokenizer: its tokenizer.
-        prompts: token ids, one at least in each; cut from the left where the model has no room for them.
-        max_new_tokens: new tokens at most.
-        batch_size: prompts that go through the model together, padded on the left.
-        device: where the model is.
+        prompts: token ids, at least one in each; truncated from the left if they do not fit the model.
+        max_new_tokens: maximum number of new tokens.
+        batch_size: number of prompts per batch, padded on the left.
+        device: the model's device.
 
     Raises:
-        ConfigError: the model has no room for so many new tokens.
+        ConfigError: the model's context is too short for that many new tokens.
     """
     limit = positions(model)
     if limit is not None and max_new_tokens >= limit:
@@ -87,7 +87,7 @@ def generate(
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the tokenizer's, and those that the model came with."""
+    """The tokens that end a text: the tokenizer's, and those in the model's generation settings."""
     settings = getattr(model, "generation_config", None)
     told = getattr(settings, "eos_token_id", None)
     told = told if isinstance(told, list) else [told]
@@ -95,6 +95,6 @@ def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def without_end(tokens: Sequence[int], tokenizer: Any) -> list[int]:
-    """A prompt's tokens without an end token that the tokenizer put there, so that the text can go on."""
+    """A prompt's tokens without an end token added by the tokenizer, so that the text can be continued."""
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     return list(tokens[:-1]) if len(tokens) > 1 and tokens[-1] in ends else list(tokens)

@@ -26,29 +26,29 @@ from fedlora.tasks.models.loading import quiet_transformers
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Instruction(NextTokenTask):
-    """The answer to a prompt: ``-log p(token | tokens before it)``, the mean over the tokens of answers alone.
+    """Predicts the answer to a prompt: ``-log p(token | tokens before it)``, averaged over answer tokens only.
 
     Columns: ``prompt`` and ``answer``; or with ``template = "chat"`` also ``messages``, lists of
     ``{"role": ..., "content": ...}``. The end token after an answer is learnt with it.
 
     Args:
-        template: what the model reads before an answer, with ``{prompt}`` in it; or ``chat`` for the tokenizer's chat
-            template. Prompt and answer are tokenised apart, so a model is trained on the very tokens that it is asked
-            with; a template had better end in a line break than in a space, which many tokenizers join to a word.
-        learn: of ``messages``, whether ``all`` the assistant's turns are learnt or the ``last`` one alone.
-        max_length: tokens of an example at most. Longer ones lose tokens of the prompt, from the left (a leading
-            beginning-of-text token stays); if that is not enough, the end of the answer.
-        packing: whether the examples of a batch are joined up to ``max_length``, which spares padding; attention then
-            crosses from one example to the next. Evaluations never pack.
-        eval_batch_size: examples in an evaluation batch; they are sorted by length.
-        generate: how many test examples, evenly spread, an evaluation answers in full; ``exact_match`` is then the
-            main metric, and without it ``accuracy`` of tokens.
-        max_new_tokens: tokens of a generated answer at most.
+        template: the text before an answer, containing ``{prompt}``; or ``chat`` for the tokenizer's chat template.
+            Prompt and answer are tokenised separately, so that training and generation see the same prompt tokens; a
+            template should end in a line break rather than a space, which many tokenizers join to a word.
+        learn: for ``messages``, whether ``all`` of the assistant's turns are learnt or only the ``last``.
+        max_length: maximum number of tokens in an example. Longer ones lose prompt tokens from the left (a leading
+            beginning-of-text token stays), and then, if necessary, the end of the answer.
+        packing: whether the examples of a batch are joined up to ``max_length``, which saves padding; attention then
+            crosses example boundaries. Evaluations never pack.
+        eval_batch_size: examples per evaluation batch; they are sorted by length.
+        generate: number of evenly spaced test examples for which an evaluation generates answers; the main metric is
+            then ``exact_match``, otherwise the token ``accuracy``.
+        max_new_tokens: maximum number of tokens in a generated answer.
         answer_pattern: what must match: ``exact`` (the whole answer), ``gsm8k`` (the final number), or a regular
             expression with one group.
 
     Raises:
-        ConfigError: ``template`` has no ``{prompt}``, or ``answer_pattern`` is no such expression.
+        ConfigError: ``template`` has no ``{prompt}``, or ``answer_pattern`` is invalid.
     """
 
     kind: Literal["instruction"] = "instruction"
@@ -84,8 +84,8 @@ class Instruction(NextTokenTask):
         """See ``TokenizedTask.known``.
 
         Raises:
-            DataError: a column is absent, has gaps, or holds something else than text.
-            ConfigError: there are conversations, but no chat template is asked for.
+            DataError: a column is missing, has gaps, or holds anything but text.
+            ConfigError: there are conversations, but ``template`` is not ``chat``.
         """
         if not self.chat and "messages" in rows.column_names and "prompt" not in rows.column_names:
             raise ConfigError(
@@ -131,13 +131,13 @@ class PreparedInstruction(PreparedNextToken):
     """Prompts and answers as tokens, and the model they are for.
 
     Args:
-        names: none; answers are no classes.
+        names: empty; answers are not classes.
         data: a data set per split, with the columns that the task reads and any others; rows without an answer are
             left out.
 
     Raises:
-        DataError: no row has an answer, or no answer of the test rows has what ``answer_pattern`` looks for.
-        ConfigError: a chat template is needed and the tokenizer has none.
+        DataError: no row has an answer, or no answer in the test rows matches ``answer_pattern``.
+        ConfigError: a chat template is needed but the tokenizer has none.
     """
 
     settings: Instruction
@@ -152,14 +152,14 @@ class PreparedInstruction(PreparedNextToken):
             self._check_answers()
 
     def texts(self, split: Split) -> list[str]:
-        """See ``Prepared.texts``: the prompts; of conversations all turns."""
+        """See ``Prepared.texts``: the prompts, or all turns of conversations."""
         rows = self._data[split]
         if self.settings.columns(rows) == ["prompt", "answer"]:
             return values_of(rows, "prompt")
         return ["\n".join(message["content"] for message in one) for one in _conversations(rows, self.settings)]
 
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
-        """See ``Prepared.evaluate``: those of next tokens over answers, and ``exact_match`` if asked for."""
+        """See ``Prepared.evaluate``: next-token metrics over answers, and ``exact_match`` if requested."""
         found = super().evaluate(model, rows, split, device)
         if not (wanted := min(self.settings.generate, len(rows))):
             return found
@@ -206,7 +206,7 @@ class PreparedInstruction(PreparedNextToken):
         return float(np.mean(matches))
 
     def _asked(self, rows: Any) -> tuple[list[Any], list[str]]:
-        """The prompts of ``rows``, as text or messages, and the answers that are wanted."""
+        """The prompts of ``rows``, as text or messages, and the expected answers."""
         if self.settings.columns(rows) == ["prompt", "answer"]:
             return values_of(rows, "prompt"), values_of(rows, "answer")
         conversations = _conversations(rows, self.settings)
@@ -227,7 +227,7 @@ class PreparedInstruction(PreparedNextToken):
 
 
 def _given_messages(text: str, where: str) -> list[Message] | None:
-    """The conversation that an input gives as JSON, or None where it is a prompt."""
+    """The conversation given as JSON in an input, or None if the input is a prompt."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -264,12 +264,12 @@ def _pairs(rows: Any, tokenizer: Any, template: str) -> list[tuple[list[int], li
 
 
 def cut(tokens: list[int], learnt: list[int], size: int, bos: int | None) -> tuple[list[int], list[int]]:
-    """An example of ``size`` tokens at most: the left of what comes before the last answer goes first.
+    """Truncates an example to ``size`` tokens, first from the left of what precedes the last answer.
 
     Args:
         tokens: the example.
         learnt: ones where a token is learnt.
-        size: tokens to keep; one token before the last answer always stays, and ``bos`` if it leads.
+        size: number of tokens to keep; one token before the last answer always stays, as does a leading ``bos``.
         bos: the beginning-of-text token.
 
     >>> cut([1, 5, 6, 7, 8], [0, 0, 0, 1, 1], 4, bos=1)

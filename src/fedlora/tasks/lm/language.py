@@ -21,19 +21,19 @@ from fedlora.tasks.models.loading import quiet_transformers
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class CausalLM(NextTokenTask):
-    """The next token of a text: ``-log p(token | tokens before it)``, the mean over tokens.
+    """Predicts the next token of a text: ``-log p(token | tokens before it)``, averaged over tokens.
 
-    Column: ``text``. A text is cut into blocks; a block begins with the last token of the one before, so every token
-    of a text but its first is predicted exactly once. ``block_size = 25`` is FLASC's setting for Reddit
-    (arXiv 2406.05233), and its metric is token accuracy, the main one here.
+    Column: ``text``. A text is cut into blocks that overlap by one token, so every token of a text except the first
+    is predicted exactly once. ``block_size = 25`` is FLASC's setting for Reddit (arXiv 2406.05233), and its
+    metric is token accuracy, the main one here.
 
     Args:
-        block_size: tokens of a block at most.
-        end_of_text: whether the tokenizer's end token, if it has one, is put after each text and learnt.
-        packing: whether the sequences of a batch are joined into full blocks, which spares padding; attention then
-            crosses from one text to the next. Evaluations never pack.
-        eval_batch_size: blocks in an evaluation batch; they are sorted by length.
-        max_new_tokens: tokens of a continuation at most, for predictions.
+        block_size: maximum number of tokens in a block.
+        end_of_text: whether the tokenizer's end token, if it has one, is appended to each text and learnt.
+        packing: whether the sequences of a batch are joined into full blocks, which saves padding; attention then
+            crosses text boundaries. Evaluations never pack.
+        eval_batch_size: blocks per evaluation batch; they are sorted by length.
+        max_new_tokens: maximum number of tokens in a continuation, for predictions.
     """
 
     kind: Literal["causal_lm"] = "causal_lm"
@@ -80,7 +80,7 @@ class PreparedLanguage(PreparedNextToken):
         return values_of(self._data[split], "text")
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
-        """See ``Prepared.predict``: ``{"continuation": text}``, the likeliest next token again and again."""
+        """See ``Prepared.predict``: ``{"continuation": text}``, generated greedily."""
         prompts = [generation.without_end(tokens, self.tokenizer) for tokens in _tokenise(self.tokenizer, inputs)]
         empty = [text for text, tokens in zip(inputs, prompts, strict=True) if not tokens]
         if empty:

@@ -1,4 +1,4 @@
-"""What the tasks that predict tokens one after the other share."""
+"""The common base of tasks that predict the next token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedlora.tasks.models.loading import load_pretrained
 
 
 class NextTokenTask(TokenizedTask):
-    """A task that predicts tokens one after the other."""
+    """A task that predicts the next token."""
 
     packing: bool
     eval_batch_size: int
@@ -30,21 +30,21 @@ class NextTokenTask(TokenizedTask):
     @property
     @abstractmethod
     def longest(self) -> int:
-        """Tokens of a sequence at most."""
+        """The maximum number of tokens in a sequence."""
 
     @abstractmethod
     def encode(self, rows: Any, tokenizer: Any) -> Examples:
-        """Rows as sequences, and which of their tokens are learnt."""
+        """Encodes rows as sequences, and marks the tokens that are learnt."""
 
 
 class PreparedNextToken(PreparedTokenized):
-    """Rows as sequences of tokens, of which some are learnt, and the decoder that they are for.
+    """Rows as token sequences, with a mask of the learnt tokens, and the decoder that they are for.
 
     Args:
-        names: none; tokens are no classes.
-        data: a data set per split; rows that make no example are left out.
-        lacking: what is wrong with a row that makes no example.
-        cut_to: the setting that cuts rows, with its value; empty if none does.
+        names: empty; tokens are not classes.
+        data: a data set per split; rows that give no example are left out.
+        lacking: the reason why a row gives no example.
+        cut_to: the setting that truncates rows, with its value; empty if none does.
 
     Raises:
         DataError: no row is left.
@@ -83,14 +83,14 @@ class PreparedNextToken(PreparedTokenized):
 
     def embeddings(self, split: Split, device: torch.device) -> NDArray[np.float32]:
         alone = copy.copy(self)
-        alone._packing = False  # an example's state is of its own tokens
+        alone._packing = False  # an example's hidden state must come from its own tokens
         return embed(alone, split, device)
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """See ``Prepared.load_model``; the head is what the checkpoint lacks, in general nothing.
+        """See ``Prepared.load_model``; the head is whatever the checkpoint lacks, usually nothing.
 
         Raises:
-            ConfigError: there is no such model, or it reads fewer tokens, or sees those that it is to predict.
+            ConfigError: the model does not exist, reads fewer tokens, or sees the tokens that it should predict.
         """
         longest = max((examples.tokens.longest() for examples in self._examples.values()), default=0)
         loaded, head = load_pretrained(self.auto_class, self._model, seed, device, fresh_head=False, longest=longest)
@@ -104,8 +104,8 @@ class PreparedNextToken(PreparedTokenized):
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: all sequences of the examples, padded to the longest on the right.
 
-        ``input_ids``, ``attention_mask`` and ``labels`` are ``(sequences, width)`` int64 each; labels stand where their
-        token stands, ``IGNORED`` where it is not learnt.
+        ``input_ids``, ``attention_mask`` and ``labels`` are ``(sequences, width)`` int64 each; a label is at its
+        token's position, or ``IGNORED`` if the token is not learnt.
         """
         examples = self._examples[split]
         return self._padded(examples, examples.sequences(rows), self._packing, device)
@@ -153,7 +153,7 @@ class PreparedNextToken(PreparedTokenized):
 
 
 def _is_causal(model: nn.Module, device: torch.device) -> bool:
-    """Whether what comes later changes nothing that is said before."""
+    """Whether later tokens have no effect on earlier outputs."""
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device)
     with torch.no_grad():
         one, other = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :3].float()

@@ -1,4 +1,4 @@
-"""Next-token prediction: sequences and which of their tokens are learnt, joined ones, loss."""
+"""Next-token prediction: sequences with their learnt tokens, packing, and the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, ranges
 IGNORED = -100
 """The label of a token that is not learnt."""
 CHUNK_ENTRIES = 2**24
-"""Entries of the logits that the loss takes at a time; with a large vocabulary its copies are most of the memory."""
+"""Number of logits per chunk of the loss, whose copies dominate memory for large vocabularies."""
 
 
 class Examples(NamedTuple):
@@ -79,11 +79,11 @@ class Examples(NamedTuple):
 
 
 def pack(lengths: Positions, limit: int) -> list[list[int]]:
-    """Puts sequences into blocks: from the longest on, each into the first block that has room for it.
+    """Packs sequences into blocks by first-fit decreasing.
 
     Args:
-        lengths: tokens of each sequence, ``limit`` at most.
-        limit: room of a block.
+        lengths: number of tokens in each sequence, at most ``limit``.
+        limit: capacity of a block.
 
     Returns:
         The numbers of the sequences in each block.
@@ -114,7 +114,7 @@ def joined(ragged: Ragged, bins: Sequence[Positions]) -> Ragged:
 def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The cross entropy ``-log p(token | tokens before it)``, the mean over all learnt tokens of the batch, in float32.
 
-    On a CPU the sequences go through the model in groups of like length.
+    On a CPU the sequences are processed in groups of similar length.
 
     Args:
         model: gives ``logits``.
@@ -134,9 +134,9 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the model says in front of each learnt token.
+    """The logits that predict each learnt token.
 
-    The model's last matrix is applied in these places alone.
+    The model's last matrix is applied only at these positions.
 
     Args:
         model: a causal language model.
@@ -150,7 +150,7 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
 
     def choose(values: Tensor) -> Tensor:
-        # tokens that a tuning puts in front are none of the batch's
+        # tokens prepended by a tuning are not part of the batch
         return values[:, values.shape[1] - labels.shape[1] :][row, place]
 
     with _last_matrix_sees(model, choose) as chosen:
@@ -160,7 +160,7 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _last_matrix_sees(model: nn.Module, choose: Callable[[Tensor], Tensor]) -> Iterator[bool]:
-    """Within, the model's last matrix gets ``choose(hidden)`` as one sequence; False where it cannot be found."""
+    """Within the block, the model's last matrix gets ``choose(hidden)`` as one sequence; yields False if not found."""
     find = getattr(model, "get_output_embeddings", None)
     last = find() if find is not None else None
     if last is None:
@@ -174,7 +174,7 @@ def _last_matrix_sees(model: nn.Module, choose: Callable[[Tensor], Tensor]) -> I
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of cross entropies in float32, made in chunks that are made again for the gradient.
+    """The sum of cross entropies in float32, in chunks that are recomputed in the backward pass.
 
     Args:
         logits: ``(tokens, vocabulary)``.

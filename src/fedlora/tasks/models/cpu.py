@@ -1,4 +1,4 @@
-"""What makes Hugging Face models train faster on a CPU: dropout by whole random words, attention, memory kept."""
+"""Faster CPU training of Hugging Face models: dropout from whole random words, attention, and retained memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedlora.tuning.targets import replace_module
 ATTENTION = "fedlora_cpu"
 _LEVELS = 2**16
 _SMALL = 2**12
-"""Below this many entries the usual dropout is as fast."""
+"""Number of entries below which PyTorch's dropout is as fast."""
 
 
 _MALLOPT = {"MALLOC_MMAP_THRESHOLD_": (-3, 2**25), "MALLOC_TRIM_THRESHOLD_": (-1, 2**31 - 1)}
@@ -26,7 +26,7 @@ _MALLOPT = {"MALLOC_MMAP_THRESHOLD_": (-3, 2**25), "MALLOC_TRIM_THRESHOLD_": (-1
 
 
 def speed_up(model: nn.Module, attention: bool) -> None:
-    """Replaces dropout, and if asked attention, by what is fast on a CPU; parameters and their names stay.
+    """Replaces dropout, and optionally attention, by versions that are fast on a CPU; parameters keep their names.
 
     Args:
         model: any module; attention is left alone where it does not go through the interface of ``transformers``.
@@ -48,7 +48,7 @@ def speed_up(model: nn.Module, attention: bool) -> None:
 
 
 def _settle_memory() -> None:
-    """Keeps pages that are freed and asked for again in every step, and few of the kernels made for each width."""
+    """Retains memory pages that every step frees and requests again, and limits the cache of kernels for each width."""
     # a kernel is made for each width of a batch; read once, so it is of no effect after the first product
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
     if sys.platform == "linux" and not any(name in os.environ for name in _MALLOPT):

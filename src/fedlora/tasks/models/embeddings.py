@@ -1,4 +1,4 @@
-"""What the pre-trained backbone makes of examples, for clusters of like ones."""
+"""Embeddings of examples by the pre-trained backbone, for clustering."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token sequences of different lengths in flat arrays: kept on disk, padded into batches, grouped by length."""
+"""Token sequences of different lengths in flat arrays: cached on disk, padded into batches, grouped by length."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def chunks(values: Positions, size: int) -> Iterator[Positions]:
 
 
 def width_of(longest: int, limit: int, pad_to: int | None) -> int:
-    """The width of a batch: kernels are made once for each, so widths are few, multiples of eight."""
+    """The width of a batch, rounded to multiples of eight, because kernels are compiled once per width."""
     return min(-8 * (longest // -8), limit) if pad_to is None else pad_to
 
 
 GROUP_COST = 64
-"""What a pass through the model costs beside its tokens, in tokens."""
+"""The fixed cost of a forward pass, in tokens."""
 
 
 def group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
@@ -109,7 +109,7 @@ def group_lengths(lengths: list[int]) -> list[tuple[int, int]]:
 
 
 def by_length(batch: Batch) -> list[Batch]:
-    """On a CPU, a batch as groups of like length, which spares most of the padding; elsewhere the batch itself.
+    """On a CPU, splits a batch into groups of similar length, which saves most padding; elsewhere returns it whole.
 
     The order of examples changes; a loss that is one mean over all of them stays the same but for rounding.
 
@@ -133,7 +133,7 @@ def by_length(batch: Batch) -> list[Batch]:
 
 
 def cache_folder() -> Path:
-    """Where encoded data are kept: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
+    """The cache folder of encoded data: ``$FEDLORA_CACHE``, or ``~/.cache/fedlora``."""
     return Path(os.environ.get("FEDLORA_CACHE") or Path.home() / ".cache" / "fedlora")
 
 
@@ -157,7 +157,7 @@ def cached(tokenizer: Any, content: str, settings: Mapping[str, Any], make: Call
     with contextlib.suppress(OSError, SafetensorError):
         return load_file(path)
     result = make()
-    # a cache that cannot be written costs time, nothing else
+    # failing to write the cache only costs time
     with contextlib.suppress(OSError), new_file(path) as temporary:
         save_file(result, temporary)
     return result

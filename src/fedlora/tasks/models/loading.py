@@ -1,4 +1,4 @@
-"""Models and tokenizers of ``transformers``, quietly, with one sentence where they cannot be had."""
+"""Loads ``transformers`` models and tokenizers quietly, with one clear error message if that fails."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FEW_BITS: dict[str, dict[str, Any]] = {
     "8bit": {"load_in_8bit": True},
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
-"""What ``bitsandbytes`` is told, by ``model.load``."""
+"""The arguments for ``bitsandbytes``, by ``model.load``."""
 
 
 def load_pretrained(
@@ -42,9 +42,9 @@ def load_pretrained(
     longest: int = 0,
     pooling: Pooling = "model",
 ) -> tuple[nn.Module, frozenset[str]]:
-    """A pre-trained model in float32, with a fresh head where the checkpoint has none.
+    """A pre-trained model in float32, with a fresh head if the checkpoint has none.
 
-    Whatever the checkpoint lacks starts at random, so it counts as head even where it sits in the backbone.
+    Whatever the checkpoint lacks is initialised randomly, so it belongs to the head even if it is in the backbone.
 
     Args:
         auto_class: such as ``AutoModelForSequenceClassification``.
@@ -85,7 +85,7 @@ def load_pretrained(
 
 
 def pooling_of(model: Model) -> Pooling:
-    """What a classifier reads where nobody said so: the mean, in families whose stock class reads a frozen pooler.
+    """The default pooling of a classifier: the mean, for families whose stock class reads a frozen pooler.
 
     Raises:
         ConfigError: there is no such model.
@@ -115,7 +115,7 @@ def positions(model: nn.Module) -> int | None:
 
 
 def class_settings(names: Sequence[str]) -> dict[str, Any]:
-    """The configuration of a head that tells ``names`` apart."""
+    """The configuration of a head with the classes ``names``."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
 
 
@@ -182,7 +182,7 @@ def head_names(model: nn.Module, missing: set[str], fresh_head: bool = True) -> 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keeps reports and bars of ``transformers`` off the screen, and puts its settings back afterwards."""
+    """Suppresses messages and progress bars of ``transformers``, and restores its settings afterwards."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -197,10 +197,10 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def readable(model: Model) -> Iterator[None]:
-    """Turns what ``transformers`` raises for a model that cannot be had into one sentence.
+    """Turns exceptions of ``transformers`` for a model that cannot be loaded into one clear message.
 
     Raises:
-        ConfigError: the model cannot be had.
+        ConfigError: the model cannot be loaded.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Models and tokenizers that are handed over from Python: what they are known by, and copies of them to work on."""
+"""Models and tokenizers passed in from Python: their fingerprints, and working copies of them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from fedlora.tasks.base import Model
 
 IN_MEMORY = "in memory"
-"""The path of a model that was handed over."""
+"""The path of a model passed as an object."""
 
 _NO_PART_OF_THE_MODEL = (
     *("_name_or_path", "name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
     *("attn_implementation", "_attn_implementation", "_commit_hash"),
 )
-"""Settings of a model that say where it came from or how it is held, not what it computes."""
+"""Settings of a model that describe its origin or storage, not what it computes."""
 
 
 def taken_over(values: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of ``Model`` with fingerprinted objects in place of what was handed over.
+    """The keywords of ``Model`` with the objects passed in replaced by fingerprinted ones.
 
     Raises:
-        ConfigError: an object is no model or tokenizer that can be copied, or a setting does not go with one.
+        ConfigError: an object is not a model or tokenizer that can be copied, or conflicts with a setting.
     """
     model, tokenizer = values.get("object"), values.get("tokenizer")
     if model is None:
@@ -68,7 +68,7 @@ def taken_over(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def fresh_copy(auto_class: str, model: Model, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """What ``from_pretrained`` gives for a model that was handed over, which stays as it is.
+    """A copy of a model passed as an object, as ``from_pretrained`` would load it; the object is unchanged.
 
     Args:
         auto_class: such as ``AutoModelForSequenceClassification``.
@@ -114,7 +114,7 @@ def fresh_copy(auto_class: str, model: Model, settings: Mapping[str, Any]) -> tu
 
 
 def copy_of_tokenizer(model: Model) -> Any:
-    """A tokenizer of one's own, as it was handed over.
+    """An independent copy of the tokenizer that was passed in.
 
     Raises:
         ConfigError: it is not here, or is an image processor.
@@ -131,7 +131,7 @@ def copy_of_tokenizer(model: Model) -> Any:
 
 @contextlib.contextmanager
 def processor_folder(model: Model) -> Iterator[str]:
-    """A folder with the image processor that was handed over, as ``from_pretrained`` reads it, for a while.
+    """A temporary folder with the image processor that was passed in, as ``from_pretrained`` reads it.
 
     Raises:
         ConfigError: it is not here, or is none.
@@ -148,16 +148,16 @@ def processor_folder(model: Model) -> Iterator[str]:
 
 
 def origin_of(held: Handed | None) -> str:
-    """Where a model or tokenizer says that it was loaded from, as far as it is here and does; empty otherwise."""
+    """The origin that a model or tokenizer records, if it is available and records one; empty otherwise."""
     return str(getattr(held.value, "name_or_path", None) or "") if held else ""
 
 
 def loaded_again(fingerprints: Mapping[str, str], origins: Mapping[str, str]) -> dict[str, Any] | None:
-    """``object`` and ``tokenizer`` from the local folders that they came from, or None where those hold others.
+    """``object`` and ``tokenizer`` reloaded from their original local folders, or None if the contents differ.
 
     Args:
         fingerprints: of both, as in a configuration.
-        origins: the folders of both, as ``origin_of`` told them.
+        origins: the folders of both, as returned by ``origin_of``.
     """
     name, folder = fingerprints["object"].partition(":")[0], origins.get("object", "")
     cls = getattr(transformers, name, None)
@@ -174,7 +174,7 @@ def loaded_again(fingerprints: Mapping[str, str], origins: Mapping[str, str]) ->
 
 
 def forget_last_call(tokenizer: Any) -> None:
-    """A fast tokenizer keeps truncation and padding of its last call, and would save them as its own."""
+    """Resets truncation and padding of the last call, which a fast tokenizer would otherwise save."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()

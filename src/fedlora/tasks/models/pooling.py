@@ -1,4 +1,4 @@
-"""What a classifier of sequences reads of the token states."""
+"""How a sequence classifier pools the token states."""
 
 from __future__ import annotations
 

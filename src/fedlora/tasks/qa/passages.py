@@ -1,4 +1,4 @@
-"""Questions with their contexts as token sequences; a long context is read in windows that overlap."""
+"""Questions with their contexts as token sequences; a long context is split into overlapping windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedlora.tasks.models.encoded import Arrays, Ragged, ranges
 from fedlora.tasks.qa.spans import Reference
 
 CHUNK = 1000
-"""Questions that are tokenised at a time."""
+"""Number of questions tokenised at a time."""
 
 
 class Passages(NamedTuple):

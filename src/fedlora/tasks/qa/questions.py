@@ -1,4 +1,4 @@
-"""Question answering by extraction: the answer is a span of a context that is given with the question."""
+"""Extractive question answering: the answer is a span of a context given with the question."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ POSITIONS = ("start_positions", "end_positions")
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class QuestionAnswering(TokenizedTask):
-    """The answer to a question as a span of a context, as in SQuAD.
+    """Predicts the answer to a question as a span of a context, as in SQuAD.
 
     Columns: ``context``, ``question``, and ``answers``: ``{"text": [...], "answer_start": [...]}``, or a list of
     ``{"text", "answer_start"}``. Training uses a question's first answer, the metrics all of them.
 
     A question and its context are one sequence of up to ``max_length`` tokens. A longer context is read in windows that
     share ``stride`` tokens. A question of more than half of ``max_length`` is cut to its first ``max_length // 2``
-    tokens. In a window that has not got the whole answer, the target is its first token, which is CLS where the model
-    has one. Decoders have none, and their first token sees nothing but itself: its score is a constant against which
-    spans are measured, which is all that a threshold needs.
+    tokens. In a window without the whole answer, the target is its first token, which is CLS if the model has one. In
+    decoders the first token attends only to itself: its score is a constant to compare spans with, which is all that a
+    threshold needs.
 
     Args:
-        max_length: tokens of a window, question included.
-        stride: tokens of the context that a window shares with the next one; a longer answer may lie in no window.
-        n_best: spans that are ranked.
-        max_answer_length: tokens of the longest answer that is given.
-        no_answer: whether a question may have none, as in SQuAD 2.0.
-        null_threshold: there is no answer if that scores so much more than the best span.
-        eval_batch_size: windows in an evaluation batch; they are sorted by length.
+        max_length: number of tokens in a window, including the question.
+        stride: number of context tokens that adjacent windows share; a longer answer may not fit in any window.
+        n_best: number of candidate spans.
+        max_answer_length: maximum number of tokens in a predicted answer.
+        no_answer: whether questions may be unanswerable, as in SQuAD 2.0.
+        null_threshold: no answer is predicted if its score exceeds that of the best span by more than this.
+        eval_batch_size: windows per evaluation batch; they are sorted by length.
 
     Raises:
         ConfigError: ``null_threshold`` is given without ``no_answer``.
@@ -175,7 +175,7 @@ class PreparedQuestions(PreparedTokenized):
     def _read(
         self, model: nn.Module, passages: Passages, chosen: Positions, device: torch.device, targets: Positions | None
     ) -> tuple[list[spans.Window], float]:
-        """What the model says of each of the windows ``chosen``, and the mean loss where there are targets."""
+        """The model's scores for each of the windows ``chosen``, and the mean loss if there are targets."""
         order = np.argsort(passages.tokens.lengths(chosen), kind="stable")
         said: dict[int, spans.Window] = {}
         losses = [torch.zeros(0)]
@@ -237,12 +237,12 @@ def _outputs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _renamed_backbone(model: Model) -> dict[str, str]:
-    """What ``transformers`` does not do by itself (its issue 30381): give Llama, Qwen and others their backbone.
+    """A renaming that ``transformers`` lacks (its issue 30381): it lets Llama, Qwen and others find their backbone.
 
-    Their question answering models call it otherwise than their checkpoints, so it would start at random.
+    Their question answering models name it differently from their checkpoints, so it would be initialised randomly.
 
     Returns:
-        A pattern of the checkpoint's names and what it becomes; nothing for most families.
+        A pattern for the checkpoint's names and its replacement; empty for most families.
     """
     settings = config_of(model)
     tables: tuple[Any, ...] = (

@@ -1,4 +1,4 @@
-"""Answers that are spans of a context: where they lie, which ones a model prefers, and how well they match."""
+"""Answer spans in a context: locating them, ranking a model's candidates, and scoring them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENOUGH = 10
 
 
 class Reference(NamedTuple):
-    """An answer that the data give: its text, and the characters ``[start, end)`` of the context that it is."""
+    """A reference answer: its text, and its character range ``[start, end)`` in the context."""
 
     text: str
     start: int
@@ -33,13 +33,13 @@ class Reference(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What a model says of the context's tokens in one window.
+    """A model's scores for the context's tokens in one window.
 
     Args:
-        start: ``(tokens,)`` float32, how well the answer starts there.
-        end: ``(tokens,)`` float32, how well it ends there.
-        chars: ``(tokens, 2)`` integers, the characters ``[first, last)`` of the context that each token is.
-        null: the score of there being no answer in the window.
+        start: ``(tokens,)`` float32, the score of the answer starting at each token.
+        end: ``(tokens,)`` float32, the score of it ending there.
+        chars: ``(tokens, 2)`` integers, each token's character range ``[first, last)`` in the context.
+        null: the score for the window containing no answer.
     """
 
     start: NDArray[np.float32]
@@ -49,7 +49,7 @@ class Window(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a model answers.
+    """A model's answer.
 
     Args:
         text: characters of the context as they stand; empty for no answer.
@@ -68,7 +68,7 @@ class Answer(NamedTuple):
 
 
 def check_questions(rows: datasets.Dataset, which: str, no_answer: bool) -> None:
-    """Refuses rows that are no questions with answers in their contexts.
+    """Refuses rows that are not questions with answers in their contexts.
 
     Args:
         rows: with the columns ``context``, ``question`` and ``answers``.
@@ -204,7 +204,7 @@ def decode(
 
     A span that several windows see counts once, with its best score. There is no answer where
     ``min over windows of (start[0] + end[0]) - max over spans of (start[i] + end[j]) > null_threshold``: every window
-    has to say so, since most windows of a long context do not have the answer.
+    has to agree, since most windows of a long context do not contain the answer.
 
     Args:
         windows: what the model says of each.

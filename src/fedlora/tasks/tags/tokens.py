@@ -24,7 +24,7 @@ from fedlora.tasks.models.loading import class_settings, load_pretrained
 from fedlora.tasks.tags.words import Windows, cut
 
 OUTSIDE = "O"
-"""The tag of a word that belongs to nothing; class 0 of every model."""
+"""The tag of a word outside any entity; class 0 of every model."""
 
 MASKED = -100
 """The label of a piece that is not scored."""
@@ -40,22 +40,22 @@ _UNLABELLED += "check the column 'tokens', or use larger batches"
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class TokenClassification(TokenizedTask):
-    """A tag for each word; F1 of whole entities by ``seqeval``.
+    """Assigns a tag to each word; evaluated by the F1 of whole entities with ``seqeval``.
 
     Columns: ``tokens``, a list of words, and ``tags``, a list as long of tags or of their numbers. Numbers need names:
     those that the data declare (``ClassLabel``), or ``tag_names``. Sentences longer than ``max_length`` are cut into
-    windows; each word is learnt and scored in the one that shows most of what is around it.
+    windows; each word is trained and scored in the window with the most context around it.
 
     Args:
-        scheme: ``iob2``: ``B-type`` begins an entity, ``I-type`` goes on with it, ``O`` is none; ``plain``: each word
-            with another tag than ``O`` is an entity by itself.
-        tag_names: all tags there are; where tags are numbers, in the order of these.
-        max_length: tokens of a window, special ones included.
-        stride: tokens that a window shares with the one before.
-        eval_batch_size: windows in an evaluation batch; they are sorted by length.
+        scheme: ``iob2``: ``B-type`` begins an entity, ``I-type`` continues it, ``O`` is outside; ``plain``: each word
+            with a tag other than ``O`` is an entity of its own.
+        tag_names: all tags; if the data have numbers, in the order of these.
+        max_length: number of tokens in a window, including special ones.
+        stride: number of tokens that a window shares with the previous one.
+        eval_batch_size: windows per evaluation batch; they are sorted by length.
 
     Raises:
-        ConfigError: a tag is named twice, or is not of the scheme.
+        ConfigError: a tag is named twice, or does not fit the scheme.
     """
 
     kind: Literal["token_classification"] = "token_classification"

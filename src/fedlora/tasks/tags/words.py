@@ -1,4 +1,4 @@
-"""Words as pieces of a tokenizer, in windows; each word is scored once."""
+"""Words as sub-word tokens, in windows; each word is scored once."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def best_windows(length: int, spans: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _glues(tokenizer: Any) -> bool:
-    """Whether pieces tell by a space before them that a word begins, and split words would read as one."""
+    """Whether tokens mark a word's beginning by a leading space, so that pre-split words would be joined."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     steps = settings.get("pretokenizers", [settings])
     return any(step.get("type") == "ByteLevel" and not step["add_prefix_space"] for step in steps)
