@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import SEED, Figure, Settings, figure, ratios, side_by_side
 from fedlora.core import tree as trees
+from fedlora.core.schema import Leaf, Schema
 from fedlora.core.tree import Tree
 from fedlora.transport import (
     AnyPrecision,
@@ -43,11 +44,11 @@ Times = dict[str, list[float]]
 
 
 class Adapter(NamedTuple):
-    """Normal random values in the shapes of an adapter, and the group of each name."""
+    """Normal random values in the shapes of an adapter, and what each of them is."""
 
     name: str
     params: Tree
-    groups: dict[str, str]
+    schema: Schema
 
 
 class Reference(NamedTuple):
@@ -109,12 +110,12 @@ def _adapter(name: str, layers: int, rank: int, modules: dict[str, tuple[int, in
         for module, (inputs, outputs) in modules.items():
             shapes[f"layers.{layer}.{module}.lora_A"] = (rank, inputs)
             shapes[f"layers.{layer}.{module}.lora_B"] = (outputs, rank)
-    groups = dict.fromkeys(shapes, "adapter")
+    schema = Schema(dict.fromkeys(shapes, Leaf("adapter")))
     if head:
         shapes |= {"classifier.weight": (20, head), "classifier.bias": (20,)}
-        groups |= {"classifier.weight": "head", "classifier.bias": "head"}
+        schema |= dict.fromkeys(("classifier.weight", "classifier.bias"), Leaf("head"))
     draws = torch.Generator().manual_seed(SEED)
-    return Adapter(name, {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}, groups)
+    return Adapter(name, {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}, schema)
 
 
 def _link(density: str, precision: str) -> Link:
@@ -124,22 +125,22 @@ def _link(density: str, precision: str) -> Link:
 
 def _measure_density(settings: Settings, adapter: Adapter, density: str) -> tuple[list[RoundRecord], list[Figure]]:
     """The rows of one density, and figures of what is measured beside them."""
-    groups, large = adapter.groups, adapter.name == LARGE
-    thinned = _link(density, "float32").thin(adapter.params, groups, 0, SEED)
-    parts = groups.split(thinned)
+    schema, large = adapter.schema, adapter.name == LARGE
+    thinned = _link(density, "float32").thin(adapter.params, schema, 0, SEED)
+    parts = schema.split(thinned)
     references, precisions = _references(thinned), list(PRECISIONS)
     if settings.quick and large:
         references, precisions = {ZSTD: references[ZSTD]}, ["float32", "uniform 8"]
-    packets = {name: _link(density, name).encode(thinned, groups, 0, SEED) for name in precisions}
+    packets = {name: _link(density, name).encode(thinned, schema, 0, SEED) for name in precisions}
     functions: dict[str, Callable[[], object]] = {}
     for name in precisions:
         link, raw = _link(density, name), packets[name].raw
-        functions[f"encode {name}"] = partial(link.encode, thinned, groups, 0, SEED)
+        functions[f"encode {name}"] = partial(link.encode, thinned, schema, 0, SEED)
         functions[f"decode {name}"] = partial(unpack, raw, parts)
     for name, reference in references.items():
         functions[name] = reference.there_and_back
     if density != "1":
-        functions["top-k"] = partial(_link(density, "float32").thin, adapter.params, groups, 0, SEED)
+        functions["top-k"] = partial(_link(density, "float32").thin, adapter.params, schema, 0, SEED)
     repeats = (1 if settings.quick else 2) if large else (5 if settings.quick else 15)
     times = side_by_side(settings, functions, repeats, warm=0 if large else 1)
     rows = [
@@ -180,7 +181,7 @@ def _goals(adapter: Adapter, rows: list[RoundRecord]) -> list[Figure]:
         if share < 1:
             row = of[density, "float32"]
             kept = int(entries * share)
-            spent, positions = row.size - row.envelope - 4 * kept, row.min_updates - 4 * kept
+            spent, positions = row.size - row.envelope - 4 * kept, row.least - 4 * kept
             note = f"{spent:,} bytes, headers and counts included, envelope {row.envelope}; {kept:,} of {entries:,}"
             name = f"{adapter.name}, density {density}: positions above entropy"
             figures.append(figure(name, [100 * (spent / positions - 1)], "%", "<= 1", note))
@@ -205,7 +206,7 @@ def _figure_of(adapter: Adapter, row: RoundRecord) -> Figure:
     entries = trees.num_entries(adapter.params)
     note = (
         f"{8 * row.size / entries:.3f} bits per entry; {4 * entries / row.size:.1f} times smaller than dense float32; "
-        f"{row.size / row.min_updates:.4f} x entropy; encode {_ms(row.encode):.3g} ms, decode {_ms(row.decode):.3g} ms"
+        f"{row.size / row.least:.4f} x entropy; encode {_ms(row.encode):.3g} ms, decode {_ms(row.decode):.3g} ms"
     )
     return figure(f"{adapter.name}, density {row.density}, {row.precision}", [row.size], "bytes", note=note)
 
@@ -214,7 +215,7 @@ def _least(thinned: dict[str, Tree], arrived: dict[str, Tree], precision: Precis
     """Bytes that positions and values need by Shannon's formula, part by part; scales and counts are left out."""
     least = 0.0
     for part, tree in thinned.items():
-        size, kept = trees.num_entries(tree), trees.num_nonzero(tree)
+        size, kept = trees.num_entries(tree), sum(int(value.count_nonzero()) for value in tree.values())
         if isinstance(precision, Uniform):
             multiples = np.concatenate([_multiples(value.numpy()) for value in arrived[part].values()])
             counts = np.bincount(multiples + 128)  # what is not kept is a zero among them

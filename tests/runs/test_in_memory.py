@@ -26,8 +26,8 @@ import fedlora
 from fedlora import config
 from fedlora.cli.main import app
 from fedlora.config import Experiment
-from fedlora.config.reading import read_toml
 from fedlora.config.federated_data import prepare
+from fedlora.config.reading import read_toml
 from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.population.partitions import Natural
 from fedlora.study.tuning import tune

@@ -71,7 +71,11 @@ def start(arguments: list[str], output: Path) -> BaseProcess:
     """The same in a process of its own; a server that has the imports done forks it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["fedlora.cli.main", "fedlora.show.describe", "fedlora.runs.inference", "fedlora.show.report"]
+        [
+            *("fedlora.cli.main", "fedlora.show.describe", "fedlora.runs.inference", "fedlora.show.report"),
+            # what runs import when they first need it
+            *("transformers.models.bert.modeling_bert", "peft", "datasets", "sklearn.metrics"),
+        ]
     )
     process = context.Process(target=command, args=(arguments, str(output)))
     process.start()
