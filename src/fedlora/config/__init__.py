@@ -1,6 +1,6 @@
-"""Experiments as values and as TOML: reading, checking, printing.
+"""Experiment configurations as Python values and as TOML: parsing, validation, printing.
 
-Nothing here loads a model or trains.
+Nothing in this package loads a model or trains.
 """
 
 from fedlora.config.experiment import Evaluate, Experiment, differences, digest, parse, resolved, to_toml

@@ -1,4 +1,4 @@
-"""What of a configuration is not at its default."""
+"""The part of a configuration that differs from the defaults."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fedlora.core.errors import ConfigError
 
 
 def essential(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The least of a document that still says the same: what can be left out is.
+    """A minimal document that parses to the same experiment: every key that can be omitted is removed.
 
-    Keys are tried one by one, whole tables first, so the result follows from no rule but that it is read as the same
-    experiment.
+    Keys are removed one at a time, whole tables first, and a removal is kept only if the document still parses to the
+    same experiment; no other rule applies.
 
     Args:
         document: the content of a TOML file.
@@ -39,13 +39,13 @@ def _says(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def _entries(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every key of a document with the table that it is in, each before what is below it, unless it was taken out."""
+    """Every key of a document with its enclosing table, parents first; children of removed keys are skipped."""
     if isinstance(value, list):
         for one in value:
             yield from _entries(one)
     elif isinstance(value, dict):
         for key in [*value]:
             yield value, key
-            # what was kept may have parts that can go
+            # parts of a key that was kept may still be removable
             if key in value:
                 yield from _entries(value[key])

@@ -1,4 +1,4 @@
-"""An experiment as a value, from the content of a TOML file and back."""
+"""Experiments as values: parsing them from the content of a TOML file, and writing them back."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from fedlora.tasks.data.rows import as_source
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Evaluate:
-    """When and on what the model is evaluated, in the form in which clients would receive it next (as FLASC does).
+    """When and on what data the model is evaluated, in the form that clients would receive next (as in FLASC).
 
     Args:
-        every: rounds between two evaluations; the start and the end are always evaluated.
-        num_examples: size of the fixed subset of the test examples used between rounds; all of them if absent. The
-            end is always evaluated on all.
-        dense: where clients receive the model thinned or rounded, also evaluate the server's own; its metrics are
-            named ``dense_...``. Where they follow it by differences, the server's own is the model of the run, and
-            what a new client would receive is ``newcomer_...``.
-        clients: when to evaluate on what each client keeps away from training as well (``clients.holdout``): ``end``
-            is after the last round, ``always`` whenever the model is evaluated. The main metric over clients is named
+        every: rounds between two evaluations; the model is always evaluated at the start and at the end.
+        num_examples: size of the fixed subset of test examples used for evaluations during the run; all of them if
+            absent. The final evaluation always uses all.
+        dense: where clients receive a sparsified or quantized model, also evaluate the server's own parameters; these
+            metrics are named ``dense_...``. Where clients track the server's parameters through differences, those
+            parameters are the model of the run, and the metrics of the model that a new client would receive are
+            named ``newcomer_...``.
+        clients: when to evaluate on each client's held-out examples as well (``clients.holdout``): ``end`` is after
+            the last round, ``always`` at every evaluation. Summaries of the main metric over clients are named
             ``client_mean_...``, ``client_worst_tenth_...`` and ``client_spread_...``, see ``over_clients``.
-        num_clients: size of the fixed subset of clients used between rounds; all of them if absent. The end is always
-            evaluated on all.
+        num_clients: size of the fixed subset of clients used for evaluations during the run; all of them if absent.
+            The final evaluation always uses all.
 
     Raises:
         ConfigError: ``num_clients`` is set, but clients are never evaluated.
@@ -63,23 +64,23 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Experiment:
-    """Everything that decides a run.
+    """Everything that determines a run.
 
     Args:
         label: the method's name in tables.
-        seed: the run's seed; every draw has a named seed of its own that follows from it.
-        mode: ``federated``; ``centralised`` trains one client that holds everything, a round being a pass; ``local``
-            lets ``num_local`` clients train alone, and reports their mean. In the latter two nothing is sent.
-        num_local: clients that train alone in the mode ``local``.
+        seed: the run's seed; every random draw uses a named seed derived from it.
+        mode: ``federated``; ``centralised`` trains one client that holds all data, a round being one epoch; ``local``
+            trains ``num_local`` clients in isolation and reports their mean. The latter two communicate nothing.
+        num_local: number of clients trained in isolation in the mode ``local``.
         model: the pre-trained model; a loaded one, or a pair of it and its tokenizer, becomes ``Model(object=...)``.
-        task: what it is trained for.
-        data: on what; rows that are no source become ``Rows(train=...)``.
-        clients: how the data are dealt, and how many clients take part in a round. Rows that were handed over by client
-            are dealt so where ``partition`` is left at its default.
+        task: the task it is trained for.
+        data: the data it is trained on; rows that are not a data source become ``Rows(train=...)``.
+        clients: how the data are partitioned among clients, and how many clients participate per round. Rows passed
+            grouped by client keep that grouping if ``partition`` is left at its default.
         phases: the method.
         evaluate: when the model is evaluated.
         checkpoint_every: rounds between two checkpoints.
-        device: where the model lives; ``auto`` takes a GPU if there is one.
+        device: the device of the model; ``auto`` uses a GPU if there is one.
     """
 
     label: str = "run"
@@ -103,7 +104,7 @@ class Experiment:
 
     @property
     def rounds(self) -> int:
-        """Rounds of all phases."""
+        """Total number of rounds over all phases."""
         return sum(phase.rounds for phase in self.phases)
 
 
@@ -111,12 +112,12 @@ _ADAPTER = TypeAdapter(Experiment)
 
 
 def parse(document: Mapping[str, Any]) -> Experiment:
-    """An experiment from the content of a TOML file.
+    """Parses the content of a TOML file into an experiment.
 
-    ``[method]`` (see ``build_method``) is expanded into ``phases``; the resolved form has ``phases`` alone.
+    ``[method]`` (see ``build_method``) is expanded into ``phases``; the resolved form contains only ``phases``.
 
     Raises:
-        ConfigError: with the offending key, the nearest known one, and all that are known there.
+        ConfigError: naming the offending key, the closest known key, and all keys known there.
     """
     content = upgraded(document)
     if "method" in content:
@@ -145,14 +146,14 @@ def to_toml(experiment: Experiment) -> str:
 
 
 def digest(experiment: Experiment) -> str:
-    """A name for everything that decides the run's numbers."""
+    """A hash of everything that determines the run's numerical results."""
     values = resolved(experiment)
     del values["checkpoint_every"]
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys in which two resolved configurations differ, dotted, with both values."""
+    """The dotted keys in which two resolved configurations differ, with both values."""
     found = []
     for key in sorted(left.keys() | right.keys()):
         mine, other = left.get(key), right.get(key)

@@ -1,4 +1,4 @@
-"""What pydantic says of a configuration, in sentences that name the key, the nearest known one, and all of them."""
+"""Pydantic validation errors as sentences that name the key, the closest known key, and all known keys."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def explain(error: ValidationError, root: Any, prefix: str, beside: Sequence[str
     """The first five problems as sentences.
 
     Args:
-        error: what pydantic raised.
+        error: the error raised by pydantic.
         root: the class or function that was validated.
-        prefix: the dotted path to it; empty at the top.
-        beside: keys that are known at the top beside its fields.
+        prefix: the dotted path to it; empty at the top level.
+        beside: keys accepted at the top level in addition to its fields.
     """
     sentences = []
     problems = error.errors(include_url=False)
-    # entries that were refused count as absent, which is no second mistake
+    # rejected entries are not counted, so the list is reported as too short too, which is not a second mistake
     problems = [one for one in problems if one["type"] != "too_short"] or problems
     for problem in problems[:5]:
         location = problem["loc"]
@@ -52,20 +52,20 @@ def explain(error: ValidationError, root: Any, prefix: str, beside: Sequence[str
 
 
 def nearest(wrong: str, known: Sequence[str]) -> str:
-    """``, did you mean 'x'`` where something like ``wrong`` is known; empty otherwise."""
+    """``, did you mean 'x'`` if a known key resembles ``wrong``; empty otherwise."""
     near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
     return f", did you mean {near[0]!r}" if near else ""
 
 
 def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
-    """An error's dotted path without the tags that unions put in, the fields known at its last step, its type."""
+    """An error's dotted path without the tags inserted by unions, the fields known at its last step, and its type."""
     path: list[str] = []
     fields = fields_of(kind)
     for step in location:
         fields = fields_of(kind)
         members = members_of(kind)
         if members and not fields:
-            # a union of components puts the chosen one's tag into the path
+            # a union of components inserts the tag of the chosen one into the path
             chosen = [member for member in members if getattr(member, "kind", None) == step]
             kind = chosen[0] if chosen else kind
             continue
@@ -75,7 +75,7 @@ def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str
 
 
 def bare_type(kind: Any) -> Any:
-    """A type without its metadata, and without None where one other type is left."""
+    """A type without its metadata, and without None if exactly one other type remains."""
     while typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
     members = [member for member in members_of(kind) if member is not type(None)]
@@ -83,12 +83,12 @@ def bare_type(kind: Any) -> Any:
 
 
 def members_of(kind: Any) -> tuple[Any, ...]:
-    """The types of a union; none of anything else."""
+    """The member types of a union; empty for any other type."""
     return typing.get_args(kind) if typing.get_origin(kind) in (UnionType, typing.Union) else ()
 
 
 def fields_of(kind: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields or of a function's arguments by their names; none of anything else."""
+    """The types of a dataclass's fields or of a function's arguments, by name; empty for anything else."""
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind, include_extras=True)
         return {field.name: hints[field.name] for field in dataclasses.fields(kind)}

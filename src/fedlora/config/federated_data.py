@@ -1,4 +1,4 @@
-"""What all runs of an experiment share: the encoded data, who holds them, and what a mode implies."""
+"""The data shared by all runs of an experiment: encoded examples, their partition among clients, and mode settings."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ VERSIONED = ("fedlora", "torch", "transformers", "peft", "datasets", "numpy", "s
 
 @dataclass(frozen=True)
 class FederatedData:
-    """What all runs of an experiment share: the encoded data, and who holds them.
+    """The encoded data of an experiment and their partition among clients, shared by all of its runs.
 
     Args:
         task: model and data.
         population: the clients.
-        test_rows: the examples that evaluations use.
-        split: the split they lie in.
-        device: where the model lives.
-        classes: what the clients' skew looks at, of each training example.
-        holdout: the training examples ((rows,) int64, ascending) that a client keeps away from training, by client.
-            In the mode ``centralised`` they are those of the clients that a federation would have.
-        tiers: the tier of each client, if there are tiers and a federation.
+        test_rows: the examples used for evaluation.
+        split: the split that contains them.
+        device: the device of the model.
+        classes: the class of each training example on which the clients' skew is defined.
+        holdout: the training examples ((rows,) int64, ascending) that each client holds out from training, by client.
+            In the mode ``centralised`` they are those of the clients of the corresponding federation.
+        tiers: the tier of each client, if there are tiers and the run is federated.
     """
 
     task: Prepared
@@ -76,27 +76,27 @@ class FederatedData:
     tiers: Mapping[int, Tier] = field(default_factory=dict)
 
     def turns(self, recipe: Recipe) -> list[tuple[int, Local]]:
-        """The number of each client's examples, and its turn, that of its tier if there are tiers."""
+        """Each client's number of examples and its local training settings (those of its tier, if there are tiers)."""
         own = {tier.name: tier.applied(recipe).local for tier in self.tiers.values()}
         sizes = np.diff(self.population.offsets).tolist()
         return [(size, own[self.tiers[k].name] if k in self.tiers else recipe.local) for k, size in enumerate(sizes)]
 
     def summary(self) -> Summary:
-        """How large and how skewed the clients are."""
+        """Sizes and skew of the clients' data."""
         return summarise(self.population, self.classes.numbers, max(1, len(self.classes.names)))
 
 
 def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> FederatedData:
-    """Loads and encodes the data and deals them to clients.
+    """Loads and encodes the data and partitions them among clients.
 
     Args:
         experiment: the configuration.
-        partitioner: deals instead of ``experiment.clients.partition``, if given (Flower Datasets' protocol).
+        partitioner: replaces ``experiment.clients.partition`` if given (Flower Datasets' protocol).
 
     Raises:
-        DataError: the data cannot be read, or not be dealt as asked.
-        ConfigError: a round has more clients than there are, or clients are to be evaluated on no rows, or what was
-            handed over from Python is not here.
+        DataError: the data cannot be read, or cannot be partitioned as requested.
+        ConfigError: a round requires more clients than exist, clients are to be evaluated without held-out rows, or
+            an object passed from Python is not available.
     """
     check_here(experiment)
     clients = experiment.clients
@@ -139,17 +139,18 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
 def prepare_sites(
     experiment: Experiment, task: Prepared, sizes: Mapping[str, int], kinds: Mapping[str, str]
 ) -> FederatedData:
-    """The setting of a server whose clients are sites with rows of their own.
+    """The federated data of a server whose clients are sites with their own rows.
 
     Args:
         experiment: the configuration.
         task: prepared from the server's test rows.
-        sizes: how many examples each site has, by name; of one that has not come yet 0. Clients are numbered in this
-            order.
-        kinds: what each says that it is, for tiers by ``values``.
+        sizes: number of examples of each site, by name; 0 for a site that has not connected yet. Clients are numbered
+            in this order.
+        kinds: the kind reported by each site, for tiers by ``values``.
 
     Raises:
-        ConfigError: the configuration is about another number of clients, or keeps rows that only sites could keep.
+        ConfigError: the configuration has a different number of clients, or asks the server to hold out rows that
+            only the sites have.
     """
     clients = experiment.clients
     if clients.num != len(sizes):
@@ -170,7 +171,7 @@ def prepare_sites(
 def _deal(
     experiment: Experiment, task: Prepared, classes: Classes, partitioner: Partitioner | None
 ) -> tuple[Division, list[Rows]]:
-    """The clients and the rows to test on, and all rows of those who do not train."""
+    """The clients with the rows to test on, and all rows of clients that do not train."""
     clients, data = experiment.clients, experiment.data
     further = data if isinstance(data, Validation) and data.hold_out == "clients" else None
     if MODES[experiment.mode].pools and not (clients.holdout or clients.test_clients or further):
@@ -199,7 +200,7 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
         )
     name = clients.column()
     division = build_population(clients, classes.numbers, task.column(name, "train") if name else None, seed)
-    # rows that were handed over by client are held out row by row where nothing else was asked for
+    # rows passed grouped by client are held out row by row unless configured otherwise
     if division.test_rows is None and name not in (None, CLIENT) and name in task.columns("test"):
         shared = set(task.column(name, "test").tolist()) & set(task.column(name, "train").tolist())
         if shared:
@@ -211,7 +212,7 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
 
 
 def _pool(total: int, kept_away: list[Rows], held_out: int) -> Population:
-    """One client that holds all rows but those."""
+    """One client that holds all rows except those."""
     rows = np.setdiff1d(np.arange(total), np.concatenate([np.zeros(0, dtype=np.int64), *kept_away]))
     return dataclasses.replace(
         population_of(Assignment([rows], ["0"]), len(rows), allow_empty=False), held_out=held_out
@@ -222,7 +223,7 @@ def pick_device(name: str) -> torch.device:
     """The device for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -232,13 +233,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def in_mode(experiment: Experiment) -> Experiment:
-    """The experiment with what its mode implies put in: alone, a client sends nothing and keeps its optimiser."""
+    """Applies the settings implied by the mode: without a federation, a client sends nothing and keeps its optimiser."""
     if MODES[experiment.mode].sends:
         return experiment
 
     def alone(recipe: Recipe) -> Recipe:
         local = dataclasses.replace(recipe.local, keep_optimizer=True)
-        # there is nobody to weigh, bound or fold, and no use for fewer ranks
+        # there is nothing to weight, bound or fold, and no benefit from fewer ranks
         links = dataclasses.replace(recipe, aggregator=Mean(), shrink=None, down=Link(), up=Link(), server=Sgd())
         return dataclasses.replace(links, local=local, memory="init")
 
@@ -250,7 +251,7 @@ def in_mode(experiment: Experiment) -> Experiment:
 def manifest(
     experiment: Experiment, setting: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
 ) -> dict[str, Any]:
-    """What a reader needs to know about how a run was made."""
+    """The provenance of a run: versions, platform, seed, data and privacy parameters."""
     return {
         "versions": {name: metadata.version(name) for name in VERSIONED},
         "python": platform.python_version(),
@@ -270,7 +271,7 @@ def manifest(
 
 
 def _handed_over(experiment: Experiment) -> dict[str, Any]:
-    """The fingerprints of what was handed over from Python, and where it came from; nothing where nothing was."""
+    """The fingerprints and origins of objects passed from Python; empty if there are none."""
     found = {
         name: {"fingerprint": held.fingerprint, "origin": origin_of(held)}
         for name, held in handed_over(experiment).items()
@@ -279,7 +280,7 @@ def _handed_over(experiment: Experiment) -> dict[str, Any]:
 
 
 def _privacy(budget: PrivacyBudget | None, phases: Sequence[Phase]) -> dict[str, Any] | None:
-    """What an auditor of the account needs."""
+    """The parameters needed to audit the privacy accounting."""
     if budget is None:
         return None
     found = [phase.recipe.privacy for phase in phases if isinstance(phase.recipe.privacy, CentralGaussian)]
@@ -293,7 +294,7 @@ def _privacy(budget: PrivacyBudget | None, phases: Sequence[Phase]) -> dict[str,
 
 
 def _example_privacy(phases: Sequence[Phase]) -> list[dict[str, Any] | None]:
-    """The same of noise for each example, by phase; the ledger says what clients spent of it."""
+    """The same for per-example noise, by phase; the ledger records the budget that clients have spent."""
     found = [phase.recipe.local.example_privacy for phase in phases]
     return [
         {
@@ -310,5 +311,5 @@ def _example_privacy(phases: Sequence[Phase]) -> list[dict[str, Any] | None]:
 
 
 def _source(seed: int | None) -> str:
-    """Where noise comes from."""
+    """The source of the noise."""
     return "the operating system's secure source" if seed is None else "a seed"

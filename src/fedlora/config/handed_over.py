@@ -1,4 +1,4 @@
-"""What of an experiment was handed over from Python, and what follows from that."""
+"""Objects of an experiment that were passed from Python (rows, models), and the consequences for its settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def dealt_as_handed(data: Source, clients: Clients) -> Clients:
-    """The clients, natural ones where rows were handed over by client and no other partition was set."""
+    """The clients' settings, with the natural partition if rows were passed by client and no other one was set."""
     source = data.source if isinstance(data, Validation) else data
     if isinstance(source, Rows) and source.by_client and clients.partition == Clients().partition:
         return dataclasses.replace(clients, partition=Natural(column=CLIENT))
@@ -25,7 +25,7 @@ def dealt_as_handed(data: Source, clients: Clients) -> Clients:
 
 
 def handed_over(experiment: Experiment) -> dict[str, Handed]:
-    """What was handed over, by the names of the settings."""
+    """The objects passed from Python, by the names of their settings."""
     data = experiment.data.source if isinstance(experiment.data, Validation) else experiment.data
     found = {"model.object": experiment.model.object, "model.tokenizer": experiment.model.tokenizer}
     if isinstance(data, Rows):
@@ -34,24 +34,24 @@ def handed_over(experiment: Experiment) -> dict[str, Handed]:
 
 
 def check_here(experiment: Experiment) -> None:
-    """Refuses an experiment of whose objects only fingerprints are known.
+    """Rejects an experiment for whose objects only the fingerprints are available.
 
     Raises:
-        ConfigError: naming them.
+        ConfigError: naming the missing objects.
     """
     if missing := [name for name, held in handed_over(experiment).items() if held.value is None]:
         raise ConfigError(absent(missing))
 
 
 def check_on_disk(experiment: Experiment, who: str) -> None:
-    """Refuses objects where other processes take part, which they do not reach.
+    """Rejects in-memory objects for runs with other processes, which cannot access them.
 
     Args:
         experiment: the configuration.
-        who: who would need them.
+        who: the processes that would need them, for the message.
 
     Raises:
-        ConfigError: something was handed over.
+        ConfigError: an object was passed from Python.
     """
     if names := list(handed_over(experiment)):
         raise ConfigError(

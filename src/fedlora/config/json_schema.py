@@ -1,4 +1,4 @@
-"""The JSON Schema of configurations, by which editors complete and check them."""
+"""The JSON Schema of configurations, which editors use for completion and validation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedlora.methods.arguments import argument_text
 from fedlora.recipe import Recipe
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
-"""The draft that TOML editors know best; nothing here needs a newer one."""
+"""The draft with the widest support among TOML editors; nothing here needs a newer one."""
 _ANY_CLASS: dict[str, Any] = {
     "type": "object",
     "required": ["kind"],
@@ -25,14 +25,14 @@ _ANY_CLASS: dict[str, Any] = {
 }
 _PREFIX = "#/$defs/"
 _PARTIAL = ".partial"
-"""What ends the names of definitions whose tables change what a method has, key by key."""
+"""Suffix of the definitions of tables that override a method's own settings key by key."""
 
 
 class Generator(GenerateJsonSchema):
-    """What pydantic makes, without what TOML lacks, and with the sentences of docstrings."""
+    """Pydantic's schema generator, without constructs that TOML lacks, and with descriptions from docstrings."""
 
     def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
-        """Adds what the docstring says of the class and of each field."""
+        """Adds the descriptions of the class and of each field from the docstring."""
         result = super().dataclass_schema(schema)
         texts = arguments(schema["cls"])
         for name, field in result.get("properties", {}).items():
@@ -41,34 +41,34 @@ class Generator(GenerateJsonSchema):
         return {**result, "description": first_sentence(schema["cls"])}
 
     def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
-        """A table that names its kind, or a class of the user's own."""
+        """A table that names its kind, or a user-defined class."""
         known = super().tagged_union_schema(schema)
         return {"anyOf": [{"type": "object", "required": ["kind"], "oneOf": known["oneOf"]}, _ANY_CLASS]}
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
-        """TOML has no null: what may be absent is left out."""
+        """TOML has no null: optional values are omitted instead."""
         return self.generate_inner(schema["schema"])
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        """The default, unless it is to be absent."""
+        """The default, unless the default is to be absent."""
         result = super().default_schema(schema)
         return {key: _without_null(value) for key, value in result.items() if key != "default" or value is not None}
 
     def handle_invalid_for_json_schema(self, schema: core_schema.CoreSchema, error_info: str) -> JsonSchemaValue:
-        """A type that only Python has may be anything."""
+        """A type that exists only in Python accepts any value."""
         return {}
 
     def field_title_should_be_set(self, schema: Any) -> bool:
-        """Names are their own titles."""
+        """No titles: field names serve as titles."""
         return False
 
     def emit_warning(self, kind: Any, detail: str) -> None:
-        """Defaults that only Python has are left out without a word."""
+        """Defaults that exist only in Python are omitted silently."""
 
 
 def json_schema() -> dict[str, Any]:
     """The schema of a whole configuration: ``[method]`` with the keys of each method, or ``[[phases]]``."""
-    # the name in the schema -> what it is of; pydantic shares the definitions among them
+    # name in the schema -> the type described; pydantic shares the definitions among them
     of: dict[str, Any] = {"": Experiment, "recipe": Recipe, **METHODS}
     schemas, shared = TypeAdapter.json_schemas(
         [(name, "validation", TypeAdapter(one)) for name, one in of.items()], schema_generator=Generator
@@ -95,13 +95,13 @@ def json_schema() -> dict[str, Any]:
 
 
 def _method(kind: str, own: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of a method: its own arguments over the keys of a recipe."""
+    """The table of a method: the keys of a recipe, overridden by the method's own arguments."""
     properties: dict[str, Any] = {"kind": {"const": kind}, "preset": {"const": "paper"}}
     for name in [*own["properties"], *recipe["properties"]]:
         forms = [_partial(part["properties"][name]) for part in (own, recipe) if name in part["properties"]]
         defaults = {key: form.pop(key) for form in reversed(forms) for key in ("default", "description") if key in form}
         if name not in own["properties"]:
-            defaults.pop("default", None)  # it is the method's, which only its function knows
+            defaults.pop("default", None)  # the default is the method's, set inside its function
         distinct = [form for number, form in enumerate(forms) if form not in forms[:number]]
         form = distinct[0] if len(distinct) == 1 else {"anyOf": distinct}
         properties[name] = {**form, **defaults, "description": argument_text(kind, name)}
@@ -115,7 +115,7 @@ def _method(kind: str, own: Mapping[str, Any], recipe: Mapping[str, Any]) -> dic
 
 
 def _partial(schema: Any) -> Any:
-    """A schema that lets keys be left out, ``kind`` among them: tables without it change what is there."""
+    """A schema in which every key is optional, including ``kind``: a table without it overrides the existing value."""
     if isinstance(schema, list):
         return [_partial(one) for one in schema]
     if not isinstance(schema, Mapping) or schema == _ANY_CLASS:
@@ -149,7 +149,7 @@ def _looked_up(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dic
 
 
 def _used(whole: Any, definitions: Mapping[str, Any]) -> dict[str, Any]:
-    """The definitions that a schema refers to, and those that they do, sorted by name."""
+    """The definitions that a schema references, directly or indirectly, sorted by name."""
     names: set[str] = set()
     left = [whole]
     while left:

@@ -1,4 +1,4 @@
-"""The dotted keys of a configuration, and which of them a mistyped one may mean."""
+"""The dotted keys of a configuration, and suggestions for mistyped ones."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fedlora.methods import METHODS
 from fedlora.recipe import Recipe
 
 TOP = (*(field.name for field in dataclasses.fields(Experiment)), "method")
-"""The keys of a whole configuration."""
+"""The top-level keys of a configuration."""
 
 
 def check_key(path: str, document: Mapping[str, Any]) -> None:
-    """Refuses a key that no method knows at its first part, where it stands elsewhere or resembles one of the top.
+    """Rejects a key whose first part is unknown, if the key exists elsewhere or resembles a top-level key.
 
     Args:
-        path: dotted.
-        document: what it is for; its method's arguments may resemble the key more.
+        path: the dotted key.
+        document: the document it is meant for; an argument of its method may be the closer match.
 
     Raises:
-        ConfigError: with the keys that may be meant.
+        ConfigError: naming the keys that may be meant.
     """
     first, dot, rest = path.partition(".")
     if first in (*TOP, *_keys_of_methods()):
@@ -45,7 +45,7 @@ def check_key(path: str, document: Mapping[str, Any]) -> None:
 
 
 def _keys_of(document: Mapping[str, Any]) -> list[str]:
-    """The keys that the method of a document takes."""
+    """The keys accepted by the method of a document."""
     method = document.get("method")
     function = METHODS.get(str(method.get("kind"))) if isinstance(method, Mapping) else None
     return [*(inspect.signature(function).parameters if function else ()), *inspect.signature(Recipe).parameters]
@@ -53,21 +53,21 @@ def _keys_of(document: Mapping[str, Any]) -> list[str]:
 
 @functools.cache
 def _keys_of_methods() -> frozenset[str]:
-    """The keys that any method takes."""
+    """The keys accepted by any method."""
     own = {name for function in METHODS.values() for name in inspect.signature(function).parameters}
     return frozenset({"kind", "preset", *own, *inspect.signature(Recipe).parameters})
 
 
 @functools.cache
 def _dotted_keys() -> tuple[str, ...]:
-    """Every key of a configuration below the top, and of a recipe, whatever is chosen in its slots."""
+    """Every nested key of a configuration and of a recipe, for every possible value of its slots."""
     return tuple(dict.fromkeys((*_below(Experiment, "", ()), *_below(Recipe, "", ()))))
 
 
 def _below(kind: Any, prefix: str, above: tuple[Any, ...]) -> Iterator[str]:
     bare = bare_type(kind)
     for member in members_of(bare) or (bare,):
-        # a source may hold another one
+        # a data source may contain another one
         if dataclasses.is_dataclass(member) and member not in above:
             for name, inner in fields_of(member).items():
                 yield prefix + name

@@ -1,4 +1,4 @@
-"""``[method]``: a method by name, its own arguments, and any key of a recipe."""
+"""The ``[method]`` table: a method by name, its own arguments, and overrides of any recipe key."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SLOTS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
 def build_method(table: Mapping[str, Any]) -> tuple[Phase, ...]:
-    """The phases that a ``[method]`` table describes.
+    """The phases described by a ``[method]`` table.
 
-    ``kind`` names the method. An argument of its own is given to it; every other key of a recipe (``privacy``,
-    ``memory``, ``aggregator``, ``up``, ...) changes that slot in all of its phases. A table with a ``kind`` stands for
-    itself; one without changes what the method has there, key by key. ``preset = "paper"`` starts from what the
-    paper's official code does instead of from this project's defaults.
+    ``kind`` names the method. The method's own arguments are passed to it; every other recipe key (``privacy``,
+    ``memory``, ``aggregator``, ``up``, ...) overrides that slot in all of its phases. A table with a ``kind`` replaces
+    the method's value; a table without one overrides that value key by key. ``preset = "paper"`` starts from the
+    settings of the paper's official code instead of this project's defaults.
 
     Args:
         table: as read from TOML.
 
     Raises:
-        ConfigError: there is no such method or key, or the combination is refused.
+        ConfigError: there is no such method or key, or the combination is not supported.
     """
     kind = str(table.get("kind", ""))
     if kind not in METHODS:
@@ -55,14 +55,14 @@ def build_method(table: Mapping[str, Any]) -> tuple[Phase, ...]:
 
 
 def _split(kind: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arguments of the method's function, laid over its defaults, and the slots that it has no argument for."""
+    """The arguments of the method's function, merged over its defaults, and the slots it has no argument for."""
     parameters = inspect.signature(METHODS[kind]).parameters
     own: dict[str, Any] = {}
     common: dict[str, Any] = {}
     for key, value in sorted(given.items(), key=lambda pair: pair[0].startswith("warm_")):
         table = isinstance(value, Mapping) and "kind" not in value
         default = parameters[key].default if key in parameters else None
-        # what a first phase has is what the method has, unless it says otherwise
+        # the first phase's value is the method's, unless stated otherwise
         base = own.get(key.removeprefix("warm_"), _default(parameters, key.removeprefix("warm_")))
         if key in parameters and table and (dataclasses.is_dataclass(default) or key.startswith("warm_")):
             own[key] = _merged(plain_values(default or base), value)
@@ -87,12 +87,12 @@ def _changed(recipe: Recipe, common: Mapping[str, Any]) -> Recipe:
 
 
 def plain_values(value: Any) -> Any:
-    """A component as TOML values; tables as they are."""
+    """A component as TOML values; tables are returned unchanged."""
     return TypeAdapter(Any).dump_python(value, mode="json", exclude_none=True)
 
 
 def _merged(base: Any, table: Mapping[str, Any]) -> dict[str, Any]:
-    """``table`` over ``base``: tables without a ``kind`` are laid over what is there, everything else replaces it."""
+    """``table`` merged over ``base``: tables without a ``kind`` are merged recursively, everything else replaces."""
     result = dict(base) if isinstance(base, Mapping) else {}
     for key, value in table.items():
         over = isinstance(value, Mapping) and "kind" not in value and isinstance(result.get(key), Mapping)

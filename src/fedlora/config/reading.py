@@ -1,4 +1,4 @@
-"""Configurations from files, and ``-s key.key=value`` over them."""
+"""Reading configurations from files, with ``-s key.key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
 
     Args:
         path: the file, or a run folder with a ``config.toml``.
-        overrides: ``key.key=value`` each; the value is read as TOML, and as plain text where that fails.
+        overrides: ``key.key=value`` each; the value is parsed as TOML, or taken as plain text if that fails.
 
     Raises:
-        ConfigError: there is no such file, it is no TOML, or it asks for something that is not there.
+        ConfigError: there is no such file, it is not valid TOML, or it names something that does not exist.
     """
     return parse(document_of(path, overrides))
 
 
 def document_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of a TOML file, or of a run folder's, with overrides; as for ``load``.
+    """The content of a TOML file, or of a run folder's, with overrides applied; arguments as for ``load``.
 
     Raises:
-        ConfigError: there is no such file, it is no TOML, or an override is none.
+        ConfigError: there is no such file, it is not valid TOML, or an override is malformed.
     """
     file = Path(path)
     file = file / "config.toml" if file.is_dir() else file
@@ -49,7 +49,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        ConfigError: there is no such file, or it is no TOML.
+        ConfigError: there is no such file, or it is not valid TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -63,11 +63,11 @@ def override(document: dict[str, Any], assignment: str) -> None:
     """Sets one value of a TOML document in place; keys as for ``assign``.
 
     Args:
-        document: what ``tomllib`` read.
+        document: the parsed document, as from ``tomllib``.
         assignment: ``key.key=value``.
 
     Raises:
-        ConfigError: it is not of that form, or a key on the way is no table.
+        ConfigError: it is not of that form, or an intermediate key is not a table.
     """
     path, equals, text = assignment.partition("=")
     if not equals or not path:
@@ -76,7 +76,7 @@ def override(document: dict[str, Any], assignment: str) -> None:
 
 
 def toml_value(text: str) -> Any:
-    """A value read as TOML, and as plain text where that fails."""
+    """A value parsed as TOML, or as plain text if that fails."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -86,19 +86,19 @@ def toml_value(text: str) -> Any:
 def assign(document: dict[str, Any], path: str, value: Any) -> None:
     """Sets one value of a TOML document in place.
 
-    A key whose first part is no key of an ``Experiment`` belongs to the method: ``local.epochs`` is
-    ``method.local.epochs``. Where the document has phases instead, it is set in the recipe of every phase. A table that
-    the document lacks starts as the default of its place, if that has the key: ``task.max_length`` is that of
-    ``text_classification``.
+    A key whose first part is not a key of ``Experiment`` belongs to the method: ``local.epochs`` means
+    ``method.local.epochs``. If the document has phases instead, it is set in the recipe of every phase. A table missing
+    from the document is created from the default at that place, if the default has the key: ``task.max_length`` refers
+    to that of ``text_classification``.
 
     Args:
-        document: what ``tomllib`` read.
-        path: dotted; entries of a list by their number.
+        document: the parsed document, as from ``tomllib``.
+        path: the dotted key; entries of a list by their index.
         value: a TOML value.
 
     Raises:
-        ConfigError: the key is not known and resembles one that is, a key on the way is no table, or ``rounds`` is set
-            for several phases at once.
+        ConfigError: the key is unknown but resembles a known one, an intermediate key is not a table, or ``rounds`` is
+            set for several phases at once.
     """
     for full in _routed(document, path):
         *parents, last = full.split(".")
@@ -116,7 +116,7 @@ def assign(document: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _routed(document: Mapping[str, Any], path: str) -> list[str]:
-    """The places in the document that a key stands for."""
+    """The full paths in the document that a key refers to."""
     check_key(path, document)
     phases = document.get("phases")
     if path.split(".")[0] in TOP:
@@ -133,14 +133,14 @@ def _routed(document: Mapping[str, Any], path: str) -> list[str]:
 
 
 def _default_below(default: Any, key: str) -> Any:
-    """What stands below a key of a default value; None where nothing does."""
+    """The value under a key of a default value; None if there is none."""
     if isinstance(default, tuple):
         return default[0] if default else None
     return getattr(default, key, None) if dataclasses.is_dataclass(default) else None
 
 
 def _table(default: Any, key: str) -> dict[str, Any]:
-    """A new table for a key: of the default's kind where that has the key."""
+    """A new table for a key, with the default's kind if the default has the key."""
     names = [field.name for field in dataclasses.fields(default)] if dataclasses.is_dataclass(default) else []
     return {"kind": default.kind} if {"kind", key} <= {*names} else {}
 

@@ -1,4 +1,4 @@
-"""The configuration that ``fedlora new`` prints."""
+"""The configuration template printed by ``fedlora new``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def template(method: str) -> str:
 
 
 def _arguments(method: str, phases: tuple[Phase, ...]) -> dict[str, Any]:
-    """The method's arguments; of those that follow from others, what they come to."""
+    """The method's arguments; those derived from other arguments with their derived values."""
     follows = {"warm_rounds": phases[0].rounds}
     parameters = inspect.signature(METHODS[method]).parameters
     values = {name: plain_values(parameter.default) for name, parameter in parameters.items()}
@@ -61,7 +61,7 @@ def _arguments(method: str, phases: tuple[Phase, ...]) -> dict[str, Any]:
 
 
 def _slots(method: str, recipe: Recipe) -> dict[str, Any]:
-    """The slots that no argument of the method decides; tuning and links are what its own arguments are about."""
+    """The slots not determined by an argument of the method; tuning and links are covered by its own arguments."""
     own = inspect.signature(METHODS[method]).parameters
     untouched = Recipe()
     return {

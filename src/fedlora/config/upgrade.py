@@ -1,4 +1,4 @@
-"""Configurations of older versions in today's keys, so that their finished runs can be read."""
+"""Upgrades configurations of older versions to the current keys, so that their finished runs can be read."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 _TASK = {"kind", "problem", "max_length", "pad_to", "eval_batch_size"}
-"""What the resolved settings of text classification had in version 0.1."""
+"""The resolved settings of text classification in version 0.1."""
 
 
 def upgraded(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A document that says the same in today's keys; one of today's comes back as it is.
+    """An equivalent document in the current keys; a current document is returned unchanged.
 
-    ``tuning.lr_ratio`` of version 0.1 is ``local.lr_scale.B``, and classifiers of texts read what the stock class does.
+    ``tuning.lr_ratio`` of version 0.1 becomes ``local.lr_scale.B``, and text classifiers pool as the stock class does.
 
     Args:
-        document: a configuration as read from TOML; it is left as it was.
+        document: a configuration as read from TOML; it is not modified.
     """
     result = dict(document)
     if isinstance(method := result.get("method"), Mapping):
         result["method"] = _with_lr_scale(method)
     if isinstance(phases := result.get("phases"), list):
         result["phases"] = [_phase(phase) if isinstance(phase, Mapping) else phase for phase in phases]
-        # a run's own file has every key
+        # the configuration file of a run contains every key
         if isinstance(task := result.get("task"), Mapping) and task.keys() >= _TASK and "pooling" not in task:
             result["task"] = {**task, "pooling": "model"}
     return result
