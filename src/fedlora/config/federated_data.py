@@ -233,7 +233,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def in_mode(experiment: Experiment) -> Experiment:
-    """Applies the settings implied by the mode: without a federation, a client sends nothing and keeps its optimiser."""
+    """Applies the settings that the mode implies: without a federation, clients send nothing and keep optimisers."""
     if MODES[experiment.mode].sends:
         return experiment
 
