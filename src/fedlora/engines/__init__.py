@@ -1,6 +1,6 @@
 """Where clients run: the slot ``Engine``.
 
-An engine turns jobs into replies in their order; it does not know what a round makes of them.
+An engine turns jobs into replies, in order; how a round uses the replies is outside its scope.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,6 @@ from fedlora.engines.serial import Serial
 from fedlora.population.clients import Population
 
 AnyEngine = Engine | Callable[[Workspace, Population], Engine]
-"""An engine, or what makes one of the resident model and the population, as its class does."""
+"""An engine, or a factory (such as its class) that builds one from the resident model and the population."""
 
 __all__ = ["AnyEngine", "Engine", "Serial"]

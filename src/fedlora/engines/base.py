@@ -9,32 +9,32 @@ from fedlora.client.jobs import Job, Reply
 
 
 class Engine(ABC):
-    """Carries jobs to clients and replies back; the only seam between a federation and the world."""
+    """Runs jobs on clients and returns their replies; the only interface between rounds and the place clients run."""
 
     trusted = True
-    """Whether a reply that cannot be read is a fault of ours; else it is refused, and the round goes on."""
+    """Whether an unreadable reply is treated as an internal error; otherwise it is rejected and the round continues."""
     min_clients = 0
-    """How many replies a round needs."""
+    """Minimum number of replies for a round."""
     attempts = 1
-    """How often a round with too few is tried."""
+    """Maximum number of attempts at a round that receives too few replies."""
     over_sample = 1.0
-    """So many times the clients that count are asked."""
+    """Ratio of clients asked to clients counted in a round."""
 
-    def wait(self) -> None:  # noqa: B027 - who runs here is here
+    def wait(self) -> None:  # noqa: B027 - local clients are always available
         """Waits until a round can begin.
 
         Raises:
-            QuorumError: too few clients came.
+            QuorumError: too few clients connected.
         """
 
     def most_examples(self, client: int) -> int | None:
-        """How many examples a client said it has; None if that is not for it to say."""
+        """The number of examples a client reported when it connected; None if clients do not report it."""
         return None
 
     def present(self) -> frozenset[int] | None:
-        """The clients that can be asked now; None for all of them."""
+        """The clients currently available; None for all of them."""
         return None
 
     @abstractmethod
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
-        """Yields one reply per job, in the order of the jobs, so that sums come out the same everywhere."""
+        """Yields one reply per job, in the order of the jobs, so that sums are bit-identical on every engine."""

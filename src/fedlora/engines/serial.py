@@ -12,11 +12,11 @@ from fedlora.population.clients import Population
 
 
 class Serial(Engine):
-    """Runs every job with the process's own model; bytes are made and read all the same.
+    """Runs every job on the process's own model; messages are serialised and parsed nevertheless.
 
     Args:
         workspace: the resident model.
-        population: who holds which examples.
+        population: the examples of each client.
     """
 
     def __init__(self, workspace: Workspace, population: Population) -> None:

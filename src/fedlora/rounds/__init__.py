@@ -1,4 +1,4 @@
 """A round on the server: plan, uplink, aggregate, cover with noise, advance, record.
 
-Where clients run is the engine's business; how long a run lasts is the session's.
+The engine decides where clients run, the session how many rounds there are.
 """

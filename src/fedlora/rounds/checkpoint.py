@@ -1,4 +1,4 @@
-"""The server's state on disk: all of it or nothing, and honest about damage."""
+"""Checkpoints of the server's state: written atomically, with damage detected on reading."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from fedlora.core.store import Memory, Reader, Writer
 FORMAT = 5
 """The version of the checkpoint format."""
 READABLE = 4
-"""The version before it, of which the model can be read and no more."""
+"""The previous version, of which only the model can be read."""
 _TENSORS, _DOCUMENT = "state.safetensors", "state.json"
 
 
 def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Writes ``state`` into ``folder`` so that a reader sees all of it or nothing.
+    """Writes ``state`` into ``folder`` atomically: a reader sees all of it or nothing.
 
     Args:
-        state: what to save.
-        folder: where to; replaced if it exists.
-        facts: JSON values to keep with it, such as the configuration's digest.
+        state: the state to save.
+        folder: the target folder; replaced if it exists.
+        facts: JSON values stored with it, such as the configuration's digest.
 
     Raises:
-        OSError: the disk refused; what was saved before is untouched.
+        OSError: writing failed; the previous checkpoint is untouched.
     """
     writer = Writer()
     document = {
@@ -60,20 +60,20 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
     with new_folder(folder) as made:
         try:
             save_file(writer.tensors, made / _TENSORS)
-        except SafetensorError as error:  # a full disk is an error of its own there
+        except SafetensorError as error:  # safetensors reports a full disk as its own error
             raise OSError(f"could not write {made}: {error}") from error
         document["digest"] = _digest(made / _TENSORS)
         (made / _DOCUMENT).write_text(json.dumps(document))
 
 
 def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
-    """Reads what ``save_state`` wrote; of the format before the model alone.
+    """Reads a checkpoint written by ``save_state``; of the previous format, only the model.
 
     Returns:
         The state, and the facts saved with it.
 
     Raises:
-        CheckpointError: a file is missing, or is not what was written.
+        CheckpointError: a file is missing, or differs from what was written.
     """
     try:
         document = json.loads((folder / _DOCUMENT).read_text())
@@ -92,7 +92,7 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
 
 
 def can_go_on(folder: Path) -> bool:
-    """Whether a readable checkpoint holds all that a run needs to go on, not the model alone."""
+    """Whether a readable checkpoint contains everything needed to resume the run, not only the model."""
     return bool(json.loads((folder / _DOCUMENT).read_text())["format"] == FORMAT)
 
 
@@ -117,7 +117,7 @@ def _state(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> ServerSta
 
 
 def _model_of_before(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> ServerState:
-    """What 0.1.0 saved, without what the run would need to go on."""
+    """The model from a checkpoint of version 0.1.0, without the state needed to resume the run."""
     groups = dict(document["order"]["groups"])
     schema = Schema({name: Leaf(group) for name, group in groups.items()})
     for name in groups:

@@ -1,4 +1,4 @@
-"""What the server sends to clients in a round, and the model that they then hold."""
+"""The server's messages to clients in a round, and the model that clients hold afterwards."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fedlora.transport.base_updates import FoldMessage, message
 
 
 def view(recipe: Recipe, state: ServerState, seed: int) -> Tree:
-    """The parameters as a client would receive them now: thinned, rounded, the reference added back.
+    """The parameters as a client would receive them now: sparsified, quantized, with the reference added back.
 
-    This is the model that clients hold and that a run leaves behind. FLASC's code evaluates it too, with a mask that is
-    one server step older. Clients that remember what they got last follow the server's own parameters, each at its own
-    pace; there these are returned.
+    This is the model that clients hold and that a run exports. FLASC's code also evaluates it, with a mask that is one
+    server step older. Clients that remember the parameters they received last (``memory = "last_round"``) track the
+    server's own parameters, each at its own pace; in that case those are returned.
     """
     if recipe.memory == "last_round":
         thin = recipe.down.at(state.steps).sparsify
-        # a client of a lower rank follows no further than that
+        # a client of lower rank tracks only its own rank slice
         return thin(state.params, state.schema, state.steps) if isinstance(thin, RankSlice) else state.params
     if not recipe.down.lossy:
         return state.params
@@ -30,7 +30,7 @@ def view(recipe: Recipe, state: ServerState, seed: int) -> Tree:
 
 
 class Message(NamedTuple):
-    """What the server sends to a client: the packet, what it is relative to, where the client starts from it, folds."""
+    """The server's message to a client: packet, reference it is relative to, resulting start parameters, folds."""
 
     packet: Packet
     reference: str
@@ -44,10 +44,10 @@ class Message(NamedTuple):
 
 
 class Downlink:
-    """The messages of one round to its cohort; clients that hold the same get the same.
+    """The messages of one round to its cohort; clients that hold the same parameters receive the same message.
 
     Args:
-        recipe: its link and what clients remember.
+        recipe: defines the link and what clients remember.
         state: the state before the round.
         seed: seed of the run.
     """
@@ -66,8 +66,8 @@ class Downlink:
         """The message to a client.
 
         Args:
-            held: the parameters that it holds; nothing of earlier rounds where that is empty.
-            version: how many folds it knows.
+            held: the parameters that it holds from earlier rounds; empty if none.
+            version: number of folds it has already received.
         """
         if version not in self._folds:
             self._folds[version] = message(self._state.folds, version)
@@ -79,7 +79,7 @@ class Downlink:
             link, init = self._recipe.down, self._init
             known = [("last_round", held)] if held else []
             known += [("init", init)] if link.reference == "init" else []
-            if link.lossy:  # the nearest reference leaves the smallest error
+            if link.lossy:  # the closest reference leaves the smallest error
                 known = known[:1] or [("zero", {})]
                 self._made[key] = self._encode(*known[0])
             else:

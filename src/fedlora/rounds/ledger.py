@@ -1,4 +1,4 @@
-"""A round in the ledger, computed from what the round hands over."""
+"""The ledger's record of a round, computed from the round's plan, uplink and result."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ class RoundRecord:
         round: number of the round in the run, from 1.
         phase: number of its phase, from 0.
         cohort: the clients, in the order of their jobs.
-        late: those of them that ran out of time.
-        refused: why a client's answer did not count, by its number.
-        examples: examples that the cohort trained on, passes counted.
+        late: those of them that timed out.
+        refused: why a client's reply was rejected, by client number.
+        examples: examples processed by the cohort, counted once per epoch.
         steps: optimiser steps of the cohort.
-        loss: mean training loss over the cohort, clients weighing the same.
+        loss: unweighted mean training loss over the cohort's clients.
         down_bytes: bytes sent to clients by kind: ``adapter``, ``head``, ``init``, ``fold``, ``seed``, ``envelope``.
-        up_bytes: bytes that came back by kind; ``report`` carries examples, steps and loss, ``refused`` did not count.
-        density_down: share of entries sent that are not zero, over all clients.
-        density_up: the same for what came back, over all clients.
-        update_norm: Euclidean norm of the change the server applied to what is trained, and of the fold beside.
-        references: messages to clients by what they were relative to: ``zero``, ``init``, ``last_round``.
+        up_bytes: bytes received by kind; ``report`` carries examples, steps and loss, ``refused`` was not counted.
+        density_down: fraction of non-zero entries in the messages sent, over all clients.
+        density_up: the same for the updates received, over all clients.
+        update_norm: Euclidean norm of the change applied by the server to the trained parameters and of the fold.
+        references: number of messages to clients by reference: ``zero``, ``init``, ``last_round``.
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
-        slowest_seconds: the longest turn of a client in the cohort.
-        tier_seconds: the same of each tier.
-        network_seconds: what the round takes over the networks that the configuration names: the slowest client's bytes
-            and work. The server's own time, waiting for clients that are late, and attempts that failed are left out.
-        ranks: of the cohort, where clients give up ranks.
-        clip_norm: what updates were clipped to, if they were.
-        epsilon: what the run has spent of its clients' privacy so far, if it keeps an account.
-        example_epsilon: what it has spent of single examples' privacy, where clients add noise to each.
+        slowest_seconds: the longest client turn in the cohort.
+        tier_seconds: the same for each tier.
+        network_seconds: modelled duration of the round over the configured networks: transfer and work of the slowest
+            client. Excludes the server's own time, waiting for late clients, and failed attempts.
+        ranks: ranks of the cohort's clients, if clients prune ranks.
+        clip_norm: the clipping bound of the updates, if they were clipped.
+        epsilon: client-level privacy budget spent so far, if the run keeps a privacy account.
+        example_epsilon: example-level privacy budget spent so far, if clients add noise per example.
         metrics: results of evaluations, if there was one after this round.
         facts: figures of a phase's start, in its first row.
         warnings: sentences about silently wrong results.
@@ -86,16 +86,16 @@ def record(
     seconds: Mapping[str, float],
     networks: Mapping[str, Network],
 ) -> RoundRecord:
-    """The row of a round.
+    """The ledger record of a round.
 
     Args:
-        recipe: what it did.
+        recipe: the recipe of the round.
         after: the state after it.
-        change: what the server applied.
-        plan: what was sent.
-        uplink: what came back.
-        seconds: of its parts on the server.
-        networks: of each tier by name, and under an empty one of clients without.
+        change: the change applied by the server.
+        plan: the orders sent.
+        uplink: the results received.
+        seconds: durations of its parts on the server.
+        networks: the network of each tier by name; under an empty name, that of clients without a tier.
     """
     orders, answers, counted = plan.orders, uplink.answers, uplink.counted
     both = list(zip(orders, answers, strict=True))
@@ -128,7 +128,7 @@ def record(
 
 
 def _density(kept: Iterable[int], entries: int, num: int) -> float:
-    """The share of entries that are not zero, over so many messages."""
+    """The fraction of non-zero entries over ``num`` messages."""
     return sum(kept) / entries / max(1, num)
 
 
@@ -137,7 +137,7 @@ def _turn(order: Order, answer: ClientResult) -> Turn:
 
 
 def _by_tier(both: list[tuple[Order, ClientResult]]) -> tuple[dict[str, dict[str, ByteCounts]], dict[str, float]]:
-    """Of each tier its bytes and number of clients, and its longest turn."""
+    """Bytes and number of clients of each tier, and the longest client turn of each."""
     shares: dict[str, dict[str, ByteCounts]] = {}
     seconds: dict[str, float] = {}
     for order, answer in both:

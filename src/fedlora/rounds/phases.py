@@ -1,4 +1,4 @@
-"""Where a phase begins and what it hands to the next one."""
+"""Start of a phase, and handover to the next one."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from fedlora.transport.precision import Float32
 def open_phase(
     workspace: Workspace, phase: int, recipe: Recipe, seed: int, rounds_done: int, carry: PhaseHandover | None
 ) -> tuple[ServerState, dict[str, float]]:
-    """Starts a phase: the server chooses the first values and announces what clients need to know.
+    """Starts a phase: the server initialises the parameters and packs the setup message for clients.
 
     Args:
-        workspace: the resident model; it is loaded anew.
+        workspace: the resident model; it is reloaded.
         phase: number of the phase.
         recipe: its recipe.
         seed: seed of the run.
         rounds_done: rounds finished in earlier phases.
-        carry: what the phase before learnt.
+        carry: the result of the previous phase.
 
     Returns:
-        The state before the phase's first round, and the start's figures.
+        The state before the phase's first round, and the figures of the start.
     """
     installed = workspace.open(phase, recipe)
     start = recipe.tuning.start(installed, named_seed(seed, "start", phase), carry)
     parts = setup_parts(recipe, installed, start)
-    # where the rest of the start is redraw_init from a seed, the head's travels like the head
+    # if everything but the head's start is redrawn from a seed, the head's start is sent in the head's precision
     head = installed.schema.names("head")
     coarse = wire.Form(recipe.down.at(0).head_precision or Float32(), named_seed(seed, "init", phase))
     forms = {"init": coarse} if set(parts.get("init", {})) <= head else {}
@@ -48,7 +48,7 @@ def open_phase(
 
 
 def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> PhaseHandover:
-    """What a finished phase hands to the next one."""
+    """The handover of a finished phase to the next one."""
     head = state.schema.split(state.params).get("head", {})
     recipe.tuning.fold(workspace.installed, state.folds)
     return PhaseHandover(recipe.tuning.changes(workspace.installed, state.init, state.params), head)

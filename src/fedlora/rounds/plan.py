@@ -1,4 +1,4 @@
-"""Before a round: which job each client of the cohort gets, and what it costs to send."""
+"""Planning a round: the job of each client in the cohort, and the bytes needed to send it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedlora.rounds.downlink import Downlink, Message
 
 
 class Order(NamedTuple):
-    """What goes to one client.
+    """The job and message for one client.
 
     Args:
-        job: its turn.
+        job: its local training.
         tier: its tier's name, empty without tiers.
-        message: the parameters of the round, and where it starts from them.
-        sizes: bytes by kind of all that it gets.
+        message: the parameters of the round, and the start parameters that result from them.
+        sizes: bytes by kind of everything sent to it.
     """
 
     job: Job
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
     Args:
         orders: one for each client.
-        lost: what the messages lost of the parameters, where the next ones make good for it.
+        lost: compression error of the messages, if error feedback adds it to the next ones.
     """
 
     orders: tuple[Order, ...]
@@ -46,15 +46,15 @@ class Plan(NamedTuple):
 def make_plan(
     recipe: Recipe, state: ServerState, cohort: tuple[int, ...], tiers: Mapping[int, Tier], seed: int, rounds: int
 ) -> Plan:
-    """The orders of a round; clients that hold the same are sent the same.
+    """The orders of a round; clients that hold the same parameters are sent the same message.
 
     Args:
-        recipe: of the phase.
+        recipe: the recipe of the phase.
         state: the state before the round.
-        cohort: who takes part.
+        cohort: the participating clients.
         tiers: the tier of each client, if there are tiers.
         seed: seed of the run.
-        rounds: rounds of the whole run, for schedules.
+        rounds: total number of rounds of the run, for schedules.
     """
     recipes = {"": recipe, **recipes_of({client: tiers[client] for client in cohort if client in tiers}, recipe)}
     downlinks: dict[tuple[str, int | None], Downlink] = {}

@@ -1,4 +1,4 @@
-"""The life of an update on the server: read this first, ``client/turn.py`` next.
+"""The life of an update on the server: start reading here, then ``client/turn.py``.
 
 params -> plan: sparsify, round, pack -> BYTES -> (client) -> BYTES -> uplink: unpack, check -> aggregate -> cover with
 noise -> advance: server step, pruning, base update, new start -> record
@@ -40,23 +40,24 @@ def run_round(
     """One round.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe of the phase.
         state: the state before it.
-        cohort: who takes part.
+        cohort: the participating clients.
         engine: where clients run.
         seed: seed of the run.
-        rounds: rounds of the whole run, for schedules.
+        rounds: total number of rounds of the run, for schedules.
         tiers: the tier of each client, if there are tiers.
-        expected: how many clients a round has on average, where chance decides; what private sums are divided by.
-        networks: of each tier by name, and under an empty one of clients without, to tell how long the round takes.
+        expected: the expected cohort size, if the cohort is randomly sampled; the denominator of private sums.
+        networks: the network of each tier by name (under an empty name, that of clients without a tier), to model the
+            duration of the round.
 
     Returns:
         The state after the round, and the round's row of the ledger.
 
     Raises:
-        WireError: a reply of this process is not of the expected form; others' are refused.
-        QuorumError: fewer clients than the engine is to have answered; nothing has changed.
-        TrainingError: a client's training went wrong.
+        WireError: a reply of this process is not of the expected form; replies of other processes are rejected instead.
+        QuorumError: fewer clients replied than the engine requires; the state is unchanged.
+        TrainingError: a client's training failed.
     """
     begun = time.perf_counter()
     if recipe.privacy.adapts:
@@ -74,11 +75,11 @@ def run_round(
 
 
 def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
-    """What the cohort's updates become; each is added as it comes.
+    """Aggregates the cohort's updates; each is added as it is received.
 
     Raises:
         QuorumError: see ``Uplink.check_quorum``.
-        TrainingError: the aggregator has too few updates.
+        TrainingError: the aggregator received too few updates.
     """
     schema, store = state.schema.sent(), state.parts.store("aggregator")
     params = {name: state.params[name] for name in schema}
@@ -92,14 +93,14 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
 
 
 def cover(recipe: Recipe, state: ServerState, change: Change, answered: int, nominal: int) -> Change:
-    """The change with the noise of the recipe's privacy, on all that clients may move and on nothing else.
+    """Adds the recipe's privacy noise to the change, on exactly the parameters that clients may change.
 
     Args:
-        recipe: of the phase.
-        state: before the round.
-        change: the mean over the clients that answered.
-        answered: how many these are.
-        nominal: what sums are divided by.
+        recipe: the recipe of the phase.
+        state: the state before the round.
+        change: the mean over the clients that replied.
+        answered: the number of these clients.
+        nominal: the denominator of sums.
     """
     roles = recipe.tuning.in_round(state.schema, state.steps)
     moving = {name: value for name, value in change.delta.items() if roles[name].role != "frozen"}
@@ -116,7 +117,7 @@ def advance(
     rounds: int,
     nominal: int,
 ) -> ServerState:
-    """The state after a round: server step, pruning, base update, new start, and what is remembered.
+    """The state after a round: server step, pruning, base update, new start, and client states.
 
     Raises:
         TrainingError: a parameter is not finite.
@@ -152,7 +153,7 @@ def advance(
 
 
 def _known(recipe: Recipe, state: ServerState, plan: Plan, uplink: Uplink) -> dict[int, Memory]:
-    """What the server knows of each client: its rank, and the parameters that it holds."""
+    """The server's record of each client: its rank, and the parameters that it holds."""
     known = dict(state.known)
     for order, answer in zip(plan.orders, uplink.answers, strict=True):
         stores = {}
@@ -165,9 +166,9 @@ def _known(recipe: Recipe, state: ServerState, plan: Plan, uplink: Uplink) -> di
 
 
 def _clients(state: ServerState, uplink: Uplink) -> dict[int, ClientState]:
-    """What clients remember; one that remembers nothing takes no room."""
+    """The stored client states; empty ones take no space."""
     clients = dict(state.clients)
-    shared = replace(state.folds, recent=()).store()  # the same bits, held once for all
+    shared = replace(state.folds, recent=()).store()  # identical for all clients, so stored once
     for answer in uplink.answers:
         memory = answer.reply.memory
         if memory.folds.version == state.folds.version:

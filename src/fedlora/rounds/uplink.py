@@ -1,4 +1,4 @@
-"""What comes back from a cohort, read and checked before it counts."""
+"""Replies of a cohort, parsed and validated before they are counted."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fedlora.rounds.plan import Order, Plan
 from fedlora.transport import wire
 
 LARGEST_COUNT = 2.0**40
-"""No client has more examples than this, nor takes more steps."""
+"""Upper bound on a client's reported examples and steps."""
 
 
 class ClientResult(NamedTuple):
-    """What is kept of one reply, which is all but its bytes.
+    """What is kept of one reply: everything but its bytes.
 
     Args:
-        client: who answered.
-        reply: without its bytes.
-        report: the figures beside the update.
+        client: the client that replied.
+        reply: the reply, without its bytes.
+        report: the figures reported with the update.
         sizes: bytes by kind.
-        kept: entries of the update that are not zero.
+        kept: number of non-zero entries of the update.
         counts: whether it is part of the round's result.
     """
 
@@ -41,17 +41,17 @@ class ClientResult(NamedTuple):
 
     @property
     def late(self) -> bool:
-        """Whether it ran out of time."""
+        """Whether it timed out."""
         return not self.counts and not self.reply.refused
 
 
 class Uplink:
-    """The updates of a cohort in the order of its jobs, each read as it comes and then let go.
+    """The updates of a cohort in the order of its jobs, each parsed when received and released after use.
 
     Args:
-        recipe: of the phase.
-        plan: what was asked.
-        schema: what is trained.
+        recipe: the recipe of the phase.
+        plan: the orders sent.
+        schema: the trained parameters.
         engine: where clients run.
     """
 
@@ -62,17 +62,18 @@ class Uplink:
 
     @property
     def counted(self) -> list[ClientResult]:
-        """The answers that are part of the round's result."""
+        """The client results that count."""
         return [answer for answer in self.answers if answer.counts]
 
     def updates(self, params: Tree) -> Iterator[Update]:
         """Runs the jobs, once, and yields the updates that count.
 
         Args:
-            params: the server's, for shapes.
+            params: the server's parameters, for shapes.
 
         Raises:
-            WireError: a reply of this process is not of the expected form; others' are refused.
+            WireError: a reply of this process is not of the expected form; replies of other processes are rejected
+                instead.
         """
         orders, engine = self._plan.orders, self._engine
         like = self._schema.split(params) | {"report": empty_report(self._recipe)}
@@ -84,10 +85,10 @@ class Uplink:
                 yield self._update(order, answer, delta)
 
     def check_quorum(self) -> None:
-        """Refuses a round of too few; what was given under noise has been given, and counts.
+        """Rejects a round with too few replies, unless these are noised: they have been disclosed, so they count.
 
         Raises:
-            QuorumError: fewer clients than the engine is to have answered.
+            QuorumError: fewer clients replied than the engine requires.
         """
         num, least = len(self.answers), self._engine.min_clients
         if len(self.counted) >= min(least, num) or not disclosure_of(self._recipe).attempts:
@@ -100,7 +101,7 @@ class Uplink:
         )
 
     def _update(self, order: Order, answer: ClientResult, delta: Tree) -> Update:
-        delta = self._recipe.privacy.clip(delta)  # rounding may have made it longer, or a client that was not ours
+        delta = self._recipe.privacy.clip(delta)  # quantization or an untrusted client may have exceeded the bound
         recipe = order.job.recipe
         rank = int(answer.report.get("rank", recipe.rank))
         start = recipe.rank_pruning.keep_ranks(order.message.start, self._schema, rank)
@@ -113,15 +114,15 @@ def read_reply(
     """A reply's figures, and its update if it counts.
 
     Args:
-        job: what was asked.
-        reply: what came.
-        like: the parts that are expected.
-        schema: what travels.
-        trusted: whether a reply that cannot be read is a fault of ours; else it is refused and told so.
-        examples: how many the client said it has.
+        job: the job that was sent.
+        reply: the reply received.
+        like: the expected parts, for names and shapes.
+        schema: the transmitted parameters.
+        trusted: whether an unreadable reply is an internal error; otherwise it is rejected, with the reason recorded.
+        examples: the number of examples the client reported when it connected.
 
     Raises:
-        WireError: it cannot be read, and whoever sent it is trusted.
+        WireError: it cannot be read, and its sender is trusted.
     """
     if reply.raw is None:
         return ClientResult(job.client, reply, {}, {}, 0, counts=False), None
@@ -137,7 +138,7 @@ def read_reply(
     except WireError as error:
         if trusted:
             raise
-        # what such a client remembers is not known either: it is told everything anew
+        # the state of such a client is unknown too: everything is sent to it again
         refused = Reply(
             None, ClientState(), reply.seconds, f"a reply that cannot count: {plain(error)}", delivered=False
         )
@@ -147,13 +148,13 @@ def read_reply(
 
 
 def _check(job: Job, report: Mapping[str, float], most: float) -> None:
-    """Refuses what no client would send that does what it is asked.
+    """Rejects reports that a client following the protocol cannot send.
 
     Raises:
-        WireError: a count is none, or the rank is none that the client could have come to.
+        WireError: a value is not a count, or the client could not have reached this rank.
     """
     counts = {name: report[name] for name in ("examples", "steps") if name in report}
-    if not all(0 <= value <= LARGEST_COUNT for value in counts.values()):  # NaN is not either
+    if not all(0 <= value <= LARGEST_COUNT for value in counts.values()):  # also rejects NaN
         raise WireError(f"the report says {counts}; these are counts")
     if report.get("below", 0.0) not in (0.0, 1.0):
         raise WireError(f"it says {report['below']:g} where it was asked whether its update is below the clip: 0 or 1")
