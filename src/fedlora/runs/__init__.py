@@ -1,4 +1,4 @@
 """A run and its folder: sessions, results, evaluation, exports, communication estimates.
 
-Nothing here changes the arithmetic of a round.
+Nothing in this package affects the computations of a round.
 """

@@ -1,4 +1,4 @@
-"""The base model of a finished run where it was handed over from Python."""
+"""The base model of a finished run, if it was passed from Python."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fedlora.tasks.models.objects import loaded_again
 
 
 def base_model(known: Model, given: Any, told: Mapping[str, Mapping[str, str]], path: Path) -> Model:
-    """The model that a run began with: as its configuration names it, or handed over again.
+    """The base model of a run: as named by its configuration, or passed again by the caller.
 
     Args:
-        known: what the run's configuration has.
-        given: what the caller hands over, or None.
-        told: what the manifest has of objects, by setting.
+        known: the model in the run's configuration.
+        given: the model passed by the caller, or None.
+        told: the manifest's entries on objects passed from Python, by setting.
         path: the run's folder, for messages.
 
     Raises:
-        ConfigError: the model is not here, or another one was handed over.
+        ConfigError: the model is not available, or a different one was passed.
     """
     if known.object is None or known.tokenizer is None:
         if given is not None:

@@ -1,4 +1,4 @@
-"""What is called as a run goes on: progress, trackers, and whatever a user adds."""
+"""Callbacks of a run: progress, trackers, and user-defined ones."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ _RENAMED = (
 
 
 class Callback:
-    """Is called as a run goes on. Each method does nothing here; a subclass has those that it needs."""
+    """Hooks called during a run. Every method does nothing by default; a subclass overrides those that it needs."""
 
     def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
-        """A run begins, or goes on after ``rows``; in the mode ``local`` that of each client."""
+        """A run starts, or resumes after ``rows``; in the mode ``local``, called for each client's run."""
 
     def row_recorded(self, row: RoundRecord) -> None:
-        """A round, or the evaluation before the first one, is in the ledger."""
+        """A round, or the evaluation before the first one, was written to the ledger."""
 
     def message(self, text: str) -> None:
-        """Something happened that is no round, such as a site that came; other threads may call this too."""
+        """An event other than a round occurred, such as a site connecting; may be called from other threads."""
 
     def run_finished(self, result: Result) -> None:
-        """A run has ended as it should; in the mode ``local`` that of each client."""
+        """A run finished successfully; in the mode ``local``, called for each client's run."""
 
     def close(self) -> None:
-        """Nothing follows, whatever became of the run. Another run may start with the same callback."""
+        """No further calls follow, whatever the outcome of the run. The same callback may be used for another run."""
 
 
 class CallbackList(Callback):
-    """Calls several, in order.
+    """Calls several callbacks in order.
 
     Args:
-        callbacks: whom to call.
+        callbacks: the callbacks to call.
 
     Raises:
-        ConfigError: one has the methods of an earlier version.
-        CallbackError: one fails, from any method.
+        ConfigError: one of them defines methods of an earlier version.
+        CallbackError: one of them fails; raised from any method.
     """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:

@@ -1,4 +1,4 @@
-"""Who may write to a run's folder: one process at a time. A run that never began leaves nothing behind."""
+"""Locking of a run's folder to one process at a time. A run that never started leaves no files behind."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from fedlora.runs.folder import LOCK, RunFolder, cannot_write
 
 try:
     import fcntl
-except ImportError:  # not every system has it
+except ImportError:  # not available on every system
     fcntl = None  # type: ignore[assignment]
 
 TRIES, PAUSE = 5, 0.1
-"""How often a lock is tried, and seconds between: another process may look at it, or remove it, just then."""
+"""Number of attempts to take a lock, and seconds between them: another process may be probing or removing it."""
 _RECORD = re.compile(r"process \d{1,20} on [\w.-]{1,100} since [\d-]{10} [\d:]{8} [+-]\d{4}", re.ASCII)
 
 
 def look(files: RunFolder, experiment: Experiment) -> None:
-    """Refuses at once what ``claimed`` would refuse once all is prepared; nothing is written.
+    """Checks in advance for what ``claimed`` would reject after all preparations; writes nothing.
 
     Args:
-        files: the folder, which may not be there yet.
-        experiment: what is to run in it.
+        files: the folder, which may not exist yet.
+        experiment: the experiment to run in it.
 
     Raises:
-        CheckpointError: it holds another experiment's run.
-        ConfigError: it holds something else, or another process trains in it.
+        CheckpointError: it contains another experiment's run.
+        ConfigError: it contains something else, or another process is training in it.
     """
     files.check(experiment)
     try:
         handle = _open(files.path, 0)
-    except OSError:  # mostly there is none
+    except OSError:  # usually there is none
         return
     try:
         if _lock(handle, shared=True) is False:
@@ -53,20 +53,21 @@ def look(files: RunFolder, experiment: Experiment) -> None:
 def claimed(
     files: RunFolder, experiment: Experiment, tell: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
-    """The folder is the experiment's, and no other process's, until the end of the block.
+    """Reserves the folder for the experiment and locks it against other processes until the end of the block.
 
-    If the block fails before a row is in the ledger, what was made in the folder goes, and the folder with it, and
-    folders above it, if they were not there before. The lock is the system's and ends with the process.
+    If the block fails before the first row is in the ledger, everything created in the folder is removed, as are the
+    folder itself and its parents if they did not exist before. The lock is an operating-system lock and ends with the
+    process.
 
     Args:
-        files: the folder, which may not be there yet.
-        experiment: what is to run in it.
-        tell: gets a sentence where the file system has no locks.
+        files: the folder, which may not exist yet.
+        experiment: the experiment to run in it.
+        tell: receives a sentence if the file system does not support locks.
 
     Raises:
-        CheckpointError: it holds another experiment's run.
-        ConfigError: it holds something else, or another process trains in it.
-        DataError: the disk refused.
+        CheckpointError: it contains another experiment's run.
+        ConfigError: it contains something else, or another process is training in it.
+        DataError: writing failed.
     """
     made = [one for one in (files.path, *files.path.parents) if not os.path.lexists(one)]
     try:
@@ -81,12 +82,12 @@ def claimed(
                 raise
     finally:
         for folder in made:
-            with suppress(OSError):  # it is not empty, as it should be
+            with suppress(OSError):  # usually the folder is not empty
                 folder.rmdir()
 
 
 def _clear(folder: Path, kept: set[Path]) -> None:
-    """Removes what a folder holds beside ``kept``."""
+    """Removes the content of a folder except ``kept``."""
     for entry in {*folder.iterdir()} - kept - {folder / LOCK}:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
@@ -96,7 +97,7 @@ def _clear(folder: Path, kept: set[Path]) -> None:
 
 @contextmanager
 def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
-    """The folder, made if it is not there, with a lock in it that nobody else holds."""
+    """Creates the folder if necessary, and holds an exclusive lock in it."""
     try:
         handle, reason = _acquire(folder)
     except OSError as error:
@@ -109,7 +110,7 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
             )
         yield
     finally:
-        # before it is unlocked: who opened it by then finds out, as in _acquire
+        # removed before it is unlocked: a process that has opened it by then detects this in _acquire
         if _is_in(handle, folder):
             with suppress(OSError):
                 (folder / LOCK).unlink()
@@ -117,11 +118,11 @@ def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _acquire(folder: Path) -> tuple[int, str]:
-    """The open lock file, which says who holds it, and why it is not locked, if this system cannot.
+    """The open lock file, with the holder recorded in it, and the reason if this system cannot lock it.
 
     Raises:
-        ConfigError: another holds it.
-        OSError: the disk refused.
+        ConfigError: another process holds it.
+        OSError: the file cannot be opened or created.
     """
     record = ""
     for _ in range(TRIES):
@@ -142,12 +143,12 @@ def _acquire(folder: Path) -> tuple[int, str]:
 
 
 def _open(folder: Path, flags: int) -> int:
-    # for writing too, without which locks over a network are refused
+    # opened for writing too, as network file systems otherwise reject locks
     return os.open(folder / LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | flags, 0o666)
 
 
 def _lock(handle: int, shared: bool = False) -> bool | str:
-    """Whether the lock was free and now is ours, or why there are no locks here."""
+    """Whether the lock was acquired, or the reason why locks are not supported."""
     if fcntl is None:
         return "this system has no flock"
     try:
@@ -158,7 +159,7 @@ def _lock(handle: int, shared: bool = False) -> bool | str:
 
 
 def _is_in(handle: int, folder: Path) -> bool:
-    """Whether an open lock file is the one in the folder, and not one that was removed or replaced."""
+    """Whether an open lock file is still the one in the folder, not one that was removed or replaced."""
     try:
         return os.path.samestat(os.fstat(handle), os.lstat(folder / LOCK))
     except OSError:
@@ -166,16 +167,16 @@ def _is_in(handle: int, folder: Path) -> bool:
 
 
 def _sign(handle: int) -> None:
-    """Writes who holds the lock, and since when, for people alone."""
+    """Writes the holder of the lock and the time it was taken, for information only."""
     host = re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node())[:100] or "localhost"
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    with suppress(OSError):  # the lock holds without
+    with suppress(OSError):  # the lock is held regardless
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {host} since {since}\n".encode())
 
 
 def _record(handle: int) -> str:
-    """Who holds the lock, if the file says so in the form that is written here."""
+    """The holder of the lock, if the file records it in the format written here."""
     try:
         found = _RECORD.match(os.read(handle, 300).decode("ascii", "replace"))
     except OSError:

@@ -1,4 +1,4 @@
-"""The bytes of a run, told before it is trained: its first rounds are run with few clients, the others extrapolated."""
+"""Estimates a run's communication in advance: runs its first rounds with few clients and extrapolates the others."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ PROBED_CLIENTS = 6
 
 
 class TierCost(NamedTuple):
-    """What a round costs a client of a tier.
+    """The cost of a round for a client of a tier.
 
     Args:
-        down_bytes: to it, the mean over rounds.
-        up_bytes: from it, the same.
+        down_bytes: bytes sent to it, the mean over rounds.
+        up_bytes: bytes received from it, the mean over rounds.
         steps: optimiser steps of the longest turn.
-        work_seconds: of the longest turn.
+        work_seconds: duration of the longest turn.
     """
 
     down_bytes: float
@@ -54,23 +54,23 @@ class TierCost(NamedTuple):
     work_seconds: float
 
     def work(self, step_seconds: float | None) -> float:
-        """Seconds of a turn, from its steps or as measured."""
+        """Seconds of a turn, computed from its steps or as measured."""
         return self.work_seconds if step_seconds is None else self.steps * step_seconds
 
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What one phase sends.
+    """The communication cost of one phase.
 
     Args:
         rounds: its rounds.
         tuning: the kind of its tuning.
-        clients: clients per round that messages go to; none where nothing is sent.
+        clients: clients per round to which messages are sent; 0 if nothing is sent.
         first_bytes: bytes to one client in the first round, by kind.
         down_bytes: bytes to one client in a round, by kind; the mean over all rounds and clients.
         up_bytes: bytes from one client in a round, by kind; the same mean.
-        tiers: of each tier, or of all clients under an empty name: a mean client's bytes, and the longest of the turns
-            that were tried, in steps and in seconds on this machine.
+        tiers: for each tier (for all clients under an empty name): a mean client's bytes, and the longest measured
+            turn, in steps and in seconds on this machine.
     """
 
     rounds: int
@@ -83,52 +83,52 @@ class PhaseCost:
 
     @property
     def round_bytes(self) -> tuple[int, int]:
-        """Bytes of a mean round over all clients, down and up."""
+        """Mean bytes of a round over all clients, down and up."""
         return self.clients * sum(self.down_bytes.values()), self.clients * sum(self.up_bytes.values())
 
     def round_seconds(self, networks: Mapping[str, Network], step_seconds: float | None) -> float:
-        """A mean round over networks, by tier's name: that of the slowest tier.
+        """Mean duration of a round over the given networks: that of the slowest tier.
 
         Args:
-            networks: of each tier, and under an empty name of clients without.
-            step_seconds: of an optimiser step; the longest turn that was measured if None.
+            networks: the network of each tier; under an empty name, that of clients without a tier.
+            step_seconds: duration of an optimiser step; if None, the longest measured turn is used.
         """
         return max(self.tier_seconds(name, networks, step_seconds) for name in self.tiers)
 
     def tier_seconds(self, name: str, networks: Mapping[str, Network], step_seconds: float | None) -> float:
-        """A mean turn of a tier's client; the arguments are those of ``round_seconds``."""
+        """Mean duration of a turn of a tier's client; arguments as for ``round_seconds``."""
         tier = self.tiers[name]
         work = tier.work(step_seconds)
         return networks[name].seconds(tier.down_bytes, tier.up_bytes, work) if self.clients else work
 
     @property
     def all_bytes(self) -> tuple[int, int]:
-        """Bytes of all rounds over all clients, down and up."""
+        """Total bytes of all rounds over all clients, down and up."""
         down, up = self.round_bytes
         return down * self.rounds, up * self.rounds
 
 
 def costs(experiment: Experiment, setting: FederatedData) -> list[PhaseCost]:
-    """What each phase will send.
+    """The estimated communication of each phase.
 
-    How many bytes a message takes depends on the values in it, wherever entries are left out or rounded. So the first
-    ``PROBED_ROUNDS`` rounds of each phase are run in earnest, with ``PROBED_CLIENTS`` clients at most. Later downlinks
-    are made from parameters that went on in the same direction, as far as the square root of the rounds; later uplinks
-    are like the last ones, and ranks that clients give up (``shrink``) are not foreseen. Whether a client is new to the
-    run is a matter of chance, and its expectation is counted.
+    Under sparsification or quantization, the size of a message depends on its values. Therefore the first
+    ``PROBED_ROUNDS`` rounds of each phase are actually run, with at most ``PROBED_CLIENTS`` clients. Later downlinks
+    are built from parameters extrapolated in the same direction, by the square root of the number of rounds; later
+    uplinks are taken to be like the last ones, and rank pruning by clients is not predicted. Whether a client is new to
+    the run is random, so the expected number of bytes is used.
 
     Args:
         experiment: the configuration.
         setting: its data.
 
     Raises:
-        TrainingError: training fails already here.
+        TrainingError: training already fails in these rounds.
     """
     return _Costs(experiment, setting).of_phases()
 
 
 class _Sizes(NamedTuple):
-    """Bytes by kind of a message to a client that is new to the phase, and to one that is not."""
+    """Bytes by kind of a message to a client new to the phase, and to a client that is not."""
 
     new: ByteCounts
     known: ByteCounts
@@ -136,18 +136,18 @@ class _Sizes(NamedTuple):
 
 @dataclass
 class _Tier:
-    """What is found out about a tier, or about all clients where there are none, in a phase."""
+    """The measurements of a tier in a phase; of all clients if there are no tiers."""
 
     recipe: Recipe
-    clients: tuple[int, ...]  # those that are tried
-    weight: float  # its share of all clients
-    down: list[tuple[int, _Sizes]] = field(default_factory=list)  # to one client, in some rounds
-    up: list[dict[str, float]] = field(default_factory=list)  # from one client, in each round
+    clients: tuple[int, ...]  # those that are run
+    weight: float  # fraction of all clients
+    down: list[tuple[int, _Sizes]] = field(default_factory=list)  # bytes to one client, for some rounds
+    up: list[dict[str, float]] = field(default_factory=list)  # bytes from one client, for each round
     seconds: float = 0.0  # the longest turn
 
 
 class _Costs:
-    """The three parts of a phase's costs: a probe of its first rounds, later rounds from these, and the sum."""
+    """Estimates a phase's cost in three steps: probe the first rounds, extrapolate the later ones, and sum."""
 
     def __init__(self, experiment: Experiment, setting: FederatedData) -> None:
         self._experiment, self._setting = experiment, setting
@@ -158,13 +158,13 @@ class _Costs:
         sampled = SamplingScheme(len(setting.population), self._per_round, clients.sampling)
         _, self._phases = open_account(experiment.phases, sampled)
         private = any(phase.recipe.privacy.needs_uniform_mean for phase in self._phases)
-        self._expected = self._per_round if private else None  # noise as small as in the run
+        self._expected = self._per_round if private else None  # so that the noise is as small as in the run
         least = max(PROBED_CLIENTS, *(phase.recipe.aggregator.min_updates for phase in self._phases))
         self._probed = _probed(setting, experiment.seed, min(least, self._per_round))
         self._share = self._per_round / len(setting.population)
 
     def of_phases(self) -> list[PhaseCost]:
-        """What each phase will send."""
+        """The estimated communication of each phase."""
         found, carry, done = [], None, 0
         for number, phase in enumerate(self._phases):
             state, _ = open_phase(self._workspace, number, phase.recipe, self._experiment.seed, done, carry)
@@ -179,15 +179,15 @@ class _Costs:
         return found
 
     def _measure(self, turn: int, states: Mapping[str, ServerState], tiers: Mapping[str, _Tier]) -> None:
-        """Adds the messages of a round, from the state that each tier's are made of."""
-        # the ranks of a cohort that has each tier in its share
+        """Adds the messages of a round, built from the state of each tier."""
+        # the ranks of a cohort in which each tier has its share
         ranks = [one.recipe.rank for one in tiers.values() for _ in range(max(1, round(one.weight * self._per_round)))]
         for name, one in tiers.items():
             sizes = _sizes(one.recipe, states[name], self._experiment.seed, one.clients, self._share, ranks)
             one.down.append((turn, sizes))
 
     def _probe(self, phase: Phase, state: ServerState, tiers: Mapping[str, _Tier]) -> tuple[ServerState, Tree]:
-        """Runs the first rounds; returns the state after them and what the last one changed."""
+        """Runs the first rounds; returns the state after them and the change made by the last one."""
         experiment, setting = self._experiment, self._setting
         engine = Serial(self._workspace, setting.population)
         cohort = tuple(client for members in self._probed.values() for client in members)
@@ -207,7 +207,7 @@ class _Costs:
         return state, change
 
     def _extrapolate(self, phase: Phase, state: ServerState, change: Tree, tiers: Mapping[str, _Tier]) -> None:
-        """Adds what rounds after the probe send."""
+        """Adds the messages of the rounds after the probe."""
         for turn in _later(state.steps, phase.rounds):
             self._measure(turn, {name: _grown(one.recipe, state, turn) for name, one in tiers.items()}, tiers)
         ratios = {name: _ratios(one.recipe, state, change, phase.rounds) for name, one in tiers.items()}
@@ -217,7 +217,7 @@ class _Costs:
             one.up += [scaled(last, ratio) for ratio in ratios[name]]
 
     def _sum(self, phase: Phase, tiers: Mapping[str, _Tier]) -> PhaseCost:
-        """Over rounds and tiers."""
+        """Aggregates over rounds and tiers."""
         curves = {name: _over_rounds(one.down, phase.rounds, self._share) for name, one in tiers.items()}
         down = [
             add_up(scaled(curves[name][turn], one.weight) for name, one in tiers.items())
@@ -242,12 +242,12 @@ class _Costs:
 
 
 def _most_steps(recipe: Recipe, clients: Sequence[int], setting: FederatedData) -> int:
-    """Optimiser steps of the longest turn of those that were tried; under noise they do not tell."""
+    """Optimiser steps of the longest turn among the probed clients; computed, as under noise they are not reported."""
     return max(recipe.local.num_steps(len(setting.population.rows_of(client))) for client in clients)
 
 
 def _probed(setting: FederatedData, seed: int, most: int) -> dict[str, tuple[int, ...]]:
-    """A few clients of each tier, by its name, or of all under an empty one."""
+    """A few clients of each tier, by tier name; without tiers, of all clients under an empty name."""
     order = draw_cohort(setting.population, len(setting.population), named_seed(seed, "probe"))
     names = {client: tier.name for client, tier in setting.tiers.items()}
     members: dict[str, list[int]] = {}
@@ -257,13 +257,13 @@ def _probed(setting: FederatedData, seed: int, most: int) -> dict[str, tuple[int
 
 
 def _share(setting: FederatedData, tier: str) -> float:
-    """The share of clients in a tier; 1 without tiers."""
+    """The fraction of clients in a tier; 1 without tiers."""
     members = [each.name for each in setting.tiers.values()]
     return members.count(tier) / len(members) if members else 1.0
 
 
 def _folds(recipe: Recipe, state: ServerState, ranks: Sequence[int]) -> Folds:
-    """Folds of the sizes that whole cohorts would have made by now; their values do not matter."""
+    """Folds of the sizes that full cohorts would have produced by now; their values do not matter."""
     pairs = state.schema.pairs
     moving = recipe.tuning.train if isinstance(recipe.tuning, LoRA) else "both"
     rank = recipe.aggregator.fold_rank(ranks, moving) if pairs else 0
@@ -290,7 +290,7 @@ def _sizes(
         return _Sizes(new, new)
     known = (state.known.get(client, Memory()).tree("down", "held") for client in clients)
     held = [downlink.message(params).sizes for params in known if params]
-    # how many rounds a client missed is a matter of chance too
+    # the number of rounds that a client missed is random too
     behind = range(1, min(folds.version, len(folds.recent) + 1) + 1)
     missed = [share * (1 - share) ** (rounds - 1) for rounds in behind]
     missed[-1:] = [1 - sum(missed[:-1])] if missed else []
@@ -306,14 +306,14 @@ def _fold_bytes(folds: Folds, version: int) -> ByteCounts:
 
 
 def _later(done: int, rounds: int) -> list[int]:
-    """Rounds whose messages are made: where it begins, ends, and a few between, so that schedules are met."""
+    """Rounds whose messages are built: the first, the last, and a few in between, to follow schedules."""
     return (
         sorted({round(turn) for turn in np.linspace(done, rounds - 1, 9)} - set(range(done))) if done < rounds else []
     )
 
 
 def _grown(recipe: Recipe, state: ServerState, turn: int) -> ServerState:
-    """The state before a later round of the phase, had the parameters gone on as far as the root of the rounds."""
+    """The state before a later round of the phase, with parameters extrapolated by the square root of the rounds."""
     growth = math.sqrt(turn / state.steps) - 1.0
     moved = tree.add(state.params, tree.subtract(state.params, state.init), growth)
     moved |= {n: torch.where(kept, moved[n], 0.0) for n, kept in recipe.pruning.kept(state.params, state.steps).items()}
@@ -323,7 +323,7 @@ def _grown(recipe: Recipe, state: ServerState, turn: int) -> ServerState:
 
 
 def _ratios(recipe: Recipe, state: ServerState, change: Tree, rounds: int) -> list[float]:
-    """An upload of each later round over one of the last that was run, as schedules and pruning change it."""
+    """Upload size of each later round relative to the last probed round, under schedules and pruning."""
     sizes: dict[object, int] = {}
     schema = state.schema.sent()
 

@@ -1,4 +1,4 @@
-"""What the model of a run is worth: on the test examples, and on what clients keep for themselves."""
+"""Evaluation of a run's model on the test examples and on clients' held-out examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedlora.rounds.downlink import Downlink, view
 
 
 def tested_clients(experiment: Experiment, setting: FederatedData, last: bool) -> list[int]:
-    """The clients whose own test rows an evaluation uses."""
+    """The clients whose held-out rows an evaluation uses."""
     settings, clients = experiment.evaluate, sorted(setting.holdout)
     if settings.clients == "never" or (settings.clients == "end" and not last):
         return []
@@ -28,7 +28,7 @@ def tested_clients(experiment: Experiment, setting: FederatedData, last: bool) -
 
 
 def uses_all_rows(experiment: Experiment, setting: FederatedData) -> bool:
-    """Whether evaluations in between rounds are on all test examples, like the last one."""
+    """Whether evaluations during the run use all test examples, like the final one."""
     limit = experiment.evaluate.num_examples
     return limit is None or limit >= len(setting.test_rows)
 
@@ -41,15 +41,16 @@ def evaluate(
     state: ServerState,
     clients: Sequence[int] | None = None,
 ) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Metrics and warnings, on all test examples unless it is told which ``clients`` to test as well.
+    """Metrics and warnings, on all test examples unless ``clients`` to evaluate as well are given.
 
     Args:
-        experiment: says what to evaluate.
+        experiment: defines the evaluation.
         setting: the data.
         workspace: the resident model; it is overwritten.
-        recipe: of the running phase.
-        state: what to evaluate.
-        clients: whose own test rows are used too; with them, and in between rounds, the fixed subset of test examples.
+        recipe: the recipe of the current phase.
+        state: the state to evaluate.
+        clients: clients whose held-out rows are evaluated as well; if given, the test examples used during the run are
+            the fixed subset.
 
     Raises:
         TrainingError: a metric is not finite.
@@ -88,16 +89,17 @@ def evaluate(
 
 
 def over_clients(name: str, values: Sequence[float], higher_is_better: bool) -> dict[str, float]:
-    """What a metric is over clients, each on rows of its own; every client counts the same.
+    """Summarises a metric over clients, each evaluated on its own rows; all clients have equal weight.
 
     Args:
         name: the metric.
         values: its value for each client, finite.
-        higher_is_better: which clients are the worst.
+        higher_is_better: the metric's direction, which determines the worst clients.
 
     Returns:
-        ``client_mean_``, ``client_worst_tenth_`` (the mean of the worst tenth of clients, rounded down, one at least)
-        and ``client_spread_`` (the standard deviation, divided by their number), by name; nothing without values.
+        ``client_mean_``, ``client_worst_tenth_`` (the mean over the worst tenth of clients, their number rounded down
+        but at least one) and ``client_spread_`` (the population standard deviation, i.e. divided by n), by name; empty
+        without values.
 
     >>> over_clients("loss", [1.0, 3.0], higher_is_better=False)
     {'client_mean_loss': 2.0, 'client_worst_tenth_loss': 3.0, 'client_spread_loss': 1.0}

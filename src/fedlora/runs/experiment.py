@@ -1,4 +1,4 @@
-"""``fedlora.run``: from configuration to adapter."""
+"""``fedlora.run``: from a configuration to an adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedlora.runs.session import Session
 
 
 class Stopped(FedloraError):
-    """The user asked to stop; everything is saved."""
+    """The user interrupted the run; everything is saved."""
 
 
 def run(
@@ -42,31 +42,33 @@ def run(
     until: int | None = None,
     held: bool = False,
 ) -> Result:
-    """Runs an experiment, or goes on with it where its folder holds a checkpoint.
+    """Runs an experiment, or resumes it if its folder contains a checkpoint.
 
-    What is refused before the first round leaves no folder, and one process at a time trains in a folder.
+    A run that is rejected before the first round leaves no folder behind. Only one process at a time can train in a
+    folder.
 
     Args:
-        experiment: what to run.
-        folder: where to keep the run; ``runs/<label>-<digest>`` if absent.
-        partitioner: deals the data instead of the configuration's partition.
-        callbacks: are called as the run goes on, in this order, and closed at its end.
-        setting: data that ``prepare`` gave for the same experiment, to share among runs.
-        engine: where clients run, or the class of it; in this process if absent.
-        until: the round to stop after for now, evaluated and saved; a later call goes on from it. Nothing is exported.
-        held: whether the caller has claimed the folder (``claim.claimed``) for as long as this takes.
+        experiment: the experiment to run.
+        folder: the run's folder; ``runs/<label>-<digest>`` if absent.
+        partitioner: partitions the data instead of the configuration's partition.
+        callbacks: called during the run, in this order, and closed at its end.
+        setting: data returned by ``prepare`` for the same experiment, to share among runs.
+        engine: where clients run, or its class; in this process if absent.
+        until: the round to pause after, with the model evaluated and saved; a later call resumes from it. Nothing is
+            exported.
+        held: whether the caller has already claimed the folder (``claim.claimed``) for the duration of this call.
 
     Returns:
-        Metrics, bytes and the folder; with ``until``, of the rounds up to it, metrics being those of the ledger.
+        Metrics, bytes and the folder; with ``until``, for the rounds up to it, with metrics taken from the ledger.
 
     Raises:
-        FedloraError: something that the message says how to mend.
-        Stopped: the user interrupted; the run can go on.
+        FedloraError: an error whose message says how to fix it.
+        Stopped: the user interrupted the run; it can be resumed.
     """
     path = Path(folder) if folder is not None else Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
     files = RunFolder(path)
     try:
-        # callbacks are closed before what a refused run wrote is removed, as some write there too
+        # callbacks are closed before the files of a rejected run are removed, as some of them write there too
         with ExitStack() as claim, closing(CallbackList(callbacks)) as callback:
             if not held:
                 look(files, experiment)
@@ -87,7 +89,7 @@ def run(
 def _run_separately(
     experiment: Experiment, setting: FederatedData, files: RunFolder, callback: Callback, until: int | None
 ) -> Result:
-    """A run for each of some clients; what it gives are means over them."""
+    """Runs several clients in isolation; the result contains means over them."""
     alone = in_mode(experiment)
     count = min(experiment.num_local, len(setting.population))
     chosen = draw_cohort(setting.population, count, named_seed(experiment.seed, "local"))
@@ -115,7 +117,7 @@ def _run_separately(
 
 
 def _over_local(metrics: list[dict[str, float]], setting: FederatedData) -> dict[str, float]:
-    """The mean over clients that trained alone; what they reached on rows of their own as ``over_clients`` has it."""
+    """The mean over clients trained in isolation; metrics on their own rows are summarised by ``over_clients``."""
     main = setting.task.main_metric
     means = {
         name: float(np.mean([one[name] for one in metrics])) for name in metrics[0] if not name.startswith("client_")

@@ -1,4 +1,4 @@
-"""What a run leaves behind: an adapter folder that ``peft`` loads, or a model folder, each with a model card."""
+"""Export of a run: an adapter folder that ``peft`` loads, or a model folder, each with a model card."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def export_run(run: Path, trained: TrainedRun) -> Path:
-    """Writes ``adapter`` into the run's folder, or ``model`` where the change is no adapter.
+    """Writes ``adapter`` into the run's folder, or ``model`` if the tuning is not an adapter.
 
     Returns:
         The folder written.
@@ -46,11 +46,11 @@ def export_run(run: Path, trained: TrainedRun) -> Path:
 
 
 def export(folder: Path, trained: TrainedRun, merge: bool) -> None:
-    """Writes an adapter, or with ``merge`` a whole model that needs no ``peft``; the folder appears all at once.
+    """Writes an adapter, or with ``merge`` a whole model that does not need ``peft``; the folder is created atomically.
 
     Raises:
-        ConfigError: the tuning cannot be written in that form.
-        DataError: the disk refused.
+        ConfigError: the tuning cannot be exported in that form.
+        DataError: writing failed.
     """
     try:
         with new_folder(folder) as temporary:
@@ -63,7 +63,7 @@ def _write(temporary: Path, trained: TrainedRun, merge: bool) -> None:
     task, state, installed = trained.task, trained.state, trained.workspace.installed
     tuning = trained.recipe.tuning
     root = f"{getattr(installed.model, 'base_model_prefix', '')}." if task.backbone_only else ""
-    alone = isinstance(tuning, Bottleneck) and not merge  # what nothing but fedlora loads
+    alone = isinstance(tuning, Bottleneck) and not merge  # a format that only fedlora loads
     if merge:
         _save_merged(temporary, trained)
     elif isinstance(tuning, LoRA) and not (installed.folded or state.folds.version):
@@ -81,7 +81,7 @@ def _write(temporary: Path, trained: TrainedRun, merge: bool) -> None:
         )
     if task.backbone_only and not alone:
         task.save_head(temporary, _head(installed, state.params))
-    task.save_pretrained(temporary)  # a model is of no use without its tokenizer or image processor
+    task.save_pretrained(temporary)  # a model is unusable without its tokenizer or image processor
     card = model_card(trained, merge) + (task.usage if not alone else "")
     (temporary / "README.md").write_text(card, encoding="utf-8")
 
@@ -90,7 +90,7 @@ def _save_merged(folder: Path, trained: TrainedRun) -> None:
     if isinstance(trained.recipe.tuning, Peft):
         raise ConfigError("a `peft` tuning is merged by peft itself: load the adapter and call merge_and_unload()")
     learnt = close_phase(trained.workspace, trained.recipe, trained.state)
-    # the resident model may hold rounded weights, so the change goes onto a fresh base
+    # the resident model may hold quantized weights, so the change is applied to a freshly loaded base model
     seed = named_seed(trained.experiment.seed, "head")
     model, _ = trained.task.load_model(seed, "fp32", torch.device("cpu"))
     named = dict(model.named_parameters())
@@ -107,10 +107,10 @@ def _save_merged(folder: Path, trained: TrainedRun) -> None:
 
 
 def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
-    """The head's parameters by the names that the model had before any tuning, float32 on the CPU."""
+    """The head's parameters under the names of the untuned model, float32 on the CPU."""
     now = {name.removeprefix(PEFT_PREFIX): value for name, value in installed.model.named_parameters()}
     values = {name: value.detach().to("cpu", torch.float32) for name, value in now.items()}
-    # what `peft` itself installed keeps a head in a module of its own
+    # `peft` keeps the head of a model it has wrapped in a module of its own
     head = {name.replace(".modules_to_save.", "."): value for name, value in installed.head_values(params).items()}
     return values | head
 
@@ -155,7 +155,7 @@ from transformers import {auto_class}
 
 
 def _handed(model: Model) -> str:
-    """What a card says of a base model that no path names for sure."""
+    """The card's note on a base model that no path identifies reliably."""
     if model.object is None:
         return ""
     whence = f", where it was loaded from {model.name}" if model.name else ""

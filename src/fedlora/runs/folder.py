@@ -1,4 +1,4 @@
-"""A run on disk: configuration, manifest, ledger, checkpoints. Nothing is ever left half-written."""
+"""A run on disk: configuration, manifest, ledger, checkpoints. Files are never left half-written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedlora.rounds.ledger import RoundRecord
 
 KEPT = 2
 LOCK = "run.lock"
-"""The file that whoever trains in a folder holds locked; no part of the run."""
+"""The file locked by the process that trains in a folder; not part of the run."""
 
 
 class RunFolder:
@@ -35,24 +35,24 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The checkpoints there are, oldest first."""
+        """The existing checkpoints, oldest first."""
         found = self.path.glob("checkpoints/round-*")
         return sorted(folder for folder in found if not folder.name.endswith(".tmp"))
 
     @property
     def begun(self) -> bool:
-        """Whether a run has left something here that it can go on with, or that is worth keeping."""
+        """Whether the folder contains anything of a run that can be resumed or is worth keeping."""
         ledgers = (self.path / "ledger.jsonl", *self.path.glob("clients/*/ledger.jsonl"))
         rows = any(file.stat().st_size for file in ledgers if file.exists())
         return rows or bool(self.checkpoints) or (self.path / "result.json").exists()
 
     def check(self, experiment: Experiment) -> bool:
-        """Whether the folder is this experiment's own already, or could become so.
+        """Whether the folder already belongs to this experiment (True) or is available for it (False).
 
         Raises:
-            CheckpointError: it holds another experiment's run.
-            ConfigError: it holds something else.
-            DataError: it cannot be looked at.
+            CheckpointError: it contains another experiment's run.
+            ConfigError: it contains something else.
+            DataError: it cannot be read.
         """
         file = self.path / "config.toml"
         try:
@@ -67,7 +67,7 @@ class RunFolder:
             raise CheckpointError(f"{file} cannot be read ({error}); choose another folder with --out") from error
         if config.digest(held) == config.digest(experiment):
             return True
-        # a run that was killed before it began has nothing to lose
+        # a run that was killed before it started has nothing to lose
         if self.begun:
             found = "; ".join(config.differences(config.resolved(held), config.resolved(experiment))[:4])
             raise CheckpointError(
@@ -83,32 +83,32 @@ class RunFolder:
             raise ConfigError(f"{self.path} is not empty and holds no run; choose another folder with --out")
 
     def claim(self, experiment: Experiment) -> None:
-        """Makes the folder this experiment's own, or finds that it is already.
+        """Assigns the folder to this experiment, unless it already is.
 
         Raises:
-            CheckpointError: it holds another experiment's run.
-            ConfigError: it holds something else.
-            DataError: the disk refused.
+            CheckpointError: it contains another experiment's run.
+            ConfigError: it contains something else.
+            DataError: writing failed.
         """
         if not self.check(experiment):
             self.write("config.toml", config.to_toml(experiment))
 
     def write(self, name: str, text: str) -> None:
-        """Replaces a file of the folder, all at once."""
+        """Writes or replaces a file of the folder atomically."""
         try:
             write_atomically(self.path / name, text.encode())
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Replaces a JSON file of the folder, all at once."""
+        """Writes or replaces a JSON file of the folder atomically."""
         self.write(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder.
+        """Reads a JSON file of the folder.
 
         Raises:
-            ConfigError: it is not there, or not JSON.
+            ConfigError: it is missing, or not JSON.
         """
         try:
             value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
@@ -125,10 +125,10 @@ class RunFolder:
         return value
 
     def rows(self) -> list[RoundRecord]:
-        """The ledger; a torn last line, as a killed process leaves it, is not there.
+        """The ledger; an incomplete last line, as left by a killed process, is ignored.
 
         Raises:
-            CheckpointError: it holds something else.
+            CheckpointError: it contains something else.
         """
         file = self.path / "ledger.jsonl"
         if not file.exists():
@@ -142,14 +142,14 @@ class RunFolder:
             raise CheckpointError(f"{file} is no ledger of this version ({error}); put the old file back") from error
 
     def append(self, row: RoundRecord) -> None:
-        """Adds a line to the ledger and flushes it to the disk."""
+        """Appends a line to the ledger and flushes it to disk."""
         try:
             append(self.path / "ledger.jsonl", _line(row).encode())
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
     def rewind(self, rounds: int) -> list[RoundRecord]:
-        """Drops the ledger's rows after ``rounds``, which a checkpoint does not cover, and returns the others."""
+        """Removes the ledger's rows after ``rounds``, which no checkpoint covers, and returns the remaining ones."""
         rows = [row for row in self.rows() if row.round <= rounds]
         self.write("ledger.jsonl", "".join(map(_line, rows)))
         return rows
@@ -158,7 +158,7 @@ class RunFolder:
         """Writes a checkpoint and removes all but the last two.
 
         Raises:
-            DataError: the disk refused; what was saved before is intact.
+            DataError: writing failed; earlier checkpoints are intact.
         """
         folder = self.path / "checkpoints" / f"round-{state.round:06d}"
         try:
@@ -169,7 +169,7 @@ class RunFolder:
             raise cannot_write(self.path, error) from error
 
     def latest(self) -> tuple[ServerState, dict[str, Any]] | None:
-        """The newest checkpoint, if there is one.
+        """The latest checkpoint, if there is one.
 
         Raises:
             CheckpointError: it is damaged.
@@ -182,7 +182,7 @@ def _line(row: RoundRecord) -> str:
 
 
 def cannot_write(path: Path, error: Exception) -> DataError:
-    """What to say when the disk refuses."""
+    """The error for a failed write."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     what = "the disk is full" if full else f"the disk refused ({getattr(error, 'strerror', None) or error})"
     return DataError(

@@ -1,4 +1,4 @@
-"""A finished run as a model: predictions, evaluation on other data, export."""
+"""A finished run as a model: prediction, evaluation on other data, export."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from fedlora.tasks.data.folders import PICTURES
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's model, ready for use; the training data are not needed.
+    """A run's trained model, ready for inference; the training data are not needed.
 
     Args:
         experiment: its configuration.
         recipe: the recipe of its last phase.
-        state: the newest checkpoint, its parameters as a client would receive them.
-        workspace: the model with the checkpoint's parameters in it.
-        metrics: metrics at the end of the run, empty if it has not ended.
+        state: the latest checkpoint, with its parameters as a client would receive them.
+        workspace: the model with the checkpoint's parameters loaded.
+        metrics: metrics at the end of the run; empty if it has not finished.
     """
 
     experiment: Experiment
@@ -50,7 +50,7 @@ class TrainedRun:
         return self.workspace.task
 
     def predict(self, inputs: list[str]) -> list[dict[str, Any]]:
-        """What the model says of each input; see the task's ``predict``."""
+        """The model's prediction for each input; see the task's ``predict``."""
         self.workspace.model.eval()
         with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
             return self.task.predict(self.workspace.model, inputs, self.workspace.device)
@@ -59,8 +59,8 @@ class TrainedRun:
         """Metrics on the rows of a file.
 
         Args:
-            path: csv, tsv, json, jsonl or parquet, maybe with ``.gz``.
-            columns: name that the task uses -> name in the file, where it differs.
+            path: a csv, tsv, json, jsonl or parquet file, optionally with ``.gz``.
+            columns: column name used by the task -> name in the file, if different.
 
         Raises:
             DataError: the file cannot be read.
@@ -72,10 +72,10 @@ class TrainedRun:
             return task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
 
     def export(self, folder: Path | str, merge: bool = False) -> None:
-        """Writes an adapter that ``peft`` loads, or with ``merge`` a model that needs no ``peft``.
+        """Writes an adapter that ``peft`` loads, or with ``merge`` a whole model that does not need ``peft``.
 
         Raises:
-            ConfigError: the folder is there already, or the tuning cannot be written in that form.
+            ConfigError: the folder already exists, or the tuning cannot be exported in that form.
         """
         folder = Path(folder)
         if folder.exists():
@@ -84,25 +84,25 @@ class TrainedRun:
 
 
 _LISTS = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
-"""What ends like this and has no blank is meant to be a file."""
+"""Suffixes by which an argument without spaces is taken to be a file."""
 
 
 def read_inputs(text: str) -> list[str]:
-    """The inputs that a text names: itself, or the lines of the file that it is the name of.
+    """The inputs given by a command-line argument: the text itself, or the lines of the file it names.
 
     Raises:
-        DataError: the file is not text, or there is nothing in it.
+        DataError: the file is not text, or is empty.
     """
     file = Path(text)
     if file.suffix.lower() in _LISTS and not text.split()[1:] and not file.exists():
         raise DataError(f"there is no file {text}; name one with an input per line, or give the input itself")
     try:
-        # a picture is an input, not a list of inputs
+        # an image file is an input, not a list of inputs
         by_line = file.is_file() and file.suffix.lower() not in PICTURES
         inputs = file.read_text(encoding="utf-8").splitlines() if by_line else [text]
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text; give a file with one input per line") from error
-    except OSError:  # a text too long for a file name is a text
+    except OSError:  # a text too long for a file name is an input itself
         inputs = [text]
     inputs = [line for line in inputs if line.strip()]
     if not inputs:
@@ -111,16 +111,16 @@ def read_inputs(text: str) -> list[str]:
 
 
 def load_run(path: Path | str, model: Any = None) -> TrainedRun:
-    """The model of a run, from its newest checkpoint.
+    """Loads the model of a run from its latest checkpoint.
 
     Args:
         path: the run's folder.
-        model: where the run's base model was handed over from Python, the same again: ``fedlora.Model(object=...,
-            tokenizer=...)``, or the pair of both. Left out, it is read from the folder that it was loaded from, if that
-            still holds the same.
+        model: if the run's base model was passed from Python, the same model again: ``fedlora.Model(object=...,
+            tokenizer=...)``, or the pair of both. If omitted, it is read from the folder that it was loaded from,
+            provided that this folder is unchanged.
 
     Raises:
-        ConfigError: ``path`` is not the folder of a run with a checkpoint, or the base model is not here.
+        ConfigError: ``path`` is not the folder of a run with a checkpoint, or the base model is not available.
     """
     path = Path(path)
     files = RunFolder(path)

@@ -1,4 +1,4 @@
-"""What a run gave."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fedlora.rounds.ledger import RoundRecord
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave.
+    """The result of a run.
 
     Args:
         label: the method's name.
-        folder: where the run lies.
+        folder: the run's folder.
         seed: its seed.
-        rounds: rounds done.
-        main_metric: the metric that tables show.
+        rounds: rounds completed.
+        main_metric: the metric shown in tables.
         higher_is_better: its direction.
         before: metrics before the first round.
         after: metrics after the last one, on all test examples.
@@ -45,5 +45,5 @@ class Result:
     adapter: Path | None = None
 
     def figures(self) -> dict[str, Any]:
-        """As JSON values, without the ledger and the paths."""
+        """The result as JSON values, without the ledger and the paths."""
         return {name: value for name, value in vars(self).items() if name not in ("folder", "rows", "adapter")}

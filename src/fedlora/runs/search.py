@@ -1,4 +1,4 @@
-"""FLASC-Search: which rank and density a budget of bytes is best spent on, by short runs in pairs."""
+"""FLASC-Search: finds the best rank and density under a communication budget, by short runs in pairs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Trial:
 
     Args:
         step: the pair that it belongs to; 0 is the start.
-        rank: of the adapters.
-        density: of both links.
-        client_bytes: to one client and back in a round, the mean over the run.
+        rank: rank of the adapters.
+        density: density of both links.
+        client_bytes: bytes to one client and back per round, the mean over the run.
         metric: the main metric at the end; None if training failed.
-        kept: whether the search went on from here.
+        kept: whether the search continued from here.
         failure: why training failed; empty if it did not.
     """
 
@@ -51,14 +51,14 @@ class Trial:
 
 
 class Bounds(NamedTuple):
-    """Where a search begins and ends.
+    """Start and limits of a search.
 
     Attributes:
-        rank: of the first configuration.
-        density: of the first configuration.
-        factor: what rank or density is multiplied by in a step.
-        client_bytes: the budget: bytes to one client and back in a round.
-        max_rank: no rank above is tried.
+        rank: rank of the first configuration.
+        density: density of the first configuration.
+        factor: factor by which a step multiplies rank or density.
+        client_bytes: the budget: bytes to one client and back per round.
+        max_rank: the largest rank tried.
     """
 
     rank: int
@@ -69,37 +69,37 @@ class Bounds(NamedTuple):
 
 
 def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: Sequence[Callback] = ()) -> list[Trial]:
-    """Climbs from a small adapter, sparsely sent, to what a budget of bytes allows (FLASC-Search, arXiv 2406.05233).
+    """Grows a small, sparsely sent adapter up to a communication budget (FLASC-Search, arXiv 2406.05233).
 
-    Of ``(rank, density)`` the next two are ``(factor rank, density)`` and ``(rank, a density of as many bytes)``; where
-    not even a dense adapter of the old rank has so many, the new rank is lowered until it has, and where one rank more
-    is too many, only the density grows. Both are trained for the configuration's rounds from the same seed, on the same
-    cohorts; the better one is kept, the denser of equals. It ends where the next step would send more than the budget.
-    The paper's abstract says as much, and no code is public.
+    The candidates after ``(rank, density)`` are ``(factor * rank, density)`` and ``(rank, density of equal bytes)``. If
+    not even a dense adapter of the old rank takes that many bytes, the new rank is lowered until it does; if even one
+    additional rank is too many, only the density grows. Both candidates are trained for the configuration's rounds from
+    the same seed, on the same cohorts; the better one is kept, on ties the denser one. The search ends when the next
+    step would exceed the budget. This follows the paper's abstract; no code is public.
 
-    A trial is a run in a folder of its own, so a search that was stopped goes on where it was.
+    Each trial is a run in its own folder, so an interrupted search can be resumed.
 
     Args:
-        experiment: LoRA in one phase; its rounds are those of a trial. Links that are ``top_k`` get the density.
-        folder: of the trials, of ``search.json`` (the table) and of ``best.toml``.
-        bounds: where it begins and ends.
-        callbacks: are called as each trial goes on.
+        experiment: LoRA in one phase; its rounds are those of a trial. The density is applied to ``top_k`` links.
+        folder: the folder of the trials, of ``search.json`` (the table) and of ``best.toml``.
+        bounds: start and limits of the search.
+        callbacks: called during each trial.
 
     Returns:
-        The trials, in order. The answer is the best of those that were kept.
+        The trials, in order. The result of the search is the best of those that were kept.
 
     Raises:
-        ConfigError: the configuration has no rank or no density, or the first trial is above the budget.
+        ConfigError: the configuration has no rank or no density, or the first trial exceeds the budget.
     """
     if not 0 < bounds.density <= 1:
         raise ConfigError(f"a density is above 0 and at most 1, and {bounds.density:g} is not; set --density")
     if bounds.rank > bounds.max_rank:
         raise ConfigError(f"it would begin at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise that")
-    configured(experiment, bounds.rank, bounds.density)  # refuses before data are read
+    configured(experiment, bounds.rank, bounds.density)  # rejects invalid configurations before data are read
     setting = prepare(experiment)
     tried = functools.partial(_try, experiment, setting, folder, callbacks)
     sizes = _Sizes(experiment, setting, bounds)
-    # what is foretold is not exact
+    # the estimate is not exact
     _check(bounds, sizes.of(bounds.rank, bounds.density), "about ", 1.5)
     best = tried(0, bounds.rank, bounds.density)
     if best.metric is None:
@@ -113,9 +113,9 @@ def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: S
     while True:
         spare = bounds.client_bytes - best.client_bytes + sizes.of(best.rank, best.density)
         found = [tried(best.step + 1, *one) for one in sizes.after(best.rank, best.density) if sizes.of(*one) <= spare]
-        # a trial may send more than was foretold
+        # a trial may send more than estimated
         fit = [one for one in found if one.metric is not None and one.client_bytes <= bounds.client_bytes]
-        better = max(fit, key=merit, default=None)  # the first of equals is the denser
+        better = max(fit, key=merit, default=None)  # on ties, the first one is the denser
         trials += [one if one is better else dataclasses.replace(one, kept=False) for one in found]
         _write(folder, setting.task.main_metric, bounds, trials)
         if better is None:
@@ -127,7 +127,7 @@ def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: S
 
 
 def _check(bounds: Bounds, sent: float, about: str = "", slack: float = 1.0) -> None:
-    """Refuses a first configuration that sends more than the budget."""
+    """Rejects a first configuration that exceeds the budget."""
     if sent > slack * bounds.client_bytes:
         raise ConfigError(
             f"rank {bounds.rank} at density {bounds.density:g} sends {about}{sent:,.0f} bytes to a client and back, "
@@ -142,7 +142,7 @@ def _try(
     chosen = configured(experiment, rank, density)
     try:
         result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, callbacks=callbacks)
-    except TrainingError as error:  # one that diverges has lost
+    except TrainingError as error:  # a diverged trial loses
         return Trial(step, rank, density, 0.0, None, False, str(error))
     sent = sum(result.down_bytes.values()) + sum(result.up_bytes.values())
     turns = result.rounds * experiment.clients.per_round
@@ -155,12 +155,12 @@ def _write(folder: Path, metric: str, bounds: Bounds, trials: Sequence[Trial]) -
 
 
 class _Sizes:
-    """Bytes of a message down and one up, from random values in the shapes that a rank has.
+    """Bytes of one message in each direction, from random values in the shapes of a given rank.
 
     Args:
-        experiment: whose links.
+        experiment: defines the links.
         setting: its data.
-        bounds: of the search.
+        bounds: start and limits of the search.
     """
 
     def __init__(self, experiment: Experiment, setting: FederatedData, bounds: Bounds) -> None:
@@ -174,7 +174,7 @@ class _Sizes:
         self._known: dict[tuple[int, float], int] = {}
 
     def of(self, rank: int, density: float) -> int:
-        """The bytes of a rank and a density."""
+        """The bytes for a rank and a density."""
         if (rank, density) not in self._known:
             shapes = {name: list(value.shape) for name, value in self._params.items()}
             for a, b, _ in self._pairs:
@@ -182,7 +182,7 @@ class _Sizes:
             draws = generator(0)
             recipe = configured(self._experiment, rank, density).phases[0].recipe
             values = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
-            # what is frozen does not travel
+            # frozen parameters are not sent
             roles = recipe.tuning.in_round(self._schema, 0)
             values = {name: value * (roles[name].role != "frozen") for name, value in values.items()}
             links = (recipe.down, recipe.up)
@@ -190,7 +190,7 @@ class _Sizes:
         return self._known[rank, density]
 
     def after(self, rank: int, density: float) -> list[tuple[int, float]]:
-        """What is tried next: more density, or more ranks, in as many bytes as each other."""
+        """The next candidates: a higher density, or a higher rank, of equal bytes."""
         if rank >= self._most:
             return [(rank, min(1.0, self._factor * density))] if density < 1 else []
         top = min(self._factor * rank, self._most)
@@ -211,8 +211,8 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
     """The experiment with a rank and a density.
 
     Raises:
-        ConfigError: there is more than one phase, no LoRA, no link that is ``top_k``, or bytes that neither a rank nor
-            a density decides.
+        ConfigError: there is more than one phase, no LoRA, no ``top_k`` link, or bytes that depend on neither the rank
+            nor the density.
     """
     if not MODES[experiment.mode].sends:
         raise ConfigError("a search weighs bytes, which only a federation sends; set mode = 'federated'")

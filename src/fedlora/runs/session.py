@@ -1,4 +1,4 @@
-"""One run in its folder: phases, rounds, evaluation, checkpoints, ledger."""
+"""A run in its folder: phases, rounds, evaluation, checkpoints, ledger."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ from fedlora.runs.result import Result
 
 
 class Session:
-    """One run, or the rest of one: from the newest checkpoint of its folder to the end.
+    """A run, or the remainder of one, from the latest checkpoint of its folder to the end.
 
-    ``state`` is the last one whose row is in the ledger, ``rows`` the ledger.
+    ``state`` is the latest state whose row is in the ledger, ``rows`` the ledger.
 
     Args:
-        experiment: what to run, with what its mode implies.
+        experiment: the experiment to run, with the settings implied by its mode.
         setting: its data.
-        files: where it lies.
-        callback: is called as it goes on.
+        files: the run's folder.
+        callback: called during the run.
         engine: where clients run; in this process if absent.
 
     Raises:
-        CheckpointError: the folder's checkpoint is damaged, or of other settings or data.
-        ConfigError: the account of privacy does not allow the run.
+        CheckpointError: the folder's checkpoint is damaged, or belongs to other settings or data.
+        ConfigError: privacy accounting does not permit the run.
     """
 
     state: ServerState
@@ -74,14 +74,14 @@ class Session:
         self.budget, self.phases = open_account(experiment.phases, sampled)
         self._turns = setting.turns(self.phases[self.state.phase if self.rows else 0].recipe)
         disclosed = [disclosure_of(phase.recipe) for phase in self.phases]
-        # an account of sampled cohorts holds only while nobody can tell who was in them
+        # amplification by sampling holds only as long as cohort membership is secret
         self._secret = not all(each.cohort for each in disclosed)
-        # noise that cannot be drawn again must not be drawn twice for one round that anyone heard of
-        # and sites cannot go far back
+        # noise that cannot be reproduced must not be drawn twice for a round that was already disclosed,
+        # and sites keep only recent states
         self._saves_each = not all(each.replays for each in disclosed) or not self.engine.trusted
 
     def run(self, until: int | None = None) -> Result:
-        """Goes on to the end, or for now to the round ``until``; see ``fedlora.run``."""
+        """Runs to the end, or up to the round ``until``; see ``fedlora.run``."""
         self._begin()
         last = self.experiment.rounds if until is None else min(until, self.experiment.rounds)
         try:
@@ -94,7 +94,7 @@ class Session:
         return self._finish() if until is None else self._so_far(until)
 
     def _resume(self) -> list[RoundRecord]:
-        """Takes the newest checkpoint's state, if there is one, and returns the ledger up to it."""
+        """Loads the latest checkpoint's state, if there is one, and returns the ledger up to it."""
         files = self.files
         held = files.latest()
         if held is None:
@@ -121,10 +121,10 @@ class Session:
         return rows
 
     def _begin(self) -> None:
-        """Goes to where the checkpoint is; without one to the start, whose worth is the first row."""
+        """Restores the checkpoint, or starts the run and records the initial evaluation as the first row."""
         self.files.write_json("manifest.json", manifest(self.experiment, self.setting, self.budget, self.phases))
         self.callback.run_started(self.experiment, self.setting, self.rows)
-        example_epsilon(self.phases, [], self._turns)  # what it refuses is refused before training
+        example_epsilon(self.phases, [], self._turns)  # called for its checks, before any training
         if self.rows:
             self.workspace.apply_setup(self.state.phase, self._recipe(self.state), self.state.setup)
         else:
@@ -140,7 +140,7 @@ class Session:
         self._saved = self.state.round if self.files.checkpoints else 0
 
     def _advance(self, until: int | None) -> None:
-        """The next round, to its row in the ledger and its checkpoint."""
+        """Runs the next round, including its row in the ledger and its checkpoint."""
         experiment, state = self.experiment, self.state
         facts: dict[str, float] = {}
         if state.steps == self.phases[state.phase].rounds:
@@ -173,7 +173,7 @@ class Session:
         )
 
     def _round(self, state: ServerState) -> tuple[ServerState, RoundRecord]:
-        """One round; where too few clients answer it is tried again, and nothing of the attempt counts."""
+        """Runs one round; if too few clients reply, it is retried and nothing of the failed attempt is used."""
         experiment, setting, engine = self.experiment, self.setting, self.engine
         clients, recipe, tried = experiment.clients, self._recipe(state), 0
         warnings: tuple[str, ...] = ()
@@ -196,12 +196,12 @@ class Session:
                 state = state.without(error.refused)
 
     def _cohort(self, recipe: Recipe, seed: int) -> tuple[int, ...]:
-        """The clients that are asked in a round: those that were drawn, and others for those that are not there."""
+        """The clients asked in a round: the sampled ones, with replacements for those that are unavailable."""
         clients, population, engine = self.experiment.clients, self.setting.population, self.engine
         num = min(math.ceil(clients.per_round * engine.over_sample), len(population))
         cohort = draw_cohort(population, num, seed, clients.sampling)
         present = engine.present()
-        # a draw that an account of privacy counts on is as it is
+        # a sample that privacy accounting relies on is not modified
         if present is None or clients.sampling != "fixed" or not disclosure_of(recipe).absence:
             return cohort
         others = np.random.default_rng(seed).permutation(sorted(present - set(cohort)))
@@ -215,17 +215,17 @@ class Session:
         return metrics, warnings, time.perf_counter() - clock
 
     def _counted(self, row: RoundRecord) -> RoundRecord:
-        """The row without what no message carried."""
+        """The row without figures for messages that were not sent."""
         if self.mode.sends:
             return row
         takes = row.slowest_seconds if self.experiment.clients.network else row.network_seconds
         return dataclasses.replace(row, down_bytes={}, up_bytes={}, references={}, network_seconds=takes)
 
     def _redacted(self, row: RoundRecord) -> RoundRecord:
-        """The row without what tells who was drawn, where that is secret."""
+        """The row without anything that reveals the cohort, if its membership is secret."""
         if not self._secret:
             return row
-        # over networks of their own, tiers would be told by the time
+        # with a network per tier, the modelled time would reveal the tiers
         timed = not any(tier.network for tier in self.experiment.clients.tiers)
         takes = row.network_seconds if timed else None
         return dataclasses.replace(
@@ -236,7 +236,7 @@ class Session:
         return self.phases[state.phase].recipe
 
     def _exhausted(self, state: ServerState) -> bool:
-        """Whether the budget of privacy allows no further round."""
+        """Whether the privacy budget permits no further round."""
         return self.budget is not None and self.budget.exhausted(self.phases, state.round)
 
     def _record(self, state: ServerState, row: RoundRecord) -> None:
@@ -249,13 +249,13 @@ class Session:
         self._saved = self.state.round
 
     def _so_far(self, until: int) -> Result:
-        """The result up to a round; its metrics are the newest of the ledger."""
+        """The result up to a round; its metrics are the latest in the ledger."""
         done = [row for row in self.rows if row.round <= until]
         newest = [row for row in done if row.metrics][-1]
         return self._result(done, newest.metrics, _seconds(done))
 
     def _finish(self) -> Result:
-        """The result of a run at its end, with the adapter; both are written where they are not there yet."""
+        """The result of a finished run, with the adapter; both are written if they do not exist yet."""
         files, state = self.files, self.state
         held = files.read_json("result.json") if (files.path / "result.json").exists() else None
         if held:
@@ -274,7 +274,7 @@ class Session:
         return result
 
     def _after(self) -> dict[str, float]:
-        """Metrics on all test examples, and at the end those over clients, all of which the last round has tested."""
+        """Metrics on all test examples, and those over clients, all of which were evaluated after the last round."""
         metrics = self.rows[-1].metrics
         own = {name: value for name, value in metrics.items() if name.startswith("client_")}
         if not uses_all_rows(self.experiment, self.setting):

@@ -1,4 +1,4 @@
-"""Callbacks that send a run's figures elsewhere."""
+"""Callbacks that send a run's metrics to experiment trackers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedlora.runs.callbacks import Callback
 
 
 class TensorBoard(Callback):
-    """Events that ``tensorboard --logdir`` shows; none in the mode ``local``, where each client has a ledger.
+    """Event files for ``tensorboard --logdir``; none in the mode ``local``, where each client has its own ledger.
 
     Args:
-        folder: where the events go.
+        folder: the folder of the event files.
 
     Raises:
         ConfigError: TensorBoard is not installed.
@@ -34,7 +34,7 @@ class TensorBoard(Callback):
         self._down = self._up = 0
 
     def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
-        """See ``Callback.run_started``: events after the rows that the ledger kept are dropped."""
+        """See ``Callback.run_started``: events after the rows kept in the ledger are dropped."""
         if MODES[experiment.mode].separate:
             return
         self._down = sum(sum(row.down_bytes.values()) for row in rows)
@@ -42,7 +42,7 @@ class TensorBoard(Callback):
         self._writer = self._make(str(self._folder), purge_step=rows[-1].round + 1 if rows else 0)
 
     def row_recorded(self, row: RoundRecord) -> None:
-        """See ``Callback.row_recorded``: loss, metrics, bytes so far, densities."""
+        """See ``Callback.row_recorded``: loss, metrics, cumulative bytes, densities."""
         if self._writer is None:
             return
         self._down += sum(row.down_bytes.values())
