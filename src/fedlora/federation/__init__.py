@@ -1,4 +1,4 @@
 """Federated training across machines: protocol, sites, servers, Flower, deployment.
 
-Methods do not know that this folder exists; only ``flower`` and what starts it import Flower.
+Methods do not depend on this package; only ``flower`` and the modules that start it import Flower.
 """

@@ -1,4 +1,4 @@
-"""The engines that one machine can run by name; real sites are reached by ``fedlora serve``."""
+"""The engines that can be selected by name on one machine; for real sites, use ``fedlora serve``."""
 
 from fedlora.engines import Engine, Serial
 from fedlora.federation.server.remote import Remote

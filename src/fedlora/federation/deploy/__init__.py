@@ -1,4 +1,4 @@
-"""Keys and certificates, servers and sites as processes, and a trial on one machine.
+"""Keys and certificates, server and site processes, and a demo federation on one machine.
 
-Nothing here trains; it starts the processes that do.
+Nothing in this package trains; it starts the processes that do.
 """

@@ -1,4 +1,4 @@
-"""A whole federation on this machine, with real processes, TLS and keys, for as long as one run takes."""
+"""A complete federation on this machine, with real processes, TLS and keys, for the duration of one run."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def demo(
     *,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
-    """Runs an experiment on sites of this machine, which share the clients of its partition among them.
+    """Runs an experiment on sites on this machine, among which the clients of its partition are divided.
 
     Args:
-        experiment: what to run.
-        folder: where to keep the run.
-        federation: where to write keys, certificates and what sites remember; goes on with those that are there.
-        sites: how many.
-        callbacks: are called as the run goes on, and of what happens to sites.
+        experiment: the experiment to run.
+        folder: the run's folder.
+        federation: the folder for keys, certificates and the sites' state; existing ones are reused.
+        sites: number of sites.
+        callbacks: called during the run, and on events of sites.
 
     Raises:
-        ConfigError: the experiment's rows lie with sites.
+        ConfigError: the experiment's rows are held by sites.
     """
     if isinstance(experiment.data, Sites):
         raise ConfigError("data.kind = 'sites' is for real sites; the demo deals the data of any other kind to sites")
@@ -52,14 +52,14 @@ def demo(
 
 @contextmanager
 def started_sites(federation: Path, count: int) -> Iterator[list[Child]]:
-    """Sites that share a partition, each `fedlora join` in a process of its own, stopped at the end.
+    """Sites that share a partition, each running `fedlora join` in its own process; stopped on exit.
 
     Args:
-        federation: written if it is not there.
-        count: how many sites.
+        federation: the federation's folder; created if it does not exist.
+        count: number of sites.
 
     Raises:
-        ConfigError: the federation that is there has other sites.
+        ConfigError: the existing federation has other sites.
     """
     names = [f"site-{number}" for number in range(count)]
     if not (federation / "server").exists():
@@ -74,7 +74,7 @@ def started_sites(federation: Path, count: int) -> Iterator[list[Child]]:
 
 
 def site(federation: Path, name: str, number: int, count: int) -> Child:
-    """A site that stands for its share of the clients."""
+    """A site that represents its share of the clients."""
     place = federation / "sites" / name
     document = {"name": name, "share": {"number": number, "of": count}, "poll_seconds": POLL}
     (place / "site.toml").write_text(tomli_w.dumps(document))

@@ -1,4 +1,4 @@
-"""A run whose clients live elsewhere: from a configuration and a transport to what ``experiment.run`` gives."""
+"""Runs with remote clients: from a configuration and a transport to the result of ``experiment.run``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedlora.runs.result import Result
 from fedlora.tasks import Prepared, Sites
 
 KNOWN = "federation.json"
-"""The file of a run's folder that names the run to sites, and has what they said of themselves."""
+"""The file in a run's folder with the run's name for sites and the information reported by them."""
 
 
 def federate(
@@ -36,22 +36,22 @@ def federate(
     callbacks: Sequence[Callback] = (),
     begun: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Runs an experiment on sites, or goes on with it.
+    """Runs an experiment on sites, or resumes it.
 
     Args:
-        experiment: what to run.
-        folder: where to keep the run.
+        experiment: the experiment to run.
+        folder: the run's folder.
         transport: carries messages.
-        rules: what is waited for.
-        names: of the sites there may be, for ``data.kind = "sites"``.
+        rules: quorum and timeouts.
+        names: names of the possible sites, for ``data.kind = "sites"``.
         anywhere: whether any site can take any client's turn.
-        callbacks: are called as the run goes on, and of what happens to sites.
-        begun: is called once the folder is the run's.
+        callbacks: called during the run, and on events of sites.
+        begun: called once the run has claimed the folder.
 
     Raises:
-        CheckpointError: the folder holds another experiment's run.
-        ConfigError: the experiment cannot be run on sites, or another process trains in the folder.
-        QuorumError: too few clients can be reached, or answer.
+        CheckpointError: the folder contains another experiment's run.
+        ConfigError: the experiment cannot be run on sites, or another process is training in the folder.
+        QuorumError: too few clients can be reached, or reply.
     """
     if not MODES[experiment.mode].sends:
         raise ConfigError(f"mode = {experiment.mode!r} sends nothing, so there is nothing for sites; use `fedlora run`")
@@ -84,11 +84,11 @@ def federate(
 def _of_sites(
     experiment: Experiment, task: Prepared, remote: Remote, files: RunFolder, names: Sequence[str]
 ) -> FederatedData:
-    """The setting of sites with rows of their own, after they have heard of the run."""
+    """The federated data of sites with their own rows, after the run has been announced to them."""
     ordered = sorted(names)
     numbers = {name: number for number, name in enumerate(ordered)}
     remote.open(experiment, task.label_names, len(ordered), numbers)
-    # what is known of sites outlasts their absence
+    # information on sites is kept while they are offline
     known = files.read_json(KNOWN)
     for name, site_info in remote.site_infos.items():
         known["sites"][name] = [sum(site_info.sizes.values()), site_info.kind]

@@ -1,4 +1,4 @@
-"""What ``fedlora federation init`` writes for people and for the proxy."""
+"""Templates of the instructions and proxy configuration written by ``fedlora federation init``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which versions of Flower were tried, and a sentence for all others."""
+"""The tested versions of Flower, and the error for all others."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from importlib import metadata
 from fedlora.core.errors import ConfigError
 
 PUBLIC = ("1.29", "2")
-"""Versions of Flower whose public interface ``flower/app.py`` speaks: from, and below."""
+"""Versions of Flower whose public interface ``flower/app.py`` uses: minimum (inclusive) and maximum (exclusive)."""
 PRIVATE = ("1.41", "1.42")
-"""Versions whose insides the other files of ``flower/`` and ``deploy/simulate.py`` know: from, and below."""
+"""Versions whose internals the other files of ``flower/`` and ``deploy/simulate.py`` rely on, likewise."""
 
 
 def check_flower(versions: tuple[str, str]) -> None:
-    """Refuses to start with a Flower that is not there, or of a version that was not tried.
+    """Refuses to start if Flower is missing or its version is untested.
 
     Args:
-        versions: from, and below.
+        versions: minimum (inclusive) and maximum (exclusive).
 
     Raises:
-        ConfigError: telling what to install.
+        ConfigError: saying what to install.
     """
     try:
         found = metadata.version("flwr")

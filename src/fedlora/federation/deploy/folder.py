@@ -1,4 +1,4 @@
-"""The files of a federation: written once by ``fedlora federation init``, handed out, and read by server and sites."""
+"""The files of a federation: written once by ``fedlora federation init``, distributed, and read by server and sites."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SERVER_FILE = "server.toml"
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ServerConfig:
-    """A federation as its server knows it, ``server/server.toml``.
+    """The server's settings of a federation, ``server/server.toml``.
 
     Args:
-        host: by which sites reach the proxy in front of the server.
+        host: name or address by which sites reach the proxy in front of the server.
         proxy_port: the proxy's port, open to sites.
-        port: of Flower's SuperLink, on the loopback interface alone.
+        port: port of Flower's SuperLink, on the loopback interface only.
         sites: names of the sites.
-        rules: what is waited for.
+        rules: quorum and timeouts.
     """
 
     host: str = "localhost"
@@ -42,7 +42,7 @@ class ServerConfig:
         """Reads the file of a server's folder.
 
         Raises:
-            ConfigError: it cannot be read, or says what is not known.
+            ConfigError: it cannot be read, or contains unknown keys or values.
         """
         file = folder / SERVER_FILE
         if not file.exists():
@@ -57,7 +57,7 @@ def public_keys(folder: Path, config: ServerConfig) -> dict[str, bytes]:
     """The public key file of each site, by name.
 
     Raises:
-        ConfigError: one is not there.
+        ConfigError: one is missing.
     """
     found = {}
     for name in config.sites:
@@ -71,17 +71,17 @@ def public_keys(folder: Path, config: ServerConfig) -> dict[str, bytes]:
 
 
 def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port: int = 9443) -> None:
-    """Writes a federation: an authority, the server's certificate, a key pair and a folder per site, and how to go on.
+    """Creates a federation: certificate authority, server certificate, a key pair and folder per site, instructions.
 
     Args:
-        folder: a new one.
-        names: of the sites.
+        folder: a new folder.
+        names: names of the sites.
         host: name or address by which sites reach the server.
-        port: of Flower's SuperLink, on the loopback interface.
-        proxy_port: of the proxy in front of it.
+        port: port of Flower's SuperLink, on the loopback interface.
+        proxy_port: port of the proxy in front of it.
 
     Raises:
-        ConfigError: the folder holds something, or names are no names.
+        ConfigError: the folder is not empty, or a name is invalid.
     """
     check_flower(PRIVATE)
     from fedlora.federation.deploy import keys

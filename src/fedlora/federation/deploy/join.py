@@ -1,4 +1,4 @@
-"""A site: Flower's SuperNode with the site's key, and one process that keeps the model warm."""
+"""A site: Flower's SuperNode with the site's key, and one process that keeps the model loaded."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.runs.callbacks import Callback, CallbackList
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 30.0
-"""Seconds before a process that ended is started again: doubled each time up to the second."""
+"""Seconds before a process that ended is restarted: the first, doubled each time up to the second."""
 
 
 def join(server: str, file: Path, callbacks: Sequence[Callback] = (), *, insecure: bool = False) -> None:
-    """Works for a server until it is interrupted; comes back after whatever happens to either side.
+    """Works for a server until interrupted; reconnects after failures on either side.
 
     Args:
         server: host and port of the federation's proxy.
-        file: the site's ``site.toml``; ``site.key`` and ``ca.crt`` are beside it.
-        callbacks: get messages of what happens.
-        insecure: plain text and no key, on the loopback interface alone.
+        file: the site's ``site.toml``; ``site.key`` and ``ca.crt`` are in the same folder.
+        callbacks: receive messages about events.
+        insecure: plain text without keys, on the loopback interface only.
 
     Raises:
-        ConfigError: the files are not there or not for their owner alone, or plain text would leave this machine.
-        KeyboardInterrupt: the user asked to leave; everything is stopped by then.
+        ConfigError: the files are missing or readable by others, or plain text would leave this machine.
+        KeyboardInterrupt: the user interrupted; all processes have been stopped.
     """
     check_flower(PRIVATE)
     quiet()
-    # a stop by a supervisor is as polite as Ctrl-C
+    # a stop by a process supervisor is handled like Ctrl-C
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _work(server, file, CallbackList(callbacks), insecure)
@@ -73,7 +73,7 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
         write_secret(secret, secrets.token_bytes(32))
         _keep(settings.name, {"the SuperNode": node, "the worker": worker}, report)
     finally:
-        # whoever asks twice waits as long, and nothing is left behind
+        # a second interrupt does not cut the shutdown short, so no process is left behind
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in handlers:
             signal.signal(number, signal.SIG_IGN)
@@ -85,9 +85,9 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
 
 
 def _keep(name: str, children: dict[str, Child], report: Callback) -> None:
-    """Keeps processes running, each after a longer wait if it ends soon; until it is interrupted.
+    """Keeps processes running until interrupted; one that ends soon after its start is restarted after a longer wait.
 
-    What they complain of is told, each sentence once.
+    Warnings and errors in their logs are reported, each once.
     """
     waits = dict.fromkeys(children, FIRST_WAIT)
     due = dict.fromkeys(children, 0.0)

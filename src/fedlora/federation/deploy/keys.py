@@ -1,4 +1,4 @@
-"""Certificates and keys of a federation, in files that only their owner can read."""
+"""Certificates and keys of a federation, in files readable only by their owner."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _USAGES = (
 
 
 class Authority(NamedTuple):
-    """What signs a federation's certificates."""
+    """The certificate authority that signs a federation's certificates."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
 
 def make_authority() -> Authority:
-    """A new authority."""
+    """Creates a new certificate authority."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedlora federation")])
     builder = _certificate(name, name, key.public_key())
@@ -37,11 +37,11 @@ def make_authority() -> Authority:
 
 
 def make_server(authority: Authority, host: str) -> tuple[bytes, bytes]:
-    """A server's key and certificate, as PEM, for ``host`` and for this machine alone.
+    """A server's key and certificate, as PEM, valid only for ``host`` and for this machine (loopback).
 
     Args:
-        authority: signs it.
-        host: a name or address that sites reach the server by.
+        authority: signs the certificate.
+        host: name or address by which sites reach the server.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     names: list[x509.GeneralName] = [x509.DNSName("localhost"), _ip("127.0.0.1"), _ip("::1")]

@@ -1,4 +1,4 @@
-"""Flower's processes on this machine: started with care, watched, and never left behind."""
+"""Flower's processes on this machine: started, monitored, and always cleaned up."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from typing import Self
 from fedlora.core.errors import ProcessError, plain
 
 PATIENCE = 60.0
-"""Seconds that a process has to come up."""
+"""Seconds allowed for a process to start."""
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""No word to anyone, nothing installed at run time."""
+"""Settings of child processes: no telemetry, nothing installed at run time."""
 _COMPLAINTS = ("WARNING", "ERROR", "Connection attempt failed", "Exit Code")
 _PR_SET_PDEATHSIG = 1
-# looked up here: between fork and exec little is safe
+# looked up here, as few operations are safe between fork and exec
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def quiet() -> None:
-    """Puts this process, too, under the settings of those that it starts."""
+    """Applies the environment settings of child processes to this process as well."""
     os.environ.update(_QUIET)
 
 
 class Child:
-    """A child process with a log of its own; it ends with its parent.
+    """A child process with its own log; it ends with its parent.
 
     Args:
-        command: what to run.
-        home: a folder of its own, for its log and what Flower keeps.
-        env: further environment variables.
-        grace: seconds that it has to end once it was asked; longer than what it grants to children of its own.
+        command: the command to run.
+        home: its own folder, for its log and Flower's files.
+        env: additional environment variables.
+        grace: seconds allowed to terminate after a request; longer than the grace period of its own children.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Child:
         self._read = 0
 
     def start(self) -> Self:
-        """Starts it, anew if it ran before."""
+        """Starts it, or restarts it if it ran before."""
         self.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         env = {**os.environ, **_QUIET, "FLWR_HOME": str(self.home), **self.env}
         with (self.home / "log.txt").open("ab") as log:
@@ -73,17 +73,17 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether it is running."""
         return self.process is not None and self.process.poll() is None
 
     def ask(self) -> None:
-        """Asks it to end; once, as a second time would stop it in the middle of cleaning up."""
+        """Requests termination, only once: a second request would interrupt its cleanup."""
         if self.process is not None and not self._asked:
             self._asked = True
             self.process.terminate()
 
     def stop(self) -> None:
-        """Asks it to end, and ends it and what it started if it does not."""
+        """Requests termination, and kills it and its descendants if it does not comply."""
         self.ask()
         if self.process is None:
             return
@@ -94,7 +94,7 @@ class Child:
         self.process.wait()
 
     def last_words(self) -> str:
-        """The end of its log, in one line; from its last error on, if there is one near."""
+        """The end of its log as one line, starting at the last recent error if there is one."""
         with contextlib.suppress(OSError):
             lines = (self.home / "log.txt").read_text(errors="replace").strip().splitlines()[-40:]
             wrong = [number for number, line in enumerate(lines) if "ERROR" in line or "Exit Code" in line]
@@ -103,7 +103,7 @@ class Child:
         return ""
 
     def complaints(self) -> list[str]:
-        """Warnings and errors that its log has got since this was asked last."""
+        """Warnings and errors added to its log since the last call."""
         with contextlib.suppress(OSError), (self.home / "log.txt").open(errors="replace") as log:
             log.seek(self._read)
             lines = log.readlines()
@@ -121,7 +121,7 @@ class Child:
 
 
 def stop_all(children: Iterable[Child]) -> None:
-    """Stops several, all at once."""
+    """Stops several processes concurrently."""
     children = list(children)
     for child in children:
         child.ask()
@@ -130,10 +130,10 @@ def stop_all(children: Iterable[Child]) -> None:
 
 
 def write_secret(file: Path, content: bytes) -> None:
-    """Writes a new file that nobody else can read, not even for a moment.
+    """Creates a file that is readable only by its owner from the moment it exists.
 
     Raises:
-        FileExistsError: there is such a file.
+        FileExistsError: the file already exists.
     """
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as opened:
@@ -141,17 +141,17 @@ def write_secret(file: Path, content: bytes) -> None:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """An unused port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def wait_until_up(child: Child, address: str, ca: Path | None) -> None:
-    """Waits until a SuperLink answers.
+    """Waits until a SuperLink responds.
 
     Raises:
-        ProcessError: it ended, or does not answer in time.
+        ProcessError: it ended, or does not respond in time.
     """
     context = ssl.create_default_context(cafile=str(ca)) if ca else None
     url = f"{'https' if ca else 'http'}://{address}/health"
@@ -169,6 +169,6 @@ def wait_until_up(child: Child, address: str, ca: Path | None) -> None:
 
 
 def _die_with_parent() -> None:
-    """Linux sends a child this signal when its parent dies, however it dies."""
+    """Makes Linux send this child a signal when its parent dies, however it dies."""
     if _PRCTL is not None:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedlora.federation.flower.runtime import Link
 
 RESTARTS = 5
-"""How often in a row a SuperLink that does not come up is tried."""
+"""Number of consecutive attempts to start a SuperLink that does not come up."""
 
 
 def serve(
@@ -38,20 +38,20 @@ def serve(
     insecure: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
-    """Runs an experiment on the sites of a federation, or goes on with it.
+    """Runs an experiment on the sites of a federation, or resumes it.
 
     Args:
-        experiment: what to run.
-        folder: where to keep the run.
-        federation: the server's folder, which ``init`` wrote.
-        rules: what is waited for, if it is not what the folder says.
-        insecure: plain text and no keys, which the loopback interface alone can hear.
-        callbacks: are called as the run goes on, and of what happens to sites.
+        experiment: the experiment to run.
+        folder: the run's folder.
+        federation: the server's folder, written by ``init``.
+        rules: quorum and timeouts; those in the federation's folder if absent.
+        insecure: plain text without keys, reachable on the loopback interface only.
+        callbacks: called during the run, and on events of sites.
 
     Raises:
-        ConfigError: the federation's files are not there, or Flower is not.
-        ProcessError: the SuperLink does not come up.
-        QuorumError: too few clients can be reached, or answer.
+        ConfigError: the federation's files are missing, or Flower is not installed.
+        ProcessError: the SuperLink does not start.
+        QuorumError: too few clients can be reached, or reply.
     """
     check_flower(PRIVATE)
     quiet()
@@ -66,11 +66,11 @@ def serve(
 
 @contextmanager
 def sites_of(link: Link, public: Mapping[str, bytes]) -> Iterator[Transport]:
-    """A run on a SuperLink, and the transport to its sites; when it closes, the run is over.
+    """Starts a run on a SuperLink and yields the transport to its sites; closing it ends the run.
 
     Args:
-        link: to the SuperLink.
-        public: the public key file of each site that may take part, by name; none in plain text.
+        link: connection to the SuperLink.
+        public: the public key file of each authorised site, by name; empty in plain text.
     """
     from fedlora.federation.flower import runtime
     from fedlora.federation.flower.app import GridTransport
@@ -84,17 +84,17 @@ def sites_of(link: Link, public: Mapping[str, bytes]) -> Iterator[Transport]:
 
 @contextmanager
 def superlink(federation: Path, port: int, callbacks: Sequence[Callback], insecure: bool) -> Iterator[Link]:
-    """A SuperLink with TLS, keys of sites and a database, started again whenever it ends.
+    """A SuperLink with TLS, site authentication and a database, restarted whenever it ends.
 
     Args:
         federation: the server's folder.
-        port: on the loopback interface.
-        callbacks: get a message when it is started again.
-        insecure: plain text and no keys.
+        port: its port on the loopback interface.
+        callbacks: receive a message when it is restarted.
+        insecure: plain text without keys.
 
     Raises:
-        ConfigError: the files of TLS are not there.
-        ProcessError: it does not come up.
+        ConfigError: the TLS files are missing.
+        ProcessError: it does not start.
     """
     from fedlora.federation.flower.runtime import Link
 
@@ -144,7 +144,7 @@ def superlink(federation: Path, port: int, callbacks: Sequence[Callback], insecu
 
 
 def _command(federation: Path, port: int, insecure: bool) -> list[str]:
-    """What starts a SuperLink; with TLS, sites must prove who they are."""
+    """The command that starts a SuperLink; with TLS, sites must authenticate."""
     command = [
         sys.executable, "-m", "fedlora.federation.flower.superlink",
         "--host", "127.0.0.1", "--port", str(port), "--isolation", "process",

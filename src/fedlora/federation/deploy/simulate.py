@@ -1,4 +1,4 @@
-"""Clients in the processes of a Ray cluster, by Flower's simulation: the same configuration, the same bits."""
+"""Clients in the processes of a Ray cluster, through Flower's simulation: same configuration, bit-identical results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedlora.tasks import Sites
 
 T = TypeVar("T")
 LONGEST = 30 * 86400.0
-"""Seconds of a round under Ray, where nobody is late."""
+"""Timeout of a round under Ray in seconds, long enough that no client is ever late."""
 
 
 def simulate(
@@ -41,18 +41,19 @@ def simulate(
 ) -> Result:
     """Runs an experiment with clients in Ray's processes.
 
-    Each worker keeps a model, and any worker takes any client's turn, so that thousands of clients cost no more than
-    those of a round. What clients remember lies in the run's folder, which all workers must be able to reach.
+    Each worker keeps a model loaded, and any worker takes any client's turn, so the cost depends on the clients per
+    round and not on their total number. Client state is stored in the run's folder, which must be accessible to all
+    workers.
 
     Args:
-        experiment: what to run.
-        folder: where to keep the run.
-        callbacks: are called as the run goes on, and of what happens to sites.
-        workers: how many turns run at a time; as many as there are cores, or GPUs if there are any, by default.
-        ray: what ``ray.init`` gets, such as the address of a cluster.
+        experiment: the experiment to run.
+        folder: the run's folder.
+        callbacks: called during the run, and on events of sites.
+        workers: number of concurrent client turns; by default the number of GPUs, or of cores if there are none.
+        ray: arguments for ``ray.init``, such as the address of a cluster.
 
     Raises:
-        ConfigError: the experiment's rows lie with sites.
+        ConfigError: the experiment's rows are held by sites.
     """
     if isinstance(experiment.data, Sites):
         raise ConfigError("data.kind = 'sites' is for real sites; a simulation deals the data of any other kind")
@@ -69,7 +70,7 @@ def simulate(
 
 
 def write_site(folder: Path, device: str) -> None:
-    """The file of the one site that all workers are."""
+    """Writes the file of the single site that all workers represent."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {"name": "simulation", "share": {"number": 0, "of": 1}, "device": device}
     (folder / "site.toml").write_text(tomli_w.dumps(document))
@@ -78,16 +79,16 @@ def write_site(folder: Path, device: str) -> None:
 def with_ray(
     main: Callable[[Transport], T], folder: Path, workers: int | None = None, ray: dict[str, Any] | None = None
 ) -> T:
-    """Starts Ray's workers and gives ``main`` a transport to them.
+    """Starts Ray's workers and calls ``main`` with a transport to them.
 
     Args:
-        main: what is done with them.
-        folder: where ``write_site`` writes before the first envelope is sent.
-        workers: how many; as many as there are GPUs, or cores if there are none, by default.
-        ray: what ``ray.init`` gets.
+        main: the function to run with the transport.
+        folder: the folder into which ``write_site`` writes before the first envelope is sent.
+        workers: number of workers; by default the number of GPUs, or of cores if there are none.
+        ray: arguments for ``ray.init``.
 
     Raises:
-        ProcessError: the workers are gone.
+        ProcessError: the workers have died.
         ConfigError: Ray would not work here.
     """
     check_flower(PRIVATE)
@@ -111,14 +112,14 @@ def with_ray(
     def serve(grid: Any, context: Any) -> None:
         try:
             outcome.set_result(main(GridTransport(grid, lambda: nodes_of(grid), check)))
-        except BaseException as error:  # Flower would tell it in another way
+        except BaseException as error:  # Flower would report it differently
             outcome.set_exception(error)
 
     def check() -> None:
         if crashed.is_set():
             raise ProcessError("Ray's processes ended; what they said is above")
 
-    # Ray's processes begin with what this one has; those of a cluster that runs already have to be told
+    # Ray's processes inherit this environment; those of an already running cluster must receive it explicitly
     os.environ[SITE_FILE] = str(folder / "site.toml")
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // workers))
     settings = {"include_dashboard": False, "num_cpus": workers}
@@ -137,7 +138,7 @@ def with_ray(
 
 @contextmanager
 def _quiet_logs() -> Iterator[None]:
-    """Flower's own reports of progress would go between ours."""
+    """Silences Flower's own progress output, which would interleave with ours."""
     logger = logging.getLogger("flwr")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ from fedlora.federation.site.site import Site
 
 
 def main() -> None:
-    """Answers the messages of the SuperNode at an address, until it is stopped."""
+    """Replies to the messages of the SuperNode at an address, until stopped."""
     address, secret, file = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

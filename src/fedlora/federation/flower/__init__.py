@@ -1,4 +1,4 @@
-"""Flower's processes and transport; everything that imports ``flwr`` lives here.
+"""Flower's processes and transport; everything that imports ``flwr`` is in this package.
 
-Its modules load no torch unless a client trains in them.
+Its modules do not import torch unless a client trains in them.
 """

@@ -1,4 +1,4 @@
-"""The half that speaks Flower's public interface: messages as messages, a site as a client app."""
+"""Integration through Flower's public interface: envelopes as Flower messages, a site as a client app."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from fedlora.federation.site.site import Site
 
 check_flower(PUBLIC)
 CHUNK = 1 << 20
-"""Bytes of an array: larger ones time out over slow links."""
+"""Size of an array in bytes: larger ones time out over slow links."""
 LARGEST = 1 << 33
-"""No envelope is longer."""
+"""Maximum size of an envelope in bytes."""
 SITE_FILE = "FEDLORA_SITE"
 """The environment variable that names a site's file."""
 TRANSPORT: tuple[type[Exception], ...] = (httpx.HTTPError, OSError)
-"""What is no answer's fault."""
+"""Connection errors, as opposed to malformed replies."""
 BATCHES = 32
-"""So many questions for answers at most."""
+"""Maximum number of batches in which replies are pulled."""
 _TYPE = "fedlora.envelope/1"
 _AT_FAULT = 2
-"""Flower's code for an app that raised; all others are losses on the way."""
+"""Flower's error code for an app that raised; all others mean that a message was lost."""
 
 
 def pack(raw: bytes) -> RecordDict:
-    """A message as a Flower record: one array for each mebibyte."""
+    """A message as a Flower record: one array per mebibyte."""
     pieces = (raw[first : first + CHUNK] for first in range(0, max(1, len(raw)), CHUNK))
     arrays = {f"{number:06d}": Array("uint8", (len(piece),), _TYPE, piece) for number, piece in enumerate(pieces)}
     return RecordDict({"envelope": ArrayRecord(arrays)})
@@ -48,7 +48,7 @@ def unpack(record: RecordDict) -> bytes:
     """The inverse of ``pack``.
 
     Raises:
-        WireError: the record holds no envelope.
+        WireError: the record does not contain an envelope.
     """
     found = record.get("envelope")
     if list(record) != ["envelope"] or not isinstance(found, ArrayRecord):
@@ -61,12 +61,12 @@ def unpack(record: RecordDict) -> bytes:
 
 
 class GridTransport(Transport):
-    """Letters over a Flower grid.
+    """A transport over a Flower grid.
 
     Args:
-        grid: Flower's.
-        addresses: the sites that are online: a node by name.
-        check: raises where nothing will ever come again.
+        grid: Flower's grid.
+        addresses: returns the sites that are online: node id by name.
+        check: raises if no message can be received any more.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class GridTransport(Transport):
 
     def send(self, address: int, raw: bytes, seconds: float) -> str | None:
         message = Message(pack(raw), dst_node_id=address, message_type="train", ttl=max(1.0, seconds))
-        # the grids differ in what they give for a node that is gone
+        # grid implementations differ in what they return for a node that is gone
         tickets = [ticket for ticket in self._grid.push_messages([message]) if ticket]
         return tickets[0] if tickets else None
 
@@ -90,7 +90,7 @@ class GridTransport(Transport):
         self._check()
         done = []
         size = max(1, len(tickets) // BATCHES)
-        # few at a time, so that an answer that Flower cannot read spoils few others
+        # in small batches, so that a reply that Flower cannot read invalidates few others
         for first in range(0, len(tickets), size):
             asked = tickets[first : first + size]
             try:
@@ -103,7 +103,7 @@ class GridTransport(Transport):
                 done += [Received(ticket, None, why) for ticket in asked]
                 continue
             for message in found:
-                # an error of the link itself names no ticket
+                # an error of the connection itself carries no ticket
                 ticket = message.metadata.reply_to_message_id or (asked[0] if size == 1 else "")
                 if ticket in asked:
                     done.append(self._received(ticket, message))
@@ -121,12 +121,12 @@ class GridTransport(Transport):
 
 
 def nodes_of(grid: Grid) -> Mapping[str, int]:
-    """The nodes of a simulation by their numbers."""
+    """The nodes of a simulation, by their ids."""
     return {str(node): node for node in sorted(grid.get_node_ids())}
 
 
 def answer(site: Site, message: Message) -> Message:
-    """A site's answer to a message."""
+    """A site's reply to a message."""
     return Message(pack(site.answer(unpack(message.content))), reply_to=message)
 
 
@@ -141,13 +141,13 @@ server_app = ServerApp()
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """Answers as the site whose file the environment names."""
+    """Replies as the site whose file is named by the environment variable ``SITE_FILE``."""
     return answer(_site(os.environ[SITE_FILE]), message)
 
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the experiment that the run's configuration names: ``config`` and ``folder``, paths."""
+    """Runs the experiment given by the Flower run's configuration: the paths ``config`` and ``folder``."""
     from fedlora.federation.deploy.federate import federate
 
     experiment = config.load(Path(str(context.run_config["config"])))

@@ -1,7 +1,7 @@
-"""The half that knows Flower's insides: a run without a shell command, and apps that stay warm between messages.
+"""Integration through Flower's internals: runs without a shell command, and apps that persist between messages.
 
-Flower starts a process for every message of an app. Here the server's loop is the server app, in the process that
-asked for it, and a site's process takes one message after another.
+Flower starts a process for every message of an app. Here the server's loop is the server app, in the calling process,
+and a site's process handles one message after another.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from fedlora.federation.flower.uploads import believe
 believe(RuntimeHttpClient)
 POLL = 0.2
 PATIENCE = 120.0
-"""Seconds that a run may take to begin."""
+"""Seconds allowed for a run to start."""
 LONGEST_OUTAGE = 600.0
-"""Seconds that a SuperLink may be gone."""
+"""Seconds for which a SuperLink may be unavailable."""
 _PROJECT = b"""[project]
 name = "fedlora-app"
 version = "0.1.0"
@@ -64,12 +64,12 @@ clientapp = "fedlora.federation.flower.app:client_app"
 
 
 class Link(NamedTuple):
-    """Where Flower's processes of this machine answer.
+    """The endpoint of a Flower process on this machine.
 
     Args:
         address: host and port.
-        ca: the certificate that theirs is signed with; None for plain text.
-        secret: what proves to them that a task is asked for by us.
+        ca: the certificate of the authority that signed its certificate; None for plain text.
+        secret: the secret that authenticates our requests for tasks.
     """
 
     address: str
@@ -87,7 +87,7 @@ def _control(link: Link) -> ControlHttpClient:
 
 
 def key_of(public: bytes) -> bytes:
-    """A public key file's key in the form in which Flower lists it."""
+    """The key of a public key file in the format in which Flower lists it."""
     pem: bytes = serialization.load_ssh_public_key(public).public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
@@ -95,11 +95,11 @@ def key_of(public: bytes) -> bytes:
 
 
 def register(link: Link, keys: dict[str, bytes]) -> None:
-    """Makes the SuperLink accept these sites and no others.
+    """Makes the SuperLink accept only these sites.
 
     Args:
-        link: to the SuperLink.
-        keys: what ``key_of`` gives, by name of the site.
+        link: connection to the SuperLink.
+        keys: keys as returned by ``key_of``, by name of the site.
     """
     control = _control(link)
     try:
@@ -115,7 +115,7 @@ def register(link: Link, keys: dict[str, bytes]) -> None:
 
 
 def start_run(link: Link) -> int:
-    """Starts a run, whose server app is then there to be taken; its number."""
+    """Starts a run, whose server app task can then be acquired; returns the run's id."""
     fab, _ = build_fab_from_files({"pyproject.toml": _PROJECT})
     control = _control(link)
     try:
@@ -143,10 +143,10 @@ def _runtime(link: Link, token: str | None = None) -> RuntimeHttpClient:
 
 
 def _acquire(client: RuntimeHttpClient, kind: TaskType, seconds: float) -> str:
-    """Waits for a task; its token.
+    """Waits for a task; returns its token.
 
     Raises:
-        ProcessError: none came.
+        ProcessError: no task became available.
     """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -158,7 +158,7 @@ def _acquire(client: RuntimeHttpClient, kind: TaskType, seconds: float) -> str:
 
 
 class _Grid(HttpGrid):  # type: ignore[misc]
-    """A grid that takes a message for not sent where the SuperLink was gone for longer than it keeps half a message."""
+    """A grid that treats a message as not sent if the SuperLink was down for longer than it keeps partial messages."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         try:
@@ -171,14 +171,14 @@ class _Grid(HttpGrid):  # type: ignore[misc]
 
 @contextmanager
 def open_grid(link: Link, run: int) -> Iterator[Grid]:
-    """The grid of a run that ``start_run`` began; when it closes, the run is over.
+    """The grid of a run started by ``start_run``; closing it ends the run.
 
     Args:
-        link: to the SuperLink.
-        run: its number; runs that were begun before and never taken are ended.
+        link: connection to the SuperLink.
+        run: the run's id; earlier runs that were started but never acquired are ended.
 
     Raises:
-        ProcessError: the SuperLink cannot be reached any more, or gave the run up.
+        ProcessError: the SuperLink can no longer be reached, or abandoned the run.
     """
     client = _runtime(link)
     try:
@@ -216,7 +216,7 @@ def open_grid(link: Link, run: int) -> Iterator[Grid]:
 
 
 def _end(grid: HttpGrid, context: Context, status: str, details: str) -> None:
-    """Tells the SuperLink how a run ended, if it is there."""
+    """Reports the final status of a run to the SuperLink, if it is reachable."""
     grid._retry_invoker.max_tries = 1
     request = PushTaskOutputRequest(context=context_to_proto(context), sub_status=status, details=details)
     try:
@@ -227,7 +227,7 @@ def _end(grid: HttpGrid, context: Context, status: str, details: str) -> None:
 
 
 def addresses(grid: Grid, keys: dict[str, bytes]) -> dict[str, int]:
-    """The sites that are online: a node by name; nodes of unknown keys are none."""
+    """The sites that are online: node id by name; nodes with unknown keys are ignored."""
     names = {key: name for name, key in keys.items()}
     found = {}
     for node in grid.get_nodes():
@@ -238,11 +238,11 @@ def addresses(grid: Grid, keys: dict[str, bytes]) -> dict[str, int]:
 
 
 def take_messages(link: Link, handle: Callable[[Message], Message]) -> None:
-    """Handles a SuperNode's messages one after another, for ever; runs nothing of what comes with them.
+    """Handles a SuperNode's messages one after another, indefinitely; never executes app code sent with them.
 
     Args:
-        link: to the SuperNode.
-        handle: gives the reply; what it raises becomes an error reply.
+        link: connection to the SuperNode.
+        handle: returns the reply; an exception becomes an error reply.
     """
     client = _runtime(link)
     while True:
@@ -259,12 +259,12 @@ def take_messages(link: Link, handle: Callable[[Message], Message]) -> None:
                 reply, status, details = handle(message), SubStatus.COMPLETED, ""
             except Exception as error:
                 logging.getLogger("fedlora").exception("a message could not be answered")
-                # its words may quote rows
+                # its message may quote rows
                 status, details = SubStatus.FAILED, f"{type(error).__name__}; the site's own log says more"
                 reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=details), reply_to=message)
             push_message(task, reply, context)
             push_task_output(task, context, status, details)
-        except (Exception, RunNotRunningException) as error:  # the SuperNode hears no heartbeat, and says so
+        except (Exception, RunNotRunningException) as error:  # the SuperNode misses the heartbeat and reports it
             logging.getLogger("fedlora").warning("a message went away: %s: %s", type(error).__name__, error)
         finally:
             heart.stop()

@@ -1,6 +1,6 @@
-"""Flower's SuperLink where paths have spaces: ``python -m fedlora.federation.flower.superlink ARGUMENTS``.
+"""Flower's SuperLink, fixed for paths with spaces: ``python -m fedlora.federation.flower.superlink ARGUMENTS``.
 
-By itself it splits the path of its own installation at spaces, and then its database has no tables.
+Unpatched, it splits its installation path at spaces, and its database is then created without tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _configured = utils.build_alembic_config
 
 
 def _whole_paths(engine: Any) -> Any:
-    """The configuration of the database's migrations, with paths apart by what no path has in it."""
+    """The configuration of the database migrations, with a path separator that cannot occur in a path."""
     config = _configured(engine)
     for option in ("path_separator", "version_path_separator"):
         config.set_main_option(option, "os")

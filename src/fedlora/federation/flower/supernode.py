@@ -1,7 +1,7 @@
-"""Flower's SuperNode, mended: ``python -m fedlora.federation.flower.supernode SECONDS ARGUMENTS``.
+"""Flower's SuperNode, patched: ``python -m fedlora.federation.flower.supernode SECONDS ARGUMENTS``.
 
-By itself it rests three seconds between two looks, which would be most of a short round; and where a run ends while a
-message comes, it hands its worker the half of it, which then waits for the rest for two hours.
+Unpatched, it sleeps three seconds between polls, which would dominate short rounds; and if a run ends while a message
+is being received, it passes the incomplete message to its worker, which then waits two hours for the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _connected = start_client_internal._init_connection
 
 @contextmanager
 def _connection(**settings: Any) -> Iterator[tuple[Any, ...]]:
-    """Flower's connection; what is pulled of a run that is over is an error, after which it tidies up."""
+    """Flower's connection, in which pulling from a finished run raises an error, so that the SuperNode cleans up."""
     with _connected(**settings) as (*others, pull_object, push_object, confirm_message_received):
         yield *others, _plainly(pull_object), push_object, _plainly(confirm_message_received)
 
@@ -34,7 +34,7 @@ def _plainly(ask: Callable[[int, str], Any]) -> Callable[[int, str], Any]:
     def asked(run: int, name: str) -> Any:
         try:
             return ask(run, name)
-        except RunNotRunningException as error:  # no Exception, and nobody would tidy up
+        except RunNotRunningException as error:  # not derived from Exception, so nothing would clean up
             raise RuntimeError("the run is over") from error
 
     return asked

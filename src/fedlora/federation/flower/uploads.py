@@ -1,6 +1,6 @@
-"""Uploads that outlive a SuperLink which ends in their midst.
+"""Uploads that survive a SuperLink stopping in the middle of them.
 
-Flower asks again where an answer is lost, and then takes an object for refused that the first question had brought.
+If a response is lost, Flower retries and then treats an object as rejected that the first request had already stored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 
 def believe(client: type[RuntimeHttpClient] | type[FleetHttpClient]) -> None:
-    """Makes a kind of client look whether an object that was not stored is there already; its name is its hash."""
+    """Makes a client class check whether an object that was not stored is already there; its name is its hash."""
     push = client.PushObject
 
     def look(self: RuntimeHttpClient | FleetHttpClient, request: PushObjectRequest) -> PushObjectResponse:

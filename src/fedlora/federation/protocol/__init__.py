@@ -1,4 +1,4 @@
 """Messages between servers and sites, and the policies that each side enforces.
 
-Nothing here depends on how messages are carried.
+Nothing in this package depends on how messages are transported.
 """

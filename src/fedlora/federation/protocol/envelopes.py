@@ -1,6 +1,6 @@
-"""Jobs and replies as bytes, for clients that live in other processes; no pickle, every size bounded.
+"""Jobs and replies as bytes, for clients in other processes; no pickle, every size bounded.
 
-A message is ``FLL``, a version, the length of a JSON head, the head, and the blobs whose lengths it tells.
+A message is ``FLL``, a version, the length of a JSON head, the head, and the blobs, whose lengths are in the head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAGIC = b"FLL"
 VERSION = 2
 LARGEST_HEAD = 1 << 22
 LARGEST_SECONDS = 1e7
-"""What a site may say that a turn took; more than any round waits."""
+"""Upper bound on a reported turn duration in seconds; longer than any round waits."""
 _START = struct.Struct("<3sBI")
 _RECIPES = TypeAdapter(Recipe)
 
@@ -32,7 +32,7 @@ class Envelope(NamedTuple):
     """A message between a server and a site.
 
     Args:
-        head: JSON values; ``kind`` says what the message is, ``run`` of which run, ``ticket`` ties an answer to it.
+        head: JSON values; ``kind`` is the type of message, ``run`` names the run, ``ticket`` links a reply to it.
         blobs: bytes by name.
     """
 
@@ -41,7 +41,7 @@ class Envelope(NamedTuple):
 
 
 def write(head: Mapping[str, Any], blobs: Mapping[str, bytes]) -> bytes:
-    """A message as bytes."""
+    """Serialises a message."""
     lengths = {name: len(blob) for name, blob in blobs.items()}
     text = json.dumps({**head, "blobs": lengths}, allow_nan=False).encode()
     return b"".join([_START.pack(MAGIC, VERSION, len(text)), text, *blobs.values()])
@@ -51,7 +51,7 @@ def read(raw: bytes) -> Envelope:
     """The inverse of ``write``.
 
     Raises:
-        WireError: the bytes are no envelope of this version, or not as long as they say.
+        WireError: the bytes are not an envelope of this version, or do not have the stated length.
     """
     if len(raw) < _START.size:
         raise WireError(f"a message of {len(raw)} bytes is too short to be one")
@@ -79,13 +79,13 @@ def read(raw: bytes) -> Envelope:
 
 
 def of_job(job: Job, run: str, ticket: str, seconds: float | None) -> bytes:
-    """A job as a message.
+    """Serialises a job as a message.
 
     Args:
-        job: what to do; of what the client remembers its name goes along, see ``ClientState.kept``.
+        job: the job; of the state stored on the client only its name is included, see ``ClientState.kept``.
         run: name of the run.
-        ticket: comes back with the reply.
-        seconds: how long the server waits; None for as long as it takes.
+        ticket: returned with the reply.
+        seconds: how long the server waits; None for no limit.
     """
     blobs = {"payload": job.payload}
     if job.setup is not None:
@@ -111,7 +111,7 @@ def of_job(job: Job, run: str, ticket: str, seconds: float | None) -> bytes:
 
 
 def to_job(envelope: Envelope) -> Job:
-    """The job of a message; of the client's memory only what the server knows.
+    """Parses the job of a message; of the client's state it has only the part known to the server.
 
     Raises:
         WireError: it is not of that form.
@@ -144,12 +144,12 @@ def to_job(envelope: Envelope) -> Job:
 
 
 def of_reply(reply: Reply, job: Envelope, lost: bool = False) -> bytes:
-    """A reply as a message; of what the client remembers it has the name alone.
+    """Serialises a reply as a message; of the state stored on the client only its name is included.
 
     Args:
-        reply: what the client answers.
-        job: the message that asked.
-        lost: whether the site has forgotten the run.
+        reply: the client's reply.
+        job: the message with the job.
+        lost: whether the site has lost the state of the run.
     """
     head = {
         "kind": "reply",
@@ -163,10 +163,10 @@ def of_reply(reply: Reply, job: Envelope, lost: bool = False) -> bytes:
 
 
 def to_reply(envelope: Envelope, job: Job, run: str, ticket: str) -> Reply:
-    """The reply to a job.
+    """Parses the reply to a job.
 
     Raises:
-        WireError: it answers something else, or is no reply.
+        WireError: it is the reply to another message, or not a reply.
     """
     head, blobs = envelope
     expected = {"kind": "reply", "run": run, "ticket": ticket, "client": job.client, "progress": list(job.progress)}

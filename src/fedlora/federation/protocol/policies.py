@@ -1,4 +1,4 @@
-"""What a site is and accepts, and what a server waits for: the settings of a federation over several machines."""
+"""Settings of a federation over several machines: a site's identity and policy, and the server's policy."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SitePolicy:
-    """What a site does for a server, and no more; None is no limit.
+    """Limits on what a site does for a server; None means no limit.
 
     Args:
-        tunings: kinds of tuning, which say what may be trained and sent.
-        classes: classes of your own, as ``package.module:Class``, that a server may name; their code runs here. What
-            comes with fedlora needs no entry.
-        max_megabytes: of one message, either way.
-        max_steps: optimiser steps of one turn.
-        min_noise: the least noise multiplier that the server says it adds to the mean of clients.
-        min_example_noise: the least noise multiplier that this site itself adds to gradients of single examples.
+        tunings: permitted kinds of tuning, which determine what may be trained and sent.
+        classes: user-defined classes, as ``package.module:Class``, that a server may name; their code runs on this
+            site. Classes of fedlora itself need no entry.
+        max_megabytes: maximum size of one message, in either direction.
+        max_steps: maximum number of optimiser steps per turn.
+        min_noise: minimum noise multiplier that the server must declare to add to the mean over clients.
+        min_example_noise: minimum noise multiplier that this site itself adds to per-example gradients.
     """
 
     tunings: tuple[str, ...] | None = None
@@ -44,13 +44,13 @@ class SitePolicy:
     min_example_noise: NonNegative | None = None
 
     def check_classes(self, head: Mapping[str, Any]) -> None:
-        """Looks for classes that are not accepted, before anything of them is imported.
+        """Checks for classes that are not permitted, before any of them is imported.
 
         Args:
-            head: of a server's message.
+            head: the head of a server's message.
 
         Raises:
-            ConfigError: it names one.
+            ConfigError: it names such a class.
         """
         if unknown := sorted(named(head) - {*self.classes}):
             raise ConfigError(
@@ -61,9 +61,10 @@ class SitePolicy:
         """Why a recipe is not accepted; empty if it is.
 
         Args:
-            recipe: what a job says.
-            examples: of the client.
-            opening: whether no job has come yet; an epsilon to reach becomes a noise multiplier with the first.
+            recipe: the recipe of a job.
+            examples: number of the client's examples.
+            opening: whether no job has been received yet; a target epsilon is only turned into a noise multiplier with
+                the first job.
         """
         if self.tunings is not None and kind_of(recipe.tuning) not in self.tunings:
             return f"tuning {kind_of(recipe.tuning)!r} is not accepted here, only {', '.join(self.tunings)}"
@@ -95,11 +96,11 @@ class SitePolicy:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Share:
-    """The clients of the server's own partition that a site stands for: ``number``, ``number + of``, and so on.
+    """The clients of the server's own partition that a site represents: ``number``, ``number + of``, and so on.
 
     Args:
-        number: of the site, from 0.
-        of: how many sites there are.
+        number: number of the site, from 0.
+        of: total number of sites.
     """
 
     number: Whole
@@ -108,21 +109,22 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class SiteConfig:
-    """A site: its name, its rows, its model, and what it accepts.
+    """A site: its name, rows, model, and policy.
 
-    One of ``rows`` and ``share`` is given.
+    Exactly one of ``rows`` and ``share`` must be given.
 
     Args:
-        name: in the ledger.
-        rows: a csv, tsv, json, jsonl or parquet file of training rows, maybe with ``.gz``; they never leave the site.
-        columns: name that the task uses -> name in the file, for columns that are called otherwise.
-        share: of the data that the server's configuration names, for trials on one machine.
-        tier: what kind of site this is, for ``clients.tiers`` by ``values``.
-        model: where the pre-trained model is here; the server says by default, if it is ``embedded``.
-        device: where the model lives.
-        state: folder of what is remembered between rounds.
-        poll_seconds: between two questions for work; each costs about a kilobyte.
-        limits: what is accepted.
+        name: the site's name in the ledger.
+        rows: a csv, tsv, json, jsonl or parquet file of training rows, optionally with ``.gz``; rows never leave the
+            site.
+        columns: column name used by the task -> name in the file, if different.
+        share: share of the data of the server's configuration, for trials on one machine.
+        tier: kind of this site, for ``clients.tiers`` by ``values``.
+        model: location of the pre-trained model on this site; by default the server's, if that is ``embedded``.
+        device: the device of the model.
+        state: folder for the state kept between rounds.
+        poll_seconds: seconds between two polls for work; each costs about a kilobyte.
+        limits: the site's policy.
 
     Raises:
         ConfigError: neither or both of ``rows`` and ``share`` are given.
@@ -148,7 +150,7 @@ class SiteConfig:
         """Reads a site's TOML file; paths in it are relative to its folder.
 
         Raises:
-            ConfigError: it cannot be read, or says what is not known.
+            ConfigError: it cannot be read, or contains unknown keys or values.
         """
         values = read_toml(path)
         for key in ("rows", "state"):
@@ -159,15 +161,15 @@ class SiteConfig:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class ServerPolicy:
-    """What a server waits for.
+    """Quorum, timeouts and retries of a server.
 
     Args:
-        min_available: clients that can be reached before the first round begins; ``min_clients`` if absent.
-        min_clients: answers that a round needs; with fewer it is tried again.
-        round_timeout: seconds after which a round goes on without those that have not answered.
-        rejoin_timeout: seconds that a round waits for a site which is gone to come back, and be asked again.
-        over_sample: so many times the clients of a round are asked, and the first to answer count.
-        attempts: how often a round with too few answers is tried before the run stops.
+        min_available: clients that must be reachable before the first round starts; ``min_clients`` if absent.
+        min_clients: replies required per round; with fewer, the round is retried.
+        round_timeout: seconds after which a round continues without clients that have not replied.
+        rejoin_timeout: seconds for which a round waits for a lost site to reconnect and be sent its jobs again.
+        over_sample: ratio of clients asked to clients counted; the first to reply are counted.
+        attempts: attempts at a round with too few replies before the run stops.
     """
 
     min_available: Count | None = None
@@ -179,10 +181,10 @@ class ServerPolicy:
 
 
 def parse_as(kind: type[T], values: dict[str, Any], path: Path) -> T:
-    """``values`` as a ``kind``.
+    """Validates ``values`` as a ``kind``.
 
     Raises:
-        ConfigError: naming what is wrong.
+        ConfigError: naming the problem.
     """
     try:
         return TypeAdapter(kind).validate_python(values)

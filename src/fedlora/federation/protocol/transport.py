@@ -1,4 +1,4 @@
-"""What carries messages to sites and answers back."""
+"""The transport interface: messages to sites, and their replies."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 
 class Received(NamedTuple):
-    """What came of a message: an answer, or why there is none.
+    """The outcome of a message: a reply, or the reason why there is none.
 
     Args:
-        ticket: what ``Transport.post`` gave.
-        raw: the answer; None if there is none.
-        why: a sentence then.
-        again: whether it is worth asking again, as the site or a message was lost rather than the site at fault.
+        ticket: the ticket returned by ``Transport.send``.
+        raw: the reply; None if there is none.
+        why: in that case, a sentence with the reason.
+        again: whether a retry is worthwhile: the site or a message was lost, but the site is not at fault.
     """
 
     ticket: str
@@ -24,16 +24,16 @@ class Received(NamedTuple):
 
 
 class Transport(ABC):
-    """Carries messages to sites and answers back."""
+    """Carries messages to sites and replies back."""
 
     @abstractmethod
     def sites(self) -> Mapping[str, int]:
-        """The sites that are there now: an address by name."""
+        """The sites that are online: address by name."""
 
     @abstractmethod
     def send(self, address: int, raw: bytes, seconds: float) -> str | None:
-        """Sends a message that is worth nothing after ``seconds``; its ticket, or None where the site is gone."""
+        """Sends a message that expires after ``seconds``; returns its ticket, or None if the site is gone."""
 
     @abstractmethod
     def collect(self, tickets: Sequence[str]) -> list[Received]:
-        """What has come of these messages since the last call."""
+        """The outcomes of these messages since the last call."""

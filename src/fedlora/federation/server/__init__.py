@@ -1,4 +1,4 @@
 """Clients on remote sites: pending jobs, retries, timeouts and rejected replies.
 
-Nothing here imports Flower; messages go through a transport that is passed in.
+Nothing in this package imports Flower; messages go through a transport that is passed in.
 """

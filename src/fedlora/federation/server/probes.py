@@ -1,8 +1,8 @@
-"""Detects messages that were lost on the way, where the transport does not report it.
+"""Detects lost messages where the transport does not report the loss.
 
-A site answers its messages in order: a reply to a later one means that no reply to an earlier one will come. A site
-that has been silent for long is sent a small probe, so that there is a later message. A SuperLink that stops between
-recording a hand-over and completing it loses the message for good, in either direction.
+A site replies to its messages in order, so a reply to a later message means that no reply to an earlier one will come.
+A site that has been silent for long is sent a small probe, so that there is a later message. A SuperLink that stops
+between recording a delivery and completing it loses the message permanently, in either direction.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.transport import Received, Transport
 
 FIRST_SILENCE = 20.0
-"""Seconds after which a site is probed for the first time; twice as long each next time."""
+"""Seconds of silence after which a site is first probed; doubled for each further probe."""
 LIFE = 86400.0
-"""Seconds for which a probe is carried."""
+"""Lifetime of a probe message in seconds."""
 
 
 @dataclass
 class _Site:
-    """What passed between the server and a site.
+    """The message traffic between the server and a site.
 
     Args:
-        answered: the place of the latest envelope that it answered.
-        since: when something last passed.
-        patience: seconds of silence until it is probed.
+        answered: sequence number of the latest envelope it replied to.
+        since: time of the last message in either direction.
+        patience: seconds of silence before it is probed.
     """
 
     answered: int = 0
@@ -37,10 +37,10 @@ class _Site:
 
 
 class Probing(Transport):
-    """A transport that says which messages of another are lost.
+    """A transport that reports which messages of the wrapped transport were lost.
 
     Args:
-        transport: hands a site its messages in their order, each after the last was answered.
+        transport: delivers messages to a site in order, each after the reply to the previous one.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -63,8 +63,8 @@ class Probing(Transport):
         return ticket
 
     def collect(self, tickets: Sequence[str]) -> list[Received]:
-        """See ``Transport.collect``; messages that a later one's answer overtook come back as lost."""
-        # an answer may come between two looks of one call, so that what is overtaken is looked for once more
+        """See ``Transport.collect``; messages overtaken by the reply to a later one are reported as lost."""
+        # a reply may arrive between two pulls of one call, so overtaken messages are pulled once more
         overtaken = [ticket for ticket in (*tickets, *self._probes) if self._is_overtaken(ticket)]
         received = []
         for each in self._transport.collect([*tickets, *self._probes]):
@@ -92,7 +92,7 @@ class Probing(Transport):
         return place < self._known[address].answered
 
     def _probe(self, addresses: set[int]) -> None:
-        """Sends a small envelope to those that owe an answer and have been silent for long."""
+        """Sends a small envelope to sites that owe a reply and have been silent for long."""
         for address in addresses:
             site = self._known[address]
             if time.monotonic() - site.since > site.patience:

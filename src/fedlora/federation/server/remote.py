@@ -1,4 +1,4 @@
-"""Clients on remote sites: sending jobs, waiting, retrying, rejecting; how messages travel is the transport's."""
+"""Clients on remote sites: sending jobs, waiting, retrying, rejecting; the transport carries the messages."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from fedlora.runs.callbacks import Callback, CallbackList
 
 POLL = 0.2
 TRIES = 5
-"""How often a job is sent to a site that is lost each time."""
+"""Maximum number of times a job is sent to a site that is lost each time."""
 LARGEST_SIZE = 2**31
-"""No client has more examples."""
+"""Upper bound on a client's reported number of examples."""
 
 
 class SiteInfo(NamedTuple):
-    """What a site said of itself: its kind, and how many examples each of its clients has."""
+    """The information reported by a site: its kind, and the number of examples of each of its clients."""
 
     kind: str
     sizes: dict[int, int]
 
 
 class _Invited(NamedTuple):
-    """An opening message on its way."""
+    """An opening message in transit."""
 
     name: str
     address: int
@@ -47,7 +47,7 @@ class _Invited(NamedTuple):
 
 @dataclass
 class _PendingJob:
-    """A job on its way."""
+    """A job in transit."""
 
     job: Job
     site: str
@@ -63,10 +63,10 @@ class Remote(Engine):
 
     Args:
         transport: carries messages.
-        rules: what is waited for.
-        run: name of the run, hexadecimal digits; what sites remember is theirs by it.
-        anywhere: whether any site can take any client's turn, and is ours, as in a simulation.
-        callbacks: get messages of what happens to sites.
+        rules: quorum, timeouts and retries.
+        run: name of the run, hexadecimal digits; sites store their state under it.
+        anywhere: whether any site can take any client's turn and is trusted, as in a simulation.
+        callbacks: receive messages about events of sites.
     """
 
     trusted = False
@@ -79,7 +79,7 @@ class Remote(Engine):
         anywhere: bool = False,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        # who can take any turn is not asked in order
+        # workers that can take any client's turn do not receive messages in order
         self.transport = transport if anywhere else Probing(transport)
         self.rules, self.name = rules, run
         self.anywhere, self._message = anywhere, CallbackList(callbacks).message
@@ -96,16 +96,16 @@ class Remote(Engine):
     def open(
         self, experiment: Experiment, label_names: list[str], clients: int, numbers: Mapping[str, int] | None = None
     ) -> None:
-        """Says what the run is, and waits until so many clients can be reached that the run can begin.
+        """Announces the run, and waits until enough clients can be reached to start.
 
         Args:
             experiment: the whole configuration.
-            label_names: what the model was told about its outputs.
-            clients: how many there are.
-            numbers: the client number of each site that has rows of its own, if they have.
+            label_names: the label names of the model's outputs.
+            clients: total number of clients.
+            numbers: the client number of each site, if sites have their own rows.
 
         Raises:
-            QuorumError: too few came in ``round_timeout`` seconds, or they refuse.
+            QuorumError: too few clients connected within ``round_timeout`` seconds, or their sites refuse.
         """
         effective = in_mode(experiment)
         self._opening = {
@@ -120,11 +120,11 @@ class Remote(Engine):
         self._wait_for(self.rules.min_available or self.min_clients)
 
     def wait(self) -> None:
-        """See ``Engine.wait``; new sites are told of the run."""
+        """See ``Engine.wait``; the run is announced to new sites."""
         self._wait_for(self.min_clients)
 
     def _wait_for(self, least: int) -> None:
-        # under Ray nobody is late, and yet workers may never come
+        # under Ray no client is ever late, yet workers may never start
         deadline = time.monotonic() + min(self.rules.round_timeout, 3600.0)
         said = False
         while True:
@@ -146,17 +146,17 @@ class Remote(Engine):
             time.sleep(POLL)
 
     def _reach(self, online: Mapping[str, int]) -> int:
-        """How many clients the sites that are there stand for."""
+        """The number of clients represented by the online sites."""
         there = self.site_infos if self.anywhere else [name for name in online if name in self.site_infos]
         return sum(len(self.site_infos[name].sizes) for name in there)
 
     def _invite(self, online: Mapping[str, int]) -> None:
-        """Tells sites of the run that do not know of it; those that refused are asked again when they come anew."""
+        """Announces the run to sites that have not joined it; those that refused are asked again on reconnecting."""
         asked = {(one.name, one.address) for one in self._invited.values()}
         for name, address in online.items():
             if name in self.site_infos or (name, address) in asked or self._refusals.get(name, (None,))[0] == address:
                 continue
-            if self.anywhere and (self.site_infos or self._invited):  # all share one memory
+            if self.anywhere and (self.site_infos or self._invited):  # all share one state folder
                 return
             secret = secrets.token_hex(8)
             head = {**self._opening, "client": self._numbers.get(name, 0), "ticket": secret}
@@ -165,7 +165,7 @@ class Remote(Engine):
                 self._invited[ticket] = _Invited(name, address, secret)
 
     def _welcome(self) -> None:
-        """Reads the answers to opening messages that have come."""
+        """Reads the replies to opening messages."""
         for received in self.transport.collect(list(self._invited)) if self._invited else ():
             name, address, secret = self._invited.pop(received.ticket)
             try:
@@ -181,10 +181,10 @@ class Remote(Engine):
             )
 
     def _site_info(self, name: str, received: Received, secret: str) -> SiteInfo:
-        """What a site says of itself, as far as it can be.
+        """The information reported by a site, validated.
 
         Raises:
-            WireError: it cannot be.
+            WireError: it is invalid.
             DataError: the site refuses.
         """
         if received.raw is None:
@@ -226,7 +226,7 @@ class Remote(Engine):
         return next(sizes, None)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
-        """See ``Engine.run``: all are sent at once; answers are handed on in the order of jobs as they come."""
+        """See ``Engine.run``: all jobs are sent at once; replies are yielded in the order of jobs as they arrive."""
         deadline = time.monotonic() + self.rules.round_timeout
         enough = min(len(jobs), self._per_round) if self.over_sample > 1 else len(jobs)
         secret = secrets.token_hex(8)
@@ -245,7 +245,7 @@ class Remote(Engine):
                     if counted < enough:
                         replies[number] = self._read(received, pending_jobs[number])
                         counted += replies[number].raw is not None
-            if place not in replies:  # as far as anyone here knows, it remembers what it did
+            if place not in replies:  # as far as is known here, its state is unchanged
                 self._message(f"client {job.client} ({pending_jobs[place].site}) is late; its answer is dropped")
                 replies[place] = Reply(None, job.memory, 0.0, delivered=False)
             yield replies.pop(place)
@@ -264,7 +264,7 @@ class Remote(Engine):
             pending_job.lost_since = None
 
     def _collect(self, pending_jobs: list[_PendingJob], deadline: float) -> list[tuple[int, Received]]:
-        """What has come, after a short rest if nothing has; jobs of lost sites are sent again."""
+        """The outcomes received, after a short pause if there are none; jobs of lost sites are sent again."""
         out = {each.ticket: number for number, each in enumerate(pending_jobs) if each.ticket is not None}
         done: list[tuple[int, Received]] = []
         for received in self.transport.collect(list(out)) if out else ():
@@ -290,10 +290,10 @@ class Remote(Engine):
         return done
 
     def _read(self, received: Received, pending_job: _PendingJob) -> Reply:
-        """The reply of an answer, or why there is none.
+        """The reply in a received message, or a reply with the reason why there is none.
 
         Raises:
-            TrainingError: a worker of ours says that training went wrong.
+            TrainingError: a trusted worker reports that training failed.
         """
         lost = False
         try:
@@ -307,6 +307,6 @@ class Remote(Engine):
             reply = Reply(None, ClientState(), 0.0, f"{pending_job.site}: {error}", delivered=False)
         if reply.refused and self.anywhere:
             raise TrainingError(reply.refused)
-        if lost:  # it is told of the run anew
+        if lost:  # the run is announced to it again
             self.site_infos.pop(pending_job.site, None)
         return reply

@@ -1,4 +1,4 @@
-"""What a site does with a message, and what it stores about its clients.
+"""A site's message handling, and its storage of client state.
 
-Nothing here opens a connection.
+Nothing in this package opens a connection.
 """

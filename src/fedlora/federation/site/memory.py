@@ -1,4 +1,4 @@
-"""What a site keeps of its clients between rounds, in files, a folder per run."""
+"""A site's client state between rounds, stored in one folder per run."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from fedlora.core.state import ClientState
 from fedlora.core.store import Reader, Writer
 
 KEPT = 3
-"""States of a client that are kept: the server may go back to an earlier one after a loss of its own."""
+"""Number of states kept per client: the server may return to an earlier one after losing its own state."""
 RUNS = 5
-"""Runs whose folders are kept."""
+"""Number of runs whose folders are kept."""
 _NAME = re.compile(r"^[0-9a-f]{8,64}$")
 
 
 class SiteMemory:
-    """The files of one run on a site; they survive restarts and are gone with the run.
+    """The files of one run on a site; they survive restarts and are deleted with the run.
 
     Args:
-        folder: of all runs.
+        folder: the folder of all runs.
         run: name of the run, hexadecimal digits.
 
     Raises:
-        CheckpointError: the name is none.
+        CheckpointError: the name is invalid.
     """
 
     def __init__(self, folder: Path, run: str) -> None:
         self.folder = folder / _checked(run)
 
     def open(self, text: str) -> None:
-        """Notes what the run is; of the oldest runs the files are removed."""
+        """Stores the announcement of the run, and removes the files of the oldest runs."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(self.folder / "run.json", text.encode())
         others = sorted(self.folder.parent.glob("*/run.json"), key=lambda file: file.stat().st_mtime)
@@ -46,12 +46,12 @@ class SiteMemory:
             shutil.rmtree(old.parent, ignore_errors=True)
 
     def opened(self) -> str | None:
-        """What ``open`` noted, if it did."""
+        """The announcement stored by ``open``, if any."""
         file = self.folder / "run.json"
         return file.read_text(encoding="utf-8") if file.exists() else None
 
     def setup(self, phase: int, told: bytes | None) -> bytes | None:
-        """A phase's announcement: the one that came, which is kept, or the one that was."""
+        """A phase's setup message: the one received, which is stored, or else the stored one."""
         file = self.folder / f"setup-{phase}.bin"
         if told is None:
             return file.read_bytes() if file.exists() else None
@@ -61,14 +61,14 @@ class SiteMemory:
         return told
 
     def load(self, client: int, known: ClientState) -> ClientState:
-        """The whole of what a client remembers.
+        """Loads the complete state of a client.
 
         Args:
             client: its number.
-            known: what the server knows of it.
+            known: the part of the state known to the server.
 
         Raises:
-            CheckpointError: it is not there.
+            CheckpointError: it does not exist.
         """
         if not known.kept:
             return known
@@ -76,7 +76,7 @@ class SiteMemory:
         try:
             with safe_open(file, "pt") as opened:
                 told = json.loads((opened.metadata() or {})["told"])
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
             parts = Reader(tensors).memory(told["parts"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
@@ -85,10 +85,10 @@ class SiteMemory:
         return ClientState(told["has_setup"], parts, known.kept)
 
     def save(self, client: int, memory: ClientState) -> str:
-        """Keeps what a client remembers, under a new name; nothing if it remembers nothing.
+        """Stores a client's state under a new name, unless it is empty.
 
         Returns:
-            The name, empty for nothing.
+            The name; empty if nothing was stored.
         """
         folder = self.folder / f"client-{client}"
         if not memory.parts and not memory.has_setup:
@@ -106,7 +106,7 @@ class SiteMemory:
 
 
 def _checked(name: str) -> str:
-    """A name that stays within its folder."""
+    """A name validated not to leave its folder."""
     if not _NAME.match(name):
         raise CheckpointError(f"{name[:80]!r} is no name of a run or of a state")
     return name

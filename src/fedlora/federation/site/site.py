@@ -1,4 +1,4 @@
-"""A site: holds its clients' rows and one resident model, and answers messages. Knows nothing of how they travel."""
+"""A site: holds its clients' rows and one resident model, and replies to messages, independently of the transport."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fedlora.tasks.base import Positions, Prepared
 
 
 class _Run(NamedTuple):
-    """The run that a site is warm for."""
+    """The run whose model is loaded on a site."""
 
     name: str
     workspace: Workspace
@@ -41,12 +41,12 @@ class _Run(NamedTuple):
 
 
 class Site:
-    """Answers a server's messages with the rows that are here.
+    """Processes a server's messages on the local rows.
 
-    The model of the last run stays loaded, so that a round costs its training and no more.
+    The model of the last run stays loaded, so a round costs no more than its training.
 
     Args:
-        settings: what the site is and accepts.
+        settings: the site's identity and policy.
     """
 
     def __init__(self, settings: SiteConfig) -> None:
@@ -54,17 +54,17 @@ class Site:
         self._run: _Run | None = None
 
     def answer(self, raw: bytes) -> bytes:
-        """The answer to a message.
+        """The reply to a message.
 
         Raises:
-            WireError: it cannot be read, so that there is nothing to answer.
+            WireError: it cannot be read, so there is nothing to reply to.
         """
         received = time.perf_counter()
         envelope = envelopes.read(raw)
         kind = envelope.head.get("kind")
         if kind == "open":
             return self._open(envelope)
-        if kind == "probe":  # that it is answered is all that it asks
+        if kind == "probe":  # any reply suffices
             return envelopes.write({"kind": "probed"}, {})
         if kind != "job":
             raise WireError(
@@ -86,7 +86,7 @@ class Site:
         return envelopes.of_reply(reply, envelope, lost)
 
     def _said(self, error: FedloraError) -> str:
-        """What a server is told of an error: sentences about data quote them, and stay here."""
+        """The part of an error reported to the server: messages about data quote the data, and are not sent."""
         logging.getLogger("fedlora").warning("%s: %s", type(error).__name__, error)
         text = (
             "its rows are not as the task needs them; its own log says more" if isinstance(error, DataError) else error
@@ -107,10 +107,10 @@ class Site:
         return envelopes.write(told, {})
 
     def _prepared(self, head: Mapping[str, Any]) -> _Run:
-        """The run of an opening message.
+        """Prepares the run of an opening message.
 
         Raises:
-            FedloraError: it is not accepted, or cannot be prepared here.
+            FedloraError: it is not accepted, or cannot be prepared on this site.
         """
         self.settings.limits.check_classes(head)
         name = str(head.get("run"))
@@ -138,9 +138,9 @@ class Site:
         return _Run(name, Workspace(task, experiment.seed, device), clients, memory)
 
     def _model(self, experiment: Experiment) -> Model:
-        """The model that is loaded here: whose code may run and which files are read is not for a server to say."""
+        """The model loaded on this site: the server must not determine whose code runs or which files are read."""
         if self.settings.model is not None:
-            # what is trained decides the form of messages, so that is for the server to say
+            # the trained parts determine the form of messages, so the server does determine those
             return replace(self.settings.model, head=experiment.model.head, train_head=experiment.model.train_head)
         if self.settings.share is None and experiment.model.path != "embedded":
             raise ConfigError(
@@ -175,7 +175,7 @@ class Site:
         return reply._replace(memory=replace(reply.memory, kept=kept))
 
     def _warm(self, name: str) -> _Run:
-        """The run of a job: the one that is resident, or one that was opened before this process began."""
+        """The run of a job: the resident one, or one that was opened before this process started."""
         if self._run is None or self._run.name != name:
             told = SiteMemory(Path(self.settings.state), name).opened()
             if told is None:
@@ -185,7 +185,7 @@ class Site:
 
 
 def base_digest(model: Model) -> str:
-    """What tells two pre-trained models apart: a hash of the files, or the hub's id and revision."""
+    """Identifies a pre-trained model: a hash of its files, or the hub's id and revision."""
     path = Path(model.resolve()).expanduser()
     if not path.is_dir():
         return f"{model.path}@{model.revision or 'main'}"
