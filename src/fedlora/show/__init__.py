@@ -1,4 +1,4 @@
-"""What users see of a run: tables, plots, descriptions.
+"""Presentation of runs: tables, plots, descriptions.
 
-Nothing here changes a run.
+Nothing in this package affects a run.
 """

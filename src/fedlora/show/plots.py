@@ -1,4 +1,4 @@
-"""Drawings: who holds which classes, and what methods reach."""
+"""Plots: the classes held by each client, and the metrics reached by methods."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOURS = (
 
 
 def label_counts(population: Population, labels: Positions, num_classes: int) -> Positions:
-    """How many examples of each class each client holds, ``(clients, classes)`` integers."""
+    """Number of examples of each class held by each client, ``(clients, classes)`` integers."""
     return np.stack(
         [np.bincount(labels[population.rows_of(client)], minlength=num_classes) for client in range(len(population))]
     )
@@ -31,14 +31,14 @@ def label_counts(population: Population, labels: Positions, num_classes: int) ->
 def partition_bars(
     population: Population, labels: Positions, names: list[str], num_clients: int = 20, width: int = 55
 ) -> Text:
-    """One bar per client, as long as its examples and coloured by class, for a terminal.
+    """One bar per client for a terminal, with length proportional to its examples and coloured by class.
 
     Args:
         population: the clients.
         labels: class number of each training example.
-        names: the classes' names; none where there are no classes.
-        num_clients: clients drawn, evenly spaced among all.
-        width: characters of the longest bar.
+        names: the classes' names; empty if there are no classes.
+        num_clients: number of clients drawn, evenly spaced among all.
+        width: length of the longest bar in characters.
     """
     chosen = np.unique(np.linspace(0, len(population) - 1, min(num_clients, len(population))).astype(int))
     counts = label_counts(population, labels, max(1, len(names)))[chosen]
@@ -48,7 +48,7 @@ def partition_bars(
         text.append(f"{population.names[client][-18:]:>18} ")
         ends = np.round(np.cumsum(row) / unit).astype(int)
         for label, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            # a letter tells classes apart where there is no colour
+            # a letter distinguishes the classes where there is no colour
             text.append(chr(ord("a") + label % 26) * (end - start), style=_COLOURS[label % len(_COLOURS)])
         text.append(f" {row.sum()}\n")
     for label, name in enumerate(names[:26]):
@@ -62,7 +62,7 @@ def partition_html(population: Population, labels: Positions, names: list[str]) 
     Args:
         population: the clients.
         labels: class number of each training example.
-        names: the classes' names; none where there are no classes.
+        names: the classes' names; empty if there are no classes.
 
     Raises:
         ConfigError: plotly is not installed.
@@ -82,15 +82,15 @@ def partition_html(population: Population, labels: Positions, names: list[str]) 
 
 
 def comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A page with the main metric by round and by megabytes: a line for each method, its seeds a band around it.
+    """A page with the main metric against rounds and against megabytes: one line per method, with a band over seeds.
 
-    A line is the mean over seeds at the rounds that all of them evaluated; the band is their whole range.
+    A line is the mean over seeds at the rounds evaluated for all of them; the band spans their full range.
 
     Args:
-        rows: as ``report.comparison`` gives them; the ledgers in their folders are read.
+        rows: as returned by ``report.comparison``; the ledgers in their folders are read.
 
     Raises:
-        ConfigError: plotly is not installed, or the runs have not the same main metric.
+        ConfigError: plotly is not installed, or the runs do not have the same main metric.
     """
     go, colours = _plotly()
     metrics = {str(row["metric"]) for row in rows}
@@ -103,7 +103,7 @@ def comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
         shared = sorted(set.intersection(*(set(curve) for curve in curves)))
         seeds = ", ".join(map(str, row["seeds"]))
         colour = colours[number % len(colours)]
-        # the first evaluation comes before anything is sent, and the axis of bytes is logarithmic
+        # the first evaluation precedes any communication, and the axis of bytes is logarithmic
         for axis, turns in (("", shared), ("2", [turn for turn in shared if turn])):
             values = np.array([[curve[turn][1] for turn in turns] for curve in curves])
             sent = [float(np.mean([curve[turn][0] for curve in curves])) for turn in turns]
@@ -131,7 +131,7 @@ def comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _curve(folder: Path, metric: str) -> dict[int, tuple[float, float]]:
-    """Megabytes sent so far and the metric, by each round that was evaluated."""
+    """Cumulative megabytes and the metric, for each evaluated round."""
     sent, curve = 0, {}
     for row in RunFolder(folder).rows():
         sent += sum(row.down_bytes.values()) + sum(row.up_bytes.values())
@@ -141,7 +141,7 @@ def _curve(folder: Path, metric: str) -> dict[int, tuple[float, float]]:
 
 
 def _plotly() -> tuple[Any, list[str]]:
-    """``plotly.graph_objects``, and 48 colours that can be told apart.
+    """``plotly.graph_objects``, and 48 distinguishable colours.
 
     Raises:
         ConfigError: plotly is not installed.

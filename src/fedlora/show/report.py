@@ -1,4 +1,4 @@
-"""What a person sees: live progress, tables, comparisons."""
+"""Terminal output: live progress, tables, comparisons."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def human_seconds(seconds: float) -> str:
 
 
 class Live(Callback):
-    """A bar of rounds with the last metric, the bytes so far and the time left; plain lines without a terminal.
+    """A progress bar with the latest metric, bytes so far and remaining time; plain lines without a terminal.
 
     Args:
-        console: where to show it.
+        console: the console to print to.
     """
 
     def __init__(self, console: Console) -> None:
@@ -110,7 +110,7 @@ class Live(Callback):
 
 
 def load_result(path: Path) -> dict[str, Any]:
-    """The figures of a finished run, with its folder.
+    """The results of a finished run, with its folder.
 
     Raises:
         ConfigError: the run is not finished.
@@ -128,7 +128,7 @@ def as_dict(result: Result) -> dict[str, Any]:
 
 
 def search_table(trials: Sequence[Trial]) -> tuple[list[dict[str, Any]], Table]:
-    """What a search tried, as values and as a table."""
+    """The trials of a search, as values and as a table."""
     table = Table("step", "rank", "density", "one client and back", "metric", "kept")
     for trial in trials:
         cells = [str(trial.step), str(trial.rank), f"{trial.density:g}", human_bytes(round(trial.client_bytes))]
@@ -140,14 +140,14 @@ def search_table(trials: Sequence[Trial]) -> tuple[list[dict[str, Any]], Table]:
 def cost_table(
     phases: Sequence[PhaseCost], networks: Mapping[str, Network], step_seconds: float | None
 ) -> tuple[dict[str, Any], Table]:
-    """What each phase will send, and over a network how long it will take, as values and as a table.
+    """The estimated communication of each phase, and its duration over a network, as values and as a table.
 
     Args:
         phases: from ``fedlora.runs.cost.costs``.
-        networks: what lies between, by tier's name; none leaves time out.
-        step_seconds: of a client's optimiser step; the longest turn that was measured if None.
+        networks: networks by tier's name; if empty, durations are omitted.
+        step_seconds: duration of a client's optimiser step; if None, the longest measured turn is used.
     """
-    # a table of a terminal's width
+    # a table that fits the width of a terminal
     last = ["round takes", "all take"] if networks else ["round down", "round up"]
     names = ("phase", "rounds", "one client down", "one client up", *last, "all down", "all up")
     table = Table(*(Column(name, justify="right") for name in names))
@@ -199,19 +199,19 @@ def cost_table(
 def comparison(
     results: Sequence[Mapping[str, Any]], reached: tuple[Network | None, float] | None = None
 ) -> list[dict[str, Any]]:
-    """One row per method over the runs given, seeds together.
+    """One row per method over the given runs, aggregated over seeds.
 
-    Bytes are means over seeds; ``ratio`` is the reference's bytes over the method's, the reference being ``lora`` if it
-    is there, else the first method.
+    Bytes are means over seeds; ``ratio`` is the reference's bytes divided by the method's, where the reference is
+    ``lora`` if present, otherwise the first method.
 
     Args:
-        results: as ``load_result`` and ``as_dict`` give them.
-        reached: a network, or None for those of the configurations, and a value of the main metric; each row then has
-            ``seconds_to_target``, the mean over seeds of the time until an evaluation reached it, None where a seed
-            never did.
+        results: as returned by ``load_result`` and ``as_dict``.
+        reached: a network (None for those of the configurations) and a value of the main metric; each row then has
+            ``seconds_to_target``, the mean over seeds of the time until an evaluation reached that value; None if any
+            seed never did.
 
     Raises:
-        ConfigError: runs are of different tasks, or those of one label are not seeds of one configuration.
+        ConfigError: the runs belong to different tasks, or runs with the same label differ in more than the seed.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -253,10 +253,10 @@ def comparison(
 
 
 def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses runs of one name that are not seeds of one configuration.
+    """Rejects runs with the same label that differ in more than the seed.
 
     Raises:
-        ConfigError: with what differs.
+        ConfigError: naming the differences.
     """
     apart = "name them apart with -s label=..., or compare one of them"
     first = _configuration(group[0])
@@ -313,7 +313,7 @@ def _or_never(seconds: float | None) -> str:
 
 
 def result_table(result: Result) -> Table:
-    """One run's figures as a table."""
+    """The results of one run as a table."""
     table = Table(Column(), Column(justify="right"), show_header=False)
     for name, value in result.after.items():
         before = f"{result.before[name]:.4f} -> " if name in result.before else ""

@@ -1,4 +1,4 @@
-"""The settings of what stands in a slot: types, allowed values, defaults, and a sentence for each."""
+"""The settings of a slot's values: types, permitted values, defaults, and a description of each."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Setting:
 
     Args:
         name: its key.
-        type: what it may be, in words.
+        type: its type, in words.
         required: whether it has no default.
-        default: as TOML or JSON has it; None where it is absent or required.
-        text: what it is for.
+        default: as a TOML or JSON value; None if it is absent or the setting is required.
+        text: its description.
     """
 
     name: str
@@ -45,16 +45,16 @@ class Setting:
 
     @property
     def default_text(self) -> str:
-        """The default as TOML, tables without what is their own default."""
+        """The default as TOML, with tables reduced to the keys that differ from their own defaults."""
         return "required" if self.required else "" if self.default is None else _toml(self.default)
 
 
 def settings_of(name: str, value: Any) -> list[Setting]:
-    """The settings of a component or of a method; none of what has no settings in TOML, such as an engine.
+    """The settings of a component or method; empty for values without TOML settings, such as an engine.
 
     Args:
         name: its name in its slot.
-        value: the class or the function.
+        value: its class or function.
     """
     if dataclasses.is_dataclass(value):
         defaults = {
@@ -86,8 +86,8 @@ def type_text(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     """A type in words, such as ``integer, 1 or more``, from its JSON Schema.
 
     Args:
-        schema: what ``Generator`` made.
-        definitions: that it refers to.
+        schema: the schema produced by ``Generator``.
+        definitions: the definitions it references.
     """
     words = functools.partial(type_text, definitions=definitions)
     if "$ref" in schema:
@@ -98,7 +98,7 @@ def type_text(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
         return f"table with kind {_either(kinds)}"
     if "anyOf" in schema:
         forms = [words(one) for one in schema["anyOf"]]
-        # a class of the user's own may stand in every slot, which need not be said each time
+        # every slot accepts user-defined classes, which need not be repeated each time
         return _either(dict.fromkeys(form for form in forms if form != "table" or len(forms) == 1))
     if "enum" in schema or "const" in schema:
         return _either(map(str, schema.get("enum", [schema.get("const")])))
@@ -114,7 +114,7 @@ def _either(words: Any) -> str:
 
 
 def _short(value: Any) -> Any:
-    """A value as TOML has it; of components their kind and what is not their own default."""
+    """A value in TOML form; components are reduced to their kind and the settings that differ from their defaults."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {field.name: (getattr(value, field.name), field.default) for field in dataclasses.fields(value)}
         return {name: _short(own) for name, (own, default) in parts.items() if name == "kind" or own != default}
