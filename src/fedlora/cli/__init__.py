@@ -1,4 +1,4 @@
 """The command line.
 
-Commands read, call and print; nothing they call depends on them.
+Commands read configurations, call the library and print results; the library does not depend on them.
 """

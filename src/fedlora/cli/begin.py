@@ -1,4 +1,4 @@
-"""The commands before there is a configuration: what there is to choose from, and a file to start with."""
+"""Commands for getting started: listing the available choices, and printing a configuration to start from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROUP = "Begin"
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds these commands to the others."""
+    """Registers these commands."""
     app.command(rich_help_panel=GROUP)(new)
     app.command("list", rich_help_panel=GROUP)(list_)
     app.command(rich_help_panel=GROUP)(schema)
@@ -26,7 +26,7 @@ def list_(
     slot: Annotated[str | None, typer.Argument(help="A slot, or refusals; all slots by default.")] = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """List the slots, the values of one slot with their settings, or `refusals`: combinations that are refused."""
+    """List the slots, the values of one slot with their settings, or `refusals`: unsupported combinations."""
     from fedlora.recipe.refusals import REFUSALS
     from fedlora.show.describe import SLOTS
 

@@ -1,4 +1,4 @@
-"""What all commands share: where they print, the arguments that many take, and how they read a configuration."""
+"""Shared by all commands: consoles, common arguments, and reading of configurations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, 
 
 
 def import_settings() -> None:
-    """Imports what reads configurations, says so on a terminal, and looks for no garbage in it, then or later."""
+    """Imports the configuration modules, with a notice on a terminal, and exempts them from garbage collection."""
     waiting("PyTorch")
     gc.disable()
     importlib.import_module("fedlora.config")
@@ -53,7 +53,7 @@ def import_settings() -> None:
 
 
 def waiting(what: str) -> None:
-    """Says on a terminal what a command is loading."""
+    """Reports on a terminal what a command is loading."""
     if ERR.is_terminal:
         ERR.print(f"loading {what} ...", style="dim", highlight=False)
 
@@ -62,7 +62,7 @@ def experiment_of(path: Path, overrides: list[str] | None, out: Path | None) -> 
     """The experiment of a file or of a run's folder, and the folder of the run, if the arguments name one.
 
     Raises:
-        ConfigError: there is none, or it asks for something that is not there.
+        ConfigError: there is none, or it names something that does not exist.
     """
     from fedlora.config import load
 
@@ -86,14 +86,14 @@ def run_of(folder: Path) -> TrainedRun:
 
 
 def folder_of(experiment: Experiment, folder: Path | None) -> Path:
-    """The folder of a run: the one that was named, or the one that its settings do."""
+    """The folder of a run: the given one, or the default one derived from its settings."""
     from fedlora.config import digest
 
     return folder or Path("runs") / f"{experiment.label}-{digest(experiment)}"
 
 
 def write_page(file: Path, page: str) -> None:
-    """Writes a drawing.
+    """Writes a page with a plot.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -105,10 +105,10 @@ def write_page(file: Path, page: str) -> None:
 
 
 def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:
-    """Progress on the terminal, and the places that figures also go to.
+    """The callbacks for progress on the terminal and for trackers.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         tracks: names of trackers.
 
     Raises:
@@ -126,10 +126,10 @@ def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:
 
 
 def other_class(slot: str, base: type, name: str, known: Collection[str]) -> Any:
-    """A class of a package of one's own, or an installed one's: an engine or a tracker.
+    """An engine or tracker class from the user's own code or from an installed package.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no class of that name.
     """
     from fedlora.core.slots import Slot
 
@@ -141,7 +141,7 @@ def other_class(slot: str, base: type, name: str, known: Collection[str]) -> Any
 
 
 def show(format_: Format, values: Any, table: Table) -> None:
-    """Prints a result for people or for programs."""
+    """Prints a result in human- or machine-readable form."""
     if format_ is Format.json:
         print(json.dumps(values, indent=1))
     else:

@@ -1,4 +1,4 @@
-"""The commands that put runs side by side, finished ones or those of a search."""
+"""Commands that compare runs: finished ones, or the trials of a search."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUP = "Tune and compare"
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds these commands to the others."""
+    """Registers these commands."""
     app.command(rich_help_panel=GROUP)(compare)
     app.command(rich_help_panel=GROUP)(search)
 
@@ -41,7 +41,7 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder of the trials; goes on where it holds some.")] = Path("runs/search"),
     format_: AsFormat = Format.table,
 ) -> None:
-    """Search rank and density for a budget of bytes, by short runs in pairs (FLASC-Search)."""
+    """Find the best rank and density under a communication budget, by short runs in pairs (FLASC-Search)."""
     from fedlora.runs.search import Bounds
     from fedlora.runs.search import search as climb
     from fedlora.show.report import search_table
@@ -70,7 +70,7 @@ def compare(
     ] = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Put finished runs side by side; seeds of a method are averaged. With --target, how long each takes to it."""
+    """Compare finished runs, averaged over the seeds of a method; with --target, also the time to reach it."""
     from fedlora.core.network import parse_network
     from fedlora.show.plots import comparison_html
     from fedlora.show.report import comparison, comparison_table, load_result

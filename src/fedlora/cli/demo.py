@@ -1,4 +1,4 @@
-"""The main job on what every installation carries: a real model, real text, four methods on one federation."""
+"""The demo, on data included in every installation: a real model, real text, four methods on one federation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedlora.config import override
 
 ROUNDS = 16
 METHODS = ("lora", "flasc", "federa", "slora")
-"""The methods of the demo, each as it comes."""
+"""The methods of the demo, each with its defaults."""
 
 
 def configuration(method: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The part of the command line that is about several machines."""
+"""Commands for federations over several machines."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ federation = typer.Typer(no_args_is_help=True, help="Set up a federation over se
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds these commands to the others."""
+    """Registers these commands."""
     app.add_typer(federation, name="federation", rich_help_panel=GROUP)
     app.command(rich_help_panel=GROUP)(serve)
     app.command(rich_help_panel=GROUP)(join)
 
 
 class Messages(Callback):
-    """Prints what happens to sites, beside the progress."""
+    """Prints events of sites alongside the progress."""
 
     def message(self, text: str) -> None:
         ERR.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
@@ -73,7 +73,7 @@ def demo(
     track: Tracks = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Run an experiment on sites of this machine: real processes, TLS and keys."""
+    """Run an experiment on sites on this machine, with real processes, TLS and keys."""
     from fedlora.federation.deploy.demo import demo as run_demo
     from fedlora.show.report import as_dict, result_table
 
@@ -96,7 +96,7 @@ def serve(
     track: Tracks = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Run an experiment on the sites of a federation, or go on with it."""
+    """Run an experiment on the sites of a federation, or resume it."""
     from fedlora.federation.deploy.serve import serve as run_server
     from fedlora.show.report import as_dict, result_table
 

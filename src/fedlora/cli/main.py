@@ -1,4 +1,4 @@
-"""The command line. Everything heavy is imported inside the commands, so that help answers at once."""
+"""The command line. Heavy modules are imported inside the commands, so that help is displayed immediately."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ for group in (begin, plan, train, compare, study, use, federation):
 
 
 def main() -> None:
-    """Runs the command line: exit code 2 for what the user can mend, 1 for a fault of ours, 130 after Ctrl-C."""
-    # threads that spin while they wait starve each other where several processes share the cores
+    """Runs the command line: exit code 2 for errors the user can fix, 1 for internal errors, 130 after Ctrl-C."""
+    # threads that spin while waiting starve each other when several processes share the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     try:

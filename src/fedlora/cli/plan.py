@@ -1,4 +1,4 @@
-"""The commands that say what a configuration means before anything is trained."""
+"""Commands that inspect a configuration without a full training run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUP = "Plan"
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds these commands to the others."""
+    """Registers these commands."""
     app.command(rich_help_panel=GROUP)(show)
     app.command(rich_help_panel=GROUP)(partition)
     app.command(rich_help_panel=GROUP)(cost)
@@ -32,7 +32,7 @@ def show(
     full: Annotated[bool, typer.Option("--full", help="All settings, and each trained tensor.")] = False,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Print the settings that are not at their defaults, and what each phase trains; with --full everything."""
+    """Print the settings that differ from the defaults, and what each phase trains; with --full everything."""
     from dataclasses import asdict
 
     import tomli_w
@@ -81,7 +81,7 @@ def partition(
     html: Annotated[Path | None, typer.Option(help="Also draw the classes of every client into this file.")] = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Show how the data are dealt: sizes, skew, and a drawing by what clients.skew looks at."""
+    """Show how the data are partitioned among clients: sizes, skew, and a plot by the classes of clients.skew."""
     from fedlora.config.federated_data import in_mode, prepare
     from fedlora.show.plots import partition_bars, partition_html
 
@@ -109,7 +109,7 @@ def cost(
     ] = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Tell the bytes of a run before it is trained, from real messages of its first rounds; over a network its time."""
+    """Estimate a run's communication from real messages of its first rounds; with a network, also its duration."""
     from fedlora.config.federated_data import in_mode, prepare
     from fedlora.runs.cost import costs
     from fedlora.show.report import cost_table

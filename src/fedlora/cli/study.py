@@ -1,4 +1,4 @@
-"""The commands that tune settings and compare methods, for the command line."""
+"""Commands that tune settings and compare methods."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Budget = Annotated[str | None, typer.Option(help="Time after which nothing new b
 
 
 class Stage(StrEnum):
-    """Parts of a study that can be asked for alone."""
+    """Parts of a study that can be run on their own."""
 
     tune = "tune"
     final = "final"
@@ -30,7 +30,7 @@ class Stage(StrEnum):
 
 
 class TableFormat(StrEnum):
-    """How tables are written."""
+    """Output formats of tables."""
 
     markdown = "markdown"
     csv = "csv"
@@ -38,13 +38,13 @@ class TableFormat(StrEnum):
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds these commands to the others."""
+    """Registers these commands."""
     app.command(rich_help_panel=GROUP)(tune)
     app.command(rich_help_panel=GROUP)(study)
 
 
 def progress(text: str) -> None:
-    """Prints a line beside the results."""
+    """Prints a progress line, separately from the results."""
     ERR.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
 
 

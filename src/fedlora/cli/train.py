@@ -1,4 +1,4 @@
-"""The commands that train on this machine."""
+"""Commands that train on this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GROUP = "Train"
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds these commands to the others."""
+    """Registers these commands."""
     app.command(rich_help_panel=GROUP)(run)
     app.command(rich_help_panel=GROUP)(demo)
 
@@ -48,7 +48,7 @@ def run(
     track: Tracks = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Run an experiment, or go on with one."""
+    """Run an experiment, or resume it."""
     from fedlora.show.report import as_dict, result_table
 
     experiment, folder = experiment_of(config, set_, out)
@@ -74,7 +74,7 @@ def demo(
         "to tell apart; 100 clients with skewed labels.",
         highlight=False,
     )
-    # what cannot run is refused before anything is trained
+    # invalid configurations are rejected before anything is trained
     experiments = {method: parse(configuration(method, set_ or [])) for method in METHODS}
     setting = prepare(experiments["lora"])
     results = [_run(experiment, out / method, setting=setting) for method, experiment in experiments.items()]

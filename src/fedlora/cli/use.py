@@ -1,4 +1,4 @@
-"""The commands that use what a run learnt."""
+"""Commands that use a trained model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROUP = "Use a run"
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds these commands to the others."""
+    """Registers these commands."""
     app.command(rich_help_panel=GROUP)(predict)
     app.command(rich_help_panel=GROUP)(evaluate)
     app.command(rich_help_panel=GROUP)(export)
@@ -27,7 +27,7 @@ def predict(
     text: Annotated[str, typer.Argument(help="An input (a text, for most tasks), or a file with one per line.")],
     format_: AsFormat = Format.table,
 ) -> None:
-    """Say what a run's model makes of a text, or of what else its task takes."""
+    """Print a run's predictions for a text, or for other inputs of its task."""
     from fedlora.runs.inference import read_inputs
 
     inputs = read_inputs(text)
@@ -68,6 +68,6 @@ def export(
     out: Annotated[Path, typer.Argument(help="A new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="A whole model that needs no peft.")] = False,
 ) -> None:
-    """Write a run's adapter for `peft`, or the merged model."""
+    """Export a run's adapter for `peft`, or the merged model."""
     run_of(run).export(out, merge)
     OUT.print(f"written to {out}", markup=False, soft_wrap=True, highlight=False)
