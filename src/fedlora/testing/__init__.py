@@ -1,6 +1,6 @@
-"""Tiny models and data, and checks for components of your own; what tests of fedlora itself use.
+"""Tiny models and data, and checks for user-defined components; fedlora's own tests use them too.
 
-Nothing here is imported by fedlora; everything in ``__all__`` is stable.
+Nothing in this package is imported by the rest of fedlora; everything in ``__all__`` is stable.
 """
 
 from fedlora.testing.checks import (

@@ -1,7 +1,8 @@
-"""What every component of a slot must do, for classes of your own: ``check_aggregator(MyRule())`` in a test.
+"""Contract checks for user-defined components of each slot: call ``check_aggregator(MyRule())`` in a test.
 
-Each check raises ``AssertionError`` with what was expected. Where a component takes part in training, it is run for
-four rounds on a tiny model, once in one go and once interrupted after the second; both must end in the same bits.
+Each check raises ``AssertionError`` with the expected behaviour. A component that takes part in training is run for
+four rounds on a tiny model, once without interruption and once interrupted after the second round; both runs must end
+with bit-identical results. This is "trains and resumes" below.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _NAMES = {"m.lora_A": (2, 6), "m.lora_B": (5, 2), "head.weight": (3, 5)}
 
 
 def check_aggregator(value: Aggregator, learns: bool = True) -> None:
-    """Equal clients count as one, their order does not matter, nobody is an error, and it trains and goes on.
+    """Identical clients count as one, their order is irrelevant, no updates are an error; trains and resumes.
 
     Args:
         value: the aggregator.
@@ -75,7 +76,7 @@ def check_aggregator(value: Aggregator, learns: bool = True) -> None:
 
 
 def check_sparsifier(value: Sparsifier, learns: bool = True) -> None:
-    """Pure, with masks of the right shapes, true to its facts; and it trains and goes on, as a link up.
+    """Pure, with masks of the right shapes, consistent with its ``facts``; trains and resumes, on the uplink.
 
     Args:
         value: the sparsifier.
@@ -106,7 +107,7 @@ def check_sparsifier(value: Sparsifier, learns: bool = True) -> None:
 
 
 def check_precision(value: Precision, learns: bool = True) -> None:
-    """What it writes is what it reads, it says whether that is exact; and it trains and goes on, both ways.
+    """The values read are those the sender expects, ``lossy`` is declared correctly; trains and resumes, both ways.
 
     Args:
         value: the number format.
@@ -125,7 +126,7 @@ def check_precision(value: Precision, learns: bool = True) -> None:
 
 
 def check_server_optimizer(value: ServerOptimizer, learns: bool = True) -> None:
-    """Pure, with names and shapes kept; and it trains and goes on.
+    """Pure, preserving names and shapes; trains and resumes.
 
     Args:
         value: the optimiser.
@@ -148,7 +149,7 @@ def check_server_optimizer(value: ServerOptimizer, learns: bool = True) -> None:
 
 
 def check_client_optimizer(value: ClientOptimizer, learns: bool = True) -> None:
-    """Each learning rate follows its factor; and it trains and goes on.
+    """Each learning rate scales with its multiplier; trains and resumes.
 
     Args:
         value: the optimiser.
@@ -164,7 +165,7 @@ def check_client_optimizer(value: ClientOptimizer, learns: bool = True) -> None:
 
 
 def check_privacy(value: Privacy) -> None:
-    """What is clipped is within the bound, noise repeats where it says so; and it trains and goes on.
+    """Clipped updates are within the bound, noise is reproducible if declared so; trains and resumes.
 
     Args:
         value: the mechanism.
@@ -182,10 +183,10 @@ def check_privacy(value: Privacy) -> None:
 
 
 def check_partition(value: Partition) -> None:
-    """Every row goes to one client at most, each client has a name, and the same draw deals the same.
+    """Each row is assigned to at most one client, each client has a name, and equal draws give equal partitions.
 
     Args:
-        value: the partition; natural ones get a column of five owners.
+        value: the partition; natural ones are given a column with five owners.
     """
     labels = np.arange(60) % 4
     owners = np.asarray([f"owner {row % 5}" for row in range(60)])
@@ -199,10 +200,10 @@ def check_partition(value: Partition) -> None:
 
 
 def check_skew(value: Skew, task: Any = None) -> None:
-    """Every training row has a class with a name, and the same seed gives the same.
+    """Every training row has a named class, and equal seeds give equal classes.
 
     Args:
-        value: what counts as a class.
+        value: the skew, which defines the classes.
         task: the data, as a ``fedlora.tasks.Prepared``; ``toy_task()`` if absent.
     """
     task = toy_task() if task is None else task
@@ -213,7 +214,7 @@ def check_skew(value: Skew, task: Any = None) -> None:
 
 
 def check_lora_init(value: LoRAInit, learns: bool = True) -> None:
-    """Factors of the right shapes, also of ranks that no matrix has; and LoRA trains and goes on from them.
+    """Factors of the right shapes, even for ranks larger than any matrix has; LoRA trains and resumes from them.
 
     Args:
         value: the initialisation.
@@ -230,7 +231,7 @@ def check_lora_init(value: LoRAInit, learns: bool = True) -> None:
 
 
 def check_tuning(value: Tuning, learns: bool = True) -> None:
-    """It trains something, and it trains and goes on.
+    """Has trainable parameters; trains and resumes.
 
     Args:
         value: the tuning.
@@ -240,10 +241,10 @@ def check_tuning(value: Tuning, learns: bool = True) -> None:
 
 
 def check_training(phases: tuple[Phase, ...], learns: bool = True) -> None:
-    """A method survives TOML, trains on a tiny model, and ends in the same bits where it was interrupted.
+    """A method round-trips through TOML, trains on a tiny model, and gives bit-identical results if interrupted.
 
     Args:
-        phases: of four rounds or more.
+        phases: the method's phases, four rounds or more in total.
         learns: whether the training loss falls.
     """
     experiment, setting = _toy(phases)

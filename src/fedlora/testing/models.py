@@ -1,4 +1,4 @@
-"""Tiny models and data without downloads, for tests of fedlora and of what is built on it."""
+"""Tiny models and data without downloads, for tests of fedlora and of code built on it."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ _IMAGE_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES = tuple(_CONFIGS)
-"""Families of which a tiny model over token ids can be made."""
+"""Model families available as tiny models over token ids."""
 IMAGE_FAMILIES = tuple(_IMAGE_CONFIGS)
-"""Families of which a tiny model over images of 16 by 16 pixels can be made."""
+"""Model families available as tiny models over images of 16 by 16 pixels."""
 Head = Literal["SequenceClassification", "TokenClassification", "QuestionAnswering", "CausalLM", "ImageClassification"]
 
 
 def tiny_config(family: str, vocabulary: int = 64, num_labels: int = 3) -> transformers.PretrainedConfig:
-    """The configuration of a model of two layers and 32 dimensions; convolutional ones have all their layers.
+    """The configuration of a model with two layers and 32 dimensions; convolutional models keep all their layers.
 
     Args:
         family: one of ``FAMILIES`` or ``IMAGE_FAMILIES``.
@@ -85,7 +85,7 @@ def tiny_config(family: str, vocabulary: int = 64, num_labels: int = 3) -> trans
 
 
 def default_head(family: str) -> Head:
-    """The head that a family gets if none is asked for: T5's encoder alone bears none but that of single tokens."""
+    """The head of a family if none is requested: T5's encoder supports only the token classification head."""
     if family in IMAGE_FAMILIES:
         return "ImageClassification"
     return "TokenClassification" if family == "t5" else "SequenceClassification"
@@ -94,18 +94,18 @@ def default_head(family: str) -> Head:
 def tiny_model(
     family: str = "bert", seed: int = 0, num_labels: int = 3, head: Head | None = None
 ) -> transformers.PreTrainedModel:
-    """A model with random weights; its singular values fall off as those of trained ones do.
+    """A model with random weights, whose singular values decay like those of trained models.
 
     Args:
         family: one of ``FAMILIES`` or ``IMAGE_FAMILIES``.
-        seed: of the weights.
-        num_labels: classes.
-        head: what ``AutoModelFor...`` of ``transformers`` makes it; see ``default_head``.
+        seed: seed of the weights.
+        num_labels: number of classes.
+        head: the head, as given by the ``AutoModelFor...`` class of ``transformers``; see ``default_head``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         auto = getattr(transformers, f"AutoModelFor{head or default_head(family)}")
-        # an answer is a start and an end
+        # an answer span is a start and an end
         labels = 2 if head == "QuestionAnswering" else num_labels
         model = auto.from_config(tiny_config(family, num_labels=labels))
         with torch.no_grad():
@@ -113,7 +113,7 @@ def tiny_model(
                 if parameter.dim() in (2, 4):
                     parameter.mul_(3.0 if parameter.dim() == 2 else 8.0)
             if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-                # statistics of random images, or signals would fade from layer to layer
+                # use statistics of random images, or signals would vanish from layer to layer
                 model.train()(pixel_values=torch.randn(16, 3, 16, 16))
                 model.eval()
     assert isinstance(model, transformers.PreTrainedModel)
@@ -121,12 +121,12 @@ def tiny_model(
 
 
 class TensorTask(Prepared):
-    """A classification task over token ids or images that are held in memory.
+    """A classification task over token ids or images held in memory.
 
-    A model that speaks of each token is judged by the mean of what it says.
+    For a model with an output per token, the mean over tokens is used.
 
     Args:
-        make_model: gives the pre-trained model, the same one each time.
+        make_model: returns the pre-trained model, the same one each time.
         tokens: ``(examples, length)`` integers, zero is padding; or ``(examples, 3, height, width)`` pixels.
         labels: ``(examples,)`` integers.
         attention: whether a model over tokens gets an attention mask.
@@ -181,7 +181,7 @@ class TensorTask(Prepared):
         return functional.cross_entropy(self.logits(model, batch), batch["labels"])
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What ``model`` says of each example, ``(examples, classes)`` float32."""
+        """The outputs of ``model`` for each example, ``(examples, classes)`` float32."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits: Tensor = model(**inputs).logits.float()
         return logits.mean(1) if logits.dim() == 3 else logits
@@ -208,13 +208,13 @@ class TensorTask(Prepared):
 
 
 def toy_task(family: str = "bert", num_examples: int = 48, num_labels: int = 3, seed: int = 0) -> TensorTask:
-    """A task that a tiny model can learn: the label shows in a token that is repeated, or in an image's brightness.
+    """A task that a tiny model can learn: the label is given by a repeated token, or by an image's brightness.
 
     Args:
         family: one of ``FAMILIES`` or ``IMAGE_FAMILIES``.
-        num_examples: examples.
-        num_labels: classes.
-        seed: for data and weights.
+        num_examples: number of examples.
+        num_labels: number of classes.
+        seed: seed of data and weights.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_examples) % num_labels
@@ -227,16 +227,16 @@ def toy_task(family: str = "bert", num_examples: int = 48, num_labels: int = 3, 
 
 
 def equal_population(num_examples: int, num_clients: int) -> Population:
-    """Clients that hold equally many rows, in order."""
+    """Clients that hold equal numbers of consecutive rows."""
     offsets = np.linspace(0, num_examples, num_clients + 1).astype(np.int64)
     return Population(tuple(map(str, range(num_clients))), np.arange(num_examples, dtype=np.int64), offsets)
 
 
 def schema_of(groups: Mapping[str, str]) -> Schema:
-    """The schema of tensors that no model has: factors are told by their names, ``lora_A`` and ``lora_B``.
+    """The schema of tensors without a model: factors are identified by their names, ``lora_A`` and ``lora_B``.
 
     Args:
-        groups: ``adapter`` or ``head`` of each name.
+        groups: ``adapter`` or ``head`` for each name.
     """
     schema = Schema({name: Leaf(group) for name, group in groups.items()})
     for name in groups:
