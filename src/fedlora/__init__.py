@@ -1,7 +1,7 @@
-"""Federated fine-tuning of Hugging Face models with low-rank adapters, sending as few bytes as possible.
+"""Communication-efficient federated fine-tuning of Hugging Face models with low-rank adapters.
 
-Names are imported when they are first used, so that ``import fedlora`` costs nothing. What is stable is in ``__all__``
-and in docs/api-stability.md; every other module is private.
+Names are imported lazily on first use, so ``import fedlora`` is cheap. The stable names are those in ``__all__`` and in
+docs/api-stability.md; every other module is private.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""For authors of parts of their own: the abstract class of each slot, and the types that its methods take and give.
+"""For authors of custom components: the abstract class of each slot, and the types in its methods' signatures.
 
-The slots' own values are in ``fedlora``, checks for what you write in ``fedlora.testing``.
+The built-in values of the slots are in ``fedlora``, checks for custom components in ``fedlora.testing``.
 """
 
 from fedlora.client.jobs import Job, Reply
