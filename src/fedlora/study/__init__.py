@@ -1,6 +1,6 @@
-"""Comparisons of methods that are tuned alike: trials, final seeds, gates, tables.
+"""Comparisons of equally tuned methods: trials, final runs over seeds, gates, tables.
 
-A study trains through the same public entry points as a user does.
+A study trains through the same public entry points as users do.
 """
 
 from __future__ import annotations

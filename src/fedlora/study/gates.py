@@ -1,4 +1,4 @@
-"""What must hold before a study's figures mean anything, such as ``lora >= head_only``."""
+"""Gates: sanity conditions for the validity of a study's results, such as ``lora >= head_only``."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operato
 _NUMBER = r"\d+\.?\d*(?:[eE][+-]?\d+)?"
 _SIDE = re.compile(rf"\s*(?:({_NUMBER})\s*\*\s*)?([A-Za-z][\w.-]*?)\s*(?:\s([+-])\s*({_NUMBER}))?\s*")
 Figures = Mapping[tuple[str, str], float]
-"""The main metric of a method at a setting, by both names."""
+"""The main metric by method and setting."""
 
 
 class GateError(FedloraError):
-    """A gate does not hold; figures beyond it would mean nothing."""
+    """A gate does not hold, so further results would be meaningless."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """A figure to compare: ``factor * label + offset``; without a label the offset alone.
+    """One side of a comparison: ``factor * label + offset``; without a label, only the offset.
 
     Args:
-        label: of a method or line; empty for a number.
-        factor: what its figure is multiplied by.
-        offset: what is added.
+        label: label of a method or line; empty for a number.
+        factor: factor applied to its figure.
+        offset: number added.
     """
 
     label: str
@@ -38,15 +38,15 @@ class Term:
     offset: float = 0.0
 
     def value(self, figure: float) -> float:
-        """The term, of the figure of its method."""
+        """The value of the term, given its method's figure."""
         return self.factor * figure * bool(self.label) + self.offset
 
 
 def parse_term(text: str) -> Term:
-    """A term from words such as ``0.9 * full`` or ``full - 0.03``.
+    """Parses a term such as ``0.9 * full`` or ``full - 0.03``.
 
     Raises:
-        ConfigError: it is neither a number nor such words.
+        ConfigError: it is neither a number nor such an expression.
     """
     if re.fullmatch(rf"\s*-?{_NUMBER}\s*", text):
         return Term("", offset=float(text))
@@ -62,11 +62,11 @@ class Rule:
     """A gate.
 
     Args:
-        text: as it was written.
-        left: one side; None for ``inside the grid``.
-        compare: ``>=`` and the like.
-        right: the other side.
-        at: the settings that it is about: key -> value; all where empty.
+        text: the rule as written.
+        left: left-hand side; None for ``inside the grid``.
+        compare: comparison operator, such as ``>=``.
+        right: right-hand side.
+        at: the settings to which it applies: key -> value; all if empty.
     """
 
     text: str
@@ -77,20 +77,20 @@ class Rule:
 
     @property
     def labels(self) -> list[str]:
-        """The methods that it is about."""
+        """The methods that it refers to."""
         return [term.label for term in (self.left, self.right) if term and term.label]
 
 
 def parse_rules(texts: Sequence[str], labels: Sequence[str], vary: Mapping[str, Sequence[Any]]) -> list[Rule]:
-    """Gates from words.
+    """Parses gates.
 
     Args:
-        texts: such as ``lora >= full - 0.03 at clients.partition.alpha = 0.5``, or ``inside the grid``.
-        labels: the methods there are.
-        vary: the settings there are.
+        texts: rules such as ``lora >= full - 0.03 at clients.partition.alpha = 0.5``, or ``inside the grid``.
+        labels: the existing methods.
+        vary: the existing settings.
 
     Raises:
-        ConfigError: a rule says something else, or names a method or setting that is not there.
+        ConfigError: a rule is malformed, or names a method or setting that does not exist.
     """
     return [Rule(text) if text.strip() == INSIDE else _rule(text, labels, vary) for text in texts]
 
@@ -128,14 +128,14 @@ def check(
     ends: Mapping[tuple[str, str], Sequence[str]],
     where: str,
 ) -> list[str]:
-    """Which gates do not hold, one sentence each; those whose figures are not there yet are left out.
+    """The gates that do not hold, one sentence each; gates whose figures are not available yet are skipped.
 
     Args:
         rules: the gates.
         settings: the settings by name.
-        figures: what was reached.
-        ends: the tuned keys whose best value is an end of what was tried, by method and setting.
-        where: what the figures are of, for the sentences.
+        figures: the metrics reached.
+        ends: the tuned keys whose best value is at an end of the range tried, by method and setting.
+        where: the data the figures refer to, for the sentences.
     """
     broken = []
     for rule in rules:

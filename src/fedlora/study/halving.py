@@ -1,4 +1,4 @@
-"""Successive halving: many settings for a few rounds, the best of them for more, one to the end."""
+"""Successive halving: many settings for a few rounds, the best of them for more rounds, one to the end."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from fedlora.study.space import Values, at_ends, points
 from fedlora.tasks import Sites, Validation
 
 RUNGS = ((1 / 3, 1.0), (2 / 3, 3 / 8), (1.0, 0.0))
-"""Of each rung the part of the rounds that it runs to, and the part of the trials that it takes, one at least."""
+"""For each rung, the fraction of the rounds it runs to and the fraction of the trials it includes, at least one."""
 
 
 @dataclass(eq=False)
 class Trial:
-    """A setting that is tried.
+    """A trial of one setting.
 
     Args:
         values: the value of each varied key.
         experiment: the whole configuration.
-        folder: of its run.
+        folder: the folder of its run.
         metrics: the main metric at each rung that it reached, by round.
         failure: why it ended early; empty if it did not.
-        seconds: that it has taken.
-        ranks: what it is compared by at each rung, more being better: the metric, then the loss.
+        seconds: time it has taken.
+        ranks: sort key at each rung, higher is better: the metric, then the loss.
     """
 
     values: Values
@@ -44,7 +44,7 @@ class Trial:
     ranks: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The trial as JSON values."""
         return {
             "values": self.values,
             "metrics": {str(round_): value for round_, value in self.metrics.items()},
@@ -58,18 +58,18 @@ class Halving(Source):
     """The trials of one configuration.
 
     Args:
-        name: for people.
-        document: a TOML document; what is tuned on is ``held_out`` of it.
+        name: name for display.
+        document: a TOML document; trials use ``held_out`` of it.
         vary: key -> values, see ``points``.
-        folder: of the runs.
-        trials: how many settings at most.
-        seed: of the sample.
-        share: part of the training data to choose by.
-        strict: whether what is no fault of training stops everything.
-        changed: is called after every outcome.
+        folder: the folder of the runs.
+        trials: maximum number of settings.
+        seed: seed of the sample.
+        share: fraction of the training data held out for selection.
+        strict: whether an error other than a training failure stops everything.
+        changed: called after every outcome.
 
     Raises:
-        ConfigError: a key or value is refused, or the configuration.
+        ConfigError: a key, a value or the configuration is invalid.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Halving(Source):
                 "the varied keys change the number of rounds, by which trials are compared; keep it fixed"
             )
         counts = [max(1, math.floor(part * len(self.trials) + 0.5)) for _, part in RUNGS]
-        # a setting that is alone has nobody to be compared with
+        # a single setting has nothing to be compared with
         self.rungs = [math.ceil(part * rounds[0]) for part, _ in RUNGS][-1 if len(self.trials) == 1 else 0 :]
         self._counts = counts[-len(self.rungs) :]
         self._rung = -1
@@ -112,12 +112,12 @@ class Halving(Source):
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all trials are finished."""
         return self._rung == len(self.rungs)
 
     @property
     def left(self) -> int:
-        """Rounds that are still to be run, as far as is known."""
+        """Number of rounds remaining, as far as is known."""
         steps = [after - before for before, after in zip([0, *self.rungs], self.rungs, strict=False)]
         later = sum(
             count * step
@@ -129,13 +129,13 @@ class Halving(Source):
 
     @property
     def best(self) -> Trial | None:
-        """The best of those that came farthest; None if all failed or none has come to a rung."""
+        """The best of the trials that got furthest; None if all failed or none has reached a rung."""
         fine = [trial for trial in self.trials if trial.metrics]
         return max(fine, key=lambda trial: (max(trial.ranks), trial.ranks[max(trial.ranks)]), default=None)
 
     @property
     def ends(self) -> list[str]:
-        """The keys whose best value is an end of what was tried."""
+        """The keys whose best value is at an end of the range tried."""
         return at_ends(self.vary, self.best.values) if self.best else []
 
     def take(self) -> Job | None:
@@ -158,14 +158,14 @@ class Halving(Source):
             self.main_metric, self.higher_is_better = outcome.main_metric, outcome.higher_is_better
             reached, sign = self.rungs[self._rung], 1 if outcome.higher_is_better else -1
             trial.metrics[reached], trial.seconds = outcome.value, outcome.seconds
-            # early figures are often equal, those of chance
+            # early figures are often tied at chance level
             trial.ranks[reached] = sign * outcome.value, -outcome.metrics.get("loss", 0.0)
         if not self._waiting and not self._open:
             self._advance()
         self._changed()
 
     def _advance(self) -> None:
-        """To the next rung, with the best of the last one."""
+        """Moves on to the next rung with the best trials of the last one."""
         before = self.rungs[self._rung] if self._rung >= 0 else None
         self._rung += 1
         fine = [trial for trial in self._in if not trial.failure]
@@ -194,15 +194,15 @@ def with_values(document: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
 
 
 def held_out(document: Mapping[str, Any], share: float, seed: int) -> dict[str, Any]:
-    """The configuration with a part of its training data in place of its test data, evaluated at the rungs alone.
+    """The configuration with held-out training data in place of its test data, evaluated only at the rungs.
 
     Args:
         document: a TOML document.
-        share: the part of the training rows; where clients are users of their own, of the users.
-        seed: of the draw.
+        share: the fraction of training rows to hold out; with natural clients, of the users.
+        seed: seed of the draw.
 
     Raises:
-        ConfigError: the configuration is refused, or its training rows lie elsewhere.
+        ConfigError: the configuration is invalid, or its training rows are held elsewhere.
     """
     experiment = config.parse(document)
     if isinstance(experiment.data, Sites | Validation):

@@ -1,4 +1,4 @@
-"""What a study file asks for: methods, settings and seeds on one federation, and what each run's configuration is."""
+"""The content of a study file: methods, settings and seeds on one federation, and the configuration of each run."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from fedlora.recipe.modes import MODES
 from fedlora.study.halving import with_values
 
 _SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning")
-"""First parts of the keys that mean something where nothing is sent."""
+"""First parts of the keys that have an effect in modes without communication."""
 HEAD_ONLY, CENTRALISED, LOCAL = "head_only", "centralised", "local"
 _HEAD_OPTIMISERS = {
     "server": {"kind": "adamw", "lr": 3e-2, "weight_decay": 0.0},
     "local": {"optimizer": {"kind": "sgd", "lr": 0.05}},
 }
-"""What a head trains well with, where a study does not name a server for all."""
+"""Optimisers that work well for a head, if the study does not set a server optimiser for all methods."""
 Table = dict[str, Any]
 Vary = dict[str, list[Any] | str]
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class MethodTuning:
-    """What is tuned for one method.
+    """Tuning of one method.
 
     Args:
-        vary: the keys and their values, in place of those of all methods.
+        vary: the keys and their values, replacing those shared by all methods.
     """
 
     vary: Vary
@@ -43,14 +43,14 @@ class MethodTuning:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Tuning:
-    """How settings are chosen.
+    """Tuning of the methods' settings.
 
     Args:
-        trials: for each method at each setting, the same number for all.
+        trials: number of trials for each method at each setting, the same for all.
         vary: key -> a list of values, or a range such as ``"1e-3..1e-1"``.
-        holdout: part of the training data to choose by.
-        seed: of the sample, and of the runs: the seed of the study that trials use.
-        methods: other keys for a method.
+        holdout: fraction of the training data held out for selection.
+        seed: seed of the sample of settings and of the trials' runs.
+        methods: keys that differ for individual methods.
     """
 
     trials: Count = 8
@@ -62,11 +62,11 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Line:
-    """A line to hold methods against.
+    """A baseline for comparison.
 
     Args:
-        methods: labels of the methods that it is made of; the first method if absent. The head alone is made of none.
-        set: keys that are other than theirs, such as ``rounds``.
+        methods: labels of the methods it is derived from; the first method if absent. ``head_only`` uses none.
+        set: keys that differ from those of the methods, such as ``rounds``.
     """
 
     methods: tuple[str, ...] = ()
@@ -75,12 +75,12 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Lines:
-    """What methods are held against, tuned alike: ``true``, ``false``, a list of methods, or a ``Line``.
+    """Baselines, tuned like the methods: ``true``, ``false``, a list of methods, or a ``Line``.
 
     Args:
-        head_only: the head on frozen features, under federated averaging.
-        centralised: one client that holds everything.
-        local_only: clients that train alone.
+        head_only: the head on frozen features, trained with federated averaging.
+        centralised: one client that holds all data.
+        local_only: clients trained in isolation.
     """
 
     head_only: bool | Line = True
@@ -90,11 +90,11 @@ class Lines:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Gates:
-    """What must hold before figures mean anything.
+    """Conditions for the validity of the results.
 
     Args:
-        rules: such as ``lora >= full - 0.03 at clients.partition.alpha = 0.5`` and ``inside the grid``.
-        stop: whether the study ends where one does not hold; else the report says so.
+        rules: conditions such as ``lora >= full - 0.03 at clients.partition.alpha = 0.5`` and ``inside the grid``.
+        stop: whether the study stops if one does not hold; otherwise it is only reported.
     """
 
     rules: tuple[str, ...] = ()
@@ -103,12 +103,12 @@ class Gates:
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
 class Report:
-    """What tables show.
+    """Content of the tables.
 
     Args:
         reference: the method that others are compared with; the first one if absent.
-        target: a value of the main metric, or a share of a method's best: ``0.9 * full``.
-        link: the network over which the time to it is modelled.
+        target: a value of the main metric, or a fraction of a method's best: ``0.9 * full``.
+        link: the network over which the time to the target is modelled.
     """
 
     reference: str = ""
@@ -121,15 +121,15 @@ class Study:
     """Methods, settings and seeds on one federation.
 
     Args:
-        name: of the study and its folder.
-        base: a configuration without a method's kind; what all runs share.
-        methods: label -> what its ``[method]`` table has over that of ``base``.
-        seeds: of the final runs.
-        vary: key -> values; every combination is a setting of its own.
-        tune: how settings of each method are chosen.
-        lines: what methods are held against.
-        gates: what must hold.
-        report: what tables show.
+        name: name of the study and its folder.
+        base: the configuration shared by all runs, without a method's kind.
+        methods: label -> the keys of its ``[method]`` table that are added to or override those of ``base``.
+        seeds: seeds of the final runs.
+        vary: key -> values; every combination is a separate setting.
+        tune: tuning of each method's settings.
+        lines: baselines.
+        gates: conditions for the validity of the results.
+        report: content of the tables.
     """
 
     name: str
@@ -161,7 +161,7 @@ class Study:
 
     @property
     def labels(self) -> list[str]:
-        """The methods and lines."""
+        """The labels of methods and baselines."""
         return list(self._tables())
 
     @property
@@ -191,12 +191,12 @@ class Study:
         """The keys that are tuned for a method."""
         if label in self.tune.methods:
             return self.tune.methods[label].vary
-        # a server's rate is nothing where there is no server
+        # a server learning rate has no effect without a server
         sends = MODES[self._tables()[label][0]].sends
         return {key: values for key, values in self.tune.vary.items() if sends or key.split(".")[0] in _SHARED}
 
     def _tables(self) -> dict[str, tuple[str, Table, Table]]:
-        """The mode, the ``[method]`` table, and what is set beside, of each method and line by label."""
+        """The mode, the ``[method]`` table and the additional settings of each method and baseline, by label."""
         found: dict[str, tuple[str, Table, Table]] = {
             label: ("federated", table, {}) for label, table in self.methods.items()
         }
@@ -223,16 +223,16 @@ def load_study(path: Path) -> Study:
     """Reads a study from a TOML file.
 
     Raises:
-        ConfigError: there is no such file, or it asks for something that is not there.
+        ConfigError: there is no such file, or it names something that does not exist.
     """
     return parse_study(read_toml(path))
 
 
 def parse_study(document: Mapping[str, Any]) -> Study:
-    """A study from the content of a TOML file.
+    """Parses the content of a TOML file into a study.
 
     Raises:
-        ConfigError: with the offending key.
+        ConfigError: naming the offending key.
     """
     try:
         return _ADAPTER.validate_python(document)
@@ -241,7 +241,7 @@ def parse_study(document: Mapping[str, Any]) -> Study:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
-    """``base`` with the keys of ``over``; tables are merged too, unless the one of ``over`` is of another kind."""
+    """``base`` overridden by ``over``; tables are merged recursively, unless that of ``over`` has a different kind."""
     found = dict(base)
     for key, value in over.items():
         held = found.get(key)

@@ -1,4 +1,4 @@
-"""Runs in several processes: what is waiting, who does it, and what came of it."""
+"""Execution of runs in several processes: jobs, workers, and outcomes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from fedlora.runs.folder import RunFolder
 
 _RUNGS, _FAILED = "rungs.json", "failed.json"
 _ATTEMPTS = 2
-"""How often a run is begun whose process ends without a word."""
+"""Maximum number of attempts at a run whose process dies unexpectedly."""
 _LAST: dict[str, FederatedData] = {}
-"""The data that this process prepared last, by the settings that decide them."""
+"""Cache of the data last prepared in this process, by the settings that determine them."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to begin or to go on with.
+    """A run to start or resume.
 
     Args:
         text: its resolved configuration as TOML.
-        folder: of the run.
-        until: the round to stop after; None for a whole run with its export.
-        name: for people.
+        folder: the run's folder.
+        until: the round to stop after; None for a whole run including the export.
+        name: name for display.
     """
 
     text: str
@@ -52,15 +52,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job.
+    """The outcome of a job.
 
     Args:
-        metrics: after its last round, by name.
-        main_metric: which of them counts.
+        metrics: metrics after its last round, by name.
+        main_metric: name of the main metric.
         higher_is_better: its direction.
-        failure: why there are none; empty if there are.
-        cause: ``diverged`` is training that went wrong, ``refused`` an error that the user can mend, ``fault`` another.
-        seconds: that the run has taken so far.
+        failure: why there are no metrics; empty if there are.
+        cause: ``diverged`` for failed training, ``refused`` for an error that the user can fix, ``fault`` for others.
+        seconds: time the run has taken so far.
     """
 
     metrics: dict[str, float]
@@ -77,19 +77,19 @@ class Outcome:
 
 
 class Source(ABC):
-    """Gives jobs, one after the other, and takes what came of them."""
+    """A source of jobs, which receives their outcomes."""
 
     @abstractmethod
     def take(self) -> Job | None:
-        """The next job that can begin now; None if there is none, or none yet."""
+        """The next job that can start now; None if there is none, or none yet."""
 
     @abstractmethod
     def record(self, job: Job, outcome: Outcome) -> None:
-        """A job is done."""
+        """Records the outcome of a finished job."""
 
 
 def known(job: Job) -> Outcome | None:
-    """What is on disk of a job that was done before."""
+    """The outcome on disk of a job that was finished earlier, if any."""
     files, kept = RunFolder(job.folder), remembered(job.folder)
     name = "result.json" if job.until is None else _RUNGS
     held, failure = None, ""
@@ -107,15 +107,15 @@ def known(job: Job) -> Outcome | None:
 
 
 def remembered(folder: Path) -> Path:
-    """The file beside a run's place that holds what is known of it where the run itself is gone."""
+    """The file next to a run's folder that stores its outcome if the run itself has been deleted."""
     return folder.with_name(f"{folder.name}.json")
 
 
 def perform(job: Job) -> Outcome:
-    """Does a job in this process and writes down what came of it.
+    """Executes a job in this process and stores its outcome.
 
     Raises:
-        Stopped: the user interrupted.
+        Stopped: the user interrupted the job.
     """
     files = RunFolder(job.folder)
     try:
@@ -138,14 +138,14 @@ def perform(job: Job) -> Outcome:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Removes what only a run that goes on needs."""
+    """Removes the checkpoints, which are only needed to resume a run."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     for inner in folder.glob("clients/*/checkpoints"):
         shutil.rmtree(inner, ignore_errors=True)
 
 
 def _setting(experiment: Experiment) -> FederatedData:
-    """The data of an experiment; those of the last one are kept, as runs in turn mostly share them."""
+    """The data of an experiment; the last ones are cached, as consecutive runs mostly share them."""
     effective = in_mode(experiment)
     values = config.resolved(effective)
     for name in ("label", "phases", "checkpoint_every"):
@@ -160,19 +160,19 @@ def _setting(experiment: Experiment) -> FederatedData:
 def execute(
     sources: Sequence[Source], processes: int, deadline: float | None, log: Callable[[str], None] = lambda text: None
 ) -> bool:
-    """Does all jobs of ``sources``, those of the first one first.
+    """Executes all jobs of ``sources``, in the order of the sources.
 
     Args:
-        sources: where jobs come from.
-        processes: how many run at a time; 1 is this process.
-        deadline: the ``time.monotonic()`` after which none is begun.
-        log: gets a line for each job that ends.
+        sources: the sources of jobs.
+        processes: number of concurrent jobs; 1 uses this process.
+        deadline: the ``time.monotonic()`` after which no job is started.
+        log: receives a line for each job that ends.
 
     Returns:
-        Whether all were done; False if the deadline came first.
+        Whether all jobs were finished; False if the deadline passed first.
 
     Raises:
-        Stopped: the user interrupted; what ran is saved.
+        Stopped: the user interrupted; running jobs have been saved.
     """
     queue = _Queue(sources, deadline)
     try:
@@ -191,11 +191,11 @@ def execute(
 
 
 class _Queue:
-    """The jobs of several sources, and those whose process ended without a word.
+    """The jobs of several sources, and those whose process died unexpectedly.
 
     Args:
-        sources: where jobs come from, the first one first.
-        deadline: after which none is begun.
+        sources: the sources of jobs, in order of priority.
+        deadline: time after which no job is started.
     """
 
     def __init__(self, sources: Sequence[Source], deadline: float | None) -> None:
@@ -205,7 +205,7 @@ class _Queue:
         self._tried: dict[Path, int] = {}
 
     def next(self) -> tuple[Source, Job] | None:
-        """A job that has to be run; those that are done already are recorded."""
+        """The next job that must be run; jobs finished earlier are recorded directly."""
         if self._again:
             return self._again.pop()
         for source in self._sources:
@@ -214,13 +214,13 @@ class _Queue:
                 if outcome is not None:
                     source.record(job, outcome)
                 elif self._deadline is not None and time.monotonic() >= self._deadline:
-                    self.late = True  # others may be done already
+                    self.late = True  # others may be finished already
                 else:
                     return source, job
         return None
 
     def lost(self, source: Source, job: Job) -> None:
-        """A job's process ended without a word: it is tried once more, at most."""
+        """Handles a job whose process died unexpectedly: it is retried at most once."""
         self._tried[job.folder] = self._tried.get(job.folder, 0) + 1
         if self._tried[job.folder] < _ATTEMPTS:
             self._again.append((source, job))
@@ -230,7 +230,7 @@ class _Queue:
 
 
 def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> bool:
-    """Runs jobs until none is left, or a process ended without a word; then True, to go on with another pool."""
+    """Runs jobs until none is left, or a process dies unexpectedly; then returns True, to continue with a new pool."""
     running: dict[Future[Outcome], tuple[Source, Job]] = {}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin) as pool:
         try:
@@ -255,7 +255,7 @@ def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> 
 
 
 def _begin() -> None:
-    """What a process does first: it takes one thread, and ends when the one that started it does."""
+    """Initialises a worker process: it uses one thread, and ends when its parent does."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
 
@@ -274,20 +274,20 @@ def _line(job: Job, outcome: Outcome) -> str:
 
 
 def processes_for(jobs: int | None) -> int:
-    """How many processes to use: those asked for, else one for each core that this process may use."""
+    """Number of processes to use: as requested, or else one per core available to this process."""
     if jobs is not None:
         return jobs
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not every system has it
+    except AttributeError:  # not available on every system
         return os.cpu_count() or 1
 
 
 def deadline_of(budget: float | None) -> float | None:
-    """When a budget of seconds that begins now is over."""
+    """The deadline for a budget in seconds that starts now."""
     return None if budget is None else time.monotonic() + budget
 
 
 def shown(value: Any) -> str:
-    """A setting's value for people."""
+    """A setting's value for display."""
     return f"{value:g}" if isinstance(value, float) else str(value)

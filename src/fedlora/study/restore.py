@@ -1,4 +1,4 @@
-"""Goes on from a committed ``results.json`` where the runs themselves are gone, as on another machine."""
+"""Resuming a study from its ``results.json`` if the runs themselves are gone, for example on another machine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedlora.study.results import read
 
 
 def restore(folder: Path) -> None:
-    """Writes down, beside the place of each run that ``results.json`` knows and that is gone, what is known of it.
+    """Restores the outcomes of missing runs from ``results.json``, each into a file next to the run's folder.
 
-    A run is found by its configuration's digest, so another configuration never takes its place. One that has to go on
-    starts anew, to the same bits.
+    Runs are identified by the digest of their configuration, so results of a different configuration are never used.
+    A run that needs to be continued starts from the beginning, with bit-identical results.
 
     Args:
-        folder: of the study.
+        folder: the study's folder.
     """
     if not (folder / "results.json").exists():
         return

@@ -1,4 +1,4 @@
-"""A study's figures in one file: what was tried, every evaluation of every run, what failed."""
+"""A study's results in one file: trials, every evaluation of every run, failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Key = tuple[str, str]
 
 
 def compact(value: Any) -> Any:
-    """The same JSON value with numbers of five digits, but for those that trials are ranked by."""
+    """The same JSON value with numbers rounded to five digits, except those by which trials are ranked."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
@@ -30,7 +30,7 @@ def compact(value: Any) -> Any:
 
 
 def tuning_rows(tunings: Mapping[Key, Halving]) -> list[dict[str, Any]]:
-    """What was tried, one row for each method and setting."""
+    """The trials, one row for each method and setting."""
     rows = []
     for (label, setting), halving in tunings.items():
         best = halving.best
@@ -58,18 +58,18 @@ def evaluations(
     """One row for each evaluation of a run.
 
     Args:
-        facts: what all of them have in common: stage, method, setting, seed.
-        folder: of the run.
-        network: to model the time over; None for that of the configuration, if it names one.
-        sent: whether anything is sent; else there is no time over a network.
-        outcome: the figures on all test rows at the end, of a run that has ended.
+        facts: the columns common to all of them: stage, method, setting, seed.
+        folder: the run's folder.
+        network: the network over which time is modelled; None for that of the configuration, if any.
+        sent: whether anything is communicated; otherwise there is no time over a network.
+        outcome: of a finished run, the final metrics on all test rows.
     """
     files, held = RunFolder(folder), remembered(folder)
     if held.exists() and not folder.exists():
         yield from RunFolder(held.parent).read_json(held.name)["rows"]
         return
     found = [{**facts, **one} for one in _evaluated(files.rows(), network, sent)]
-    if outcome is not None and not found:  # clients that train alone have ledgers of their own
+    if outcome is not None and not found:  # clients trained in isolation have their own ledgers
         rounds = files.read_json("result.json")["rounds"]
         found.append(
             {**facts, "round": rounds, "down_bytes": 0, "up_bytes": 0, "seconds": outcome.seconds, "metrics": {}}
@@ -80,7 +80,7 @@ def evaluations(
 
 
 def _evaluated(rows: Sequence[RoundRecord], network: Network | None, timed: bool) -> Iterator[dict[str, Any]]:
-    """What was sent and spent until each evaluation, and its metrics."""
+    """Cumulative bytes and time up to each evaluation, with its metrics."""
     down = up = 0
     passed = seconds = 0.0
     for row in rows:
@@ -102,9 +102,9 @@ def final_rows(
     """Every evaluation of the final runs.
 
     Args:
-        finals: the job and what came of it, by method, setting and seed.
-        link: the network to model the time over; that of the configuration if empty.
-        alone: the methods that send nothing.
+        finals: each job and its outcome, by method, setting and seed.
+        link: the network over which time is modelled; that of the configuration if empty.
+        alone: the methods that communicate nothing.
     """
     network = parse_network(link) if link else None
     rows: list[dict[str, Any]] = []
@@ -145,7 +145,7 @@ def figures(results: Mapping[str, Any], stage: str) -> Figures:
 
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
-    """Writes results, one row in a line, all at once."""
+    """Writes the results atomically, one row per line."""
     lines = []
     for key, value in compact(results).items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -157,10 +157,10 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Results that ``write`` wrote.
+    """Reads results written by ``write``.
 
     Raises:
-        ConfigError: there are none, or of another version.
+        ConfigError: there are none, or they are of another version.
     """
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -22,12 +22,12 @@ from fedlora.study.restore import restore
 from fedlora.study.results import Key
 
 STAGES = ("tune", "final", "table")
-"""Parts of a study that can be asked for alone."""
+"""Parts of a study that can be run on their own."""
 Log = Callable[[str], None]
 
 
 def setting_names(study: Study) -> dict[str, dict[str, Any]]:
-    """The settings by a short name that can name a folder."""
+    """The settings by a short name that is valid as a folder name."""
     found: dict[str, dict[str, Any]] = {}
     for setting in study.settings():
         short = {key: key.rpartition(".")[2] for key in setting}
@@ -39,10 +39,10 @@ def setting_names(study: Study) -> dict[str, dict[str, Any]]:
 
 
 class Finals(Source):
-    """The final runs of what is tuned.
+    """The final runs of tuned methods.
 
     Args:
-        jobs: by method, setting and seed.
+        jobs: the jobs by method, setting and seed.
     """
 
     def __init__(self, jobs: dict[tuple[str, str, int], Job]) -> None:
@@ -60,16 +60,16 @@ class Finals(Source):
 
 @dataclass
 class Runner:
-    """A study under way.
+    """The execution of a study.
 
     Args:
-        study: what is asked for.
-        folder: of all its runs and of ``results.json``.
+        study: the study to run.
+        folder: the folder of its runs and of ``results.json``.
         only: the methods to run; all if empty.
         tunings: the tunings, by method and setting.
 
     Raises:
-        ConfigError: a configuration of the study is refused.
+        ConfigError: a configuration of the study is invalid.
     """
 
     study: Study
@@ -98,7 +98,7 @@ class Runner:
         self.finals = Finals({})
 
     def _add(self, label: str, name: str, setting: dict[str, Any]) -> None:
-        """Parses a method's configurations, so that what is wrong is found before anything runs."""
+        """Parses a method's configurations, so that errors are found before anything runs."""
         study = self.study
         where = f"method {label!r}" + ("" if name == "all" else f" at {name}")
         document = study.document(label, setting, study.tune.seed)
@@ -120,17 +120,17 @@ class Runner:
             raise ConfigError(f"{where}: {error}") from error
 
     def tune(self, processes: int, deadline: float | None, log: Log) -> bool:
-        """Tunes; True if nothing is left to do."""
+        """Tunes the methods; returns whether tuning is complete."""
         chosen = [halving for (label, _), halving in self.tunings.items() if self._asked(label)]
         return execute(chosen, processes, deadline, log)
 
     def final(self, processes: int, deadline: float | None, log: Log) -> bool:
-        """Runs what is tuned with every seed; True if nothing is left to do."""
+        """Runs the tuned methods with every seed; returns whether all runs are complete."""
         self.finals = Finals({key: job for key, (job, _) in self._jobs().items() if self._asked(key[0])})
         return execute([self.finals], processes, deadline, log)
 
     def gather(self) -> dict[str, Any]:
-        """All figures there are, also of methods that were not asked for now, written to ``results.json``."""
+        """Collects all available results, including methods not selected now, and writes them to ``results.json``."""
         execute([halving for halving in self.tunings.values() if not halving.done], 1, time.monotonic())
         jobs = self._jobs()
         ended = {key: (job, self.finals.outcomes.get(key) or known(job)) for key, (job, _) in jobs.items()}
@@ -172,10 +172,10 @@ class Runner:
         return tuned + check(self._rules, self._settings, figures.figures(found, "final"), {}, "test data")
 
     def stop_at_gates(self, found: dict[str, Any]) -> None:
-        """Ends the study where a gate does not hold.
+        """Stops the study if a gate does not hold.
 
         Raises:
-            GateError: with the figures, unless the study says to go on.
+            GateError: with the figures, unless the study is configured to continue.
         """
         if found["broken_gates"] and self.study.gates.stop:
             raise GateError(
@@ -184,7 +184,7 @@ class Runner:
             )
 
     def left(self) -> dict[str, Any]:
-        """What is left to do: runs, rounds, and the seconds of these by earlier runs of the same method."""
+        """The remaining work: runs, rounds, and their duration estimated from earlier runs of the same method."""
         execute([halving for halving in self.tunings.values() if not halving.done], 1, time.monotonic())
         jobs = self._jobs(guess=True)
         runs: dict[str, list[int]] = {"tune": [], "final": []}
@@ -213,10 +213,10 @@ class Runner:
         return not self.only or label in self.only
 
     def _jobs(self, guess: bool = False) -> dict[tuple[str, str, int], tuple[Job, int]]:
-        """The final runs and their rounds, runs of the same data one after the other.
+        """The final runs and their rounds, with runs on the same data consecutive.
 
         Args:
-            guess: also of what is not tuned yet, at the values that it has for now.
+            guess: whether to include methods that are not tuned yet, with their current values.
         """
         jobs = {}
         for name, setting in self._settings.items():
@@ -257,24 +257,24 @@ def run_study(
     budget: float | None = None,
     log: Log = lambda text: None,
 ) -> dict[str, Any]:
-    """Does a study, or goes on with it: tunes, checks gates, runs the best with every seed, checks gates again.
+    """Runs or resumes a study: tunes, checks gates, runs the best settings with every seed, checks gates again.
 
     Args:
-        study: what is asked for.
-        folder: of all its runs and of ``results.json``.
-        stage: ``tune`` or ``final`` alone; ``table`` runs nothing.
+        study: the study to run.
+        folder: the folder of its runs and of ``results.json``.
+        stage: ``tune`` or ``final`` to run only that part; ``table`` runs nothing.
         only: the methods to run; all if empty.
-        jobs: processes at a time; None for one for each core.
-        budget: seconds after which nothing new begins.
-        log: gets a line for each run that ends.
+        jobs: number of concurrent processes; None for one per core.
+        budget: seconds after which nothing new is started.
+        log: receives a line for each run that ends.
 
     Returns:
-        All figures, as ``results.json`` holds them.
+        All results, as in ``results.json``.
 
     Raises:
-        ConfigError: the study is refused.
+        ConfigError: the study is invalid.
         GateError: a gate does not hold.
-        Stopped: the user interrupted; the same call goes on.
+        Stopped: the user interrupted; repeating the call resumes the study.
     """
     restore(Path(folder))
     runner = Runner(study, Path(folder), only)

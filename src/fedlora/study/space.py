@@ -1,4 +1,4 @@
-"""Which values a tuning tries: lists and ranges, whole grids and balanced samples."""
+"""The search space of a tuning: lists and ranges, full grids and balanced samples."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedlora.core.state import named_seed
 Values = dict[str, Any]
 _RANGE = re.compile(r"\s*(-?[\d.]+(?:[eE][+-]?\d+)?)\s*\.\.\s*(-?[\d.]+(?:[eE][+-]?\d+)?)\s*")
 _DESIGNS = 200
-"""Random designs that are drawn; the one whose points are farthest apart is taken."""
+"""Number of random designs drawn; the one whose points are farthest apart is used."""
 
 
 def parse_vary(assignments: Sequence[str]) -> dict[str, Any]:
-    """The keys to vary from words such as ``rank=1,2,4`` and ``server.lr=1e-3..1e-1``.
+    """Parses the keys to vary from assignments such as ``rank=1,2,4`` and ``server.lr=1e-3..1e-1``.
 
     Raises:
         ConfigError: one is not of that form, or a key is given twice.
@@ -42,17 +42,17 @@ def _list(text: str) -> list[Any]:
 
 
 def points(vary: Mapping[str, Any], num: int, seed: int) -> list[Values]:
-    """The settings to try: every combination where these are few enough, else a balanced sample.
+    """The settings to try: every combination if there are few enough, otherwise a balanced sample.
 
     Args:
         vary: key -> a list of values, or a range ``low..high``. Ranges of positive numbers are geometric; a range of
-            integers gives integers.
-        num: how many at most.
-        seed: of the sample. Every value of a list occurs equally often, up to one; a range is cut evenly, both ends
-            included (a Latin hypercube).
+            integers yields integers.
+        num: maximum number of settings.
+        seed: seed of the sample. Every value of a list occurs equally often, up to a difference of one; a range is
+            divided evenly, both ends included (a Latin hypercube).
 
     Raises:
-        ConfigError: a list is empty or has a value twice, or a range is none.
+        ConfigError: a list is empty or contains a value twice, or a range is malformed.
     """
     axes = {key: _axis(key, given, num) for key, given in vary.items()}
     size = int(np.prod([len(axis) for axis in axes.values()], dtype=object)) if axes else 1
@@ -66,7 +66,7 @@ def points(vary: Mapping[str, Any], num: int, seed: int) -> list[Values]:
 
 
 def at_ends(vary: Mapping[str, Any], best: Values) -> list[str]:
-    """The varied numbers whose best value is the least or the greatest that the list or range has."""
+    """The varied numeric keys whose best value is the smallest or largest of its list or range."""
     found = []
     for key, given in vary.items():
         ends = _ends(key, given) if isinstance(given, str) else list(given)
@@ -101,13 +101,13 @@ def _axis(key: str, given: Any, num: int) -> list[Any]:
 
 
 def _balanced(values: int, num: int, rng: np.random.Generator) -> Any:
-    """A random order of ``num`` places among ``values``, each as often as any other, up to one."""
+    """A random sequence of ``num`` indices below ``values``, with frequencies that differ by at most one."""
     rounds = [rng.permutation(values) for _ in range(-(-num // values))]
     return rng.permutation(np.concatenate(rounds)[:num])
 
 
 def _apart(design: Any) -> tuple[int, float, float]:
-    """How good a design is: different points, the least distance of two, the mean distance."""
+    """The quality of a design: number of distinct points, minimum pairwise distance, mean distance."""
     gaps = np.abs(design[:, None] - design[None]).sum(-1)[np.triu_indices(len(design), 1)]
     different = len(np.unique(design, axis=0))
     return different, float(gaps.min(initial=np.inf)), float(gaps.mean()) if len(gaps) else 0.0

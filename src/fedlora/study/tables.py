@@ -1,4 +1,4 @@
-"""Tables of a study from its results alone: Markdown, CSV, LaTeX."""
+"""Tables of a study, computed only from its results: Markdown, CSV, LaTeX."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Seeds = dict[int, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Summary:
-    """A method at a setting, over seeds.
+    """Results of a method at a setting, over seeds.
 
     Args:
         method: its label.
         setting: the setting's name.
         test: the main metric on all test rows, by seed.
-        tuned: that on the held-out part; None without tuning.
-        down_bytes: mean over seeds.
-        up_bytes: mean over seeds.
-        times: modelled seconds to the target, by seed; None where it was not reached.
-        target: the value to reach; None if none is asked for or known.
+        tuned: the main metric on the held-out data; None without tuning.
+        down_bytes: bytes sent to clients, mean over seeds.
+        up_bytes: bytes received from clients, mean over seeds.
+        times: modelled seconds to the target, by seed; None if it was not reached.
+        target: the target value; None if none is requested or known.
         values: the tuned values.
-        difference: mean of the paired differences to the reference, and half of the 95 % interval of a t distribution,
-            None of one pair; None for the reference itself.
+        difference: mean of the paired differences to the reference, and half-width of the 95 % confidence interval from
+            the t distribution (None for a single pair); None for the reference itself.
     """
 
     method: str
@@ -49,7 +49,7 @@ class Summary:
 
 
 def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float | None] | None:
-    """The mean difference over common seeds, and half of its 95 % interval: ``t(0.975, n - 1) s / sqrt(n)``."""
+    """Mean difference over common seeds, and half-width of its 95 % interval: ``t(0.975, n - 1) s / sqrt(n)``."""
 
     gaps = [value - other[seed] for seed, value in mine.items() if seed in other]
     if not gaps:
@@ -60,7 +60,7 @@ def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float
 
 
 def summaries(results: Results) -> list[Summary]:
-    """Every method at every setting that has a figure, in the study's order."""
+    """Every method at every setting for which there are results, in the study's order."""
     metric, sign = results["metric"], 1 if results["higher_is_better"] else -1
     runs = _final_runs(results)
     tuning = {(row["method"], row["setting"]): row for row in results["tuning"]}
@@ -101,7 +101,7 @@ def _final_runs(results: Results) -> dict[tuple[str, str], Seeds]:
 
 
 def _target(results: Results, runs: Mapping[str, Seeds], metric: str, sign: int) -> float | None:
-    """The value to reach at a setting; of a method, its best evaluation, the mean over seeds."""
+    """The target value at a setting; a method in it stands for its best evaluation, averaged over seeds."""
     if results["target"] is None:
         return None
     term = parse_term(str(results["target"]))
@@ -167,7 +167,7 @@ def _duration(found: Summary) -> str:
 
 
 def markdown(results: Results) -> str:
-    """A Markdown table for each setting, then what failed and which gates do not hold."""
+    """A Markdown table for each setting, followed by failures and gates that do not hold."""
     found = summaries(results)
     parts = []
     for setting in results["settings"]:
@@ -186,7 +186,7 @@ def markdown(results: Results) -> str:
 
 
 def comma_separated(results: Results) -> str:
-    """One CSV table, a row for each method and setting, numbers as they are."""
+    """One CSV table, with a row for each method and setting and unrounded numbers."""
     out = io.StringIO()
     rows = []
     values = {one["name"]: one["values"] for one in results["settings"]}
@@ -220,7 +220,7 @@ def comma_separated(results: Results) -> str:
 
 
 def latex(results: Results) -> str:
-    """One ``tabular`` for ``booktabs``, settings one below the other."""
+    """One ``tabular`` for ``booktabs``, with the settings below one another."""
     found = summaries(results)
     if not found:
         return ""
@@ -244,4 +244,4 @@ def _tex(text: str) -> str:
 
 
 FORMATS: dict[str, Callable[[Results], str]] = {"markdown": markdown, "csv": comma_separated, "latex": latex}
-"""How tables are written, by name."""
+"""Output formats of tables, by name."""

@@ -1,4 +1,4 @@
-"""``fedlora tune``: the best settings of one configuration, by a held-out part of its training data."""
+"""``fedlora tune``: finds the best settings of one configuration on held-out training data."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a tuning found.
+    """The result of a tuning.
 
     Args:
         metric: the main metric.
         higher_is_better: its direction.
-        rounds: of each rung.
-        trials: in the order in which they were drawn.
+        rounds: number of rounds of each rung.
+        trials: the trials in the order in which they were drawn.
         best: the values of the best trial; None if every trial failed.
         value: its metric.
-        warnings: sentences about a best value at the end of what was tried, and about a budget that was spent.
-        folder: of the trials, of ``tune.json`` and of ``best.toml``.
+        warnings: sentences about a best value at the end of the range tried, and about an exhausted time budget.
+        folder: the folder of the trials, of ``tune.json`` and of ``best.toml``.
     """
 
     metric: str
@@ -47,7 +47,7 @@ class Tuned:
     folder: Path
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The result as JSON values."""
         return {
             "metric": self.metric,
             "higher_is_better": self.higher_is_better,
@@ -73,28 +73,28 @@ def tune(
 ) -> Tuned:
     """Tries settings by successive halving (arXiv 1502.07943) and keeps the best.
 
-    All trials run for a third of the rounds, the best three in eight of them go on to two thirds, the best one to the
-    end. They are compared by the task's main metric on a part of the training data that nobody trains on; test data are
-    never read. Trials are runs in folders of their own, so what was stopped goes on where it was.
+    All trials run for a third of the rounds, the best three eighths of them continue to two thirds, and the best one to
+    the end. They are compared by the task's main metric on held-out training data that no client trains on; test data
+    are never read. Each trial is a run in its own folder, so an interrupted tuning can be resumed.
 
     Args:
         configuration: an experiment, or the content of a TOML file.
         vary: key -> a list of values, or a range such as ``"1e-3..1e-1"``; keys as for ``-s``.
-        folder: of the trials, of ``tune.json`` and of ``best.toml``.
-        trials: how many settings at most; fewer where the lists have fewer combinations.
-        holdout: part of the training rows to compare by; of the users, where clients are users.
-        seed: of the sample of settings and of the held-out part.
-        jobs: processes at a time; None for one for each core. More than one needs a script that guards its start with
+        folder: the folder of the trials, of ``tune.json`` and of ``best.toml``.
+        trials: maximum number of settings; fewer if the lists have fewer combinations.
+        holdout: fraction of the training rows held out for comparison; of the users, if clients are users.
+        seed: seed of the sample of settings and of the held-out data.
+        jobs: number of concurrent processes; None for one per core. More than one requires a script guarded by
             ``if __name__ == "__main__"``.
-        budget: seconds after which nothing new begins.
-        log: gets a line for each run that ends.
+        budget: seconds after which nothing new is started.
+        log: receives a line for each run that ends.
 
     Returns:
         The trials and the best of them.
 
     Raises:
-        ConfigError: a key or value is refused, or the data are.
-        Stopped: the user interrupted; the same call goes on.
+        ConfigError: a key, a value or the data are invalid.
+        Stopped: the user interrupted; repeating the call resumes the tuning.
     """
     if isinstance(configuration, Experiment):
         check_on_disk(configuration, "trials in processes of their own")
@@ -140,16 +140,16 @@ def _tuned(halving: Halving, late: bool, folder: Path) -> Tuned:
 
 
 def end_warning(key: str, given: Any, value: Any) -> str:
-    """What to say of a best value at the end of what was tried."""
+    """The warning for a best value at the end of the range tried."""
     tried = given if isinstance(given, str) else ", ".join(map(shown, given))
     return f"the best {key} = {shown(value)} is an end of what was tried ({tried}): a better one may lie beyond"
 
 
 def seconds_of(budget: str | None) -> float | None:
-    """The seconds of a budget such as ``45s``, ``90m``, ``2h`` or ``1h30m``.
+    """Parses a time budget such as ``45s``, ``90m``, ``2h`` or ``1h30m`` into seconds.
 
     Raises:
-        ConfigError: it is written otherwise.
+        ConfigError: it is not of this form.
     """
     if budget is None:
         return None
