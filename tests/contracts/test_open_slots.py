@@ -141,6 +141,17 @@ def test_an_entry_point_names_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots.named({"kind": "majority"}) == {"fixtures.strangers:MajoritySign"}
 
 
+def test_what_a_peer_names_is_found_in_every_slot_and_at_any_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        slots, "_installed", lambda slot: {"same": f"{slot}s:Class"} if slot in ("data", "task") else {}
+    )
+    deep: Any = {"kind": "same"}
+    for _ in range(100_000):
+        deep = [{"inner": deep}]
+    assert slots.named(deep) == {"datas:Class", "tasks:Class"}
+    assert slots.named({"a": [{"kind": "x:Y"}], "kind": "mean", "b": {"kind": 3}}) == {"x:Y"}
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

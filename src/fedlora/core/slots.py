@@ -117,14 +117,19 @@ def named(document: Any) -> set[str]:
     Args:
         document: untrusted TOML or JSON values.
     """
-    if isinstance(document, list):
-        return set().union(*map(named, document))
-    if not isinstance(document, Mapping):
-        return set()
-    kind = document.get("kind")
-    known = {name: value for slot in OPEN for name, value in _installed(slot).items()}
-    own = {known.get(kind, kind)} if isinstance(kind, str) and (":" in kind or kind in known) else set()
-    return own.union(*map(named, document.values()))
+    found: set[str] = set()
+    left = [document]
+    while left:  # no recursion: the depth is whatever a peer sent
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        elif isinstance(value, Mapping):
+            left += value.values()
+            kind = value.get("kind")
+            if isinstance(kind, str):
+                # where a name stands for different classes in different slots, all of them count
+                found |= {kind} if ":" in kind else {_installed(s)[kind] for s in OPEN if kind in _installed(s)}
+    return found
 
 
 def kind_of(value: Any) -> str:

@@ -40,7 +40,6 @@ def run(
     setting: FederatedData | None = None,
     engine: AnyEngine | None = None,
     until: int | None = None,
-    held: bool = False,
 ) -> Result:
     """Runs an experiment, or resumes it if its folder contains a checkpoint.
 
@@ -56,7 +55,6 @@ def run(
         engine: where clients run, or its class; in this process if absent.
         until: the round to pause after, with the model evaluated and saved; a later call resumes from it. Nothing is
             exported.
-        held: whether the caller has already claimed the folder (``claim.claimed``) for the duration of this call.
 
     Returns:
         Metrics, bytes and the folder; with ``until``, for the rounds up to it, with metrics taken from the ledger.
@@ -66,6 +64,25 @@ def run(
         Stopped: the user interrupted the run; it can be resumed.
     """
     path = Path(folder) if folder is not None else Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
+    return train(experiment, path, partitioner, callbacks, setting, engine, until, held=False)
+
+
+def train(
+    experiment: Experiment,
+    path: Path,
+    partitioner: Partitioner | None,
+    callbacks: Sequence[Callback],
+    setting: FederatedData | None,
+    engine: AnyEngine | None,
+    until: int | None,
+    held: bool,
+) -> Result:
+    """``run``, also in a folder that the caller has claimed.
+
+    Args:
+        held: whether the caller has already claimed the folder (``claim.claimed``) for the duration of this call.
+        experiment, path, partitioner, callbacks, setting, engine, until: as for ``run``.
+    """
     files = RunFolder(path)
     try:
         # callbacks are closed before the files of a rejected run are removed, as some of them write there too

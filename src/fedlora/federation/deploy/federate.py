@@ -78,7 +78,7 @@ def federate(
         if ready:
             remote.open(experiment, task.label_names, len(ready.population))
         setting = ready or _of_sites(experiment, task, remote, files, names)
-        return experiments.run(experiment, folder, callbacks=callbacks, setting=setting, engine=remote, held=True)
+        return experiments.train(experiment, folder, None, callbacks, setting, remote, None, held=True)
 
 
 def _of_sites(
