@@ -232,7 +232,7 @@ def test_a_fault_of_ours_exits_with_1_and_asks_for_a_report(
     monkeypatch.setattr(describe, "environment", broken)
     assert fedlora(monkeypatch, "env") == 1
     said = capsys.readouterr().err
-    assert "that is a fault of fedlora (KeyError: 'gone'); run the command again with --debug" in said
+    assert "because of a bug in fedlora (KeyError: 'gone'); run the command again with --debug" in said
     assert "Traceback" not in said
 
 

@@ -192,7 +192,7 @@ def test_a_run_goes_on_with_the_same_objects_alone(world: Path, tmp_path: Path) 
     whole = fedlora.run(handed(), tmp_path / "whole")
     folder = tmp_path / "run"
     fedlora.run(handed(), folder, until=1)
-    missing = "data.test were handed over from Python, and the configuration keeps a fingerprint alone: hand the same"
+    missing = "data.test were passed from Python, and the configuration keeps only a fingerprint: pass the same"
     with pytest.raises(ConfigError, match=f"model.object and model.tokenizer and data.train and {missing}"):
         fedlora.run(fedlora.load(folder), folder)
     with pytest.raises(CheckpointError, match=r"another configuration .data.train: 'rows:"):
@@ -211,7 +211,7 @@ def test_a_finished_run_needs_its_model_again(world: Path, tmp_path: Path) -> No
     # of no folder
     pair = tiny_model(), tokenizer
     folder = fedlora.run(over(world, None, pair), tmp_path / "run").folder
-    with pytest.raises(ConfigError, match=r"was handed over from Python: hand the same over again, by fedlora\."):
+    with pytest.raises(ConfigError, match=r"was passed from Python: pass the same again, by fedlora\."):
         fedlora.load_run(folder)
     with pytest.raises(ConfigError, match=r"the weights handed over .BertFor\w+:\w+. are not those"):
         fedlora.load_run(folder, model=(tiny_model(seed=1), tokenizer))

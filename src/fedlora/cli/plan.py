@@ -52,7 +52,7 @@ def show(
     if full:
         print(to_toml(experiment))
     else:
-        print("# what is not at its default; all settings: --full")
+        print("# settings that differ from their defaults; all settings: --full")
         print(tomli_w.dumps(differs))
     for number, fact in enumerate(facts):
         _print_phase(number, fact, full)
@@ -69,7 +69,7 @@ def _print_phase(number: int, fact: PhaseFacts, full: bool) -> None:
     )
     OUT.print(f"  aggregation holds {fact.held_bytes / 1e6:.1f} MB on the server: {HOLDS[fact.needs]}")
     if not full:
-        OUT.print(f"  {len(fact.tensors)} tensors; --full names them", highlight=False)
+        OUT.print(f"  {len(fact.tensors)} tensors; --full lists them", highlight=False)
         return
     for name, shape in fact.tensors.items():
         OUT.print(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}", highlight=False)
@@ -78,7 +78,7 @@ def _print_phase(number: int, fact: PhaseFacts, full: bool) -> None:
 def partition(
     config: ConfigPath,
     set_: Overrides = None,
-    html: Annotated[Path | None, typer.Option(help="Also draw the classes of every client into this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also plot the classes of every client into this file.")] = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Show how the data are partitioned among clients: sizes, skew, and a plot by the classes of clients.skew."""
@@ -105,7 +105,10 @@ def cost(
     link: LinkText = None,
     step_seconds: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Seconds of a client's step, over a network. Measured here by default."),
+        typer.Option(
+            min=0.0,
+            help="Seconds of a client's step, for the time over a network. Measured on this machine by default.",
+        ),
     ] = None,
     format_: AsFormat = Format.table,
 ) -> None:

@@ -57,7 +57,7 @@ def run(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the run folders go; goes on where they hold checkpoints.")] = Path(
+    out: Annotated[Path, typer.Option(help="Where the run folders go; resumes where they hold checkpoints.")] = Path(
         "runs/demo"
     ),
     set_: Overrides = None,
@@ -70,8 +70,8 @@ def demo(
     from fedlora.show.report import as_dict, comparison, comparison_table
 
     ERR.print(
-        "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
-        "to tell apart; 100 clients with skewed labels.",
+        "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 "
+        "packages to classify; 100 clients with skewed labels.",
         highlight=False,
     )
     # invalid configurations are rejected before anything is trained

@@ -44,9 +44,9 @@ def predict(
 
 def evaluate(
     run: RunPath,
-    data: Annotated[Path, typer.Option(help="A csv, tsv, json, jsonl or parquet file, maybe with .gz.")],
+    data: Annotated[Path, typer.Option(help="A csv, tsv, json, jsonl or parquet file, optionally with .gz.")],
     column: Annotated[
-        list[str] | None, typer.Option("-c", "--column", help="use=name: what a column of the task is called there.")
+        list[str] | None, typer.Option("-c", "--column", help="use=name: the name in the file of a column of the task.")
     ] = None,
     format_: AsFormat = Format.table,
 ) -> None:
@@ -66,7 +66,7 @@ def evaluate(
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    merge: Annotated[bool, typer.Option("--merge", help="A whole model that needs no peft.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model, which loads without peft.")] = False,
 ) -> None:
     """Export a run's adapter for `peft`, or the merged model."""
     run_of(run).export(out, merge)

@@ -102,7 +102,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
     clients = experiment.clients
     if isinstance(experiment.data, Sites):
         raise ConfigError(
-            "data.kind = 'sites': the training rows lie on other machines; start the run with `fedlora serve`"
+            "data.kind = 'sites': the training rows are on other machines; start the run with `fedlora serve`"
         )
     if experiment.evaluate.clients != "never" and not clients.holdout:
         raise ConfigError(
@@ -228,7 +228,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda' but this PyTorch sees no GPU; use 'cpu' or 'auto'")
+        raise ConfigError("device = 'cuda' but PyTorch finds no GPU; use 'cpu' or 'auto'")
     return torch.device(name)
 
 

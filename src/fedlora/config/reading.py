@@ -56,7 +56,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a TOML file there is") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); name an existing TOML file") from error
 
 
 def override(document: dict[str, Any], assignment: str) -> None:
