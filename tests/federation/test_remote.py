@@ -129,7 +129,7 @@ def test_a_site_that_lost_its_memory_is_told_so_and_told_everything_anew(world: 
     assert forgot
     assert refused[0] == {}
     assert set(refused[1]) == {"1", "4", "7"}
-    assert "not here any more" in refused[1]["1"]
+    assert "no longer here" in refused[1]["1"]
     assert refused[2:] == [{}, {}]
 
 
@@ -425,7 +425,7 @@ def test_a_server_in_a_folder_that_is_in_use_is_refused_before_sites_hear_of_it(
 
 def test_a_server_does_not_choose_which_files_a_site_reads(world: Path, tmp_path: Path) -> None:
     post = Post(own_sites(world, tmp_path, model=None))
-    with pytest.raises(QuorumError, match=r"say in the site's file where it is: model\.path"):
+    with pytest.raises(QuorumError, match=r"set model\.path in the site's file"):
         federate(
             sites_experiment(world), tmp_path / "run", post, ServerPolicy(round_timeout=0.5), names=list(post.homes)
         )
@@ -546,7 +546,7 @@ def test_a_site_stands_for_no_clients_that_do_not_exist(world: Path, tmp_path: P
 
     told = Told()
     result, _ = tried(experiment(world, "lora", "clients.per_round=9"), tmp_path, trick, callbacks=[told])
-    assert any("site-0 is not taken in" in line for line in told.messages)
+    assert any("site-0 is not admitted" in line for line in told.messages)
     assert {client for row in result.rows[1:] for client in row.cohort} == {1, 2, 4, 5, 7, 8}
 
 
@@ -561,7 +561,7 @@ def test_a_site_does_not_speak_for_another(world: Path, tmp_path: Path) -> None:
     told = Told()
     names = list(post.homes)
     result = federate(sites_experiment(world), tmp_path / "run", post, ServerPolicy(), names=names, callbacks=[told])
-    assert any("hospital is not taken in: it stands for clients that are not its own" in line for line in told.messages)
+    assert any("hospital is not admitted: it claims clients that are not its own" in line for line in told.messages)
     assert set(result.rows[1].cohort) == {0, 2}
 
 
@@ -640,7 +640,7 @@ def test_a_site_takes_no_noise_that_the_server_can_take_off_again() -> None:
     seeded = {"noise_multiplier": 1.0, "clip_norm": 1.0, "seed": 3}
     kinds = {seed: recipe_with(example={**seeded, "seed": seed}) for seed in (3, None)}
     limits = SitePolicy(min_example_noise=0.5)
-    assert "from a seed that the server knows" in limits.refusal(kinds[3], 10)
+    assert "from a seed known to the server" in limits.refusal(kinds[3], 10)
     assert limits.refusal(kinds[None], 10) == ""
     pending = recipe_with(central={"kind": "central_gaussian", "clip_norm": 1.0, "target_epsilon": 1e9})
     assert SitePolicy(min_noise=0.5).refusal(pending, 10, opening=True) == ""
@@ -663,7 +663,7 @@ def test_a_server_hears_nothing_that_quotes_rows(world: Path, tmp_path: Path) ->
     post = Post(sites)
     told = Told()
     federate(sites_experiment(world), tmp_path / "run", post, ServerPolicy(), names=list(post.homes), callbacks=[told])
-    assert any("clinic is not taken in" in line for line in told.messages)
+    assert any("clinic is not admitted" in line for line in told.messages)
     assert not any("SECRET" in line for line in told.messages)
     assert not any(b"SECRET" in answer for answer in post.answers.values() if answer)
 

@@ -38,7 +38,7 @@ def test_the_demo_is_a_whole_federation_and_takes_itself_down(
     done = fedlora_said("federation", "demo", str(file), "--sites", "2", *out, "--format", "json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rounds"] == 2
-    assert "site-1 is there with 36 examples of 2 clients" in done.stderr
+    assert "site-1 connected with 36 examples of 2 clients" in done.stderr
     assert processes_of(str(place)) == []
     assert list(tmp_path.iterdir()) == []
     fedlora.run(parse(values), root / "demo-serial")

@@ -367,7 +367,7 @@ def test_what_flower_adds_on_the_socket_is_small(root: Path) -> None:
 
 def test_the_server_does_not_go_on_in_plain_text_without_certificates(root: Path) -> None:
     with (
-        pytest.raises(fedlora.FedloraError, match="nothing runs in plain text"),
+        pytest.raises(fedlora.FedloraError, match="and TLS needs it"),
         serve.superlink(root / "nowhere", free_port(), (), False),
     ):
         pass

@@ -79,9 +79,7 @@ class SiteMemory:
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
             parts = Reader(tensors).memory(told["parts"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"what client {client} remembers is not here any more ({type(error).__name__})"
-            ) from error
+            raise CheckpointError(f"the state of client {client} is no longer here ({type(error).__name__})") from error
         return ClientState(told["has_setup"], parts, known.kept)
 
     def save(self, client: int, memory: ClientState) -> str:
@@ -108,5 +106,5 @@ class SiteMemory:
 def _checked(name: str) -> str:
     """A name validated not to leave its folder."""
     if not _NAME.match(name):
-        raise CheckpointError(f"{name[:80]!r} is no name of a run or of a state")
+        raise CheckpointError(f"{name[:80]!r} is not the name of a run or of a state")
     return name

@@ -68,7 +68,7 @@ class Site:
             return envelopes.write({"kind": "probed"}, {})
         if kind != "job":
             raise WireError(
-                f"a message of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
+                f"a message of the unknown kind {str(kind)[:40]!r} arrived; use one version of fedlora everywhere"
             )
         try:
             self.settings.limits.check_classes(envelope.head)
@@ -88,9 +88,7 @@ class Site:
     def _said(self, error: FedloraError) -> str:
         """The part of an error reported to the server: messages about data quote the data, and are not sent."""
         logging.getLogger("fedlora").warning("%s: %s", type(error).__name__, error)
-        text = (
-            "its rows are not as the task needs them; its own log says more" if isinstance(error, DataError) else error
-        )
+        text = "its rows do not fit the task; see its own log" if isinstance(error, DataError) else error
         return f"{self.settings.name}: {text}"
 
     def _open(self, envelope: Envelope) -> bytes:
@@ -144,7 +142,7 @@ class Site:
             return replace(self.settings.model, head=experiment.model.head, train_head=experiment.model.train_head)
         if self.settings.share is None and experiment.model.path != "embedded":
             raise ConfigError(
-                f"the server trains {experiment.model.path!r}; say in the site's file where it is: model.path"
+                f"the server trains {experiment.model.path!r}; set model.path in the site's file to its folder here"
             )
         return replace(experiment.model, trust_remote_code=False)
 
@@ -156,16 +154,16 @@ class Site:
         run = self._warm(str(envelope.head["run"]))
         limits = self.settings.limits
         if job.client not in run.clients:
-            raise ConfigError(f"client {job.client} is not here")
+            raise ConfigError(f"client {job.client} is not on this site")
         rows = run.clients[job.client]
         if refusal := limits.refusal(job.recipe, len(rows)) or limits.too_large(size):
             raise ConfigError(refusal)
         memory = run.memory.load(job.client, job.memory)
         if memory.folds.version != job.memory.folds.version:
-            raise CheckpointError(f"client {job.client} knows {memory.folds.version} folds here")
+            raise CheckpointError(f"client {job.client} has {memory.folds.version} folds cached here")
         setup = run.memory.setup(job.phase, job.setup)
         if setup is None:
-            raise CheckpointError(f"what phase {job.phase} begins with is not here any more")
+            raise CheckpointError(f"the initial state of phase {job.phase} is no longer here")
         seconds = envelope.head.get("seconds")
         left = math.inf if seconds is None else float(seconds) - (time.perf_counter() - received)
         reply = run_job(job._replace(memory=memory, setup=setup), run.workspace, rows, left)
