@@ -231,7 +231,7 @@ def test_random_places_cost_their_seed_only() -> None:
                 "memory": "init",
                 "privacy": CentralGaussian(clip_norm=1.0, noise_multiplier=1.0),
             },
-            "what the clip took away",
+            "the part that clipping removed",
         ),
     ],
 )

@@ -324,7 +324,7 @@ def test_a_run_ends_with_a_sentence_where_nobody_answers(world: Path, tmp_path: 
     def trick(name: str, envelope: bytes, answer: bytes | None) -> bytes | None:
         return answer if envelopes.read(envelope).head["kind"] == "open" else b"nonsense"
 
-    with pytest.raises(QuorumError, match="0 of 3 clients answered, and 1 must"):
+    with pytest.raises(QuorumError, match="0 of 3 clients answered, but 1 are required"):
         tried(experiment(world), tmp_path, trick)
 
 
@@ -577,7 +577,7 @@ def test_a_client_counts_no_more_examples_than_it_said_it_has(world: Path, tmp_p
         return answer
 
     result, _ = tried(experiment(world, "lora", "clients.per_round=9", rounds=1), tmp_path, trick)
-    assert "it says that it trained on 1e+09 examples" in result.rows[1].refused["4"]
+    assert "it reports training on 1e+09 examples" in result.rows[1].refused["4"]
 
 
 @pytest.mark.parametrize("below", [60.0, -1.0, 0.5])

@@ -203,7 +203,7 @@ def test_the_ledger_tells_what_examples_have_lost(world: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ({"aggregator": Mean(weighting="examples")}, "do not tell how many"),
+        ({"aggregator": Mean(weighting="examples")}, "do not report their number"),
         ({"shrink": RankPruning()}, "pass by the noise"),
         ({"local": Local(example_privacy=SILENT, timeout_seconds=1.0)}, "lengths of examples"),
     ],

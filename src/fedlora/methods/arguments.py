@@ -29,7 +29,7 @@ _OWN = {
     "flasc.decay_every": "rounds between two steps of the decay.",
     "flasc.quota": "shares of A, B or the head apart from the others.",
     "flasc.reference": "the reference of ranking and sending entries: zero, or the phase's start.",
-    "flasc.feedback": "whether a client adds the entries that its last upload left out to the next one; needs a memory.",
+    "flasc.feedback": "whether a client adds entries that its last upload left out to the next one; needs a memory.",
     "flora.reference": "init: clients draw the new A from its seed; zero: it is sent.",
     "slora.density": "the share of each matrix that the mask covers; as many entries as its adapter has if absent.",
     "slora.mask_targets": "the matrices that the mask covers; those of targets if absent.",
