@@ -162,7 +162,7 @@ def test_an_interrupt_before_the_first_row_says_that_nothing_was_saved(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedlora.runs.experiment.prepare", lambda *arguments: interrupt())
-    with pytest.raises(Stopped, match=r"nothing was saved\. The same command begins anew"):
+    with pytest.raises(Stopped, match=r"nothing was saved\. Run the same command to start over"):
         fedlora.run(experiment(world), tmp_path / "run")
     assert not list(tmp_path.iterdir())
 

@@ -213,12 +213,12 @@ def test_a_finished_run_needs_its_model_again(world: Path, tmp_path: Path) -> No
     folder = fedlora.run(over(world, None, pair), tmp_path / "run").folder
     with pytest.raises(ConfigError, match=r"was passed from Python: pass the same again, by fedlora\."):
         fedlora.load_run(folder)
-    with pytest.raises(ConfigError, match=r"the weights handed over .BertFor\w+:\w+. are not those"):
+    with pytest.raises(ConfigError, match=r"the weights passed .BertFor\w+:\w+. are not those"):
         fedlora.load_run(folder, model=(tiny_model(seed=1), tokenizer))
     for words in (["run", str(folder)], ["predict", str(folder), "red"]):
         done = CliRunner().invoke(app, words)
         assert isinstance(done.exception, ConfigError)
-        assert "handed over from Python" in str(done.exception)
+        assert "passed from Python" in str(done.exception)
     trained = fedlora.load_run(folder, model=fedlora.Model(object=pair[0], tokenizer=tokenizer))
     (answer,) = trained.predict(["red w1 red"])
     assert (
@@ -235,7 +235,7 @@ def test_a_finished_run_needs_its_model_again(world: Path, tmp_path: Path) -> No
     )
     assert pair[0].config.id2label[0] == "LABEL_0"
     card = (folder / "adapter" / "README.md").read_text()
-    assert "The base model was handed over from Python: class and fingerprint `BertForSequenceClassification:" in card
+    assert "The base model was passed from Python: class and fingerprint `BertForSequenceClassification:" in card
     with pytest.raises(ConfigError, match="leave `model` out"):
         fedlora.load_run(fedlora.run(over(world, None), tmp_path / "plain").folder, model=pair)
 
@@ -249,7 +249,7 @@ def test_a_finished_run_finds_its_model_where_it_was_loaded_from(world: Path, tm
     expected = fedlora.load_run(folder, model=model).predict(["red w1"])
     assert fedlora.load_run(folder).predict(["red w1"]) == expected
     tiny_model(seed=3).save_pretrained(str(base))
-    with pytest.raises(ConfigError, match="is no local folder that holds the same: hand"):
+    with pytest.raises(ConfigError, match="is not a local folder with the same content: pass"):
         fedlora.load_run(folder)
 
 
@@ -258,7 +258,7 @@ def test_a_model_that_changed_since_is_not_trained(world: Path, tmp_path: Path) 
     experiment = over(world, None, (model, tokenizer))
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
-    with pytest.raises(ConfigError, match="have changed since it was handed over"):
+    with pytest.raises(ConfigError, match="have changed since it was passed"):
         fedlora.run(experiment, tmp_path / "run")
 
 

@@ -224,7 +224,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         Instruction(answer_pattern="gsm")
     with pytest.raises(ConfigError, match="has 2 groups"):
         Instruction(answer_pattern="(a)(b)")
-    with pytest.raises(ConfigError, match="is no regular expression"):
+    with pytest.raises(ConfigError, match="is not a regular expression"):
         Instruction(answer_pattern="(a")
     with pytest.raises(ConfigError, match=r"task.*learn = 'first'"):
         config.parse({"task": {"kind": "instruction", "learn": "first"}})

@@ -264,7 +264,7 @@ def test_wrong_contents_are_named():
         "ends early": coded + good + ones[:-1],
         "a position behind the last entry": coded + positions(0, 24) + bytes([0b1011]) + ones,
         "position behind the last": coded + positions(128, 0, 0) + bytes([0b1011]) + ones,
-        "bits behind the last that": coded + positions(0, 16) + bytes([0b11011]) + ones,
+        "bits after the last that": coded + positions(0, 16) + bytes([0b11011]) + ones,
         "more words than symbols need": b"\1\3\2\4" + positions(0, 16) + bytes(12) + bytes([0b1011]) + ones,
         "more words than symbols": b"\1\3\2\2" + positions(0, 16) + bytes(4) + bytes([0b1011]) + ones,
         "words than symbols need": b"\x04\1\0\1\x80\x3f\1\0\x64\1" + b"\7\0\0\0" + bytes(13),
@@ -273,7 +273,7 @@ def test_wrong_contents_are_named():
         "a count of": b"\1\3" + b"\x80" * 30,
         "more digits than needed": b"\1\3\x82\0\1" + good + ones,
         "where at most": b"\1\3\2\xff\x7f" + good + ones,
-        "bits behind the last": b"\1\2" + b"\xff" * 13 + struct.pack("<100f", *[1] * 100),
+        "bits after the last": b"\1\2" + b"\xff" * 13 + struct.pack("<100f", *[1] * 100),
         "at most 1 is possible": b"\1\6\2\2" + ones,  # columns of a vector
         "an unknown layout; expected": b"\1\xff\x11" + bytes(400),
         "an unknown layout": b"\1\xff\x07" + bytes(400),

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from fedlora.runs.result import Result
 
 _RENAMED = (
-    "watchers and trackers of fedlora 0.1.0 are callbacks now: derive from fedlora.Callback, call "
-    "`started` run_started(experiment, setting, rows), `finished_round` and `log` row_recorded(row), `finished` "
+    "watchers and trackers of fedlora 0.1.0 are callbacks now: derive from fedlora.Callback, call `started` "
+    "run_started(experiment, data, rows), `finished_round` and `log` row_recorded(row), `finished` "
     "run_finished(result), and give fedlora.run(..., callbacks=[...])"
 )
 
@@ -80,6 +80,6 @@ class CallbackList(Callback):
                 raise
             except Exception as error:
                 raise CallbackError(
-                    f"the callback {type(one).__name__} failed in {method} ({type(error).__name__}: {error}); every "
-                    "finished round is saved: mend it, or leave it out, and run again to go on"
+                    f"the callback {type(one).__name__} failed in {method} ({type(error).__name__}: {error}); "
+                    "every finished round is saved: fix it, or leave it out, and run again to resume"
                 ) from error

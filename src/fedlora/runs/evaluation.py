@@ -117,4 +117,4 @@ def over_clients(name: str, values: Sequence[float], higher_is_better: bool) -> 
 def _check_finite(metrics: dict[str, float]) -> None:
     wrong = {name: value for name, value in metrics.items() if not np.isfinite(value)}
     if wrong:
-        raise TrainingError(f"the evaluation gave values that are not finite: {wrong}; lower the learning rate")
+        raise TrainingError(f"the evaluation has values that are not finite: {wrong}; lower the learning rate")

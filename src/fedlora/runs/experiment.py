@@ -98,8 +98,10 @@ def train(
             return Session(effective, setting, files, callback, engine).run(until)
     except KeyboardInterrupt:
         if not files.begun:
-            raise Stopped("stopped before the first round; nothing was saved. The same command begins anew") from None
-        on = "The same command goes on" if engine else f"Go on with: fedlora run {shlex.quote(str(path))}"
+            raise Stopped(
+                "stopped before the first round; nothing was saved. Run the same command to start over"
+            ) from None
+        on = "Run the same command to resume" if engine else f"Resume with: fedlora run {shlex.quote(str(path))}"
         raise Stopped(f"stopped; every finished round is saved. {on}") from None
 
 

@@ -94,7 +94,9 @@ def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: S
     if not 0 < bounds.density <= 1:
         raise ConfigError(f"a density is above 0 and at most 1, and {bounds.density:g} is not; set --density")
     if bounds.rank > bounds.max_rank:
-        raise ConfigError(f"it would begin at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise that")
+        raise ConfigError(
+            f"the search would start at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise --max-rank"
+        )
     configured(experiment, bounds.rank, bounds.density)  # rejects invalid configurations before data are read
     setting = prepare(experiment)
     tried = functools.partial(_try, experiment, setting, folder, callbacks)
@@ -131,7 +133,7 @@ def _check(bounds: Bounds, sent: float, about: str = "", slack: float = 1.0) -> 
     if sent > slack * bounds.client_bytes:
         raise ConfigError(
             f"rank {bounds.rank} at density {bounds.density:g} sends {about}{sent:,.0f} bytes to a client and back, "
-            f"above the budget of {bounds.client_bytes:,.0f}; begin smaller, or raise it"
+            f"above the budget of {bounds.client_bytes:,.0f}; start smaller, or raise the budget"
         )
 
 
@@ -227,8 +229,8 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
         )
     if recipe.aggregator.edits_base:
         raise ConfigError(
-            f"{kind_of(recipe.aggregator)!r} sends folds, whose bytes no density changes; "
-            "use an aggregator without folds"
+            f"{kind_of(recipe.aggregator)!r} sends folds, whose size does not depend on the density; use an "
+            "aggregator without folds"
         )
     if own := [tier.name for tier in experiment.clients.tiers if tier.rank or tier.down or tier.up]:
         raise ConfigError(

@@ -104,19 +104,19 @@ class Session:
             raise CheckpointError(f"the checkpoint in {files.path} belongs to another configuration; use another --out")
         if kept["data"] != self._facts["data"]:
             raise CheckpointError(
-                f"the data have changed since the checkpoint in {files.path} was made; put the old data back, or start "
-                "in another folder with --out"
+                f"the data have changed since the checkpoint in {files.path} was made; restore the original "
+                "data, or start in another folder with --out"
             )
         if not can_go_on(files.checkpoints[-1]) and not (files.path / "result.json").exists():
             raise CheckpointError(
-                f"the run in {files.path} was begun by an older version of fedlora, and cannot go on with this one; "
-                "start it again in another folder with --out, or finish it with that version"
+                f"the run in {files.path} was started by an older version of fedlora, and this one cannot resume "
+                "it; start it again in another folder with --out, or finish it with that version"
             )
         rows = files.rewind(self.state.round)
         if [row.round for row in rows] != list(range(self.state.round + 1)):
             raise CheckpointError(
-                f"{files.path / 'ledger.jsonl'} lacks rounds that its checkpoint has; put the old file back, or start "
-                "in another folder with --out"
+                f"{files.path / 'ledger.jsonl'} lacks rounds that its checkpoint has; restore the original file, "
+                "or start in another folder with --out"
             )
         return rows
 

@@ -95,7 +95,9 @@ def comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
     go, colours = _plotly()
     metrics = {str(row["metric"]) for row in rows}
     if len(metrics) > 1:
-        raise ConfigError(f"these runs are judged by {', '.join(sorted(metrics))}; draw those of one metric together")
+        raise ConfigError(
+            f"these runs have different main metrics, {', '.join(sorted(metrics))}; plot runs of one metric together"
+        )
     metric = metrics.pop()
     figure = go.Figure()
     for number, row in enumerate(rows):
@@ -121,7 +123,7 @@ def comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
                 hovertext=told, showlegend=not axis, **common,
             )  # fmt: skip
     figure.update_layout(
-        title=f"{metric} by round, and by what was sent in both directions",
+        title=f"{metric} by round, and by bytes sent in both directions",
         xaxis={"title": "round", "domain": [0, 0.48]},
         xaxis2={"title": "MB", "domain": [0.52, 1], "type": "log", "anchor": "y2"},
         yaxis={"title": metric},
@@ -150,5 +152,5 @@ def _plotly() -> tuple[Any, list[str]]:
         import plotly.graph_objects as go
         from plotly.colors import qualitative
     except ImportError as error:
-        raise ConfigError("drawings need plotly: pip install 'fedlora[plot]'") from error
+        raise ConfigError("plots need plotly: pip install 'fedlora[plot]'") from error
     return go, [*qualitative.Dark24, *qualitative.Light24]

@@ -91,7 +91,7 @@ def check_sparsifier(value: Sparsifier, learns: bool = True) -> None:
         _must(torch.equal(one, before[name]), "the tree that was given is changed")
     sent = value(params, schema, 0, 7)
     for name, one in sent.items():
-        _must(bool((one[~mask[name]] == 0).all()), "what is not kept must be zero")
+        _must(bool((one[~mask[name]] == 0).all()), "entries that are not kept must be zero")
     if not value.facts.drops:
         _must(all(bool(one.all()) for one in mask.values()), "facts.drops is False, but entries are left out")
     if not value.facts.reads_values:
@@ -118,9 +118,12 @@ def check_precision(value: Precision, learns: bool = True) -> None:
     read = unpack(packet.raw, parts, [value])
     for part, one in parts.items():
         for name, sent in one.items():
-            _must(torch.equal(read[part][name], packet.trees[part][name]), "the sender does not know what arrives")
+            _must(
+                torch.equal(read[part][name], packet.trees[part][name]),
+                "the sender's copy differs from the values received",
+            )
             if not value.lossy:
-                _must(torch.equal(read[part][name], sent), "lossy is False, but what arrives differs")
+                _must(torch.equal(read[part][name], sent), "lossy is False, but the values received differ")
     link = Link(precision=value)
     check_training(fedavg(rounds=4, down=link, up=link, local=LOCAL), learns)
 
@@ -192,11 +195,11 @@ def check_partition(value: Partition) -> None:
     owners = np.asarray([f"owner {row % 5}" for row in range(60)])
     deals = [value.split(labels, owners, 5, np.random.default_rng(3)) for _ in range(2)]
     rows = np.concatenate(deals[0].groups)
-    _must(len(rows) == len(set(rows.tolist())), "a row is dealt twice")
+    _must(len(rows) == len(set(rows.tolist())), "a row is assigned twice")
     _must(len(rows) > 0 and rows.min() >= 0 and rows.max() < 60, "there are no such rows")
     _must(len(deals[0].groups) == len(deals[0].names) == len(set(deals[0].names)), "each client needs its own name")
     again = zip(deals[0].groups, deals[1].groups, strict=True)
-    _must(all(np.array_equal(*pair) for pair in again), "the same generator dealt in another way")
+    _must(all(np.array_equal(*pair) for pair in again), "the same generator gave another assignment")
 
 
 def check_skew(value: Skew, task: Any = None) -> None:
@@ -248,14 +251,17 @@ def check_training(phases: tuple[Phase, ...], learns: bool = True) -> None:
         learns: whether the training loss falls.
     """
     experiment, setting = _toy(phases)
-    _must(parse(tomllib.loads(to_toml(experiment))) == experiment, "written as TOML and read again it is another one")
+    _must(parse(tomllib.loads(to_toml(experiment))) == experiment, "it changes when written as TOML and read again")
     with tempfile.TemporaryDirectory() as place:
         run(experiment, Path(place) / "whole", setting=setting)
         run(experiment, Path(place) / "parts", setting=setting, until=2)
         run(experiment, Path(place) / "parts", setting=setting)
         whole, parts = (_end(Path(place) / name) for name in ("whole", "parts"))
     _must(whole[0] == parts[0], "a run that was interrupted has another ledger: state is kept outside of its store")
-    _must(all(torch.equal(one, parts[1][name]) for name, one in whole[1].items()), "interrupted, it ends elsewhere")
+    _must(
+        all(torch.equal(one, parts[1][name]) for name, one in whole[1].items()),
+        "a run that was interrupted ends with other parameters",
+    )
     losses = [row["loss"] for row in whole[0] if row["round"]]
     if learns:
         _must(losses[-1] < losses[0], f"the training loss does not fall: {losses}")

@@ -139,7 +139,7 @@ def take_bits(reader: Reader, count: int) -> NDArray[np.uint8]:
     raw = np.frombuffer(reader.take(-(-count // 8)), dtype=np.uint8)
     bits = np.unpackbits(raw, bitorder="little")
     if bits[count:].any():
-        raise WireError("bits behind the last that are not zero")
+        raise WireError("bits after the last that are not zero")
     return bits[:count]
 
 

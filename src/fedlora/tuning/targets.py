@@ -100,7 +100,7 @@ def _matcher(targets: Targets) -> Callable[[str], bool]:
     try:
         pattern = re.compile(targets)
     except re.error as error:
-        raise ConfigError(f"targets = {targets!r} is no regular expression: {error}") from error
+        raise ConfigError(f"targets = {targets!r} is not a regular expression: {error}") from error
     return lambda name: pattern.fullmatch(name) is not None
 
 
