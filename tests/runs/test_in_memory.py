@@ -284,14 +284,20 @@ def test_models_that_cannot_be_copied_are_refused(world: Path) -> None:
         ({"object": torch.nn.Linear(2, 2), "tokenizer": tokenizer}, "is of type Linear, but a model of transformers"),
         ({"object": wrapped, "tokenizer": tokenizer}, r"call merge_and_unload\(\)"),
         ({"object": Own(tiny.config), "tokenizer": tokenizer}, r"is of type \S+Own, .* give model.path and"),
-        ({"object": tiny}, "came without its tokenizer, and it does not say where it was loaded from; give"),
+        ({"object": tiny}, "came without its tokenizer, and it does not record where it was loaded from; give"),
         (
             {"object": tiny, "tokenizer": 3},
             "model.tokenizer is of type int, but a tokenizer",
         ),
         ({"tokenizer": tokenizer}, "model.tokenizer goes with model.object, but there is none"),
-        ({"object": tiny, "tokenizer": tokenizer, "path": "bert"}, "model.path = 'bert' says how a model is read"),
-        ({"object": tiny, "tokenizer": tokenizer, "load": "4bit"}, "model.load = '4bit' says how a model is read"),
+        (
+            {"object": tiny, "tokenizer": tokenizer, "path": "bert"},
+            "model.path = 'bert' controls how a model is loaded",
+        ),
+        (
+            {"object": tiny, "tokenizer": tokenizer, "load": "4bit"},
+            "model.load = '4bit' controls how a model is loaded",
+        ),
         ({"object": copy.deepcopy(tiny).to("meta"), "tokenizer": tokenizer}, "not in memory"),
     ]
     for arguments, said in cases:
@@ -315,7 +321,7 @@ def test_rows_that_make_no_table_are_refused() -> None:
             r"entry 0 of the training rows of client 'text' is of type str, .*Dataset.from_dict",
         ),
         ({"a": [row], "b": pandas.DataFrame([{"text": 1}])}, "the clients' training rows do not make one table"),
-        ([{**row, CLIENT: "a"}], "a name of fedlora's own"),
+        ([{**row, CLIENT: "a"}], "a reserved name of fedlora"),
         (datasets.DatasetDict(a=datasets.Dataset.from_list([row])), "has the splits a, but none called 'train'"),
     ]
     for given, said in cases:

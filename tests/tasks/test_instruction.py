@@ -128,11 +128,11 @@ def test_rows_without_an_answer_are_left_out_and_told_of(world: Path, tmp_path: 
     assert (task.num_examples("train"), task.texts("train")) == (1, ["w2"])
     with torch.no_grad():
         found = task.evaluate(model_of(task), np.array([0]), "test", CPU)
-    assert found.warnings[-1] == "2 of 3 test rows have no answer to learn and are left out"
+    assert found.warnings[-1] == "2 of 3 test rows have no answer to train on and are left out"
     silent = write_rows(
         tmp_path / "silent.jsonl", [{"messages": messages(["w1"])}, {"messages": messages(["w2", " "])}]
     )
-    with pytest.raises(DataError, match="all 2 train rows have no answer to learn"):
+    with pytest.raises(DataError, match="all 2 train rows have no answer to train on"):
         prepare_talks(world, silent)
 
 
@@ -218,7 +218,7 @@ def test_embeddings_are_means_over_examples(world: Path, packing: bool) -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ConfigError, match="has no place for the prompt"):
+    with pytest.raises(ConfigError, match="has no placeholder for the prompt"):
         Instruction(template="Question:")
     with pytest.raises(ConfigError, match="has 0 groups"):
         Instruction(answer_pattern="gsm")
@@ -255,7 +255,7 @@ def test_garbage_is_refused(world: Path, tmp_path: Path, rows: list[dict[str, An
 )
 def test_conversations_that_are_none_are_refused(world: Path, tmp_path: Path, bad: Any) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": bad}])
-    with pytest.raises(DataError, match=r"row 0 is no conversation: 'messages' should be a list"):
+    with pytest.raises(DataError, match=r"row 0 is not a conversation: 'messages' should be a list"):
         prepare_talks(world, rows)
 
 

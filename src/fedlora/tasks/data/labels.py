@@ -31,7 +31,7 @@ def labelled(raw: Raw, problem: Problem) -> tuple[Raw, list[str]]:
         names = list(raw.train.features["label"].names)
     if len(names) < 2:
         found = f"all rows have the class {names[0]!r}" if names else "no row has a class"
-        raise DataError(f"{found}, but there must be two or more to tell apart")
+        raise DataError(f"{found}, but classification needs two or more")
     return raw, names
 
 
@@ -138,6 +138,6 @@ def _lists(rows: datasets.Dataset, label: str, which: str) -> list[list[Any]]:
     if wrong:
         raise DataError(
             f"the lists of column '{label}' of the {which} rows hold {', '.join(sorted(wrong))}, but classes are words "
-            "or whole numbers: mend the column"
+            "or whole numbers: correct the column"
         )
     return values

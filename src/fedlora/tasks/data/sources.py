@@ -310,7 +310,7 @@ def read_rows(path: str) -> datasets.Dataset:
                 f"'{path}' has no rows, but one at least is needed: fill it or name another file"
             ) from error
         raise DataError(
-            f"'{path}' cannot be read as {FORMATS[suffix]} ({cause}): mend the file or use the ending of its format"
+            f"'{path}' cannot be read as {FORMATS[suffix]} ({cause}): correct the file or use the ending of its format"
         ) from error
 
 

@@ -230,8 +230,8 @@ def _take_size(model: nn.Module, size: tuple[int, int], device: torch.device) ->
             model(pixel_values=torch.zeros(1, 3, *size, device=device))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"the model does not take pictures of {size[0]} x {size[1]} ({first_line(error)}): leave task.size out, or "
-            "choose one that the model takes"
+            f"the model does not accept images of {size[0]} x {size[1]} ({first_line(error)}): leave task.size "
+            "out, or choose one that the model accepts"
         ) from error
 
 

@@ -33,7 +33,7 @@ def check_chat(tokenizer: Any, path: str) -> None:
         )
     if not tokenizer.is_fast:
         raise ConfigError(
-            f'the tokenizer of {path!r} does not say where its tokens lie in a text, which task.template = "chat" '
+            f'the tokenizer of {path!r} does not map its tokens to characters of a text, which task.template = "chat" '
             "needs: name a model with a tokenizer.json"
         )
 
@@ -56,7 +56,8 @@ def read_messages(value: Any, where: str) -> list[Message]:
     )
     if not good:
         raise DataError(
-            f'{where} is no conversation: \'messages\' should be a list of {{"role": ..., "content": ...}}, both text'
+            f'{where} is not a conversation: \'messages\' should be a list of {{"role": ..., "content": ...}}, '
+            "both text"
         )
     return [{name: entry for name, entry in one.items() if entry is not None} for one in messages]
 
@@ -83,7 +84,7 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str, answer_next:
         text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next)
     except TemplateError as error:
         raise DataError(
-            f"the model's chat template refuses {where} ({error}): give the turns that it asks for"
+            f"the model's chat template refuses {where} ({error}): give the turns that it requires"
         ) from error
     return text
 
@@ -140,8 +141,8 @@ def _spans(tokenizer: Any, messages: Sequence[Message], learn: Learn, where: str
         if not (text.startswith(before) and text.startswith(after)):
             mend = 'set task.learn = "last"' if turn < turns[-1] else "use columns 'prompt' and 'answer' and a template"
             raise DataError(
-                f"the model's chat template writes the beginning of {where} otherwise once turn {turn} is there, so "
-                f"its answer cannot be told apart: {mend}"
+                f"the model's chat template renders the start of {where} differently once turn {turn} is added, "
+                f"so its answer cannot be located: {mend}"
             )
         spans.append((len(before), len(after)))
     return text, spans

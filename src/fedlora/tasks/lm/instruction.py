@@ -64,7 +64,8 @@ class Instruction(NextTokenTask):
     def __post_init__(self) -> None:
         if not self.chat and "{prompt}" not in self.template:
             raise ConfigError(
-                f"task.template = {self.template!r} has no place for the prompt: put {{prompt}} into it, or use chat"
+                f"task.template = {self.template!r} has no placeholder for the prompt: put {{prompt}} into it, "
+                "or use chat"
             )
         check_pattern(self.answer_pattern)
 
@@ -89,7 +90,7 @@ class Instruction(NextTokenTask):
         """
         if not self.chat and "messages" in rows.column_names and "prompt" not in rows.column_names:
             raise ConfigError(
-                f"the {which} rows have conversations in 'messages', which the tokenizer's chat template writes: set "
+                f"the {which} rows have conversations in 'messages', which the tokenizer's chat template formats: set "
                 'task.template = "chat"'
             )
         columns = self.columns(rows)
@@ -146,7 +147,7 @@ class PreparedInstruction(PreparedNextToken):
         if settings.chat:
             check_chat(tokenizer, model.path)
         cut_to = f"max_length = {settings.max_length} tokens"
-        super().__init__(settings, model, tokenizer, names, data, lacking="no answer to learn", cut_to=cut_to)
+        super().__init__(settings, model, tokenizer, names, data, lacking="no answer to train on", cut_to=cut_to)
         self.main_metric = "exact_match" if settings.generate else "accuracy"
         if settings.generate and "test" in data:
             self._check_answers()
@@ -217,8 +218,8 @@ class PreparedInstruction(PreparedNextToken):
         blind = sum(extract(pattern, answer) is None for answer in wanted)
         if blind == len(wanted):
             raise DataError(
-                f"task.answer_pattern = {pattern!r} finds nothing in any of the {blind} test answers, so no answer "
-                "could ever match: give a pattern that fits them"
+                f"task.answer_pattern = {pattern!r} finds nothing in any of the {blind} test answers, so no "
+                "answer can match: give a pattern that fits them"
             )
         if blind:
             self._notes += (

@@ -31,10 +31,13 @@ MASKED = -100
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _FORMS = {
-    "iob2": (re.compile(r"O|[BI]-.+"), 'IOB2 knows O, B-type and I-type: mend the tag, or set task.scheme = "plain"'),
-    "plain": (re.compile(r".+"), "a tag is a word on one line: mend the tag"),
+    "iob2": (
+        re.compile(r"O|[BI]-.+"),
+        'IOB2 has only O, B-type and I-type: correct the tag, or set task.scheme = "plain"',
+    ),
+    "plain": (re.compile(r".+"), "a tag is a word on one line: correct the tag"),
 }
-_UNLABELLED = "no word of these examples makes a piece of the tokenizer, so nothing can be learnt or scored: "
+_UNLABELLED = "no word of these examples gets a token, so nothing can be learnt or scored: "
 _UNLABELLED += "check the column 'tokens', or use larger batches"
 
 
@@ -115,12 +118,12 @@ class TokenClassification(TokenizedTask):
             where = f"row {row} of the {which} rows"
             if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
                 raise DataError(
-                    f"{where} has {shown(words)} for 'tokens', but it must be a list of one or more words: mend or "
-                    "remove the row, and use json or parquet, which have lists"
+                    f"{where} has {shown(words)} for 'tokens', but it must be a list of one or more words: "
+                    "correct or remove the row, and use json or parquet, which have lists"
                 )
             if not isinstance(tags, list) or len(tags) != len(words):
                 has = f"{len(tags)} tags" if isinstance(tags, list) else f"{shown(tags)} for 'tags'"
-                raise DataError(f"{where} has {len(words)} words and {has}, but each word needs a tag: mend the row")
+                raise DataError(f"{where} has {len(words)} words and {has}, but each word needs a tag: correct the row")
             found.append([self._name(tag, names, where) for tag in tags])
         return found
 
@@ -132,10 +135,10 @@ class TokenClassification(TokenizedTask):
             return tag
         if not isinstance(tag, int) or isinstance(tag, bool) or (names and not 0 <= tag < len(names)):
             known = f"a number from 0 to {len(names) - 1}" if names else "a word"
-            raise DataError(f"{where} has the tag {shown(tag, 40)}, but a tag is {known}: mend the row")
+            raise DataError(f"{where} has the tag {shown(tag, 40)}, but a tag is {known}: correct the row")
         if not names:
             raise DataError(
-                f"{where} has the tag {tag}, but nothing says what it stands for: name the tags in their order in "
+                f"{where} has the tag {tag}, but the numbers have no names: name the tags in their order in "
                 "task.tag_names"
             )
         return names[tag]
@@ -163,7 +166,7 @@ class PreparedTokens(PreparedTokenized):
     ) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ConfigError(
-                f"the tokenizer of {model.path!r} cannot say which word a piece is of, which tags need: choose a model "
+                f"the tokenizer of {model.path!r} does not map tokens to words, which tags need: choose a model "
                 "whose folder has tokenizer.json"
             )
         super().__init__(settings, model, tokenizer, names, data)
@@ -291,9 +294,7 @@ class PreparedTokens(PreparedTokenized):
             )
         lost = int((wanted[np.setdiff1d(words, places)] > 0).sum())
         if lost:
-            sentences.append(
-                f"{lost} words of entities make no piece of the tokenizer: they count as predicted {OUTSIDE!r}"
-            )
+            sentences.append(f"{lost} words of entities get no token: they count as predicted {OUTSIDE!r}")
         return sentences
 
     def _frequent(self, tags: Ragged) -> Positions:
@@ -328,8 +329,9 @@ def _numbered(rows: Any, tags: list[list[str]], names: Sequence[str], which: str
         for tag in found:
             if tag not in known:
                 raise DataError(
-                    f"row {row} of the {which} rows has the tag {tag!r}, but the model knows {', '.join(names[:20])} "
-                    "alone: mend the row, add training rows with the tag, or name every tag in task.tag_names"
+                    f"row {row} of the {which} rows has the tag {tag!r}, but the model has only "
+                    f"{', '.join(names[:20])}: correct the row, add training rows with the tag, or name every "
+                    "tag in task.tag_names"
                 )
     numbers = [[known[tag] for tag in found] for found in tags]
     feature = datasets.List(datasets.ClassLabel(names=list(names)))
