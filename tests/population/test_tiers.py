@@ -81,7 +81,7 @@ def test_tiers_by_name() -> None:
         ((Tier(name="a", share=0.5), Tier(name="a", share=0.5)), None, "the same name"),
         ((Tier(name="a", values=("x",)),), None, "set clients.tier_column"),
         (shares(1.0), "size", "and only then"),
-        ((), "size", "there are none"),
+        ((), "size", "no effect without clients.tiers"),
         ((Tier(name="a", clients=("c", "d")), Tier(name="b", clients=("d",))), None, "'d' is named twice"),
         ((Tier(name="a", values=("c",)), Tier(name="b", values=("c",))), "size", "'c' is named twice"),
     ],

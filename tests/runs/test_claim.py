@@ -42,7 +42,7 @@ class AtStart(Callback):
     def __init__(self, deed: Callable[[], Any], folder: Path) -> None:
         self.deed, self.folder = deed, folder
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
         self.folder.mkdir()
         (self.folder / "events").touch()
         self.deed()

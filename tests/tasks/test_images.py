@@ -283,7 +283,7 @@ def test_a_file_that_is_not_there_names_its_row(world: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("image", [7, {"bytes": None, "path": None, "x": 1}])
 def test_what_is_no_picture_at_all_names_its_row(world: Path, tmp_path: Path, image: Any) -> None:
     rows = [{"image": image, "label": label} for label in "ab"]
-    with pytest.raises(DataError, match="row 0 of the training rows holds no picture"):
+    with pytest.raises(DataError, match="row 0 of the training rows holds no image"):
         prepare(world, Files(train=json_lines(tmp_path / "rows.jsonl", rows)))
 
 

@@ -273,7 +273,7 @@ def test_a_template_that_rewrites_what_was_said_can_learn_the_last_turn_alone(wo
         "{% if loop.last %} w50{% endif %} {{ m.content }} </s>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %} <bot>{% endif %}",
     )
-    with pytest.raises(DataError, match=r'row 0 otherwise once turn 1 is there.*set task.learn = "last"'):
+    with pytest.raises(DataError, match=r'row 0 differently once turn 1 is added.*set task.learn = "last"'):
         prepare_answers(world, "talks.jsonl", "forgetful", template="chat")
     task = prepare_answers(world, "talks.jsonl", "forgetful", template="chat", learn="last")
     assert learnt(task, 0)[1] == [*ids("w50 w6"), EOS]

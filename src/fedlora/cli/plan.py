@@ -86,17 +86,17 @@ def partition(
     from fedlora.show.plots import partition_bars, partition_html
 
     experiment, _ = experiment_of(config, set_, None)
-    setting = prepare(in_mode(experiment))
-    labels, names = setting.classes
-    summary = setting.summary().as_dict()
+    data = prepare(in_mode(experiment))
+    labels, names = data.classes
+    summary = data.summary().as_dict()
     if html is not None:
-        write_page(html, partition_html(setting.population, labels, names))
+        write_page(html, partition_html(data.population, labels, names))
     table = Table(show_header=False)
     for key, value in summary.items():
         table.add_row(key.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
     show_result(format_, summary, table)
     if format_ is Format.table:
-        OUT.print(partition_bars(setting.population, labels, names))
+        OUT.print(partition_bars(data.population, labels, names))
 
 
 def cost(

@@ -76,8 +76,8 @@ def demo(
     )
     # invalid configurations are rejected before anything is trained
     experiments = {method: parse(configuration(method, set_ or [])) for method in METHODS}
-    setting = prepare(experiments["lora"])
-    results = [_run(experiment, out / method, setting=setting) for method, experiment in experiments.items()]
+    data = prepare(experiments["lora"])
+    results = [_run(experiment, out / method, data=data) for method, experiment in experiments.items()]
     rows = comparison([as_dict(result) for result in results])
     show(format_, rows, comparison_table(rows))
     if format_ is Format.table:
@@ -89,7 +89,7 @@ def _run(
     experiment: Experiment,
     folder: Path | None,
     tracks: list[str] | None = None,
-    setting: FederatedData | None = None,
+    data: FederatedData | None = None,
     engine: str = "serial",
 ) -> Result:
     from fedlora.engines import Engine
@@ -104,5 +104,5 @@ def _run(
 
         return simulate(experiment, folder, callbacks=callbacks)
     return run_experiment(
-        experiment, folder, callbacks=callbacks, setting=setting, engine=None if engine == "serial" else chosen
+        experiment, folder, callbacks=callbacks, data=data, engine=None if engine == "serial" else chosen
     )

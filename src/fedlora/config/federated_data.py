@@ -249,24 +249,24 @@ def in_mode(experiment: Experiment) -> Experiment:
 
 
 def manifest(
-    experiment: Experiment, setting: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
+    experiment: Experiment, data: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
 ) -> dict[str, Any]:
     """The provenance of a run: versions, platform, seed, data and privacy parameters."""
     return {
         "versions": {name: metadata.version(name) for name in VERSIONED},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": str(setting.device),
+        "device": str(data.device),
         "threads": torch.get_num_threads(),
         "seed": experiment.seed,
         "config_digest": config.digest(experiment),
-        "data_fingerprint": setting.task.fingerprint,
+        "data_fingerprint": data.task.fingerprint,
         **_handed_over(experiment),
-        "label_names": setting.task.label_names,
-        "num_test": len(setting.test_rows),
+        "label_names": data.task.label_names,
+        "num_test": len(data.test_rows),
         "privacy": _privacy(budget, phases),
         "example_privacy": _example_privacy(phases),
-        "partition": setting.summary().as_dict(),
+        "partition": data.summary().as_dict(),
     }
 
 

@@ -13,13 +13,13 @@ from fedlora.tasks.base import as_model
 from fedlora.tasks.models.objects import loaded_again
 
 
-def base_model(known: Model, given: Any, told: Mapping[str, Mapping[str, str]], path: Path) -> Model:
+def base_model(known: Model, given: Any, recorded: Mapping[str, Mapping[str, str]], path: Path) -> Model:
     """The base model of a run: as named by its configuration, or passed again by the caller.
 
     Args:
         known: the model in the run's configuration.
         given: the model passed by the caller, or None.
-        told: the manifest's entries on objects passed from Python, by setting.
+        recorded: the manifest's entries on objects passed from Python, by setting.
         path: the run's folder, for messages.
 
     Raises:
@@ -34,7 +34,7 @@ def base_model(known: Model, given: Any, told: Mapping[str, Mapping[str, str]], 
         return known
     fingerprints = {"object": known.object.fingerprint, "tokenizer": known.tokenizer.fingerprint}
     if given is None:
-        origins = {part: told.get(f"model.{part}", {}).get("origin", "") for part in fingerprints}
+        origins = {part: recorded.get(f"model.{part}", {}).get("origin", "") for part in fingerprints}
         parts = loaded_again(fingerprints, origins)
         if parts is None:
             folder = origins["object"]

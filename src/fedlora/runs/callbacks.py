@@ -23,7 +23,7 @@ _RENAMED = (
 class Callback:
     """Hooks called during a run. Every method does nothing by default; a subclass overrides those that it needs."""
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
         """A run starts, or resumes after ``rows``; in the mode ``local``, called for each client's run."""
 
     def row_recorded(self, row: RoundRecord) -> None:
@@ -57,8 +57,8 @@ class CallbackList(Callback):
             if "finished_round" in names or names == {"started", "log"}:
                 raise ConfigError(f"{type(one).__name__} would never be called: {_RENAMED}")
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
-        self._call("run_started", lambda one: one.run_started(experiment, setting, rows))
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
+        self._call("run_started", lambda one: one.run_started(experiment, data, rows))
 
     def row_recorded(self, row: RoundRecord) -> None:
         self._call("row_recorded", lambda one: one.row_recorded(row))

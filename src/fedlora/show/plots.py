@@ -117,10 +117,10 @@ def comparison_html(rows: Sequence[Mapping[str, Any]]) -> str:
                     x=places + places[::-1], y=band.tolist(), fill="toself", fillcolor=colour, opacity=0.2, mode="none",
                     hoverinfo="skip", showlegend=False, **common,
                 )  # fmt: skip
-            told = [f"round {turn}, {mb:,.3g} MB, seeds {seeds}" for turn, mb in zip(turns, sent, strict=True)]
+            labels = [f"round {turn}, {mb:,.3g} MB, seeds {seeds}" for turn, mb in zip(turns, sent, strict=True)]
             figure.add_scatter(
                 x=places, y=values.mean(0).tolist(), name=row["label"], mode="lines+markers", line={"color": colour},
-                hovertext=told, showlegend=not axis, **common,
+                hovertext=labels, showlegend=not axis, **common,
             )  # fmt: skip
     figure.update_layout(
         title=f"{metric} by round, and by bytes sent in both directions",

@@ -120,7 +120,7 @@ def perform(job: Job) -> Outcome:
     files = RunFolder(job.folder)
     try:
         experiment = config.parse(tomllib.loads(job.text))
-        result = run(experiment, job.folder, setting=_setting(experiment), until=job.until)
+        result = run(experiment, job.folder, data=_data(experiment), until=job.until)
     except Stopped:
         raise
     except TrainingError as error:
@@ -144,7 +144,7 @@ def drop_checkpoints(folder: Path) -> None:
         shutil.rmtree(inner, ignore_errors=True)
 
 
-def _setting(experiment: Experiment) -> FederatedData:
+def _data(experiment: Experiment) -> FederatedData:
     """The data of an experiment; the last ones are cached, as consecutive runs mostly share them."""
     effective = in_mode(experiment)
     values = config.resolved(effective)

@@ -19,7 +19,7 @@ from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.handed import HandedField, with_keywords
 from fedlora.tasks.data.columns import Source, check_column, fingerprint, values_of
 from fedlora.tasks.models.embeddings import embed
-from fedlora.tasks.models.objects import origin_of, taken_over
+from fedlora.tasks.models.objects import converted, origin_of
 
 if TYPE_CHECKING:
     import datasets
@@ -80,8 +80,8 @@ class Model:
 
     @model_validator(mode="before")
     @classmethod
-    def _taken_over(cls, given: Any) -> Any:
-        return with_keywords(given, taken_over)
+    def _converted(cls, given: Any) -> Any:
+        return with_keywords(given, converted)
 
     @property
     def name(self) -> str:

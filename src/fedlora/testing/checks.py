@@ -250,12 +250,12 @@ def check_training(phases: tuple[Phase, ...], learns: bool = True) -> None:
         phases: the method's phases, four rounds or more in total.
         learns: whether the training loss falls.
     """
-    experiment, setting = _toy(phases)
+    experiment, data = _toy(phases)
     _must(parse(tomllib.loads(to_toml(experiment))) == experiment, "it changes when written as TOML and read again")
     with tempfile.TemporaryDirectory() as place:
-        run(experiment, Path(place) / "whole", setting=setting)
-        run(experiment, Path(place) / "parts", setting=setting, until=2)
-        run(experiment, Path(place) / "parts", setting=setting)
+        run(experiment, Path(place) / "whole", data=data)
+        run(experiment, Path(place) / "parts", data=data, until=2)
+        run(experiment, Path(place) / "parts", data=data)
         whole, parts = (_end(Path(place) / name) for name in ("whole", "parts"))
     _must(whole[0] == parts[0], "a run that was interrupted has another ledger: state is kept outside of its store")
     _must(

@@ -81,18 +81,18 @@ def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = 
     checksum = xxh3_64(seed=_seed(template, REFERENCES.index(reference)))
     chunks: list[bytes | memoryview] = [b""]
     sizes = {"envelope": _ENVELOPE.size}
-    kept, told = {}, {}
+    kept, delivered = {}, {}
     for part, tree in parts.items():
         section, values = _pack_section(part, tree, forms.get(part, Form()))
         if trees:
-            told[part] = unflatten(torch.from_numpy(values), tree)
+            delivered[part] = unflatten(torch.from_numpy(values), tree)
             kept[part] = int(np.count_nonzero(values != 0))  # counting on the floats directly is slow
         sizes[part] = sum(map(len, section))
         chunks += section
         for chunk in section:
             checksum.update(chunk)
     chunks[0] = _ENVELOPE.pack(MAGIC, VERSION, REFERENCES.index(reference), template, checksum.intdigest())
-    return Packet(b"".join(chunks), sizes, kept, told)
+    return Packet(b"".join(chunks), sizes, kept, delivered)
 
 
 def unpack(raw: bytes, like: Mapping[str, Tree], formats: Sequence[Precision] = ()) -> dict[str, Tree]:

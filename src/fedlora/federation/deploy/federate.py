@@ -81,8 +81,8 @@ def federate(
         remote = Remote(transport, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
         if ready:
             remote.open(experiment, task.label_names, len(ready.population))
-        setting = ready or _of_sites(experiment, task, remote, files, names)
-        return experiments.train(experiment, folder, None, callbacks, setting, remote, None, held=True)
+        data = ready or _of_sites(experiment, task, remote, files, names)
+        return experiments.train(experiment, folder, None, callbacks, data, remote, None, held=True)
 
 
 def _of_sites(

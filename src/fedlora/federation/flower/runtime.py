@@ -189,18 +189,18 @@ def open_grid(link: Link, run: int) -> Iterator[Grid]:
             )
             grid._retry_invoker.max_time = LONGEST_OUTAGE
             runtime = grid._runtime_client
-            told = runtime.PullTaskInput(PullTaskInputRequest())
-            context = context_from_proto(told.context)
-            if told.run.run_id == run:
+            pulled = runtime.PullTaskInput(PullTaskInputRequest())
+            context = context_from_proto(pulled.context)
+            if pulled.run.run_id == run:
                 break
             _end(grid, context, SubStatus.FAILED, "it was never started")
     finally:
         client.close()
     heart = HeartbeatSender(make_task_heartbeat_fn_http(runtime))
     heart.start()
-    TaskIdentity.task_id, TaskIdentity.run_id = told.task_id, told.run.run_id
-    TaskIdentity.node_id = told.context.node_id
-    grid.set_run(run_from_proto(told.run))
+    TaskIdentity.task_id, TaskIdentity.run_id = pulled.task_id, pulled.run.run_id
+    TaskIdentity.node_id = pulled.context.node_id
+    grid.set_run(run_from_proto(pulled.run))
     status, details = SubStatus.FAILED, "it was stopped"
     try:
         yield grid

@@ -252,10 +252,10 @@ class Remote(Engine):
 
     def _post(self, pending_job: _PendingJob, online: Mapping[str, int], deadline: float) -> None:
         left = max(1.0, deadline - time.monotonic())
-        told = left if disclosure_of(pending_job.job.recipe).timing and not self.anywhere else None
+        announced = left if disclosure_of(pending_job.job.recipe).timing and not self.anywhere else None
         address = online.get(pending_job.site)
         if address is not None:
-            raw = envelopes.of_job(pending_job.job, self.name, pending_job.secret, told)
+            raw = envelopes.of_job(pending_job.job, self.name, pending_job.secret, announced)
             pending_job.ticket = self.transport.send(address, raw, left)
         if pending_job.ticket is None:
             pending_job.lost_since = pending_job.lost_since or time.monotonic()

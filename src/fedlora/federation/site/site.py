@@ -93,16 +93,16 @@ class Site:
 
     def _open(self, envelope: Envelope) -> bytes:
         head = envelope.head
-        told: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
-        told |= {key: head.get(key) for key in ("run", "ticket")}
+        opened: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
+        opened |= {key: head.get(key) for key in ("run", "ticket")}
         try:
             run = self._prepared(head)
             run.memory.open(json.dumps(head))
             self._run = run
-            told["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
+            opened["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
         except FedloraError as error:
-            told["refused"] = self._said(error)
-        return envelopes.write(told, {})
+            opened["refused"] = self._said(error)
+        return envelopes.write(opened, {})
 
     def _prepared(self, head: Mapping[str, Any]) -> _Run:
         """Prepares the run of an opening message.
@@ -121,10 +121,10 @@ class Site:
             )
         if self.settings.share is not None:
             share = self.settings.share
-            setting = prepare(in_mode(experiment))
-            numbers = range(share.number, len(setting.population), share.of)
-            clients = {client: setting.population.rows_of(client) for client in numbers}
-            task, device = setting.task, setting.device
+            data = prepare(in_mode(experiment))
+            numbers = range(share.number, len(data.population), share.of)
+            clients = {client: data.population.rows_of(client) for client in numbers}
+            task, device = data.task, data.device
         else:
             task = self._task(experiment, list(head["label_names"]))
             device = pick_device(self.settings.device)
@@ -175,10 +175,10 @@ class Site:
     def _warm(self, name: str) -> _Run:
         """The run of a job: the resident one, or one that was opened before this process started."""
         if self._run is None or self._run.name != name:
-            told = SiteMemory(Path(self.settings.state), name).opened()
-            if told is None:
+            opened = SiteMemory(Path(self.settings.state), name).opened()
+            if opened is None:
                 raise CheckpointError(f"run {name} was never opened here")
-            self._run = self._prepared(json.loads(told))
+            self._run = self._prepared(json.loads(opened))
         return self._run
 
 

@@ -52,8 +52,8 @@ class Rows(Source):
 
     @model_validator(mode="before")
     @classmethod
-    def _taken_over(cls, given: Any) -> Any:
-        return with_keywords(given, _taken_over)
+    def _converted(cls, given: Any) -> Any:
+        return with_keywords(given, _converted)
 
     @property
     def by_client(self) -> bool:
@@ -77,7 +77,7 @@ def as_source(given: Any) -> Any:
     return given if isinstance(given, Source) else Rows(train=given)
 
 
-def _taken_over(values: dict[str, Any]) -> dict[str, Any]:
+def _converted(values: dict[str, Any]) -> dict[str, Any]:
     """The keywords of ``Rows`` with tables of ``datasets`` in place of what was handed over."""
     train: Any = values.get("train")
     if _is_a(train, "datasets", "DatasetDict"):

@@ -158,10 +158,10 @@ def encode_pictures(rows: datasets.Dataset, processor: Processor, which: str) ->
     def make() -> Iterator[Pixels]:
         return (processor.resize(decode(raw, name)) for name, raw in _raw(rows, which))
 
-    return digests, _kept(cache_folder() / "pictures" / f"{key}.npy", shape, make)
+    return digests, _cached(cache_folder() / "pictures" / f"{key}.npy", shape, make)
 
 
-def _kept(path: Path, shape: tuple[int, ...], make: Callable[[], Iterator[Pixels]]) -> Pixels:
+def _cached(path: Path, shape: tuple[int, ...], make: Callable[[], Iterator[Pixels]]) -> Pixels:
     """The pictures in a file, made first where it is not there; in memory where it cannot be written."""
     with contextlib.suppress(OSError, ValueError):
         return _mapped(path, shape)

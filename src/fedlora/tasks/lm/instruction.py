@@ -196,7 +196,7 @@ class PreparedInstruction(PreparedNextToken):
 
     def _exact_match(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> float:
         chosen, pattern = self._data[split].select(rows), self.settings.answer_pattern
-        prompts, wanted = self._asked(chosen)
+        prompts, wanted = self._prompts_and_answers(chosen)
         tokens = [self._prompt_tokens(prompt, f"{split} row {row}") for prompt, row in zip(prompts, rows, strict=True)]
         matches = [
             answer is not None and answer == extract(pattern, reference)
@@ -206,7 +206,7 @@ class PreparedInstruction(PreparedNextToken):
         ]
         return float(np.mean(matches))
 
-    def _asked(self, rows: Any) -> tuple[list[Any], list[str]]:
+    def _prompts_and_answers(self, rows: Any) -> tuple[list[Any], list[str]]:
         """The prompts of ``rows``, as text or messages, and the expected answers."""
         if self.settings.columns(rows) == ["prompt", "answer"]:
             return values_of(rows, "prompt"), values_of(rows, "answer")
@@ -214,7 +214,7 @@ class PreparedInstruction(PreparedNextToken):
         return [one[:-1] for one in conversations], [one[-1]["content"] for one in conversations]
 
     def _check_answers(self) -> None:
-        pattern, (_, wanted) = self.settings.answer_pattern, self._asked(self._data["test"])
+        pattern, (_, wanted) = self.settings.answer_pattern, self._prompts_and_answers(self._data["test"])
         blind = sum(extract(pattern, answer) is None for answer in wanted)
         if blind == len(wanted):
             raise DataError(

@@ -31,7 +31,7 @@ _NO_PART_OF_THE_MODEL = (
 """Settings of a model that describe its origin or storage, not what it computes."""
 
 
-def taken_over(values: dict[str, Any]) -> dict[str, Any]:
+def converted(values: dict[str, Any]) -> dict[str, Any]:
     """The keywords of ``Model`` with the objects passed in replaced by fingerprinted ones.
 
     Raises:
@@ -119,7 +119,7 @@ def copy_of_tokenizer(model: Model) -> Any:
     Raises:
         ConfigError: it is not here, or is an image processor.
     """
-    own = _handed_tokenizer(model)
+    own = _passed_tokenizer(model)
     if not isinstance(own, transformers.PreTrainedTokenizerBase):
         raise ConfigError(
             f"model.tokenizer is of type {type(own).__name__}, but this task reads text: pass a tokenizer"
@@ -136,7 +136,7 @@ def processor_folder(model: Model) -> Iterator[str]:
     Raises:
         ConfigError: it is not here, or is none.
     """
-    own = _handed_tokenizer(model)
+    own = _passed_tokenizer(model)
     if not isinstance(own, transformers.ImageProcessingMixin):
         raise ConfigError(
             f"model.tokenizer is of type {type(own).__name__}, but this task reads images: pass the model's "
@@ -168,7 +168,7 @@ def loaded_again(fingerprints: Mapping[str, str], origins: Mapping[str, str]) ->
         tokenizer = _tokenizer_from(origins.get("tokenizer") or folder)
     except (OSError, ValueError, ConfigError):
         return None
-    found = taken_over({"object": model, "tokenizer": tokenizer})
+    found = converted({"object": model, "tokenizer": tokenizer})
     same = all(found[part].fingerprint == fingerprints[part] for part in ("object", "tokenizer"))
     return {"object": found["object"], "tokenizer": found["tokenizer"]} if same else None
 
@@ -250,7 +250,7 @@ def _hash(facts: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
-def _handed_tokenizer(model: Model) -> Any:
+def _passed_tokenizer(model: Model) -> Any:
     if model.tokenizer is None:
         raise ConfigError("model.object needs its tokenizer: fedlora.Model(object=..., tokenizer=...)")
     return model.tokenizer.here("model.tokenizer")

@@ -72,7 +72,7 @@ class TokenClassification(TokenizedTask):
         if len(set(self.tag_names)) < len(self.tag_names):
             twice = next(name for name in self.tag_names if self.tag_names.count(name) > 1)
             raise ConfigError(f"task.tag_names has {twice!r} twice, but each tag has one name: remove one of them")
-        wrong = self._wrong(self.tag_names, "task.tag_names has")
+        wrong = self._invalid_tag(self.tag_names, "task.tag_names has")
         if wrong:
             raise ConfigError(wrong)
 
@@ -84,7 +84,7 @@ class TokenClassification(TokenizedTask):
         if declared and self.tag_names and set(declared) != set(self.tag_names):
             raise DataError("the training rows declare other tags than task.tag_names: remove task.tag_names")
         known = self.tag_names or declared or {tag for tags in train for tag in tags}
-        wrong = self._wrong(known, "the training rows declare")
+        wrong = self._invalid_tag(known, "the training rows declare")
         if wrong:
             raise DataError(wrong)
         names = [OUTSIDE, *sorted(set(known) - {OUTSIDE})]
@@ -105,7 +105,7 @@ class TokenClassification(TokenizedTask):
         """A tag as ``seqeval`` reads it: a plain one begins an entity."""
         return name if self.scheme == "iob2" or name == OUTSIDE else f"B-{name}"
 
-    def _wrong(self, names: Iterable[str], whose: str) -> str | None:
+    def _invalid_tag(self, names: Iterable[str], whose: str) -> str | None:
         form, expected = _FORMS[self.scheme]
         return next((f"{whose} the tag {name!r}, but {expected}" for name in names if not form.fullmatch(name)), None)
 
@@ -129,7 +129,7 @@ class TokenClassification(TokenizedTask):
 
     def _name(self, tag: Any, names: Sequence[str], where: str) -> str:
         if isinstance(tag, str):
-            wrong = self._wrong([tag], f"{where} has")
+            wrong = self._invalid_tag([tag], f"{where} has")
             if wrong:
                 raise DataError(wrong)
             return tag
