@@ -244,7 +244,7 @@ def test_only_methods_know_the_names_of_methods(path: Path) -> None:
         if isinstance(operand, ast.Constant)
     }
     # a scheme of partition is called after FLASC's authors too, and tables compare with dense LoRA
-    allowed = {"population/partitions.py": {"flasc"}, "show/report.py": {"lora"}}.get(name_of(path), set())
+    allowed = {"population/partitions.py": {"flasc"}, "show/compare.py": {"lora"}}.get(name_of(path), set())
     assert compared & set(METHODS) <= allowed
 
 

@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(world: Path,
     newest = sorted((stopped / "checkpoints").iterdir())[-1]
     file = newest / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="remove that folder to go on from the one before it"):
+    with pytest.raises(CheckpointError, match="remove that folder to resume from the one before it"):
         fedlora.run(experiment(world), stopped)
     shutil.rmtree(newest)
     assert fedlora.run(experiment(world), stopped).rounds == 3

@@ -21,6 +21,7 @@ from fedlora.cli.common import (
     folder_of,
     other_class,
     show,
+    write_page,
 )
 from fedlora.cli.federation import Messages
 
@@ -46,6 +47,7 @@ def run(
         str, typer.Option(help="Where clients run: serial, flower-simulation, or package.module:Class.")
     ] = "serial",
     track: Tracks = None,
+    report: Annotated[bool, typer.Option("--report", help="Also write report.html into the run's folder.")] = False,
     format_: AsFormat = Format.table,
 ) -> None:
     """Run an experiment, or resume it."""
@@ -53,6 +55,10 @@ def run(
 
     experiment, folder = experiment_of(config, set_, out)
     result = _run(experiment, folder, track, engine=engine)
+    if report:
+        from fedlora.show.run_report import report as report_on
+
+        write_page(result.folder / "report.html", report_on([result.folder])[0])
     show(format_, as_dict(result), result_table(result))
 
 
@@ -67,7 +73,8 @@ def demo(
     from fedlora.cli.demo import METHODS, configuration
     from fedlora.config import parse
     from fedlora.config.federated_data import prepare
-    from fedlora.show.report import as_dict, comparison, comparison_table
+    from fedlora.show.compare import comparison, comparison_table
+    from fedlora.show.report import as_dict
 
     ERR.print(
         "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 "

@@ -33,6 +33,7 @@ from fedlora.runs.evaluation import evaluate, tested_clients, uses_all_rows
 from fedlora.runs.export import export_run
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.inference import TrainedRun
+from fedlora.runs.partition import partition_record
 from fedlora.runs.result import Result
 
 
@@ -123,6 +124,7 @@ class Session:
     def _begin(self) -> None:
         """Restores the checkpoint, or starts the run and records the initial evaluation as the first row."""
         self.files.write_json("manifest.json", manifest(self.experiment, self.data, self.budget, self.phases))
+        self.files.write_json("partition.json", partition_record(self.experiment, self.data))
         self.callback.run_started(self.experiment, self.data, self.rows)
         example_epsilon(self.phases, [], self._turns)  # called for its checks, before any training
         if self.rows:

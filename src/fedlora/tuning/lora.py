@@ -139,7 +139,7 @@ class LoRA(Tuning):
             return InitialParams(params, Fold(), seed, {})
         params.update({name: value for name, value in carry.head.items() if name in params})
         if self.folds == "rest":
-            fold = Fold(dense=dict(deltas))
+            fold = Fold(dense={name: value.to_dense() for name, value in deltas.items()})
         elif self.folds == "biases":
             fold = Fold(dense={name: value for name, value in deltas.items() if value.dim() < 2})
         else:
