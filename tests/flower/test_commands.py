@@ -71,7 +71,7 @@ def test_where_ray_would_wait_for_ever_it_is_told_so(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/my tools/python")
-    with pytest.raises(ConfigError, match="path of Python has a space"):
+    with pytest.raises(ConfigError, match="a space in the path of Python"):
         simulate(parse(document(root)), tmp_path / "run")
 
 

@@ -155,7 +155,7 @@ def test_a_superlink_killed_mid_round_comes_back_with_its_database(root: Path, f
     with at(lambda: rounds_done(where) >= 1, lambda: kill(text, "flower.superlink"), done):
         federation.run(chosen(root, SLOW), where, PATIENT)
     assert done
-    assert any("started again" in text for text in federation.told.messages)
+    assert any("restarted" in text for text in federation.told.messages)
     assert_same(where, root / "undisturbed")
 
 

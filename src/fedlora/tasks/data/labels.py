@@ -122,8 +122,8 @@ def _check_numbers(rows: datasets.Dataset, which: str) -> None:
     values = values_of(rows, "label")
     if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
         raise DataError(
-            f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs: mend "
-            'the column, or set task.problem = "single"'
+            f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs: "
+            'correct the column, or set task.problem = "single"'
         )
 
 
