@@ -159,8 +159,8 @@ def test_a_wrong_answer_is_refused_named_and_the_round_goes_on(world: Path, tmp_
     ("limits", "why"),
     [
         (SitePolicy(tunings=("head_only",)), "tuning 'lora' is not accepted"),
-        (SitePolicy(max_steps=0), "steps are asked for"),
-        (SitePolicy(min_noise=1.0), "noise 0, and 1 is asked for"),
+        (SitePolicy(max_steps=0), "steps were requested"),
+        (SitePolicy(min_noise=1.0), "noise 0, but 1 is required"),
         (SitePolicy(min_example_noise=1.0), "examples get noise 0"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_job_beyond_a_site_s_limits_is_refused(world: Path, tmp_path: Path) ->
     chosen = experiment(world, "lora", "clients.per_round=9")
     result = federate(chosen, tmp_path / "run", Post(sites), ServerPolicy())
     assert all(set(row.refused) == {"1", "4", "7"} for row in result.rows[1:])
-    assert "MB, and 0.001 at most" in result.rows[1].refused["4"]
+    assert "MB, but at most 0.001" in result.rows[1].refused["4"]
 
 
 # ---- sites that are slow, lost, or few
@@ -436,7 +436,7 @@ def test_a_server_does_not_choose_which_files_a_site_reads(world: Path, tmp_path
     [
         (("clients.num=4",), "clients.num = 4, and 3 sites are registered"),
         (("clients.holdout=0.2",), "sites keep their rows"),
-        (("mode=centralised",), "nothing for sites"),
+        (("mode=centralised",), "no work for sites"),
     ],
 )
 def test_what_makes_no_sense_on_sites_is_refused(

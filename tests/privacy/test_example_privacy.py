@@ -204,7 +204,7 @@ def test_the_ledger_tells_what_examples_have_lost(world: Path, tmp_path: Path) -
     ("slots", "message"),
     [
         ({"aggregator": Mean(weighting="examples")}, "do not report their number"),
-        ({"shrink": RankPruning()}, "pass by the noise"),
+        ({"shrink": RankPruning()}, "bypass the noise"),
         ({"local": Local(example_privacy=SILENT, timeout_seconds=1.0)}, "lengths of examples"),
     ],
 )

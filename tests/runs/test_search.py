@@ -221,7 +221,7 @@ def test_a_budget_that_nothing_fits_is_refused_before_training(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedlora.runs.search.run", None)
-    with pytest.raises(ConfigError, match="begin smaller, or raise it"):
+    with pytest.raises(ConfigError, match="start smaller, or raise the budget"):
         searched(world, tmp_path / "search", BOUNDS._replace(client_bytes=100.0))
 
 
