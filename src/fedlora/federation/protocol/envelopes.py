@@ -156,6 +156,7 @@ def of_reply(reply: Reply, job: Envelope, lost: bool = False) -> bytes:
         **{key: job.head[key] for key in ("run", "ticket", "client", "progress")},
         "seconds": reply.seconds,
         "refused": reply.refused,
+        "failed": reply.failed,
         "lost": lost,
         "kept": reply.memory.kept,
     }
@@ -181,7 +182,8 @@ def to_reply(envelope: Envelope, job: Job, run: str, ticket: str) -> Reply:
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise WireError(f"a reply cannot be read ({type(error).__name__}: {plain(error)})") from error
     if refused:
-        return Reply(None, ClientState(), seconds, refused, delivered=False)
+        failed = head.get("failed") is True
+        return Reply(None, ClientState(), seconds, refused, delivered=False, failed=failed)
     remembers = job.recipe.memory != "none"
     version = job.fold.version if job.fold else job.memory.folds.version
     parts = Memory().having({"base": Folds(version if remembers else 0).store()})

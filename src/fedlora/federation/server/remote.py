@@ -304,7 +304,8 @@ class Remote(Engine):
             lost = envelope.head.get("lost") is True
         except WireError as error:
             self._message(f"the answer of {pending_job.site} is refused: {error}")
-            reply = Reply(None, ClientState(), 0.0, f"{pending_job.site}: {error}", delivered=False)
+            size = len(received.raw or b"")
+            reply = Reply(None, ClientState(), 0.0, f"{pending_job.site}: {error}", delivered=False, size=size)
         if reply.refused and self.anywhere:
             raise TrainingError(reply.refused)
         if lost:  # the run is announced to it again

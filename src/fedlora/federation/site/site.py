@@ -80,7 +80,8 @@ class Site:
             reply = self._turn(envelope, job, len(raw), received)
         except (WireError, TrainingError, CheckpointError, ConfigError, DataError) as error:
             lost = isinstance(error, CheckpointError)
-            reply = Reply(None, ClientState(), 0.0, self._said(error), delivered=False)
+            failed = isinstance(error, TrainingError)
+            reply = Reply(None, ClientState(), 0.0, self._said(error), delivered=False, failed=failed)
         if not disclosure_of(job.recipe).timing:
             reply = reply._replace(seconds=0.0)
         return envelopes.of_reply(reply, envelope, lost)
