@@ -202,7 +202,7 @@ def test_a_site_imports_what_its_owner_listed_alone(tmp_path: Path) -> None:
     with pytest.raises(WireError, match=r"limits\.classes"):
         site.answer(envelopes.write({"kind": "job", "recipe": recipe}, {}))
     listed = SiteConfig(name="c", rows="r.csv", limits={"classes": ["fixtures.strangers:MajoritySign"]})  # type: ignore[arg-type]
-    listed.limits.check_classes(opening)
+    listed.limits.check_settings(opening)
 
 
 def test_checks_find_what_is_wrong() -> None:

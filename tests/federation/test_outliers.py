@@ -29,6 +29,7 @@ from fedlora.runs.result import Result
 from fedlora.server.aggregate import Mean
 
 world = pytest.fixture(scope="module")(tiny_world)
+ANY = ServerPolicy()
 THREE = ("clients.num=3", "clients.per_round=3")
 
 
@@ -52,9 +53,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, value: float, client: int = 1, round
     monkeypatch.setattr(turn, "train", train)
 
 
-def on_sites(
-    world: Path, folder: Path, *overrides: str, rules: ServerPolicy = ServerPolicy(), told: Told | None = None
-) -> Result:
+def on_sites(world: Path, folder: Path, *overrides: str, rules: ServerPolicy = ANY, told: Told | None = None) -> Result:
     chosen = experiment(world, "lora", *THREE, *overrides)
     return federate(
         chosen, folder / "run", Post(shared_sites(folder / "s", 3)), rules, callbacks=[told] if told else []

@@ -61,6 +61,7 @@ class Uplink:
         self._recipe, self._plan, self._engine = recipe, plan, engine
         self._schema = schema.sent()
         self.outliers = outliers
+        self.warnings: list[str] = []
         self.answers: list[ClientResult] = []
 
     @property
@@ -130,7 +131,18 @@ class Uplink:
         recipe = order.job.recipe
         rank = int(answer.report.get("rank", recipe.rank))
         start = recipe.rank_pruning.keep_ranks(order.message.start, self._schema, rank)
-        return Update(start, delta, answer.report.get("examples", 0.0))
+        return Update(start, delta, self._weight(order.job, answer.report.get("examples", 0.0)))
+
+    def _weight(self, job: Job, examples: float) -> float:
+        """The examples of a client that count: how many it has is its own word."""
+        limit = self._engine.counted_examples() if self._recipe.aggregator.weighs_by_examples else None
+        most = examples if limit is None else limit * job.recipe.local.epochs
+        if examples > most:
+            self.warnings.append(
+                f"client {job.client} reports {examples:g} examples and counts for {most:g}, so that it does not "
+                "outweigh the others (max_weight and max_examples in server.toml)"
+            )
+        return min(examples, most)
 
 
 def read_reply(

@@ -213,7 +213,7 @@ class Session:
                     recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected,
                     clients.networks() if self.mode.sends else {},
                 )  # fmt: skip
-                return after, dataclasses.replace(row, warnings=warnings)
+                return after, dataclasses.replace(row, warnings=warnings + row.warnings)
             except QuorumError as error:
                 tried += 1
                 if tried == engine.attempts:

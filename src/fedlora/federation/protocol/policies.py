@@ -17,6 +17,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
 from fedlora.tasks import Model
+from fedlora.tuning.accepted import objection
 
 T = TypeVar("T")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -43,15 +44,17 @@ class SitePolicy:
     min_noise: NonNegative | None = None
     min_example_noise: NonNegative | None = None
 
-    def check_classes(self, head: Mapping[str, Any]) -> None:
-        """Checks for classes that are not permitted, before any of them is imported.
+    def check_settings(self, head: Mapping[str, Any]) -> None:
+        """Checks for settings that no server may choose, and classes that are not permitted, before any is imported.
 
         Args:
             head: the head of a server's message.
 
         Raises:
-            ConfigError: it names such a class.
+            ConfigError: it contains one of them.
         """
+        if why := objection(head):
+            raise ConfigError(why)
         if unknown := sorted(named(head) - {*self.classes}):
             raise ConfigError(
                 f"the class {unknown[0][:200]!r} is not accepted here; limits.classes lists those that are"
@@ -170,6 +173,9 @@ class ServerPolicy:
         rejoin_timeout: seconds for which a round waits for a lost site to reconnect and be sent its jobs again.
         over_sample: ratio of clients asked to clients counted; the first to reply are counted.
         attempts: attempts at a round with too few replies before the run stops.
+        max_weight: largest number of examples with which a site that has its own rows is weighted, as a multiple of the
+            median site's, where clients are weighted by examples: how many a site has is its own word.
+        max_examples: the same as a number, for every client.
     """
 
     min_available: Count | None = None
@@ -178,6 +184,8 @@ class ServerPolicy:
     rejoin_timeout: NonNegative = 120.0
     over_sample: Annotated[float, Field(ge=1)] = 1.0
     attempts: Count = 3
+    max_weight: Annotated[float, Field(ge=1)] = 2.0
+    max_examples: Count | None = None
 
 
 def parse_as(kind: type[T], values: dict[str, Any], path: Path) -> T:

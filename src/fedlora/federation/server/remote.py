@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from fedlora import config
@@ -18,10 +19,12 @@ from fedlora.engines.base import Engine
 from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.federation.protocol.transport import Received, Transport
+from fedlora.federation.server.plain_settings import PlainSettings
 from fedlora.federation.server.probes import Probing
 from fedlora.federation.site.site import base_digest
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.runs.callbacks import Callback, CallbackList
+from fedlora.tasks.base import Prepared
 
 POLL = 0.2
 TRIES = 5
@@ -88,19 +91,20 @@ class Remote(Engine):
         self.attempts = rules.attempts
         self.site_infos: dict[str, SiteInfo] = {}
         self._opening: dict[str, Any] = {}
+        self._plain: PlainSettings
         self._numbers: Mapping[str, int] = {}
         self._clients = self._per_round = 0
         self._invited: dict[str, _Invited] = {}
         self._refusals: dict[str, tuple[int, str]] = {}
 
     def open(
-        self, experiment: Experiment, label_names: list[str], clients: int, numbers: Mapping[str, int] | None = None
+        self, experiment: Experiment, task: Prepared, clients: int, numbers: Mapping[str, int] | None = None
     ) -> None:
         """Announces the run, and waits until enough clients can be reached to start.
 
         Args:
             experiment: the whole configuration.
-            label_names: the label names of the model's outputs.
+            task: its task.
             clients: total number of clients.
             numbers: the client number of each site, if sites have their own rows.
 
@@ -108,11 +112,12 @@ class Remote(Engine):
             QuorumError: too few clients connected within ``round_timeout`` seconds, or their sites refuse.
         """
         effective = in_mode(experiment)
+        self._plain = PlainSettings(effective, task)
         self._opening = {
             "kind": "open",
             "run": self.name,
-            "experiment": config.resolved(effective),
-            "label_names": label_names,
+            "experiment": config.resolved(self._plain.experiment),
+            "label_names": task.label_names,
             "base": base_digest(effective.model),
         }
         self._clients, self._numbers = clients, numbers or {}
@@ -225,6 +230,13 @@ class Remote(Engine):
         sizes = (site_info.sizes[client] for site_info in self.site_infos.values() if client in site_info.sizes)
         return next(sizes, None)
 
+    def counted_examples(self) -> float | None:
+        """See ``Engine.counted_examples``; shares of the server's own partition are not capped by the median."""
+        sizes = [size for each in self.site_infos.values() for size in each.sizes.values() if size]
+        limits = [self.rules.max_weight * median_low(sizes)] if self._numbers and sizes else []
+        limits += [self.rules.max_examples] if self.rules.max_examples else []
+        return min(limits, default=None)
+
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
         """See ``Engine.run``: all jobs are sent at once; replies are yielded in the order of jobs as they arrive."""
         deadline = time.monotonic() + self.rules.round_timeout
@@ -255,7 +267,9 @@ class Remote(Engine):
         told = left if disclosure_of(pending_job.job.recipe).timing and not self.anywhere else None
         address = online.get(pending_job.site)
         if address is not None:
-            raw = envelopes.of_job(pending_job.job, self.name, pending_job.secret, told)
+            job = pending_job.job
+            job = job._replace(recipe=self._plain.of(job.recipe))
+            raw = envelopes.of_job(job, self.name, pending_job.secret, told)
             pending_job.ticket = self.transport.send(address, raw, left)
         if pending_job.ticket is None:
             pending_job.lost_since = pending_job.lost_since or time.monotonic()

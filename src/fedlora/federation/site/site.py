@@ -71,7 +71,7 @@ class Site:
                 f"a message of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
             )
         try:
-            self.settings.limits.check_classes(envelope.head)
+            self.settings.limits.check_settings(envelope.head)
         except ConfigError as error:
             raise WireError(self._said(error)) from error
         job = envelopes.to_job(envelope)
@@ -113,7 +113,7 @@ class Site:
         Raises:
             FedloraError: it is not accepted, or cannot be prepared on this site.
         """
-        self.settings.limits.check_classes(head)
+        self.settings.limits.check_settings(head)
         name = str(head.get("run"))
         memory = SiteMemory(Path(self.settings.state), name)
         experiment = config.parse(head["experiment"])
