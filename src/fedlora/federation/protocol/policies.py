@@ -35,6 +35,14 @@ class SitePolicy:
         max_steps: maximum number of optimiser steps per turn.
         min_noise: minimum noise multiplier that the server must declare to add to the mean over clients.
         min_example_noise: minimum noise multiplier that this site itself adds to per-example gradients.
+        max_seconds: longest time for one message: a turn, or the loading and installing of a model.
+        min_cohort: minimum number of clients per round that the server must announce.
+        max_runs: maximum number of runs, of all servers together; this limit and the following ones hold across
+            restarts.
+        max_rounds: maximum number of rounds of all runs together.
+        max_epsilon: maximum example-level epsilon of all runs together, at delta = 1e-6; it requires noise for
+            examples.
+        max_megabytes_per_day: maximum size of all messages of a day, in both directions.
     """
 
     tunings: tuple[str, ...] | None = None
@@ -43,6 +51,12 @@ class SitePolicy:
     max_steps: Whole | None = None
     min_noise: NonNegative | None = None
     min_example_noise: NonNegative | None = None
+    max_seconds: Positive | None = None
+    min_cohort: Count | None = None
+    max_runs: Whole | None = None
+    max_rounds: Whole | None = None
+    max_epsilon: NonNegative | None = None
+    max_megabytes_per_day: Positive | None = None
 
     def check_settings(self, head: Mapping[str, Any]) -> None:
         """Checks for settings that no server may choose, and classes that are not permitted, before any is imported.
@@ -169,7 +183,8 @@ class ServerPolicy:
     Args:
         min_available: clients that must be reachable before the first round starts; ``min_clients`` if absent.
         min_clients: replies required per round; with fewer, the round is retried.
-        round_timeout: seconds after which a round continues without clients that have not replied.
+        round_timeout: seconds after which a round continues without clients that have not replied; by default ten times
+            the longest turn so far, but at least ten minutes, and an hour before the first turn.
         rejoin_timeout: seconds for which a round waits for a lost site to reconnect and be sent its jobs again.
         over_sample: ratio of clients asked to clients counted; the first to reply are counted.
         attempts: attempts at a round with too few replies before the run stops.
@@ -180,7 +195,7 @@ class ServerPolicy:
 
     min_available: Count | None = None
     min_clients: Count = 1
-    round_timeout: Positive = 3600.0
+    round_timeout: Positive | None = None
     rejoin_timeout: NonNegative = 120.0
     over_sample: Annotated[float, Field(ge=1)] = 1.0
     attempts: Count = 3

@@ -27,6 +27,10 @@ from fedlora.runs.callbacks import Callback, CallbackList
 from fedlora.tasks.base import Prepared
 
 POLL = 0.2
+FIRST_TIMEOUT = 3600.0
+"""Seconds that the first round waits for replies, and any for sites, unless the policy states it."""
+SHORTEST_TIMEOUT, TURNS = 600.0, 10.0
+"""Later rounds wait ``TURNS`` times as long as the longest turn took, but at least the first, in seconds."""
 TRIES = 5
 """Maximum number of times a job is sent to a site that is lost each time."""
 LARGEST_SIZE = 2**31
@@ -96,6 +100,14 @@ class Remote(Engine):
         self._clients = self._per_round = 0
         self._invited: dict[str, _Invited] = {}
         self._refusals: dict[str, tuple[int, str]] = {}
+        self._longest = 0.0
+
+    @property
+    def round_timeout(self) -> float:
+        """Seconds that a round waits for replies."""
+        if self.rules.round_timeout is not None:
+            return self.rules.round_timeout
+        return max(SHORTEST_TIMEOUT, TURNS * self._longest) if self._longest else FIRST_TIMEOUT
 
     def open(
         self, experiment: Experiment, task: Prepared, clients: int, numbers: Mapping[str, int] | None = None
@@ -130,7 +142,7 @@ class Remote(Engine):
 
     def _wait_for(self, least: int) -> None:
         # under Ray no client is ever late, yet workers may never start
-        deadline = time.monotonic() + min(self.rules.round_timeout, 3600.0)
+        deadline = time.monotonic() + min(self.rules.round_timeout or FIRST_TIMEOUT, FIRST_TIMEOUT)
         said = False
         while True:
             online = self.transport.sites()
@@ -165,7 +177,7 @@ class Remote(Engine):
                 return
             secret = secrets.token_hex(8)
             head = {**self._opening, "client": self._numbers.get(name, 0), "ticket": secret}
-            ticket = self.transport.send(address, envelopes.write(head, {}), self.rules.round_timeout)
+            ticket = self.transport.send(address, envelopes.write(head, {}), self.round_timeout)
             if ticket is not None:
                 self._invited[ticket] = _Invited(name, address, secret)
 
@@ -194,7 +206,9 @@ class Remote(Engine):
         """
         if received.raw is None:
             raise DataError(received.why)
-        head, _ = envelopes.read(received.raw)
+        envelope = envelopes.read(received.raw)
+        envelopes.check_keys(envelope, "opened")
+        head = envelope.head
         if (head.get("kind"), head.get("run"), head.get("ticket")) != ("opened", self.name, secret):
             raise WireError("its answer is to something else")
         if head.get("refused"):
@@ -239,7 +253,8 @@ class Remote(Engine):
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
         """See ``Engine.run``: all jobs are sent at once; replies are yielded in the order of jobs as they arrive."""
-        deadline = time.monotonic() + self.rules.round_timeout
+        begun = time.monotonic()
+        deadline = begun + self.round_timeout
         enough = min(len(jobs), self._per_round) if self.over_sample > 1 else len(jobs)
         secret = secrets.token_hex(8)
         online = self.transport.sites()
@@ -256,7 +271,9 @@ class Remote(Engine):
                 for number, received in self._collect(pending_jobs, deadline):
                     if counted < enough:
                         replies[number] = self._read(received, pending_jobs[number])
-                        counted += replies[number].raw is not None
+                        if replies[number].raw is not None:
+                            counted += 1
+                            self._longest = max(self._longest, time.monotonic() - begun)
             if place not in replies:  # as far as is known here, its state is unchanged
                 self._message(f"client {job.client} ({pending_jobs[place].site}) is late; its answer is dropped")
                 replies[place] = Reply(None, job.memory, 0.0, delivered=False)
