@@ -38,10 +38,12 @@ RULES: dict[str, Aggregator] = {
     "svd_redistribute": SvdRedistribute(),
     "product_exact": ProductExact(),
     "stack": Stack(),
-    "norm_bound (0.3)": NormBound(norm=0.3),
+    "norm_bound (0.8)": NormBound(norm=0.8),
     "median": CoordinateMedian(),
     "trimmed_mean (0.4)": TrimmedMean(trim=0.4),
     "krum (3, 2)": Krum(faulty=3, select=2),
+    "krum (3, 2, product)": Krum(faulty=3, select=2, measure="product"),
+    "norm_bound (0.8, product)": NormBound(norm=0.8, measure="product"),
 }
 
 
@@ -60,8 +62,8 @@ def accuracy(rule: Aggregator, attack: AttackName, attackers: int) -> float:
     return workspace.evaluate(np.arange(ROWS), "train", "fp32").metrics["accuracy"]
 
 
-def borne(holds: Callable[[int], bool]) -> int:
-    """The largest of 0 to 4 attackers that a rule bears, if it bears any smaller number."""
+def tolerated(holds: Callable[[int], bool]) -> int:
+    """The largest of 0 to 4 attackers that a rule tolerates, if it tolerates any smaller number."""
     if holds(2):
         return 4 if holds(4) else 3 if holds(3) else 2
     return int(holds(1))
@@ -76,7 +78,7 @@ def main() -> None:
     for name, rule in RULES.items():
         honest = accuracy(rule, "scaled", 0)
         row = {
-            attack: borne(lambda count, a=attack, r=rule, h=honest: accuracy(r, a, count) >= h - LOSS)
+            attack: tolerated(lambda count, a=attack, r=rule, h=honest: accuracy(r, a, count) >= h - LOSS)
             for attack in ATTACKS
         }
         table[name] = {"honest": honest, **row}

@@ -60,7 +60,7 @@ class TrainingError(FedloraError):
     """Training that would have failed silently: NaN, an adapter that did not change, all labels masked."""
 
 
-class DivergedError(TrainingError):
+class DivergedError(FedloraError):
     """A round after which the model cannot be trained or evaluated any more.
 
     Args:

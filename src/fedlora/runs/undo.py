@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection
 
-from fedlora.core.errors import DivergedError
+from fedlora.core.errors import DivergedError, TrainingError
 from fedlora.engines import Engine
 from fedlora.runs.folder import RunFolder
 
@@ -25,11 +25,12 @@ def undo(error: DivergedError, files: RunFolder, engine: Engine, barred: Collect
         The client not to ask again, and a sentence for the ledger.
 
     Raises:
-        DivergedError: the clients are trusted, none can be suspected, or too few would remain.
+        TrainingError: the clients are trusted.
+        DivergedError: none can be suspected, or too few would remain.
     """
     present = engine.present()
     if engine.trusted or present is None:
-        raise error
+        raise TrainingError(str(error)) from error
     remaining = present - {*barred, error.suspect[0]} if error.suspect else frozenset()
     if error.suspect is None or error.suspect[0] in barred or len(remaining) < max(1, engine.min_clients):
         raise DivergedError(

@@ -15,7 +15,7 @@ from fedlora.client.workspace import Workspace
 from fedlora.core import tree
 from fedlora.core.state import generator, named_seed
 from fedlora.core.tree import Tree
-from fedlora.engines.serial import Serial
+from fedlora.engines.base import Engine
 from fedlora.population.clients import Population
 from fedlora.tasks.base import Batch
 
@@ -61,7 +61,7 @@ ATTACKS: Mapping[AttackName, Attack] = {
 }
 
 
-class Attacked(Serial):
+class Attacked(Engine):
     """Runs every job in this process; attackers answer with something else, in the form of an honest answer.
 
     Args:
@@ -74,7 +74,7 @@ class Attacked(Serial):
     def __init__(
         self, workspace: Workspace, population: Population, attack: AttackName, attackers: Collection[int]
     ) -> None:
-        super().__init__(workspace, population)
+        self.workspace, self.population = workspace, population
         self._attack, self._attackers = attack, frozenset(attackers)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
@@ -113,6 +113,7 @@ class _Flipped:
         return getattr(self._task, name)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss on wrong labels."""
         labels = batch["labels"]
         wrong = torch.where(labels < 0, labels, len(self._task.label_names) - 1 - labels)  # type: ignore[attr-defined]
         found: Tensor = self._task.loss(model, {**batch, "labels": wrong})  # type: ignore[attr-defined]

@@ -170,18 +170,10 @@ class Collected(Accumulator):
         self._deltas.append(update.delta)
 
     def finish(self) -> Change:
-        return self.changed(self._rule.of)
-
-    def changed(self, of: Callable[[Tensor], Tensor]) -> Change:
-        """The change that a function makes of the updates, each flattened to a row.
-
-        Raises:
-            TrainingError: there are no updates.
-        """
         if not self._deltas:
             raise TrainingError(NO_UPDATES)
         rows = torch.stack([tree.flatten(delta) for delta in self._deltas])
-        return Change(tree.unflatten(of(rows), self._deltas[0]), Fold())
+        return Change(tree.unflatten(self._rule.of(rows), self._deltas[0]), Fold())
 
 
 def weight_by(weighting: str) -> Callable[[Update], float]:

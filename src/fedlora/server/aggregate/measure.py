@@ -11,8 +11,8 @@ from torch import Tensor
 from fedlora.core import tree
 from fedlora.core.errors import TrainingError
 from fedlora.core.schema import Pair
-from fedlora.core.state import Change, Update
-from fedlora.server.aggregate.base import NO_UPDATES, Collected, Comparing
+from fedlora.core.state import Change, Fold, Update
+from fedlora.server.aggregate.base import NO_UPDATES, Accumulator, Comparing
 
 
 def inner_products(updates: Sequence[Update], pairs: Sequence[Pair]) -> Tensor:
@@ -68,7 +68,7 @@ class Selecting(Comparing):
         """The change from updates ``(clients, numbers)`` and their squared distances ``(clients, clients)``."""
 
 
-class CollectedProducts(Collected):
+class CollectedProducts(Accumulator):
     """Holds the updates of the whole cohort, and measures their distances on products.
 
     Args:
@@ -77,12 +77,10 @@ class CollectedProducts(Collected):
     """
 
     def __init__(self, rule: Selecting, pairs: Sequence[Pair]) -> None:
-        super().__init__(rule)
-        self._select, self._pairs = rule, pairs
+        self._rule, self._pairs = rule, pairs
         self._updates: list[Update] = []
 
     def add(self, update: Update) -> None:
-        super().add(update)
         self._updates.append(update)
 
     def finish(self) -> Change:
@@ -91,4 +89,5 @@ class CollectedProducts(Collected):
         inner = inner_products(self._updates, self._pairs)
         own = inner.diagonal()
         squared = (own[:, None] + own[None] - 2 * inner).clamp(min=0)
-        return self.changed(lambda rows: self._select.closest(rows, squared))
+        rows = torch.stack([tree.flatten(update.delta) for update in self._updates])
+        return Change(tree.unflatten(self._rule.closest(rows, squared), self._updates[0].delta), Fold())
