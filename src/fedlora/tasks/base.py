@@ -237,6 +237,11 @@ class Prepared(ABC):
         return ", num_labels=NUM_LABELS" if self.auto_class.endswith("Classification") else ""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about data and model that a user should read before training; they are the first warnings."""
+        return ()
+
+    @property
     def fingerprint(self) -> str:
         """A digest of the data, the same on every machine."""
         digests = (fingerprint(self.data[name]) for name in ("train", "test"))
