@@ -100,7 +100,7 @@ class Session:
         if held is None:
             return files.rewind(-1)
         self.state, kept = held
-        if kept["config"] != self._facts["config"]:
+        if kept["config"] not in {self._facts["config"], *(change["config"] for change in files.changes())}:
             raise CheckpointError(f"the checkpoint in {files.path} belongs to another configuration; use another --out")
         if kept["data"] != self._facts["data"]:
             raise CheckpointError(
@@ -156,7 +156,7 @@ class Session:
         row = dataclasses.replace(
             row,
             metrics=metrics,
-            warnings=row.warnings + warnings,
+            warnings=self._changes(state.round - 1) + row.warnings + warnings,
             facts=facts,
             epsilon=self.budget.spent(self.phases, state.round) if self.budget else None,
             example_epsilon=example_epsilon(self.phases, cohorts, self._turns),
@@ -239,6 +239,10 @@ class Session:
     def _exhausted(self, state: ServerState) -> bool:
         """Whether the privacy budget permits no further round."""
         return self.budget is not None and self.budget.exhausted(self.phases, state.round)
+
+    def _changes(self, round: int) -> tuple[str, ...]:
+        """The changes of the configuration that were made after a round."""
+        return tuple(one for change in self.files.changes() if change["round"] == round for one in change["changes"])
 
     def _record(self, state: ServerState, row: RoundRecord) -> None:
         self.files.append(row)

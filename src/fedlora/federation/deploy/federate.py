@@ -67,10 +67,10 @@ def federate(
     if rules.over_sample > 1 and experiment.clients.sampling != "fixed":
         raise ConfigError("over_sample asks more clients than count, and a Poisson draw has no number; leave it at 1")
     files, report = RunFolder(folder), CallbackList(callbacks)
-    look(files, experiment)
+    look(files, experiment, extend=False)
     ready = prepare(experiment) if not isinstance(experiment.data, Sites) else None
     task = ready.task if ready else experiment.task.prepare(experiment.model, experiment.data)
-    with claimed(files, experiment, report.message):
+    with claimed(files, experiment, report.message, extend=False):
         if not (folder / KNOWN).exists():
             files.write_json(KNOWN, {"run": secrets.token_hex(8), "sites": {}})
         begun()
