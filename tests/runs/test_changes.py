@@ -15,6 +15,7 @@ from fedlora.core.errors import CheckpointError
 from fedlora.runs.folder import RunFolder
 
 world = pytest.fixture(scope="module")(tiny_world)
+NOISE = "kind='central_gaussian', clip_norm=1.0, target_epsilon=50.0, delta=0.1, accountant='rdp', seed=1"
 RATE = "method.local.optimizer.lr=0.002"
 
 
@@ -150,7 +151,7 @@ REFUSED: dict[str, tuple[str, list[str], int, list[str], int, str]] = {
     "a phase that is over": ("slora", [], 2, ["method.warm_rounds=2"], 3, "phase 0 is over: leave its settings"),
     "calibrated noise": (
         "lora",
-        ["method.privacy={kind='central_gaussian', clip_norm=1.0, target_epsilon=50.0, delta=0.1, accountant='rdp', seed=1}"],
+        [f"method.privacy={{{NOISE}}}"],
         1,
         [],
         2,

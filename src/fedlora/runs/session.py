@@ -128,7 +128,8 @@ class Session:
         if self.rows:
             self.workspace.apply_setup(self.state.phase, self._recipe(self.state), self.state.setup)
         else:
-            state, facts = open_phase(self.workspace, 0, self.phases[0].recipe, self.experiment.seed, 0, None)
+            recipe, seed, adapter = self.phases[0].recipe, self.experiment.seed, self.experiment.init_from
+            state, facts = open_phase(self.workspace, 0, recipe, seed, 0, None, adapter)
             metrics, warnings, seconds = self._evaluate(state, last=False)
             warnings = self.setting.task.notes + warnings
             row = RoundRecord(
