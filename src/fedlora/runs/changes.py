@@ -34,7 +34,8 @@ class Position(NamedTuple):
 
 def changed_keys(held: Experiment, experiment: Experiment) -> list[str]:
     """The keys in which two configurations differ, each with both values."""
-    return differences(resolved(held), resolved(experiment))
+    left, right = ({**resolved(one), "root": None} for one in (held, experiment))
+    return differences(left, right)
 
 
 def refusal(held: Experiment, experiment: Experiment, at: Position) -> str | None:

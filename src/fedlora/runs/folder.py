@@ -12,6 +12,7 @@ from typing import Any
 
 from fedlora import config
 from fedlora.config import Experiment
+from fedlora.config.places import rooted
 from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.core.files import append, write_atomically
 from fedlora.core.state import ServerState
@@ -112,7 +113,7 @@ class RunFolder:
         if not self.check(experiment, extend):
             if self.begun:
                 self._change(config.load(self.path / "config.toml"), experiment)
-            self.write("config.toml", config.to_toml(experiment))
+            self.write("config.toml", config.to_toml(rooted(experiment, config.resolved(experiment))))
 
     def _change(self, held: Experiment, experiment: Experiment) -> None:
         at = self._position()

@@ -15,6 +15,7 @@ from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, manifest
+from fedlora.config.places import located
 from fedlora.core.byte_counts import add_up
 from fedlora.core.errors import CallbackError, CheckpointError, QuorumError
 from fedlora.core.state import ServerState, named_seed
@@ -34,6 +35,7 @@ from fedlora.runs.export import export_run
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.inference import TrainedRun
 from fedlora.runs.result import Result
+from fedlora.tasks.models.fingerprints import NAMES, changed
 
 
 class Session:
@@ -67,7 +69,11 @@ class Session:
         self.mode = MODES[experiment.mode]
         self.workspace = Workspace(setting.task, experiment.seed, setting.device)
         self.engine = engine if isinstance(engine, Engine) else (engine or Serial)(self.workspace, setting.population)
-        self._facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
+        self._facts = {
+            "config": config.digest(experiment),
+            "data": setting.task.fingerprint,
+            **setting.task.fingerprints,
+        }
         self.rows = self._resume()
         clients = experiment.clients
         sampled = SamplingScheme(len(setting.population), clients.per_round, clients.sampling)
@@ -102,10 +108,10 @@ class Session:
         self.state, kept = held
         if kept["config"] not in {self._facts["config"], *(change["config"] for change in files.changes())}:
             raise CheckpointError(f"the checkpoint in {files.path} belongs to another configuration; use another --out")
-        if kept["data"] != self._facts["data"]:
+        if wrong := changed(kept, self._facts):
             raise CheckpointError(
-                f"the data have changed since the checkpoint in {files.path} was made; put the old data back, or start "
-                "in another folder with --out"
+                f"{NAMES[wrong[0]]} changed since the checkpoint in {files.path} was made; put the old {wrong[0]} "
+                "back, or start in another folder with --out"
             )
         if not can_go_on(files.checkpoints[-1]) and not (files.path / "result.json").exists():
             raise CheckpointError(
@@ -128,7 +134,8 @@ class Session:
         if self.rows:
             self.workspace.apply_setup(self.state.phase, self._recipe(self.state), self.state.setup)
         else:
-            recipe, seed, adapter = self.phases[0].recipe, self.experiment.seed, self.experiment.init_from
+            recipe, seed, given = self.phases[0].recipe, self.experiment.seed, self.experiment.init_from
+            adapter = located(given, self.experiment.root) if given else None
             state, facts = open_phase(self.workspace, 0, recipe, seed, 0, None, adapter)
             metrics, warnings, seconds = self._evaluate(state, last=False)
             warnings = self.setting.task.notes + warnings

@@ -16,6 +16,7 @@ from fedlora.tasks.data.columns import Source, Splits, rename, split
 from fedlora.tasks.data.sources import read_rows
 from fedlora.tasks.models.encoded import Ragged, width_of
 from fedlora.tasks.models.loading import config_of, load_tokenizer, save_tokenizer
+from fedlora.tasks.models.objects import fingerprint_of_tokenizer
 from fedlora.tasks.models.vocabulary import check_ids, unknown_notes
 
 
@@ -89,6 +90,10 @@ class PreparedTokenized(Prepared):
     @property
     def notes(self) -> tuple[str, ...]:
         return unknown_notes(self.sequences, self.tokenizer, self._model.path)
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        return {**super().fingerprints, "tokenizer": fingerprint_of_tokenizer(self.tokenizer)}
 
     def longest(self) -> int:
         """Tokens of the longest example; 0 without any.
