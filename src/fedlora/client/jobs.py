@@ -72,6 +72,7 @@ class Reply(NamedTuple):
         seconds: how long the client worked.
         refused: why there is no valid result; empty if there is one, or if the client timed out.
         delivered: whether the client is known to have received the job.
+        unmoved: the groups of parameters that its steps did not change at all.
     """
 
     raw: bytes | None
@@ -79,3 +80,4 @@ class Reply(NamedTuple):
     seconds: float
     refused: str = ""
     delivered: bool = True
+    unmoved: tuple[str, ...] = ()

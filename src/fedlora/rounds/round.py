@@ -79,7 +79,7 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
 
     Raises:
         QuorumError: see ``Uplink.check_quorum``.
-        TrainingError: the aggregator received too few updates.
+        TrainingError: the aggregator received too few updates, or no client's training moved anything.
     """
     schema, store = state.schema.sent(), state.parts.store("aggregator")
     params = {name: state.params[name] for name in schema}
@@ -87,6 +87,7 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
     for update in uplink.updates(params):
         accumulator.add(update)
     uplink.check_quorum()
+    uplink.check_moved()
     if uplink.counted or (uplink.answers and disclosure_of(recipe).absence):
         return accumulator.finish()
     return Change(tree.zeros_like(params), Fold(), store)
