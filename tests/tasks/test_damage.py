@@ -149,6 +149,12 @@ def test_a_tokenizer_made_up_by_transformers_is_refused(tmp_path: Path, family: 
         load_tokenizer(Model(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("path", ["../nowhere/model", "/nowhere/model", "~/nowhere"])
+def test_a_path_that_is_no_hub_id_is_not_sought_on_the_hub(path: str) -> None:
+    with pytest.raises(ConfigError, match=f"there is no folder '{path}', from which model.path reads the model"):
+        load_tokenizer(Model(path=path))
+
+
 def test_sound_weights_in_other_forms_are_read(world: Path, folder: Path, tmp_path: Path) -> None:
     expected = load(world, folder)[0].state_dict()
     pickled = Path(shutil.copytree(folder, tmp_path / "pickled"))

@@ -230,6 +230,8 @@ def _explained(error: Exception, model: Model, folder: Path | None) -> str:
             f"the model {model.path!r} cannot be loaded as asked ({reason.rpartition('error: ')[2]}): install what is "
             "missing, or set model.attention to 'auto' and model.load to 'full'"
         )
+    if folder is not None and model.path.startswith(("/", "./", "../", "~")) and not folder.exists():
+        return f"there is no folder {model.path!r}, from which model.path reads the model: correct the path"
     if folder is not None and folder.is_dir():
         if found := damage(folder, error):
             return f"the model {model.path!r} cannot be loaded: {found}"
