@@ -22,11 +22,12 @@ from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig, SitePolicy
 from fedlora.federation.protocol.transport import Received
 from fedlora.federation.server import probes, remote
-from fedlora.federation.site.site import Site, base_digest
+from fedlora.federation.site.site import Site
 from fedlora.rounds.checkpoint import load_state
 from fedlora.runs.claim import claimed
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
+from fedlora.tasks.models.fingerprints import base_digest
 from fedlora.transport import wire
 
 world = pytest.fixture(scope="module")(tiny_world)

@@ -15,6 +15,7 @@ import torch
 from fedlora.config import experiment as config
 from fedlora.config.experiment import Experiment
 from fedlora.config.handed_over import check_here, handed_over
+from fedlora.config.places import located_data, located_model
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
@@ -109,7 +110,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
             f"evaluate.clients = '{experiment.evaluate.clients}' tests each client on rows of its own, but "
             "clients.holdout = 0 keeps none: set clients.holdout to 0.2, or evaluate.clients to never"
         )
-    task = experiment.task.prepare(experiment.model, experiment.data)
+    task = experiment.task.prepare(located_model(experiment), located_data(experiment.data, experiment.root))
     device = pick_device(experiment.device)
     classes = clients.skew.classes(task, named_seed(experiment.seed, "skew"), device)
     mode = MODES[experiment.mode]
@@ -261,6 +262,7 @@ def manifest(
         "seed": experiment.seed,
         "config_digest": config.digest(experiment),
         "data_fingerprint": setting.task.fingerprint,
+        "fingerprints": setting.task.fingerprints,
         **_handed_over(experiment),
         "label_names": setting.task.label_names,
         "num_test": len(setting.test_rows),

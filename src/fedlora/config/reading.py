@@ -11,6 +11,7 @@ from typing import Any
 
 from fedlora.config.experiment import Experiment, parse
 from fedlora.config.keys import TOP, check_key
+from fedlora.config.places import root_of
 from fedlora.core.errors import ConfigError
 
 _DEFAULT = Experiment()
@@ -40,6 +41,8 @@ def document_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     if not file.exists():
         raise ConfigError(f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from")
     document = read_toml(file)
+    if "root" not in document and (root := root_of(document, file.parent)):
+        document["root"] = root
     for assignment in overrides:
         override(document, assignment)
     return document

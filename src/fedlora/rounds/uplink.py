@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from fedlora.client.jobs import Job, Reply, empty_report
-from fedlora.core.errors import QuorumError, WireError, plain
+from fedlora.core.errors import QuorumError, TrainingError, WireError, plain
 from fedlora.core.schema import Schema
 from fedlora.core.state import ClientState, Update
 from fedlora.core.tree import Tree
@@ -125,6 +125,28 @@ class Uplink:
         """The client with the longest update that counts, and its norm."""
         found = self.outliers.longest
         return (self.answers[found[0]].client, found[1]) if found else None
+
+    def check_moved(self) -> None:
+        """Rejects a round in which training changed a group of parameters on no client.
+
+        Raises:
+            TrainingError: naming the group, the likely reason and its remedy.
+        """
+        unmoved = [{*answer.reply.unmoved} for answer in self.counted if answer.report.get("steps", 1.0) > 0]
+        for group in sorted(set.intersection(*unmoved)) if unmoved else ():
+            head = self._schema.names("head")
+            starts = [order.message.start for order in self._plan.orders]
+            if group == "adapter" and head and not any(bool(start[name].any()) for start in starts for name in head):
+                why = (
+                    "the downlink's top-k left the whole head out, and no gradient passes through a head of zeros; set "
+                    "quota.head = 1.0 (of down.sparsify) to keep it, or take several local steps"
+                )
+            else:
+                why = "check the targets, the learning rate and the number of labelled examples"
+            raise TrainingError(
+                f"all {len(unmoved)} clients of a round took steps and their {group} did not move, so nothing would be "
+                f"learnt: {why}"
+            )
 
     def _update(self, order: Order, answer: ClientResult, delta: Tree) -> Update:
         delta = self._recipe.privacy.clip(delta)  # quantization or an untrusted client may have exceeded the bound

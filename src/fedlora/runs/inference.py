@@ -15,6 +15,7 @@ from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode, pick_device
+from fedlora.config.places import located_model
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.state import ServerState
 from fedlora.recipe import Recipe
@@ -24,6 +25,7 @@ from fedlora.runs.export import export
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks import Evaluation, Prepared
 from fedlora.tasks.data.folders import PICTURES
+from fedlora.tasks.models.fingerprints import NAMES, changed
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TrainedRun:
         state: the latest checkpoint, with its parameters as a client would receive them.
         workspace: the model with the checkpoint's parameters loaded.
         metrics: metrics at the end of the run; empty if it has not finished.
+        notes: sentences about what has changed since it was trained.
     """
 
     experiment: Experiment
@@ -43,6 +46,7 @@ class TrainedRun:
     state: ServerState
     workspace: Workspace
     metrics: dict[str, float]
+    notes: tuple[str, ...] = ()
 
     @property
     def task(self) -> Prepared:
@@ -69,7 +73,8 @@ class TrainedRun:
         self.workspace.model.eval()
         with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
             rows = np.arange(task.num_examples("test"))
-            return task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
+            found = task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
+        return found._replace(warnings=self.notes + task.notes + found.warnings)
 
     def export(self, folder: Path | str, merge: bool = False) -> None:
         """Writes an adapter that ``peft`` loads, or with ``merge`` a whole model that does not need ``peft``.
@@ -138,7 +143,7 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
     recipe = experiment.phases[state.phase].recipe
     manifest = files.read_json("manifest.json")
     names = list(manifest["label_names"])
-    base = base_model(experiment.model, model, manifest.get("handed_over", {}), path)
+    base = base_model(located_model(experiment), model, manifest.get("handed_over", {}), path)
     experiment = dataclasses.replace(experiment, model=base)
     task = experiment.task.restore(experiment.model, names)
     workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
@@ -146,4 +151,9 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
     state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
     workspace.load(recipe, state.params, state.folds)
     metrics = files.read_json("result.json")["after"] if (path / "result.json").exists() else {}
-    return TrainedRun(experiment, recipe, state, workspace, metrics)
+    notes = tuple(
+        f"{NAMES[name]} changed since the run in {path} was trained, so its figures do not hold for what is computed "
+        f"now: put the old {name} back ({base.path})"
+        for name in changed(manifest.get("fingerprints", {}), task.fingerprints)
+    )
+    return TrainedRun(experiment, recipe, state, workspace, metrics, notes)

@@ -15,6 +15,7 @@ from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, manifest
+from fedlora.config.places import located
 from fedlora.core.byte_counts import add_up
 from fedlora.core.errors import CallbackError, CheckpointError, DivergedError, QuorumError, TrainingError
 from fedlora.core.state import ServerState, named_seed
@@ -36,6 +37,7 @@ from fedlora.runs.inference import TrainedRun
 from fedlora.runs.partition import partition_record
 from fedlora.runs.result import Result
 from fedlora.runs.undo import undo
+from fedlora.tasks.models.fingerprints import NAMES, changed
 
 
 class Session:
@@ -71,7 +73,11 @@ class Session:
         self.engine = engine if isinstance(engine, Engine) else (engine or Serial)(self.workspace, setting.population)
         self._barred: frozenset[int] = frozenset()
         self._notes: tuple[str, ...] = ()
-        self._facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
+        self._facts = {
+            "config": config.digest(experiment),
+            "data": setting.task.fingerprint,
+            **setting.task.fingerprints,
+        }
         self.rows = self._resume()
         clients = experiment.clients
         sampled = SamplingScheme(len(setting.population), clients.per_round, clients.sampling)
@@ -107,12 +113,12 @@ class Session:
         if held is None:
             return files.rewind(-1)
         self.state, kept = held
-        if kept["config"] != self._facts["config"]:
+        if kept["config"] not in {self._facts["config"], *(change["config"] for change in files.changes())}:
             raise CheckpointError(f"the checkpoint in {files.path} belongs to another configuration; use another --out")
-        if kept["data"] != self._facts["data"]:
+        if wrong := changed(kept, self._facts):
             raise CheckpointError(
-                f"the data have changed since the checkpoint in {files.path} was made; put the old data back, or start "
-                "in another folder with --out"
+                f"{NAMES[wrong[0]]} changed since the checkpoint in {files.path} was made; put the old {wrong[0]} "
+                "back, or start in another folder with --out"
             )
         if not can_go_on(files.checkpoints[-1]) and not (files.path / "result.json").exists():
             raise CheckpointError(
@@ -140,8 +146,11 @@ class Session:
         if self.rows:
             self.workspace.apply_setup(self.state.phase, self._recipe(self.state), self.state.setup)
         else:
-            state, facts = open_phase(self.workspace, 0, self.phases[0].recipe, self.experiment.seed, 0, None)
+            recipe, seed, given = self.phases[0].recipe, self.experiment.seed, self.experiment.init_from
+            adapter = located(given, self.experiment.root) if given else None
+            state, facts = open_phase(self.workspace, 0, recipe, seed, 0, None, adapter)
             metrics, warnings, seconds = self._evaluate(state, last=False)
+            warnings = self.setting.task.notes + warnings
             row = RoundRecord(
                 round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
                 density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts, warnings=warnings,
@@ -182,7 +191,7 @@ class Session:
         row = dataclasses.replace(
             row,
             metrics=metrics,
-            warnings=self._notes + row.warnings + warnings,
+            warnings=self._notes + self._changes(state.round - 1) + row.warnings + warnings,
             facts=facts,
             epsilon=self.budget.spent(self.phases, state.round) if self.budget else None,
             example_epsilon=example_epsilon(self.phases, cohorts, self._turns),
@@ -268,6 +277,10 @@ class Session:
     def _exhausted(self, state: ServerState) -> bool:
         """Whether the privacy budget permits no further round."""
         return self.budget is not None and self.budget.exhausted(self.phases, state.round)
+
+    def _changes(self, round: int) -> tuple[str, ...]:
+        """The changes of the configuration that were made after a round."""
+        return tuple(one for change in self.files.changes() if change["round"] == round for one in change["changes"])
 
     def _record(self, state: ServerState, row: RoundRecord) -> None:
         self.files.append(row)

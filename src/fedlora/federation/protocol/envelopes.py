@@ -201,6 +201,7 @@ def of_reply(reply: Reply, job: Envelope, lost: bool = False) -> bytes:
         "failed": reply.failed,
         "lost": lost,
         "kept": reply.memory.kept,
+        **({"unmoved": list(reply.unmoved)} if reply.unmoved else {}),
     }
     return write(head, {} if reply.raw is None else {"raw": reply.raw})
 
@@ -231,4 +232,6 @@ def to_reply(envelope: Envelope, job: Job, run: str, ticket: str) -> Reply:
     version = job.fold.version if job.fold else job.memory.folds.version
     parts = Memory().having({"base": Folds(version if remembers else 0).store()})
     memory = ClientState(remembers, parts, kept)
-    return Reply(blobs.get("raw"), memory, seconds)
+    said = head.get("unmoved")
+    unmoved = tuple(group for group in ("adapter", "head") if isinstance(said, list) and group in said)
+    return Reply(blobs.get("raw"), memory, seconds, unmoved=unmoved)

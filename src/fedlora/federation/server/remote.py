@@ -13,6 +13,7 @@ from fedlora import config
 from fedlora.client.jobs import Job, Reply
 from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode
+from fedlora.config.places import located_model
 from fedlora.core.errors import DataError, QuorumError, TrainingError, WireError, plain
 from fedlora.core.state import ClientState
 from fedlora.engines.base import Engine
@@ -21,10 +22,10 @@ from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.federation.protocol.transport import Received, Transport
 from fedlora.federation.server.plain_settings import PlainSettings
 from fedlora.federation.server.probes import Probing
-from fedlora.federation.site.site import base_digest
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.runs.callbacks import Callback, CallbackList
 from fedlora.tasks.base import Prepared
+from fedlora.tasks.models.fingerprints import base_digest
 
 POLL = 0.2
 FIRST_TIMEOUT = 3600.0
@@ -130,7 +131,7 @@ class Remote(Engine):
             "run": self.name,
             "experiment": config.resolved(self._plain.experiment),
             "label_names": task.label_names,
-            "base": base_digest(effective.model),
+            "base": base_digest(located_model(effective)),
         }
         self._clients, self._numbers = clients, numbers or {}
         self._per_round = experiment.clients.per_round

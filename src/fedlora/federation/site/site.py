@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 
 from fedlora import config
 from fedlora.client.jobs import Job, Reply
@@ -21,6 +20,7 @@ from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode, pick_device, prepare
+from fedlora.config.places import located_model
 from fedlora.core.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError, WireError
 from fedlora.core.state import ClientState
 from fedlora.federation.protocol import envelopes
@@ -32,6 +32,7 @@ from fedlora.federation.site.watchdog import time_limit
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.tasks import Model
 from fedlora.tasks.base import Positions, Prepared
+from fedlora.tasks.models.fingerprints import base_digest
 
 
 class _Run(NamedTuple):
@@ -136,7 +137,7 @@ class Site:
         memory = SiteMemory(Path(self.settings.state), name)
         experiment = config.parse(head["experiment"])
         experiment = replace(experiment, model=self._model(experiment), device=self.settings.device)
-        if (found := base_digest(experiment.model)) != head["base"]:
+        if (found := base_digest(located_model(experiment))) != head["base"]:
             raise ConfigError(
                 f"the pre-trained model here ({found}) is not the server's ({head['base']}); put the same files here"
             )
@@ -169,7 +170,7 @@ class Site:
         return replace(experiment.model, trust_remote_code=False)
 
     def _task(self, experiment: Experiment, label_names: list[str]) -> Prepared:
-        task = experiment.task.restore(experiment.model, label_names)
+        task = experiment.task.restore(located_model(experiment), label_names)
         return task.with_rows(Path(str(self.settings.rows)), self.settings.columns, "train")
 
     def _turn(self, envelope: Envelope, job: Job, size: int, received: float) -> Reply:
@@ -205,18 +206,3 @@ class Site:
                 raise CheckpointError(f"run {name} was never opened here")
             self._run = self._prepared(json.loads(told))
         return self._run
-
-
-def base_digest(model: Model) -> str:
-    """Identifies a pre-trained model: a hash of its files, or the hub's id and revision."""
-    path = Path(model.resolve()).expanduser()
-    if not path.is_dir():
-        return f"{model.path}@{model.revision or 'main'}"
-    digest = xxhash.xxh3_128()
-    for file in sorted(path.iterdir()):
-        if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
-            digest.update(file.name.encode())
-            with file.open("rb") as opened:
-                while chunk := opened.read(1 << 22):
-                    digest.update(chunk)
-    return digest.hexdigest()

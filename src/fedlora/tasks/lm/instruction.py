@@ -188,6 +188,7 @@ class PreparedInstruction(PreparedNextToken):
         return generation.cut_left(tokens, self.settings.max_length, self.tokenizer.bos_token_id)
 
     def _answer(self, model: nn.Module, prompts: list[list[int]], device: torch.device) -> list[str]:
+        self.check_ids(np.array([token for prompt in prompts for token in prompt]))
         found = generation.generate(
             model, self.tokenizer, prompts, self.settings.max_new_tokens, self.settings.eval_batch_size, device
         )

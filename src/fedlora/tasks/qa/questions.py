@@ -18,7 +18,7 @@ from fedlora.core.later import transformers
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import fingerprint, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
-from fedlora.tasks.models.encoded import by_length, cached, chunks
+from fedlora.tasks.models.encoded import Ragged, by_length, cached, chunks
 from fedlora.tasks.models.loading import config_of, load_pretrained
 from fedlora.tasks.qa import spans
 from fedlora.tasks.qa.passages import Passages, check_stride, encode
@@ -113,11 +113,15 @@ class PreparedQuestions(PreparedTokenized):
         renamed = _renamed_backbone(self._model)
         return f", key_mapping={renamed!r}" if renamed else ""
 
+    @property
+    def sequences(self) -> list[Ragged]:
+        return [passages.tokens for passages in self._passages.values()]
+
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         renamed = _renamed_backbone(self._model)
         # the two outputs, for start and end, are called labels in a configuration
         settings = {"num_labels": 2, "key_mapping": renamed} if renamed else {"num_labels": 2}
-        longest = max((passages.tokens.longest() for passages in self._passages.values()), default=0)
+        longest = self.longest()
         model, head = load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
         if renamed:
             # else `transformers` would save the model under the old names, and not find them when it loads it

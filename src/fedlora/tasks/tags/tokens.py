@@ -179,10 +179,13 @@ class PreparedTokens(PreparedTokenized):
     def texts(self, split: Split) -> list[str]:
         return [" ".join(words) for words in values_of(self._data[split], "tokens")]
 
+    @property
+    def sequences(self) -> list[Ragged]:
+        return [windows.tokens for windows in self._windows.values()]
+
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        longest = max((windows.tokens.longest() for windows in self._windows.values()), default=0)
         settings = class_settings(self._names)
-        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
+        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=self.longest())
 
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: all windows of the examples; ``labels`` are ``(windows, width)``, -100 is masked."""
