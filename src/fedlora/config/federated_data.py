@@ -202,7 +202,7 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
     division = build_population(clients, classes.numbers, task.column(name, "train") if name else None, seed)
     # rows passed grouped by client are held out row by row unless configured otherwise
     if division.test_rows is None and name not in (None, CLIENT) and name in task.columns("test"):
-        shared = set(task.column(name, "test").tolist()) & set(task.column(name, "train").tolist())
+        shared = set(map(str, task.column(name, "test").tolist())) & set(map(str, task.column(name, "train").tolist()))
         if shared:
             raise DataError(
                 f"{len(shared)} values of {name!r} are in both the training and the test data, so test users would be "

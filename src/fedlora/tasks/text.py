@@ -184,6 +184,14 @@ class PreparedText(PreparedTokenized):
             results += scores.said(logits, self.settings.problem, self._names)
         return results
 
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: texts, or pairs where there is a column ``text_pair``."""
+        names = _texts(rows)
+        check_rows(rows, names, which)
+        check_texts(rows, names, which)
+        texts = [values_of(rows, name) for name in names]
+        return texts[0] if len(names) == 1 else [json.dumps(pair) for pair in zip(*texts, strict=True)]
+
     def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         if self._pooling != "model":
             weight, bias = weights["classifier.weight"], weights["classifier.bias"]
@@ -200,7 +208,7 @@ def _texts(rows: Any) -> list[str]:
 
 def _text_or_pair(given: str) -> str | tuple[str, str]:
     if given.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             match json.loads(given):
                 case [str(first), str(second)]:
                     return first, second

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ import xxhash
 
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.later import datasets
+
+_WHOLE = re.compile(r"\s*(?:0|-?[1-9][0-9]{0,17})\s*")
 
 
 class Raw(NamedTuple):
@@ -102,7 +105,7 @@ def check_column(rows: datasets.Dataset, name: str, which: str, use: str = "") -
     if name not in rows.column_names:
         near = difflib.get_close_matches(name, rows.column_names, n=1)
         use = use or name
-        other = f'data.columns = {{ {use} = "..." }}, or `evaluate -c {use}=...`, names another'
+        other = f'data.columns = {{ {use} = "..." }}, or `-c {use}=...` of evaluate and predict, names another'
         hint = f"did you mean '{near[0]}'?" if near else other
         raise DataError(f"the {which} rows have no column '{name}', only {', '.join(rows.column_names)}: {hint}")
 
@@ -263,16 +266,33 @@ def values_of(rows: datasets.Dataset, name: str) -> list[Any]:
     return values
 
 
+def typed(rows: datasets.Dataset, name: str) -> list[Any]:
+    """A column as Python values; fields of a csv that are all whole numbers in their plain form as these.
+
+    ``007`` is not in plain form, as it is another text than ``7``.
+    """
+    values = values_of(rows, name)
+    if not is_field(rows, name) or not all(value is None or _WHOLE.fullmatch(value) for value in values):
+        return values
+    return [value if value is None else int(value) for value in values]
+
+
+def is_field(rows: datasets.Dataset, name: str) -> bool:
+    """Whether a column holds fields of a csv, which are text whatever they mean."""
+    return str(_arrow(rows, name).type) == "large_string"
+
+
 def _label_names(rows: datasets.Dataset, label: str, label_name: str | None) -> dict[Any, str]:
-    """The name of each value of the label column, in the order of the class numbers."""
+    """The name of each value of the label column, in the order of the class numbers; values that no class declares as
+    text, since a csv has no numbers."""
     declared = class_names(rows, label)
     if declared is not None:
         return dict(enumerate(declared))
     values = _labels(rows, label)
     if label_name is None:
-        return {value: str(value) for value in sorted(set(values))}
+        return {str(value): str(value) for value in sorted(set(values))}
     pairs = sorted({*zip(values, map(str, _labels(rows, label_name)), strict=True)})
-    names = dict(pairs)
+    names = {str(value): name for value, name in pairs}
     if not len(pairs) == len(names) == len(set(names.values())):
         raise DataError(
             f"columns '{label}' and '{label_name}' disagree ({len(names)} classes, "
@@ -287,6 +307,8 @@ def _encode(rows: datasets.Dataset, label: str, names: dict[Any, str], which: st
     if declared is not None and declared != list(names.values()):
         raise DataError(f"the {which} rows declare other classes than the training rows: use files of one data set")
     values = _labels(rows, label)
+    if declared is None and not all(isinstance(value, int) for value in names):
+        values = [str(value) for value in values]
     unknown = sorted({value for value in values if value not in names})
     if unknown and declared is not None:
         raise DataError(
@@ -305,7 +327,7 @@ def _encode(rows: datasets.Dataset, label: str, names: dict[Any, str], which: st
 
 def _labels(rows: datasets.Dataset, name: str) -> list[Any]:
     """The values of a label column: strings or integers."""
-    values = values_of(rows, name)
+    values = typed(rows, name)
     kinds = {type(value) for value in values}
     if kinds == {float} and all(value.is_integer() for value in values):
         return [int(value) for value in values]

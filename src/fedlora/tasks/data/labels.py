@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,16 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import DataError
 from fedlora.core.later import datasets
-from fedlora.tasks.data.columns import Raw, class_names, class_numbers, known_classes, values_of, with_classes
+from fedlora.tasks.data.columns import (
+    Raw,
+    class_names,
+    class_numbers,
+    is_field,
+    known_classes,
+    typed,
+    values_of,
+    with_classes,
+)
 from fedlora.tasks.scores import Problem
 
 
@@ -21,9 +31,8 @@ def labelled(raw: Raw, problem: Problem) -> tuple[Raw, list[str]]:
         DataError: labels are not what the problem needs, or there are fewer than two classes.
     """
     if problem == "regression":
-        for rows, which in raw.sides:
-            _check_numbers(rows, which)
-        return raw, []
+        train, *test = (_numbers(rows, which) for rows, which in raw.sides)
+        return raw._replace(train=train, test=test[0] if test else None), []
     if problem == "multi":
         raw, names = class_sets(raw, "label")
     else:
@@ -45,8 +54,7 @@ def known_labels(rows: datasets.Dataset, problem: Problem, names: Sequence[str],
         return known_classes(rows, "label", names)
     if problem == "multi":
         return class_sets_of(rows, "label", names, which, by_number=True)
-    _check_numbers(rows, which)
-    return rows
+    return _numbers(rows, which)
 
 
 def label_table(rows: datasets.Dataset, problem: Problem, num_classes: int) -> NDArray[Any]:
@@ -118,13 +126,19 @@ def class_table(rows: datasets.Dataset, label: str, num_classes: int) -> NDArray
     return table
 
 
-def _check_numbers(rows: datasets.Dataset, which: str) -> None:
-    values = values_of(rows, "label")
+def _numbers(rows: datasets.Dataset, which: str) -> datasets.Dataset:
+    """``rows`` with ``label`` as finite numbers."""
+    values = typed(rows, "label")
+    if is_field(rows, "label"):
+        with contextlib.suppress(ValueError):
+            values = [value if isinstance(value, int) else float(value) for value in values]
+            rows = rows.remove_columns("label").add_column("label", values)
     if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
         raise DataError(
             f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs: mend "
             'the column, or set task.problem = "single"'
         )
+    return rows
 
 
 def _lists(rows: datasets.Dataset, label: str, which: str) -> list[list[Any]]:

@@ -12,7 +12,8 @@ import torch
 
 from fedlora.tasks.base import Batch, Data, Model, Positions, Prepared, Split, Task
 from fedlora.tasks.data.columns import Source, Splits, rename, split
-from fedlora.tasks.data.sources import read_rows
+from fedlora.tasks.data.files import read_rows
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.encoded import Ragged, width_of
 from fedlora.tasks.models.loading import load_tokenizer, save_tokenizer
 
@@ -97,8 +98,10 @@ class PreparedTokenized(Prepared):
         batch = {"input_ids": tokens.padded(rows, width, self.tokenizer.pad_token_id), "attention_mask": mask}
         return batch | ({"token_type_ids": types.padded(rows, width, 0)} if types is not None else {})
 
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        rows = rename(read_rows(str(path)), columns, str(path))
+    def with_rows(
+        self, path: Path, columns: Mapping[str, str], split: Split = "test", reading: Reading | None = None
+    ) -> Prepared:
+        rows = rename(read_rows(str(path), reading or Reading(), split), columns, str(path))
         known = self.settings.known(rows, self._names, str(path))
         return self.settings.over(self._model, self.tokenizer, self._names, {split: known})
 

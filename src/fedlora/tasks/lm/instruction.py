@@ -178,6 +178,15 @@ class PreparedInstruction(PreparedNextToken):
             prompts.append(self._prompt_tokens(text if messages is None else messages, f"input {number}"))
         return [{"answer": answer} for answer in self._answer(model, prompts, device)]
 
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: the column ``prompt``, or conversations in ``messages``."""
+        (name, *_) = self.settings.columns(rows)
+        check_rows(rows, [name], which)
+        if name == "messages":
+            return [json.dumps({"messages": value}) for value in values_of(rows, name)]
+        check_texts(rows, [name], which)
+        return values_of(rows, name)
+
     def _prompt_tokens(self, prompt: str | Sequence[Message], where: str) -> list[int]:
         if self.settings.chat:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -230,7 +239,7 @@ def _given_messages(text: str, where: str) -> list[Message] | None:
     """The conversation given as JSON in an input, or None if the input is a prompt."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return read_messages(value["messages"], where) if isinstance(value, dict) and "messages" in value else None
 

@@ -16,7 +16,7 @@ from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.later import transformers
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
-from fedlora.tasks.data.columns import fingerprint, values_of
+from fedlora.tasks.data.columns import check_rows, check_texts, fingerprint, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import by_length, cached, chunks
 from fedlora.tasks.models.loading import config_of, load_pretrained
@@ -168,6 +168,14 @@ class PreparedQuestions(PreparedTokenized):
         said, _ = self._read(model, passages, np.arange(len(passages.contexts)), device, None)
         answers = self._decode(said, np.diff(passages.examples), contexts)
         return [{"answer": one.text, "score": one.score, "start": one.start} for one in answers]
+
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: questions with their contexts."""
+        names = ["context", "question"]
+        check_rows(rows, names, which)
+        check_texts(rows, names, which)
+        asked = zip(*(values_of(rows, name) for name in names), strict=True)
+        return [json.dumps(dict(zip(names, one, strict=True)), ensure_ascii=False) for one in asked]
 
     def _inputs(self, passages: Passages, chosen: Positions) -> Batch:
         return self.inputs(passages.tokens, chosen, self.settings.max_length, passages.types)

@@ -264,6 +264,13 @@ class PreparedTokens(PreparedTokenized):
             results.append({"entities": entities})
         return results
 
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: the column ``text``, or the words of ``tokens`` with blanks between them."""
+        if "text" in rows.column_names:
+            return super().inputs_of(rows, which)
+        check_rows(rows, ["tokens"], which)
+        return [" ".join(map(str, words)) for words in values_of(rows, "tokens")]
+
     def _inputs(self, windows: Windows, sequences: Positions) -> tuple[Batch, NDArray[np.int64]]:
         """Sequences padded to the longest, and the places of their pieces."""
         inputs = self.inputs(windows.tokens, sequences, self.settings.max_length)
