@@ -12,7 +12,8 @@ import pytest
 
 from fedlora.core.errors import DataError
 from fedlora.tasks import Files, TextClassification
-from fedlora.tasks.data.columns import Raw, known_classes
+from fedlora.tasks.data.classes import known_classes
+from fedlora.tasks.data.columns import Raw
 from fedlora.tasks.data.labels import class_sets, class_sets_of, class_table
 
 LISTS: list[list[Any]] = [["red", "blue"], [], ["green"], ["blue"]]

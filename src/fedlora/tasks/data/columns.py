@@ -176,62 +176,6 @@ def split(raw: Raw, key: str) -> Splits:
     return Splits(raw.train, raw.test)
 
 
-def with_classes(raw: Raw, label: str, label_name: str | None) -> Raw:
-    """The same rows with ``label`` as a ``datasets.ClassLabel`` of the same classes on both sides.
-
-    Labels may be strings (classes are the sorted distinct strings), integers (classes are the sorted distinct numbers)
-    or a ``ClassLabel`` (kept).
-
-    Args:
-        raw: the rows.
-        label: the column of classes.
-        label_name: a column with a name for each class, or None.
-
-    Raises:
-        DataError: labels are of another type, or unknown, or their names disagree.
-    """
-    names = _label_names(raw.train, label, label_name)
-    train = _encode(raw.train, label, names, "training")
-    return raw._replace(train=train, test=None if raw.test is None else _encode(raw.test, label, names, "test"))
-
-
-def known_classes(rows: datasets.Dataset, label: str, names: Sequence[str]) -> datasets.Dataset:
-    """``rows`` with ``label`` as classes that are known already, given by name or number.
-
-    Raises:
-        DataError: a label is neither.
-    """
-
-    declared = class_names(rows, label)
-    known = class_numbers(names, declared, by_number=True)
-    values = _labels(rows, label) if declared is not None else [str(value) for value in _labels(rows, label)]
-    unknown = sorted({str(value) for value in values if value not in known})
-    if unknown:
-        raise DataError(
-            f"the rows have labels that the model does not know: {', '.join(unknown[:5])}; it knows "
-            f"{', '.join(names[:20])}: mend or remove them"
-        )
-    rows = rows.remove_columns(label)
-    return rows.add_column(label, [known[value] for value in values], feature=datasets.ClassLabel(names=list(names)))
-
-
-def class_numbers(names: Sequence[str], declared: Sequence[str] | None, by_number: bool = False) -> dict[Any, int]:
-    """The class that a value stands for, by value.
-
-    Args:
-        names: the classes that are known, in order.
-        declared: the classes of a column that declares its own: values are numbers of these. None for a column of words
-            or numbers, whose values are looked up as text.
-        by_number: whether the number of a class stands for it too; no number does where the names are numbers.
-    """
-    known = {name: number for number, name in enumerate(names)}
-    if declared is not None:
-        return {number: known[name] for number, name in enumerate(declared) if name in known}
-    if not by_number or all(name.removeprefix("-").isdigit() for name in names):
-        return dict(known)
-    return {str(number): number for number in range(len(names))} | known
-
-
 def fingerprint(dataset: datasets.Dataset, columns: Sequence[str] | None = None) -> str:
     """A hash of the content that is the same wherever the same rows come in the same order.
 
@@ -280,63 +224,6 @@ def typed(rows: datasets.Dataset, name: str) -> list[Any]:
 def is_field(rows: datasets.Dataset, name: str) -> bool:
     """Whether a column holds fields of a csv, which are text whatever they mean."""
     return str(_arrow(rows, name).type) == "large_string"
-
-
-def _label_names(rows: datasets.Dataset, label: str, label_name: str | None) -> dict[Any, str]:
-    """The name of each value of the label column, in the order of the class numbers; values that no class declares as
-    text, since a csv has no numbers."""
-    declared = class_names(rows, label)
-    if declared is not None:
-        return dict(enumerate(declared))
-    values = _labels(rows, label)
-    if label_name is None:
-        return {str(value): str(value) for value in sorted(set(values))}
-    pairs = sorted({*zip(values, map(str, _labels(rows, label_name)), strict=True)})
-    names = {str(value): name for value, name in pairs}
-    if not len(pairs) == len(names) == len(set(names.values())):
-        raise DataError(
-            f"columns '{label}' and '{label_name}' disagree ({len(names)} classes, "
-            f"{len(set(names.values()))} names, {len(pairs)} pairs), but each class needs one name: mend the names"
-        )
-    return names
-
-
-def _encode(rows: datasets.Dataset, label: str, names: dict[Any, str], which: str) -> datasets.Dataset:
-
-    declared = class_names(rows, label)
-    if declared is not None and declared != list(names.values()):
-        raise DataError(f"the {which} rows declare other classes than the training rows: use files of one data set")
-    values = _labels(rows, label)
-    if declared is None and not all(isinstance(value, int) for value in names):
-        values = [str(value) for value in values]
-    unknown = sorted({value for value in values if value not in names})
-    if unknown and declared is not None:
-        raise DataError(
-            f"{sum(value in unknown for value in values)} of {len(rows)} {which} rows carry the label {unknown[0]}, "
-            "which means 'not given', but every row needs a class: choose a split with labels"
-        )
-    if unknown:
-        raise DataError(
-            f"the {which} rows have {len(unknown)} labels that no training row has (such as {unknown[0]!r}), but a "
-            "class must be seen to be learned: add training rows of it or remove these"
-        )
-    index = {value: position for position, value in enumerate(names)}
-    feature = datasets.ClassLabel(names=list(names.values()))
-    return rows.remove_columns(label).add_column(label, [index[value] for value in values], feature=feature)
-
-
-def _labels(rows: datasets.Dataset, name: str) -> list[Any]:
-    """The values of a label column: strings or integers."""
-    values = typed(rows, name)
-    kinds = {type(value) for value in values}
-    if kinds == {float} and all(value.is_integer() for value in values):
-        return [int(value) for value in values]
-    if kinds == {bool}:
-        return [str(value) for value in values]
-    if kinds not in ({str}, {int}):
-        found = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise DataError(f"column '{name}' holds {found}, but labels are strings or whole numbers: name another column")
-    return values
 
 
 def _arrow(rows: datasets.Dataset, name: str) -> Any:
