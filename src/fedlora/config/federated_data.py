@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fedlora.config import experiment as config
+from fedlora.config.data_notes import data_notes
 from fedlora.config.experiment import Experiment
 from fedlora.config.handed_over import check_here, handed_over
 from fedlora.core.errors import ConfigError, DataError
@@ -64,6 +65,7 @@ class FederatedData:
         holdout: the training examples ((rows,) int64, ascending) that each client holds out from training, by client.
             In the mode ``centralised`` they are those of the clients of the corresponding federation.
         tiers: the tier of each client, if there are tiers and the run is federated.
+        notes: sentences about the data, for the first row of the ledger.
     """
 
     task: Prepared
@@ -74,6 +76,7 @@ class FederatedData:
     classes: Classes
     holdout: Mapping[int, Rows] = field(default_factory=dict)
     tiers: Mapping[int, Tier] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def turns(self, recipe: Recipe) -> list[tuple[int, Local]]:
         """Each client's number of examples and its local training settings (those of its tier, if there are tiers)."""
@@ -133,7 +136,8 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
         column = task.column(clients.tier_column, "train") if clients.tier_column else None
         rows = [population.rows_of(client) for client in range(len(population))]
         tiers = assign_tiers(clients.tiers, population.names, rows, column)
-    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers)
+    notes = data_notes(experiment, task, population.rows, test_rows, split)
+    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers, notes)
 
 
 def prepare_sites(

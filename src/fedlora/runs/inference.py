@@ -78,7 +78,8 @@ class TrainedRun:
         self.workspace.model.eval()
         with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
             rows = np.arange(task.num_examples("test"))
-            return task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
+            found = task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
+        return found._replace(warnings=task.notes + found.warnings)
 
     def export(self, folder: Path | str, merge: bool = False) -> None:
         """Writes an adapter that ``peft`` loads, or with ``merge`` a whole model that does not need ``peft``.

@@ -18,6 +18,7 @@ from fedlora.core.component import MODEL_CONFIG, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.handed import HandedField, with_keywords
 from fedlora.tasks.data.columns import Source, check_column, check_rows, check_texts, fingerprint, typed, values_of
+from fedlora.tasks.data.notes import near_equal
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.objects import origin_of, taken_over
@@ -152,6 +153,20 @@ class Prepared(ABC):
     def data(self) -> Mapping[Split, datasets.Dataset]:
         """The rows of each existing split."""
         return self._data
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The columns that the task reads."""
+        return frozenset(name for rows in self.data.values() for name in rows.column_names)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the data that may not mean what their owner thinks, reported once."""
+        return tuple(near_equal(self.label_names))
+
+    def contents(self, split: Split) -> list[str]:
+        """The content of each example, by which equal ones are found; an empty list if they are not compared."""
+        return []
 
     @property
     def labels(self) -> Positions:

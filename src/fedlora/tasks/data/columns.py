@@ -45,6 +45,11 @@ class Raw(NamedTuple):
 class Source(ABC):
     """A place that rows come from."""
 
+    @property
+    def adds(self) -> frozenset[str]:
+        """The columns that are there whether or not a task reads them."""
+        return frozenset()
+
     @abstractmethod
     def load(self) -> Raw:
         """Read the rows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,23 @@ def vector_size(lists: Sequence[Sequence[Any]]) -> int | None:
         len(sizes) == 1 and min(sizes) > 1 and all(not isinstance(e, str) and e in (0, 1) for r in lists for e in r)
     )
     return sizes.pop() if is_vectors else None
+
+
+def given_twice(data: Mapping[Any, datasets.Dataset]) -> list[str]:
+    """Sentences about lists of classes that have one twice.
+
+    Args:
+        data: rows with class numbers, by split.
+    """
+    counts = {
+        split: sum(isinstance(value, list) and len(set(value)) < len(value) for value in values_of(rows, "label"))
+        for split, rows in data.items()
+    }
+    return [
+        f"{count} of {len(data[split])} {split} rows name a class twice, which counts once"
+        for split, count in counts.items()
+        if count
+    ]
 
 
 def class_table(rows: datasets.Dataset, label: str, num_classes: int) -> NDArray[np.float32]:

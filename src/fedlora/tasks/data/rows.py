@@ -60,6 +60,10 @@ class Rows(Source):
         """Whether each training row belongs to a client that was named with it."""
         return self.train.value is not None and CLIENT in self.train.value.column_names
 
+    @property
+    def adds(self) -> frozenset[str]:
+        return frozenset({CLIENT})
+
     def load(self) -> Raw:
         train = rename(self.train.here("data.train"), self.columns, "training")
         test = None if self.test is None else rename(self.test.here("data.test"), self.columns, "test")

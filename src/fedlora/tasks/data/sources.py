@@ -53,6 +53,10 @@ class Docstrings(Source):
     test_fraction: Fraction = 0.2
     seed: int = 0
 
+    @property
+    def adds(self) -> frozenset[str]:
+        return frozenset({"file"})
+
     def load(self) -> Raw:
 
         root = Path(sysconfig.get_path("stdlib"))
@@ -191,6 +195,10 @@ class ImageFolder(Source):
     test_fraction: Fraction = 0.2
     seed: int = 0
 
+    @property
+    def adds(self) -> frozenset[str]:
+        return frozenset({"file"})
+
     def load(self) -> Raw:
         train_folder, test_folder = picture_folders(Path(self.path).expanduser())
         if self.test is not None:
@@ -247,6 +255,10 @@ class Validation(Source):
     share: Fraction = 0.1
     seed: int = 0
     hold_out: Literal["rows", "clients"] = "rows"
+
+    @property
+    def adds(self) -> frozenset[str]:
+        return self.source.adds
 
     def load(self) -> Raw:
         raw = self.source.load()

@@ -28,8 +28,8 @@ class TokenizedTask(Task):
             DataError: the data cannot be read, or are not of the form that the task needs.
         """
         raw = source.load()
-        for rows, which in raw.sides:
-            self.known(rows, [], which)
+        train, *test = (self.known(rows, [], which) for rows, which in raw.sides)
+        raw = raw._replace(train=train, test=test[0] if test else None)
         return split(raw, self.content(raw.train)), []
 
     def content(self, rows: Any) -> str:
@@ -79,6 +79,9 @@ class PreparedTokenized(Prepared):
         super().__init__(model, names, data)
         self.settings = settings
         self.tokenizer = tokenizer
+
+    def contents(self, split: Split) -> list[str]:
+        return self.texts(split)
 
     def inputs(
         self, tokens: Ragged, rows: Positions, limit: int, types: Ragged | None = None, pad_to: int | None = None

@@ -20,7 +20,7 @@ from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepar
 from fedlora.tasks.data.columns import Source, check_rows, check_texts, rename, split, values_of
 from fedlora.tasks.data.files import is_saved, read_rows
 from fedlora.tasks.data.folders import read_folder
-from fedlora.tasks.data.labels import known_labels, label_table, labelled
+from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
@@ -175,6 +175,17 @@ class PreparedImages(Prepared):
             batch = self.processor.normalise(torch.from_numpy(np.stack(pixels)).to(device))
             results += scores.said(model(pixel_values=batch).logits, self.settings.problem, self._names)
         return results
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"image", "label", "label_name"})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes, *given_twice(self.data))
+
+    def contents(self, split: Split) -> list[str]:
+        return [str(digest) for digest in values_of(self.data[split], "image")]
 
     def inputs_of(self, rows: Any, which: str) -> list[str]:
         """See ``Prepared.inputs_of``: the column ``image`` with the paths of pictures."""

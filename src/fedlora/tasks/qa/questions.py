@@ -104,6 +104,10 @@ class PreparedQuestions(PreparedTokenized):
         self._references = {name: spans.references_of(part, name) for name, part in data.items()}
         self._targets = {name: passages.targets(self._references[name]) for name, passages in self._passages.items()}
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"context", "question", "answers"})
+
     def texts(self, split: Split) -> list[str]:
         columns = (values_of(self._data[split], name) for name in ("question", "context"))
         return [" ".join(row) for row in zip(*columns, strict=True)]

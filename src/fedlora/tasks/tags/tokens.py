@@ -176,6 +176,10 @@ class PreparedTokens(PreparedTokenized):
         """See ``Prepared.labels``: the most frequent type of entity in each example."""
         return self._labels
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"tokens", "tags"})
+
     def texts(self, split: Split) -> list[str]:
         return [" ".join(words) for words in values_of(self._data[split], "tokens")]
 
