@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -58,8 +58,8 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
         model: the model to search.
         targets: ``default`` for the family's usual ones (query and value, as in PEFT; all of them if the family is in
             no table), ``all-linear`` for every linear layer and every ungrouped convolution except the head, a regular
-            expression that must match a whole module name, or a tuple of name suffixes. Only the latter two select
-            embeddings.
+            expression that must match a whole module name, or a tuple of name suffixes. A string that matches no whole
+            name is read as a suffix. Only the latter two select embeddings.
         head: names of the head's parameters.
 
     Raises:
@@ -70,14 +70,18 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
         known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_DEFAULTS
         usual = known.get(family(model), "all-linear")
         targets = usual if isinstance(usual, str) else tuple(usual)
-    matches = _matcher(targets)
+    every = {name: module for name, module in model.named_modules() if is_matrix(module)}
+    chosen = _chosen(list(every), targets)
     matrices = {
-        name: module
-        for name, module in model.named_modules()
-        if is_matrix(module)
-        and matches(name)
-        and not any(f"{name}.{leaf}" in head for leaf, _ in module.named_parameters())
+        name: every[name]
+        for name in chosen
+        if not any(f"{name}.{leaf}" in head for leaf, _ in every[name].named_parameters())
     }
+    if named and chosen and not matrices:
+        raise ConfigError(
+            f"targets = {targets!r} selects {', '.join(chosen[:5])} alone, of the head, which is trained whole: name "
+            "other modules"
+        )
     obstacles = _obstacles(model, matrices)
     if named and obstacles:
         name, why = next(iter(obstacles.items()))
@@ -88,20 +92,24 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
         for name, module in matrices.items()
         if named or not (name in obstacles or module is output or isinstance(module, nn.Embedding))
     }
-    check_matched(len(found), f"targets = {targets!r}", model)
+    rule = "a string is a regular expression over a whole name, or the end of names; a list has ends of names"
+    check_matched(len(found), f"targets = {targets!r} ({rule})" if named else f"targets = {targets!r}", model)
     return found
 
 
-def _matcher(targets: Targets) -> Callable[[str], bool]:
-    if isinstance(targets, tuple):
-        return lambda name: any(name == ending or name.endswith(f".{ending}") for ending in targets)
+def _chosen(names: Sequence[str], targets: Targets) -> list[str]:
+    """The names that ``targets`` select."""
     if targets == "all-linear":
-        return lambda _: True
-    try:
-        pattern = re.compile(targets)
-    except re.error as error:
-        raise ConfigError(f"targets = {targets!r} is no regular expression: {error}") from error
-    return lambda name: pattern.fullmatch(name) is not None
+        return list(names)
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ConfigError(f"targets = {targets!r} is no regular expression: {error}") from error
+        if found := [name for name in names if pattern.fullmatch(name)]:
+            return found
+        targets = (targets,)
+    return [name for name in names if any(name == ending or name.endswith(f".{ending}") for ending in targets)]
 
 
 def _obstacles(model: nn.Module, matrices: Mapping[str, nn.Module]) -> dict[str, str]:
