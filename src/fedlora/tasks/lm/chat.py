@@ -50,14 +50,8 @@ class Conversation(NamedTuple):
     tools: Sequence[Any] | None = None
 
 
-def chat_notes(tokenizer: Any, conversations: Sequence[Conversation], which: str) -> list[str]:
-    """Sentences about what a chat template has no place for, and how it is written instead.
-
-    Args:
-        tokenizer: has a chat template.
-        conversations: from the rows.
-        which: what the rows are, for messages.
-    """
+def chat_notes(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
+    """Sentences about what a chat template has no place for, and how it is written instead."""
     template, total = tokenizer.chat_template, len(conversations)
     calls = sum(any("tool_calls" in turn for turn in one.messages) for one in conversations)
     tools = sum(any(turn["role"] == "tool" for turn in one.messages) for one in conversations)
@@ -65,18 +59,18 @@ def chat_notes(tokenizer: Any, conversations: Sequence[Conversation], which: str
     notes = []
     if calls and not has_place(template):
         notes.append(
-            f"{calls} of {total} {which} rows call tools, for which the chat template has no place: calls are written "
-            "as text, <tool_call> around JSON"
+            f"{calls} of {total} rows call tools, for which the chat template has no place: calls are written as text, "
+            "<tool_call> around JSON"
         )
     if tools and not names_role(template, "tool"):
         notes.append(
-            f"{tools} of {total} {which} rows have answers of tools, for which the chat template has no place: they "
-            "are written as turns of the user, <tool_response> around the text"
+            f"{tools} of {total} rows have answers of tools, for which the chat template has no place: they are "
+            "written as turns of the user, <tool_response> around the text"
         )
     if given and "tools" not in str(template).replace("tool_calls", ""):
         notes.append(
-            f"{given} of {total} {which} rows describe tools, which the chat template leaves out: put them into the "
-            "turn of the system"
+            f"{given} of {total} rows describe tools, which the chat template leaves out: put them into the turn of "
+            "the system"
         )
     return notes
 

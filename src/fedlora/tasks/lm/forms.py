@@ -28,7 +28,7 @@ def standard(rows: Any, wanted: Collection[str]) -> Any:
     """
     names = rows.column_names
     if "conversations" in names and "messages" not in names and "conversations" not in wanted:
-        return _with_system(rows.rename_column("conversations", "messages"))
+        return _with_system(rows)
     answer = next((name for name in _ANSWERS if name in names and name not in wanted), None)
     if answer and "answer" not in names:
         rows = rows.rename_column(answer, "answer")
@@ -82,20 +82,20 @@ def _with_prompt(rows: Any, beside: str | None) -> Any:
         one if one is None or other is None or not str(other).strip() else f"{one}\n{other}"
         for one, other in zip(asked, others, strict=True)
     ]
-    return rows.remove_columns([name for name in ("instruction", beside) if name]).add_column("prompt", prompts)
+    return rows.add_column("prompt", prompts).remove_columns([name for name in ("instruction", beside) if name])
 
 
 def _with_system(rows: Any) -> Any:
-    """Rows with the column ``system`` as the first turn of each conversation that has none."""
+    """``conversations`` as ``messages``, the column ``system`` as the first turn of each that has none."""
     if "system" not in rows.column_names:
-        return rows
+        return rows.rename_column("conversations", "messages")
     found = []
-    for value, system in zip(values_of(rows, "messages"), values_of(rows, "system"), strict=True):
+    for value, system in zip(values_of(rows, "conversations"), values_of(rows, "system"), strict=True):
         turns = parsed(value)
         has = not isinstance(turns, list) or any("system" in (_role(one) or "") for one in turns[:1])
         first = [] if has or not isinstance(system, str) or not system.strip() else [_system(system)]
         found.append(json.dumps([*first, *turns] if first else turns))
-    return rows.remove_columns(["messages", "system"]).add_column("messages", found)
+    return rows.add_column("messages", found).remove_columns(["conversations", "system"])
 
 
 def _system(text: str) -> dict[str, str]:
@@ -128,4 +128,4 @@ def _joined(rows: Any) -> Any:
             )
         found.append(json.dumps([*({**parsed(one), "weight": 0} for one in turns), *last]))
     left = [name for name in ("prompt", "answer") if name in rows.column_names]
-    return rows.remove_columns(left).add_column("messages", found)
+    return rows.add_column("messages", found).remove_columns(left)

@@ -173,7 +173,8 @@ class PreparedInstruction(PreparedNextToken):
         if settings.chat:
             check_chat(tokenizer, model.path)
         cut_to = f"max_length = {settings.max_length} tokens"
-        super().__init__(settings, model, tokenizer, names, data, lacking="no answer to learn", cut_to=cut_to)
+        lacking = "no answer to learn" + (" (blank, or marked with weight 0)" if settings.chat else "")
+        super().__init__(settings, model, tokenizer, names, data, lacking=lacking, cut_to=cut_to)
         self.main_metric = "exact_match" if settings.generate else "accuracy"
         if settings.generate and "test" in data:
             self._check_answers()
@@ -186,9 +187,10 @@ class PreparedInstruction(PreparedNextToken):
     def notes(self) -> tuple[str, ...]:
         """See ``Prepared.notes``: values that a template lacks, and what a chat template has no place for."""
         found: list[str] = []
+        conversations: list[Conversation] = []
         for split, rows in self.data.items():
             if self.settings.columns(rows)[0] == "messages":
-                found += chat_notes(self.tokenizer, _conversations(rows, self.settings), split)
+                conversations += _conversations(rows, self.settings)
                 continue
             for name in self.settings.asks:
                 count = sum(value is None for value in values_of(rows, name))
@@ -197,7 +199,7 @@ class PreparedInstruction(PreparedNextToken):
                         f"column '{name}' has no value in {count} of {len(rows)} {split} rows, where the template's "
                         f"{{{name}}} is left empty"
                     )
-        return tuple(found)
+        return (*found, *(chat_notes(self.tokenizer, conversations) if conversations else ()))
 
     def texts(self, split: Split) -> list[str]:
         """See ``Prepared.texts``: the prompts, or all turns of conversations."""

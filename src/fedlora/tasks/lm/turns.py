@@ -43,6 +43,9 @@ def read_messages(value: Any, where: str) -> list[Message]:
         DataError: the value is anything else.
     """
     found = parsed(value)
+    if isinstance(found, dict) and found and all(isinstance(one, list) for one in found.values()):
+        # a table of turns, as `datasets` has lists of objects
+        found = [dict(zip(found, one, strict=True)) for one in zip(*found.values(), strict=False)]
     turns = [parsed(one) for one in found] if isinstance(found, list) else []
     if not turns or not all(isinstance(one, dict) for one in turns):
         raise DataError(
