@@ -246,7 +246,7 @@ def test_targets_of_the_head_alone_are_refused() -> None:
 @pytest.mark.parametrize("targets", [("nothing",), "nothing"])
 def test_targets_that_match_nothing_are_refused_with_the_names_there_are(targets: str | tuple[str, ...]) -> None:
     with pytest.raises(
-        ConfigError, match=r"or the end of names; a list has ends of names\) matches nothing in BertFor.*query"
+        ConfigError, match=r"matches nothing in BertFor.*whole name or the end of names, a list has ends.*query, token"
     ):
         opened("bert", LoRA(rank=2, targets=targets))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.later import peft, transformers
-from fedlora.tuning.base import check_matched
 from fedlora.tuning.matrices import is_linear, is_matrix, obstacle, tied_weights
 
 if TYPE_CHECKING:
@@ -77,11 +76,6 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
         for name in chosen
         if not any(f"{name}.{leaf}" in head for leaf, _ in every[name].named_parameters())
     }
-    if named and chosen and not matrices:
-        raise ConfigError(
-            f"targets = {targets!r} selects {', '.join(chosen[:5])} alone, of the head, which is trained whole: name "
-            "other modules"
-        )
     obstacles = _obstacles(model, matrices)
     if named and obstacles:
         name, why = next(iter(obstacles.items()))
@@ -92,9 +86,23 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
         for name, module in matrices.items()
         if named or not (name in obstacles or module is output or isinstance(module, nn.Embedding))
     }
-    rule = "a string is a regular expression over a whole name, or the end of names; a list has ends of names"
-    check_matched(len(found), f"targets = {targets!r} ({rule})" if named else f"targets = {targets!r}", model)
+    if not found:
+        raise _nothing(model, targets, chosen if named else [], every)
     return found
+
+
+def _nothing(model: nn.Module, targets: Targets, chosen: Sequence[str], every: Iterable[str]) -> ConfigError:
+    """The error about targets that select nothing but modules of the head, if any."""
+    if chosen:
+        return ConfigError(
+            f"targets = {targets!r} selects {', '.join(chosen[:5])} alone, of the head, which is trained whole: name "
+            "other modules"
+        )
+    endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in every}))
+    return ConfigError(
+        f"targets = {targets!r} matches nothing in {type(model).__name__}; a string is a regular expression over a "
+        f"whole name or the end of names, a list has ends of names, and the matrices there are end in: {endings}"
+    )
 
 
 def _chosen(names: Sequence[str], targets: Targets) -> list[str]:

@@ -26,16 +26,17 @@ def standard(rows: Any, wanted: Collection[str]) -> Any:
         rows: a ``datasets.Dataset``.
         wanted: the columns that are read by name.
     """
-    names = rows.column_names
-    if "conversations" in names and "messages" not in names and "conversations" not in wanted:
+    names = {*rows.column_names}
+    free = names - {*wanted}
+    if "conversations" in free and "messages" not in names:
         return _with_system(rows)
-    answer = next((name for name in _ANSWERS if name in names and name not in wanted), None)
+    answer = next((name for name in _ANSWERS if name in free), None)
     if answer and "answer" not in names:
         rows = rows.rename_column(answer, "answer")
-    if "prompt" in rows.column_names and "messages" not in names and _is_chat(rows, "prompt"):
+    if "prompt" in names and "messages" not in names and _is_chat(rows, "prompt"):
         return _joined(rows)
-    if "instruction" in names and "prompt" in wanted and "prompt" not in names:
-        rows = _with_prompt(rows, next((name for name in _BESIDE if name in names and name not in wanted), None))
+    if "instruction" in free and "prompt" in {*wanted} - names:
+        rows = _with_prompt(rows, next((name for name in _BESIDE if name in free), None))
     return rows
 
 
