@@ -80,7 +80,7 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
     if named and obstacles:
         name, why = next(iter(obstacles.items()))
         raise ConfigError(f"{name} cannot be a target: {why}; leave it out of `targets`")
-    output = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    output = _output(model)
     found = {
         name: module
         for name, module in matrices.items()
@@ -88,6 +88,14 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
     }
     if not found:
         raise _nothing(model, targets, chosen if named else [], every)
+    return found
+
+
+def _output(model: nn.Module) -> nn.Module | None:
+    """The matrix of a language model's output."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return None
+    found: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return found
 
 

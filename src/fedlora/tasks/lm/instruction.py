@@ -145,6 +145,7 @@ class Instruction(NextTokenTask):
 
         key = {
             "task": "instruction",
+            "form": 2,  # what the cache holds of older versions learns turns of weight 0
             "template": self.template,
             "learn": self.learn,
             "max_length": size,
