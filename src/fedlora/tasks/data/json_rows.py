@@ -31,7 +31,7 @@ def read_json(file: Path, reading: Reading, by_line: bool) -> datasets.Dataset:
     if by_line:
         first = next((line for line in read_lines(file, reading) if line.strip()), "")
         by_line = not first.lstrip().startswith("[")
-    value = _LINES if by_line else _document("".join(read_lines(file, reading, longest=-1)), name)
+    value = _LINES if by_line else _document("".join(read_lines(file, reading, any_length=True)), name)
     rows = _by_line(read_lines(file, reading), name) if value is _LINES else _below(value, name)
     return of_objects(_expanded(rows, name), name)
 
