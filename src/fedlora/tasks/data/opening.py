@@ -177,9 +177,15 @@ class _Unpacked(io.RawIOBase):
         self._left = int(gigabytes * 1e9)
 
     def readable(self) -> bool:
+        """See ``io.IOBase``: yes."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """See ``io.RawIOBase``.
+
+        Raises:
+            DataError: the packed file is damaged, or unpacks to more than the bound.
+        """
         try:
             chunk = self._source.read(len(buffer))
         except (OSError, EOFError, zlib.error) as error:
