@@ -404,7 +404,7 @@ def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest
     one = json.dumps({"text": "x" * 2000}).encode()
     with pytest.raises(DataError, match=r"line 1 of .* has more than 1,000 characters"):
         rows_of(tmp_path, "c.jsonl.gz", gzip.compress(one))
-    with pytest.raises(DataError, match=r"row 0 of .* has a text of more than 1,000 characters"):
+    with pytest.raises(DataError, match=r"row 0 of .* has more than 1,000 characters"):
         rows_of(tmp_path, "c.json.gz", gzip.compress(b"[" + one + b"]"))
 
 

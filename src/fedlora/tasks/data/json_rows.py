@@ -123,10 +123,6 @@ def _columns(answers: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {key: [one[key] for one in answers] for key in ("text", "answer_start")}
 
 
-def _parsed(text: str) -> Any:
-    return json.loads(text, parse_constant=_constant, object_pairs_hook=_object)
-
-
 def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
@@ -137,6 +133,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(one for one in names if names.count(one) > 1)!r} stands twice in one object")
     return found
+
+
+# one for all lines: json.loads() would make one for each
+_parsed = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=_object).decode
 
 
 def _no_json(error: Exception, where: str, name: str) -> DataError:
