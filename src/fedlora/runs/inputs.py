@@ -34,7 +34,7 @@ def read_inputs(given: str, task: Prepared, columns: Mapping[str, str], reading:
     if given == "-":
         inputs = _standard_input(task, columns, reading)
     elif (file := _file(given)) is None:
-        inputs = [given] if given.strip() else []
+        inputs = [_text(given)] if given.strip() else []
     elif is_data_file(file):
         inputs = task.inputs_of(rename(read_rows(str(file), reading, "test"), columns, given), given)
     else:
@@ -57,6 +57,17 @@ def _file(given: str) -> Path | None:
     if is_name:
         raise DataError(f"there is no file {given}; name one with an input per line, or give the input itself")
     return None
+
+
+def _text(given: str) -> str:
+    """An argument as text: in the locale C, Python does not decode bytes beyond ASCII."""
+    try:
+        return given.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise DataError(
+            f"the input {given[:60]!a} is no UTF-8 text, which an input is: write it so, or into a file and name "
+            "its --encoding"
+        ) from error
 
 
 def _standard_input(task: Prepared, columns: Mapping[str, str], reading: Reading) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -53,16 +54,10 @@ def _fields(
 ) -> Iterator[tuple[int, list[str]]]:
     """The rows that are not empty, each with the number of its first line."""
 
-    def ended() -> Iterator[str]:
-        last = first
-        yield first
-        for last in lines:
-            yield last
-        # inside an open quote, this line becomes part of a field
-        yield _END if last.endswith(("\n", "\r")) else f"\n{_END}"
-
+    # the last line becomes part of a field if a quote is open
+    ended = itertools.chain([first], lines, [_END])
     blank = any(name.startswith(" ") for name in first.split(delimiter)[1:])
-    reader = csv.reader(ended(), delimiter=delimiter, skipinitialspace=blank)
+    reader = csv.reader(ended, delimiter=delimiter, skipinitialspace=blank)
     number, row = 1 + skipped, [""]
     with _long_fields():
         try:

@@ -31,7 +31,7 @@ def read_json(file: Path, reading: Reading, by_line: bool) -> datasets.Dataset:
     if by_line:
         first = next((line for line in read_lines(file, reading) if line.strip()), "")
         by_line = not first.lstrip().startswith("[")
-    value = _LINES if by_line else _document("".join(read_lines(file, reading, longest=-1)), name)
+    value = _LINES if by_line else _document("".join(read_lines(file, reading, any_length=True)), name)
     rows = _by_line(read_lines(file, reading), name) if value is _LINES else _below(value, name)
     return of_objects(_expanded(rows, name), name)
 
@@ -123,10 +123,6 @@ def _columns(answers: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {key: [one[key] for one in answers] for key in ("text", "answer_start")}
 
 
-def _parsed(text: str) -> Any:
-    return json.loads(text, parse_constant=_constant, object_pairs_hook=_object)
-
-
 def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
@@ -137,6 +133,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(one for one in names if names.count(one) > 1)!r} stands twice in one object")
     return found
+
+
+# one for all lines: json.loads() would make one for each
+_parsed = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=_object).decode
 
 
 def _no_json(error: Exception, where: str, name: str) -> DataError:

@@ -56,9 +56,8 @@ def of_objects(rows: Iterable[tuple[str, Any]], name: str) -> datasets.Dataset:
     columns: dict[str, _Column] = {}
     count, pending, size = 0, [], 0
     for where, row in rows:
-        _check_row(row, where, name)
+        size += _characters(row, where, name)
         pending.append(row)
-        size += sum(len(value) for value in row.values() if isinstance(value, str))
         if len(pending) == _ROWS or size > _CHARACTERS:
             _extend(columns, pending, count, name)
             count, pending, size = count + len(pending), [], 0
@@ -95,9 +94,10 @@ class _Column:
         """Adds the values of rows, the first of which is row number ``before``."""
         if before > self._rows:
             self._append(pyarrow.nulls(before - self._rows))
-        for row, value in enumerate(values, before):
-            if value is not None:
-                self._first.setdefault(_KINDS[type(value)], row)
+        kinds = list(map(type, values))
+        for kind in dict.fromkeys(kinds):
+            if kind is not type(None):
+                self._first.setdefault(_KINDS[kind], before + kinds.index(kind))
         if len(self._first) > 1 and not self._first.keys() <= {"a list", "an object"}:
             raise self._mixed()
         self._append(self._block(values))
@@ -154,27 +154,34 @@ def _as_json(values: list[Any]) -> Any:
     return pyarrow.array(texts, pyarrow.string())
 
 
-def _check_row(row: Any, where: str, name: str) -> None:
+def _characters(row: Any, where: str, name: str) -> int:
+    """The characters of a row's texts, after a look at its form."""
     if not isinstance(row, dict):
         raise DataError(
             f"{where} of '{name}' is {_KINDS.get(type(row), 'empty')}, but a row is an object, as in "
             '{"text": "...", "label": "..."}: write each row so'
         )
-    if any(isinstance(value, str) and len(value) > LONGEST_ROW for value in row.values()):
+    total, level = 0, []
+    for value in row.values():
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, list | dict):
+            level.append(value)
+    if total > LONGEST_ROW:
         raise DataError(
-            f"{where} of '{name}' has a text of more than {LONGEST_ROW:,} characters, but a row is no longer than "
-            "that: split or remove it"
+            f"{where} of '{name}' has more than {LONGEST_ROW:,} characters, but a row is no longer than that: split or "
+            "remove it"
         )
-    level: list[Any] = [row]
-    for _ in range(DEEPEST):
+    # the row itself is the first of them
+    for _ in range(DEEPEST - 1):
+        if not level:
+            return total
         level = [
             inner
             for outer in level
             for inner in (outer.values() if isinstance(outer, dict) else outer)
             if isinstance(inner, list | dict)
         ]
-        if not level:
-            return
     raise DataError(
         f"{where} of '{name}' has more than {DEEPEST} lists or objects inside each other, which no row needs: mend it"
     )
