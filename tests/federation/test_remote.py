@@ -27,6 +27,7 @@ from fedlora.rounds.checkpoint import load_state
 from fedlora.runs.claim import claimed
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.fingerprints import base_digest
 from fedlora.transport import wire
 
@@ -488,7 +489,8 @@ def test_a_letter_is_as_long_as_it_says() -> None:
 
 def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "site.toml"
-    file.write_text("name = 'a'\nrows = 'rows.csv'\n")
+    file.write_text("name = 'a'\nrows = 'rows.csv'\ndelimiter = ';'\nencoding = 'latin-1'\n")
+    assert SiteConfig.load(file).reading == Reading(delimiter=";", encoding="latin-1")
     loaded = SiteConfig.load(file)
     assert loaded.rows == str(tmp_path / "rows.csv")
     assert loaded.state == str(tmp_path / "state")

@@ -150,10 +150,10 @@ class Session:
             adapter = located(given, self.experiment.root) if given else None
             state, facts = open_phase(self.workspace, 0, recipe, seed, 0, None, adapter)
             metrics, warnings, seconds = self._evaluate(state, last=False)
-            warnings = self.setting.task.notes + warnings
             row = RoundRecord(
                 round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
-                density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts, warnings=warnings,
+                density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts,
+                warnings=self.setting.notes + warnings,
                 seconds={"evaluate": seconds},
             )  # fmt: skip
             self._record(state, row)

@@ -17,6 +17,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
 from fedlora.tasks import Model
+from fedlora.tasks.data.opening import Delimiter, Encoding, Reading
 from fedlora.tuning.accepted import objection
 
 T = TypeVar("T")
@@ -132,9 +133,11 @@ class SiteConfig:
 
     Args:
         name: the site's name in the ledger.
-        rows: a csv, tsv, json, jsonl or parquet file of training rows, optionally with ``.gz``; rows never leave the
-            site.
+        rows: training rows, a file or pattern as for ``Files``; rows never leave the site.
         columns: column name used by the task -> name in the file, if different.
+        delimiter: as for ``Files``.
+        encoding: as for ``Files``.
+        max_unpacked_gb: as for ``Files``.
         share: share of the data of the server's configuration, for trials on one machine.
         tier: kind of this site, for ``clients.tiers`` by ``values``.
         model: location of the pre-trained model on this site; by default the server's, if that is ``embedded``.
@@ -144,12 +147,15 @@ class SiteConfig:
         limits: the site's policy.
 
     Raises:
-        ConfigError: neither or both of ``rows`` and ``share`` are given.
+        ConfigError: neither or both of ``rows`` and ``share`` are given, or there is no such encoding.
     """
 
     name: Name
     rows: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    delimiter: Delimiter | None = None
+    encoding: Encoding | None = None
+    max_unpacked_gb: Positive | None = None
     share: Share | None = None
     tier: str = ""
     model: Model | None = None
@@ -161,6 +167,11 @@ class SiteConfig:
     def __post_init__(self) -> None:
         if (self.rows is None) == (self.share is None):
             raise ConfigError("a site has rows = 'FILE', or a share of the server's data for trials; give one of them")
+
+    @property
+    def reading(self) -> Reading:
+        """How the rows are read."""
+        return Reading(delimiter=self.delimiter, encoding=self.encoding, max_unpacked_gb=self.max_unpacked_gb)
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -171,7 +171,7 @@ class Site:
 
     def _task(self, experiment: Experiment, label_names: list[str]) -> Prepared:
         task = experiment.task.restore(located_model(experiment), label_names)
-        return task.with_rows(Path(str(self.settings.rows)), self.settings.columns, "train")
+        return task.with_rows(Path(str(self.settings.rows)), self.settings.columns, "train", self.settings.reading)
 
     def _turn(self, envelope: Envelope, job: Job, size: int, received: float) -> Reply:
         run = self._warm(str(envelope.head["run"]))
