@@ -44,6 +44,7 @@ def show(
 
     experiment, _ = experiment_of(config, set_, None)
     differs = essential(document_of(config, set_ or []))
+    differs.pop("root", None)
     facts = phase_facts(experiment, prepare(in_mode(experiment)).task)
     if format_ is Format.json:
         phases = [asdict(fact) for fact in facts]

@@ -133,6 +133,7 @@ def record(
         tier_seconds=tier_seconds,
         network_seconds=slowest_seconds(networks, [_turn(*each) for each in both]),
         seconds=dict(seconds),
+        warnings=tuple(uplink.warnings),
     )
 
 

@@ -112,12 +112,12 @@ def _run_separately(
     alone = in_mode(experiment)
     count = min(experiment.num_local, len(data.population))
     chosen = draw_cohort(data.population, count, named_seed(experiment.seed, "local"))
-    results = []
+    results: list[Result] = []
     for client in chosen:
         rows = data.population.rows_of(client)
         single = Population((data.population.names[client],), rows, np.array([0, len(rows)]))
         kept = {0: data.holdout[client]} if client in data.holdout else {}
-        own = dataclasses.replace(data, population=single, holdout=kept)
+        own = dataclasses.replace(data, population=single, holdout=kept, notes=() if results else data.notes)
         inner = RunFolder(files.path / "clients" / str(client))
         inner.path.mkdir(parents=True, exist_ok=True)
         results.append(Session(alone, own, inner, callback, None).run(until))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ from fedlora.tuning.base import (
     seed_to_tree,
 )
 from fedlora.tuning.matrices import matrix_shape
-from fedlora.tuning.targets import Targets, find
+from fedlora.tuning.targets import Targets, endings, find, is_pattern
 
 _DENSITY = 0.01
 _LARGE = 1 << 22
@@ -104,6 +105,13 @@ class SparseMask(Tuning):
         if self.rank is not None:
             return min(rows * columns, self.rank * (rows + columns))
         return max(1, int((_DENSITY if self.density is None else self.density) * rows * columns))
+
+    @property
+    def has_pattern(self) -> bool:
+        return is_pattern(self.targets)
+
+    def without_pattern(self, model: nn.Module, head: frozenset[str]) -> SparseMask:
+        return replace(self, targets=endings(model, self.targets, head)) if self.has_pattern else self
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``; the mask itself is drawn in ``apply_setup``."""
