@@ -63,6 +63,21 @@ def flatten(tree: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1) for value in tree.values()]) if tree else torch.zeros(0)
 
 
+def as_vector(tree: Mapping[str, Tensor]) -> Tensor:
+    """``flatten`` without a copy where the tensors lie one after the other in one vector, as those of ``unflatten``."""
+    values = [value.detach() for value in tree.values() if value.numel()]
+    if not values:
+        return flatten(tree).detach()
+    first, at = values[0], values[0].storage_offset()
+    memory = first.untyped_storage().data_ptr()
+    for value in values:
+        beside = value.dtype == first.dtype and value.device == first.device and value.is_contiguous()
+        if not beside or value.storage_offset() != at or value.untyped_storage().data_ptr() != memory:
+            return flatten(tree).detach()
+        at += value.numel()
+    return first.as_strided((at - first.storage_offset(),), (1,))
+
+
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
     """The inverse of ``flatten``: views of ``vector`` with ``like``'s names and shapes."""
     values = list(like.values())

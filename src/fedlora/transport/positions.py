@@ -1,7 +1,8 @@
-"""Positions of a tensor's stored entries: range-coded gaps, or positions drawn from a seed."""
+"""Positions of stored entries: range-coded gaps, Huffman-coded gaps or bitmaps, or positions drawn from a seed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +11,14 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from fedlora.core.errors import WireError
-from fedlora.transport.coder import Decoder, Encoder, pack_bits, splitmix, take_bits
+from fedlora.transport.coder import Decoder, Encoder, pack_bits, splitmix, take_bits, unpack_bits
+from fedlora.transport.deflate import FEWEST, deflate, inflate
 from fedlora.transport.framing import Reader, varint
 
+RANGE, BITS, GAPS = range(3)
+"""Codings of a pool: gaps by the range coder; one bit per entry, or gaps in bytes, both Huffman coded."""
+
+_LONG = 255  # this byte makes a gap longer by that many units
 _ESCAPE = 128  # this symbol makes a gap longer by that many units
 _UNIT = 2.0**40  # weights are whole numbers below this, so that their sums are exact in any order
 
@@ -34,6 +40,68 @@ class Segment(NamedTuple):
         little."""
         return max(0, (self.size // self.rare).bit_length() - 4)
 
+    @property
+    def entropy(self) -> float:
+        """Bits of the positions, by Shannon's formula."""
+        if not self.rare:
+            return 0.0
+        share = self.rare / self.size
+        return -(self.rare * math.log2(share) + (self.size - self.rare) * math.log2(1 - share))
+
+    @property
+    def coding(self) -> int:
+        """How a pool of this size is written: Huffman codes are as good as the range coder where there is much to
+        code, on bits while these are mixed well, on gaps below."""
+        if self.entropy < 8 * FEWEST:
+            return RANGE
+        return GAPS if 6 * self.rare < self.size else BITS
+
+    def kept_at(self, gaps: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """One bool per entry, from the gaps between those of the rarer kind.
+
+        Raises:
+            WireError: a position is behind the last entry.
+        """
+        places = np.cumsum(gaps + 1) - 1
+        if len(places) and places[-1] >= self.size:
+            raise WireError("a position behind the last entry")
+        kept = np.full(self.size, self.kept > self.rare)
+        kept[places] = self.kept == self.rare
+        return kept
+
+
+def encode_pool(kept: NDArray[np.bool_], segment: Segment) -> bytes:
+    """Encodes a pool by Huffman codes, as bits or as gaps, whichever ``segment.coding`` says."""
+    if segment.coding == BITS:
+        return deflate(np.packbits(kept, bitorder="little"))
+    width = segment.low_bits
+    gaps = _gaps_of(kept, segment)
+    return deflate(_in_bytes(gaps >> width)) + pack_bits(_low(gaps, width))
+
+
+def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.bool_]:
+    """The inverse of ``encode_pool``, for either coding.
+
+    Raises:
+        WireError: the bytes are not such an encoding.
+    """
+    if coding == BITS:
+        kept = unpack_bits(inflate(reader, -(-segment.size // 8)), segment.size).view(np.bool_)
+        if np.count_nonzero(kept) != segment.kept:
+            raise WireError("a bitmap of other than the stated number of entries")
+        return kept
+    if coding != GAPS:
+        raise WireError(f"the unknown coding {coding} of positions")
+    width = segment.low_bits if segment.rare else 0
+    raw = inflate(reader, segment.rare + (segment.size >> width) // _LONG)
+    ends = np.flatnonzero(raw != _LONG)
+    if len(ends) != segment.rare or (len(raw) and raw[-1] == _LONG):
+        raise WireError("other gaps than are counted")
+    gaps = raw[ends].astype(np.int64)
+    if len(ends) != len(raw):
+        gaps += _LONG * (np.diff(ends, prepend=-1) - 1)
+    return segment.kept_at((gaps << width) + _of_low(take_bits(reader, segment.rare * width), width))
+
 
 def encode_positions(kept: NDArray[np.bool_], segments: Sequence[Segment]) -> bytes:
     """Encodes the gaps between positions: high parts range coded under a geometric distribution, low bits raw.
@@ -47,14 +115,10 @@ def encode_positions(kept: NDArray[np.bool_], segments: Sequence[Segment]) -> by
     start = 0
     for segment in segments:
         if segment.rare:
-            run = kept[start : start + segment.size]
-            places = np.flatnonzero(run if segment.rare == segment.kept else ~run)
-            gaps = np.diff(places, prepend=-1) - 1
+            gaps = _gaps_of(kept[start : start + segment.size], segment)
             width = segment.low_bits
-            encoder.encode(_with_escapes(gaps >> width), _gaps(segment))
-            if width:
-                words = gaps.astype("<u4").view(np.uint8).reshape(-1, 4)
-                low.append(np.unpackbits(words, axis=1, count=width, bitorder="little").reshape(-1))
+            encoder.encode(_with_escapes(gaps >> width), _weights(segment))
+            low.append(_low(gaps, width))
         start += segment.size
     coded = encoder.to_bytes()
     return varint(len(coded) // 4) + coded + (pack_bits(np.concatenate(low)) if low else b"")
@@ -71,25 +135,15 @@ def decode_positions(reader: Reader, segments: Sequence[Segment]) -> NDArray[np.
     high = [_without_escapes(decoder, segment) for segment in mixed]
     decoder.close()
     bits = take_bits(reader, sum(segment.rare * segment.low_bits for segment in mixed))
-    kept = np.empty(sum(segment.size for segment in segments), dtype=np.bool_)
-    start = at = 0
+    kept, at = [], 0
     for segment in segments:
-        run = kept[start : start + segment.size]
-        run[:] = segment.kept > segment.size - segment.kept if segment.rare else segment.kept > 0
+        gaps = np.zeros(0, np.int64)
         if segment.rare:
-            width = segment.low_bits
-            gaps = high.pop(0) << width
-            if width:
-                words = np.zeros((segment.rare, 32), np.uint8)
-                words[:, :width] = bits[at : at + width * segment.rare].reshape(-1, width)
-                gaps += np.packbits(words, axis=1, bitorder="little").view("<u4").reshape(-1).astype(np.int64)
-                at += width * segment.rare
-            places = np.cumsum(gaps + 1) - 1
-            if places[-1] >= segment.size:
-                raise WireError("a position behind the last entry")
-            run[places] = not run[0]
-        start += segment.size
-    return kept
+            width, end = segment.low_bits, at + segment.low_bits * segment.rare
+            gaps = (high.pop(0) << width) + _of_low(bits[at:end], width)
+            at = end
+        kept.append(segment.kept_at(gaps))
+    return np.concatenate(kept) if kept else np.zeros(0, np.bool_)
 
 
 def random_positions(seed: int, name: str, size: int, count: int) -> NDArray[np.intp]:
@@ -109,7 +163,7 @@ def random_positions(seed: int, name: str, size: int, count: int) -> NDArray[np.
     return np.sort(np.argpartition(draws, count - 1)[:count])
 
 
-def _gaps(segment: Segment) -> NDArray[np.float64]:
+def _weights(segment: Segment) -> NDArray[np.float64]:
     """Weights of the high parts 0 to ``_ESCAPE - 1`` and of the escape: ``q ** j (1 - q)`` and ``q ** _ESCAPE``.
 
     Whole numbers computed by products of doubles alone, so that they are the same on every machine.
@@ -122,6 +176,35 @@ def _gaps(segment: Segment) -> NDArray[np.float64]:
     return weights
 
 
+def _gaps_of(kept: NDArray[np.bool_], segment: Segment) -> NDArray[np.int64]:
+    """The numbers of entries between those of the rarer kind."""
+    places = np.flatnonzero(kept if segment.rare == segment.kept else ~kept)
+    gaps: NDArray[np.int64] = np.diff(places, prepend=-1) - 1
+    return gaps
+
+
+def _low(gaps: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
+    """The lowest ``width`` bits of every gap, one bit per byte."""
+    bits = np.empty((len(gaps), width), np.uint8)
+    for bit in range(width):
+        bits[:, bit] = gaps >> bit & 1
+    return bits.reshape(-1)
+
+
+def _of_low(bits: NDArray[np.uint8], width: int) -> NDArray[np.int64]:
+    """The inverse of ``_low``."""
+    rows = bits.reshape(-1, width) if width else bits
+    return sum((rows[:, bit].astype(np.int64) << bit for bit in range(width)), np.zeros((), np.int64))
+
+
+def _in_bytes(high: NDArray[np.int64]) -> NDArray[np.uint8]:
+    if int(high.max()) < _LONG:
+        return high.astype(np.uint8)
+    raw = np.full(len(high) + int((high // _LONG).sum()), _LONG, np.uint8)
+    raw[np.cumsum(high // _LONG + 1) - 1] = high % _LONG
+    return raw
+
+
 def _with_escapes(high: NDArray[np.intp]) -> NDArray[np.int32]:
     if not high.size or int(high.max()) < _ESCAPE:
         return high.astype(np.int32)
@@ -131,7 +214,7 @@ def _with_escapes(high: NDArray[np.intp]) -> NDArray[np.int32]:
 
 
 def _without_escapes(decoder: Decoder, segment: Segment) -> NDArray[np.int64]:
-    model: Any = _gaps(segment)
+    model: Any = _weights(segment)
     missing, pieces, escapes = segment.rare, [], 0
     while missing:
         pieces.append(decoder.decode(model, missing))
