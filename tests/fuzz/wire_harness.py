@@ -48,7 +48,7 @@ def seal(body: bytes, like: Mapping[str, Tree], reference: int = 0) -> bytes:
 
 def seal_for(body: bytes, template: int, reference: int = 0) -> bytes:
     checksum = xxhash.xxh3_64_intdigest(body, seed=template | reference << 32)
-    return struct.pack("<3sBBIQ", b"FLW", 2, reference, template, checksum) + body
+    return struct.pack("<3sBBIQ", b"FLW", 3, reference, template, checksum) + body
 
 
 def decodes(raw: bytes, like: Mapping[str, Tree]) -> bool:

@@ -65,17 +65,18 @@ def flatten(tree: Mapping[str, Tensor]) -> Tensor:
 
 def as_vector(tree: Mapping[str, Tensor]) -> Tensor:
     """``flatten`` without a copy where the tensors lie one after the other in one vector, as those of ``unflatten``."""
-    values = [value.detach() for value in tree.values() if value.numel()]
+    values = [value for value in tree.values() if value.numel()]
     if not values:
         return flatten(tree).detach()
-    first, at = values[0], values[0].storage_offset()
-    memory = first.untyped_storage().data_ptr()
+    first, at = values[0], values[0].data_ptr()
     for value in values:
-        beside = value.dtype == first.dtype and value.device == first.device and value.is_contiguous()
-        if not beside or value.storage_offset() != at or value.untyped_storage().data_ptr() != memory:
+        if value.data_ptr() != at or value.dtype != first.dtype or not value.is_contiguous():
             return flatten(tree).detach()
-        at += value.numel()
-    return first.as_strided((at - first.storage_offset(),), (1,))
+        at += value.numel() * first.itemsize
+    # between the first and the last of one memory, there is nothing of another
+    if first.untyped_storage().data_ptr() != values[-1].untyped_storage().data_ptr():
+        return flatten(tree).detach()
+    return first.detach().as_strided((num_entries(tree),), (1,))
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:

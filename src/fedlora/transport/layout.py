@@ -14,12 +14,14 @@ from fedlora.transport.coder import pack_bits, take_bits
 from fedlora.transport.framing import Reader, varint
 from fedlora.transport.positions import (
     RANGE,
+    Run,
     Segment,
     decode_pool,
     decode_positions,
     encode_pool,
     encode_positions,
     random_positions,
+    run_of,
 )
 
 EMPTY, DENSE, BITMAP, CODED, POOLED, SEEDED, BOX = range(7)
@@ -48,22 +50,40 @@ class Stored(NamedTuple):
     runs: list[int]
 
 
-class _Part(NamedTuple):
+class _Part:
     """The entries of a part that must be stored, and where its tensors lie."""
 
-    nonzero: Bools
-    where: NDArray[np.intp]
-    sizes: list[int]
-    ends: NDArray[np.intp]
-    counts: list[int]
+    def __init__(self, nonzero: Bools, sizes: Sequence[int]) -> None:
+        self.whole = run_of(nonzero)
+        self.sizes = sizes
+        ends = np.cumsum(sizes)
+        self._ends: list[int] = ends.tolist()
+        self._at: list[int] = np.searchsorted(self.whole.where, ends).tolist()
+        self.counts: list[int] = np.diff(self._at, prepend=0).tolist()
 
-    def run(self, i: int) -> Bools:
+    def slice(self, i: int) -> slice:
+        """Where the entries of one tensor lie."""
+        return slice(self._ends[i] - self.sizes[i], self._ends[i])
+
+    def last(self, i: int) -> int:
+        """The position of the last entry of one tensor."""
+        return int(self.whole.where[self._at[i] - 1])
+
+    def run(self, i: int) -> Run:
         """The entries of one tensor."""
-        return self.nonzero[self.ends[i] - self.sizes[i] : self.ends[i]]
+        chosen = self.slice(i)
+        where = self.whole.where[self._at[i] - self.counts[i] : self._at[i]]
+        return Run(self.whole.kept[chosen], where - chosen.start)
 
-    def pool(self, layouts: Sequence[int]) -> Segment:
-        """The sizes and counts of the pooled tensors together."""
-        chosen = [i for i, layout in enumerate(layouts) if layout == POOLED]
+    def pool(self, plan: Sequence[int]) -> Run:
+        """The entries of the pooled tensors."""
+        if set(plan) == {POOLED}:
+            return self.whole
+        return run_of(np.concatenate([self.run(i).kept for i, layout in enumerate(plan) if layout == POOLED]))
+
+    def pooled(self, plan: Sequence[int]) -> Segment:
+        """The size and count of the pooled tensors together."""
+        chosen = [i for i, layout in enumerate(plan) if layout == POOLED]
         return Segment(sum(self.sizes[i] for i in chosen), sum(self.counts[i] for i in chosen))
 
 
@@ -83,11 +103,10 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
     if kept == 0:
         return Stored(_table([EMPTY] * len(sizes)), np.zeros(0, np.intp), [0] * len(sizes))
-    where, ends = np.flatnonzero(nonzero), np.cumsum(sizes)
-    part = _Part(nonzero, where, sizes, ends, _counts(where, ends))
+    part = _Part(nonzero, sizes)
     shapes = [value.shape for value in like.values()]
     drawn = _drawn(part, list(like), draw) if draw else {}
-    boxes = {i: box for i, shape in enumerate(shapes) if (box := _box(part, i, shape))}
+    boxes = _boxes(part, shapes)
     table = _costs(part, value_bits, drawn, boxes)
     # the cost shared by all coded or all seeded tensors (words and a seed) may be too much for a small part
     without: list[tuple[int, ...]] = [(), (CODED,), *([(SEEDED,), (CODED, SEEDED)] if drawn else [])]
@@ -112,14 +131,19 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
     if all(layout == DENSE for layout in layouts):
         return Stored(b"", None, sizes)
     seed = int.from_bytes(reader.take(8), "little") if SEEDED in layouts else 0
-    mask, ends = np.zeros(sum(sizes), np.bool_), np.cumsum(sizes)
-    coded: list[tuple[Bools, Segment]] = []
-    for (name, value), layout, end in zip(like.items(), layouts, ends.tolist(), strict=True):
-        run = mask[end - value.numel() : end]
+    if set(layouts) == {POOLED}:
+        (where,) = _read_positions(reader, [], sum(sizes))
+        return Stored(b"", where, _counts(where, sizes))
+    mask = np.zeros(sum(sizes), np.bool_)
+    runs = np.split(mask, np.cumsum(sizes)[:-1])
+    coded: list[Bools] = []
+    counts: list[int] = []
+    for (name, value), layout, run in zip(like.items(), layouts, runs, strict=True):
         if layout == DENSE:
             run[:] = True
         elif layout == CODED:
-            coded.append((run, Segment(len(run), reader.varint(len(run)))))
+            coded.append(run)
+            counts.append(reader.varint(len(run)))
         elif layout == SEEDED:
             run[random_positions(seed, name, len(run), reader.varint(len(run)))] = True
         elif layout == BITMAP:
@@ -128,42 +152,34 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
             grid = _grid(run, value.shape)
             rows, columns = (reader.varint(side) for side in grid.shape)
             grid[:rows, :columns] = True
-    if POOLED in layouts:
-        _read_pool(reader, mask, layouts, sizes, coded)
-    elif coded:
-        _fill([run for run, _ in coded], decode_positions(reader, [segment for _, segment in coded]))
+    pool = [run for run, layout in zip(runs, layouts, strict=True) if layout == POOLED]
+    segments = [Segment(len(run), count) for run, count in zip(coded, counts, strict=True)]
+    found = _read_positions(reader, segments, sum(map(len, pool)) if pool else None)
+    for run, places in zip(coded, found, strict=False):
+        run[places] = True
+    if pool:
+        together = np.zeros(sum(map(len, pool)), np.bool_)
+        together[found[-1]] = True
+        for run, part in zip(pool, np.split(together, np.cumsum([len(run) for run in pool])[:-1]), strict=True):
+            run[:] = part
     where = np.flatnonzero(mask)
-    return Stored(b"", where, _counts(where, ends))
+    return Stored(b"", where, _counts(where, sizes))
 
 
-def _read_pool(
-    reader: Reader, mask: Bools, layouts: Sequence[int], sizes: Sequence[int], coded: list[tuple[Bools, Segment]]
-) -> None:
-    """Reads the positions of pooled tensors, and of those that are coded on their own, into ``mask``."""
-    runs = [
-        run for run, layout in zip(np.split(mask, np.cumsum(sizes)[:-1]), layouts, strict=True) if layout == POOLED
-    ]
-    size = sum(map(len, runs))
-    segment, coding = Segment(size, reader.varint(size)), reader.byte()
-    pool = [] if coding != RANGE else [segment]
-    if coding != RANGE:
-        _fill(runs, decode_pool(reader, segment, coding))
-    if coded or pool:
-        found = decode_positions(reader, [*(each for _, each in coded), *pool])
-        _fill([*(run for run, _ in coded), *(runs if pool else ())], found)
+def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[NDArray[np.intp]]:
+    """The positions in each coded tensor, and last those in a pool of so many entries, if there is one."""
+    if pool is None:
+        return decode_positions(reader, coded) if coded else []
+    segment, coding = Segment(pool, reader.varint(pool)), reader.byte()
+    if coding == RANGE:
+        return decode_positions(reader, [*coded, segment])
+    places = decode_pool(reader, segment, coding)
+    return [*(decode_positions(reader, coded) if coded else []), places]
 
 
-def _fill(runs: Sequence[Bools], found: Bools) -> None:
-    """Copies ``found`` into one run after the other."""
-    at = 0
-    for run in runs:
-        run[:] = found[at : at + len(run)]
-        at += len(run)
-
-
-def _counts(where: NDArray[np.intp], ends: NDArray[np.intp]) -> list[int]:
+def _counts(where: NDArray[np.intp], sizes: Sequence[int]) -> list[int]:
     """The number of positions in each tensor."""
-    counts: list[int] = np.diff(np.searchsorted(where, ends), prepend=0).tolist()
+    counts: list[int] = np.diff(np.searchsorted(where, np.cumsum(sizes)), prepend=0).tolist()
     return counts
 
 
@@ -173,19 +189,24 @@ def _drawn(part: _Part, names: Sequence[str], draw: Draw) -> dict[int, NDArray[n
     for i, name in enumerate(names):
         if name in draw.counts and 0 < part.counts[i] < part.sizes[i]:
             places = random_positions(draw.seed, name, part.sizes[i], draw.counts[name])
-            if np.count_nonzero(part.run(i)[places]) == part.counts[i]:
+            if np.count_nonzero(part.run(i).kept[places]) == part.counts[i]:
                 drawn[i] = places
     return drawn
 
 
-def _box(part: _Part, i: int, shape: Sequence[int]) -> tuple[int, int] | None:
-    """The rows and columns of a tensor that hold entries, if these are not all."""
-    if len(shape) < 2 or not 0 < part.counts[i] < part.sizes[i]:
-        return None
-    grid = _grid(part.run(i), shape)
-    if grid[-1].any() and grid[:, -1].any():
-        return None
-    return int(np.flatnonzero(grid.any(axis=1))[-1]) + 1, int(np.flatnonzero(grid.any(axis=0))[-1]) + 1
+def _boxes(part: _Part, shapes: Sequence[Sequence[int]]) -> dict[int, tuple[int, int]]:
+    """The rows and columns that hold entries, of the tensors where these are not all."""
+    boxes = {}
+    for i, (shape, size, count) in enumerate(zip(shapes, part.sizes, part.counts, strict=True)):
+        if len(shape) < 2 or not 0 < count < size:
+            continue
+        chosen, width = part.slice(i), size // shape[0]
+        last = chosen.start + (shape[0] - 1) * width  # the first entry of the last row
+        in_last_column = part.whole.kept[chosen.start + width - 1 : chosen.stop : width]
+        if part.last(i) < last or not in_last_column.any():
+            where = part.run(i).where
+            boxes[i] = int(where[-1]) // width + 1, int((where % width).max()) + 1
+    return boxes
 
 
 def _costs(
@@ -193,16 +214,17 @@ def _costs(
 ) -> Costs:
     """Bits of each layout, in rows, for each tensor on its own; infinite if it cannot have that layout."""
     table = np.full((BOX + 1, len(part.sizes)), np.inf)
-    for i, (size, count) in enumerate(zip(part.sizes, part.counts, strict=True)):
-        if count == 0:
-            table[EMPTY, i] = 0.0
-            continue
-        values = value_bits * count
-        if count == size or value_bits >= _PLAIN_BITS:
-            table[DENSE, i] = value_bits * size
-        if count < size:
-            table[BITMAP, i] = 8 * -(-size // 8) + values
-            table[CODED, i] = 8 * len(varint(count)) + Segment(size, count).entropy + values
+    size, count = np.array(part.sizes, np.float64), np.array(part.counts, np.float64)
+    none, all_, values = count == 0, count == size, value_bits * count
+    digits = 1.0 + sum(count >= 1 << 7 * i for i in range(1, 9))  # of the count as a varint
+    with np.errstate(divide="ignore", invalid="ignore"):  # where there is nothing to choose
+        entropy = -(count * np.log2(count / size) + (size - count) * np.log2(1 - count / size))
+    table[EMPTY, none] = 0.0
+    dense = ~none if value_bits >= _PLAIN_BITS else all_ & ~none
+    table[DENSE, dense] = value_bits * size[dense]
+    some = ~none & ~all_
+    table[BITMAP, some] = (8 * np.ceil(size / 8) + values)[some]
+    table[CODED, some] = (8 * digits + entropy + values)[some]
     for i, places in drawn.items():
         table[SEEDED, i] = 8 * len(varint(len(places))) + value_bits * len(places)
     for i, (rows, columns) in boxes.items():
@@ -226,7 +248,7 @@ def _cost(plan: Sequence[int], table: Costs, part: _Part, value_bits: float) -> 
     bits = 8.0 * len(_table(plan)) + sum(table[layout, i] for i, layout in enumerate(plan) if layout != POOLED)
     bits += 64.0 * (SEEDED in plan) + _WORD_BITS * (CODED in plan or POOLED in plan)
     if POOLED in plan:
-        pool = part.pool(plan)
+        pool = part.pooled(plan)
         bits += 8.0 * (len(varint(pool.kept)) + 1) + pool.entropy + value_bits * pool.kept
     return float(bits)
 
@@ -239,19 +261,21 @@ def _write(
     boxes: Mapping[int, tuple[int, int]],
     draw: Draw | None,
 ) -> Stored:
-    chunks = [_table(plan)]
+    chunks, sizes = [_table(plan)], part.sizes
     if draw and SEEDED in plan:
         chunks.append(draw.seed.to_bytes(8, "little"))
     whole = set(plan) <= {EMPTY, BITMAP, CODED, POOLED}  # these store what is not zero, and nothing else
-    stored = part.nonzero if whole else part.nonzero.copy()
-    coded: list[tuple[Bools, Segment]] = []
+    stored = part.whole.kept if whole else part.whole.kept.copy()
+    coded: list[Run] = []
     for i, layout in enumerate(plan):
-        run = stored[part.ends[i] - part.sizes[i] : part.ends[i]]
+        if layout in (EMPTY, POOLED):
+            continue
+        run = stored[part.slice(i)]
         if layout == DENSE:
             run[:] = True
         elif layout == CODED:
             chunks.append(varint(part.counts[i]))
-            coded.append((run, Segment(len(run), part.counts[i])))
+            coded.append(part.run(i))
         elif layout == SEEDED:
             chunks.append(varint(len(drawn[i])))
             run[drawn[i]] = True
@@ -262,20 +286,19 @@ def _write(
             chunks += [varint(rows), varint(columns)]
             _grid(run, shapes[i])[:rows, :columns] = True
     if POOLED in plan:
-        segment = part.pool(plan)
-        runs = [part.run(i) for i, layout in enumerate(plan) if layout == POOLED]
-        pool = part.nonzero if len(runs) == len(plan) else np.concatenate(runs)
-        chunks += [varint(segment.kept), bytes([segment.coding])]
-        if segment.coding == RANGE:
-            coded.append((pool, segment))
+        pool = part.pool(plan)
+        coding = pool.segment.coding
+        chunks += [varint(len(pool.where)), bytes([coding])]
+        if coding == RANGE:
+            coded.append(pool)
         else:
-            chunks.append(encode_pool(pool, segment))
+            chunks.append(encode_pool(pool))
     if coded:
-        chunks.append(encode_positions(np.concatenate([run for run, _ in coded]), [segment for _, segment in coded]))
+        chunks.append(encode_positions(coded))
     if whole:
-        return Stored(b"".join(chunks), part.where, part.counts)
+        return Stored(b"".join(chunks), part.whole.where, part.counts)
     where = np.flatnonzero(stored)
-    return Stored(b"".join(chunks), where, _counts(where, part.ends))
+    return Stored(b"".join(chunks), where, _counts(where, sizes))
 
 
 def _grid(run: Bools, shape: Sequence[int]) -> Bools:

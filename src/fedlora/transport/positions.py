@@ -38,7 +38,7 @@ class Segment(NamedTuple):
     def low_bits(self) -> int:
         """The largest ``b`` with ``rare * 2 ** (b + 3) <= size``, or 0: storing ``b`` bits of a gap raw costs
         little."""
-        return max(0, (self.size // self.rare).bit_length() - 4)
+        return max(0, (self.size // self.rare).bit_length() - 4) if self.rare else 0
 
     @property
     def entropy(self) -> float:
@@ -52,12 +52,13 @@ class Segment(NamedTuple):
     def coding(self) -> int:
         """How a pool of this size is written: Huffman codes are as good as the range coder where there is much to
         code, on bits while these are mixed well, on gaps below."""
-        if self.entropy < 8 * FEWEST:
+        gaps = 6 * self.rare < self.size
+        if self.entropy < 8 * (FEWEST // 2 if gaps else FEWEST):  # the table of gaps has half as many lengths
             return RANGE
-        return GAPS if 6 * self.rare < self.size else BITS
+        return GAPS if gaps else BITS
 
-    def kept_at(self, gaps: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """One bool per entry, from the gaps between those of the rarer kind.
+    def places(self, gaps: NDArray[np.int64]) -> NDArray[np.intp]:
+        """The positions of the kept entries, from the gaps between those of the rarer kind.
 
         Raises:
             WireError: a position is behind the last entry.
@@ -65,34 +66,63 @@ class Segment(NamedTuple):
         places = np.cumsum(gaps + 1) - 1
         if len(places) and places[-1] >= self.size:
             raise WireError("a position behind the last entry")
-        kept = np.full(self.size, self.kept > self.rare)
-        kept[places] = self.kept == self.rare
-        return kept
+        if self.kept == self.rare:
+            return places
+        kept = np.ones(self.size, np.bool_)
+        kept[places] = False
+        return np.flatnonzero(kept)
 
 
-def encode_pool(kept: NDArray[np.bool_], segment: Segment) -> bytes:
+class Run(NamedTuple):
+    """The entries of a segment: one bool for each, and the positions of the kept ones."""
+
+    kept: NDArray[np.bool_]
+    where: NDArray[np.intp]
+
+    @property
+    def segment(self) -> Segment:
+        """Its size and count."""
+        return Segment(len(self.kept), len(self.where))
+
+    @property
+    def gaps(self) -> NDArray[np.int64]:
+        """The numbers of entries between those of the rarer kind."""
+        rarer = self.where if 2 * len(self.where) <= len(self.kept) else np.flatnonzero(~self.kept)
+        gaps = np.empty(len(rarer), np.int64)
+        gaps[:1] = rarer[:1]
+        np.subtract(rarer[1:], rarer[:-1], out=gaps[1:])
+        gaps[1:] -= 1
+        return gaps
+
+
+def run_of(kept: NDArray[np.bool_]) -> Run:
+    """The run of these entries."""
+    return Run(kept, np.flatnonzero(kept))
+
+
+def encode_pool(run: Run) -> bytes:
     """Encodes a pool by Huffman codes, as bits or as gaps, whichever ``segment.coding`` says."""
+    segment = run.segment
     if segment.coding == BITS:
-        return deflate(np.packbits(kept, bitorder="little"))
-    width = segment.low_bits
-    gaps = _gaps_of(kept, segment)
+        return deflate(np.packbits(run.kept, bitorder="little"))
+    width, gaps = segment.low_bits, run.gaps
     return deflate(_in_bytes(gaps >> width)) + pack_bits(_low(gaps, width))
 
 
-def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.bool_]:
-    """The inverse of ``encode_pool``, for either coding.
+def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.intp]:
+    """The inverse of ``encode_pool``, for either coding: the positions.
 
     Raises:
         WireError: the bytes are not such an encoding.
     """
     if coding == BITS:
-        kept = unpack_bits(inflate(reader, -(-segment.size // 8)), segment.size).view(np.bool_)
+        kept = unpack_bits(inflate(reader, -(-segment.size // 8)), segment.size)
         if np.count_nonzero(kept) != segment.kept:
             raise WireError("a bitmap of other than the stated number of entries")
-        return kept
+        return np.flatnonzero(kept.view(np.bool_))
     if coding != GAPS:
         raise WireError(f"the unknown coding {coding} of positions")
-    width = segment.low_bits if segment.rare else 0
+    width = segment.low_bits
     raw = inflate(reader, segment.rare + (segment.size >> width) // _LONG)
     ends = np.flatnonzero(raw != _LONG)
     if len(ends) != segment.rare or (len(raw) and raw[-1] == _LONG):
@@ -100,50 +130,39 @@ def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.boo
     gaps = raw[ends].astype(np.int64)
     if len(ends) != len(raw):
         gaps += _LONG * (np.diff(ends, prepend=-1) - 1)
-    return segment.kept_at((gaps << width) + _of_low(take_bits(reader, segment.rare * width), width))
+    return segment.places(_with_low(gaps, take_bits(reader, segment.rare * width), width))
 
 
-def encode_positions(kept: NDArray[np.bool_], segments: Sequence[Segment]) -> bytes:
-    """Encodes the gaps between positions: high parts range coded under a geometric distribution, low bits raw.
-
-    Args:
-        kept: one bool per entry of each segment, in order.
-        segments: the sizes and counts of the segments.
-    """
+def encode_positions(runs: Sequence[Run]) -> bytes:
+    """Encodes the gaps between positions: high parts range coded under a geometric distribution, low bits raw."""
     encoder = Encoder()
     low: list[NDArray[np.uint8]] = []
-    start = 0
-    for segment in segments:
+    for run in runs:
+        segment = run.segment
         if segment.rare:
-            gaps = _gaps_of(kept[start : start + segment.size], segment)
-            width = segment.low_bits
+            gaps, width = run.gaps, segment.low_bits
             encoder.encode(_with_escapes(gaps >> width), _weights(segment))
             low.append(_low(gaps, width))
-        start += segment.size
     coded = encoder.to_bytes()
     return varint(len(coded) // 4) + coded + (pack_bits(np.concatenate(low)) if low else b"")
 
 
-def decode_positions(reader: Reader, segments: Sequence[Segment]) -> NDArray[np.bool_]:
-    """The inverse of ``encode_positions``.
+def decode_positions(reader: Reader, segments: Sequence[Segment]) -> list[NDArray[np.intp]]:
+    """The inverse of ``encode_positions``: the positions in each segment.
 
     Raises:
         WireError: the bytes are not such an encoding.
     """
     decoder = Decoder(reader.words(sum(segment.size for segment in segments)))
-    mixed = [segment for segment in segments if segment.rare]
-    high = [_without_escapes(decoder, segment) for segment in mixed]
+    high = [_without_escapes(decoder, segment) for segment in segments]
     decoder.close()
-    bits = take_bits(reader, sum(segment.rare * segment.low_bits for segment in mixed))
-    kept, at = [], 0
-    for segment in segments:
-        gaps = np.zeros(0, np.int64)
-        if segment.rare:
-            width, end = segment.low_bits, at + segment.low_bits * segment.rare
-            gaps = (high.pop(0) << width) + _of_low(bits[at:end], width)
-            at = end
-        kept.append(segment.kept_at(gaps))
-    return np.concatenate(kept) if kept else np.zeros(0, np.bool_)
+    widths = [segment.low_bits for segment in segments]
+    ends = np.cumsum([segment.rare * width for segment, width in zip(segments, widths, strict=True)])
+    bits = np.split(take_bits(reader, int(ends[-1])), ends[:-1])
+    return [
+        segment.places(_with_low(gaps, low, width))
+        for segment, gaps, low, width in zip(segments, high, bits, widths, strict=True)
+    ]
 
 
 def random_positions(seed: int, name: str, size: int, count: int) -> NDArray[np.intp]:
@@ -176,13 +195,6 @@ def _weights(segment: Segment) -> NDArray[np.float64]:
     return weights
 
 
-def _gaps_of(kept: NDArray[np.bool_], segment: Segment) -> NDArray[np.int64]:
-    """The numbers of entries between those of the rarer kind."""
-    places = np.flatnonzero(kept if segment.rare == segment.kept else ~kept)
-    gaps: NDArray[np.int64] = np.diff(places, prepend=-1) - 1
-    return gaps
-
-
 def _low(gaps: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
     """The lowest ``width`` bits of every gap, one bit per byte."""
     bits = np.empty((len(gaps), width), np.uint8)
@@ -191,10 +203,14 @@ def _low(gaps: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
     return bits.reshape(-1)
 
 
-def _of_low(bits: NDArray[np.uint8], width: int) -> NDArray[np.int64]:
-    """The inverse of ``_low``."""
-    rows = bits.reshape(-1, width) if width else bits
-    return sum((rows[:, bit].astype(np.int64) << bit for bit in range(width)), np.zeros((), np.int64))
+def _with_low(high: NDArray[np.int64], bits: NDArray[np.uint8], width: int) -> NDArray[np.int64]:
+    """Gaps from their high parts and the bits of ``_low``."""
+    if not width:
+        return high
+    gaps, rows = high << width, bits.reshape(-1, width)
+    for bit in range(width):
+        gaps += rows[:, bit].astype(np.int64) << bit
+    return gaps
 
 
 def _in_bytes(high: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -214,6 +230,8 @@ def _with_escapes(high: NDArray[np.intp]) -> NDArray[np.int32]:
 
 
 def _without_escapes(decoder: Decoder, segment: Segment) -> NDArray[np.int64]:
+    if not segment.rare:
+        return np.zeros(0, np.int64)
     model: Any = _weights(segment)
     missing, pieces, escapes = segment.rare, [], 0
     while missing:
