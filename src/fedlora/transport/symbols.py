@@ -27,23 +27,28 @@ def encode(symbols: Symbols, bits: int) -> list[bytes | memoryview]:
         bits: of a raw symbol; 1, 2, 4 or 8.
     """
     largest = largest_of(bits)
+    mode, chunks = _RAW, [_to_raw(symbols, bits).data] if bits > 1 else []
     if largest == 1 and symbols.all():
-        return [bytes([_SIGNS]), pack_bits(symbols < 0)]
-    width = max(bits, 2)  # a sign or zero takes two
-    raw = -(-width * len(symbols) // 8)
-    if raw >= FEWEST and width == 8 and _low_is_random(symbols):
-        # half of the bytes take half of the time
-        mode, chunks = _HALVES, [deflate(_to_raw(symbols >> 4, 4)), _to_raw(symbols, 4).data]
-    elif raw >= FEWEST:
-        mode, chunks = _HUFFMAN, [deflate(_to_raw(symbols, width))]
-    else:
-        many = len(symbols) >= _PER_SYMBOL * (2 * largest + 1)
-        wide = symbols.astype(np.int32)
-        mode = _COUNTED if many else _CLASSES
-        chunks = [_encode_counted(wide, largest) if many else _encode_classes(wide, largest)]
-    if bits > 1 and sum(map(len, chunks)) >= raw:
-        mode, chunks = _RAW, [_to_raw(symbols, bits).data]
+        mode, chunks = _SIGNS, [pack_bits(symbols < 0)]
+        if abs(int(symbols.sum(dtype=np.int64))) <= len(symbols) // 8:  # they cost a bit each in any coding
+            return [bytes([mode]), *chunks]
+    other, coded = _encode_entropy(symbols, bits, largest)
+    if not chunks or sum(map(len, coded)) < sum(map(len, chunks)):
+        mode, chunks = other, coded
     return [bytes([mode]), *chunks]
+
+
+def _encode_entropy(symbols: Symbols, bits: int, largest: int) -> tuple[int, list[bytes | memoryview]]:
+    """A coding that takes fewer bits for more frequent symbols, and its bytes."""
+    width = max(bits, 2)  # a sign or zero takes two
+    if width * len(symbols) >= 8 * FEWEST:
+        if width == 8 and _low_is_random(symbols):  # half of the bytes take half of the time
+            return _HALVES, [deflate(_to_raw(symbols >> 4, 4)), _to_raw(symbols, 4).data]
+        return _HUFFMAN, [deflate(_to_raw(symbols, width))]
+    wide = symbols.astype(np.int32)
+    if len(symbols) >= _PER_SYMBOL * (2 * largest + 1):
+        return _COUNTED, [_encode_counted(wide, largest)]
+    return _CLASSES, [_encode_classes(wide, largest)]
 
 
 def decode(reader: Reader, bits: int, total: int) -> Symbols:

@@ -137,17 +137,21 @@ class Uniform(Precision):
 
     def _least_squares(self, magnitude: Floats, group: _Group, top: Floats) -> Floats:
         """The scales that (nearly) minimise the squared error; never larger than ``top``."""
-        wide = magnitude.astype(np.float64)
-        power = np.add.reduceat(wide * wide, group.starts) / group.lengths
+        wide, product = magnitude.astype(np.float64), np.empty(len(magnitude))
+        power = np.add.reduceat(np.multiply(wide, wide, out=product), group.starts) / group.lengths
         scales = np.minimum(top, (_STEP[self.bits] * np.sqrt(power)).astype(np.float32))
+        # sums of squares of small integers are exact in float32 up to 2 ** 24
+        exact = np.float32 if int(group.lengths.max()) * self.largest**2 < 2**24 else np.float64
+        q = np.empty_like(magnitude)
         for _ in range(_REFINEMENTS if self.bits > 1 else 1):
             if self.bits > 1:
-                q = magnitude / group.spread(np.where(scales > 0, scales, np.float32(1)))
-                np.minimum(np.rint(q, out=q), self.largest, out=q)
+                np.divide(magnitude, group.spread(np.where(scales > 0, scales, np.float32(1))), out=q)
+                np.clip(np.rint(q, out=q), 0, self.largest, out=q)
             else:
-                q = np.sign(magnitude)
-            above = np.add.reduceat(wide * q, group.starts)
-            below = np.add.reduceat(np.square(q, dtype=np.float64), group.starts)
+                q[:] = magnitude > 0
+            product[:] = q
+            above = np.add.reduceat(np.multiply(wide, product, out=product), group.starts)
+            below = np.add.reduceat(np.multiply(q, q, out=q), group.starts, dtype=exact)
             scales = np.where(below > 0, above / np.maximum(below, 1), scales).astype(np.float32)
         return np.minimum(scales, top)
 
@@ -163,8 +167,7 @@ class Uniform(Precision):
                 rounded = np.floor(ratios + parts)
         else:
             rounded = np.sign(ratios) if self.bits == 1 else np.rint(ratios, out=ratios)
-        np.maximum(rounded, -self.largest, out=rounded)
-        return np.minimum(rounded, self.largest, out=rounded)
+        return np.clip(rounded, -self.largest, self.largest, out=rounded)
 
 
 class _Group(NamedTuple):
