@@ -195,7 +195,7 @@ def test_forged_messages_allocate_no_more_than_is_stated():
     "start",
     [
         b"\1\3" + varint(5) * 9,  # positions of each tensor
-        b"\1\4" + varint(5),  # of all together
+        b"\1\4" + varint(5) + b"\0",  # of all together
         b"\4\4\0\1" + bytes(2 * 9) + b"\1" + varint(17_000) + varint(1000) + bytes(6),  # classes
         b"\4\1\0\1" + bytes(2 * 9) + b"\2" + varint(17_000) + varint(1000) + bytes(1),  # symbols
     ],

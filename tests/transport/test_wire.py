@@ -61,7 +61,7 @@ def test_envelope_by_hand(reference):
     template = xxhash.xxh3_64_intdigest(names.encode("ascii")) & 0xFFFFFFFF
     code = REFERENCES.index(reference)
     checksum = xxhash.xxh3_64_intdigest(raw[17:], seed=template | code << 32)
-    assert raw[:17] == b"FLW\x02" + bytes([code]) + struct.pack("<IQ", template, checksum)
+    assert raw[:17] == b"FLW\x03" + bytes([code]) + struct.pack("<IQ", template, checksum)
     assert reference_of(raw) == reference
     assert raw == seal(raw[17:], parts, code)
 
@@ -75,7 +75,7 @@ def test_envelope_by_hand(reference):
         (Uniform(bits=8), [127.0, -64.0, 1.0], "04 08 00 01  803f  00 7fc001"),
         (Uniform(bits=4), [7.0, -3.0, 1.0, 2.0], "04 04 00 01  803f  00 d721"),
         (Uniform(bits=2), [2.0, -2.0, 0.5, 2.0], "04 02 00 01  0040  00 4d"),
-        (Uniform(bits=1), [1.0, -3.0, 2.0, -2.0], "04 01 00 01  0040  01 00 04 00 0a"),
+        (Uniform(bits=1), [1.0, -3.0, 2.0, -2.0], "04 01 00 01  0040  05 0a"),
         (Uniform(bits=8, block=128), [127.0, -64.0, 1.0], "04 08 07 01  803f  00 7fc001"),
     ],
 )
@@ -277,7 +277,7 @@ def test_wrong_contents_are_named():
         "at most 1 is possible": b"\1\6\2\2" + ones,  # columns of a vector
         "an unknown layout; expected": b"\1\xff\x11" + bytes(400),
         "an unknown layout": b"\1\xff\x07" + bytes(400),
-        "unknown coding 3": b"\x04\x08\0\1\x80\x3f\3" + bytes(100),
+        "unknown coding 6": b"\x04\x08\0\1\x80\x3f\6" + bytes(100),
         "unknown coding 0": b"\x04\x01\0\1\x80\x3f\0" + bytes(100),
         "a symbol beyond the largest": b"\x04\x08\0\1\x80\x3f\0" + b"\x80" * 100,
         "another number of symbols": b"\x04\x01\0\1\x80\x3f\1\1\1\0\0",
@@ -305,8 +305,8 @@ def test_envelope_errors_say_what_is_wrong():
         unpack(raw[:16], SMALL)
     with pytest.raises(WireError, match="begins with"):
         unpack(b"PK\3" + raw[3:], SMALL)
-    with pytest.raises(WireError, match="format version 1"):
-        unpack(b"FLW\x01" + raw[4:], SMALL)
+    with pytest.raises(WireError, match="format version 2"):
+        unpack(b"FLW\x02" + raw[4:], SMALL)
     with pytest.raises(WireError, match="unknown reference 3"):
         unpack(seal(raw[17:], SMALL, 3), SMALL)
     with pytest.raises(WireError, match="damaged"):

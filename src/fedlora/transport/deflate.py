@@ -10,9 +10,6 @@ from numpy.typing import NDArray
 from fedlora.core.errors import WireError
 from fedlora.transport.framing import Reader, varint
 
-FEWEST = 1 << 14
-"""Bytes from which Huffman codes pay for their tables; below, a range coder is smaller and fast enough."""
-
 _WINDOW, _MEMORY = -15, 9  # a stream without header and checksum; blocks of 2 ** 15 bytes, each with its own table
 
 

@@ -12,12 +12,13 @@ from xxhash import xxh3_64_intdigest
 
 from fedlora.core.errors import WireError
 from fedlora.transport.coder import Decoder, Encoder, pack_bits, splitmix, take_bits, unpack_bits
-from fedlora.transport.deflate import FEWEST, deflate, inflate
+from fedlora.transport.deflate import deflate, inflate
 from fedlora.transport.framing import Reader, varint
 
 RANGE, BITS, GAPS = range(3)
 """Codings of a pool: gaps by the range coder; one bit per entry, or gaps in bytes, both Huffman coded."""
 
+_FEWEST = {GAPS: 8 << 10, BITS: 24 << 10}  # bytes of positions from which a Huffman code's table costs little
 _LONG = 255  # this byte makes a gap longer by that many units
 _ESCAPE = 128  # this symbol makes a gap longer by that many units
 _UNIT = 2.0**40  # weights are whole numbers below this, so that their sums are exact in any order
@@ -52,10 +53,8 @@ class Segment(NamedTuple):
     def coding(self) -> int:
         """How a pool of this size is written: Huffman codes are as good as the range coder where there is much to
         code, on bits while these are mixed well, on gaps below."""
-        gaps = 6 * self.rare < self.size
-        if self.entropy < 8 * (FEWEST // 2 if gaps else FEWEST):  # the table of gaps has half as many lengths
-            return RANGE
-        return GAPS if gaps else BITS
+        coding = GAPS if 9 * self.rare < 2 * self.size else BITS
+        return coding if self.entropy >= 8 * _FEWEST[coding] else RANGE
 
     def places(self, gaps: NDArray[np.int64]) -> NDArray[np.intp]:
         """The positions of the kept entries, from the gaps between those of the rarer kind.

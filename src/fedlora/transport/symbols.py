@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import WireError
 from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, take_bits
-from fedlora.transport.deflate import FEWEST, deflate, inflate
+from fedlora.transport.deflate import deflate, inflate
 from fedlora.transport.framing import Reader, varint
 
 Symbols = NDArray[np.int8]
 
 _RAW, _CLASSES, _COUNTED, _HUFFMAN, _HALVES, _SIGNS = range(6)  # ways to write symbols
 _PER_SYMBOL = 64  # values per possible symbol above which counting symbols beats counting classes
-_SAMPLE, _LOSS = 1 << 15, 1.008
+_FEWEST = 16 << 10  # bytes of raw symbols from which a Huffman code's table costs little
+_SAMPLE, _LOSS = 1 << 15, 1.008  # of all symbols, how many are looked at; the bits that half the time may cost
 
 
 def encode(symbols: Symbols, bits: int) -> list[bytes | memoryview]:
@@ -41,7 +42,7 @@ def encode(symbols: Symbols, bits: int) -> list[bytes | memoryview]:
 def _encode_entropy(symbols: Symbols, bits: int, largest: int) -> tuple[int, list[bytes | memoryview]]:
     """A coding that takes fewer bits for more frequent symbols, and its bytes."""
     width = max(bits, 2)  # a sign or zero takes two
-    if width * len(symbols) >= 8 * FEWEST:
+    if width * len(symbols) >= 8 * _FEWEST:
         if width == 8 and _low_is_random(symbols):  # half of the bytes take half of the time
             return _HALVES, [deflate(_to_raw(symbols >> 4, 4)), _to_raw(symbols, 4).data]
         return _HUFFMAN, [deflate(_to_raw(symbols, width))]
