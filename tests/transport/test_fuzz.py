@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+import zlib
 from itertools import product
 
 import numpy as np
@@ -13,6 +14,7 @@ from fuzz.wire_harness import ENVELOPE, TEMPLATES, decodes, fingerprint, seal, s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import same
+from outside_writer import SCALE, Writer
 
 from fedlora.core.errors import WireError
 from fedlora.testing import schema_of
@@ -175,6 +177,27 @@ def bound(like):
 LARGE = {"adapter": {f"t{i}": torch.zeros(40, 50) for i in range(9)}, "head": {"w": torch.zeros(2000)}}
 
 
+def thin(tree, density):
+    """Multiples of the outside encoder's scale."""
+    rng = np.random.default_rng(0)
+    whole = {
+        name: SCALE * rng.integers(1, 100, value.shape) * (rng.random(value.shape) < density)
+        for name, value in tree.items()
+    }
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in whole.items()}
+
+
+def test_streams_that_grow_a_thousandfold_do_not():
+    for coding in (1, 2):
+        coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+        stream = coder.compress(bytes(2_000_000)) + coder.flush()
+        assert len(stream) < 2500
+        raw = seal(b"\1\4" + varint(9000) + bytes([coding]) + varint(len(stream)) + stream, LARGE)
+        assert peak(raw, LARGE) <= bound(LARGE)
+        with pytest.raises(WireError, match="a deflate stream of other than"):
+            unpack(raw, LARGE)
+
+
 def test_forged_messages_allocate_no_more_than_is_stated():
     assert bound(LARGE) == 64 * 20_000 + 10_000 + 10**6
     rng, messages = random.Random(0), []
@@ -183,6 +206,8 @@ def test_forged_messages_allocate_no_more_than_is_stated():
         flat = tree["adapter"] | tree["head"]
         groups = schema_of({name: part for part, each in tree.items() for name in each})
         messages.append(Link(sparsify=sparsify, precision=precision).send(flat, groups, 0, 1).raw)
+    plain = {part: {name: value.numpy() for name, value in thin(each, 0.3).items()} for part, each in LARGE.items()}
+    messages += [Writer(seed).message(plain, dict.fromkeys(plain, (4, 8, 0)), 0) for seed in range(12)]
     most = max(peak(raw, LARGE) for raw in messages)
     for raw in messages:
         for kind in ("bits", "bits", "length", "splice", "splice", "random"):
