@@ -158,12 +158,18 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
     for run, places in zip(coded, found, strict=False):
         run[places] = True
     if pool:
-        together = np.zeros(sum(map(len, pool)), np.bool_)
-        together[found[-1]] = True
-        for run, part in zip(pool, np.split(together, np.cumsum([len(run) for run in pool])[:-1]), strict=True):
-            run[:] = part
+        _spread(found[-1], pool)
     where = np.flatnonzero(mask)
     return Stored(b"", where, _counts(where, sizes))
+
+
+def _spread(places: NDArray[np.intp], pool: Sequence[Bools]) -> None:
+    """Marks the places of a pool in its tensors, which lie one after the other in it."""
+    ends = np.cumsum([len(run) for run in pool])
+    together = np.zeros(ends[-1], np.bool_)
+    together[places] = True
+    for run, part in zip(pool, np.split(together, ends[:-1]), strict=True):
+        run[:] = part
 
 
 def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[NDArray[np.intp]]:
@@ -228,10 +234,10 @@ def _costs(
     for i, places in drawn.items():
         table[SEEDED, i] = 8 * len(varint(len(places))) + value_bits * len(places)
     for i, (rows, columns) in boxes.items():
-        area, count = rows * columns, part.counts[i]
+        area, kept = rows * columns, part.counts[i]
         # as symbols, zeros cost bits and a table
-        zeros = Segment(area, count).entropy + 2 * _WORD_BITS if area > count else 0.0
-        inside = value_bits * area if value_bits >= _PLAIN_BITS else value_bits * count + zeros
+        zeros = Segment(area, kept).entropy + 2 * _WORD_BITS if area > kept else 0.0
+        inside = value_bits * area if value_bits >= _PLAIN_BITS else value_bits * kept + zeros
         table[BOX, i] = 8 * (len(varint(rows)) + len(varint(columns))) + inside
     return table
 
@@ -285,20 +291,22 @@ def _write(
             rows, columns = boxes[i]
             chunks += [varint(rows), varint(columns)]
             _grid(run, shapes[i])[:rows, :columns] = True
-    if POOLED in plan:
-        pool = part.pool(plan)
-        coding = pool.segment.coding
-        chunks += [varint(len(pool.where)), bytes([coding])]
-        if coding == RANGE:
-            coded.append(pool)
-        else:
-            chunks.append(encode_pool(pool))
-    if coded:
-        chunks.append(encode_positions(coded))
+    chunks.append(_write_positions(coded, part.pool(plan) if POOLED in plan else None))
     if whole:
         return Stored(b"".join(chunks), part.whole.where, part.counts)
     where = np.flatnonzero(stored)
     return Stored(b"".join(chunks), where, _counts(where, sizes))
+
+
+def _write_positions(coded: list[Run], pool: Run | None) -> bytes:
+    """The inverse of ``_read_positions``."""
+    if pool is None:
+        return encode_positions(coded) if coded else b""
+    coding = pool.segment.coding
+    head = varint(len(pool.where)) + bytes([coding])
+    if coding == RANGE:
+        return head + encode_positions([*coded, pool])
+    return head + encode_pool(pool) + (encode_positions(coded) if coded else b"")
 
 
 def _grid(run: Bools, shape: Sequence[int]) -> Bools:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 20  # entries whose magnitudes are looked at together, so that a large vector is not copied as a whole
+_PIECE = 1 << 18  # entries whose magnitudes are looked at together, so that a large vector is not copied as a whole
 _HALF = 1 << 16
 
 

@@ -28,7 +28,8 @@ def encode(symbols: Symbols, bits: int) -> list[bytes | memoryview]:
         bits: of a raw symbol; 1, 2, 4 or 8.
     """
     largest = largest_of(bits)
-    mode, chunks = _RAW, [_to_raw(symbols, bits).data] if bits > 1 else []
+    mode = _RAW
+    chunks: list[bytes | memoryview] = [_to_raw(symbols, bits).data] if bits > 1 else []
     if largest == 1 and symbols.all():
         mode, chunks = _SIGNS, [pack_bits(symbols < 0)]
         if abs(int(symbols.sum(dtype=np.int64))) <= len(symbols) // 8:  # they cost a bit each in any coding

@@ -123,8 +123,8 @@ class Uniform(Precision):
 
     def _scales(self, magnitude: Floats, group: _Group) -> Floats:
         """One bfloat16 scale per block, rounded up so that the largest value stays in range."""
-        top = np.maximum.reduceat(magnitude, group.starts)
-        scales = top / np.float32(self.largest)
+        top: Floats = np.maximum.reduceat(magnitude, group.starts)
+        scales: Floats = top / np.float32(self.largest)
         if self.rounding == "nearest" and self.bits < 8:
             scales = self._least_squares(magnitude, group, scales)
         scales[top > 0] = np.maximum(scales[top > 0], _SMALLEST)
@@ -158,15 +158,16 @@ class Uniform(Precision):
     def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats:
         """The ``q`` of every value; 0 where the scale is 0."""
         ratios: Floats = values / np.where(scales > 0, scales, np.float32(np.inf))
-        if draws is not None:
+        rounded: Floats
+        if draws is None:
+            rounded = np.sign(ratios) if self.bits == 1 else np.rint(ratios, out=ratios)
+        else:
             parts = (draws >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
             if self.bits == 1:  # to -1 or 1, and 0 where the scale is 0
                 signs = np.where(parts < (1 + ratios) / 2, np.float32(1), np.float32(-1))
                 rounded = np.where(ratios == 0, np.float32(0), signs)
             else:
                 rounded = np.floor(ratios + parts)
-        else:
-            rounded = np.sign(ratios) if self.bits == 1 else np.rint(ratios, out=ratios)
         return np.clip(rounded, -self.largest, self.largest, out=rounded)
 
 
