@@ -136,14 +136,12 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
         return Stored(b"", where, _counts(where, sizes))
     mask = np.zeros(sum(sizes), np.bool_)
     runs = np.split(mask, np.cumsum(sizes)[:-1])
-    coded: list[Bools] = []
-    counts: list[int] = []
+    coded: list[tuple[Bools, Segment]] = []
     for (name, value), layout, run in zip(like.items(), layouts, runs, strict=True):
         if layout == DENSE:
             run[:] = True
         elif layout == CODED:
-            coded.append(run)
-            counts.append(reader.varint(len(run)))
+            coded.append((run, Segment(len(run), reader.varint(len(run)))))
         elif layout == SEEDED:
             run[random_positions(seed, name, len(run), reader.varint(len(run)))] = True
         elif layout == BITMAP:
@@ -153,14 +151,19 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
             rows, columns = (reader.varint(side) for side in grid.shape)
             grid[:rows, :columns] = True
     pool = [run for run, layout in zip(runs, layouts, strict=True) if layout == POOLED]
-    segments = [Segment(len(run), count) for run, count in zip(coded, counts, strict=True)]
+    _fill(reader, coded, pool)
+    where = np.flatnonzero(mask)
+    return Stored(b"", where, _counts(where, sizes))
+
+
+def _fill(reader: Reader, coded: Sequence[tuple[Bools, Segment]], pool: Sequence[Bools]) -> None:
+    """Reads the positions in the coded tensors, and in those of the pool, and marks them."""
+    segments = [segment for _, segment in coded]
     found = _read_positions(reader, segments, sum(map(len, pool)) if pool else None)
-    for run, places in zip(coded, found, strict=False):
+    for (run, _), places in zip(coded, found, strict=False):
         run[places] = True
     if pool:
         _spread(found[-1], pool)
-    where = np.flatnonzero(mask)
-    return Stored(b"", where, _counts(where, sizes))
 
 
 def _spread(places: NDArray[np.intp], pool: Sequence[Bools]) -> None:

@@ -157,10 +157,10 @@ class Uniform(Precision):
 
     def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats:
         """The ``q`` of every value; 0 where the scale is 0."""
-        ratios: Floats = values / np.where(scales > 0, scales, np.float32(np.inf))
+        ratios: Floats = np.divide(values, np.where(scales > 0, scales, np.float32(np.inf)), dtype=np.float32)
         rounded: Floats
         if draws is None:
-            rounded = np.sign(ratios) if self.bits == 1 else np.rint(ratios, out=ratios)
+            rounded = (np.sign if self.bits == 1 else np.rint)(ratios)
         else:
             parts = (draws >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
             if self.bits == 1:  # to -1 or 1, and 0 where the scale is 0
