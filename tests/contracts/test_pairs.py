@@ -231,7 +231,7 @@ def test_a_pair_that_is_refused_says_what_to_do_instead() -> None:
 
 @pytest.mark.parametrize("names", COVERING, ids=" + ".join)
 def test_a_recipe_of_many_choices_trains_and_resumes(names: tuple[str, ...], tmp_path: Path) -> None:
-    before, end = _trained_and_resumed(names, tmp_path, 24, ROUNDS - 1)
+    before, end = _trained_and_resumed(names, tmp_path, 12, ROUNDS - 1)
     # so many choices at once may learn slowly, never nothing
     assert end != before
 

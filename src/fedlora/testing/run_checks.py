@@ -87,15 +87,14 @@ def check_tracker(value: Callable[[Path], Callback]) -> None:
         CallbackList([value(Path(place) / "unused")]).close()  # as when a run is refused
 
 
-class _Listed(Serial):
+class _Listed(Engine):
     """``Serial``, with a list of its jobs and replies."""
 
     def __init__(self, workspace: Workspace, population: Population, known: list[tuple[Job, Reply]]) -> None:
-        super().__init__(workspace, population)
-        self._known = known
+        self._serial, self._known = Serial(workspace, population), known
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
-        for job, reply in zip(jobs, super().run(jobs), strict=True):
+        for job, reply in zip(jobs, self._serial.run(jobs), strict=True):
             self._known.append((job, reply))
             yield reply
 
