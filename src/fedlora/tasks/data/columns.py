@@ -232,4 +232,6 @@ def is_field(rows: datasets.Dataset, name: str) -> bool:
 
 
 def _arrow(rows: datasets.Dataset, name: str) -> Any:
-    return rows.with_format("arrow", columns=[name])[:].column(name)
+    # with_format() would copy the data set and hash its state for each column
+    table = datasets.formatting.query_table(rows.data.select([name]), slice(0, len(rows)), indices=rows._indices)
+    return table.column(name)
