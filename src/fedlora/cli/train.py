@@ -68,7 +68,7 @@ def run(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the run folders go; goes on where they hold checkpoints.")] = Path(
+    out: Annotated[Path, typer.Option(help="Where the run folders go; resumes where they hold checkpoints.")] = Path(
         "runs/demo"
     ),
     set_: Overrides = None,
@@ -82,14 +82,14 @@ def demo(
     from fedlora.show.report import as_dict
 
     ERR.print(
-        "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
-        "to tell apart; 100 clients with skewed labels.",
+        "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 "
+        "packages to classify; 100 clients with skewed labels.",
         highlight=False,
     )
     # invalid configurations are rejected before anything is trained
     experiments = {method: parse(configuration(method, set_ or [])) for method in METHODS}
-    setting = prepare(experiments["lora"])
-    results = [_run(experiment, out / method, setting=setting) for method, experiment in experiments.items()]
+    data = prepare(experiments["lora"])
+    results = [_run(experiment, out / method, data=data) for method, experiment in experiments.items()]
     rows = comparison([as_dict(result) for result in results])
     show(format_, rows, comparison_table(rows))
     if format_ is Format.table:
@@ -101,7 +101,7 @@ def _run(
     experiment: Experiment,
     folder: Path | None,
     tracks: list[str] | None = None,
-    setting: FederatedData | None = None,
+    data: FederatedData | None = None,
     engine: str = "serial",
     workers: int | None = None,
 ) -> Result:
@@ -121,5 +121,5 @@ def _run(
 
         return simulate(experiment, folder, callbacks=callbacks)
     return run_experiment(
-        experiment, folder, callbacks=callbacks, setting=setting, engine=None if engine == "serial" else chosen
+        experiment, folder, callbacks=callbacks, data=data, engine=None if engine == "serial" else chosen
     )

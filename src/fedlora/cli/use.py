@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GROUP = "Use a run"
 
 Columns = Annotated[
-    list[str] | None, typer.Option("-c", "--column", help="use=name: what a column of the task is called there.")
+    list[str] | None, typer.Option("-c", "--column", help="use=name: the name in the file of a column of the task.")
 ]
 DelimiterOption = Annotated[
     str | None, typer.Option("--delimiter", help="Between the fields of a csv or tsv; otherwise the run's.")
@@ -85,7 +85,7 @@ def evaluate(
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    merge: Annotated[bool, typer.Option("--merge", help="A whole model that needs no peft.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model, which loads without peft.")] = False,
 ) -> None:
     """Export a run's adapter for `peft`, or the merged model."""
     run_of(run).export(out, merge)

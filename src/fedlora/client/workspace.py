@@ -154,21 +154,21 @@ class Workspace:
             self._decoded = (payload, round), read()
         return self._decoded[1]
 
-    def folds(self, told: FoldMessage | None, known: Folds) -> Folds:
+    def folds(self, update: FoldMessage | None, known: Folds) -> Folds:
         """The folds that a client has after a message, cached until different bytes arrive.
 
         Args:
-            told: the message, if there is one.
+            update: the message, if there is one.
             known: the folds that the client had before.
 
         Raises:
             WireError: the message is malformed.
         """
-        if told is None:
+        if update is None:
             return known
-        if self._folds is None or self._folds[0] != (told.raw, known.version):
+        if self._folds is None or self._folds[0] != (update.raw, known.version):
             shapes = {name: (layer.rows, layer.columns) for name, layer in lora_layers(self.model).items()}
-            self._folds = (told.raw, known.version), received(told, known, shapes)
+            self._folds = (update.raw, known.version), received(update, known, shapes)
         return self._folds[1]
 
     def autocast(self, compute: str) -> torch.autocast:

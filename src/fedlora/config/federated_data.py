@@ -107,7 +107,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
     clients = experiment.clients
     if isinstance(experiment.data, Sites):
         raise ConfigError(
-            "data.kind = 'sites': the training rows lie on other machines; start the run with `fedlora serve`"
+            "data.kind = 'sites': the training rows are on other machines; start the run with `fedlora serve`"
         )
     if experiment.evaluate.clients != "never" and not clients.holdout:
         raise ConfigError(
@@ -234,7 +234,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda' but this PyTorch sees no GPU; use 'cpu' or 'auto'")
+        raise ConfigError("device = 'cuda' but PyTorch finds no GPU; use 'cpu' or 'auto'")
     return torch.device(name)
 
 
@@ -255,25 +255,25 @@ def in_mode(experiment: Experiment) -> Experiment:
 
 
 def manifest(
-    experiment: Experiment, setting: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
+    experiment: Experiment, data: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
 ) -> dict[str, Any]:
     """The provenance of a run: versions, platform, seed, data and privacy parameters."""
     return {
         "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": str(setting.device),
+        "device": str(data.device),
         "threads": torch.get_num_threads(),
         "seed": experiment.seed,
         "config_digest": config.digest(experiment),
-        "data_fingerprint": setting.task.fingerprint,
-        "fingerprints": setting.task.fingerprints,
+        "data_fingerprint": data.task.fingerprint,
+        "fingerprints": data.task.fingerprints,
         **_handed_over(experiment),
-        "label_names": setting.task.label_names,
-        "num_test": len(setting.test_rows),
+        "label_names": data.task.label_names,
+        "num_test": len(data.test_rows),
         "privacy": _privacy(budget, phases),
         "example_privacy": _example_privacy(phases),
-        "partition": setting.summary().as_dict(),
+        "partition": data.summary().as_dict(),
     }
 
 

@@ -93,7 +93,7 @@ class TrainedRun:
         """
         folder = Path(folder)
         if folder.exists():
-            raise ConfigError(f"{folder} is there already; name a new folder")
+            raise ConfigError(f"{folder} already exists; name a new folder")
         export(folder, self, merge)
 
 
@@ -119,7 +119,7 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
             raise ConfigError(
                 f"in {path} clients trained alone, and each has a model of its own: see {path / 'clients'}/N/adapter"
             )
-        raise ConfigError(f"the run in {path} has no checkpoint yet; go on with: fedlora run {path}")
+        raise ConfigError(f"the run in {path} has no checkpoint yet; resume with: fedlora run {path}")
     experiment = in_mode(config.load(path))
     state, _ = latest
     recipe = experiment.phases[state.phase].recipe

@@ -93,7 +93,7 @@ def values_of(slot: str) -> dict[str, Any]:
 
 HOLDS: dict[Needs, str] = {
     "sum": "the sum of the updates",
-    "update": "the sum of the updates, and each of them in passing",
+    "update": "the sum of the updates, and one update at a time",
     "factors": "the sum of the updates, and the low-rank factors of all clients of a round",
     "cohort": "the updates of all clients of a round",
 }

@@ -23,7 +23,7 @@ from fedlora.tasks.data.notes import near_equal
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.fingerprints import base_digest
-from fedlora.tasks.models.objects import origin_of, taken_over
+from fedlora.tasks.models.objects import converted, origin_of
 
 if TYPE_CHECKING:
     import datasets
@@ -85,8 +85,8 @@ class Model:
 
     @model_validator(mode="before")
     @classmethod
-    def _taken_over(cls, given: Any) -> Any:
-        return with_keywords(given, taken_over)
+    def _converted(cls, given: Any) -> Any:
+        return with_keywords(given, converted)
 
     @property
     def name(self) -> str:

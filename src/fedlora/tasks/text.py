@@ -220,7 +220,7 @@ class PreparedText(PreparedTokenized):
 
 def _check_not_all_blank(rows: Any, which: str) -> None:
     if not any(text.strip() for text in values_of(rows, "text")):
-        raise DataError(f"column 'text' of all {len(rows)} {which} rows is blank, so nothing can be learnt: mend it")
+        raise DataError(f"column 'text' of all {len(rows)} {which} rows is blank, so nothing can be learnt: correct it")
 
 
 def _texts(rows: Any) -> list[str]:

@@ -206,7 +206,7 @@ class Tuning(ABC):
             ConfigError: this tuning has no matrices that rounds can fold into.
         """
         if folds.version:
-            raise ConfigError(f"{type(self).__name__} has no matrices that rounds could fold into")
+            raise ConfigError(f"{type(self).__name__} has no matrices for base updates")
 
     def size_of(self, fold: Fold) -> float:
         """Euclidean norm of what ``fold`` changes."""
@@ -218,7 +218,7 @@ class Tuning(ABC):
         Raises:
             ConfigError: this tuning has no adapters that can be redrawn.
         """
-        raise ConfigError(f"{type(self).__name__} has no adapters that could start anew")
+        raise ConfigError(f"{type(self).__name__} has no adapters to reinitialise")
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
         """The change that training made to the pre-trained weights, dense, by parameter name, without the head.

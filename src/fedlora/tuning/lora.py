@@ -238,8 +238,8 @@ class LoRA(Tuning):
         for name, layer in lora_layers(installed.model).items():
             if layer.packed:
                 raise ConfigError(
-                    f"what was learnt for {name} cannot be added to its weight, which is stored quantised; "
-                    "export the adapter, without --merge"
+                    f"the update of {name} cannot be added to its weight, which is stored quantised; export the "
+                    "adapter, without --merge"
                 )
             product = params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]
             if self.residual:

@@ -125,7 +125,7 @@ class PreparedImages(Prepared):
 
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         model, head = load_pretrained(self.auto_class, self._model, seed, device, class_settings(self._names))
-        _take_size(model, self.processor.size, device)
+        _interpolate_positions(model, self.processor.size, device)
         return model, head
 
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
@@ -234,7 +234,7 @@ def _placed(rows: Any, pixels: Pixels) -> tuple[Any, Pictures]:
     return rows.remove_columns(_PLACE), Pictures(pixels, places)
 
 
-def _take_size(model: nn.Module, size: tuple[int, int], device: torch.device) -> None:
+def _interpolate_positions(model: nn.Module, size: tuple[int, int], device: torch.device) -> None:
     """Has position encodings interpolated where pictures are not of the size that the model was made for.
 
     Raises:
@@ -252,8 +252,8 @@ def _take_size(model: nn.Module, size: tuple[int, int], device: torch.device) ->
             model(pixel_values=torch.zeros(1, 3, *size, device=device))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"the model does not take pictures of {size[0]} x {size[1]} ({first_line(error)}): leave task.size out, or "
-            "choose one that the model takes"
+            f"the model does not accept images of {size[0]} x {size[1]} ({first_line(error)}): leave task.size "
+            "out, or choose one that the model accepts"
         ) from error
 
 

@@ -73,7 +73,9 @@ class PreparedNextToken(PreparedTokenized):
             found = self._examples[name] = settings.encode(rows, tokenizer)
             total, kept = len(rows), len(found.kept)
             if not kept:
-                raise DataError(f"all {total} {name} rows have {lacking}, so nothing can be learnt: mend the columns")
+                raise DataError(
+                    f"all {total} {name} rows have {lacking}, so nothing can be learnt: correct the columns"
+                )
             left[name] = rows if kept == total else rows.select(found.kept)
             if kept < total:
                 self._notes += (f"{total - kept} of {total} {name} rows have {lacking} and are left out",)
@@ -151,7 +153,7 @@ class PreparedNextToken(PreparedTokenized):
         loss = total / count
         perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
         same = len(said) == 1 < len(wanted)
-        warnings = ("the model says the same token everywhere: it has learnt nothing useful",) if same else ()
+        warnings = ("the model predicts the same token everywhere: it has learnt nothing useful",) if same else ()
         metrics = {"accuracy": correct / count, "loss": loss, "perplexity": perplexity}
         return Evaluation(metrics, warnings + self._notes)
 

@@ -102,7 +102,9 @@ def config_of(model: Model) -> Any:
     Raises:
         ConfigError: there is no such model.
     """
-    return model.object.here("model.object").config if model.object else _of(model, transformers.AutoConfig)
+    return (
+        model.object.here("model.object").config if model.object else _from_pretrained(model, transformers.AutoConfig)
+    )
 
 
 def positions(model: nn.Module) -> int | None:
@@ -128,7 +130,7 @@ def load_tokenizer(model: Model) -> Any:
     Raises:
         ConfigError: there is no such model.
     """
-    tokenizer = copy_of_tokenizer(model) if model.object else _of(model, transformers.AutoTokenizer)
+    tokenizer = copy_of_tokenizer(model) if model.object else _from_pretrained(model, transformers.AutoTokenizer)
     check_vocabulary(tokenizer, model.path)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
@@ -156,7 +158,7 @@ def _loaded(auto_class: str, model: Model, settings: Mapping[str, Any]) -> tuple
     return loaded, report
 
 
-def _of(model: Model, auto_class: Any) -> Any:
+def _from_pretrained(model: Model, auto_class: Any) -> Any:
     """What ``auto_class`` reads of a model's folder or hub entry."""
     with quiet_transformers(), readable(model):
         return auto_class.from_pretrained(

@@ -64,8 +64,9 @@ class QuestionAnswering(TokenizedTask):
     def __post_init__(self) -> None:
         if self.null_threshold and not self.no_answer:
             raise ConfigError(
-                f"task.null_threshold = {self.null_threshold:g} decides whether there is an answer, but every question "
-                "is said to have one: set task.no_answer = true, or leave null_threshold out"
+                f"task.null_threshold = {self.null_threshold:g} decides whether there is an answer, but every "
+                "question has one by task.no_answer = false: set task.no_answer = true, or leave null_threshold "
+                "out"
             )
 
     def content(self, rows: Any) -> str:
