@@ -127,7 +127,7 @@ def _take_steps(
             return task.loss(model, task.batch(chosen, device))
 
     losses = []
-    with torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
+    with workspace.kernels(), torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
         torch.manual_seed(named_seed(job.seed, "dropout"))
         for chosen in batches:
             if time.perf_counter() > ready.deadline:

@@ -151,7 +151,7 @@ class _Costs:
 
     def __init__(self, experiment: Experiment, setting: FederatedData) -> None:
         self._experiment, self._setting = experiment, setting
-        self._workspace = Workspace(setting.task, experiment.seed, setting.device)
+        self._workspace = Workspace(setting.task, experiment.seed, setting.device, experiment.deterministic)
         self._sends = MODES[experiment.mode].sends
         clients = experiment.clients
         self._per_round = clients.per_round if self._sends else 1

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import in_mode, pick_device
+from fedlora.config.federated_data import in_mode
+from fedlora.core.devices import pick_device
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.state import ServerState
 from fedlora.recipe import Recipe
@@ -52,7 +52,7 @@ class TrainedRun:
     def predict(self, inputs: list[str]) -> list[dict[str, Any]]:
         """The model's prediction for each input; see the task's ``predict``."""
         self.workspace.model.eval()
-        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+        with self.workspace.predicting(self.recipe.local.compute):
             return self.task.predict(self.workspace.model, inputs, self.workspace.device)
 
     def evaluate(self, path: Path | str, columns: Mapping[str, str] | None = None) -> Evaluation:
@@ -67,7 +67,7 @@ class TrainedRun:
         """
         task = self.task.with_rows(Path(path), columns or {})
         self.workspace.model.eval()
-        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+        with self.workspace.predicting(self.recipe.local.compute):
             rows = np.arange(task.num_examples("test"))
             return task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
 
@@ -141,7 +141,7 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
     base = base_model(experiment.model, model, manifest.get("handed_over", {}), path)
     experiment = dataclasses.replace(experiment, model=base)
     task = experiment.task.restore(experiment.model, names)
-    workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
+    workspace = Workspace(task, experiment.seed, pick_device(experiment.device), experiment.deterministic)
     workspace.apply_setup(state.phase, recipe, state.setup)
     state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
     workspace.load(recipe, state.params, state.folds)

@@ -65,7 +65,7 @@ class Session:
     ) -> None:
         self.experiment, self.setting, self.files, self.callback = experiment, setting, files, callback
         self.mode = MODES[experiment.mode]
-        self.workspace = Workspace(setting.task, experiment.seed, setting.device)
+        self.workspace = Workspace(setting.task, experiment.seed, setting.device, experiment.deterministic)
         self.engine = engine if isinstance(engine, Engine) else (engine or Serial)(self.workspace, setting.population)
         self._facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
         self.rows = self._resume()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedlora.core.component import MODEL_CONFIG, Count, Field, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import Source, Splits, check_rows, check_texts, fingerprint, split, values_of
 from fedlora.tasks.data.labels import known_labels, label_table, labelled
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
@@ -123,12 +123,19 @@ class PreparedText(PreparedTokenized):
         parts = [values_of(self._data[split], name) for name in _texts(self._data[split])]
         return [" ".join(row) for row in zip(*parts, strict=True)]
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         settings: dict[str, Any] = {"problem_type": PROBLEM_TYPES[self.settings.problem]}
         settings |= class_settings(self._names) if self._names else {"num_labels": 1}
         longest = max((tokens.longest() for tokens in self._tokens.values()), default=0)
         model, head = load_pretrained(
-            PreparedText.auto_class, self._model, seed, device, settings, longest=longest, pooling=self._pooling
+            PreparedText.auto_class,
+            self._model,
+            seed,
+            device,
+            settings,
+            longest=longest,
+            pooling=self._pooling,
+            compute=compute,
         )
         # decoders use it to find a text's last token
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]

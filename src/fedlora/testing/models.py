@@ -14,7 +14,7 @@ from torch.nn import functional
 from fedlora.core.later import transformers
 from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.population.clients import Population
-from fedlora.tasks.base import Batch, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.models.loading import head_names
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -166,7 +166,7 @@ class TensorTask(Prepared):
     def column(self, name: str, split: Split) -> Positions:
         return self.labels
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         model = self.make_model().to(device)
         return model, head_names(model, set())
 

@@ -127,12 +127,22 @@ class Tuning(ABC):
         """Whether it trains low-rank factors ``A`` and ``B``."""
         return False
 
+    @property
+    def freezes_base(self) -> bool:
+        """Whether no pre-trained weight outside the head is trained."""
+        return False
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether it reads or edits frozen weights, whose rounding it would then see."""
+        return True
+
     @abstractmethod
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """Freezes ``model`` except for the trained parameters, adding modules if the method needs them.
 
         Args:
-            model: a freshly loaded model in float32.
+            model: a freshly loaded model in float32; frozen weights may be bfloat16 if ``freezes_base``.
             head: names of the parameters of the task head, which every tuning marks as trained; freezing it afterwards
                 is up to the caller.
             seed: for random parts drawn during installation.

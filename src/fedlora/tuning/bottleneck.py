@@ -75,6 +75,8 @@ class Bottleneck(Tuning):
     style: Literal["houlsby", "pfeiffer"] = "pfeiffer"
     targets: str | None = None
     zero_is_neutral: ClassVar[bool] = True
+    freezes_base: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = False
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``.

@@ -92,6 +92,14 @@ class LoRA(Tuning):
         """Whether the initial product is subtracted from the frozen weight."""
         return self.init.residual or self.folds == "rest"
 
+    @property
+    def freezes_base(self) -> bool:
+        return True
+
+    @property
+    def reads_base(self) -> bool:
+        return self.residual or self.folds != "none" or not self.init.from_seed
+
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``; a rank above a matrix's smaller dimension is refused.
 

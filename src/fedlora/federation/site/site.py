@@ -19,7 +19,8 @@ from fedlora.client.jobs import Job, Reply
 from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import in_mode, pick_device, prepare
+from fedlora.config.federated_data import in_mode, prepare
+from fedlora.core.devices import pick_device
 from fedlora.core.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError, WireError
 from fedlora.core.state import ClientState
 from fedlora.federation.protocol import envelopes
@@ -135,7 +136,7 @@ class Site:
         for phase in experiment.phases:
             if refusal := self.settings.limits.refusal(phase.recipe, largest, opening=True):
                 raise ConfigError(refusal)
-        return _Run(name, Workspace(task, experiment.seed, device), clients, memory)
+        return _Run(name, Workspace(task, experiment.seed, device, experiment.deterministic), clients, memory)
 
     def _model(self, experiment: Experiment) -> Model:
         """The model loaded on this site: the server must not determine whose code runs or which files are read."""

@@ -16,7 +16,7 @@ from torch.nn import functional
 from fedlora.core.component import MODEL_CONFIG, Count, Field, dataclass
 from fedlora.core.errors import ConfigError, first_line
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split, Task
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split, Task
 from fedlora.tasks.data.columns import Source, check_rows, rename, split, values_of
 from fedlora.tasks.data.folders import read_folder
 from fedlora.tasks.data.labels import known_labels, label_table, labelled
@@ -122,7 +122,7 @@ class PreparedImages(Prepared):
         labels = self._labels["train"]
         return labels if self.settings.problem == "single" else labels.argmax(1)
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         model, head = load_pretrained(self.auto_class, self._model, seed, device, class_settings(self._names))
         _take_size(model, self.processor.size, device)
         return model, head

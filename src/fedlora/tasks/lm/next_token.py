@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora.core.errors import ConfigError, DataError
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Split
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.lm import tokens_out
 from fedlora.tasks.lm.tokens_out import Examples
 from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import load_pretrained
+from fedlora.tasks.models.rounded import mixed
 
 
 class NextTokenTask(TokenizedTask):
@@ -86,14 +87,16 @@ class PreparedNextToken(PreparedTokenized):
         alone._packing = False  # an example's hidden state must come from its own tokens
         return embed(alone, split, device)
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         """See ``Prepared.load_model``; the head is whatever the checkpoint lacks, usually nothing.
 
         Raises:
             ConfigError: the model does not exist, reads fewer tokens, or sees the tokens that it should predict.
         """
         longest = max((examples.tokens.longest() for examples in self._examples.values()), default=0)
-        loaded, head = load_pretrained(self.auto_class, self._model, seed, device, fresh_head=False, longest=longest)
+        loaded, head = load_pretrained(
+            self.auto_class, self._model, seed, device, fresh_head=False, longest=longest, compute=compute
+        )
         if not _is_causal(loaded, device):
             raise ConfigError(
                 f"{self._model.path!r} sees the tokens that it is to predict, as encoders such as BERT do, so it would "
@@ -155,6 +158,6 @@ class PreparedNextToken(PreparedTokenized):
 def _is_causal(model: nn.Module, device: torch.device) -> bool:
     """Whether later tokens have no effect on earlier outputs."""
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device)
-    with torch.no_grad():
+    with torch.no_grad(), mixed(model, device):
         one, other = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :3].float()
     return torch.allclose(one, other, atol=1e-3, rtol=1e-2)

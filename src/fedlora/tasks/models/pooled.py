@@ -14,6 +14,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.state import generator, named_seed
 from fedlora.tasks.models.cpu import Dropout
 from fedlora.tasks.models.pooling import Pooling
+from fedlora.tasks.models.rounded import mixed
 
 _FLAGS = (
     *("base_model_prefix", "main_input_name", "supports_gradient_checkpointing", "_no_split_modules"),
@@ -120,7 +121,7 @@ def _hidden_size(stock: PreTrainedModel, backbone: nn.Module, pooling: Pooling) 
     device = next(backbone.parameters()).device
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=device)
     training = backbone.training
-    with torch.no_grad():
+    with torch.no_grad(), mixed(backbone, device):
         found = backbone.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
     backbone.train(training)
     states = getattr(found, "last_hidden_state", None)

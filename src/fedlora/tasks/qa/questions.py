@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.later import transformers
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import fingerprint, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import by_length, cached, chunks
@@ -113,12 +113,14 @@ class PreparedQuestions(PreparedTokenized):
         renamed = _renamed_backbone(self._model)
         return f", key_mapping={renamed!r}" if renamed else ""
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         renamed = _renamed_backbone(self._model)
         # the two outputs, for start and end, are called labels in a configuration
         settings = {"num_labels": 2, "key_mapping": renamed} if renamed else {"num_labels": 2}
         longest = max((passages.tokens.longest() for passages in self._passages.values()), default=0)
-        model, head = load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
+        model, head = load_pretrained(
+            self.auto_class, self._model, seed, device, settings, longest=longest, compute=compute
+        )
         if renamed:
             # else `transformers` would save the model under the old names, and not find them when it loads it
             used: Any = getattr(model, "_weight_conversions", None) or []

@@ -16,7 +16,7 @@ from torch.nn import functional
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, TrainingError, shown
 from fedlora.core.later import datasets, seqeval
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import Source, Splits, check_rows, class_names, fingerprint, split, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
@@ -179,10 +179,10 @@ class PreparedTokens(PreparedTokenized):
     def texts(self, split: Split) -> list[str]:
         return [" ".join(words) for words in values_of(self._data[split], "tokens")]
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         longest = max((windows.tokens.longest() for windows in self._windows.values()), default=0)
         settings = class_settings(self._names)
-        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
+        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest, compute=compute)
 
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: all windows of the examples; ``labels`` are ``(windows, width)``, -100 is masked."""
