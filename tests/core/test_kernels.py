@@ -134,6 +134,19 @@ def test_kernels_are_deterministic_within_the_block_alone(monkeypatch: pytest.Mo
     assert flags() == before
 
 
+def test_tf32_by_its_newer_name_returns() -> None:
+    matrices = torch.backends.cuda.matmul
+    if not hasattr(matrices, "fp32_precision"):
+        pytest.skip("this PyTorch has the older name alone")
+    try:
+        matrices.fp32_precision = "tf32"
+        with deterministic_kernels(CUDA):
+            assert matrices.fp32_precision != "tf32"
+        assert matrices.fp32_precision == "tf32"
+    finally:
+        matrices.allow_tf32 = False
+
+
 @pytest.mark.parametrize(("device", "wanted"), [("cpu", True), ("mps", True), ("cuda", False)])
 def test_kernels_are_left_alone_elsewhere(device: str, wanted: bool) -> None:
     before = flags()

@@ -169,9 +169,10 @@ def peak():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
 
 path, compute = sys.argv[1:]
-load_pretrained("AutoModelForCausalLM", Model(path=path + "/little"), 0, torch.device("cpu"), None, False)
+rest = (0, torch.device("cpu"), None, False, 0, "model", compute)
+load_pretrained("AutoModelForCausalLM", Model(path=path + "/little"), *rest)
 before = peak()
-load_pretrained("AutoModelForCausalLM", Model(path=path + "/large"), 0, torch.device("cpu"), None, False, compute=compute)
+load_pretrained("AutoModelForCausalLM", Model(path=path + "/large"), *rest)
 print(1024 * (peak() - before))
 """
 

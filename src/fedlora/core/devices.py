@@ -92,21 +92,36 @@ def deterministic_kernels(device: torch.device, wanted: bool = True) -> Iterator
         _write(before)
 
 
-_PRECISION = "fp32_precision" if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "allow_tf32"
-"""The attribute that allows TF32; newer versions of PyTorch refuse a mix of both."""
-_IEEE = {"fp32_precision": "ieee", "allow_tf32": False}[_PRECISION]
+_FOLLOWS = object()
+"""No value of its own."""
+
+
+def _parts(place: Any, *names: str) -> list[Any]:
+    return [getattr(place, name) for name in names if hasattr(place, name)]
+
+
+_CUDNN: Any = torch.backends.cudnn
 _FLAGS: tuple[tuple[Any, str, Any], ...] = (
     (torch.utils.deterministic, "fill_uninitialized_memory", False),  # a precaution that costs time
-    (torch.backends.cudnn, "deterministic", True),
-    (torch.backends.cudnn, "benchmark", False),
-    (torch.backends.cuda.matmul, _PRECISION, _IEEE),
-    *((getattr(torch.backends.cudnn, name, torch.backends.cudnn), _PRECISION, _IEEE) for name in ("conv", "rnn")),
+    (_CUDNN, "deterministic", True),
+    (_CUDNN, "benchmark", False),
+    (torch.backends.cuda.matmul, "allow_tf32", False),
+    (_CUDNN, "allow_tf32", False),
+    # the newer names of the last two, which follow them
+    *((place, "fp32_precision", _FOLLOWS) for place in (torch.backends.cuda.matmul, *_parts(_CUDNN, "conv", "rnn"))),
 )
 
 
 def _read() -> list[Any]:
     own = [torch.get_deterministic_debug_mode(), torch.backends.cuda.cudnn_sdp_enabled()]  # type: ignore[no-untyped-call]
-    return own + [getattr(place, name) for place, name, _ in _FLAGS]
+    return own + [_value(place, name) for place, name, _ in _FLAGS]
+
+
+def _value(place: Any, name: str) -> Any:
+    try:
+        return getattr(place, name, _FOLLOWS)
+    except RuntimeError:  # TF32 was set by its newer name
+        return _FOLLOWS
 
 
 def _write(values: Sequence[Any]) -> None:
@@ -114,4 +129,5 @@ def _write(values: Sequence[Any]) -> None:
     torch.set_deterministic_debug_mode(mode)
     torch.backends.cuda.enable_cudnn_sdp(attention)
     for (place, name, _), value in zip(_FLAGS, flags, strict=True):
-        setattr(place, name, value)
+        if value is not _FOLLOWS:
+            setattr(place, name, value)
