@@ -122,9 +122,12 @@ def _take_steps(
     masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
     penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
 
+    # in the order in which `gradients` passes them
+    ahead = task.batches([part for chosen in batches for part in source.passes(chosen)], device)
+
     def loss_of(chosen: Positions) -> Tensor:
         with workspace.autocast(local.compute):
-            return task.loss(model, task.batch(chosen, device))
+            return task.loss(model, next(ahead))
 
     losses = []
     with workspace.kernels(), torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):

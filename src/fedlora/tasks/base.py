@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -182,6 +182,15 @@ class Prepared(ABC):
     @abstractmethod
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """Examples as one batch, padded to the longest."""
+
+    def batches(self, parts: Sequence[Positions], device: torch.device) -> Iterator[Batch]:
+        """The batches of training examples that follow one another; a task may copy several at once.
+
+        Args:
+            parts: the examples of each batch.
+            device: the model's device.
+        """
+        return (self.batch(part, device) for part in parts)
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -141,11 +141,10 @@ class PreparedText(PreparedTokenized):
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
         return model, head
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
         pad_to = None if self.settings.pad_to == "longest" else self.settings.pad_to
         batch = self.inputs(self._tokens[split], rows, self.settings.max_length, self._types.get(split), pad_to)
-        batch["labels"] = torch.from_numpy(self._labels[split][rows])
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch | {"labels": torch.from_numpy(self._labels[split][rows])}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: that of ``scores.loss``.

@@ -20,6 +20,7 @@ from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import load_pretrained
 from fedlora.tasks.models.rounded import mixed
+from fedlora.tasks.models.staged import LEARNT, staged
 
 
 class NextTokenTask(TokenizedTask):
@@ -104,16 +105,22 @@ class PreparedNextToken(PreparedTokenized):
             )
         return loaded, head
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``: all sequences of the examples, padded to the longest on the right.
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
+        """See ``PreparedTokenized.host_batch``: all sequences of the examples, padded to the longest on the right.
 
         ``input_ids``, ``attention_mask`` and ``labels`` are ``(sequences, width)`` int64 each; a label is at its
         token's position, or ``IGNORED`` if the token is not learnt.
         """
         examples = self._examples[split]
-        return self._padded(examples, examples.sequences(rows), self._packing, device)
+        return self._padded(examples, examples.sequences(rows), self._packing)
 
-    def _padded(self, examples: Examples, chosen: Positions, packing: bool, device: torch.device) -> Batch:
+    def for_device(self, batch: Batch) -> Batch:
+        learnt = (batch["labels"][:, 1:] != tokens_out.IGNORED).flatten().nonzero().flatten()
+        # padding is on the right, where no token that counts sees it
+        kept = {name: value for name, value in batch.items() if name != "attention_mask"}
+        return kept | {LEARNT: learnt}
+
+    def _padded(self, examples: Examples, chosen: Positions, packing: bool) -> Batch:
         tokens, learnt, limit = examples.tokens, examples.learnt, self.settings.longest
         if packing:
             bins = tokens_out.pack(tokens.lengths(chosen), limit)
@@ -123,7 +130,7 @@ class PreparedNextToken(PreparedTokenized):
         batch = self.inputs(tokens, chosen, limit)
         ids = batch["input_ids"]
         batch["labels"] = torch.where(learnt.padded(chosen, ids.shape[1], 0) == 1, ids, tokens_out.IGNORED)
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return tokens_out.mean_loss(model, batch)
@@ -138,7 +145,9 @@ class PreparedNextToken(PreparedTokenized):
         said: set[int] = set()
         wanted: set[int] = set()
         for part in chunks(chosen, size):
-            batch = self._padded(examples, part, False, device)
+            batch = self._padded(examples, part, False)
+            if device.type != "cpu":
+                batch = next(staged([self.for_device(batch)], device))
             logits, targets = tokens_out.target_logits(model, batch)
             found = logits.argmax(-1)
             total += float(tokens_out.summed_cross_entropy(logits, targets))

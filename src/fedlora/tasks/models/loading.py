@@ -19,6 +19,7 @@ from fedlora.tasks.models.heads import parameters_of
 from fedlora.tasks.models.objects import copy_of_tokenizer, forget_last_call, fresh_copy
 from fedlora.tasks.models.pooling import POOLER_FAMILIES, Pooling
 from fedlora.tasks.models.rounded import is_stored_in_bfloat16, rounding
+from fedlora.tasks.models.staged import allow_no_mask
 
 if TYPE_CHECKING:
     from fedlora.tasks.base import Compute, Model
@@ -79,6 +80,8 @@ def load_pretrained(
         )
     if device.type == "cpu":
         cpu.speed_up(loaded, model.attention == "auto")
+    else:
+        allow_no_mask(loaded)
     _checkpoint(loaded, model)
     if pooling != "model":
         with quiet_transformers():

@@ -73,7 +73,7 @@ class PooledClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         labels: None = None,
         return_dict: None = None,
         **others: Any,
@@ -82,13 +82,15 @@ class PooledClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         Args:
             input_ids: ``(batch, length)``.
-            attention_mask: ``(batch, length)``; one where there is a token.
+            attention_mask: ``(batch, length)``; one where there is a token. None if there is one everywhere.
             labels: none; losses are computed elsewhere.
             return_dict: ignored.
             others: what else the backbone takes, such as ``token_type_ids``; None is left out.
         """
         others = {name: value for name, value in others.items() if value is not None}
         states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **others).last_hidden_state
+        if attention_mask is None:
+            attention_mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
         pooled = pool(states, attention_mask, self.pooling)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
 
