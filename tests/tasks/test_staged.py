@@ -154,7 +154,7 @@ def test_the_host_waits_at_most_once_a_step(
     for name, value in here.items():
         torch.testing.assert_close(there[name], value, atol=1e-5, rtol=0, msg=name)
     # transformers looks twice at a padded mask of a decoder
-    assert waited(task) <= (2 if kind == "decoder" else 0 if kind == "language" else 1), SYNCS
+    assert waited(task) <= (2 if kind == "decoder" else 1), SYNCS
 
 
 def test_the_host_waits_once_for_a_clipped_example(
