@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from fedlora.core.errors import ConfigError
 
@@ -140,7 +139,7 @@ def other_class(slot: str, base: type, name: str, known: Collection[str]) -> Any
     return Slot(slot, base).find(name)
 
 
-def show(format_: Format, values: Any, table: Table) -> None:
+def show(format_: Format, values: Any, table: RenderableType) -> None:
     """Prints a result in human- or machine-readable form."""
     if format_ is Format.json:
         print(json.dumps(values, indent=1))

@@ -35,7 +35,7 @@ class Workspace:
     def __init__(self, task: Prepared, seed: int, device: torch.device, deterministic: bool = True) -> None:
         self.task = task
         self.device = device
-        self._deterministic = deterministic
+        self.deterministic = deterministic
         self._seed = seed
         self._phase: int | None = None
         self._setup: bytes | None = None
@@ -44,6 +44,16 @@ class Workspace:
         self._folds: tuple[tuple[bytes, int], Folds] | None = None
         self.init: Tree = {}
         self.personal: Tree = {}
+
+    @property
+    def seed(self) -> int:
+        """Seed of the head's initial values."""
+        return self._seed
+
+    @property
+    def setup(self) -> bytes | None:
+        """The setup message applied to the frozen part, if there is one."""
+        return self._setup
 
     @property
     def installed(self) -> Installed:
@@ -173,7 +183,7 @@ class Workspace:
 
     def kernels(self) -> AbstractContextManager[None]:
         """The kernels of the device; see ``deterministic_kernels``."""
-        return deterministic_kernels(self.device, self._deterministic)
+        return deterministic_kernels(self.device, self.deterministic)
 
     def autocast(self, compute: str) -> torch.autocast:
         """The number format of a forward pass."""

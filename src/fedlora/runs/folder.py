@@ -19,6 +19,9 @@ from fedlora.rounds.checkpoint import load_state, save_state
 from fedlora.rounds.ledger import RoundRecord
 
 KEPT = 2
+"""Number of checkpoints kept."""
+KEPT_OF_SITES = 5
+"""Number of checkpoints kept if clients are not trusted, so that their effect can be undone."""
 LOCK = "run.lock"
 """The file locked by the process that trains in a folder; not part of the run."""
 
@@ -154,8 +157,8 @@ class RunFolder:
         self.write("ledger.jsonl", "".join(map(_line, rows)))
         return rows
 
-    def save(self, state: ServerState, facts: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and removes all but the last two.
+    def save(self, state: ServerState, facts: Mapping[str, Any], kept: int = KEPT) -> None:
+        """Writes a checkpoint and removes all but the last ``kept``.
 
         Raises:
             DataError: writing failed; earlier checkpoints are intact.
@@ -163,7 +166,7 @@ class RunFolder:
         folder = self.path / "checkpoints" / f"round-{state.round:06d}"
         try:
             save_state(state, folder, facts)
-            for old in self.checkpoints[:-KEPT]:
+            for old in self.checkpoints[:-kept]:
                 shutil.rmtree(old)
         except OSError as error:
             raise cannot_write(self.path, error) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -71,13 +71,7 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
         usual = known.get(family(model), "all-linear")
         targets = usual if isinstance(usual, str) else tuple(usual)
     matches = _matcher(targets)
-    matrices = {
-        name: module
-        for name, module in model.named_modules()
-        if is_matrix(module)
-        and matches(name)
-        and not any(f"{name}.{leaf}" in head for leaf, _ in module.named_parameters())
-    }
+    matrices = {name: module for name, module in _matrices(model, head).items() if matches(name)}
     obstacles = _obstacles(model, matrices)
     if named and obstacles:
         name, why = next(iter(obstacles.items()))
@@ -90,6 +84,48 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
     }
     check_matched(len(found), f"targets = {targets!r}", model)
     return found
+
+
+def is_pattern(targets: Targets | None) -> bool:
+    """Whether ``targets`` is a regular expression."""
+    return isinstance(targets, str) and targets not in ("default", "all-linear")
+
+
+def endings(model: nn.Module, targets: Targets, head: frozenset[str]) -> tuple[str, ...]:
+    """The shortest endings of names that select the same matrices as ``targets``.
+
+    Raises:
+        ConfigError: see ``find``; or a name is the ending of another one, which ``targets`` does not select.
+    """
+    return shortest_endings(find(model, targets, head), _matrices(model, head))
+
+
+def shortest_endings(chosen: Collection[str], names: Collection[str]) -> tuple[str, ...]:
+    """Endings that match all ``chosen`` names and no others of ``names``.
+
+    Raises:
+        ConfigError: a chosen name is the ending of another one.
+    """
+    found: list[str] = []
+    for name in chosen:
+        if _matcher(tuple(found))(name):
+            continue
+        parts = name.split(".")
+        tried = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        fit = (one for one in tried if all(other in chosen for other in filter(_matcher((one,)), names)))
+        if (ending := next(fit, None)) is None:
+            raise ConfigError(f"{name} cannot be told from other modules by its name; give `targets` as endings")
+        found.append(ending)
+    return tuple(found)
+
+
+def _matrices(model: nn.Module, head: frozenset[str]) -> dict[str, Matrix]:
+    """The matrices outside the head."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_matrix(module) and not any(f"{name}.{leaf}" in head for leaf, _ in module.named_parameters())
+    }
 
 
 def _matcher(targets: Targets) -> Callable[[str], bool]:

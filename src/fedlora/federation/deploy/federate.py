@@ -76,7 +76,7 @@ def federate(
         begun()
         remote = Remote(transport, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
         if ready:
-            remote.open(experiment, task.label_names, len(ready.population))
+            remote.open(experiment, task, len(ready.population))
         setting = ready or _of_sites(experiment, task, remote, files, names)
         return experiments.train(experiment, folder, None, callbacks, setting, remote, None, held=True)
 
@@ -87,7 +87,7 @@ def _of_sites(
     """The federated data of sites with their own rows, after the run has been announced to them."""
     ordered = sorted(names)
     numbers = {name: number for number, name in enumerate(ordered)}
-    remote.open(experiment, task.label_names, len(ordered), numbers)
+    remote.open(experiment, task, len(ordered), numbers)
     # information on sites is kept while they are offline
     known = files.read_json(KNOWN)
     for name, site_info in remote.site_infos.items():

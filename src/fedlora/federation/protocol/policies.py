@@ -18,6 +18,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
 from fedlora.tasks import Model
+from fedlora.tuning.accepted import objection
 
 T = TypeVar("T")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -35,6 +36,14 @@ class SitePolicy:
         max_steps: maximum number of optimiser steps per turn.
         min_noise: minimum noise multiplier that the server must declare to add to the mean over clients.
         min_example_noise: minimum noise multiplier that this site itself adds to per-example gradients.
+        max_seconds: longest time for one message: a turn, or the loading and installing of a model.
+        min_cohort: minimum number of clients per round that the server must announce.
+        max_runs: maximum number of runs, of all servers together; this limit and the following ones hold across
+            restarts.
+        max_rounds: maximum number of rounds of all runs together.
+        max_epsilon: maximum example-level epsilon of all runs together, at delta = 1e-6; it requires noise for
+            examples.
+        max_megabytes_per_day: maximum size of all messages of a day, in both directions.
     """
 
     tunings: tuple[str, ...] | None = None
@@ -43,16 +52,24 @@ class SitePolicy:
     max_steps: Whole | None = None
     min_noise: NonNegative | None = None
     min_example_noise: NonNegative | None = None
+    max_seconds: Positive | None = None
+    min_cohort: Count | None = None
+    max_runs: Whole | None = None
+    max_rounds: Whole | None = None
+    max_epsilon: NonNegative | None = None
+    max_megabytes_per_day: Positive | None = None
 
-    def check_classes(self, head: Mapping[str, Any]) -> None:
-        """Checks for classes that are not permitted, before any of them is imported.
+    def check_settings(self, head: Mapping[str, Any]) -> None:
+        """Checks for settings that no server may choose, and classes that are not permitted, before any is imported.
 
         Args:
             head: the head of a server's message.
 
         Raises:
-            ConfigError: it names such a class.
+            ConfigError: it contains one of them.
         """
+        if why := objection(head):
+            raise ConfigError(why)
         if unknown := sorted(named(head) - {*self.classes}):
             raise ConfigError(
                 f"the class {unknown[0][:200]!r} is not accepted here; limits.classes lists those that are"
@@ -167,18 +184,24 @@ class ServerPolicy:
     Args:
         min_available: clients that must be reachable before the first round starts; ``min_clients`` if absent.
         min_clients: replies required per round; with fewer, the round is retried.
-        round_timeout: seconds after which a round continues without clients that have not replied.
+        round_timeout: seconds after which a round continues without clients that have not replied; by default ten times
+            the longest turn so far, but at least ten minutes, and an hour before the first turn.
         rejoin_timeout: seconds for which a round waits for a lost site to reconnect and be sent its jobs again.
         over_sample: ratio of clients asked to clients counted; the first to reply are counted.
         attempts: attempts at a round with too few replies before the run stops.
+        max_weight: largest number of examples with which a site that has its own rows is weighted, as a multiple of the
+            median site's, where clients are weighted by examples: how many a site has is its own word.
+        max_examples: the same as a number, for every client.
     """
 
     min_available: Count | None = None
     min_clients: Count = 1
-    round_timeout: Positive = 3600.0
+    round_timeout: Positive | None = None
     rejoin_timeout: NonNegative = 120.0
     over_sample: Annotated[float, Field(ge=1)] = 1.0
     attempts: Count = 3
+    max_weight: Annotated[float, Field(ge=1)] = 2.0
+    max_examples: Count | None = None
 
 
 def parse_as(kind: type[T], values: dict[str, Any], path: Path) -> T:

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.envelopes import Envelope
 from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.federation.site.memory import SiteMemory
+from fedlora.federation.site.usage import Usage
+from fedlora.federation.site.watchdog import time_limit
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.tasks import Model
 from fedlora.tasks.base import Positions, Prepared
@@ -52,6 +55,7 @@ class Site:
 
     def __init__(self, settings: SiteConfig) -> None:
         self.settings = settings
+        self.usage = Usage(Path(settings.state), settings.limits)
         self._run: _Run | None = None
 
     def answer(self, raw: bytes) -> bytes:
@@ -72,19 +76,30 @@ class Site:
                 f"a message of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
             )
         try:
-            self.settings.limits.check_classes(envelope.head)
-        except ConfigError as error:
-            raise WireError(self._said(error)) from error
-        job = envelopes.to_job(envelope)
+            envelopes.check_keys(envelope, "job")
+            self.settings.limits.check_settings(envelope.head)
+            self.usage.add_bytes(len(raw))
+            job = envelopes.to_job(envelope)
+        except (WireError, ConfigError, CheckpointError) as error:
+            return envelopes.of_reply(Reply(None, ClientState(), 0.0, self._said(error), delivered=False), envelope)
         lost = False
         try:
-            reply = self._turn(envelope, job, len(raw), received)
+            with self._limited(envelope):
+                reply = self._turn(envelope, job, len(raw), received)
+            self.usage.add_bytes(len(reply.raw or b""))
         except (WireError, TrainingError, CheckpointError, ConfigError, DataError) as error:
             lost = isinstance(error, CheckpointError)
-            reply = Reply(None, ClientState(), 0.0, self._said(error), delivered=False)
+            failed = isinstance(error, TrainingError)
+            reply = Reply(None, ClientState(), 0.0, self._said(error), delivered=False, failed=failed)
         if not disclosure_of(job.recipe).timing:
             reply = reply._replace(seconds=0.0)
         return envelopes.of_reply(reply, envelope, lost)
+
+    @contextmanager
+    def _limited(self, envelope: Envelope) -> Iterator[None]:
+        self.usage.begin_work(str(envelope.head.get("ticket")))
+        with time_limit(self.settings.limits.max_seconds):
+            yield
 
     def _said(self, error: FedloraError) -> str:
         """The part of an error reported to the server: messages about data quote the data, and are not sent."""
@@ -99,12 +114,16 @@ class Site:
         told: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
         told |= {key: head.get(key) for key in ("run", "ticket")}
         try:
-            run = self._prepared(head)
+            envelopes.check_keys(envelope, "open")
+            with self._limited(envelope):
+                run = self._prepared(head)
             run.memory.open(json.dumps(head))
             self._run = run
             told["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
         except FedloraError as error:
             told["refused"] = self._said(error)
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            told["refused"] = self._said(WireError(f"an opening cannot be read ({type(error).__name__}: {error})"))
         return envelopes.write(told, {})
 
     def _prepared(self, head: Mapping[str, Any]) -> _Run:
@@ -113,7 +132,7 @@ class Site:
         Raises:
             FedloraError: it is not accepted, or cannot be prepared on this site.
         """
-        self.settings.limits.check_classes(head)
+        self.settings.limits.check_settings(head)
         name = str(head.get("run"))
         memory = SiteMemory(Path(self.settings.state), name)
         experiment = config.parse(head["experiment"])
@@ -136,6 +155,7 @@ class Site:
         for phase in experiment.phases:
             if refusal := self.settings.limits.refusal(phase.recipe, largest, opening=True):
                 raise ConfigError(refusal)
+        self.usage.open_run(name, experiment.clients.per_round)
         return _Run(name, Workspace(task, experiment.seed, device, experiment.deterministic), clients, memory)
 
     def _model(self, experiment: Experiment) -> Model:
@@ -167,8 +187,11 @@ class Site:
         setup = run.memory.setup(job.phase, job.setup)
         if setup is None:
             raise CheckpointError(f"what phase {job.phase} begins with is not here any more")
+        self.usage.begin_turn(run.name, job.progress[0], job.recipe, len(rows))
         seconds = envelope.head.get("seconds")
         left = math.inf if seconds is None else float(seconds) - (time.perf_counter() - received)
+        if disclosure_of(job.recipe).timing:  # a turn that times out would tell how long the examples are
+            left = min(left, limits.max_seconds or math.inf)
         reply = run_job(job._replace(memory=memory, setup=setup), run.workspace, rows, left)
         if reply.raw is not None and (refusal := limits.too_large(len(reply.raw))):
             raise ConfigError(refusal)
