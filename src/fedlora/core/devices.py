@@ -96,10 +96,6 @@ _FOLLOWS = object()
 """No value of its own."""
 
 
-def _parts(place: Any, *names: str) -> list[Any]:
-    return [getattr(place, name) for name in names if hasattr(place, name)]
-
-
 _CUDNN: Any = torch.backends.cudnn
 _FLAGS: tuple[tuple[Any, str, Any], ...] = (
     (torch.utils.deterministic, "fill_uninitialized_memory", False),  # a precaution that costs time
@@ -108,7 +104,8 @@ _FLAGS: tuple[tuple[Any, str, Any], ...] = (
     (torch.backends.cuda.matmul, "allow_tf32", False),
     (_CUDNN, "allow_tf32", False),
     # the newer names of the last two, which follow them
-    *((place, "fp32_precision", _FOLLOWS) for place in (torch.backends.cuda.matmul, *_parts(_CUDNN, "conv", "rnn"))),
+    (torch.backends.cuda.matmul, "fp32_precision", _FOLLOWS),
+    *((getattr(_CUDNN, part, _CUDNN), "fp32_precision", _FOLLOWS) for part in ("conv", "rnn")),
 )
 
 

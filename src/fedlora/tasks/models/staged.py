@@ -57,7 +57,7 @@ def without_idle_mask(batch: Batch) -> Batch:
 def allow_no_mask(model: nn.Module) -> None:
     """Has some families not look for padding, which they warn of and a device is waited for, where no mask is given."""
     for module in model.modules():
-        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+        if getattr(module, "warn_if_padding_and_no_attention_mask", None) is not None:
             module.warn_if_padding_and_no_attention_mask = _look_away  # type: ignore[assignment]
 
 
