@@ -16,6 +16,7 @@ from fedlora.config.handed_over import dealt_as_handed
 from fedlora.config.method_table import build_method
 from fedlora.config.upgrade import upgraded
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
+from fedlora.core.devices import DeviceName
 from fedlora.core.errors import ConfigError
 from fedlora.methods import METHODS
 from fedlora.population.clients import Clients
@@ -83,14 +84,18 @@ class Experiment:
         phases: the method.
         evaluate: when the model is evaluated.
         checkpoint_every: rounds between two checkpoints.
-        device: the device of the model; ``auto`` uses a GPU if there is one.
+        device: the device of the model: ``cpu``, ``cuda``, one of several GPUs as ``cuda:1``, or ``mps``; ``auto`` uses
+            CUDA if there is a GPU.
+        deterministic: whether CUDA uses kernels that give the same bits in each run (``core.devices``); other devices
+            need none.
     """
 
     label: str = "run"
     seed: Whole = 0
     mode: Literal["federated", "centralised", "local"] = "federated"
     num_local: Count = 10
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
+    deterministic: bool = True
     checkpoint_every: Count = 1
     model: Annotated[Model, BeforeValidator(as_model)] = Model()
     task: AnyTask = TextClassification()
@@ -155,6 +160,8 @@ def digest(experiment: Experiment) -> str:
     values = resolved(experiment)
     del values["checkpoint_every"]
     values.pop("root", None)
+    if experiment.deterministic:  # versions without the key had no other kernels on a CPU
+        del values["deterministic"]
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

@@ -69,7 +69,7 @@ class Session:
     ) -> None:
         self.experiment, self.data, self.files, self.callback = experiment, data, files, callback
         self.mode = MODES[experiment.mode]
-        self.workspace = Workspace(data.task, experiment.seed, data.device)
+        self.workspace = Workspace(data.task, experiment.seed, data.device, experiment.deterministic)
         self.engine = engine if isinstance(engine, Engine) else (engine or Serial)(self.workspace, data.population)
         self._barred: frozenset[int] = frozenset()
         self._notes: tuple[str, ...] = ()

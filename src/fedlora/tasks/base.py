@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     import datasets
 
 Batch = dict[str, Tensor]
+Compute = Literal["fp32", "bf16", "stored"]
+"""The number format of frozen weights as they are loaded: float32; bfloat16; or bfloat16 where the checkpoint stores
+nothing finer, so that rounding loses nothing, and float32 where it does. A head and fresh parts are float32 always."""
 Positions = NDArray[Any]
 """Row numbers within a split, integers from 0."""
 Split = Literal["train", "test"]
@@ -59,7 +62,8 @@ class Model:
         trust_remote_code: whether code shipped with a model may run.
         attention: the attention kernel; ``auto`` uses fedlora's own on a CPU (see ``tasks.cpu.attend``), otherwise the
             default of ``transformers``.
-        load: ``full`` precision, or frozen matrices in ``8bit`` or ``4bit`` by ``bitsandbytes``.
+        load: ``full`` precision, or frozen matrices in ``8bit`` or ``4bit`` by ``bitsandbytes``; ``4bit_double`` also
+            quantises the scales of ``4bit``, which saves 0.4 bits per weight. 4-bit matrices multiply in bfloat16.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         head: pre-trained modules that also belong to the head, by full name or suffix, such as ``bert.pooler`` or
             ``pooler``: trained and sent like the head, and never targets of adapters.
@@ -76,7 +80,7 @@ class Model:
     revision: str | None = None
     trust_remote_code: bool = False
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    load: Literal["full", "8bit", "4bit"] = "full"
+    load: Literal["full", "8bit", "4bit", "4bit_double"] = "full"
     gradient_checkpointing: bool = False
     head: tuple[str, ...] = ()
     train_head: bool = True
@@ -182,8 +186,13 @@ class Prepared(ABC):
         return self._names
 
     @abstractmethod
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """The pre-trained model in float32 with a fresh head, and the names of the head's parameters.
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+        """The pre-trained model with a fresh head, and the names of the head's parameters.
+
+        Args:
+            seed: of the fresh parts.
+            compute: what saves memory, see ``Compute``; a task may always load float32.
+            device: the model's device.
 
         Raises:
             ConfigError: the model does not exist, or does not accept the task's inputs.
@@ -192,6 +201,15 @@ class Prepared(ABC):
     @abstractmethod
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """Examples as one batch, padded to the longest."""
+
+    def batches(self, parts: Sequence[Positions], device: torch.device) -> Iterator[Batch]:
+        """The batches of training examples that follow one another; a task may copy several at once.
+
+        Args:
+            parts: the examples of each batch.
+            device: the model's device.
+        """
+        return (self.batch(part, device) for part in parts)
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
