@@ -131,7 +131,7 @@ def test_show_prints_what_differs_and_a_summary(run_toml: Path, tmp_path: Path) 
     assert "per_round" not in text
     assert "lora, 3 rounds; 1,123 of " in " ".join(summary.split())
     assert "aggregation holds 0.0 MB on the server" in summary
-    assert "10 tensors; --full names them" in summary
+    assert "10 tensors; --full lists them" in summary
     assert "bert.encoder" not in said
     assert tomllib.loads(text) == printed("show", run_toml, *options)["differs"]
 
@@ -169,7 +169,7 @@ def test_partition_draws_a_bar_per_client(run_toml: Path) -> None:
 
 
 def test_partition_draws_a_page(run_toml: Path, tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
+    pytest.importorskip("matplotlib")
     invoke("partition", run_toml, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert all(name in page for name in COLOURS)

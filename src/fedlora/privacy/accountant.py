@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -156,17 +156,32 @@ def example_epsilon(
     return max((_sgd_epsilon(noise.noise_multiplier, *one, noise.delta) for one in worst), default=0.0)
 
 
-@lru_cache(maxsize=4096)
-def _sgd_epsilon(multiplier: float, chance: float, steps: int, delta: float) -> float:
-    if not steps:
-        return 0.0
+def composed_epsilon(spent: Iterable[tuple[float, float, int]], delta: float) -> float:
+    """The example-level epsilon of steps under several settings together.
+
+    Args:
+        spent: noise multiplier, chance of an example to take part in a step, and number of steps.
+        delta: the probability that the bound fails.
+
+    Raises:
+        ConfigError: ``dp-accounting`` is not installed.
+    """
     accounting = _library()
     from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
 
     account = RdpAccountant()
-    event = accounting.GaussianDpEvent(multiplier)
-    account.compose(event if chance == 1.0 else accounting.PoissonSampledDpEvent(chance, event), steps)
+    for multiplier, chance, steps in spent:
+        if steps:
+            event = accounting.GaussianDpEvent(multiplier)
+            account.compose(event if chance == 1.0 else accounting.PoissonSampledDpEvent(chance, event), steps)
     return float(account.get_epsilon(delta))
+
+
+@lru_cache(maxsize=4096)
+def _sgd_epsilon(multiplier: float, chance: float, steps: int, delta: float) -> float:
+    if not steps:
+        return 0.0
+    return composed_epsilon([(multiplier, chance, steps)], delta)
 
 
 class PrivacyBudget(NamedTuple):
@@ -215,7 +230,9 @@ def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[Priv
     if not found or all(each.noise_multiplier == 0 for each in private):
         return None, tuple(phases)
     if any(each.noise_multiplier == 0 for each in private):
-        raise ConfigError("some phases have noise and some have none, which tells all; give every phase noise")
+        raise ConfigError(
+            "some phases have noise and some have none, and those without reveal everything; give every phase noise"
+        )
     if len(found) > 1:
         raise ConfigError("all phases share one account: give them the same delta, accountant and max_epsilon")
     if len({(each.target_epsilon, each.noise_multiplier) for each in private}) > 1 and any(
@@ -224,7 +241,8 @@ def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[Priv
         raise ConfigError("target_epsilon is of the whole run; give it to every phase alike, and no multiplier")
     if sampled.num_clients < _FEW and any(each.delta is None for each in private):
         raise ConfigError(
-            f"delta is 1 / N ** 1.1 by default, which says nothing for {sampled.num_clients} clients; set privacy.delta"
+            f"delta is 1 / N ** 1.1 by default, which gives no protection for {sampled.num_clients} clients; set "
+            "privacy.delta"
         )
     budget = PrivacyBudget(sampled, *found.pop())
     _accountant(sampled, budget.accountant)
@@ -280,7 +298,7 @@ def _accountant(sampled: SamplingScheme, accountant: str) -> Any:
     fixed = not _is_tight(sampled)
     if fixed and accountant == "pld":
         raise ConfigError(
-            "the pld accountant does not know cohorts of a fixed size; set clients.sampling to 'poisson', or "
+            "the pld accountant does not support cohorts of a fixed size; set clients.sampling to 'poisson', or "
             "accountant to 'rdp'"
         )
     if fixed or accountant == "rdp":

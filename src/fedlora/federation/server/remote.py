@@ -6,24 +6,32 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from fedlora import config
 from fedlora.client.jobs import Job, Reply
 from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode
+from fedlora.config.places import located_model
 from fedlora.core.errors import DataError, QuorumError, TrainingError, WireError, plain
 from fedlora.core.state import ClientState
 from fedlora.engines.base import Engine
 from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.federation.protocol.transport import Received, Transport
+from fedlora.federation.server.plain_settings import PlainSettings
 from fedlora.federation.server.probes import Probing
-from fedlora.federation.site.site import base_digest
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.runs.callbacks import Callback, CallbackList
+from fedlora.tasks.base import Prepared
+from fedlora.tasks.models.fingerprints import base_digest
 
 POLL = 0.2
+FIRST_TIMEOUT = 3600.0
+"""Seconds that the first round waits for replies, and any for sites, unless the policy states it."""
+SHORTEST_TIMEOUT, TURNS = 600.0, 10.0
+"""Later rounds wait ``TURNS`` times as long as the longest turn took, but at least the first, in seconds."""
 TRIES = 5
 """Maximum number of times a job is sent to a site that is lost each time."""
 LARGEST_SIZE = 2**31
@@ -55,7 +63,7 @@ class _PendingJob:
     ticket: str | None = None
     tries: int = 0
     lost_since: float | None = None
-    why: str = "its site is not there"
+    why: str = "its site is not connected"
 
 
 class Remote(Engine):
@@ -88,19 +96,28 @@ class Remote(Engine):
         self.attempts = rules.attempts
         self.site_infos: dict[str, SiteInfo] = {}
         self._opening: dict[str, Any] = {}
+        self._plain: PlainSettings
         self._numbers: Mapping[str, int] = {}
         self._clients = self._per_round = 0
         self._invited: dict[str, _Invited] = {}
         self._refusals: dict[str, tuple[int, str]] = {}
+        self._longest = 0.0
+
+    @property
+    def round_timeout(self) -> float:
+        """Seconds that a round waits for replies."""
+        if self.rules.round_timeout is not None:
+            return self.rules.round_timeout
+        return max(SHORTEST_TIMEOUT, TURNS * self._longest) if self._longest else FIRST_TIMEOUT
 
     def open(
-        self, experiment: Experiment, label_names: list[str], clients: int, numbers: Mapping[str, int] | None = None
+        self, experiment: Experiment, task: Prepared, clients: int, numbers: Mapping[str, int] | None = None
     ) -> None:
         """Announces the run, and waits until enough clients can be reached to start.
 
         Args:
             experiment: the whole configuration.
-            label_names: the label names of the model's outputs.
+            task: its task.
             clients: total number of clients.
             numbers: the client number of each site, if sites have their own rows.
 
@@ -108,12 +125,13 @@ class Remote(Engine):
             QuorumError: too few clients connected within ``round_timeout`` seconds, or their sites refuse.
         """
         effective = in_mode(experiment)
+        self._plain = PlainSettings(effective, task)
         self._opening = {
             "kind": "open",
             "run": self.name,
-            "experiment": config.resolved(effective),
-            "label_names": label_names,
-            "base": base_digest(effective.model),
+            "experiment": config.resolved(self._plain.experiment),
+            "label_names": task.label_names,
+            "base": base_digest(located_model(effective)),
         }
         self._clients, self._numbers = clients, numbers or {}
         self._per_round = experiment.clients.per_round
@@ -125,7 +143,7 @@ class Remote(Engine):
 
     def _wait_for(self, least: int) -> None:
         # under Ray no client is ever late, yet workers may never start
-        deadline = time.monotonic() + min(self.rules.round_timeout, 3600.0)
+        deadline = time.monotonic() + min(self.rules.round_timeout or FIRST_TIMEOUT, FIRST_TIMEOUT)
         said = False
         while True:
             online = self.transport.sites()
@@ -137,7 +155,7 @@ class Remote(Engine):
             if time.monotonic() > deadline:
                 refused = "; ".join(f"{name}: {text}" for name, (_, text) in self._refusals.items())
                 raise QuorumError(
-                    f"{reached} clients can be reached, and {least} are waited for ({refused or sorted(online)}); "
+                    f"{reached} clients can be reached, and {least} are required ({refused or sorted(online)}); "
                     "start more sites, or lower min_clients and min_available"
                 )
             if not said:
@@ -160,7 +178,7 @@ class Remote(Engine):
                 return
             secret = secrets.token_hex(8)
             head = {**self._opening, "client": self._numbers.get(name, 0), "ticket": secret}
-            ticket = self.transport.send(address, envelopes.write(head, {}), self.rules.round_timeout)
+            ticket = self.transport.send(address, envelopes.write(head, {}), self.round_timeout)
             if ticket is not None:
                 self._invited[ticket] = _Invited(name, address, secret)
 
@@ -173,11 +191,11 @@ class Remote(Engine):
             except (WireError, DataError) as error:
                 if not received.again:
                     self._refusals[name] = address, str(error)
-                    self._message(f"{name} is not taken in: {error}")
+                    self._message(f"{name} is not admitted: {error}")
                 continue
             self.site_infos[name] = site_info
             self._message(
-                f"{name} is there with {sum(site_info.sizes.values()):,} examples of {len(site_info.sizes)} clients"
+                f"{name} connected with {sum(site_info.sizes.values()):,} examples of {len(site_info.sizes)} clients"
             )
 
     def _site_info(self, name: str, received: Received, secret: str) -> SiteInfo:
@@ -189,27 +207,29 @@ class Remote(Engine):
         """
         if received.raw is None:
             raise DataError(received.why)
-        head, _ = envelopes.read(received.raw)
+        envelope = envelopes.read(received.raw)
+        envelopes.check_keys(envelope, "opened")
+        head = envelope.head
         if (head.get("kind"), head.get("run"), head.get("ticket")) != ("opened", self.name, secret):
-            raise WireError("its answer is to something else")
+            raise WireError("its reply is to another message")
         if head.get("refused"):
             raise DataError(plain(head["refused"]))
         try:
             sizes = {int(client): int(size) for client, size in head["sizes"].items()}
             site_info = SiteInfo(plain(head["tier"], 64), sizes)
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise WireError(f"its answer cannot be read ({type(error).__name__})") from error
+            raise WireError(f"its reply cannot be read ({type(error).__name__})") from error
         if not all(0 <= client < self._clients and 0 <= size <= LARGEST_SIZE for client, size in sizes.items()):
-            raise WireError("it stands for clients that do not exist, or have too many examples")
+            raise WireError("it claims clients that do not exist, or have too many examples")
         if self._numbers and set(sizes) != {self._numbers.get(name)}:
-            raise WireError("it stands for clients that are not its own")
+            raise WireError("it claims clients that are not its own")
         online = self.transport.sites()
         for other in [
             each for each in self.site_infos if each != name and set(sizes) & set(self.site_infos[each].sizes)
         ]:
             if other in online:
                 raise WireError(
-                    f"it stands for clients that {other} stands for; where sites have rows of their own, set "
+                    f"it claims clients that {other} already has; where sites have rows of their own, set "
                     "data.kind = 'sites'"
                 )
             del self.site_infos[other]  # the same site under another name
@@ -225,9 +245,17 @@ class Remote(Engine):
         sizes = (site_info.sizes[client] for site_info in self.site_infos.values() if client in site_info.sizes)
         return next(sizes, None)
 
+    def counted_examples(self) -> float | None:
+        """See ``Engine.counted_examples``; shares of the server's own partition are not capped by the median."""
+        sizes = [size for each in self.site_infos.values() for size in each.sizes.values() if size]
+        limits = [self.rules.max_weight * median_low(sizes)] if self._numbers and sizes else []
+        limits += [self.rules.max_examples] if self.rules.max_examples else []
+        return min(limits, default=None)
+
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
         """See ``Engine.run``: all jobs are sent at once; replies are yielded in the order of jobs as they arrive."""
-        deadline = time.monotonic() + self.rules.round_timeout
+        begun = time.monotonic()
+        deadline = begun + self.round_timeout
         enough = min(len(jobs), self._per_round) if self.over_sample > 1 else len(jobs)
         secret = secrets.token_hex(8)
         online = self.transport.sites()
@@ -244,18 +272,22 @@ class Remote(Engine):
                 for number, received in self._collect(pending_jobs, deadline):
                     if counted < enough:
                         replies[number] = self._read(received, pending_jobs[number])
-                        counted += replies[number].raw is not None
+                        if replies[number].raw is not None:
+                            counted += 1
+                            self._longest = max(self._longest, time.monotonic() - begun)
             if place not in replies:  # as far as is known here, its state is unchanged
-                self._message(f"client {job.client} ({pending_jobs[place].site}) is late; its answer is dropped")
+                self._message(f"client {job.client} ({pending_jobs[place].site}) is late; its reply is dropped")
                 replies[place] = Reply(None, job.memory, 0.0, delivered=False)
             yield replies.pop(place)
 
     def _post(self, pending_job: _PendingJob, online: Mapping[str, int], deadline: float) -> None:
         left = max(1.0, deadline - time.monotonic())
-        told = left if disclosure_of(pending_job.job.recipe).timing and not self.anywhere else None
+        announced = left if disclosure_of(pending_job.job.recipe).timing and not self.anywhere else None
         address = online.get(pending_job.site)
         if address is not None:
-            raw = envelopes.of_job(pending_job.job, self.name, pending_job.secret, told)
+            job = pending_job.job
+            job = job._replace(recipe=self._plain.of(job.recipe))
+            raw = envelopes.of_job(job, self.name, pending_job.secret, announced)
             pending_job.ticket = self.transport.send(address, raw, left)
         if pending_job.ticket is None:
             pending_job.lost_since = pending_job.lost_since or time.monotonic()
@@ -274,7 +306,7 @@ class Remote(Engine):
             if received.again and pending_job.tries < TRIES and disclosure_of(pending_job.job.recipe).retries:
                 pending_job.why, pending_job.lost_since = received.why, time.monotonic()
                 self._message(
-                    f"{pending_job.site} has not answered ({received.why}); it is asked again when it is there"
+                    f"{pending_job.site} has not replied ({received.why}); its job is sent again when it reconnects"
                 )
             else:
                 done.append((number, received))
@@ -303,8 +335,9 @@ class Remote(Engine):
             reply = envelopes.to_reply(envelope, pending_job.job, self.name, pending_job.secret)
             lost = envelope.head.get("lost") is True
         except WireError as error:
-            self._message(f"the answer of {pending_job.site} is refused: {error}")
-            reply = Reply(None, ClientState(), 0.0, f"{pending_job.site}: {error}", delivered=False)
+            self._message(f"the reply of {pending_job.site} is rejected: {error}")
+            size = len(received.raw or b"")
+            reply = Reply(None, ClientState(), 0.0, f"{pending_job.site}: {error}", delivered=False, size=size)
         if reply.refused and self.anywhere:
             raise TrainingError(reply.refused)
         if lost:  # the run is announced to it again
