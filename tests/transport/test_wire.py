@@ -311,7 +311,7 @@ def test_wrong_streams_are_named():
     cases = {
         "unknown coding 3 of positions": pooled + b"\3" + deflated(bitmap) + ones,
         "bitmap of other than the stated": b"\1\4\3\1" + deflated(bitmap) + ones,
-        "behind the last that": pooled + b"\1" + deflated(bytes(12) + b"\x82") + ones,
+        "after the last that": pooled + b"\1" + deflated(bytes(12) + b"\x82") + ones,
         "12 bytes instead of 13": pooled + b"\1" + deflated(bitmap[:-1]) + ones,
         "stream of other than 13 bytes": pooled + b"\1" + deflated(bitmap + b"\0") + ones,
         "a deflate stream of other than 13": pooled + b"\1" + bomb + ones,
