@@ -202,13 +202,8 @@ class Session:
             row = self._ended(state, row, reason)
         self._record(state, row)
         self._notes = ()
-        if (
-            last
-            or row.stopped
-            or state.round == until
-            or self._saves_each
-            or state.round % experiment.checkpoint_every == 0
-        ):
+        due = state.round % experiment.checkpoint_every == 0
+        if any((due, last, row.stopped, state.round == until, self._saves_each)):
             self._save()
         self.callback.report(row)
 
