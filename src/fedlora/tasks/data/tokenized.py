@@ -26,7 +26,7 @@ class TokenizedTask(Task):
         Raises:
             DataError: the data cannot be read, or are not of the form that the task needs.
         """
-        raw = source.load()
+        raw = source.raw()
         for rows, which in raw.sides:
             self.known(rows, [], which)
         return split(raw, self.content(raw.train)), []

@@ -213,7 +213,7 @@ def readable(model: Model) -> Iterator[None]:
         reason = first_line(error)
         raise ConfigError(
             f"the model {model.path!r} cannot be loaded ({reason}); model.path should be a folder with config.json and "
-            "model.safetensors, a hub id that can be reached, or 'embedded'"
+            "model.safetensors, a GGUF file, a hub id that can be reached, 'embedded' or 'smollm2'"
         ) from error
 
 
