@@ -23,6 +23,7 @@ from fedlora.tasks.data.notes import near_equal
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.fingerprints import base_digest
+from fedlora.tasks.models.gguf import as_folder, smollm2
 from fedlora.tasks.models.objects import converted, origin_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ Positions = NDArray[Any]
 Split = Literal["train", "test"]
 Data = Mapping[Split, Any]
 """A ``datasets.Dataset`` per split."""
+
+
+HUB_IDS = {
+    "embedded": "sentence-transformers/all-MiniLM-L6-v2",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+"""The hub ids of the built-in models; the weights of ``smollm2`` here are rounded to 4 bits."""
 
 
 class Evaluation(NamedTuple):
@@ -56,8 +64,9 @@ class Model:
     """The pre-trained model, and how it is loaded.
 
     Args:
-        path: a hub id, a local folder (relative to the configuration's file, or else to the working folder), or
-            ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs.
+        path: a hub id; a local folder (relative to the configuration's file, or else to the working folder); a GGUF
+            file of a causal language model; ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs; or
+            ``smollm2`` for the SmolLM2-135M-Instruct of the extra ``llm``.
         revision: a hub revision.
         trust_remote_code: whether code shipped with a model may run.
         attention: the attention kernel; ``auto`` uses fedlora's own on a CPU (see ``tasks.cpu.attend``), otherwise the
@@ -97,19 +106,24 @@ class Model:
         """The hub id or folder from which the same model can be loaded; empty if unknown."""
         if self.object:
             return origin_of(self.object)
-        return self.path if self.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
+        return HUB_IDS.get(self.path, self.path)
 
     def resolve(self) -> str:
         """The path or hub id to load from.
 
         Raises:
-            ConfigError: the embedded model is not installed, or the model was handed over as an object.
+            ConfigError: a built-in model or GGUF file is not here or cannot be read, or the model was handed over as an
+                object.
         """
         if self.object:
             raise ConfigError(
                 "model.object is in the memory of one process, and others cannot load it: write it with "
                 "save_pretrained, its tokenizer too, and give model.path"
             )
+        if self.path == "smollm2":
+            return str(as_folder(smollm2()))
+        if self.path.lower().endswith(".gguf"):
+            return str(as_folder(Path(self.path)))
         if self.path != "embedded":
             return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
         try:

@@ -69,7 +69,7 @@ class TextClassification(TokenizedTask):
             )
 
     def read(self, source: Source) -> tuple[Splits, list[str]]:
-        raw = source.load()
+        raw = source.raw()
         # with pairs in one split only, being a pair would reveal the split, regardless of content
         texts = max((_texts(rows) for rows, _ in raw.sides), key=len)
         for rows, which in raw.sides:

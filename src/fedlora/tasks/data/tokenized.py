@@ -31,7 +31,7 @@ class TokenizedTask(Task):
         Raises:
             DataError: the data cannot be read, or are not of the form that the task needs.
         """
-        raw = source.load()
+        raw = source.raw()
         train, *test = (self.known(rows, [], which) for rows, which in raw.sides)
         raw = raw._replace(train=train, test=test[0] if test else None)
         return split(raw, self.content(raw.train)), []

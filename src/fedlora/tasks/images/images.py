@@ -56,7 +56,7 @@ class ImageClassification(Task):
 
     def prepare(self, model: Model, source: Source) -> Prepared:
         processor = load_processor(model, self.size)
-        raw = source.load()
+        raw = source.raw()
         for rows, which in raw.sides:
             check_rows(rows, ["image", "label"], which)
         raw, names = labelled(raw, self.problem)

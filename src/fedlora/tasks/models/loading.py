@@ -262,7 +262,7 @@ def _explained(error: Exception, model: Model, folder: Path | None) -> str:
             )
     return (
         f"the model {model.path!r} cannot be loaded ({reason}); model.path should be a folder with config.json and "
-        "model.safetensors, a hub id that can be reached, or 'embedded'"
+        "model.safetensors, a GGUF file, a hub id that can be reached, 'embedded' or 'smollm2'"
     )
 
 

@@ -72,7 +72,7 @@ class TokenClassification(TokenizedTask):
 
     def read(self, source: Source) -> tuple[Splits, list[str]]:
         """See ``TokenizedTask.read``: the tags' names are ``O``, then the others sorted."""
-        raw = source.load()
+        raw = source.raw()
         train = self._tags(raw.train, "training")
         declared = class_names(raw.train, "tags")
         if declared and self.tag_names and set(declared) != set(self.tag_names):
