@@ -222,7 +222,7 @@ def test_a_gpu_that_is_not_there(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fedlora(monkeypatch, "run", run_toml, "--out", tmp_path / "run", "-s", "device=cuda") == 2
-    assert "finds no GPU; use 'cpu' or 'auto'" in sentence(capsys)
+    assert "sees no GPU; use 'cpu' or 'auto'" in sentence(capsys)
 
 
 def test_a_fault_of_ours_exits_with_1_and_asks_for_a_report(

@@ -18,6 +18,7 @@ from fedlora.config.data_notes import data_notes
 from fedlora.config.experiment import Experiment
 from fedlora.config.handed_over import check_here, handed_over
 from fedlora.config.places import located_data, located_model
+from fedlora.core.devices import compute_on, pick_device
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
@@ -225,21 +226,16 @@ def _pool(total: int, kept_away: list[Rows], held_out: int) -> Population:
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device for ``auto``, ``cpu`` or ``cuda``.
+def in_mode(experiment: Experiment) -> Experiment:
+    """Applies the settings that the mode and the device imply.
+
+    Without a federation, clients send nothing and keep optimisers. ``local.compute = "auto"`` becomes what the device
+    computes in.
 
     Raises:
         ConfigError: this machine has no such device.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda' but PyTorch finds no GPU; use 'cpu' or 'auto'")
-    return torch.device(name)
-
-
-def in_mode(experiment: Experiment) -> Experiment:
-    """Applies the settings that the mode implies: without a federation, clients send nothing and keep optimisers."""
+    experiment = _with_compute(experiment)
     if MODES[experiment.mode].sends:
         return experiment
 
@@ -254,6 +250,21 @@ def in_mode(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, phases=phases, clients=clients)
 
 
+def _with_compute(experiment: Experiment) -> Experiment:
+    if all(phase.recipe.local.compute != "auto" for phase in experiment.phases):
+        return experiment
+    found = compute_on(pick_device(experiment.device))
+
+    def settled(phase: Phase) -> Phase:
+        local = phase.recipe.local
+        compute = found if local.compute == "auto" else local.compute
+        return dataclasses.replace(
+            phase, recipe=dataclasses.replace(phase.recipe, local=dataclasses.replace(local, compute=compute))
+        )
+
+    return dataclasses.replace(experiment, phases=tuple(map(settled, experiment.phases)))
+
+
 def manifest(
     experiment: Experiment, data: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
 ) -> dict[str, Any]:
@@ -263,6 +274,8 @@ def manifest(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(data.device),
+        "compute": [phase.recipe.local.compute for phase in experiment.phases],
+        "deterministic": experiment.deterministic,
         "threads": torch.get_num_threads(),
         "seed": experiment.seed,
         "config_digest": config.digest(experiment),

@@ -248,9 +248,9 @@ TIER_REFUSALS: dict[str, Refusal[TierOf]] = {
         "tier {tier}: the start is announced to all clients or to none; set its down.reference to {reference}",
     ),
     "tier_compute": Refusal(
-        lambda t: t.tier.compute == "fp32" and t.recipe.local.compute == "bf16",
-        "tier {tier} computes in fp32, but local.compute = 'bf16' keeps frozen weights in bfloat16; set local.compute "
-        "to fp32, and compute of the other tiers to bf16",
+        lambda t: t.tier.compute == "fp32" and t.recipe.local.compute != "fp32",
+        "tier {tier} computes in fp32, but local.compute = 'bf16' keeps frozen weights in bfloat16, and 'auto' may; "
+        "set local.compute to fp32, and compute of the other tiers to bf16",
     ),
     "tier_feedback": Refusal(
         lambda t: t.recipe.down.feedback or (t.tier.down is not None and t.tier.down.feedback),

@@ -151,7 +151,7 @@ class _Costs:
 
     def __init__(self, experiment: Experiment, data: FederatedData) -> None:
         self._experiment, self._data = experiment, data
-        self._workspace = Workspace(data.task, experiment.seed, data.device)
+        self._workspace = Workspace(data.task, experiment.seed, data.device, experiment.deterministic)
         self._sends = MODES[experiment.mode].sends
         clients = experiment.clients
         self._per_round = clients.per_round if self._sends else 1

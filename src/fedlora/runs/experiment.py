@@ -25,6 +25,7 @@ from fedlora.runs.evaluation import over_clients
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.runs.session import Session
+from fedlora.runs.trackers import make_tracker
 
 
 class Stopped(FedloraError):
@@ -86,7 +87,8 @@ def train(
     files = RunFolder(path)
     try:
         # callbacks are closed before the files of a rejected run are removed, as some of them write there too
-        with ExitStack() as claim, closing(CallbackList(callbacks)) as callback:
+        own = [make_tracker(track, path) for track in experiment.track]
+        with ExitStack() as claim, closing(CallbackList([*callbacks, *own])) as callback:
             if not held:
                 look(files, experiment)
             effective = in_mode(experiment)
@@ -106,7 +108,7 @@ def train(
 
 
 def _run_separately(
-    experiment: Experiment, data: FederatedData, files: RunFolder, callback: Callback, until: int | None
+    experiment: Experiment, data: FederatedData, files: RunFolder, callback: CallbackList, until: int | None
 ) -> Result:
     """Runs several clients in isolation; the result contains means over them."""
     alone = in_mode(experiment)

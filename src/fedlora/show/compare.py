@@ -132,6 +132,7 @@ def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
             line
             for line in (differences(first, other) if first and other else [])
             if line.split(":")[0].rpartition(".")[2] not in ("seed", "checkpoint_every", "device")
+            and not line.startswith("track")
         ]
         if found:
             raise ConfigError(

@@ -15,8 +15,9 @@ import torch
 
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import pick_device, versions
+from fedlora.config.federated_data import versions
 from fedlora.core import tree
+from fedlora.core.devices import pick_device
 from fedlora.core.docs import first_sentence
 from fedlora.core.errors import ConfigError
 from fedlora.core.slots import Slot, kind_of

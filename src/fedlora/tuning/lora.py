@@ -94,6 +94,14 @@ class LoRA(Tuning):
         return self.init.residual or self.folds == "rest"
 
     @property
+    def freezes_base(self) -> bool:
+        return True
+
+    @property
+    def reads_base(self) -> bool:
+        return self.residual or self.folds != "none" or not self.init.from_seed
+
+    @property
     def has_pattern(self) -> bool:
         return is_pattern(self.targets)
 

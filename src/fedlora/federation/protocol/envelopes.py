@@ -95,7 +95,7 @@ _KEYS = {
         *("run", "ticket", "seconds", "recipe", "client", "phase", "round", "progress", "seed", "base", "memory"),
         "fold",
     ),
-    "reply": ("run", "ticket", "client", "progress", "seconds", "refused", "failed", "lost", "kept"),
+    "reply": ("run", "ticket", "client", "progress", "seconds", "refused", "failed", "lost", "kept", "unmoved"),
 }
 _BLOBS = {"job": ("payload", "setup", "fold"), "reply": ("raw",)}
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora.config.reading import read_toml
 from fedlora.core.component import MODEL_CONFIG, Count, Field, NonNegative, Positive, Whole, dataclass
+from fedlora.core.devices import DeviceName
 from fedlora.core.errors import ConfigError
 from fedlora.core.slots import kind_of, named
 from fedlora.privacy import CentralGaussian
@@ -141,7 +142,7 @@ class SiteConfig:
         share: share of the data of the server's configuration, for trials on one machine.
         tier: kind of this site, for ``clients.tiers`` by ``values``.
         model: location of the pre-trained model on this site; by default the server's, if that is ``embedded``.
-        device: the device of the model.
+        device: the device of the model, as in a configuration.
         state: folder for the state kept between rounds.
         poll_seconds: seconds between two polls for work; each costs about a kilobyte.
         limits: the site's policy.
@@ -159,7 +160,7 @@ class SiteConfig:
     share: Share | None = None
     tier: str = ""
     model: Model | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     state: str = "state"
     poll_seconds: Annotated[float, Field(ge=0.05)] = 1.0
     limits: SitePolicy = SitePolicy()

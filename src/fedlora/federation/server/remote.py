@@ -96,7 +96,7 @@ class Remote(Engine):
         self.attempts = rules.attempts
         self.site_infos: dict[str, SiteInfo] = {}
         self._opening: dict[str, Any] = {}
-        self._plain: PlainSettings
+        self._plain: PlainSettings | None = None
         self._numbers: Mapping[str, int] = {}
         self._clients = self._per_round = 0
         self._invited: dict[str, _Invited] = {}
@@ -125,11 +125,11 @@ class Remote(Engine):
             QuorumError: too few clients connected within ``round_timeout`` seconds, or their sites refuse.
         """
         effective = in_mode(experiment)
-        self._plain = PlainSettings(effective, task)
+        self._plain = plain_settings = PlainSettings(effective, task)
         self._opening = {
             "kind": "open",
             "run": self.name,
-            "experiment": config.resolved(self._plain.experiment),
+            "experiment": config.resolved(plain_settings.experiment),
             "label_names": task.label_names,
             "base": base_digest(located_model(effective)),
         }
@@ -286,7 +286,7 @@ class Remote(Engine):
         address = online.get(pending_job.site)
         if address is not None:
             job = pending_job.job
-            job = job._replace(recipe=self._plain.of(job.recipe))
+            job = job._replace(recipe=self._plain.of(job.recipe) if self._plain else job.recipe)
             raw = envelopes.of_job(job, self.name, pending_job.secret, announced)
             pending_job.ticket = self.transport.send(address, raw, left)
         if pending_job.ticket is None:

@@ -19,8 +19,9 @@ from fedlora.client.jobs import Job, Reply
 from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import in_mode, pick_device, prepare
+from fedlora.config.federated_data import in_mode, prepare
 from fedlora.config.places import located_model
+from fedlora.core.devices import pick_device
 from fedlora.core.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError, WireError
 from fedlora.core.state import ClientState
 from fedlora.federation.protocol import envelopes
@@ -154,7 +155,7 @@ class Site:
             if refusal := self.settings.limits.refusal(phase.recipe, largest, opening=True):
                 raise ConfigError(refusal)
         self.usage.open_run(name, experiment.clients.per_round)
-        return _Run(name, Workspace(task, experiment.seed, device), clients, memory)
+        return _Run(name, Workspace(task, experiment.seed, device, experiment.deterministic), clients, memory)
 
     def _model(self, experiment: Experiment) -> Model:
         """The model loaded on this site: the server must not determine whose code runs or which files are read."""

@@ -24,6 +24,7 @@ from fedlora.tasks.base import Model
 from fedlora.tasks.models.encoded import cache_folder
 from fedlora.tasks.models.loading import quiet_transformers, readable
 from fedlora.tasks.models.objects import processor_folder
+from fedlora.tasks.models.staged import sent
 
 if TYPE_CHECKING:
     import datasets
@@ -62,7 +63,9 @@ class Processor(NamedTuple):
 
         The memory keeps its order, channels last, in which convolutions on a CPU are faster.
         """
-        scale, shift = (torch.from_numpy(value).to(pixels.device)[:, None, None] for value in (self.scale, self.shift))
+        scale, shift = (
+            sent(torch.from_numpy(value), pixels.device)[:, None, None] for value in (self.scale, self.shift)
+        )
         return pixels.permute(0, 3, 1, 2).float() * scale + shift
 
 

@@ -16,11 +16,12 @@ from torch.nn import functional
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, TrainingError, shown
 from fedlora.core.later import datasets, seqeval
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import Source, Splits, check_rows, class_names, fingerprint, split, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
 from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.models.staged import LEARNT, learnt_places
 from fedlora.tasks.tags.schemes import FORM, OUTSIDE, entity_tag, is_tag, mixed, scheme_of
 from fedlora.tasks.tags.words import Windows, cut
 
@@ -71,7 +72,7 @@ class TokenClassification(TokenizedTask):
 
     def read(self, source: Source) -> tuple[Splits, list[str]]:
         """See ``TokenizedTask.read``: the tags' names are ``O``, then the others sorted."""
-        raw = source.load()
+        raw = source.raw()
         train = self._tags(raw.train, "training")
         declared = class_names(raw.train, "tags")
         if declared and self.tag_names and set(declared) != set(self.tag_names):
@@ -209,28 +210,37 @@ class PreparedTokens(PreparedTokenized):
     def sequences(self) -> list[Ragged]:
         return [windows.tokens for windows in self._windows.values()]
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         settings = class_settings(self._names)
-        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=self.longest())
+        longest = self.longest()
+        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest, compute=compute)
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``: all windows of the examples; ``labels`` are ``(windows, width)``, -100 is masked."""
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
+        """See ``PreparedTokenized.host_batch``: all windows of the examples.
+
+        ``labels`` are ``(windows, width)``; -100 is masked.
+        """
         windows = self._windows[split]
         batch, places = self._inputs(windows, windows.of(rows))
         batch["labels"] = torch.from_numpy(np.where(places >= 0, windows.tags.values[places], MASKED))
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch
+
+    def for_device(self, batch: Batch) -> Batch:
+        scored = (batch["labels"] != MASKED).flatten().nonzero().flatten()
+        return super().for_device(batch) | {LEARNT: scored}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: the mean cross entropy over all words of the batch.
 
         On a CPU the windows go through the model in groups of like length.
         """
-        if not bool((batch["labels"] != MASKED).any()):
+        if not (len(batch[LEARNT]) if LEARNT in batch else bool((batch["labels"] != MASKED).any())):
             raise TrainingError(_UNLABELLED)
         logits, labels = [], []
         for part in by_length(batch):
-            kept = part["labels"] != MASKED
-            found = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
+            places = learnt_places(part, part["labels"].shape[1])
+            kept: Any = part["labels"] != MASKED if places is None else places
+            found = model(input_ids=part["input_ids"], attention_mask=part.get("attention_mask")).logits
             logits.append(found[kept].float())
             labels.append(part["labels"][kept])
         return functional.cross_entropy(torch.cat(logits), torch.cat(labels))
