@@ -29,7 +29,7 @@ class Demo(NamedTuple):
 CLASSIFIER = Demo(
     methods=("lora", "flasc", "federa", "slora"),
     about="Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
-    "to tell apart; 100 clients with skewed labels.",
+    "to classify; 100 clients with skewed labels.",
     question="Parse a MIME message from a file.",
     document={
         "task": {"kind": "text_classification", "max_length": 64},
