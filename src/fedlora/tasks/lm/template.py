@@ -35,8 +35,8 @@ def columns_of(template: str) -> list[str]:
         )
     if not names:
         raise ConfigError(
-            f"task.template = {template!r} has no placeholder for the prompt: put {{prompt}} or another column into it, "
-            "or use chat"
+            f"task.template = {template!r} has no place for the prompt: put {{prompt}} or another column into it, or "
+            "use chat"
         )
     return list(names)
 
