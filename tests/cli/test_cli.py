@@ -169,7 +169,7 @@ def test_partition_draws_a_bar_per_client(run_toml: Path) -> None:
 
 
 def test_partition_draws_a_page(run_toml: Path, tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
+    pytest.importorskip("matplotlib")
     invoke("partition", run_toml, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert all(name in page for name in COLOURS)

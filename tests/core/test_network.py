@@ -15,7 +15,8 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.network import Network, Turn, parse_network, seconds_to, slowest_seconds
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.cost import costs
-from fedlora.show.report import comparison, cost_table, load_result
+from fedlora.show.compare import comparison, load_result
+from fedlora.show.report import cost_table
 
 world = pytest.fixture(scope="module")(tiny_world)
 

@@ -24,11 +24,13 @@ from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig, SiteP
 from fedlora.federation.protocol.transport import Received
 from fedlora.federation.server import probes, remote
 from fedlora.federation.site import site as site_module
-from fedlora.federation.site.site import Site, base_digest
+from fedlora.federation.site.site import Site
 from fedlora.rounds.checkpoint import load_state
 from fedlora.runs.claim import claimed
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
+from fedlora.tasks.data.opening import Reading
+from fedlora.tasks.models.fingerprints import base_digest
 from fedlora.transport import wire
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -510,7 +512,8 @@ def test_a_letter_is_as_long_as_it_says() -> None:
 
 def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "site.toml"
-    file.write_text("name = 'a'\nrows = 'rows.csv'\n")
+    file.write_text("name = 'a'\nrows = 'rows.csv'\ndelimiter = ';'\nencoding = 'latin-1'\n")
+    assert SiteConfig.load(file).reading == Reading(delimiter=";", encoding="latin-1")
     loaded = SiteConfig.load(file)
     assert loaded.rows == str(tmp_path / "rows.csv")
     assert loaded.state == str(tmp_path / "state")
@@ -738,3 +741,33 @@ def test_a_job_that_kills_its_site_every_time_is_given_up(world: Path, tmp_path:
     assert result.rows[1].refused == {"4": "site-1: its process died"}
     sent = [envelopes.read(raw).head for raw in post.sent]
     assert sum(head["kind"] == "job" and head["client"] == 4 for head in sent) == remote.TRIES
+
+
+@pytest.mark.parametrize(
+    ("weighting", "rules", "counts"),
+    [
+        ("examples", ServerPolicy(min_clients=3), 24),
+        ("examples", ServerPolicy(min_clients=3, max_weight=9.0), None),
+        ("examples", ServerPolicy(min_clients=3, max_weight=9.0, max_examples=10), 10),
+        ("uniform", ServerPolicy(min_clients=3), None),
+    ],
+)
+def test_a_site_does_not_outweigh_the_others_by_its_own_word(
+    world: Path, tmp_path: Path, weighting: str, rules: ServerPolicy, counts: int | None
+) -> None:
+    post = Post(own_sites(world, tmp_path))
+    for name, count in zip(sorted(post.homes), (12, 12, 60), strict=True):
+        write_rows(Path(str(post.homes[name].settings.rows)), make_rows(count, 5))
+    chosen = sites_experiment(world, f"method.aggregator={{kind='mean', weighting='{weighting}'}}")
+    result = federate(chosen, tmp_path / "run", post, rules, names=list(post.homes))
+    said = [text for text in result.rows[1].warnings if "outweigh" in text]
+    assert len(said) == (counts == 24) + 3 * (counts == 10)
+    assert counts is None or f"client 2 reports 60 examples and counts for {counts}," in " ".join(said)
+    if counts == 10:  # where all count for as much, weights change nothing
+        uniform = sites_experiment(world, "method.aggregator={kind='mean', weighting='uniform'}")
+        again = Post(own_sites(world, tmp_path, state=str(tmp_path / "again")))
+        for name, count in zip(sorted(again.homes), (12, 12, 60), strict=True):
+            write_rows(Path(str(again.homes[name].settings.rows)), make_rows(count, 5))
+        federate(uniform, tmp_path / "uniform", again, rules, names=list(again.homes))
+        left, right = params(tmp_path / "run"), params(tmp_path / "uniform")
+        assert all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)

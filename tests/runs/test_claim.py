@@ -30,7 +30,7 @@ from fedlora.runs.experiment import Stopped
 from fedlora.runs.folder import LOCK, RunFolder
 from fedlora.runs.inference import load_run
 from fedlora.runs.trackers import TensorBoard
-from fedlora.show.report import load_result
+from fedlora.show.compare import load_result
 
 world = pytest.fixture(scope="module")(tiny_world)
 HOLDER = r"process {pid} on [\w.-]+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{{4}}"

@@ -20,10 +20,8 @@ from fedlora.client.workspace import Workspace
 from fedlora.config.federated_data import FederatedData, in_mode, prepare
 from fedlora.core import tree
 from fedlora.core.errors import ConfigError, DataError, TrainingError
-from fedlora.population.clients import Population
 from fedlora.rounds.downlink import view
 from fedlora.runs.folder import RunFolder
-from fedlora.show.plots import partition_html
 from fedlora.tasks.base import Evaluation
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -352,7 +350,7 @@ def test_partition_draws_clusters_and_columns_by_name(partition: Callable[..., s
     said = partition("clients.skew={kind='column', name='user'}")
     assert "a u0" in said
     assert "i u8" in said
-    pytest.importorskip("plotly")
+    pytest.importorskip("matplotlib")
     partition(clusters, options=("--html", str(tmp_path / "page.html")))
     assert "cluster 2" in (tmp_path / "page.html").read_text()
 
@@ -360,9 +358,3 @@ def test_partition_draws_clusters_and_columns_by_name(partition: Callable[..., s
 def test_partition_counts_what_is_held_out(partition: Callable[..., str]) -> None:
     found = json.loads(partition(HOLDOUT, options=("--format", "json")))
     assert (found["num_examples"], found["held_out"]) == (54, 18)
-
-
-def test_a_page_without_classes_still_shows_sizes() -> None:
-    pytest.importorskip("plotly")
-    page = partition_html(Population(("amy",), np.arange(3), np.array([0, 3])), np.zeros(3, np.int64), [])
-    assert '"name":"examples"' in page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,11 @@ from rich.console import Console
 import fedlora
 from fedlora.core.errors import ConfigError
 from fedlora.population.clients import Population
+from fedlora.runs.partition import label_counts
 from fedlora.runs.result import Result
-from fedlora.show.plots import comparison_html, label_counts, partition_bars
-from fedlora.show.report import (
-    Live,
-    as_dict,
-    comparison,
-    comparison_table,
-    human_bytes,
-    human_seconds,
-    load_result,
-    result_table,
-)
+from fedlora.show.compare import comparison, comparison_csv, comparison_latex, comparison_table, load_result
+from fedlora.show.plots import partition_bars
+from fedlora.show.report import Live, as_dict, human_bytes, human_seconds, result_table
 
 world = pytest.fixture(scope="module")(tiny_world)
 THREE = Population(("a", "b", "c"), np.array([0, 1, 2, 3, 4, 5]), np.array([0, 3, 4, 6]))
@@ -191,33 +183,24 @@ def test_a_bar_is_as_long_as_its_client_is_large() -> None:
     assert text[3].split() == ["a", "no", "b", "yes"]
 
 
-def drawn(page: str) -> list[dict[str, Any]]:
-    """The lines of a page of plotly's."""
-    call = page.rindex("Plotly.newPlot(")
-    lines: list[dict[str, Any]] = json.JSONDecoder().raw_decode(page, page.index("[", call))[0]
-    return lines
-
-
-def test_a_comparison_is_drawn_by_round_and_by_bytes(world: Path, tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
+def test_all_metrics_and_paired_differences_are_compared() -> None:
     runs = [
-        fedlora.run(experiment(world, "lora", f"seed={seed}", "evaluate.every=1", rounds=2), tmp_path / str(seed))
-        for seed in (0, 1)
+        result("lora", seed, 0.5 + seed / 10) | {"after": {"accuracy": 0.5 + seed / 10, "loss": 1.0}} for seed in (0, 1)
     ]
-    lines = drawn(comparison_html(comparison([as_dict(run) for run in runs])))
-    curves = [line for line in lines if line["mode"] == "lines+markers"]
-    by_round, by_bytes = curves
-    every = [[row.metrics["accuracy"] for row in run.rows] for run in runs]
-    sent = [[sum(row.down_bytes.values()) + sum(row.up_bytes.values()) for row in run.rows] for run in runs]
-    assert by_round["x"] == [0, 1, 2]
-    assert by_round["y"] == pytest.approx(np.mean(every, 0))
-    assert by_bytes["x"] == pytest.approx(np.cumsum(np.mean(sent, 0))[1:] / 1e6)
-    band = next(line for line in lines if line["mode"] == "none")
-    assert band["y"] == pytest.approx([*np.max(every, 0), *np.min(every, 0)[::-1]])
-
-
-def test_runs_that_are_judged_differently_are_not_drawn_together() -> None:
-    pytest.importorskip("plotly")
-    rows = [{"label": name, "metric": name, "folders": [], "seeds": []} for name in ("accuracy", "f1")]
-    with pytest.raises(ConfigError, match="judged by accuracy, f1"):
-        comparison_html(rows)
+    runs += [result("full", seed, 0.0) | {"after": {"accuracy": 0.6 + seed / 5, "loss": 2.0 + seed}} for seed in (0, 1)]
+    lora, full = comparison(runs)
+    assert lora["difference"] is None
+    # differences 0.1 and 0.2; t(0.975, 1) = 12.706, s = 0.0707
+    assert full["difference"] == (pytest.approx(0.15), pytest.approx(12.7062 * 0.0707107 / 2**0.5, rel=1e-4))
+    assert full["metrics"]["loss"] == {"mean": 2.5, "spread": pytest.approx(0.5**0.5)}
+    (_, by_loss) = comparison(runs, metric="loss")
+    assert (by_loss["metric"], by_loss["after"], by_loss["before"]) == ("loss", 2.5, None)
+    with pytest.raises(ConfigError, match="no metric 'f1'; it has accuracy, loss"):
+        comparison(runs, metric="f1")
+    text = comparison_csv([lora, full]).splitlines()
+    assert text[0].startswith("method,seeds,metric,mean,sd,difference,difference_half_interval,reference")
+    assert len(text) == 5
+    assert text[3].startswith("full,0 1,accuracy,0.7,0.141")
+    written = comparison_latex([lora, full])
+    assert written.startswith(r"\begin{tabular}")
+    assert r"0.700 $\pm$ 0.141" in written

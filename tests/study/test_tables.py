@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from fedlora.cli.main import app
 from fedlora.core.errors import ConfigError
+from fedlora.show.plain import paired
 from fedlora.study.results import compact, read, write
-from fedlora.study.tables import comma_separated, latex, markdown, paired, summaries
+from fedlora.study.tables import comma_separated, latex, markdown, summaries
 
 
 def results(higher: bool = True, seeds: int = 3) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -575,6 +577,17 @@ def test_predictions_are_for_paths(world: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(DataError, match=r"text.png' cannot be read as a picture"):
         task.predict(model, [str(tmp_path / "text.png")], CPU)
+
+
+@pytest.mark.parametrize("size", [(12_000, 12_000), (60_000, 60_000), (89_478_486, 1)])
+def test_a_picture_of_too_many_pixels_is_not_decoded(size: tuple[int, int]) -> None:
+    header = struct.pack(">II", *size) + b"\x08\x02\0\0\0"
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    ]
+    with pytest.raises(DataError, match=r"row 3 has more than 89,478,485 pixels, which is the most that is decoded"):
+        decode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks), "row 3")
 
 
 def test_other_test_rows_are_read_by_name(world: Path, tmp_path: Path) -> None:

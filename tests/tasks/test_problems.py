@@ -22,7 +22,8 @@ import fedlora
 from fedlora.config import Experiment
 from fedlora.core.errors import DataError
 from fedlora.runs.result import Result
-from fedlora.show.report import as_dict, comparison, load_result
+from fedlora.show.compare import comparison, load_result
+from fedlora.show.report import as_dict
 from fedlora.tasks import Files, Model, TextClassification
 from fedlora.tasks.scores import MAIN_METRIC, Problem
 from fedlora.tasks.text import PreparedText

@@ -423,9 +423,15 @@ ROW = {"tokens": ["ann", "met"], "tags": ["B-per", "O"]}
         ({"tokens": ["ann", "met"], "tags": ["B-per"]}, "row 1 of the training rows has 2 words and 1 tags"),
         ({"tokens": [], "tags": []}, r"row 1 of the training rows has \[\] for 'tokens'"),
         ({"tokens": ["ann", None], "tags": ["O", "O"]}, r"row 1 of the training rows has \['ann', None\]"),
-        ({"tokens": ["ann"], "tags": ["PER"]}, "row 1 of the training rows has the tag 'PER', but IOB2 knows"),
-        ({"tokens": ["ann"], "tags": ["B-"]}, "row 1 of the training rows has the tag 'B-', but IOB2 knows"),
-        ({"tokens": ["ann"], "tags": ["S-per"]}, 'or set task.scheme = "plain"'),
+        (
+            {"tokens": ["ann"], "tags": ["PER"]},
+            "row 1 of the training rows has the tag 'PER', but a tag of entities is O",
+        ),
+        (
+            {"tokens": ["ann"], "tags": ["B-"]},
+            "row 1 of the training rows has the tag 'B-', but a tag of entities is O",
+        ),
+        ({"tokens": ["ann"], "tags": ["X-per"]}, 'set task.scheme = "plain", which scores single words'),
         ({"tokens": ["ann"], "tags": [None]}, "has the tag None, but a tag is a word"),
         ({"tokens": ["ann"], "tags": None}, "column 'tags' has no value in 1 of 2 training rows"),
         ({"tokens": None, "tags": ["O"]}, "column 'tokens' has no value in 1 of 2 training rows"),
@@ -484,7 +490,7 @@ def test_names_that_disagree_with_the_data_are_refused(world: Path, tmp_path: Pa
     ("settings", "message"),
     [
         ({"tag_names": ("O", "B-a", "O")}, r"task\.tag_names has 'O' twice"),
-        ({"tag_names": ("O", "a")}, r"task\.tag_names has the tag 'a', but IOB2 knows O, B-type and I-type"),
+        ({"tag_names": ("O", "a")}, r"task\.tag_names has the tag 'a', but a tag of entities is O, or B-type"),
         ({"tag_names": ("O", ""), "scheme": "plain"}, r"task\.tag_names has the tag '', but a tag is a word"),
     ],
 )

@@ -226,6 +226,10 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     [
         (("query",), ["query"]),
         (("attention.output.dense",), ["dense"]),
+        ("query", ["query"]),
+        ("attention.output.dense", ["dense"]),
+        ("word_embeddings", ["word_embeddings"]),
+        (("word_embeddings",), ["word_embeddings"]),
         (r".*\.layer\.1\.attention\.self\.(key|value)", ["key", "value"]),
     ],
 )
@@ -239,9 +243,18 @@ def test_an_ending_matches_whole_words_only() -> None:
         find(make_task("bert").make_model(), ("uery",), frozenset())
 
 
+def test_targets_of_the_head_alone_are_refused() -> None:
+    model, head = make_task("bert").load_model(0, "fp32", CPU)
+    for targets in ("classifier", ("classifier",), "class.*"):
+        with pytest.raises(ConfigError, match="selects classifier alone, of the head, which is trained whole"):
+            find(model, targets, head)
+
+
 @pytest.mark.parametrize("targets", [("nothing",), "nothing"])
 def test_targets_that_match_nothing_are_refused_with_the_names_there_are(targets: str | tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"matches nothing in BertForSequenceClassification.*query"):
+    with pytest.raises(
+        ConfigError, match=r"matches nothing in BertFor.*whole name or the end of names, a list has ends.*query, token"
+    ):
         opened("bert", LoRA(rank=2, targets=targets))
 
 

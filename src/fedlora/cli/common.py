@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from fedlora.core.errors import ConfigError
 
@@ -69,6 +68,11 @@ def experiment_of(path: Path, overrides: list[str] | None, out: Path | None) -> 
     if path.is_dir() and not (path / "config.toml").exists():
         raise ConfigError(f"{path} is a folder without config.toml; name a TOML file or the folder of a run")
     experiment = load(path, overrides or [])
+    if experiment.root and path.is_file() and Path(experiment.root) != path.parent.absolute():
+        ERR.print(
+            f"note: relative paths start from the working folder, since there are none such beside {path}",
+            style="yellow", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
     waiting("the model and the data")
     return experiment, out or (path if path.is_dir() else None)
 
@@ -82,7 +86,10 @@ def run_of(folder: Path) -> TrainedRun:
     waiting("the model")
     from fedlora.runs.inference import load_run
 
-    return load_run(folder)
+    run = load_run(folder)
+    for note in run.notes:
+        ERR.print(f"warning: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    return run
 
 
 def folder_of(experiment: Experiment, folder: Path | None) -> Path:
@@ -140,7 +147,7 @@ def other_class(slot: str, base: type, name: str, known: Collection[str]) -> Any
     return Slot(slot, base).find(name)
 
 
-def show(format_: Format, values: Any, table: Table) -> None:
+def show(format_: Format, values: Any, table: RenderableType) -> None:
     """Prints a result in human- or machine-readable form."""
     if format_ is Format.json:
         print(json.dumps(values, indent=1))

@@ -27,6 +27,7 @@ GROUP = "Tune and compare"
 def add_to(app: typer.Typer) -> None:
     """Registers these commands."""
     app.command(rich_help_panel=GROUP)(compare)
+    app.command(rich_help_panel=GROUP)(report)
     app.command(rich_help_panel=GROUP)(search)
 
 
@@ -63,22 +64,55 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
     link: LinkText = None,
     target: Annotated[
-        float | None, typer.Option(help="A value of the main metric, to tell how long each takes to it.")
+        float | None, typer.Option(help="A value of the metric, to report how long each method takes to reach it.")
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Also draw the metric by round and by bytes into this file.")
-    ] = None,
+    metric: Annotated[str | None, typer.Option(help="The metric to compare by; the main metric by default.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the report of these runs into this file.")] = None,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print CSV: unrounded, a row for each method and metric.")
+    ] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX tabular for booktabs.")] = False,
     format_: AsFormat = Format.table,
 ) -> None:
     """Compare finished runs, averaged over the seeds of a method; with --target, also the time to reach it."""
     from fedlora.core.network import parse_network
-    from fedlora.show.plots import comparison_html
-    from fedlora.show.report import comparison, comparison_table, load_result
+    from fedlora.show.compare import comparison, comparison_csv, comparison_latex, comparison_table, load_result
+    from fedlora.show.run_report import report as report_on
 
     if link is not None and target is None:
         raise ConfigError("--link is for --target: the time over that network until the metric reaches it")
+    if metric is not None and target is not None:
+        raise ConfigError(
+            "--target is a value of the main metric; leave --metric out, or compare by it without --target"
+        )
+    if as_csv + as_latex + (format_ is not Format.table) > 1:
+        raise ConfigError("--csv, --latex and --format json are forms of the same table; give one of them")
     reached = None if target is None else (parse_network(link) if link else None, target)
-    rows = comparison([load_result(path) for path in runs], reached)
+    rows = comparison([load_result(path) for path in runs], reached, metric)
     if html is not None:
-        write_page(html, comparison_html(rows))
-    show(format_, rows, comparison_table(rows))
+        write_page(html, report_on(runs)[0])
+    if as_csv or as_latex:
+        print(comparison_csv(rows) if as_csv else comparison_latex(rows))
+    else:
+        show(format_, rows, comparison_table(rows))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs; seeds of a method share its label.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write each figure as SVG and PDF into this folder.")
+    ] = None,
+) -> None:
+    """Write a report on runs as one HTML page: results, differences, curves, bytes, clients, events, partition."""
+    from fedlora.show.figures import save
+    from fedlora.show.run_report import report as report_on
+
+    page, sections = report_on(runs)
+    write_page(out, page)
+    OUT.print(f"the report: {out}", soft_wrap=True, highlight=False, markup=False)
+    if figures is not None:
+        for section in sections:
+            for name, figure in section.figures.items():
+                save(figure, figures, name)
+        OUT.print(f"its figures: {figures}", soft_wrap=True, highlight=False, markup=False)

@@ -44,6 +44,7 @@ def show(
 
     experiment, _ = experiment_of(config, set_, None)
     differs = essential(document_of(config, set_ or []))
+    differs.pop("root", None)
     facts = phase_facts(experiment, prepare(in_mode(experiment)).task)
     if format_ is Format.json:
         phases = [asdict(fact) for fact in facts]
@@ -83,14 +84,18 @@ def partition(
 ) -> None:
     """Show how the data are partitioned among clients: sizes, skew, and a plot by the classes of clients.skew."""
     from fedlora.config.federated_data import in_mode, prepare
-    from fedlora.show.plots import partition_bars, partition_html
+    from fedlora.runs.partition import partition_record
+    from fedlora.show.page import page
+    from fedlora.show.plots import partition_bars
+    from fedlora.show.run_report import partition_section
 
     experiment, _ = experiment_of(config, set_, None)
     setting = prepare(in_mode(experiment))
     labels, names = setting.classes
     summary = setting.summary().as_dict()
     if html is not None:
-        write_page(html, partition_html(setting.population, labels, names))
+        section = partition_section([partition_record(experiment, setting)])
+        write_page(html, page("Partition", f"{len(setting.population)} clients", [section]))
     table = Table(show_header=False)
     for key, value in summary.items():
         table.add_row(key.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")

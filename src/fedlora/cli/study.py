@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,6 +99,9 @@ def study(
     only: Annotated[str | None, typer.Option(help="Methods to run, with commas between; all by default.")] = None,
     table: Annotated[TableFormat, typer.Option(help="How tables are written.")] = TableFormat.markdown,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs and of results.json; goes on there.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write figures as SVG and PDF into this folder: metric by bytes, by round.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count runs and rounds, and run nothing.")] = False,
 ) -> None:
     """Compare methods over settings and seeds, each tuned alike on held-out data, and print tables."""
@@ -109,6 +113,7 @@ def study(
     if file.suffix == ".json":
         if stage is not Stage.table:
             raise ConfigError(f"{file} holds results, of which tables can be printed: add --stage table")
+        _write_figures(read(file), figures)
         print(FORMATS[table.value](read(file)))
         return
     chosen = load_study(file)
@@ -119,10 +124,22 @@ def study(
         return
     part = stage.value if stage else None
     found = run_study(chosen, folder, stage=part, only=methods, jobs=jobs, budget=seconds_of(budget), log=progress)
+    _write_figures(found, figures)
     print(FORMATS[table.value](found))
     for sentence in found["broken_gates"]:
         ERR.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     ERR.print(f"all figures: {folder / 'results.json'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write_figures(results: Mapping[str, Any], folder: Path | None) -> None:
+    """Writes the figures of a study, unless no folder is given."""
+    from fedlora.show.curves import study_figures
+    from fedlora.show.figures import save
+
+    if folder is None:
+        return
+    for name, figure in study_figures(results).items():
+        save(figure, folder, name)
 
 
 def _print_left(left: dict[str, Any], jobs: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,8 +22,10 @@ from fedlora.cli.common import (
     folder_of,
     other_class,
     show,
+    write_page,
 )
 from fedlora.cli.federation import Messages
+from fedlora.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
@@ -43,16 +46,24 @@ def run(
     set_: Overrides = None,
     out: RunOut = None,
     engine: Annotated[
-        str, typer.Option(help="Where clients run: serial, flower-simulation, or package.module:Class.")
+        str, typer.Option(help="Where clients run: serial, processes, flower-simulation, or package.module:Class.")
     ] = "serial",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of the engine processes; one for each core or GPU by default.")
+    ] = None,
     track: Tracks = None,
+    report: Annotated[bool, typer.Option("--report", help="Also write report.html into the run's folder.")] = False,
     format_: AsFormat = Format.table,
 ) -> None:
     """Run an experiment, or resume it."""
     from fedlora.show.report import as_dict, result_table
 
     experiment, folder = experiment_of(config, set_, out)
-    result = _run(experiment, folder, track, engine=engine)
+    result = _run(experiment, folder, track, engine=engine, workers=workers)
+    if report:
+        from fedlora.show.run_report import report as report_on
+
+        write_page(result.folder / "report.html", report_on([result.folder])[0])
     show(format_, as_dict(result), result_table(result))
 
 
@@ -67,7 +78,8 @@ def demo(
     from fedlora.cli.demo import METHODS, configuration
     from fedlora.config import parse
     from fedlora.config.federated_data import prepare
-    from fedlora.show.report import as_dict, comparison, comparison_table
+    from fedlora.show.compare import comparison, comparison_table
+    from fedlora.show.report import as_dict
 
     ERR.print(
         "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
@@ -91,13 +103,18 @@ def _run(
     tracks: list[str] | None = None,
     setting: FederatedData | None = None,
     engine: str = "serial",
+    workers: int | None = None,
 ) -> Result:
-    from fedlora.engines import Engine
+    from fedlora.engines import Engine, Processes
     from fedlora.federation.engines import ENGINES
     from fedlora.runs.experiment import run as run_experiment
 
     folder = folder_of(experiment, folder)
     chosen = ENGINES.get(engine) or other_class("engine", Engine, engine, ENGINES)
+    if workers is not None:
+        if chosen is not Processes:
+            raise ConfigError(f"--workers = {workers} is for --engine processes; leave it out with {engine!r}")
+        chosen = partial(Processes, workers=workers)
     callbacks = [*callbacks_of(folder, tracks), Messages()]
     if engine == "flower-simulation":
         from fedlora.federation.deploy.simulate import simulate

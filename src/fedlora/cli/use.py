@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,7 +13,21 @@ from rich.text import Text
 from fedlora.cli.common import ERR, OUT, AsFormat, Format, RunPath, run_of, show
 from fedlora.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from fedlora.runs.inference import TrainedRun
+    from fedlora.tasks.data.opening import Reading
+
 GROUP = "Use a run"
+
+Columns = Annotated[
+    list[str] | None, typer.Option("-c", "--column", help="use=name: what a column of the task is called there.")
+]
+DelimiterOption = Annotated[
+    str | None, typer.Option("--delimiter", help="Between the fields of a csv or tsv; otherwise the run's.")
+]
+EncodingOption = Annotated[
+    str | None, typer.Option("--encoding", help="Of a text file, such as latin-1; otherwise the run's.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,14 +39,19 @@ def add_to(app: typer.Typer) -> None:
 
 def predict(
     run: RunPath,
-    text: Annotated[str, typer.Argument(help="An input (a text, for most tasks), or a file with one per line.")],
+    text: Annotated[str, typer.Argument(help="An input, a data file, a text file with one per line, or - for stdin.")],
+    column: Columns = None,
+    delimiter: DelimiterOption = None,
+    encoding: EncodingOption = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Print a run's predictions for a text, or for other inputs of its task."""
-    from fedlora.runs.inference import read_inputs
+    from fedlora.runs.inputs import read_inputs
 
-    inputs = read_inputs(text)
-    found = run_of(run).predict(inputs)
+    names = _names(column)
+    trained = run_of(run)
+    inputs = read_inputs(text, trained.task, names, _reading(trained, delimiter, encoding))
+    found = trained.predict(inputs)
     table = Table("input", "answer", "", "next")
     for one, answer in zip(inputs, found, strict=True):
         first, *rest = [
@@ -44,17 +64,16 @@ def predict(
 
 def evaluate(
     run: RunPath,
-    data: Annotated[Path, typer.Option(help="A csv, tsv, json, jsonl or parquet file, maybe with .gz.")],
-    column: Annotated[
-        list[str] | None, typer.Option("-c", "--column", help="use=name: what a column of the task is called there.")
-    ] = None,
+    data: Annotated[Path, typer.Option(help="A file that data.train may name, such as csv, jsonl or parquet.")],
+    column: Columns = None,
+    delimiter: DelimiterOption = None,
+    encoding: EncodingOption = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Evaluate a run's model on the rows of a file."""
-    wrong = [one for one in column or [] if "=" not in one]
-    if wrong:
-        raise ConfigError(f"--column {wrong[0]!r} is not of the form use=name, as in --column text=body")
-    found = run_of(run).evaluate(data, dict(one.split("=", 1) for one in column or []))
+    names = _names(column)
+    trained = run_of(run)
+    found = trained.evaluate(data, names, _reading(trained, delimiter, encoding))
     table = Table("metric", "value")
     for name, value in found.metrics.items():
         table.add_row(name, f"{value:.4f}")
@@ -71,3 +90,21 @@ def export(
     """Export a run's adapter for `peft`, or the merged model."""
     run_of(run).export(out, merge)
     OUT.print(f"written to {out}", markup=False, soft_wrap=True, highlight=False)
+
+
+def _names(column: list[str] | None) -> dict[str, str]:
+    """The names of columns by their use.
+
+    Raises:
+        ConfigError: one is not of the form ``use=name``.
+    """
+    wrong = [one for one in column or [] if "=" not in one]
+    if wrong:
+        raise ConfigError(f"--column {wrong[0]!r} is not of the form use=name, as in --column text=body")
+    return dict(one.split("=", 1) for one in column or [])
+
+
+def _reading(trained: TrainedRun, delimiter: str | None, encoding: str | None) -> Reading:
+    """How files are read: as those of the run, unless an option says otherwise."""
+    known = trained.reading
+    return replace(known, delimiter=delimiter or known.delimiter, encoding=encoding or known.encoding)

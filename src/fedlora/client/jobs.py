@@ -72,6 +72,9 @@ class Reply(NamedTuple):
         seconds: how long the client worked.
         refused: why there is no valid result; empty if there is one, or if the client timed out.
         delivered: whether the client is known to have received the job.
+        failed: whether there is no valid result because training failed.
+        size: bytes of a reply that could not be read.
+        unmoved: the groups of parameters that its steps did not change at all.
     """
 
     raw: bytes | None
@@ -79,3 +82,6 @@ class Reply(NamedTuple):
     seconds: float
     refused: str = ""
     delivered: bool = True
+    failed: bool = False
+    size: int = 0
+    unmoved: tuple[str, ...] = ()

@@ -180,16 +180,22 @@ def training_mode(model: nn.Module, dropout: bool) -> Iterator[None]:
         yield
 
 
-def check_trained(ready: Ready, trained: LocalResult, delta: Tree) -> None:
+def check_trained(ready: Ready, trained: LocalResult, delta: Tree) -> tuple[str, ...]:
     """Refuses results that no training of at least one step can correctly produce.
+
+    A first gradient may be zero: that of an adapter under a head of zeros. So what did not move is returned, and the
+    server refuses a round in which it moved for no client.
 
     Args:
         ready: the turn before training.
         trained: the result of training.
         delta: the change of the trained parameters.
 
+    Returns:
+        The groups that did not change at all.
+
     Raises:
-        TrainingError: a value is not finite, or the adapter or the head did not change at all.
+        TrainingError: a value is not finite.
     """
     job = ready.job
     if not math.isfinite(trained.loss):
@@ -202,12 +208,8 @@ def check_trained(ready: Ready, trained: LocalResult, delta: Tree) -> None:
             f"client {job.client} trained to values that are not finite; lower local.optimizer.lr, or set "
             "local.clip_norm"
         )
-    for group, part in ready.schema.split(delta).items():
-        if not any(bool(value.any()) for value in part.values()):
-            raise TrainingError(
-                f"client {job.client} took {trained.steps} steps and its {group} did not move; nothing would be "
-                "learnt: check the targets, the learning rate and the number of labelled examples"
-            )
+    parts = ready.schema.split(delta).items()
+    return tuple(group for group, part in parts if not any(bool(value.any()) for value in part.values()))
 
 
 def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> Tree:

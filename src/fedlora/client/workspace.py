@@ -42,6 +42,16 @@ class Workspace:
         self.personal: Tree = {}
 
     @property
+    def seed(self) -> int:
+        """Seed of the head's initial values."""
+        return self._seed
+
+    @property
+    def setup(self) -> bytes | None:
+        """The setup message applied to the frozen part, if there is one."""
+        return self._setup
+
+    @property
     def installed(self) -> Installed:
         """The model with its tuning."""
         if self._installed is None:

@@ -77,6 +77,9 @@ class Experiment:
         data: the data it is trained on; rows that are not a data source become ``Rows(train=...)``.
         clients: how the data are partitioned among clients, and how many clients participate per round. Rows passed
             grouped by client keep that grouping if ``partition`` is left at its default.
+        init_from: the folder of a PEFT adapter of LoRA, or of a finished run, whose values the first phase starts from.
+        root: the folder from which relative paths start, before the working folder; set when a configuration is read
+            from a file, and no part of the run's digest.
         phases: the method.
         evaluate: when the model is evaluated.
         checkpoint_every: rounds between two checkpoints.
@@ -94,6 +97,8 @@ class Experiment:
     data: Annotated[AnySource, BeforeValidator(as_source)] = Docstrings()
     clients: Clients = Clients()
     evaluate: Evaluate = Evaluate()
+    init_from: str | None = None
+    root: str | None = None
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
 
     def __post_init__(self) -> None:
@@ -149,6 +154,7 @@ def digest(experiment: Experiment) -> str:
     """A hash of everything that determines the run's numerical results."""
     values = resolved(experiment)
     del values["checkpoint_every"]
+    values.pop("root", None)
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from fedlora.config import experiment as config
+from fedlora.config.data_notes import data_notes
 from fedlora.config.experiment import Experiment
 from fedlora.config.handed_over import check_here, handed_over
+from fedlora.config.places import located_data, located_model
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
@@ -65,6 +67,7 @@ class FederatedData:
         holdout: the training examples ((rows,) int64, ascending) that each client holds out from training, by client.
             In the mode ``centralised`` they are those of the clients of the corresponding federation.
         tiers: the tier of each client, if there are tiers and the run is federated.
+        notes: sentences about the data, for the first row of the ledger.
     """
 
     task: Prepared
@@ -75,6 +78,7 @@ class FederatedData:
     classes: Classes
     holdout: Mapping[int, Rows] = field(default_factory=dict)
     tiers: Mapping[int, Tier] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def turns(self, recipe: Recipe) -> list[tuple[int, Local]]:
         """Each client's number of examples and its local training settings (those of its tier, if there are tiers)."""
@@ -110,7 +114,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
             f"evaluate.clients = '{experiment.evaluate.clients}' tests each client on rows of its own, but "
             "clients.holdout = 0 keeps none: set clients.holdout to 0.2, or evaluate.clients to never"
         )
-    task = experiment.task.prepare(experiment.model, experiment.data)
+    task = experiment.task.prepare(located_model(experiment), located_data(experiment.data, experiment.root))
     device = pick_device(experiment.device)
     classes = clients.skew.classes(task, named_seed(experiment.seed, "skew"), device)
     mode = MODES[experiment.mode]
@@ -134,7 +138,8 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
         column = task.column(clients.tier_column, "train") if clients.tier_column else None
         rows = [population.rows_of(client) for client in range(len(population))]
         tiers = assign_tiers(clients.tiers, population.names, rows, column)
-    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers)
+    notes = data_notes(experiment, task, population.rows, test_rows, split)
+    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers, notes)
 
 
 def prepare_sites(
@@ -203,7 +208,7 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
     division = build_population(clients, classes.numbers, task.column(name, "train") if name else None, seed)
     # rows passed grouped by client are held out row by row unless configured otherwise
     if division.test_rows is None and name not in (None, CLIENT) and name in task.columns("test"):
-        shared = set(task.column(name, "test").tolist()) & set(task.column(name, "train").tolist())
+        shared = set(map(str, task.column(name, "test").tolist())) & set(map(str, task.column(name, "train").tolist()))
         if shared:
             raise DataError(
                 f"{len(shared)} values of {name!r} are in both the training and the test data, so test users would be "
@@ -262,6 +267,7 @@ def manifest(
         "seed": experiment.seed,
         "config_digest": config.digest(experiment),
         "data_fingerprint": setting.task.fingerprint,
+        "fingerprints": setting.task.fingerprints,
         **_handed_over(experiment),
         "label_names": setting.task.label_names,
         "num_test": len(setting.test_rows),

@@ -60,5 +60,19 @@ class TrainingError(FedloraError):
     """Training that would have failed silently: NaN, an adapter that did not change, all labels masked."""
 
 
+class DivergedError(FedloraError):
+    """A round after which the model cannot be trained or evaluated any more.
+
+    Args:
+        text: the message.
+        suspect: the client with the longest update of that round, and its norm; None if there is none.
+        recorded: whether the round is in the ledger already, so that it must be undone.
+    """
+
+    def __init__(self, text: str, suspect: tuple[int, float] | None, recorded: bool = False) -> None:
+        super().__init__(text)
+        self.suspect, self.recorded = suspect, recorded
+
+
 class CheckpointError(FedloraError):
     """A checkpoint that is corrupted or belongs to another configuration."""

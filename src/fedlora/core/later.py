@@ -10,7 +10,7 @@ import importlib.util
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Later", "datasets", "peft", "scipy", "seqeval", "sklearn", "transformers"]
+__all__ = ["Later", "datasets", "peft", "pyarrow", "scipy", "seqeval", "sklearn", "transformers"]
 
 
 class Later(ModuleType):
@@ -33,6 +33,7 @@ class Later(ModuleType):
 if TYPE_CHECKING:
     import datasets
     import peft.tuners.tuners_utils
+    import pyarrow.ipc  # type: ignore[import-untyped]
     import scipy.stats
     import seqeval.metrics.sequence_labeling
     import sklearn.cluster
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 else:
     datasets = Later("datasets")
     peft = Later("peft")
+    pyarrow = Later("pyarrow")
     scipy = Later("scipy")
     seqeval = Later("seqeval")
     sklearn = Later("sklearn")

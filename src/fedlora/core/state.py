@@ -114,7 +114,8 @@ class PhaseHandover(NamedTuple):
     """What a phase passes on to the next one.
 
     Args:
-        delta: name of a pre-trained parameter to its accumulated change, dense, in the parameter's shape.
+        delta: name of a pre-trained parameter to its accumulated change, in the parameter's shape; a sparse tensor
+            (COO) for a large matrix of which few entries were trained.
         head: the task head's trained values.
     """
 

@@ -31,6 +31,10 @@ class Engine(ABC):
         """The number of examples a client reported when it connected; None if clients do not report it."""
         return None
 
+    def counted_examples(self) -> float | None:
+        """The number of examples beyond which a client gains no weight, per epoch; None if there is no limit."""
+        return None
+
     def present(self) -> frozenset[int] | None:
         """The clients currently available; None for all of them."""
         return None

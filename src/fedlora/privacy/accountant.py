@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -156,17 +156,32 @@ def example_epsilon(
     return max((_sgd_epsilon(noise.noise_multiplier, *one, noise.delta) for one in worst), default=0.0)
 
 
-@lru_cache(maxsize=4096)
-def _sgd_epsilon(multiplier: float, chance: float, steps: int, delta: float) -> float:
-    if not steps:
-        return 0.0
+def composed_epsilon(spent: Iterable[tuple[float, float, int]], delta: float) -> float:
+    """The example-level epsilon of steps under several settings together.
+
+    Args:
+        spent: noise multiplier, chance of an example to take part in a step, and number of steps.
+        delta: the probability that the bound fails.
+
+    Raises:
+        ConfigError: ``dp-accounting`` is not installed.
+    """
     accounting = _library()
     from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
 
     account = RdpAccountant()
-    event = accounting.GaussianDpEvent(multiplier)
-    account.compose(event if chance == 1.0 else accounting.PoissonSampledDpEvent(chance, event), steps)
+    for multiplier, chance, steps in spent:
+        if steps:
+            event = accounting.GaussianDpEvent(multiplier)
+            account.compose(event if chance == 1.0 else accounting.PoissonSampledDpEvent(chance, event), steps)
     return float(account.get_epsilon(delta))
+
+
+@lru_cache(maxsize=4096)
+def _sgd_epsilon(multiplier: float, chance: float, steps: int, delta: float) -> float:
+    if not steps:
+        return 0.0
+    return composed_epsilon([(multiplier, chance, steps)], delta)
 
 
 class PrivacyBudget(NamedTuple):

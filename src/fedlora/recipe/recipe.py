@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from fedlora.core.component import MODEL_CONFIG, Count, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, NonNegative, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema
 from fedlora.core.state import named_seed
@@ -37,6 +37,9 @@ class Recipe:
         shrink: rank self-pruning by clients, if any.
         memory: what clients keep between rounds: ``none`` (cross-device); ``init``, the phase's setup; or
             ``last_round``, also the last received parameters, so that only the difference to them is sent.
+        outlier_factor: an update is refused if its norm is more than this many times the median norm, and its entries
+            have a root mean square above 1; 100 if absent, and 0 refuses only sums that are not finite. It has no
+            effect where client-level privacy clips updates.
 
     Raises:
         ConfigError: the combination would run but give misleading results.
@@ -52,6 +55,7 @@ class Recipe:
     prune: Prune | None = None
     shrink: RankPruning | None = None
     memory: Literal["none", "init", "last_round"] = "none"
+    outlier_factor: NonNegative | None = None
 
     def __post_init__(self) -> None:
         check_recipe(self)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedlora.core import tree
 from fedlora.core.byte_counts import ByteCounts, add_up
 from fedlora.core.network import Network, Turn, slowest_seconds
+from fedlora.core.schema import Schema
 from fedlora.core.state import Change, ServerState
+from fedlora.core.tree import Tree
 from fedlora.recipe import Recipe
 from fedlora.rounds.plan import Order, Plan
 from fedlora.rounds.uplink import ClientResult, Uplink
+
+_LAYER = re.compile(r".*?\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class RoundRecord:
         density_down: fraction of non-zero entries in the messages sent, over all clients.
         density_up: the same for the updates received, over all clients.
         update_norm: Euclidean norm of the change applied by the server to the trained parameters and of the fold.
+        update_norms: Euclidean norm of that change by layer; tensors outside numbered layers are grouped as ``head`` or
+            ``other``.
         references: number of messages to clients by reference: ``zero``, ``init``, ``last_round``.
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
         seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
@@ -75,6 +82,7 @@ class RoundRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    update_norms: dict[str, float] = field(default_factory=dict)
 
 
 def record(
@@ -118,13 +126,25 @@ def record(
         density_down=_density((sum(order.message.packet.kept.values()) for order in orders), entries, len(orders)),
         density_up=_density((answer.kept for answer in counted), entries, len(counted)),
         update_norm=math.hypot(tree.norm(change.delta), recipe.tuning.size_of(change.fold)),
+        update_norms=_norms_by_layer(after.schema, change.delta),
         ranks=tuple(order.job.recipe.rank for order in orders if recipe.rank_pruning.reports),
         clip_norm=recipe.privacy.bound,
         slowest_seconds=max((answer.reply.seconds for answer in answers), default=0.0),
         tier_seconds=tier_seconds,
         network_seconds=slowest_seconds(networks, [_turn(*each) for each in both]),
         seconds=dict(seconds),
+        warnings=tuple(uplink.warnings),
     )
+
+
+def _norms_by_layer(schema: Schema, delta: Tree) -> dict[str, float]:
+    """The norm of the tensors of each layer, where a layer is the part of a name up to its first number."""
+    squares: dict[str, float] = {}
+    for name, value in delta.items():
+        found = _LAYER.match(name)
+        layer = found[0] if found else "head" if schema[name].group == "head" else "other"
+        squares[layer] = squares.get(layer, 0.0) + tree.norm({name: value}) ** 2
+    return {layer: math.sqrt(square) for layer, square in squares.items()}
 
 
 def _density(kept: Iterable[int], entries: int, num: int) -> float:

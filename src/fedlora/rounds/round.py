@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fedlora.core import tree
-from fedlora.core.errors import TrainingError
+from fedlora.core.errors import DivergedError
 from fedlora.core.network import Network
 from fedlora.core.state import Change, ClientState, Fold, ServerState, named_seed
 from fedlora.core.store import Memory, Store
@@ -21,9 +21,13 @@ from fedlora.privacy.disclosure import disclosure_of
 from fedlora.recipe import Recipe
 from fedlora.recipe.recipe import restarted
 from fedlora.rounds.ledger import RoundRecord, record
+from fedlora.rounds.outliers import Outliers
 from fedlora.rounds.plan import Plan, make_plan
 from fedlora.rounds.uplink import Uplink
 from fedlora.transport.base_updates import extended
+
+OUTSTANDING = 10.0
+"""Ratio to the median norm above which an update explains why most clients cannot train after it."""
 
 
 def run_round(
@@ -58,6 +62,7 @@ def run_round(
         WireError: a reply of this process is not of the expected form; replies of other processes are rejected instead.
         QuorumError: fewer clients replied than the engine requires; the state is unchanged.
         TrainingError: a client's training failed.
+        DivergedError: nobody can train from the state, or the next one is not finite.
     """
     begun = time.perf_counter()
     if recipe.privacy.adapts:
@@ -65,7 +70,7 @@ def run_round(
     nominal = expected or len(cohort)
     plan = make_plan(recipe, state, cohort, tiers or {}, seed, rounds)
     planned = time.perf_counter()
-    uplink = Uplink(recipe, plan, state.schema, engine)
+    uplink = Uplink(recipe, plan, state.schema, engine, Outliers(recipe, state.parts.store("norms")))
     change = aggregate(recipe, state, uplink)
     covered = cover(recipe, state, change, len(uplink.counted), nominal)
     after = advance(recipe, state, covered, plan, uplink, seed, rounds, nominal)
@@ -79,17 +84,37 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
 
     Raises:
         QuorumError: see ``Uplink.check_quorum``.
-        TrainingError: the aggregator received too few updates.
+        TrainingError: the aggregator received too few updates, or no client's training moved anything.
+        DivergedError: see ``check_state``.
     """
     schema, store = state.schema.sent(), state.parts.store("aggregator")
     params = {name: state.params[name] for name in schema}
     accumulator = recipe.aggregator.begin(params, schema, store)
     for update in uplink.updates(params):
         accumulator.add(update)
+    check_state(state, uplink)
     uplink.check_quorum()
+    uplink.check_moved()
     if uplink.counted or (uplink.answers and disclosure_of(recipe).absence):
         return accumulator.finish()
     return Change(tree.zeros_like(params), Fold(), store)
+
+
+def check_state(state: ServerState, uplink: Uplink) -> None:
+    """Rejects a state from which most of a cohort cannot train, if one update of the round before it explains that.
+
+    Raises:
+        DivergedError: training failed on more than half of the cohort, and either nobody replied with an update, or the
+            longest update of the previous round was ``OUTSTANDING`` times as long as the median one.
+    """
+    longest = state.parts.value("norms", "longest")
+    if not longest or not uplink.diverged:
+        return
+    client, norm, median = longest
+    if not uplink.counted or norm > OUTSTANDING * median:
+        why = next(answer.reply.refused for answer in uplink.answers if answer.reply.failed)
+        text = f"most clients cannot train on the model after round {state.round} ({why})"
+        raise DivergedError(text, (client, norm), recorded=True)
 
 
 def cover(recipe: Recipe, state: ServerState, change: Change, answered: int, nominal: int) -> Change:
@@ -120,7 +145,7 @@ def advance(
     """The state after a round: server step, pruning, base update, new start, and client states.
 
     Raises:
-        TrainingError: a parameter is not finite.
+        DivergedError: a parameter is not finite.
     """
     shared = {name: state.params[name] for name in change.delta}
     rates = recipe.server.rates(state.schema, (state.round, rounds))
@@ -130,7 +155,8 @@ def advance(
     anew = restarted(recipe, state.schema, state.init, named_seed(seed, "start", state.phase), state.steps + 1)
     params = state.params | stepped | anew
     if not tree.is_finite(params | folds.total):
-        raise TrainingError("the server's parameters are not finite after this round; lower the server's lr")
+        text = "the server's parameters are not finite after this round; lower the server's lr"
+        raise DivergedError(text, uplink.longest)
     below = sum(answer.report.get("below", 0.0) for answer in uplink.counted)
     clip = recipe.privacy.adapted(below, len(uplink.counted), nominal, state.round)
     stores = {
@@ -139,6 +165,7 @@ def advance(
         "clip": Store(values={"norm": clip}),
         "down": Store({"lost": plan.lost}),
         "aggregator": change.store,
+        "norms": uplink.outliers.store([answer.client for answer in uplink.answers]),
     }
     return replace(
         state,

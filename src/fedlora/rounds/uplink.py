@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from fedlora.client.jobs import Job, Reply, empty_report
-from fedlora.core.errors import QuorumError, WireError, plain
+from fedlora.core.errors import QuorumError, TrainingError, WireError, plain
 from fedlora.core.schema import Schema
 from fedlora.core.state import ClientState, Update
 from fedlora.core.tree import Tree
 from fedlora.engines.base import Engine
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.recipe import Recipe
+from fedlora.rounds.outliers import Outliers, Verdict
 from fedlora.rounds.plan import Order, Plan
 from fedlora.transport import wire
 
@@ -53,11 +54,14 @@ class Uplink:
         plan: the orders sent.
         schema: the trained parameters.
         engine: where clients run.
+        outliers: refuses updates that are far too long.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan, schema: Schema, engine: Engine) -> None:
+    def __init__(self, recipe: Recipe, plan: Plan, schema: Schema, engine: Engine, outliers: Outliers) -> None:
         self._recipe, self._plan, self._engine = recipe, plan, engine
         self._schema = schema.sent()
+        self.outliers = outliers
+        self.warnings: list[str] = []
         self.answers: list[ClientResult] = []
 
     @property
@@ -77,12 +81,21 @@ class Uplink:
         """
         orders, engine = self._plan.orders, self._engine
         like = self._schema.split(params) | {"report": empty_report(self._recipe)}
-        for order, reply in zip(orders, engine.run([order.job for order in orders]), strict=True):
+        replies = engine.run([order.job for order in orders])
+        for place, (order, reply) in enumerate(zip(orders, replies, strict=True)):
             most = engine.most_examples(order.job.client)
             answer, delta = read_reply(order.job, reply, like, self._schema, engine.trusted, most)
             self.answers.append(answer)
             if delta is not None:
-                yield self._update(order, answer, delta)
+                yield from self._admitted(self.outliers.offer(place, self._update(order, answer, delta)))
+        yield from self._admitted(self.outliers.rest())
+
+    def _admitted(self, verdicts: Iterator[Verdict]) -> Iterator[Update]:
+        for place, update, why in verdicts:
+            if why:
+                self.answers[place] = _refused(self.answers[place], why)
+            else:
+                yield update
 
     def check_quorum(self) -> None:
         """Rejects a round with too few replies, unless these are noised: they have been disclosed, so they count.
@@ -90,7 +103,9 @@ class Uplink:
         Raises:
             QuorumError: fewer clients replied than the engine requires.
         """
-        num, least = len(self.answers), self._engine.min_clients
+        num = len(self.answers)
+        # without this, refusals alone would leave an aggregator without updates
+        least = max(self._engine.min_clients, any(answer.reply.refused for answer in self.answers))
         if len(self.counted) >= min(least, num) or not disclosure_of(self._recipe).attempts:
             return
         silent = [answer for answer in self.answers if not answer.counts]
@@ -100,12 +115,56 @@ class Uplink:
             frozenset(answer.client for answer in silent if answer.reply.refused),
         )
 
+    @property
+    def diverged(self) -> bool:
+        """Whether training failed on more than half of the cohort."""
+        return 2 * sum(answer.reply.failed for answer in self.answers) > len(self.answers)
+
+    @property
+    def longest(self) -> tuple[int, float] | None:
+        """The client with the longest update that counts, and its norm."""
+        found = self.outliers.longest
+        return (self.answers[found[0]].client, found[1]) if found else None
+
+    def check_moved(self) -> None:
+        """Rejects a round in which training changed a group of parameters on no client.
+
+        Raises:
+            TrainingError: naming the group, the likely reason and its remedy.
+        """
+        unmoved = [{*answer.reply.unmoved} for answer in self.counted if answer.report.get("steps", 1.0) > 0]
+        for group in sorted(set.intersection(*unmoved)) if unmoved else ():
+            head = self._schema.names("head")
+            starts = [order.message.start for order in self._plan.orders]
+            if group == "adapter" and head and not any(bool(start[name].any()) for start in starts for name in head):
+                why = (
+                    "the downlink's top-k left the whole head out, and no gradient passes through a head of zeros; set "
+                    "quota.head = 1.0 (of down.sparsify) to keep it, or take several local steps"
+                )
+            else:
+                why = "check the targets, the learning rate and the number of labelled examples"
+            raise TrainingError(
+                f"all {len(unmoved)} clients of a round took steps and their {group} did not move, so nothing would be "
+                f"learnt: {why}"
+            )
+
     def _update(self, order: Order, answer: ClientResult, delta: Tree) -> Update:
         delta = self._recipe.privacy.clip(delta)  # quantization or an untrusted client may have exceeded the bound
         recipe = order.job.recipe
         rank = int(answer.report.get("rank", recipe.rank))
         start = recipe.rank_pruning.keep_ranks(order.message.start, self._schema, rank)
-        return Update(start, delta, answer.report.get("examples", 0.0))
+        return Update(start, delta, self._weight(order.job, answer.report.get("examples", 0.0)))
+
+    def _weight(self, job: Job, examples: float) -> float:
+        """The examples of a client that count: how many it has is its own word."""
+        limit = self._engine.counted_examples() if self._recipe.aggregator.weighs_by_examples else None
+        most = examples if limit is None else limit * job.recipe.local.epochs
+        if examples > most:
+            self.warnings.append(
+                f"client {job.client} reports {examples:g} examples and counts for {most:g}, so that it does not "
+                "outweigh the others (max_weight and max_examples in server.toml)"
+            )
+        return min(examples, most)
 
 
 def read_reply(
@@ -125,7 +184,8 @@ def read_reply(
         WireError: it cannot be read, and its sender is trusted.
     """
     if reply.raw is None:
-        return ClientResult(job.client, reply, {}, {}, 0, counts=False), None
+        sizes = {"refused": reply.size} if reply.size else {}
+        return ClientResult(job.client, reply, {}, sizes, 0, counts=False), None
     try:
         largest = 4096 + sum(64 + 4 * value.numel() for part in like.values() for value in part.values())
         if len(reply.raw) > largest:
@@ -145,6 +205,12 @@ def read_reply(
         return ClientResult(job.client, refused, {}, {"refused": len(reply.raw)}, 0, counts=False), None
     kept = sum(count for part, count in packet.kept.items() if part != "report")
     return ClientResult(job.client, reply._replace(raw=None), report, packet.sizes, kept, counts=True), delta
+
+
+def _refused(answer: ClientResult, why: str) -> ClientResult:
+    """The result of a client whose readable reply does not count; like the others, it is sent everything again."""
+    reply = Reply(None, ClientState(), answer.reply.seconds, why, delivered=False)
+    return ClientResult(answer.client, reply, {}, {"refused": sum(answer.sizes.values())}, 0, counts=False)
 
 
 def _check(job: Job, report: Mapping[str, float], most: float) -> None:

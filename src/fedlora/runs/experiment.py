@@ -110,12 +110,12 @@ def _run_separately(
     alone = in_mode(experiment)
     count = min(experiment.num_local, len(setting.population))
     chosen = draw_cohort(setting.population, count, named_seed(experiment.seed, "local"))
-    results = []
+    results: list[Result] = []
     for client in chosen:
         rows = setting.population.rows_of(client)
         single = Population((setting.population.names[client],), rows, np.array([0, len(rows)]))
         kept = {0: setting.holdout[client]} if client in setting.holdout else {}
-        own = dataclasses.replace(setting, population=single, holdout=kept)
+        own = dataclasses.replace(setting, population=single, holdout=kept, notes=() if results else setting.notes)
         inner = RunFolder(files.path / "clients" / str(client))
         inner.path.mkdir(parents=True, exist_ok=True)
         results.append(Session(alone, own, inner, callback, None).run(until))

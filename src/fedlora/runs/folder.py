@@ -12,13 +12,18 @@ from typing import Any
 
 from fedlora import config
 from fedlora.config import Experiment
+from fedlora.config.places import rooted
 from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.core.files import append, write_atomically
 from fedlora.core.state import ServerState
-from fedlora.rounds.checkpoint import load_state, save_state
+from fedlora.rounds.checkpoint import can_go_on, load_state, save_state
 from fedlora.rounds.ledger import RoundRecord
+from fedlora.runs import changes
 
 KEPT = 2
+"""Number of checkpoints kept."""
+KEPT_OF_SITES = 5
+"""Number of checkpoints kept if clients are not trusted, so that their effect can be undone."""
 LOCK = "run.lock"
 """The file locked by the process that trains in a folder; not part of the run."""
 
@@ -46,8 +51,12 @@ class RunFolder:
         rows = any(file.stat().st_size for file in ledgers if file.exists())
         return rows or bool(self.checkpoints) or (self.path / "result.json").exists()
 
-    def check(self, experiment: Experiment) -> bool:
+    def check(self, experiment: Experiment, extend: bool = True) -> bool:
         """Whether the folder already belongs to this experiment (True) or is available for it (False).
+
+        Args:
+            experiment: the experiment.
+            extend: whether a run in it may go on with more rounds, other evaluations or another learning rate.
 
         Raises:
             CheckpointError: it contains another experiment's run.
@@ -69,12 +78,20 @@ class RunFolder:
             return True
         # a run that was killed before it started has nothing to lose
         if self.begun:
-            found = "; ".join(config.differences(config.resolved(held), config.resolved(experiment))[:4])
-            raise CheckpointError(
-                f"{self.path} holds a run of another configuration ({found}); choose another folder with --out, or "
-                "remove that one"
-            )
+            self._check_change(held, experiment, extend)
         return False
+
+    def _check_change(self, held: Experiment, experiment: Experiment, extend: bool) -> None:
+        reason = changes.refusal(held, experiment, self._position())
+        if reason is None and not (extend and all(map(can_go_on, self.checkpoints[-1:]))):
+            found = "; ".join(changes.changed_keys(held, experiment)[:4])
+            reason = f"({found}); choose another folder with --out, or remove that one"
+        if reason:
+            raise CheckpointError(f"{self.path} holds a run of another configuration {reason}")
+
+    def _position(self) -> changes.Position:
+        latest = self.latest()
+        return changes.Position(latest[0].phase, latest[0].steps, latest[0].round) if latest else changes.Position()
 
     def _check_empty(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -82,16 +99,40 @@ class RunFolder:
         if self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no run; choose another folder with --out")
 
-    def claim(self, experiment: Experiment) -> None:
+    def claim(self, experiment: Experiment, extend: bool = True) -> None:
         """Assigns the folder to this experiment, unless it already is.
+
+        A change of a run that began is recorded in ``changes.json``, and a run with more rounds is no finished one.
+
+        Args:
+            experiment: the experiment.
+            extend: see ``check``.
 
         Raises:
             CheckpointError: it contains another experiment's run.
             ConfigError: it contains something else.
             DataError: writing failed.
         """
-        if not self.check(experiment):
-            self.write("config.toml", config.to_toml(experiment))
+        if not self.check(experiment, extend):
+            if self.begun:
+                self._change(config.load(self.path / "config.toml"), experiment)
+            self.write("config.toml", config.to_toml(rooted(experiment, config.resolved(experiment))))
+
+    def _change(self, held: Experiment, experiment: Experiment) -> None:
+        at = self._position()
+        # in this order: what is left by a crash between two of them is the old run or the new one
+        self.write_json(changes.CHANGES, {"changes": changes.recorded(self.changes(), held, experiment, at)})
+        if experiment.rounds > at.round:
+            (self.path / "result.json").unlink(missing_ok=True)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """The changes of the configuration since the run began, each with ``round``, ``config`` and ``changes``.
+
+        Raises:
+            ConfigError: the record is damaged.
+        """
+        found = self.read_json(changes.CHANGES)["changes"] if (self.path / changes.CHANGES).exists() else []
+        return list(found)
 
     def write(self, name: str, text: str) -> None:
         """Writes or replaces a file of the folder atomically."""
@@ -154,8 +195,8 @@ class RunFolder:
         self.write("ledger.jsonl", "".join(map(_line, rows)))
         return rows
 
-    def save(self, state: ServerState, facts: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and removes all but the last two.
+    def save(self, state: ServerState, facts: Mapping[str, Any], kept: int = KEPT) -> None:
+        """Writes a checkpoint and removes all but the last ``kept``.
 
         Raises:
             DataError: writing failed; earlier checkpoints are intact.
@@ -163,7 +204,7 @@ class RunFolder:
         folder = self.path / "checkpoints" / f"round-{state.round:06d}"
         try:
             save_state(state, folder, facts)
-            for old in self.checkpoints[:-KEPT]:
+            for old in self.checkpoints[:-kept]:
                 shutil.rmtree(old)
         except OSError as error:
             raise cannot_write(self.path, error) from error

@@ -15,8 +15,9 @@ from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, manifest
+from fedlora.config.places import located
 from fedlora.core.byte_counts import add_up
-from fedlora.core.errors import CallbackError, CheckpointError, QuorumError
+from fedlora.core.errors import CallbackError, CheckpointError, DivergedError, QuorumError, TrainingError
 from fedlora.core.state import ServerState, named_seed
 from fedlora.engines import AnyEngine, Engine, Serial
 from fedlora.population.clients import draw_cohort
@@ -31,9 +32,12 @@ from fedlora.rounds.round import run_round
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.evaluation import evaluate, tested_clients, uses_all_rows
 from fedlora.runs.export import export_run
-from fedlora.runs.folder import RunFolder
+from fedlora.runs.folder import KEPT, KEPT_OF_SITES, RunFolder
 from fedlora.runs.inference import TrainedRun
+from fedlora.runs.partition import partition_record
 from fedlora.runs.result import Result
+from fedlora.runs.undo import undo
+from fedlora.tasks.models.fingerprints import NAMES, changed
 
 
 class Session:
@@ -67,7 +71,13 @@ class Session:
         self.mode = MODES[experiment.mode]
         self.workspace = Workspace(setting.task, experiment.seed, setting.device)
         self.engine = engine if isinstance(engine, Engine) else (engine or Serial)(self.workspace, setting.population)
-        self._facts = {"config": config.digest(experiment), "data": setting.task.fingerprint}
+        self._barred: frozenset[int] = frozenset()
+        self._notes: tuple[str, ...] = ()
+        self._facts = {
+            "config": config.digest(experiment),
+            "data": setting.task.fingerprint,
+            **setting.task.fingerprints,
+        }
         self.rows = self._resume()
         clients = experiment.clients
         sampled = SamplingScheme(len(setting.population), clients.per_round, clients.sampling)
@@ -86,7 +96,10 @@ class Session:
         last = self.experiment.rounds if until is None else min(until, self.experiment.rounds)
         try:
             while self.state.round < last and not self._exhausted(self.state):
-                self._advance(until)
+                try:
+                    self._advance(until)
+                except DivergedError as error:
+                    self._go_back(error)
         except (KeyboardInterrupt, CallbackError):
             if self.state.round > self._saved:
                 self._save()
@@ -100,12 +113,12 @@ class Session:
         if held is None:
             return files.rewind(-1)
         self.state, kept = held
-        if kept["config"] != self._facts["config"]:
+        if kept["config"] not in {self._facts["config"], *(change["config"] for change in files.changes())}:
             raise CheckpointError(f"the checkpoint in {files.path} belongs to another configuration; use another --out")
-        if kept["data"] != self._facts["data"]:
+        if wrong := changed(kept, self._facts):
             raise CheckpointError(
-                f"the data have changed since the checkpoint in {files.path} was made; put the old data back, or start "
-                "in another folder with --out"
+                f"{NAMES[wrong[0]]} changed since the checkpoint in {files.path} was made; put the old {wrong[0]} "
+                "back, or start in another folder with --out"
             )
         if not can_go_on(files.checkpoints[-1]) and not (files.path / "result.json").exists():
             raise CheckpointError(
@@ -123,21 +136,40 @@ class Session:
     def _begin(self) -> None:
         """Restores the checkpoint, or starts the run and records the initial evaluation as the first row."""
         self.files.write_json("manifest.json", manifest(self.experiment, self.setting, self.budget, self.phases))
+        self.files.write_json("partition.json", partition_record(self.experiment, self.setting))
         self.callback.run_started(self.experiment, self.setting, self.rows)
         example_epsilon(self.phases, [], self._turns)  # called for its checks, before any training
+        self._restore()
+
+    def _restore(self) -> None:
+        """Loads the state of the last row, or starts the run."""
         if self.rows:
             self.workspace.apply_setup(self.state.phase, self._recipe(self.state), self.state.setup)
         else:
-            state, facts = open_phase(self.workspace, 0, self.phases[0].recipe, self.experiment.seed, 0, None)
+            recipe, seed, given = self.phases[0].recipe, self.experiment.seed, self.experiment.init_from
+            adapter = located(given, self.experiment.root) if given else None
+            state, facts = open_phase(self.workspace, 0, recipe, seed, 0, None, adapter)
             metrics, warnings, seconds = self._evaluate(state, last=False)
             row = RoundRecord(
                 round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
-                density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts, warnings=warnings,
+                density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts,
+                warnings=self.setting.notes + warnings,
                 seconds={"evaluate": seconds},
             )  # fmt: skip
             self._record(state, row)
             self.callback.row_recorded(row)
         self._saved = self.state.round if self.files.checkpoints else 0
+
+    def _go_back(self, error: DivergedError) -> None:
+        """Repeats the round that caused a divergence, without the client whose update explains it."""
+        client, note = undo(error, self.files, self.engine, self._barred)
+        self._barred |= {client}
+        self._notes += (note,)
+        self.callback.message(note)
+        if error.recorded:
+            self.rows = self._resume()
+            self._restore()
+        self.state = self.state.without({client})
 
     def _advance(self, until: int | None) -> None:
         """Runs the next round, including its row in the ledger and its checkpoint."""
@@ -149,19 +181,24 @@ class Session:
         last = state.round == experiment.rounds or self._exhausted(state)
         stops = last or state.round == until
         due = stops or state.round % experiment.evaluate.every == 0
-        metrics, warnings, seconds = self._evaluate(state, last) if due else ({}, (), 0.0)
+        try:
+            metrics, warnings, seconds = self._evaluate(state, last) if due else ({}, (), 0.0)
+        except TrainingError as error:
+            longest = state.parts.value("norms", "longest")
+            raise DivergedError(str(error), (longest[0], longest[1]) if longest else None) from error
         row = self._redacted(self._counted(row))
         cohorts = [*(one.cohort for one in self.rows[1:]), row.cohort]
         row = dataclasses.replace(
             row,
             metrics=metrics,
-            warnings=row.warnings + warnings,
+            warnings=self._notes + self._changes(state.round - 1) + row.warnings + warnings,
             facts=facts,
             epsilon=self.budget.spent(self.phases, state.round) if self.budget else None,
             example_epsilon=example_epsilon(self.phases, cohorts, self._turns),
             seconds={**row.seconds, "evaluate": seconds},
         )
         self._record(state, row)
+        self._notes = ()
         if stops or self._saves_each or state.round % experiment.checkpoint_every == 0:
             self._save()
         self.callback.row_recorded(row)
@@ -187,7 +224,7 @@ class Session:
                     recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected,
                     clients.networks() if self.mode.sends else {},
                 )  # fmt: skip
-                return after, dataclasses.replace(row, warnings=warnings)
+                return after, dataclasses.replace(row, warnings=warnings + row.warnings)
             except QuorumError as error:
                 tried += 1
                 if tried == engine.attempts:
@@ -200,11 +237,13 @@ class Session:
         clients, population, engine = self.experiment.clients, self.setting.population, self.engine
         num = min(math.ceil(clients.per_round * engine.over_sample), len(population))
         cohort = draw_cohort(population, num, seed, clients.sampling)
+        if self._barred:
+            cohort = tuple(one for one in cohort if one not in self._barred)
         present = engine.present()
         # a sample that privacy accounting relies on is not modified
         if present is None or clients.sampling != "fixed" or not disclosure_of(recipe).absence:
             return cohort
-        others = np.random.default_rng(seed).permutation(sorted(present - set(cohort)))
+        others = np.random.default_rng(seed).permutation(sorted(present - set(cohort) - self._barred))
         return (*(one for one in cohort if one in present), *map(int, others))[:num]
 
     def _evaluate(self, state: ServerState, last: bool) -> tuple[dict[str, float], tuple[str, ...], float]:
@@ -239,13 +278,17 @@ class Session:
         """Whether the privacy budget permits no further round."""
         return self.budget is not None and self.budget.exhausted(self.phases, state.round)
 
+    def _changes(self, round: int) -> tuple[str, ...]:
+        """The changes of the configuration that were made after a round."""
+        return tuple(one for change in self.files.changes() if change["round"] == round for one in change["changes"])
+
     def _record(self, state: ServerState, row: RoundRecord) -> None:
         self.files.append(row)
         self.rows.append(row)
         self.state = state
 
     def _save(self) -> None:
-        self.files.save(self.state, self._facts)
+        self.files.save(self.state, self._facts, KEPT if self.engine.trusted else KEPT_OF_SITES)
         self._saved = self.state.round
 
     def _so_far(self, until: int) -> Result:

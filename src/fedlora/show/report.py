@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -15,14 +13,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from fedlora.config import Experiment, differences
+from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData
-from fedlora.core.errors import ConfigError
-from fedlora.core.network import Network, seconds_to
+from fedlora.core.network import Network
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.cost import PhaseCost
-from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.runs.search import Trial
 
@@ -109,15 +105,6 @@ class Live(Callback):
             self._progress = None
 
 
-def load_result(path: Path) -> dict[str, Any]:
-    """The results of a finished run, with its folder.
-
-    Raises:
-        ConfigError: the run is not finished.
-    """
-    return {**RunFolder(path).read_json("result.json"), "folder": str(path)}
-
-
 def as_dict(result: Result) -> dict[str, Any]:
     """A result as JSON values, without the ledger."""
     return {
@@ -194,122 +181,6 @@ def cost_table(
         rounds = str(sum(phase.rounds for phase in phases))
         table.add_row("all", rounds, "", "", "", takes, *map(human_bytes, totals))
     return whole, table
-
-
-def comparison(
-    results: Sequence[Mapping[str, Any]], reached: tuple[Network | None, float] | None = None
-) -> list[dict[str, Any]]:
-    """One row per method over the given runs, aggregated over seeds.
-
-    Bytes are means over seeds; ``ratio`` is the reference's bytes divided by the method's, where the reference is
-    ``lora`` if present, otherwise the first method.
-
-    Args:
-        results: as returned by ``load_result`` and ``as_dict``.
-        reached: a network (None for those of the configurations) and a value of the main metric; each row then has
-            ``seconds_to_target``, the mean over seeds of the time until an evaluation reached that value; None if any
-            seed never did.
-
-    Raises:
-        ConfigError: the runs belong to different tasks, or runs with the same label differ in more than the seed.
-    """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for result in results:
-        groups.setdefault(str(result["label"]), []).append(result)
-    if len(judged := sorted({str(result["main_metric"]) for result in results})) > 1:
-        raise ConfigError(f"these runs are judged by {' and '.join(judged)}; compare runs of one task")
-    for label, group in groups.items():
-        _check_seeds(label, group)
-    rows = []
-    for label, group in groups.items():
-        main = str(group[0]["main_metric"])
-        after = [one["after"][main] for one in group]
-        rows.append(
-            {
-                "label": label,
-                "seeds": sorted(one["seed"] for one in group),
-                "metric": main,
-                "before": mean(one["before"][main] for one in group),
-                "after": mean(after),
-                "spread": stdev(after) if len(after) > 1 else None,
-                "down_bytes": mean(sum(one["down_bytes"].values()) for one in group),
-                "up_bytes": mean(sum(one["up_bytes"].values()) for one in group),
-                "seconds": mean(one["seconds"] for one in group),
-                "folders": [str(one["folder"]) for one in group],
-            }
-        )
-        if reached:
-            times = [_seconds_to(Path(one["folder"]), main, *reached) for one in group]
-            known = [time for time in times if time is not None]
-            rows[-1]["target"] = reached[1]
-            rows[-1]["seconds_to_target"] = mean(known) if len(known) == len(times) else None
-    reference = next((row for row in rows if row["label"] == "lora"), rows[0])
-    total = reference["down_bytes"] + reference["up_bytes"]
-    for row in rows:
-        sent = row["down_bytes"] + row["up_bytes"]
-        row["ratio"] = total / sent if sent else None
-        row["reference"] = reference["label"]
-    return rows
-
-
-def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
-    """Rejects runs with the same label that differ in more than the seed.
-
-    Raises:
-        ConfigError: naming the differences.
-    """
-    apart = "name them apart with -s label=..., or compare one of them"
-    first = _configuration(group[0])
-    for number, one in enumerate(group):
-        other = _configuration(one)
-        found = [
-            line
-            for line in (differences(first, other) if first and other else [])
-            if line.split(":")[0].rpartition(".")[2] not in ("seed", "checkpoint_every", "device")
-        ]
-        if found:
-            raise ConfigError(
-                f"{group[0]['folder']} and {one['folder']} are both called {label!r} and differ in "
-                f"{'; '.join(found[:3])}: {apart}"
-            )
-        if one["seed"] in [earlier["seed"] for earlier in group[:number]]:
-            raise ConfigError(f"two runs called {label!r} have the seed {one['seed']}: {apart}")
-
-
-def _configuration(result: Mapping[str, Any]) -> dict[str, Any]:
-    file = Path(result["folder"]) / "config.toml"
-    return tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _seconds_to(folder: Path, metric: str, network: Network | None, target: float) -> float | None:
-    higher = bool(RunFolder(folder).read_json("result.json").get("higher_is_better", True))
-    return seconds_to(RunFolder(folder).rows(), network, metric, target, higher)
-
-
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """``comparison`` as a table."""
-    names = [f"{rows[0]['metric']} before", "after", "bytes down", "bytes up"]
-    names += [f"fewer than {rows[0]['reference']}", "seconds"]
-    names += [f"time to {rows[0]['target']:g}"] if "target" in rows[0] else []
-    table = Table("method", "seeds", *(Column(name, justify="right") for name in names))
-    for row in rows:
-        spread = f" ± {row['spread']:.3f}" if row["spread"] is not None else ""
-        table.add_row(
-            escape(row["label"]),
-            ", ".join(map(str, row["seeds"])),
-            f"{row['before']:.3f}",
-            f"{row['after']:.3f}{spread}",
-            human_bytes(row["down_bytes"]),
-            human_bytes(row["up_bytes"]),
-            f"{row['ratio']:.2f}x" if row["ratio"] is not None else "nothing sent",
-            f"{row['seconds']:.0f}",
-            *(_or_never(row[name]) for name in ("seconds_to_target",) if name in row),
-        )
-    return table
-
-
-def _or_never(seconds: float | None) -> str:
-    return "not reached" if seconds is None else human_seconds(seconds)
 
 
 def result_table(result: Result) -> Table:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from fedlora.core.later import scipy
+from fedlora.show.plain import csv_text, interval, paired, tabular
 from fedlora.study.gates import parse_term
 from fedlora.study.pool import shown
 
@@ -46,17 +43,6 @@ class Summary:
     target: float | None
     values: dict[str, Any]
     difference: tuple[float, float | None] | None
-
-
-def paired(mine: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float | None] | None:
-    """Mean difference over common seeds, and half-width of its 95 % interval: ``t(0.975, n - 1) s / sqrt(n)``."""
-
-    gaps = [value - other[seed] for seed, value in mine.items() if seed in other]
-    if not gaps:
-        return None
-    if len(gaps) == 1:
-        return gaps[0], None
-    return mean(gaps), float(scipy.stats.t.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
 
 
 def summaries(results: Results) -> list[Summary]:
@@ -129,7 +115,7 @@ def _cells(results: Results, found: Summary) -> dict[str, str]:
         "method": found.method,
         results["metric"]: f"{mean(values):.3f}{spread}" if values else "",
         "seeds": str(len(values)),
-        f"minus {results['reference']}": _difference(found.difference),
+        f"minus {results['reference']}": interval(found.difference),
     }
     cells |= {
         f"MB {way}": "" if size is None else f"{size / 1e6:.4g}"
@@ -141,13 +127,6 @@ def _cells(results: Results, found: Summary) -> dict[str, str]:
         cells["held out"] = "" if found.tuned is None else f"{found.tuned:.3f}"
         cells["tuned"] = ", ".join(f"{key} {shown(value)}" for key, value in found.values.items())
     return cells
-
-
-def _difference(found: tuple[float, float | None] | None) -> str:
-    if found is None:
-        return ""
-    middle, half = found
-    return f"{middle:+.3f}" if half is None else f"{middle:+.3f} [{middle - half:+.3f}, {middle + half:+.3f}]"
 
 
 def _duration(found: Summary) -> str:
@@ -187,7 +166,6 @@ def markdown(results: Results) -> str:
 
 def comma_separated(results: Results) -> str:
     """One CSV table, with a row for each method and setting and unrounded numbers."""
-    out = io.StringIO()
     rows = []
     values = {one["name"]: one["values"] for one in results["settings"]}
     for one in summaries(results):
@@ -212,35 +190,15 @@ def comma_separated(results: Results) -> str:
                 "tuned": " ".join(f"{key}={shown(value)}" for key, value in one.values.items()),
             }
         )
-    if rows:
-        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return out.getvalue().rstrip("\n")
+    return csv_text(rows)
 
 
 def latex(results: Results) -> str:
     """One ``tabular`` for ``booktabs``, with the settings below one another."""
-    found = summaries(results)
-    if not found:
-        return ""
-    columns = list(_cells(results, found[0]))
-    lines = [rf"\begin{{tabular}}{{{'l' * len(columns)}}}", r"\toprule", " & ".join(map(_tex, columns)) + r" \\"]
-    before = None
-    for one in found:
-        if one.setting != before:
-            lines.append(r"\midrule")
-            if one.setting != "all":
-                lines.append(rf"\multicolumn{{{len(columns)}}}{{l}}{{{_tex(one.setting)}}} \\")
-            before = one.setting
-        lines.append(" & ".join(map(_tex, _cells(results, one).values())) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
-
-
-def _tex(text: str) -> str:
-    for plain, written in (("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#"), ("±", r"$\pm$"), ("*", r"$\times$")):
-        text = text.replace(plain, written)
-    return text
+    blocks: dict[str, list[dict[str, str]]] = {}
+    for one in summaries(results):
+        blocks.setdefault("" if one.setting == "all" else one.setting, []).append(_cells(results, one))
+    return tabular(blocks)
 
 
 FORMATS: dict[str, Callable[[Results], str]] = {"markdown": markdown, "csv": comma_separated, "latex": latex}

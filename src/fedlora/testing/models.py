@@ -16,6 +16,7 @@ from fedlora.core.later import transformers
 from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.population.clients import Population
 from fedlora.tasks.base import Batch, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.loading import head_names
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -217,7 +218,9 @@ class TensorTask(Prepared):
             (),
         )
 
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+    def with_rows(
+        self, path: Path, columns: Mapping[str, str], split: Split = "test", reading: Reading | None = None
+    ) -> Prepared:
         return self
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:

@@ -127,6 +127,23 @@ class Tuning(ABC):
         """Whether it trains low-rank factors ``A`` and ``B``."""
         return False
 
+    @property
+    def has_pattern(self) -> bool:
+        """Whether it selects modules by a regular expression, which no client accepts from a server."""
+        return False
+
+    def without_pattern(self, model: nn.Module, head: frozenset[str]) -> Tuning:
+        """The same tuning of the same modules, which are selected by endings of their names.
+
+        Args:
+            model: the freshly loaded model.
+            head: names of the head's parameters.
+
+        Raises:
+            ConfigError: nothing in the model matches.
+        """
+        return self
+
     @abstractmethod
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """Freezes ``model`` except for the trained parameters, adding modules if the method needs them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.state import PhaseHandover, generator, named_seed
 from fedlora.tuning.base import InitialParams, Installed, Tuning, freeze_all_but, grouped
 from fedlora.tuning.matrices import copy_attributes, is_linear, is_plain, is_transposed, matrix_shape
-from fedlora.tuning.targets import block_outputs, find, replace_module
+from fedlora.tuning.targets import Targets, block_outputs, endings, find, is_pattern, replace_module
 
 
 class BottleneckLinear(nn.Module):
@@ -67,14 +68,23 @@ class Bottleneck(Tuning):
         width: size of the bottleneck.
         style: ``houlsby`` (arXiv 1902.00751) after the attention block and after the feed-forward block; ``pfeiffer``
             (arXiv 2005.00247) after the feed-forward block alone.
-        targets: a regular expression over module names, for families whose blocks are unknown.
+        targets: for families whose blocks are unknown: a regular expression over module names, or a tuple of endings.
     """
 
     kind: Literal["bottleneck"] = "bottleneck"
     width: Count = 16
     style: Literal["houlsby", "pfeiffer"] = "pfeiffer"
-    targets: str | None = None
+    targets: Targets | None = None
     zero_is_neutral: ClassVar[bool] = True
+
+    @property
+    def has_pattern(self) -> bool:
+        return is_pattern(self.targets)
+
+    def without_pattern(self, model: nn.Module, head: frozenset[str]) -> Bottleneck:
+        if self.targets is None or not is_pattern(self.targets):
+            return self
+        return replace(self, targets=endings(model, self.targets, head))
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``.

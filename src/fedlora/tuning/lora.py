@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -20,7 +21,7 @@ from fedlora.tuning.base import InitialParams, Installed, Tuning, freeze_all_but
 from fedlora.tuning.lora_init import AnyLoRAInit, Kaiming, SvdOfDelta
 from fedlora.tuning.lora_layer import LoRAConv, LoRAEmbedding, LoRALayer, lora_layer
 from fedlora.tuning.matrices import is_quantized, matrix_shape
-from fedlora.tuning.targets import Targets, find, replace_module
+from fedlora.tuning.targets import Targets, endings, find, is_pattern, replace_module
 
 PEFT_PREFIX = "base_model.model."
 """The prefix that ``peft`` adds to the names of a model's parameters."""
@@ -92,6 +93,13 @@ class LoRA(Tuning):
         """Whether the initial product is subtracted from the frozen weight."""
         return self.init.residual or self.folds == "rest"
 
+    @property
+    def has_pattern(self) -> bool:
+        return is_pattern(self.targets)
+
+    def without_pattern(self, model: nn.Module, head: frozenset[str]) -> LoRA:
+        return replace(self, targets=endings(model, self.targets, head)) if self.has_pattern else self
+
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``; a rank above a matrix's smaller dimension is refused.
 
@@ -139,7 +147,7 @@ class LoRA(Tuning):
             return InitialParams(params, Fold(), seed, {})
         params.update({name: value for name, value in carry.head.items() if name in params})
         if self.folds == "rest":
-            fold = Fold(dense=dict(deltas))
+            fold = Fold(dense={name: value.to_dense() for name, value in deltas.items()})
         elif self.folds == "biases":
             fold = Fold(dense={name: value for name, value in deltas.items() if value.dim() < 2})
         else:

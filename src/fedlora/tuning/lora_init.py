@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlora.core.component import MODEL_CONFIG, by_kind, dataclass
 from fedlora.core.slots import Slot
+from fedlora.core.svd import leading_svd
 
 Factors = tuple[Tensor, Tensor]
 SvdSplit = Literal["symmetric", "left"]
@@ -30,7 +31,8 @@ class LoRAInit(ABC):
 
         Args:
             weight: the pre-trained matrix, ``(out, in)``, float32.
-            delta: what an earlier phase learnt for it, ``(out, in)``, or None.
+            delta: what an earlier phase learnt for it, ``(out, in)``, sparse (COO) for a large matrix of which few
+                entries were trained; or None.
             rank: number of columns of ``B`` and rows of ``A``; if it exceeds ``min(out, in)``, the rest is zero.
             scale: ``alpha / rank``, the factor of ``B @ A`` in the forward pass.
             seed: for random initialisation.
@@ -111,7 +113,7 @@ class SvdOfDelta(LoRAInit):
     from_seed: ClassVar[bool] = False
 
     def factors(self, weight: Tensor, delta: Tensor | None, rank: int, scale: float, seed: int) -> Factors:
-        if delta is None or not bool(delta.any()):
+        if delta is None or not bool((delta.coalesce().values() if delta.is_sparse else delta).any()):
             return Kaiming().factors(weight, None, rank, scale, seed)
         return truncated_svd(delta, rank, scale, self.split)
 
@@ -122,7 +124,7 @@ def truncated_svd(matrix: Tensor, rank: int, scale: float, split: SvdSplit) -> F
     The sign of each pair of singular vectors is fixed by making the largest entry of the left one positive.
 
     Args:
-        matrix: ``(out, in)``.
+        matrix: ``(out, in)``, dense or sparse (COO).
         rank: as in ``LoRAInit.factors``.
         scale: the factor of ``B @ A``, divided out exactly once.
         split: where the singular values go.
@@ -130,9 +132,8 @@ def truncated_svd(matrix: Tensor, rank: int, scale: float, split: SvdSplit) -> F
     Returns:
         ``B: (out, rank)`` and ``A: (rank, in)``, float32.
     """
-    left, values, right = torch.linalg.svd(matrix.detach().to(torch.float32), full_matrices=False)
-    useful = min(rank, values.shape[0])
-    left, values, right = left[:, :useful], values[:useful] / scale, right[:useful]
+    left, values, right = leading_svd(matrix.detach().to(torch.float32), rank)
+    useful, values = len(values), values / scale
     largest = left.abs().argmax(dim=0)
     sign = torch.where(left[largest, torch.arange(useful)] < 0, -1.0, 1.0)
     low, high = (values.sqrt(), values.sqrt()) if split == "symmetric" else (values, torch.ones_like(values))

@@ -16,10 +16,13 @@ from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
 from fedlora.tuning.matrices import copy_attributes
-from fedlora.tuning.targets import saved_modules
+from fedlora.tuning.targets import saved_modules, shortest_endings
 
 _SVD_INITS = ("pissa", "olora", "corda", "loftq", "eva", "mica", "lora_ga")
 _SVD_TYPES = ("ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA")
+
+_PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
+"""Fields with module names, or a regular expression over them."""
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -68,6 +71,19 @@ class Peft(Tuning):
         return config
 
     @property
+    def has_pattern(self) -> bool:
+        return any(_is_pattern(self.config.get(key)) for key in _PATTERNS)
+
+    def without_pattern(self, model: nn.Module, head: frozenset[str]) -> Peft:
+        names = [name for name, _ in model.named_modules()]
+        spelled = {
+            key: list(shortest_endings([name for name in names if re.fullmatch(self.config[key], name)], names))
+            for key in _PATTERNS
+            if _is_pattern(self.config.get(key))
+        }
+        return Peft(config={**self.config, **spelled})
+
+    @property
     def has_factors(self) -> bool:
         """See ``Tuning.has_factors``: the parameters that ``peft`` calls ``lora_A`` and ``lora_B``."""
         return str(self.config.get("peft_type", "")).upper() == "LORA"
@@ -105,6 +121,10 @@ class Peft(Tuning):
             ConfigError: always; modules installed by ``peft`` are opaque to fedlora.
         """
         raise ConfigError("a `peft` tuning cannot be handed to a next phase; use `lora` for that")
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, str) and value != "all-linear"
 
 
 def _leaf(name: str) -> Leaf:

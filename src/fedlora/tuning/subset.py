@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -24,9 +25,11 @@ from fedlora.tuning.base import (
     seed_to_tree,
 )
 from fedlora.tuning.matrices import matrix_shape
-from fedlora.tuning.targets import Targets, find
+from fedlora.tuning.targets import Targets, endings, find, is_pattern
 
 _DENSITY = 0.01
+_LARGE = 1 << 22
+"""Entries from which on a matrix's mask and change are never held dense."""
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -103,6 +106,13 @@ class SparseMask(Tuning):
             return min(rows * columns, self.rank * (rows + columns))
         return max(1, int((_DENSITY if self.density is None else self.density) * rows * columns))
 
+    @property
+    def has_pattern(self) -> bool:
+        return is_pattern(self.targets)
+
+    def without_pattern(self, model: nn.Module, head: frozenset[str]) -> SparseMask:
+        return replace(self, targets=endings(model, self.targets, head)) if self.has_pattern else self
+
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``; the mask itself is drawn in ``apply_setup``."""
         found = find(model, self.targets, head)
@@ -135,7 +145,7 @@ class SparseMask(Tuning):
             if name in carry.head:
                 params[name] = carry.head[name]
             elif name in carry.delta:
-                change = _packed(carry.delta[name], places.get(name))
+                change = _packed(carry.delta[name].to_dense(), places.get(name))
                 params[name] = params[name] + change
                 kept += float(change.square().sum())
         total = sum(float(value.square().sum()) for value in carry.delta.values())
@@ -165,14 +175,12 @@ class SparseMask(Tuning):
         return dict(parts.get("init", {}))
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
-        """See ``Tuning.changes``: the packed values scattered to their positions, zero elsewhere."""
+        """See ``Tuning.changes``: the packed values at their positions, zero elsewhere."""
         named = dict(installed.model.named_parameters())
         result = {}
         for name, change in Tuning.changes(self, installed, init, params).items():
             if name in installed.places:
-                dense = torch.zeros(named[name].numel())
-                dense[installed.places[name].to("cpu")] = change
-                change = dense.view(named[name].shape)
+                change = _scattered(change, installed.places[name].to("cpu"), named[name].shape)
             result[name] = change
         return result
 
@@ -182,9 +190,29 @@ class SparseMask(Tuning):
         places = {}
         for name, packed in installed.parameters.items():
             if packed is not named[name]:
-                order = torch.randperm(named[name].numel(), generator=generator(named_seed(seed, f"mask/{name}")))
-                places[name] = order[: packed.numel()].sort().values
+                draws = generator(named_seed(seed, f"mask/{name}"))
+                places[name] = _draw(named[name].numel(), packed.numel(), draws)
         return places
+
+
+def _draw(entries: int, count: int, draws: torch.Generator) -> Tensor:
+    """``count`` of ``entries`` positions, uniformly, sorted; of a large matrix, in memory proportional to ``count``."""
+    if entries < _LARGE or count * 8 > entries:
+        return torch.randperm(entries, generator=draws)[:count].sort().values
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < count:  # never overshoots, so all subsets of this size are equally likely
+        found = torch.unique(torch.cat([found, torch.randint(entries, (count - len(found),), generator=draws)]))
+    return found
+
+
+def _scattered(values: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of this shape with ``values`` at the flat positions ``index``; sparse if large and mostly zero."""
+    if shape.numel() < _LARGE or len(index) * 8 > shape.numel() or len(shape) != 2:
+        dense = torch.zeros(shape.numel())
+        dense[index] = values
+        return dense.view(shape)
+    places = torch.stack([index // shape[1], index % shape[1]])
+    return torch.sparse_coo_tensor(places, values, shape, is_coalesced=True, check_invariants=True)
 
 
 def _packed(value: Tensor, index: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, prepare, prepare_sites
 from fedlora.config.handed_over import check_on_disk
+from fedlora.config.places import located_data, located_model
 from fedlora.core.errors import ConfigError
 from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.federation.protocol.transport import Transport
@@ -67,16 +68,17 @@ def federate(
     if rules.over_sample > 1 and experiment.clients.sampling != "fixed":
         raise ConfigError("over_sample asks more clients than count, and a Poisson draw has no number; leave it at 1")
     files, report = RunFolder(folder), CallbackList(callbacks)
-    look(files, experiment)
+    look(files, experiment, extend=False)
     ready = prepare(experiment) if not isinstance(experiment.data, Sites) else None
-    task = ready.task if ready else experiment.task.prepare(experiment.model, experiment.data)
-    with claimed(files, experiment, report.message):
+    model, data = located_model(experiment), located_data(experiment.data, experiment.root)
+    task = ready.task if ready else experiment.task.prepare(model, data)
+    with claimed(files, experiment, report.message, extend=False):
         if not (folder / KNOWN).exists():
             files.write_json(KNOWN, {"run": secrets.token_hex(8), "sites": {}})
         begun()
         remote = Remote(transport, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
         if ready:
-            remote.open(experiment, task.label_names, len(ready.population))
+            remote.open(experiment, task, len(ready.population))
         setting = ready or _of_sites(experiment, task, remote, files, names)
         return experiments.train(experiment, folder, None, callbacks, setting, remote, None, held=True)
 
@@ -87,7 +89,7 @@ def _of_sites(
     """The federated data of sites with their own rows, after the run has been announced to them."""
     ordered = sorted(names)
     numbers = {name: number for number, name in enumerate(ordered)}
-    remote.open(experiment, task.label_names, len(ordered), numbers)
+    remote.open(experiment, task, len(ordered), numbers)
     # information on sites is kept while they are offline
     known = files.read_json(KNOWN)
     for name, site_info in remote.site_infos.items():

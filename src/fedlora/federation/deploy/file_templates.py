@@ -41,10 +41,16 @@ rows = "rows.jsonl"  # csv, tsv, json, jsonl or parquet; they never leave this m
 # [model]            # where the pre-trained model is here; the same files as the server's
 # path = "/models/all-MiniLM-L6-v2"
 
-[limits]             # what is more than this is refused
-# tunings = ["lora"]
-# max_megabytes = 50
-# max_steps = 1000
+[limits]             # what is more than this is refused; raise what you mean to allow
+tunings = ["lora"]           # kinds of tuning; others send more than adapters and the head
+max_megabytes = 50           # one message
+max_steps = 1000             # one turn
+max_seconds = 3600           # one turn, or loading the model
+min_cohort = 2               # sites averaged in a round, as the server announces
+max_runs = 20                # this and what follows: all runs together, across restarts; counted in state/usage.json
+max_rounds = 2000
+max_megabytes_per_day = 2000
+# max_epsilon = 8.0        # of the examples here, at delta = 1e-6; needs noise for examples and dp-accounting
 # min_noise = 0.5          # noise that the server says it adds to the mean of sites
 # min_example_noise = 0.5  # noise that this site adds itself
 """

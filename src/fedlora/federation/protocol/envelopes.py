@@ -65,7 +65,7 @@ def read(raw: bytes) -> Envelope:
         raise WireError(f"a message's head is to have {length} bytes, and {len(raw) - _START.size} are there")
     at = _START.size + length
     try:
-        head = json.loads(raw[_START.size : at].decode("utf-8"))
+        head = json.loads(raw[_START.size : at].decode("utf-8"), object_pairs_hook=_once)
         lengths = {str(name): int(size) for name, size in head.pop("blobs").items()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError) as error:
         raise WireError(f"a message's head cannot be read ({type(error).__name__})") from error
@@ -76,6 +76,48 @@ def read(raw: bytes) -> Envelope:
         blobs[name] = raw[at : at + size]
         at += size
     return Envelope(head, blobs)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: readers of one message must not disagree on its content."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise WireError(f"a message has the key {plain(twice, 60)!r} twice; one value for each key is expected")
+    return table
+
+
+_KEYS = {
+    "open": ("run", "ticket", "experiment", "label_names", "base", "client"),
+    "opened": ("run", "ticket", "tier", "refused", "sizes"),
+    "job": (
+        *("run", "ticket", "seconds", "recipe", "client", "phase", "round", "progress", "seed", "base", "memory"),
+        "fold",
+    ),
+    "reply": ("run", "ticket", "client", "progress", "seconds", "refused", "failed", "lost", "kept"),
+}
+_BLOBS = {"job": ("payload", "setup", "fold"), "reply": ("raw",)}
+
+
+def check_keys(envelope: Envelope, kind: str) -> None:
+    """Refuses a message with parts that this version does not read.
+
+    Args:
+        envelope: the message.
+        kind: its kind.
+
+    Raises:
+        WireError: naming an unknown key.
+    """
+    head, blobs = envelope
+    unknown = [*(key for key in head if key not in ("kind", *_KEYS[kind]))]
+    unknown += [name for name in blobs if name not in _BLOBS.get(kind, ())]
+    if unknown:
+        raise WireError(
+            f"a message of the kind {kind!r} has the unknown key {plain(unknown[0], 60)!r}; use one version of fedlora "
+            "everywhere"
+        )
 
 
 def of_job(job: Job, run: str, ticket: str, seconds: float | None) -> bytes:
@@ -153,11 +195,13 @@ def of_reply(reply: Reply, job: Envelope, lost: bool = False) -> bytes:
     """
     head = {
         "kind": "reply",
-        **{key: job.head[key] for key in ("run", "ticket", "client", "progress")},
+        **{key: job.head.get(key) for key in ("run", "ticket", "client", "progress")},
         "seconds": reply.seconds,
         "refused": reply.refused,
+        "failed": reply.failed,
         "lost": lost,
         "kept": reply.memory.kept,
+        **({"unmoved": list(reply.unmoved)} if reply.unmoved else {}),
     }
     return write(head, {} if reply.raw is None else {"raw": reply.raw})
 
@@ -174,6 +218,7 @@ def to_reply(envelope: Envelope, job: Job, run: str, ticket: str) -> Reply:
     if found != expected:
         other = ", ".join(key for key in expected if found[key] != expected[key])
         raise WireError(f"its {other} are not those of the job: a reply of another round, or sent twice")
+    check_keys(envelope, "reply")
     try:
         seconds, refused, kept = float(head["seconds"]), plain(head["refused"]), str(head["kept"])[:100]
         if not 0 <= seconds <= LARGEST_SECONDS:
@@ -181,9 +226,12 @@ def to_reply(envelope: Envelope, job: Job, run: str, ticket: str) -> Reply:
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise WireError(f"a reply cannot be read ({type(error).__name__}: {plain(error)})") from error
     if refused:
-        return Reply(None, ClientState(), seconds, refused, delivered=False)
+        failed = head.get("failed") is True
+        return Reply(None, ClientState(), seconds, refused, delivered=False, failed=failed)
     remembers = job.recipe.memory != "none"
     version = job.fold.version if job.fold else job.memory.folds.version
     parts = Memory().having({"base": Folds(version if remembers else 0).store()})
     memory = ClientState(remembers, parts, kept)
-    return Reply(blobs.get("raw"), memory, seconds)
+    said = head.get("unmoved")
+    unmoved = tuple(group for group in ("adapter", "head") if isinstance(said, list) and group in said)
+    return Reply(blobs.get("raw"), memory, seconds, unmoved=unmoved)

@@ -17,6 +17,8 @@ from fedlora.privacy import CentralGaussian
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
 from fedlora.tasks import Model
+from fedlora.tasks.data.opening import Delimiter, Encoding, Reading
+from fedlora.tuning.accepted import objection
 
 T = TypeVar("T")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -34,6 +36,14 @@ class SitePolicy:
         max_steps: maximum number of optimiser steps per turn.
         min_noise: minimum noise multiplier that the server must declare to add to the mean over clients.
         min_example_noise: minimum noise multiplier that this site itself adds to per-example gradients.
+        max_seconds: longest time for one message: a turn, or the loading and installing of a model.
+        min_cohort: minimum number of clients per round that the server must announce.
+        max_runs: maximum number of runs, of all servers together; this limit and the following ones hold across
+            restarts.
+        max_rounds: maximum number of rounds of all runs together.
+        max_epsilon: maximum example-level epsilon of all runs together, at delta = 1e-6; it requires noise for
+            examples.
+        max_megabytes_per_day: maximum size of all messages of a day, in both directions.
     """
 
     tunings: tuple[str, ...] | None = None
@@ -42,16 +52,24 @@ class SitePolicy:
     max_steps: Whole | None = None
     min_noise: NonNegative | None = None
     min_example_noise: NonNegative | None = None
+    max_seconds: Positive | None = None
+    min_cohort: Count | None = None
+    max_runs: Whole | None = None
+    max_rounds: Whole | None = None
+    max_epsilon: NonNegative | None = None
+    max_megabytes_per_day: Positive | None = None
 
-    def check_classes(self, head: Mapping[str, Any]) -> None:
-        """Checks for classes that are not permitted, before any of them is imported.
+    def check_settings(self, head: Mapping[str, Any]) -> None:
+        """Checks for settings that no server may choose, and classes that are not permitted, before any is imported.
 
         Args:
             head: the head of a server's message.
 
         Raises:
-            ConfigError: it names such a class.
+            ConfigError: it contains one of them.
         """
+        if why := objection(head):
+            raise ConfigError(why)
         if unknown := sorted(named(head) - {*self.classes}):
             raise ConfigError(
                 f"the class {unknown[0][:200]!r} is not accepted here; limits.classes lists those that are"
@@ -115,9 +133,11 @@ class SiteConfig:
 
     Args:
         name: the site's name in the ledger.
-        rows: a csv, tsv, json, jsonl or parquet file of training rows, optionally with ``.gz``; rows never leave the
-            site.
+        rows: training rows, a file or pattern as for ``Files``; rows never leave the site.
         columns: column name used by the task -> name in the file, if different.
+        delimiter: as for ``Files``.
+        encoding: as for ``Files``.
+        max_unpacked_gb: as for ``Files``.
         share: share of the data of the server's configuration, for trials on one machine.
         tier: kind of this site, for ``clients.tiers`` by ``values``.
         model: location of the pre-trained model on this site; by default the server's, if that is ``embedded``.
@@ -127,12 +147,15 @@ class SiteConfig:
         limits: the site's policy.
 
     Raises:
-        ConfigError: neither or both of ``rows`` and ``share`` are given.
+        ConfigError: neither or both of ``rows`` and ``share`` are given, or there is no such encoding.
     """
 
     name: Name
     rows: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    delimiter: Delimiter | None = None
+    encoding: Encoding | None = None
+    max_unpacked_gb: Positive | None = None
     share: Share | None = None
     tier: str = ""
     model: Model | None = None
@@ -144,6 +167,11 @@ class SiteConfig:
     def __post_init__(self) -> None:
         if (self.rows is None) == (self.share is None):
             raise ConfigError("a site has rows = 'FILE', or a share of the server's data for trials; give one of them")
+
+    @property
+    def reading(self) -> Reading:
+        """How the rows are read."""
+        return Reading(delimiter=self.delimiter, encoding=self.encoding, max_unpacked_gb=self.max_unpacked_gb)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -166,18 +194,24 @@ class ServerPolicy:
     Args:
         min_available: clients that must be reachable before the first round starts; ``min_clients`` if absent.
         min_clients: replies required per round; with fewer, the round is retried.
-        round_timeout: seconds after which a round continues without clients that have not replied.
+        round_timeout: seconds after which a round continues without clients that have not replied; by default ten times
+            the longest turn so far, but at least ten minutes, and an hour before the first turn.
         rejoin_timeout: seconds for which a round waits for a lost site to reconnect and be sent its jobs again.
         over_sample: ratio of clients asked to clients counted; the first to reply are counted.
         attempts: attempts at a round with too few replies before the run stops.
+        max_weight: largest number of examples with which a site that has its own rows is weighted, as a multiple of the
+            median site's, where clients are weighted by examples: how many a site has is its own word.
+        max_examples: the same as a number, for every client.
     """
 
     min_available: Count | None = None
     min_clients: Count = 1
-    round_timeout: Positive = 3600.0
+    round_timeout: Positive | None = None
     rejoin_timeout: NonNegative = 120.0
     over_sample: Annotated[float, Field(ge=1)] = 1.0
     attempts: Count = 3
+    max_weight: Annotated[float, Field(ge=1)] = 2.0
+    max_examples: Count | None = None
 
 
 def parse_as(kind: type[T], values: dict[str, Any], path: Path) -> T:

@@ -6,24 +6,32 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any, NamedTuple
 
 from fedlora import config
 from fedlora.client.jobs import Job, Reply
 from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode
+from fedlora.config.places import located_model
 from fedlora.core.errors import DataError, QuorumError, TrainingError, WireError, plain
 from fedlora.core.state import ClientState
 from fedlora.engines.base import Engine
 from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.federation.protocol.transport import Received, Transport
+from fedlora.federation.server.plain_settings import PlainSettings
 from fedlora.federation.server.probes import Probing
-from fedlora.federation.site.site import base_digest
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.runs.callbacks import Callback, CallbackList
+from fedlora.tasks.base import Prepared
+from fedlora.tasks.models.fingerprints import base_digest
 
 POLL = 0.2
+FIRST_TIMEOUT = 3600.0
+"""Seconds that the first round waits for replies, and any for sites, unless the policy states it."""
+SHORTEST_TIMEOUT, TURNS = 600.0, 10.0
+"""Later rounds wait ``TURNS`` times as long as the longest turn took, but at least the first, in seconds."""
 TRIES = 5
 """Maximum number of times a job is sent to a site that is lost each time."""
 LARGEST_SIZE = 2**31
@@ -88,19 +96,28 @@ class Remote(Engine):
         self.attempts = rules.attempts
         self.site_infos: dict[str, SiteInfo] = {}
         self._opening: dict[str, Any] = {}
+        self._plain: PlainSettings
         self._numbers: Mapping[str, int] = {}
         self._clients = self._per_round = 0
         self._invited: dict[str, _Invited] = {}
         self._refusals: dict[str, tuple[int, str]] = {}
+        self._longest = 0.0
+
+    @property
+    def round_timeout(self) -> float:
+        """Seconds that a round waits for replies."""
+        if self.rules.round_timeout is not None:
+            return self.rules.round_timeout
+        return max(SHORTEST_TIMEOUT, TURNS * self._longest) if self._longest else FIRST_TIMEOUT
 
     def open(
-        self, experiment: Experiment, label_names: list[str], clients: int, numbers: Mapping[str, int] | None = None
+        self, experiment: Experiment, task: Prepared, clients: int, numbers: Mapping[str, int] | None = None
     ) -> None:
         """Announces the run, and waits until enough clients can be reached to start.
 
         Args:
             experiment: the whole configuration.
-            label_names: the label names of the model's outputs.
+            task: its task.
             clients: total number of clients.
             numbers: the client number of each site, if sites have their own rows.
 
@@ -108,12 +125,13 @@ class Remote(Engine):
             QuorumError: too few clients connected within ``round_timeout`` seconds, or their sites refuse.
         """
         effective = in_mode(experiment)
+        self._plain = PlainSettings(effective, task)
         self._opening = {
             "kind": "open",
             "run": self.name,
-            "experiment": config.resolved(effective),
-            "label_names": label_names,
-            "base": base_digest(effective.model),
+            "experiment": config.resolved(self._plain.experiment),
+            "label_names": task.label_names,
+            "base": base_digest(located_model(effective)),
         }
         self._clients, self._numbers = clients, numbers or {}
         self._per_round = experiment.clients.per_round
@@ -125,7 +143,7 @@ class Remote(Engine):
 
     def _wait_for(self, least: int) -> None:
         # under Ray no client is ever late, yet workers may never start
-        deadline = time.monotonic() + min(self.rules.round_timeout, 3600.0)
+        deadline = time.monotonic() + min(self.rules.round_timeout or FIRST_TIMEOUT, FIRST_TIMEOUT)
         said = False
         while True:
             online = self.transport.sites()
@@ -160,7 +178,7 @@ class Remote(Engine):
                 return
             secret = secrets.token_hex(8)
             head = {**self._opening, "client": self._numbers.get(name, 0), "ticket": secret}
-            ticket = self.transport.send(address, envelopes.write(head, {}), self.rules.round_timeout)
+            ticket = self.transport.send(address, envelopes.write(head, {}), self.round_timeout)
             if ticket is not None:
                 self._invited[ticket] = _Invited(name, address, secret)
 
@@ -189,7 +207,9 @@ class Remote(Engine):
         """
         if received.raw is None:
             raise DataError(received.why)
-        head, _ = envelopes.read(received.raw)
+        envelope = envelopes.read(received.raw)
+        envelopes.check_keys(envelope, "opened")
+        head = envelope.head
         if (head.get("kind"), head.get("run"), head.get("ticket")) != ("opened", self.name, secret):
             raise WireError("its answer is to something else")
         if head.get("refused"):
@@ -225,9 +245,17 @@ class Remote(Engine):
         sizes = (site_info.sizes[client] for site_info in self.site_infos.values() if client in site_info.sizes)
         return next(sizes, None)
 
+    def counted_examples(self) -> float | None:
+        """See ``Engine.counted_examples``; shares of the server's own partition are not capped by the median."""
+        sizes = [size for each in self.site_infos.values() for size in each.sizes.values() if size]
+        limits = [self.rules.max_weight * median_low(sizes)] if self._numbers and sizes else []
+        limits += [self.rules.max_examples] if self.rules.max_examples else []
+        return min(limits, default=None)
+
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
         """See ``Engine.run``: all jobs are sent at once; replies are yielded in the order of jobs as they arrive."""
-        deadline = time.monotonic() + self.rules.round_timeout
+        begun = time.monotonic()
+        deadline = begun + self.round_timeout
         enough = min(len(jobs), self._per_round) if self.over_sample > 1 else len(jobs)
         secret = secrets.token_hex(8)
         online = self.transport.sites()
@@ -244,7 +272,9 @@ class Remote(Engine):
                 for number, received in self._collect(pending_jobs, deadline):
                     if counted < enough:
                         replies[number] = self._read(received, pending_jobs[number])
-                        counted += replies[number].raw is not None
+                        if replies[number].raw is not None:
+                            counted += 1
+                            self._longest = max(self._longest, time.monotonic() - begun)
             if place not in replies:  # as far as is known here, its state is unchanged
                 self._message(f"client {job.client} ({pending_jobs[place].site}) is late; its answer is dropped")
                 replies[place] = Reply(None, job.memory, 0.0, delivered=False)
@@ -255,7 +285,9 @@ class Remote(Engine):
         told = left if disclosure_of(pending_job.job.recipe).timing and not self.anywhere else None
         address = online.get(pending_job.site)
         if address is not None:
-            raw = envelopes.of_job(pending_job.job, self.name, pending_job.secret, told)
+            job = pending_job.job
+            job = job._replace(recipe=self._plain.of(job.recipe))
+            raw = envelopes.of_job(job, self.name, pending_job.secret, told)
             pending_job.ticket = self.transport.send(address, raw, left)
         if pending_job.ticket is None:
             pending_job.lost_since = pending_job.lost_since or time.monotonic()
@@ -304,7 +336,8 @@ class Remote(Engine):
             lost = envelope.head.get("lost") is True
         except WireError as error:
             self._message(f"the answer of {pending_job.site} is refused: {error}")
-            reply = Reply(None, ClientState(), 0.0, f"{pending_job.site}: {error}", delivered=False)
+            size = len(received.raw or b"")
+            reply = Reply(None, ClientState(), 0.0, f"{pending_job.site}: {error}", delivered=False, size=size)
         if reply.refused and self.anywhere:
             raise TrainingError(reply.refused)
         if lost:  # the run is announced to it again

@@ -6,13 +6,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 
 from fedlora import config
 from fedlora.client.jobs import Job, Reply
@@ -20,15 +20,19 @@ from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode, pick_device, prepare
+from fedlora.config.places import located_model
 from fedlora.core.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError, WireError
 from fedlora.core.state import ClientState
 from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.envelopes import Envelope
 from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.federation.site.memory import SiteMemory
+from fedlora.federation.site.usage import Usage
+from fedlora.federation.site.watchdog import time_limit
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.tasks import Model
 from fedlora.tasks.base import Positions, Prepared
+from fedlora.tasks.models.fingerprints import base_digest
 
 
 class _Run(NamedTuple):
@@ -51,6 +55,7 @@ class Site:
 
     def __init__(self, settings: SiteConfig) -> None:
         self.settings = settings
+        self.usage = Usage(Path(settings.state), settings.limits)
         self._run: _Run | None = None
 
     def answer(self, raw: bytes) -> bytes:
@@ -71,19 +76,30 @@ class Site:
                 f"a message of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
             )
         try:
-            self.settings.limits.check_classes(envelope.head)
-        except ConfigError as error:
-            raise WireError(self._said(error)) from error
-        job = envelopes.to_job(envelope)
+            envelopes.check_keys(envelope, "job")
+            self.settings.limits.check_settings(envelope.head)
+            self.usage.add_bytes(len(raw))
+            job = envelopes.to_job(envelope)
+        except (WireError, ConfigError, CheckpointError) as error:
+            return envelopes.of_reply(Reply(None, ClientState(), 0.0, self._said(error), delivered=False), envelope)
         lost = False
         try:
-            reply = self._turn(envelope, job, len(raw), received)
+            with self._limited(envelope):
+                reply = self._turn(envelope, job, len(raw), received)
+            self.usage.add_bytes(len(reply.raw or b""))
         except (WireError, TrainingError, CheckpointError, ConfigError, DataError) as error:
             lost = isinstance(error, CheckpointError)
-            reply = Reply(None, ClientState(), 0.0, self._said(error), delivered=False)
+            failed = isinstance(error, TrainingError)
+            reply = Reply(None, ClientState(), 0.0, self._said(error), delivered=False, failed=failed)
         if not disclosure_of(job.recipe).timing:
             reply = reply._replace(seconds=0.0)
         return envelopes.of_reply(reply, envelope, lost)
+
+    @contextmanager
+    def _limited(self, envelope: Envelope) -> Iterator[None]:
+        self.usage.begin_work(str(envelope.head.get("ticket")))
+        with time_limit(self.settings.limits.max_seconds):
+            yield
 
     def _said(self, error: FedloraError) -> str:
         """The part of an error reported to the server: messages about data quote the data, and are not sent."""
@@ -98,12 +114,16 @@ class Site:
         told: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
         told |= {key: head.get(key) for key in ("run", "ticket")}
         try:
-            run = self._prepared(head)
+            envelopes.check_keys(envelope, "open")
+            with self._limited(envelope):
+                run = self._prepared(head)
             run.memory.open(json.dumps(head))
             self._run = run
             told["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
         except FedloraError as error:
             told["refused"] = self._said(error)
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            told["refused"] = self._said(WireError(f"an opening cannot be read ({type(error).__name__}: {error})"))
         return envelopes.write(told, {})
 
     def _prepared(self, head: Mapping[str, Any]) -> _Run:
@@ -112,12 +132,12 @@ class Site:
         Raises:
             FedloraError: it is not accepted, or cannot be prepared on this site.
         """
-        self.settings.limits.check_classes(head)
+        self.settings.limits.check_settings(head)
         name = str(head.get("run"))
         memory = SiteMemory(Path(self.settings.state), name)
         experiment = config.parse(head["experiment"])
         experiment = replace(experiment, model=self._model(experiment), device=self.settings.device)
-        if (found := base_digest(experiment.model)) != head["base"]:
+        if (found := base_digest(located_model(experiment))) != head["base"]:
             raise ConfigError(
                 f"the pre-trained model here ({found}) is not the server's ({head['base']}); put the same files here"
             )
@@ -135,6 +155,7 @@ class Site:
         for phase in experiment.phases:
             if refusal := self.settings.limits.refusal(phase.recipe, largest, opening=True):
                 raise ConfigError(refusal)
+        self.usage.open_run(name, experiment.clients.per_round)
         return _Run(name, Workspace(task, experiment.seed, device), clients, memory)
 
     def _model(self, experiment: Experiment) -> Model:
@@ -149,8 +170,8 @@ class Site:
         return replace(experiment.model, trust_remote_code=False)
 
     def _task(self, experiment: Experiment, label_names: list[str]) -> Prepared:
-        task = experiment.task.restore(experiment.model, label_names)
-        return task.with_rows(Path(str(self.settings.rows)), self.settings.columns, "train")
+        task = experiment.task.restore(located_model(experiment), label_names)
+        return task.with_rows(Path(str(self.settings.rows)), self.settings.columns, "train", self.settings.reading)
 
     def _turn(self, envelope: Envelope, job: Job, size: int, received: float) -> Reply:
         run = self._warm(str(envelope.head["run"]))
@@ -166,8 +187,11 @@ class Site:
         setup = run.memory.setup(job.phase, job.setup)
         if setup is None:
             raise CheckpointError(f"what phase {job.phase} begins with is not here any more")
+        self.usage.begin_turn(run.name, job.progress[0], job.recipe, len(rows))
         seconds = envelope.head.get("seconds")
         left = math.inf if seconds is None else float(seconds) - (time.perf_counter() - received)
+        if disclosure_of(job.recipe).timing:  # a turn that times out would tell how long the examples are
+            left = min(left, limits.max_seconds or math.inf)
         reply = run_job(job._replace(memory=memory, setup=setup), run.workspace, rows, left)
         if reply.raw is not None and (refusal := limits.too_large(len(reply.raw))):
             raise ConfigError(refusal)
@@ -182,18 +206,3 @@ class Site:
                 raise CheckpointError(f"run {name} was never opened here")
             self._run = self._prepared(json.loads(told))
         return self._run
-
-
-def base_digest(model: Model) -> str:
-    """Identifies a pre-trained model: a hash of its files, or the hub's id and revision."""
-    path = Path(model.resolve()).expanduser()
-    if not path.is_dir():
-        return f"{model.path}@{model.revision or 'main'}"
-    digest = xxhash.xxh3_128()
-    for file in sorted(path.iterdir()):
-        if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
-            digest.update(file.name.encode())
-            with file.open("rb") as opened:
-                while chunk := opened.read(1 << 22):
-                    digest.update(chunk)
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -15,7 +16,17 @@ from fedlora.core.schema import Schema
 from fedlora.core.state import Update
 from fedlora.core.store import Store
 from fedlora.core.tree import Tree
-from fedlora.server.aggregate.base import Accumulator, Aggregator, Comparing, Needs, Weighted, WeightedMean, weight_by
+from fedlora.server.aggregate.base import (
+    Accumulator,
+    Aggregator,
+    Collected,
+    Comparing,
+    Needs,
+    Weighted,
+    WeightedMean,
+    weight_by,
+)
+from fedlora.server.aggregate.measure import CollectedProducts, Selecting, bounded
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -69,7 +80,7 @@ class TrimmedMean(Comparing):
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
-class Krum(Comparing):
+class Krum(Selecting):
     """The mean of the updates with the closest neighbours (arXiv 1703.02757).
 
     An update's score is the sum of the squared distances to its ``n - faulty - 2`` nearest others.
@@ -78,25 +89,38 @@ class Krum(Comparing):
         faulty: number of faulty clients to tolerate.
         select: number of best-scored updates to average; above 1 this is multi-Krum. A cohort must have at least
             ``2 * faulty + 2 + select`` clients.
+        measure: ``product`` measures distances on the products ``B A`` of low-rank adapters; by default, they are those
+            of all entries.
     """
 
     kind: Literal["krum"] = "krum"
     faulty: Whole = 1
     select: Count = 1
+    measure: Literal["product"] | None = None
 
     @property
     def min_updates(self) -> int:
         return 2 * self.faulty + 2 + self.select
 
+    def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
+        return CollectedProducts(self, schema.pairs) if self.measure else Collected(self)
+
     def of(self, rows: Tensor) -> Tensor:
+        return self.closest(rows, torch.cdist(rows.double(), rows.double()).square())
+
+    def closest(self, rows: Tensor, squared: Tensor) -> Tensor:
+        """See ``Selecting.closest``.
+
+        Raises:
+            TrainingError: there are too few updates.
+        """
         num = len(rows)
         if num < self.min_updates:
             raise TrainingError(
                 f"krum with faulty = {self.faulty} and select = {self.select} needs {self.min_updates} clients in a "
                 f"round, and {num} answered; raise clients.per_round"
             )
-        distances = torch.cdist(rows.double(), rows.double()).square()
-        nearest = distances.sort(dim=1).values[:, 1 : num - self.faulty - 1]
+        nearest = squared.sort(dim=1).values[:, 1 : num - self.faulty - 1]
         best = nearest.sum(dim=1).sort(stable=True).indices[: self.select].sort().values
         return rows[best].mean(dim=0)
 
@@ -107,14 +131,17 @@ class NormBound(Aggregator):
 
     Args:
         norm: the Euclidean norm to which longer updates are clipped.
+        measure: as for ``krum``.
     """
 
     kind: Literal["norm_bound"] = "norm_bound"
     norm: Positive
+    measure: Literal["product"] | None = None
     needs: ClassVar[Needs] = "update"
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
-        return WeightedMean(weight_by("uniform"), self._bounded)
+        bound = partial(bounded, pairs=schema.pairs, most=self.norm) if self.measure else self._bounded
+        return WeightedMean(weight_by("uniform"), bound)
 
     def _bounded(self, update: Update) -> Update:
         return update._replace(delta=tree.scale(update.delta, 1.0 / max(1.0, tree.norm(update.delta) / self.norm)))

@@ -15,6 +15,7 @@ from fedlora.core.component import MODEL_CONFIG, Count, dataclass
 from fedlora.core.schema import Pair, Schema
 from fedlora.core.state import Change, Fold, Update
 from fedlora.core.store import Store
+from fedlora.core.svd import leading_svd
 from fedlora.core.tree import Tree
 from fedlora.server.aggregate.base import Accumulator, Aggregator, Needs, Weighted, WeightedMean, weight_by
 
@@ -244,9 +245,8 @@ def truncated_product(tall: Tensor, wide: Tensor, rank: int, split: str) -> tupl
     """
     q, r = torch.linalg.qr(tall)
     p, t = torch.linalg.qr(wide.T)
-    u, s, vt = torch.linalg.svd(r @ t.T, full_matrices=False)
-    b, a = q @ u[:, :rank], vt[:rank] @ p.T
-    s = s[:rank]
+    u, s, vt = leading_svd(r @ t.T, rank)
+    b, a = q @ u, vt @ p.T
     signs = a.gather(1, a.abs().argmax(dim=1, keepdim=True)).sign()
     a, b = a * signs, b * signs.T
     if split == "left":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal
@@ -59,6 +60,10 @@ class Rows(Source):
     def by_client(self) -> bool:
         """Whether each training row belongs to a client that was named with it."""
         return self.train.value is not None and CLIENT in self.train.value.column_names
+
+    @property
+    def adds(self) -> frozenset[str]:
+        return frozenset({CLIENT})
 
     def load(self) -> Raw:
         train = rename(self.train.here("data.train"), self.columns, "training")
@@ -180,10 +185,21 @@ def _of_dicts(given: Sequence[Mapping[str, Any]], what: str) -> datasets.Dataset
     if not given:
         raise DataError(f"{what} are an empty list, but one row at least is needed: hand some over")
     names = dict.fromkeys(name for row in given for name in row)  # a row may lack what others have
+    columns = {name: [row.get(name) for row in given] for name in names}
     try:
-        return datasets.Dataset.from_dict({name: [row.get(name) for row in given] for name in names})
+        return datasets.Dataset.from_dict(columns)
     except (ValueError, TypeError, OverflowError) as error:
-        raise _no_table(what, error) from error
+        # as in JSON files, lists and objects that have no type in common are JSON text
+        nested = {name: values for name, values in columns.items() if _are_nested(values)}
+        try:
+            as_text = {name: [None if one is None else json.dumps(one) for one in nested[name]] for name in nested}
+            return datasets.Dataset.from_dict(columns | as_text)
+        except (ValueError, TypeError, OverflowError):
+            raise _no_table(what, error) from error
+
+
+def _are_nested(values: Sequence[Any]) -> bool:
+    return all(value is None or isinstance(value, list | dict) for value in values)
 
 
 def _of_frame(frame: Any, label: str) -> datasets.Dataset:

@@ -17,10 +17,11 @@ from fedlora.core.component import MODEL_CONFIG, Count, Field, dataclass
 from fedlora.core.errors import ConfigError, first_line
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split, Task
-from fedlora.tasks.data.columns import Source, check_rows, rename, split, values_of
+from fedlora.tasks.data.columns import Source, check_rows, check_texts, rename, split, values_of
+from fedlora.tasks.data.files import is_saved, read_rows
 from fedlora.tasks.data.folders import read_folder
-from fedlora.tasks.data.labels import known_labels, label_table, labelled
-from fedlora.tasks.data.sources import read_rows
+from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained
@@ -152,9 +153,13 @@ class PreparedImages(Prepared):
         labels = torch.from_numpy(self._labels[split][rows])
         return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)
 
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+    def with_rows(
+        self, path: Path, columns: Mapping[str, str], split: Split = "test", reading: Reading | None = None
+    ) -> Prepared:
         """See ``Prepared.with_rows``; ``path`` may also be a folder of classes."""
-        rows = read_folder(path, self._names) if path.is_dir() else read_rows(str(path))
+        path = path.expanduser()
+        of_classes = path.is_dir() and not is_saved(path)
+        rows = read_folder(path, self._names) if of_classes else read_rows(str(path), reading or Reading(), split)
         rows = rename(rows, columns, str(path))
         check_rows(rows, ["image", "label"], str(path))
         rows = known_labels(rows, self.settings.problem, self._names, str(path))
@@ -170,6 +175,23 @@ class PreparedImages(Prepared):
             batch = self.processor.normalise(torch.from_numpy(np.stack(pixels)).to(device))
             results += scores.said(model(pixel_values=batch).logits, self.settings.problem, self._names)
         return results
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"image", "label", "label_name"})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes, *given_twice(self.data))
+
+    def contents(self, split: Split) -> list[str]:
+        return [str(digest) for digest in values_of(self.data[split], "image")]
+
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: the column ``image`` with the paths of pictures."""
+        check_rows(rows, ["image"], which)
+        check_texts(rows, ["image"], which)
+        return [str(path) for path in values_of(rows, "image")]
 
     def save_pretrained(self, folder: Path) -> None:
         """See ``Prepared.save_pretrained``: the image processor, with the size that the task has."""

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,9 @@ Pixels = NDArray[np.uint8]
 
 _PROBES = ((512, 512), (512, 384))
 _READ_AT_ONCE = 64
+
+MOST_PIXELS = 89_478_485
+"""The most pixels of a picture that is decoded: what Pillow warns of, a quarter of a gigabyte in RGB."""
 
 
 class Processor(NamedTuple):
@@ -97,14 +101,25 @@ def decode(raw: bytes, which: str) -> Image.Image:
         which: what it is, for messages.
 
     Raises:
-        DataError: it is no picture, or one of numbers whose range nobody knows.
+        DataError: it is no picture, has more than ``MOST_PIXELS``, or numbers whose range nobody knows.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(raw)) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(raw))
+        with picture:
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                raise Image.DecompressionBombError
             picture.load()
             upright = ImageOps.exif_transpose(picture)
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{which} has more than {MOST_PIXELS:,} pixels, which is the most that is decoded: make it smaller or "
+            "remove it"
+        ) from error
     except Exception as error:  # Pillow's decoders raise all kinds of exceptions
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "no known format" if unknown else first_line(error)

@@ -17,7 +17,7 @@ from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.lm import tokens_out
 from fedlora.tasks.lm.tokens_out import Examples
 from fedlora.tasks.models.embeddings import embed
-from fedlora.tasks.models.encoded import chunks
+from fedlora.tasks.models.encoded import Ragged, chunks
 from fedlora.tasks.models.loading import load_pretrained
 
 
@@ -86,13 +86,17 @@ class PreparedNextToken(PreparedTokenized):
         alone._packing = False  # an example's hidden state must come from its own tokens
         return embed(alone, split, device)
 
+    @property
+    def sequences(self) -> list[Ragged]:
+        return [examples.tokens for examples in self._examples.values()]
+
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         """See ``Prepared.load_model``; the head is whatever the checkpoint lacks, usually nothing.
 
         Raises:
             ConfigError: the model does not exist, reads fewer tokens, or sees the tokens that it should predict.
         """
-        longest = max((examples.tokens.longest() for examples in self._examples.values()), default=0)
+        longest = self.longest()
         loaded, head = load_pretrained(self.auto_class, self._model, seed, device, fresh_head=False, longest=longest)
         if not _is_causal(loaded, device):
             raise ConfigError(

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from fedlora.core.errors import ConfigError, first_line
+from fedlora.core.errors import ConfigError, FedloraError, first_line
 from fedlora.core.later import Later, transformers
 from fedlora.tasks.models import cpu
+from fedlora.tasks.models.damage import check_finite, damage, no_model
 from fedlora.tasks.models.heads import parameters_of
 from fedlora.tasks.models.objects import copy_of_tokenizer, forget_last_call, fresh_copy
 from fedlora.tasks.models.pooling import POOLER_FAMILIES, Pooling
+from fedlora.tasks.models.vocabulary import check_vocabulary, has_tokenizer
 
 if TYPE_CHECKING:
     from fedlora.tasks.base import Model
@@ -61,8 +63,8 @@ def load_pretrained(
         The model, and the names of the head's parameters.
 
     Raises:
-        ConfigError: there is no such model, or not in the form asked for, or it reads fewer tokens, or it lacks a
-            module that ``model.head`` names.
+        ConfigError: there is no such model, or not in the form asked for, or its weights are damaged or not finite, or
+            it reads fewer tokens, or it lacks a module that ``model.head`` names.
     """
     with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
         torch.manual_seed(seed)
@@ -75,11 +77,12 @@ def load_pretrained(
         )
     if device.type == "cpu":
         cpu.speed_up(loaded, model.attention == "auto")
+    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    check_finite(loaded, missing, model)
     _checkpoint(loaded, model)
     if pooling != "model":
         with quiet_transformers():
             loaded = pooled.PooledClassifier(loaded, pooling, seed)
-    missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     head = head_names(loaded, missing, fresh_head) | parameters_of(loaded, model.head)
     return loaded if model.load in FEW_BITS else loaded.to(device), head
 
@@ -126,6 +129,7 @@ def load_tokenizer(model: Model) -> Any:
         ConfigError: there is no such model.
     """
     tokenizer = copy_of_tokenizer(model) if model.object else _of(model, transformers.AutoTokenizer)
+    check_vocabulary(tokenizer, model.path)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -199,22 +203,47 @@ def quiet_transformers() -> Iterator[None]:
 def readable(model: Model) -> Iterator[None]:
     """Turns exceptions of ``transformers`` for a model that cannot be loaded into one clear message.
 
+    A local folder is examined for what may be wrong with it, see ``damage``.
+
     Raises:
         ConfigError: the model cannot be loaded.
     """
+    folder = None if model.object else Path(model.resolve())
+    if folder is not None and (reason := no_model(folder)):
+        raise ConfigError(reason)
     try:
-        yield
-    except ImportError as error:
-        raise ConfigError(
-            f"the model {model.path!r} cannot be loaded as asked ({first_line(error).rpartition('error: ')[2]}): "
-            "install what is missing, or set model.attention to 'auto' and model.load to 'full'"
-        ) from error
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = first_line(error)
-        raise ConfigError(
-            f"the model {model.path!r} cannot be loaded ({reason}); model.path should be a folder with config.json and "
-            "model.safetensors, a hub id that can be reached, or 'embedded'"
-        ) from error
+        with warnings.catch_warnings():
+            # PyTorch warns of a pickle's protocol before it refuses the pickle
+            warnings.filterwarnings("ignore", module="torch._weights_only_unpickler")
+            yield
+    except (FedloraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # files of any content make libraries raise anything
+        raise ConfigError(_explained(error, model, folder)) from error
+
+
+def _explained(error: Exception, model: Model, folder: Path | None) -> str:
+    """One sentence on why a model cannot be loaded from its folder or from the Hub."""
+    reason = first_line(error)
+    if isinstance(error, ImportError):
+        return (
+            f"the model {model.path!r} cannot be loaded as asked ({reason.rpartition('error: ')[2]}): install what is "
+            "missing, or set model.attention to 'auto' and model.load to 'full'"
+        )
+    if folder is not None and model.path.startswith(("/", "./", "../", "~")) and not folder.exists():
+        return f"there is no folder {model.path!r}, from which model.path reads the model: correct the path"
+    if folder is not None and folder.is_dir():
+        if found := damage(folder, error):
+            return f"the model {model.path!r} cannot be loaded: {found}"
+        if "tokenizer" in str(error) and not has_tokenizer(folder):
+            return (
+                f"the folder {model.path!r} holds no tokenizer: put tokenizer.json and tokenizer_config.json of the "
+                "model there, as tokenizer.save_pretrained writes them"
+            )
+    return (
+        f"the model {model.path!r} cannot be loaded ({reason}); model.path should be a folder with config.json and "
+        "model.safetensors, a hub id that can be reached, or 'embedded'"
+    )
 
 
 def _checkpoint(loaded: Any, model: Model) -> None:

@@ -55,7 +55,7 @@ def taken_over(values: dict[str, Any]) -> dict[str, Any]:
             tokenizer = _tokenizer_from(str(getattr(model, "name_or_path", "")))
         model = Handed(_name_of(model, _state(model)), model)
     if tokenizer is not None and not isinstance(tokenizer, Handed):
-        tokenizer = Handed(_fingerprint_of_tokenizer(tokenizer), tokenizer)
+        tokenizer = Handed(fingerprint_of_tokenizer(tokenizer), tokenizer)
     values = {"path": IN_MEMORY, **values, "object": model, "tokenizer": tokenizer}
     defaults = {"path": IN_MEMORY, "revision": None, "load": "full", "trust_remote_code": False}
     for name, default in defaults.items():
@@ -224,7 +224,7 @@ def _name_of(model: Any, state: Mapping[str, Tensor]) -> str:
     return f"{type(model).__name__}:{digest.hexdigest()}"
 
 
-def _fingerprint_of_tokenizer(given: Any) -> str:
+def fingerprint_of_tokenizer(given: Any) -> str:
     """A hash of all that decides what a tokenizer or image processor gives a model."""
     if isinstance(given, transformers.ImageProcessingMixin):
         return f"processor:{_hash(given.to_dict())}"

@@ -16,9 +16,9 @@ from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.later import transformers
 from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
-from fedlora.tasks.data.columns import fingerprint, values_of
+from fedlora.tasks.data.columns import check_rows, check_texts, fingerprint, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
-from fedlora.tasks.models.encoded import by_length, cached, chunks
+from fedlora.tasks.models.encoded import Ragged, by_length, cached, chunks
 from fedlora.tasks.models.loading import config_of, load_pretrained
 from fedlora.tasks.qa import spans
 from fedlora.tasks.qa.passages import Passages, check_stride, encode
@@ -104,6 +104,10 @@ class PreparedQuestions(PreparedTokenized):
         self._references = {name: spans.references_of(part, name) for name, part in data.items()}
         self._targets = {name: passages.targets(self._references[name]) for name, passages in self._passages.items()}
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"context", "question", "answers"})
+
     def texts(self, split: Split) -> list[str]:
         columns = (values_of(self._data[split], name) for name in ("question", "context"))
         return [" ".join(row) for row in zip(*columns, strict=True)]
@@ -113,11 +117,15 @@ class PreparedQuestions(PreparedTokenized):
         renamed = _renamed_backbone(self._model)
         return f", key_mapping={renamed!r}" if renamed else ""
 
+    @property
+    def sequences(self) -> list[Ragged]:
+        return [passages.tokens for passages in self._passages.values()]
+
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         renamed = _renamed_backbone(self._model)
         # the two outputs, for start and end, are called labels in a configuration
         settings = {"num_labels": 2, "key_mapping": renamed} if renamed else {"num_labels": 2}
-        longest = max((passages.tokens.longest() for passages in self._passages.values()), default=0)
+        longest = self.longest()
         model, head = load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
         if renamed:
             # else `transformers` would save the model under the old names, and not find them when it loads it
@@ -168,6 +176,14 @@ class PreparedQuestions(PreparedTokenized):
         said, _ = self._read(model, passages, np.arange(len(passages.contexts)), device, None)
         answers = self._decode(said, np.diff(passages.examples), contexts)
         return [{"answer": one.text, "score": one.score, "start": one.start} for one in answers]
+
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: questions with their contexts."""
+        names = ["context", "question"]
+        check_rows(rows, names, which)
+        check_texts(rows, names, which)
+        asked = zip(*(values_of(rows, name) for name in names), strict=True)
+        return [json.dumps(dict(zip(names, one, strict=True)), ensure_ascii=False) for one in asked]
 
     def _inputs(self, passages: Passages, chosen: Positions) -> Batch:
         return self.inputs(passages.tokens, chosen, self.settings.max_length, passages.types)

@@ -21,19 +21,14 @@ from fedlora.tasks.data.columns import Source, Splits, check_rows, class_names, 
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
 from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.tags.schemes import FORM, OUTSIDE, entity_tag, is_tag, mixed, scheme_of
 from fedlora.tasks.tags.words import Windows, cut
-
-OUTSIDE = "O"
-"""The tag of a word outside any entity; class 0 of every model."""
 
 MASKED = -100
 """The label of a piece that is not scored."""
 
 _WORD = re.compile(r"\w+|[^\w\s]")
-_FORMS = {
-    "iob2": (re.compile(r"O|[BI]-.+"), 'IOB2 knows O, B-type and I-type: mend the tag, or set task.scheme = "plain"'),
-    "plain": (re.compile(r".+"), "a tag is a word on one line: mend the tag"),
-}
+_PLAIN = re.compile(r".+")
 _UNLABELLED = "no word of these examples makes a piece of the tokenizer, so nothing can be learnt or scored: "
 _UNLABELLED += "check the column 'tokens', or use larger batches"
 
@@ -47,8 +42,9 @@ class TokenClassification(TokenizedTask):
     windows; each word is trained and scored in the window with the most context around it.
 
     Args:
-        scheme: ``iob2``: ``B-type`` begins an entity, ``I-type`` continues it, ``O`` is outside; ``plain``: each word
-            with a tag other than ``O`` is an entity of its own.
+        scheme: ``iob2``: ``B-type`` begins an entity, ``I-type`` continues it, ``O`` is outside. Tags of IOB1, IOE,
+            BIOES, BMES and BILOU are told apart by their prefixes and scored as whole entities too. ``plain``: each
+            word with a tag other than ``O`` is an entity of its own.
         tag_names: all tags; if the data have numbers, in the order of these.
         max_length: number of tokens in a window, including special ones.
         stride: number of tokens that a window shares with the previous one.
@@ -98,13 +94,28 @@ class TokenClassification(TokenizedTask):
     def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
         return PreparedTokens(self, model, tokenizer, names, data)
 
-    def iob2(self, name: str) -> str:
+    def entity_tag(self, name: str) -> str:
         """A tag as ``seqeval`` reads it: a plain one begins an entity."""
-        return name if self.scheme == "iob2" or name == OUTSIDE else f"B-{name}"
+        if self.scheme == "plain":
+            return name if name == OUTSIDE else f"B-{name}"
+        return entity_tag(name)
 
     def _wrong(self, names: Iterable[str], whose: str) -> str | None:
-        form, expected = _FORMS[self.scheme]
-        return next((f"{whose} the tag {name!r}, but {expected}" for name in names if not form.fullmatch(name)), None)
+        names = list(names)
+        if self.scheme == "plain":
+            return next(
+                (
+                    f"{whose} the tag {name!r}, but a tag is a word on one line: mend the tag"
+                    for name in names
+                    if not _PLAIN.fullmatch(name)
+                ),
+                None,
+            )
+        if wrong := next((name for name in names if not is_tag(name)), None):
+            return f"{whose} the tag {wrong!r}, but {FORM}"
+        if pair := mixed(names):
+            return f"{whose} the tags {pair[0]!r} and {pair[1]!r}, but no scheme has both: write all tags in one scheme"
+        return None
 
     def _tags(self, rows: Any, which: str) -> list[list[str]]:
         """The tags of each row by name, after a look at every row."""
@@ -167,7 +178,7 @@ class PreparedTokens(PreparedTokenized):
                 "whose folder has tokenizer.json"
             )
         super().__init__(settings, model, tokenizer, names, data)
-        self._iob2 = [settings.iob2(name) for name in names]
+        self._entity_tags = [settings.entity_tag(name) for name in names]
         self._windows = {name: self._encode(part) for name, part in data.items()}
         self._labels = self._frequent(self._windows["train"].tags) if "train" in data else np.zeros(0, np.int64)
 
@@ -176,13 +187,31 @@ class PreparedTokens(PreparedTokenized):
         """See ``Prepared.labels``: the most frequent type of entity in each example."""
         return self._labels
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"tokens", "tags"})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See ``Prepared.notes``: the scheme of the tags, if it is another than IOB2."""
+        if self.settings.scheme == "plain" or "train" not in self.data:
+            return super().notes
+        names = self._names
+        tags = ([names[tag] for tag in row] for row in values_of(self.data["train"], "tags"))
+        found = scheme_of(names, tags)
+        said = () if found == "IOB2" else (f"the tags are in the scheme {found}, and scored as whole entities",)
+        return (*super().notes, *said)
+
     def texts(self, split: Split) -> list[str]:
         return [" ".join(words) for words in values_of(self._data[split], "tokens")]
 
+    @property
+    def sequences(self) -> list[Ragged]:
+        return [windows.tokens for windows in self._windows.values()]
+
     def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        longest = max((windows.tokens.longest() for windows in self._windows.values()), default=0)
         settings = class_settings(self._names)
-        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
+        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=self.longest())
 
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: all windows of the examples; ``labels`` are ``(windows, width)``, -100 is masked."""
@@ -209,7 +238,7 @@ class PreparedTokens(PreparedTokenized):
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: F1, precision and recall over entities, accuracy over words, and the loss.
 
-        An entity counts as found if its type, first and last word are right. Predictions that break IOB2 are read as
+        An entity counts as found if its type, first and last word are right. Tags that break their scheme are read as
         ``conlleval`` does: an ``I-`` that follows nothing of its type begins an entity. A word that makes no piece of
         the tokenizer counts as predicted ``O``.
 
@@ -225,7 +254,10 @@ class PreparedTokens(PreparedTokenized):
         loss = float(functional.cross_entropy(logits, torch.from_numpy(wanted[places])))
         words = ranges(windows.tags.offsets, rows)
         tagged = [
-            [[self._iob2[tag] for tag in tags[slice(*windows.tags.offsets[row : row + 2])]] for row in rows.tolist()]
+            [
+                [self._entity_tags[tag] for tag in tags[slice(*windows.tags.offsets[row : row + 2])]]
+                for row in rows.tolist()
+            ]
             for tags in (wanted.tolist(), found.tolist())
         ]
         precision, recall, f1, _ = seqeval.metrics.sequence_labeling.precision_recall_fscore_support(
@@ -258,11 +290,20 @@ class PreparedTokens(PreparedTokenized):
         for number, text in enumerate(inputs):
             tags = found[slice(*windows.tags.offsets[number : number + 2])]
             entities = []
-            for kind, first, last in seqeval.metrics.sequence_labeling.get_entities([self._iob2[tag] for tag in tags]):
+            for kind, first, last in seqeval.metrics.sequence_labeling.get_entities(
+                [self._entity_tags[tag] for tag in tags]
+            ):
                 start, end = spans[number][first][0], spans[number][last][1]
                 entities.append({"type": kind, "text": text[start:end], "start": start, "end": end})
             results.append({"entities": entities})
         return results
+
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: the column ``text``, or the words of ``tokens`` with blanks between them."""
+        if "text" in rows.column_names:
+            return super().inputs_of(rows, which)
+        check_rows(rows, ["tokens"], which)
+        return [" ".join(map(str, words)) for words in values_of(rows, "tokens")]
 
     def _inputs(self, windows: Windows, sequences: Positions) -> tuple[Batch, NDArray[np.int64]]:
         """Sequences padded to the longest, and the places of their pieces."""
@@ -298,7 +339,7 @@ class PreparedTokens(PreparedTokenized):
 
     def _frequent(self, tags: Ragged) -> Positions:
         first: dict[str, int] = {}
-        for number, tag in enumerate(self._iob2[1:], 1):
+        for number, tag in enumerate(self._entity_tags[1:], 1):
             first.setdefault(tag[2:], number)
         labels = np.zeros(len(tags.offsets) - 1, np.int64)
         for row in range(len(labels)):
@@ -306,7 +347,9 @@ class PreparedTokens(PreparedTokenized):
             if found.any():
                 counts = Counter(
                     first[kind]
-                    for kind, _, _ in seqeval.metrics.sequence_labeling.get_entities([self._iob2[tag] for tag in found])
+                    for kind, _, _ in seqeval.metrics.sequence_labeling.get_entities(
+                        [self._entity_tags[tag] for tag in found]
+                    )
                 )
                 labels[row] = min(counts, key=lambda number: (-counts[number], number))
         return labels

@@ -1,0 +1,188 @@
+"""Updates that are finite and absurd: refused, named, and undone where they got through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures.fake_transport import Post, Told, shared_sites
+from fixtures.tiny import experiment, ledger, tiny_world
+
+import fedlora
+from fedlora import config
+from fedlora.client import turn
+from fedlora.client.training import LocalResult, Ready
+from fedlora.core.errors import DivergedError, QuorumError
+from fedlora.core.state import Update
+from fedlora.core.store import Store
+from fedlora.federation.deploy.federate import federate
+from fedlora.federation.protocol.policies import ServerPolicy
+from fedlora.federation.server import remote
+from fedlora.privacy import CentralGaussian
+from fedlora.recipe import Recipe
+from fedlora.rounds.outliers import FACTOR, Outliers
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.result import Result
+from fedlora.server.aggregate import Mean
+
+world = pytest.fixture(scope="module")(tiny_world)
+ANY = ServerPolicy()
+THREE = ("clients.num=3", "clients.per_round=3")
+
+
+@pytest.fixture(autouse=True)
+def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "POLL", 0.001)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, value: float, client: int = 1, rounds: Sequence[int] = range(9)) -> None:
+    """From now on a client says that it learnt ``value`` for every entry."""
+
+    def train(workspace: object, turns: Sequence[Ready]) -> list[LocalResult]:
+        results = honest(workspace, turns)  # type: ignore[arg-type]
+        for place, ready in enumerate(turns):
+            if ready.job.client == client and ready.job.progress[0] in rounds:
+                delta = {name: torch.full_like(one, value) for name, one in (results[place].delta or {}).items()}
+                results[place] = results[place]._replace(delta=delta)
+        return results
+
+    honest = turn.train
+    monkeypatch.setattr(turn, "train", train)
+
+
+def on_sites(world: Path, folder: Path, *overrides: str, rules: ServerPolicy = ANY, told: Told | None = None) -> Result:
+    chosen = experiment(world, "lora", *THREE, *overrides)
+    return federate(
+        chosen, folder / "run", Post(shared_sites(folder / "s", 3)), rules, callbacks=[told] if told else []
+    )
+
+
+@pytest.mark.parametrize("value", [1e6, 1e19, 3e38])
+def test_one_absurd_update_of_three_is_refused_and_named_and_the_run_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    poison(monkeypatch, value)
+    result = on_sites(world, tmp_path)
+    assert [list(row.refused) for row in result.rows[1:]] == [["1"]] * 3
+    assert "is usual in this run; more than 100 times that is refused (outlier_factor)" in result.rows[1].refused["1"]
+    assert all(row.up_bytes["refused"] > 0 for row in result.rows[1:])
+    assert result.rows[-1].update_norm < 100
+
+
+def test_the_rule_holds_in_one_process_too_and_is_for_the_user_to_set(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 500.0)
+    refused = fedlora.run(experiment(world, "lora", *THREE, rounds=1), tmp_path / "refused")
+    assert list(refused.rows[1].refused) == ["1"]
+    wide = experiment(world, "lora", *THREE, "method.outlier_factor=1e5", rounds=1)
+    assert fedlora.run(wide, tmp_path / "taken").rows[1].refused == {}
+
+
+def test_a_key_at_its_default_changes_no_digest(world: Path) -> None:
+    chosen = experiment(world)
+    assert "outlier_factor" not in config.to_toml(chosen)
+    assert config.digest(chosen) != config.digest(experiment(world, "lora", "method.outlier_factor=7.0"))
+
+
+@pytest.mark.parametrize("every", [1, 9])
+def test_a_state_from_which_nobody_trains_is_undone_and_its_cause_is_named(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    # with every = 1 the server's own evaluation finds out; with 9 the round is saved, and clients find out
+    poison(monkeypatch, 1e25, rounds=[1])
+    told = Told()
+    overrides = ("method.outlier_factor=0.0", f"evaluate.every={every}")
+    result = on_sites(world, tmp_path, *overrides, rules=ServerPolicy(min_clients=2), told=told)
+    assert [row.round for row in result.rows] == [0, 1, 2, 3]
+    assert set(result.rows[1].cohort) == {0, 1, 2}
+    assert set(result.rows[2].cohort) == {0, 2}
+    assert "a round was undone" in result.rows[2].warnings[0]
+    assert "was that of client 1" in result.rows[2].warnings[0]
+    assert result.rows[2].warnings[0] in told.messages
+    assert math.isfinite(result.after["loss"])
+    assert [row["round"] for row in ledger(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_the_first_round_can_be_undone_too(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, 1e25, rounds=[0])
+    result = on_sites(world, tmp_path, "method.outlier_factor=0.0", "evaluate.every=9")
+    assert [set(row.cohort) for row in result.rows[1:]] == [{0, 2}] * 3
+
+
+def test_what_cannot_be_undone_ends_with_the_way_back(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 1e25, rounds=[1])
+    overrides = ("method.outlier_factor=0.0", "evaluate.every=9")
+    with pytest.raises(DivergedError, match=r"most clients cannot train .* to go back by hand, remove the newest"):
+        on_sites(world, tmp_path, *overrides, rules=ServerPolicy(min_clients=3))
+    newest = RunFolder(tmp_path / "run").checkpoints
+    assert [folder.name for folder in newest] == ["round-000001", "round-000002"]
+
+
+def test_a_server_keeps_checkpoints_to_go_back_to(world: Path, tmp_path: Path) -> None:
+    chosen = experiment(world, "head_only", *THREE, "evaluate.every=9", rounds=7)
+    federate(chosen, tmp_path / "run", Post(shared_sites(tmp_path / "s", 3)), ServerPolicy())
+    assert len(RunFolder(tmp_path / "run").checkpoints) == 5
+
+
+def test_a_round_of_refusals_alone_ends_with_them(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for client in (0, 1):
+        poison(monkeypatch, 3e38, client)
+    chosen = experiment(world, "lora", "clients.num=2", "clients.per_round=2", "method.outlier_factor=0.0")
+    with pytest.raises(QuorumError, match="would not be finite"):
+        fedlora.run(chosen, tmp_path / "run")
+
+
+# ---- the rule by itself
+
+
+def judged(outliers: Outliers, sizes: Sequence[float], entries: int = 4) -> dict[int, str]:
+    """Why each of the updates of these sizes per entry is refused."""
+    updates = [Update({}, {"x": torch.full((entries,), size)}, 1.0) for size in sizes]
+    found = [one for place, update in enumerate(updates) for one in outliers.offer(place, update)]
+    found += outliers.rest()
+    assert [one.place for one in found] == list(range(len(sizes)))
+    return {one.place: one.why for one in found if one.why}
+
+
+def test_an_update_is_compared_with_the_median_of_the_cohort_and_of_earlier_rounds() -> None:
+    assert list(judged(Outliers(Recipe()), [1e3, 0.1, 0.1])) == [0]
+    assert list(judged(Outliers(Recipe()), [1e3, 0.1])) == [0]
+    assert list(judged(Outliers(Recipe()), [1e3])) == []
+    earlier = Outliers(Recipe(), Store(values={"recent": [0.2, 0.2, 0.2]}))
+    assert list(judged(earlier, [1e3])) == [0]
+
+
+def test_an_honest_run_is_never_refused() -> None:
+    assert judged(Outliers(Recipe()), [1e-9, 1e-9, 1e-9, 0.99]) == {}  # the floor
+    assert judged(Outliers(Recipe()), [0.1, 0.2, 0.05, 0.1 * 0.9 * FACTOR]) == {}
+    assert judged(Outliers(Recipe()), [0.0, 0.0, 0.0, 2.0, 3.0]) == {}  # who has no examples sends zeros
+
+
+def test_at_most_two_updates_are_held_back_and_none_in_later_rounds() -> None:
+    outliers = Outliers(Recipe())
+    update = Update({}, {"x": torch.ones(4)}, 1.0)
+    assert [len(list(outliers.offer(place, update))) for place in range(5)] == [0, 0, 3, 1, 1]
+    later = Outliers(Recipe(), Store(values={"recent": [1.0, 1.0, 1.0]}))
+    assert [len(list(later.offer(place, update))) for place in range(3)] == [1, 1, 1]
+
+
+def test_a_sum_that_would_not_be_finite_is_refused_with_its_weights() -> None:
+    off = Recipe(outlier_factor=0.0)
+    assert list(judged(Outliers(off), [1e38, 1e38, 1e30])) == [1]
+    weighted = Recipe(outlier_factor=0.0, aggregator=Mean(weighting="examples"))
+    outliers = Outliers(weighted)
+    heavy = Update({}, {"x": torch.full((4,), 1e30)}, 2.0**40)
+    assert [one.why != "" for one in [*outliers.offer(0, heavy), *outliers.rest()]] == [True]
+
+
+def test_under_client_level_noise_the_clip_is_the_rule_and_nothing_is_stored() -> None:
+    noised = Recipe(privacy=CentralGaussian(clip_norm=1.0, noise_multiplier=1.0))
+    outliers = Outliers(noised)
+    assert judged(outliers, [0.1, 0.1, 3e38]) == {}
+    assert not outliers.store([0, 1, 2])
