@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -229,17 +229,12 @@ def _memory(adapter: Adapter) -> Figure:
 
 
 def _peak(function: Callable[[], object]) -> int:
-    """Bytes of resident memory that a call takes at most, beyond those before it."""
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
-
-    def resident(name: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-        return 1024 * int(line.split()[1])
-
-    before = resident("VmRSS")
+    """Bytes that a call allocates at most, its result included; messages are made of NumPy's arrays, which report."""
+    tracemalloc.start()
     function()
-    return resident("VmHWM") - before
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most
 
 
 def _figure_of(adapter: Adapter, row: RoundRecord) -> Figure:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedlora.client.workspace import Workspace
 from fedlora.core import slots
 from fedlora.core.errors import CallbackError
 from fedlora.core.store import Store
-from fedlora.engines import Engine, Serial
+from fedlora.engines import Engine, Processes, Serial
 from fedlora.federation.engines import ENGINES
 from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.policies import ServerPolicy
@@ -87,7 +88,7 @@ def remote(folder: Path) -> Callable[[Workspace, Population], Engine]:
 
 
 RUN = "ab" * 8
-OWN_ENGINES = {"serial": serial, "flower-simulation": remote}
+OWN_ENGINES = {"serial": serial, "processes": lambda folder: partial(Processes, workers=2), "flower-simulation": remote}
 
 
 @pytest.mark.parametrize("kind", ENGINES)

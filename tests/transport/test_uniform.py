@@ -246,10 +246,10 @@ def test_forged_symbols_are_refused():
     like = one([0.0] * 3)
     cases = {
         "04 02 00 01 803f 00 02": "a symbol beyond the largest",  # two bits say -2
-        "04 04 00 01 803f 00 0810": "behind the last",
+        "04 04 00 01 803f 00 0810": "after the last",
         "04 01 00 01 803f 01 01 01 00 00": "another number of symbols",
         "04 01 00 01 803f 01 00 03 03 010203040506070809101112 00": "more words than symbols",
-        "04 01 00 01 803f 01 00 03 00 08": "behind the last",
+        "04 01 00 01 803f 01 00 03 00 08": "after the last",
         "04 01 00 01 803f 02 04 00 00 00": "at most 3 is possible",
     }
     for content, message in cases.items():

@@ -259,7 +259,7 @@ def test_targets_that_match_nothing_are_refused_with_the_names_there_are(targets
 
 
 def test_a_broken_regular_expression_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a regular expression"):
         opened("bert", LoRA(rank=2, targets="(query"))
 
 

@@ -80,7 +80,7 @@ def check_sparsifier(value: Sparsifier, learns: bool = True) -> None:
         must(torch.equal(one, before[name]), "the tree that was given is changed")
     sent = value(params, schema, 0, 7)
     for name, one in sent.items():
-        must(bool((one[~mask[name]] == 0).all()), "what is not kept must be zero")
+        must(bool((one[~mask[name]] == 0).all()), "entries that are not kept must be zero")
     if not value.facts.drops:
         must(all(bool(one.all()) for one in mask.values()), "facts.drops is False, but entries are left out")
     if not value.facts.reads_values:
@@ -107,9 +107,12 @@ def check_precision(value: Precision, learns: bool = True) -> None:
     read = unpack(packet.raw, parts, [value])
     for part, one in parts.items():
         for name, sent in one.items():
-            must(torch.equal(read[part][name], packet.trees[part][name]), "the sender does not know what arrives")
+            must(
+                torch.equal(read[part][name], packet.trees[part][name]),
+                "the sender's copy differs from the values received",
+            )
             if not value.lossy:
-                must(torch.equal(read[part][name], sent), "lossy is False, but what arrives differs")
+                must(torch.equal(read[part][name], sent), "lossy is False, but the values received differ")
     link = Link(precision=value)
     check_training(fedavg(rounds=4, down=link, up=link, local=LOCAL), learns)
 
@@ -181,11 +184,11 @@ def check_partition(value: Partition) -> None:
     owners = np.asarray([f"owner {row % 5}" for row in range(60)])
     deals = [value.split(labels, owners, 5, np.random.default_rng(3)) for _ in range(2)]
     rows = np.concatenate(deals[0].groups)
-    must(len(rows) == len(set(rows.tolist())), "a row is dealt twice")
+    must(len(rows) == len(set(rows.tolist())), "a row is assigned twice")
     must(len(rows) > 0 and rows.min() >= 0 and rows.max() < 60, "there are no such rows")
     must(len(deals[0].groups) == len(deals[0].names) == len(set(deals[0].names)), "each client needs its own name")
     again = zip(deals[0].groups, deals[1].groups, strict=True)
-    must(all(np.array_equal(*pair) for pair in again), "the same generator dealt in another way")
+    must(all(np.array_equal(*pair) for pair in again), "the same generator gave another assignment")
 
 
 def check_skew(value: Skew, task: Any = None) -> None:

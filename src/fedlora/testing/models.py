@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedlora.core.later import transformers
 from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.population.clients import Population
-from fedlora.tasks.base import Batch, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.loading import head_names
 
@@ -187,7 +187,7 @@ class TensorTask(Prepared):
     def column(self, name: str, split: Split) -> Positions:
         return self.labels
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         model = self.make_model().to(device)
         return model, head_names(model, set())
 

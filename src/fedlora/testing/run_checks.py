@@ -32,9 +32,9 @@ def check_engine(value: Callable[[Workspace, Population], Engine]) -> None:
     """
     local = dataclasses.replace(LOCAL, keep_optimizer=True)
     up = Link(sparsify=TopK(density=0.5), feedback=True)
-    experiment, setting = toy_run(fedavg(rounds=4, up=up, memory="last_round", local=local))
-    workspace, num = Workspace(setting.task, experiment.seed, setting.device), len(setting.population)
-    engine = value(workspace, setting.population)
+    experiment, data = toy_run(fedavg(rounds=4, up=up, memory="last_round", local=local))
+    workspace, num = Workspace(data.task, experiment.seed, data.device), len(data.population)
+    engine = value(workspace, data.population)
     must(isinstance(engine, Engine), f"an Engine is expected, and {type(engine).__name__} is none")
     must(engine.attempts >= 1, f"attempts is {engine.attempts}, and a round needs at least one")
     must(engine.over_sample >= 1, f"over_sample is {engine.over_sample}, which asks fewer clients than are counted")
@@ -43,11 +43,11 @@ def check_engine(value: Callable[[Workspace, Population], Engine]) -> None:
     must(present is None or present <= set(range(num)), f"there are {num} clients, and present() names {present}")
     for client in range(num):
         most = engine.most_examples(client)
-        must(most is None or most >= len(setting.population.rows_of(client)), f"client {client} has more examples")
+        must(most is None or most >= len(data.population.rows_of(client)), f"client {client} has more examples")
 
     with tempfile.TemporaryDirectory() as place:
         known: list[tuple[Job, Reply]] = []
-        run(experiment, Path(place) / "serial", setting=setting, engine=partial(_Listed, known=known))
+        run(experiment, Path(place) / "serial", data=data, engine=partial(_Listed, known=known))
         first = known[: experiment.clients.per_round]  # jobs of later rounds build on messages of earlier ones
         open_phase(workspace, 0, experiment.phases[0].recipe, experiment.seed, 0, None)
         for asked in (first, first[::-1]):
@@ -56,7 +56,7 @@ def check_engine(value: Callable[[Workspace, Population], Engine]) -> None:
             expected = [reply.raw for _, reply in asked]
             must([one.raw for one in replies] == expected, "replies are not those of one process, in the order of jobs")
         must(list(engine.run([])) == [], "without jobs there are no replies")
-        found, serial = check_resumed(experiment, setting, Path(place), engine=value), outcome(Path(place) / "serial")
+        found, serial = check_resumed(experiment, data, Path(place), engine=value), outcome(Path(place) / "serial")
     must(found.ledger == serial.ledger, "the ledger is not that of a run in one process")
     must(same(found.params, serial.params), "the parameters are not those of a run in one process")
 
@@ -67,13 +67,13 @@ def check_tracker(value: Callable[[Path], Callback]) -> None:
     Args:
         value: the tracker's class, or a function that builds it from the folder for its files, which may not exist.
     """
-    experiment, setting = toy_run(fedavg(rounds=4, local=LOCAL))
+    experiment, data = toy_run(fedavg(rounds=4, local=LOCAL))
     with tempfile.TemporaryDirectory() as place:
         plain, tracked, own = (Path(place) / name for name in ("plain", "tracked", "tracked/tracker"))
-        run(experiment, plain, setting=setting)
+        run(experiment, plain, data=data)
         for until in (2, None):
             messages = _Messages(tracker := value(own))
-            run(experiment, tracked, setting=setting, callbacks=[tracker, messages], until=until)
+            run(experiment, tracked, data=data, callbacks=[tracker, messages], until=until)
             must(not messages.failed, f"message() fails when it is called from another thread: {messages.failed}")
         must(outcome(tracked).ledger == outcome(plain).ledger, "with the tracker, a run has another ledger")
         must(same(outcome(tracked).params, outcome(plain).params), "with the tracker, a run ends elsewhere")
@@ -82,8 +82,8 @@ def check_tracker(value: Callable[[Path], Callback]) -> None:
 
         again = value(Path(place) / "other")
         alone = dataclasses.replace(experiment, mode="local", num_local=2)
-        run(alone, Path(place) / "alone", setting=setting, callbacks=[again])
-        run(experiment, Path(place) / "second", setting=setting, callbacks=[again])  # closed, and used for another run
+        run(alone, Path(place) / "alone", data=data, callbacks=[again])
+        run(experiment, Path(place) / "second", data=data, callbacks=[again])  # closed, and used for another run
         CallbackList([value(Path(place) / "unused")]).close()  # as when a run is refused
 
 

@@ -43,15 +43,15 @@ def check_training(phases: tuple[Phase, ...], learns: bool = True) -> None:
         phases: the method's phases, four rounds or more in total.
         learns: whether the training loss falls.
     """
-    experiment, setting = toy_run(phases)
-    must(parse(tomllib.loads(to_toml(experiment))) == experiment, "written as TOML and read again it is another one")
+    experiment, data = toy_run(phases)
+    must(parse(tomllib.loads(to_toml(experiment))) == experiment, "it changes when written as TOML and read again")
     with tempfile.TemporaryDirectory() as place:
-        check_resumed(experiment, setting, Path(place), learns)
+        check_resumed(experiment, data, Path(place), learns)
 
 
 def check_resumed(
     experiment: Experiment,
-    setting: FederatedData,
+    data: FederatedData,
     place: Path,
     learns: bool = True,
     engine: AnyEngine | None = None,
@@ -60,7 +60,7 @@ def check_resumed(
 
     Args:
         experiment: the experiment.
-        setting: its data.
+        data: its data.
         place: a folder for the runs; the uninterrupted one is in ``whole``.
         learns: whether the training loss falls.
         engine: where clients run; in this process if absent.
@@ -68,12 +68,12 @@ def check_resumed(
     Returns:
         The outcome of the uninterrupted run.
     """
-    run(experiment, place / "whole", setting=setting, engine=engine)
-    run(experiment, place / "parts", setting=setting, engine=engine, until=2)
-    run(experiment, place / "parts", setting=setting, engine=engine)
+    run(experiment, place / "whole", data=data, engine=engine)
+    run(experiment, place / "parts", data=data, engine=engine, until=2)
+    run(experiment, place / "parts", data=data, engine=engine)
     whole, parts = outcome(place / "whole"), outcome(place / "parts")
     must(whole.ledger == parts.ledger, "a run that was interrupted has another ledger: state is kept outside its store")
-    must(same(whole.params, parts.params), "interrupted, it ends elsewhere")
+    must(same(whole.params, parts.params), "a run that was interrupted ends with other parameters")
     losses = [row["loss"] for row in whole.ledger if row["round"]]
     must(not learns or losses[-1] < losses[0], f"the training loss does not fall: {losses}")
     return whole

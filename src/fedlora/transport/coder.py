@@ -148,7 +148,7 @@ def unpack_bits(raw: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     if len(raw) != -(-count // 8):
         raise WireError(f"{len(raw)} bytes instead of {-(-count // 8)} for {count} bits")
     if count % 8 and raw[-1] >> count % 8:
-        raise WireError("bits behind the last that are not zero")
+        raise WireError("bits after the last that are not zero")
     return np.unpackbits(raw, count=count, bitorder="little")
 
 

@@ -106,7 +106,7 @@ class Sparsifier(ABC):
         # bits, not a product: -1 * 0 is a negative zero, inf * 0 is NaN; one vector, which `pack` takes as it is
         vector = flatten(chosen)
         bits = vector.view(torch.int32)
-        bits &= -as_vector(masks).to(bits.device, torch.int32)
+        bits &= as_vector(masks).to(bits.device, torch.int32).neg_()
         thinned = dict(tree) | unflatten(vector, chosen)
         return thinned
 

@@ -127,7 +127,7 @@ def _from_raw(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
     if len(raw) != -(-width * total // 8):
         raise WireError(f"{len(raw)} bytes instead of {-(-width * total // 8)} for {total} symbols")
     if used and raw[-1] >> used:
-        raise WireError("bits behind the last that are not zero")
+        raise WireError("bits after the last that are not zero")
     if width == 8:
         return raw.view(np.int8)
     symbols: Symbols = _UNPACKED[width][raw].view(np.int8)[:total]

@@ -81,17 +81,17 @@ def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = 
     checksum = xxh3_64(seed=_seed(template, REFERENCES.index(reference)))
     chunks: list[bytes | memoryview] = [b""]
     sizes = {"envelope": _ENVELOPE.size}
-    kept, told = {}, {}
+    kept, delivered = {}, {}
     for part, tree in parts.items():
         section, sent = _pack_section(part, tree, forms.get(part, Form()))
         if trees:
-            told[part], kept[part] = sent.arrives(tree), sent.kept
+            delivered[part], kept[part] = sent.arrives(tree), sent.kept
         sizes[part] = sum(map(len, section))
         chunks += section
         for chunk in section:
             checksum.update(chunk)
     chunks[0] = _ENVELOPE.pack(MAGIC, VERSION, REFERENCES.index(reference), template, checksum.intdigest())
-    return Packet(b"".join(chunks), sizes, kept, told)
+    return Packet(b"".join(chunks), sizes, kept, delivered)
 
 
 def unpack(raw: bytes, like: Mapping[str, Tree], formats: Sequence[Precision] = ()) -> dict[str, Tree]:
