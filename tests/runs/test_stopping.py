@@ -86,7 +86,8 @@ def test_a_run_that_ends_early_is_whole_and_stays_finished(world: Path, tmp_path
     found = fedlora.run(chosen, tmp_path / "run")
     assert found.rounds == 2  # where the first evaluation was
     assert found.stopped == "accuracy did not improve by more than 5 in 1 evaluations (stop.patience)"
-    assert found.adapter and (found.adapter / "adapter_model.safetensors").exists()
+    assert found.adapter
+    assert (found.adapter / "adapter_model.safetensors").exists()
     assert [row["stopped"] for row in ledger(tmp_path / "run")] == ["", "", found.stopped]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["stopped"] == found.stopped
     again = fedlora.run(chosen, tmp_path / "run")

@@ -37,9 +37,7 @@ RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; g
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value, over what the file says.")]
 Tracks = Annotated[
     list[str] | None,
-    typer.Option(
-        "--track", help="Also send figures to: tensorboard, wandb, mlflow, trackio, ..., or package.module:Class."
-    ),
+    typer.Option("--track", help="Also send figures to a tracker of `fedlora list track`, or package.module:Class."),
 ]
 LinkText = Annotated[str | None, typer.Option("--link", help="A network for all: down=10Mbit,up=1Mbit,latency=50ms")]
 AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]

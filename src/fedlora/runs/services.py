@@ -1,4 +1,4 @@
-"""Experiment trackers that ``accelerate`` supports: Weights & Biases, MLflow, trackio, Comet, Aim, ClearML and others."""
+"""Experiment trackers that ``accelerate`` supports: W&B, MLflow, trackio, Comet, Aim, ClearML and others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedlora.config import Experiment, resolved
 from fedlora.config.federated_data import FederatedData
 from fedlora.config.track import Track
 from fedlora.core.errors import ConfigError
-from fedlora.core.later import accelerate
+from fedlora.core.later import accelerate, wandb
 from fedlora.recipe.modes import MODES
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
@@ -130,8 +130,6 @@ class WandB(Service):
         return str(self._tracker.tracker.id)
 
     def _keep(self, adapter: Path) -> None:
-        import wandb
-
         kept = wandb.Artifact(f"adapter-{self._tracker.tracker.id}", type="model")
         kept.add_dir(str(adapter))
         self._tracker.tracker.log_artifact(kept)
@@ -233,12 +231,11 @@ def numbers(row: RoundRecord) -> dict[str, float]:
     Before the first round there is no loss, norm or density.
     """
     trained = ("loss", "update_norm", "density_down", "density_up", "examples", "steps")
-    found = {
+    return {
         name: value
         for name, value in flat(dataclasses.asdict(row)).items()
         if isinstance(value, int | float) and name != "round" and (row.round or name not in trained)
     }
-    return found
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

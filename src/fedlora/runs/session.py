@@ -202,13 +202,8 @@ class Session:
             row = self._ended(state, row, reason)
         self._record(state, row)
         self._notes = ()
-        if (
-            last
-            or row.stopped
-            or state.round == until
-            or self._saves_each
-            or state.round % experiment.checkpoint_every == 0
-        ):
+        stops = last or row.stopped or state.round == until
+        if stops or self._saves_each or state.round % experiment.checkpoint_every == 0:
             self._save()
         self.callback.report(row)
 
