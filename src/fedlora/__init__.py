@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from fedlora.study import tune
     from fedlora.tasks import (
         CausalLM,
+        DocstringQuestions,
         Docstrings,
         Files,
         Hub,
@@ -153,7 +154,7 @@ _NAMES = {
     "server.optimizers": "ServerOptimizer",
     "server.pruning": "Prune",
     "study": "tune",
-    "tasks": "CausalLM Docstrings Files Hub ImageClassification ImageFolder Instruction Model "
+    "tasks": "CausalLM DocstringQuestions Docstrings Files Hub ImageClassification ImageFolder Instruction Model "
     "QuestionAnswering Rows Sites Source Task TextClassification TokenClassification",
     "transport": "BFloat16 Dense Float16 Float32 Link Precision Quota RandomK RankSlice Sparsifier Stage "
     "Threshold TopK Uniform",
@@ -183,6 +184,7 @@ __all__ = [
     "DataError",
     "Dense",
     "Dirichlet",
+    "DocstringQuestions",
     "Docstrings",
     "Engine",
     "Evaluate",

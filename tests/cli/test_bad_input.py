@@ -45,7 +45,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "phases and method": (("phases=[]",), "either [method] or [[phases]], not both"),
     "rank": (("method.rank=33",), "rank = 33 is above the smaller side of bert.encoder.layer.0"),
     "targets": (("method.targets='nothing'",), "targets = 'nothing' matches nothing in BertForSequenceClassification"),
-    "pattern": (("method.targets='('",), "is no regular expression"),
+    "pattern": (("method.targets='('",), "is not a regular expression"),
     "padding": (
         ("task={kind='text_classification', pad_to=16}",),
         "task.pad_to = 16 has no room for texts of up to max_length = 128 tokens",
@@ -234,7 +234,7 @@ def test_a_fault_of_ours_exits_with_1_and_asks_for_a_report(
     monkeypatch.setattr(describe, "environment", broken)
     assert fedlora(monkeypatch, "env") == 1
     said = capsys.readouterr().err
-    assert "that is a fault of fedlora (KeyError: 'gone'); run the command again with --debug" in said
+    assert "because of a bug in fedlora (KeyError: 'gone'); run the command again with --debug" in said
     assert "Traceback" not in said
 
 

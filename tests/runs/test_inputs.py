@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
@@ -30,6 +31,9 @@ from fedlora.tasks.qa.questions import PreparedQuestions
 from fedlora.tasks.tags.tokens import PreparedTokens
 from fedlora.tasks.text import PreparedText
 
+gz = functools.partial(gzip.compress, mtime=0)
+"""The same bytes in every process, of which names of tests are made."""
+
 OF = {
     TextClassification(): PreparedText,
     CausalLM(): PreparedLanguage,
@@ -57,13 +61,13 @@ def inputs(given: object, task: Any = None, columns: dict[str, str] | None = Non
     ("name", "content"),
     [
         ("a.txt", b"\xef\xbb\xbfone\r\n\ntwo"),
-        ("a.TXT.gz", gzip.compress(b"one\ntwo\n", mtime=0)),
+        ("a.TXT.gz", gz(b"one\ntwo\n")),
         ("no_ending", "one\ntwo\n".encode("utf-16")),
         ("a.csv", b"id,text\n1,one\n2,two\n"),
         ("a.tsv", b"text\tlabel\none\t\ntwo\t\n"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "two", "label": "x"}\n'),
         ("a.json", b'{"data": [{"text": "one"}, {"text": "two"}]}'),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')),
+        ("a.jsonl.gz", gz(b'{"text": "one"}\n{"text": "two"}\n')),
     ],
 )
 def test_every_file_gives_its_texts(tmp_path: Path, name: str, content: bytes) -> None:

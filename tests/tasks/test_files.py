@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import io
 import json
@@ -21,6 +22,9 @@ from fedlora.tasks.data.columns import rename, typed
 from fedlora.tasks.data.files import FORMATS, read_rows
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.data.sources import Files, Hub, Sites
+
+gz = functools.partial(gzip.compress, mtime=0)
+"""The same bytes in every process, of which names of tests are made."""
 
 ROW = b'{"text": "a", "label": "x"}\n'
 
@@ -205,7 +209,7 @@ def test_json_in_every_form(
     assert rows_of(tmp_path, name, content) == expected
     monkeypatch.setattr(tables, "_ROWS", 1)  # in blocks of a row, whose types are then made one
     assert rows_of(tmp_path, name, content) == expected
-    assert rows_of(tmp_path, f"{name}.gz", gzip.compress(content)) == expected
+    assert rows_of(tmp_path, f"{name}.gz", gz(content)) == expected
 
 
 @pytest.mark.parametrize(
@@ -352,7 +356,7 @@ def test_every_format_is_read_packed_and_in_capitals(tmp_path: Path) -> None:
         raw = content.get(ending, b'{"text": "a"}\n')
         expected = rows_of(tmp_path, f"plain{ending}", raw)
         assert expected[0].get("text", "a") == "a"
-        assert rows_of(tmp_path, f"packed{ending.upper()}.GZ", gzip.compress(raw)) == expected
+        assert rows_of(tmp_path, f"packed{ending.upper()}.GZ", gz(raw)) == expected
 
 
 def zipped(name: str, content: bytes) -> bytes:
@@ -365,16 +369,16 @@ def zipped(name: str, content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", gzip.compress(b"text\na\n"), "is packed by gzip: end its name in .gz"),
+        ("a.csv", gz(b"text\na\n"), "is packed by gzip: end its name in .gz"),
         ("a.csv", zipped("a.csv", b"text\na\n"), "is a zip archive or an Excel file"),
         ("a.csv.zip", zipped("a.csv", b"text\na\n"), "ends in '.zip', but files are read by their ending"),
         ("a.jsonl", bz2.compress(ROW), "is packed by bzip2"),
         ("a.csv", b"PAR1....", "is a parquet file"),
-        ("a.jsonl.gz", gzip.compress(ROW * 50)[:-12], "cannot be unpacked .Compressed file ended"),
-        ("a.jsonl.gz", gzip.compress(ROW * 50)[:-8] + b"\0" * 8, "cannot be unpacked .CRC check failed"),
-        ("a.csv.gz", gzip.compress(gzip.compress(ROW)), "is packed by gzip"),
-        ("a.parquet.gz", gzip.compress(ROW)[:-9], "cannot be unpacked"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("a.jsonl.gz", gz(ROW * 50)[:-12], "cannot be unpacked .Compressed file ended"),
+        ("a.jsonl.gz", gz(ROW * 50)[:-8] + b"\0" * 8, "cannot be unpacked .CRC check failed"),
+        ("a.csv.gz", gz(gz(ROW)), "is packed by gzip"),
+        ("a.parquet.gz", gz(ROW)[:-9], "cannot be unpacked"),
+        ("a.jsonl.gz", gz(b""), "is empty"),
     ],
 )
 def test_packed_files_that_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -383,7 +387,7 @@ def test_packed_files_that_are_refused(tmp_path: Path, name: str, content: bytes
 
 
 def test_every_flipped_bit_of_a_packed_file_is_a_sentence(tmp_path: Path) -> None:
-    packed = gzip.compress(b"".join(b'{"text": "t%d"}\n' % row for row in range(30)), mtime=0)
+    packed = gz(b"".join(b'{"text": "t%d"}\n' % row for row in range(30)))
     for place in range(len(packed)):
         flipped = bytearray(packed)
         flipped[place] ^= 1 << place % 8
@@ -396,16 +400,16 @@ def test_every_flipped_bit_of_a_packed_file_is_a_sentence(tmp_path: Path) -> Non
 def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.jsonl.gz", "a.csv.gz", "a.txt.gz", "a.parquet.gz"):
         with pytest.raises(DataError, match=r"unpacks to more than 0.0001 GB.*set data.max_unpacked_gb"):
-            rows_of(tmp_path, name, gzip.compress(b"\n" * 200_000), max_unpacked_gb=0.0001)
+            rows_of(tmp_path, name, gz(b"\n" * 200_000), max_unpacked_gb=0.0001)
     assert not list((tmp_path / "cache").rglob("*.parquet*"))
-    assert len(rows_of(tmp_path, "b.jsonl.gz", gzip.compress(ROW * 3_000), max_unpacked_gb=0.0001)) == 3_000
+    assert len(rows_of(tmp_path, "b.jsonl.gz", gz(ROW * 3_000), max_unpacked_gb=0.0001)) == 3_000
     for module in (opening, tables):
         monkeypatch.setattr(module, "LONGEST_ROW", 1000)
     one = json.dumps({"text": "x" * 2000}).encode()
     with pytest.raises(DataError, match=r"line 1 of .* has more than 1,000 characters"):
-        rows_of(tmp_path, "c.jsonl.gz", gzip.compress(one))
+        rows_of(tmp_path, "c.jsonl.gz", gz(one))
     with pytest.raises(DataError, match=r"row 0 of .* has more than 1,000 characters"):
-        rows_of(tmp_path, "c.json.gz", gzip.compress(b"[" + one + b"]"))
+        rows_of(tmp_path, "c.json.gz", gz(b"[" + one + b"]"))
 
 
 def test_the_library_prints_no_line_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -142,13 +142,13 @@ def test_known_classes_by_name_or_number() -> None:
 
 def test_where_the_names_are_numbers_a_number_is_a_name() -> None:
     assert known([2, 1], ["1", "2"]) == [1, 0]
-    with pytest.raises(DataError, match="labels that the model does not know: 0; it knows 1, 2"):
+    with pytest.raises(DataError, match="labels that the model lacks: 0; it has 1, 2"):
         known([1, 0], ["1", "2"])
 
 
 def test_known_classes_that_are_declared_in_another_order() -> None:
     assert known([0, 1, 0], ["a", "b"], ["b", "a"]) == [1, 0, 1]
-    with pytest.raises(DataError, match="labels that the model does not know: -1"):
+    with pytest.raises(DataError, match="labels that the model lacks: -1"):
         known([0, -1], ["a", "b"], ["b", "a"])
 
 

@@ -89,12 +89,12 @@ def test_turns_of_weight_0_are_read_and_not_learnt(world: Path, tmp_path: Path) 
     assert task.num_examples("train") == 3
     with torch.no_grad():
         found = task.evaluate(model_of(task), np.array([0]), "test", CPU)
-    assert found.warnings[-1].startswith("1 of 4 test rows have no answer to learn (blank, or marked with weight 0)")
+    assert found.warnings[-1].startswith("1 of 4 test rows have no answer to train on (blank, or marked with weight 0)")
 
 
 def test_weight_0_of_every_turn_leaves_nothing_to_learn(world: Path, tmp_path: Path) -> None:
     silent = [{**one, "weight": 0} for one in messages(["w1", "w2"])]
-    with pytest.raises(DataError, match="all 2 train rows have no answer to learn"):
+    with pytest.raises(DataError, match="all 2 train rows have no answer to train on"):
         prepare_talks(world, write_rows(tmp_path / "rows.jsonl", [{"messages": silent}] * 2))
 
 

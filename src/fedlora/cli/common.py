@@ -33,11 +33,11 @@ class Format(StrEnum):
 
 ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, or the folder of a run.")]
 RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
-RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; goes on if it holds a checkpoint.")]
-Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value, over what the file says.")]
+RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; resumes if it holds a checkpoint.")]
+Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value; overrides the file.")]
 Tracks = Annotated[
     list[str] | None,
-    typer.Option("--track", help="Also send figures to a tracker of `fedlora list track`, or package.module:Class."),
+    typer.Option("--track", help="Also log metrics to: tensorboard, wandb, mlflow, ..., or package.module:Class."),
 ]
 LinkText = Annotated[str | None, typer.Option("--link", help="A network for all: down=10Mbit,up=1Mbit,latency=50ms")]
 AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]
@@ -109,7 +109,7 @@ def write_page(file: Path, page: str) -> None:
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written ({error.strerror}); name a file in a folder there is") from error
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); name a file in an existing folder") from error
 
 
 def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:

@@ -71,8 +71,8 @@ def main() -> None:
         if debug:
             raise
         ERR.print(
-            f"fedlora failed, and that is a fault of fedlora ({type(error).__name__}: {error}); "
-            "run the command again with --debug and report what it prints",
+            f"fedlora failed because of a bug in fedlora ({type(error).__name__}: {error}); run the command "
+            "again with --debug and report its output",
             style="red",
             markup=False,
             soft_wrap=True,

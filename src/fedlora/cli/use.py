@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GROUP = "Use a run"
 
 Columns = Annotated[
-    list[str] | None, typer.Option("-c", "--column", help="use=name: what a column of the task is called there.")
+    list[str] | None, typer.Option("-c", "--column", help="use=name: the name in the file of a column of the task.")
 ]
 DelimiterOption = Annotated[
     str | None, typer.Option("--delimiter", help="Between the fields of a csv or tsv; otherwise the run's.")
@@ -64,13 +64,31 @@ def predict(
 
 def evaluate(
     run: RunPath,
-    data: Annotated[Path, typer.Option(help="A file that data.train may name, such as csv, jsonl or parquet.")],
+    data: Annotated[
+        Path | None, typer.Option(help="A file that data.train may name, such as csv, jsonl or parquet.")
+    ] = None,
     column: Columns = None,
     delimiter: DelimiterOption = None,
     encoding: EncodingOption = None,
+    harness: Annotated[
+        str | None, typer.Option(help="In place of --data: tasks of lm-evaluation-harness, separated by commas.")
+    ] = None,
+    tasks_from: Annotated[
+        Path | None, typer.Option(help="A folder of tasks (YAML), in place of the harness's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The most rows of each task of the harness.")] = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Evaluate a run's model on the rows of a file."""
+    """Evaluate a run's model on the rows of a file, or on tasks of lm-evaluation-harness."""
+    if (data is None) == (harness is None):
+        raise ConfigError("evaluate reads the rows of --data FILE or the tasks of --harness TASKS: give one of the two")
+    if data is None:
+        if column or delimiter or encoding:
+            raise ConfigError("--column, --delimiter and --encoding are for --data; leave them out with --harness")
+        _on_harness(run, str(harness), tasks_from, limit, format_)
+        return
+    if tasks_from is not None or limit is not None:
+        raise ConfigError("--tasks-from and --limit are for --harness; leave them out with --data")
     names = _names(column)
     trained = run_of(run)
     found = trained.evaluate(data, names, _reading(trained, delimiter, encoding))
@@ -82,10 +100,21 @@ def evaluate(
         ERR.print(warning, style="yellow", markup=False)
 
 
+def _on_harness(run: Path, tasks: str, folder: Path | None, limit: int | None, format_: Format) -> None:
+    from fedlora.runs.harness import harness
+
+    scores = harness(run_of(run), tasks.split(","), folder, limit=limit)
+    table = Table("task", "metric", "filter", "value", "standard error")
+    for one in scores:
+        error = "" if one.stderr is None else f"{one.stderr:.4f}"
+        table.add_row(*map(Text, (one.task, one.metric, one.filter, f"{one.value:.4f}", error)))
+    show(format_, [one._asdict() for one in scores], table)
+
+
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(help="A new folder.")],
-    merge: Annotated[bool, typer.Option("--merge", help="A whole model that needs no peft.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model, which loads without peft.")] = False,
 ) -> None:
     """Export a run's adapter for `peft`, or the merged model."""
     run_of(run).export(out, merge)

@@ -18,6 +18,7 @@ from fedlora.config.stop import Stop
 from fedlora.config.track import Tracks
 from fedlora.config.upgrade import upgraded
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
+from fedlora.core.devices import DeviceName
 from fedlora.core.errors import ConfigError
 from fedlora.methods import METHODS
 from fedlora.population.clients import Clients
@@ -87,14 +88,18 @@ class Experiment:
         stop: when the run ends before its last round.
         track: experiment trackers to which figures are sent; no part of the run's digest.
         checkpoint_every: rounds between two checkpoints.
-        device: the device of the model; ``auto`` uses a GPU if there is one.
+        device: the device of the model: ``cpu``, ``cuda``, one of several GPUs as ``cuda:1``, or ``mps``; ``auto`` uses
+            CUDA if there is a GPU.
+        deterministic: whether CUDA uses kernels that give the same bits in each run (``core.devices``); other devices
+            need none.
     """
 
     label: str = "run"
     seed: Whole = 0
     mode: Literal["federated", "centralised", "local"] = "federated"
     num_local: Count = 10
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
+    deterministic: bool = True
     checkpoint_every: Count = 1
     model: Annotated[Model, BeforeValidator(as_model)] = Model()
     task: AnyTask = TextClassification()
@@ -164,6 +169,8 @@ def digest(experiment: Experiment) -> str:
     del values["checkpoint_every"]
     for name in ("root", "track"):
         values.pop(name, None)
+    if experiment.deterministic:  # versions without the key had no other kernels on a CPU
+        del values["deterministic"]
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

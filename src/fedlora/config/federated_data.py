@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from fedlora.config.data_notes import data_notes
 from fedlora.config.experiment import Experiment
 from fedlora.config.handed_over import check_here, handed_over
 from fedlora.config.places import located_data, located_model
+from fedlora.core.devices import compute_on, pick_device
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
@@ -106,7 +108,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
     clients = experiment.clients
     if isinstance(experiment.data, Sites):
         raise ConfigError(
-            "data.kind = 'sites': the training rows lie on other machines; start the run with `fedlora serve`"
+            "data.kind = 'sites': the training rows are on other machines; start the run with `fedlora serve`"
         )
     if experiment.evaluate.clients != "never" and not clients.holdout:
         raise ConfigError(
@@ -224,21 +226,16 @@ def _pool(total: int, kept_away: list[Rows], held_out: int) -> Population:
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device for ``auto``, ``cpu`` or ``cuda``.
+def in_mode(experiment: Experiment) -> Experiment:
+    """Applies the settings that the mode and the device imply.
+
+    Without a federation, clients send nothing and keep optimisers. ``local.compute = "auto"`` becomes what the device
+    computes in.
 
     Raises:
         ConfigError: this machine has no such device.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda' but this PyTorch sees no GPU; use 'cpu' or 'auto'")
-    return torch.device(name)
-
-
-def in_mode(experiment: Experiment) -> Experiment:
-    """Applies the settings that the mode implies: without a federation, clients send nothing and keep optimisers."""
+    experiment = _with_compute(experiment)
     if MODES[experiment.mode].sends:
         return experiment
 
@@ -253,27 +250,50 @@ def in_mode(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, phases=phases, clients=clients)
 
 
+def _with_compute(experiment: Experiment) -> Experiment:
+    if all(phase.recipe.local.compute != "auto" for phase in experiment.phases):
+        return experiment
+    found = compute_on(pick_device(experiment.device))
+
+    def settled(phase: Phase) -> Phase:
+        local = phase.recipe.local
+        compute = found if local.compute == "auto" else local.compute
+        return dataclasses.replace(
+            phase, recipe=dataclasses.replace(phase.recipe, local=dataclasses.replace(local, compute=compute))
+        )
+
+    return dataclasses.replace(experiment, phases=tuple(map(settled, experiment.phases)))
+
+
 def manifest(
-    experiment: Experiment, setting: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
+    experiment: Experiment, data: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
 ) -> dict[str, Any]:
     """The provenance of a run: versions, platform, seed, data and privacy parameters."""
     return {
-        "versions": {name: metadata.version(name) for name in VERSIONED},
+        "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": str(setting.device),
+        "device": str(data.device),
+        "compute": [phase.recipe.local.compute for phase in experiment.phases],
+        "deterministic": experiment.deterministic,
         "threads": torch.get_num_threads(),
         "seed": experiment.seed,
         "config_digest": config.digest(experiment),
-        "data_fingerprint": setting.task.fingerprint,
-        "fingerprints": setting.task.fingerprints,
+        "data_fingerprint": data.task.fingerprint,
+        "fingerprints": data.task.fingerprints,
         **_handed_over(experiment),
-        "label_names": setting.task.label_names,
-        "num_test": len(setting.test_rows),
+        "label_names": data.task.label_names,
+        "num_test": len(data.test_rows),
         "privacy": _privacy(budget, phases),
         "example_privacy": _example_privacy(phases),
-        "partition": setting.summary().as_dict(),
+        "partition": data.summary().as_dict(),
     }
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """The installed versions of fedlora and of the libraries that results depend on."""
+    return {name: metadata.version(name) for name in VERSIONED}
 
 
 def _handed_over(experiment: Experiment) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"{path} is not TOML that can be read: its lists or tables lie too deep in each other"
         ) from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a TOML file there is") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); name an existing TOML file") from error
 
 
 def _backslash(text: str, error: tomllib.TOMLDecodeError) -> str:

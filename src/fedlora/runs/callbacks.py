@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fedlora.runs.result import Result
 
 _RENAMED = (
-    "watchers and trackers of fedlora 0.1.0 are callbacks now: derive from fedlora.Callback, call "
-    "`started` run_started(experiment, setting, rows), `finished_round` and `log` row_recorded(row), `finished` "
+    "watchers and trackers of fedlora 0.1.0 are callbacks now: derive from fedlora.Callback, call `started` "
+    "run_started(experiment, data, rows), `finished_round` and `log` row_recorded(row), `finished` "
     "run_finished(result), and give fedlora.run(..., callbacks=[...])"
 )
 
@@ -24,7 +24,7 @@ _RENAMED = (
 class Callback:
     """Hooks called during a run. Every method does nothing by default; a subclass overrides those that it needs."""
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
         """A run starts, or resumes after ``rows``; in the mode ``local``, called for each client's run."""
 
     def row_recorded(self, row: RoundRecord) -> None:
@@ -79,8 +79,8 @@ class CallbackList(Callback):
             if "finished_round" in names or names == {"started", "log"}:
                 raise ConfigError(f"{type(one).__name__} would never be called: {_RENAMED}")
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
-        self._call("run_started", lambda one: one.run_started(experiment, setting, rows))
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
+        self._call("run_started", lambda one: one.run_started(experiment, data, rows))
 
     def row_recorded(self, row: RoundRecord) -> None:
         self._call("row_recorded", lambda one: one.row_recorded(row))
@@ -133,6 +133,6 @@ class CallbackList(Callback):
                 raise
             except Exception as error:
                 raise CallbackError(
-                    f"the callback {type(one).__name__} failed in {method} ({type(error).__name__}: {error}); every "
-                    "finished round is saved: mend it, or leave it out, and run again to go on"
+                    f"the callback {type(one).__name__} failed in {method} ({type(error).__name__}: {error}); "
+                    "every finished round is saved: fix it, or leave it out, and run again to resume"
                 ) from error

@@ -157,7 +157,7 @@ class RunFolder:
             if not self.path.is_dir():
                 mend = "there is no such folder"
             elif (self.path / name).exists():
-                mend = f"its {name} is damaged; remove that file and give the command of the run again"
+                mend = f"its {name} is damaged; remove that file and run the same command again"
             elif (self.path / "config.toml").exists():
                 mend = f"it has no {name} yet; finish it with: fedlora run {self.path}"
             else:
@@ -180,7 +180,9 @@ class RunFolder:
             tuples = ("cohort", "late", "ranks", "warnings")
             return [RoundRecord(**{**row, **{key: tuple(row.get(key, ())) for key in tuples}}) for row in rows]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{file} is no ledger of this version ({error}); put the old file back") from error
+            raise CheckpointError(
+                f"{file} is not a ledger of this version ({error}); restore the original file"
+            ) from error
 
     def append(self, row: RoundRecord) -> None:
         """Appends a line to the ledger and flushes it to disk."""
@@ -227,5 +229,6 @@ def cannot_write(path: Path, error: Exception) -> DataError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     what = "the disk is full" if full else f"the disk refused ({getattr(error, 'strerror', None) or error})"
     return DataError(
-        f"{what} while writing to {path}; what was saved before is intact: make room and run the same command to go on"
+        f"{what} while writing to {path}; everything saved before is intact: free some space and run the same "
+        "command to resume"
     )

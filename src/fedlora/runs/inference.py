@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import in_mode, pick_device
+from fedlora.config.federated_data import in_mode
 from fedlora.config.places import located_model
+from fedlora.core.devices import pick_device
 from fedlora.core.errors import ConfigError
 from fedlora.core.state import ServerState
 from fedlora.recipe import Recipe
@@ -57,7 +57,7 @@ class TrainedRun:
     def predict(self, inputs: list[str]) -> list[dict[str, Any]]:
         """The model's prediction for each input; see the task's ``predict``."""
         self.workspace.model.eval()
-        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+        with self.workspace.predicting(self.recipe.local.compute):
             return self.task.predict(self.workspace.model, inputs, self.workspace.device)
 
     @property
@@ -80,7 +80,7 @@ class TrainedRun:
         """
         task = self.task.with_rows(Path(path), columns or {}, "test", reading or self.reading)
         self.workspace.model.eval()
-        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+        with self.workspace.predicting(self.recipe.local.compute):
             rows = np.arange(task.num_examples("test"))
             found = task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
         return found._replace(warnings=self.notes + task.notes + found.warnings)
@@ -93,7 +93,7 @@ class TrainedRun:
         """
         folder = Path(folder)
         if folder.exists():
-            raise ConfigError(f"{folder} is there already; name a new folder")
+            raise ConfigError(f"{folder} already exists; name a new folder")
         export(folder, self, merge)
 
 
@@ -119,7 +119,7 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
             raise ConfigError(
                 f"in {path} clients trained alone, and each has a model of its own: see {path / 'clients'}/N/adapter"
             )
-        raise ConfigError(f"the run in {path} has no checkpoint yet; go on with: fedlora run {path}")
+        raise ConfigError(f"the run in {path} has no checkpoint yet; resume with: fedlora run {path}")
     experiment = in_mode(config.load(path))
     state, _ = latest
     recipe = experiment.phases[state.phase].recipe
@@ -128,7 +128,7 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
     base = base_model(located_model(experiment), model, manifest.get("handed_over", {}), path)
     experiment = dataclasses.replace(experiment, model=base)
     task = experiment.task.restore(experiment.model, names)
-    workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
+    workspace = Workspace(task, experiment.seed, pick_device(experiment.device), experiment.deterministic)
     workspace.apply_setup(state.phase, recipe, state.setup)
     state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
     workspace.load(recipe, state.params, state.folds)

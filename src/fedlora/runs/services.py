@@ -1,4 +1,4 @@
-"""Experiment trackers that ``accelerate`` supports: W&B, MLflow, trackio, Comet, Aim, ClearML and others."""
+"""Experiment trackers that ``accelerate`` supports: Weights & Biases, MLflow, trackio, Comet and others."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Service(Callback, ABC):
         self._tracker: Any = None
         self._down = self._up = 0
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
         """See ``Callback.run_started``: a run that is resumed goes on with the same steps."""
         self.close()
         if MODES[experiment.mode].separate or (self._folder.path / "result.json").exists():
@@ -231,11 +231,12 @@ def numbers(row: RoundRecord) -> dict[str, float]:
     Before the first round there is no loss, norm or density.
     """
     trained = ("loss", "update_norm", "density_down", "density_up", "examples", "steps")
-    return {
+    found = {
         name: value
         for name, value in flat(dataclasses.asdict(row)).items()
         if isinstance(value, int | float) and name != "round" and (row.round or name not in trained)
     }
+    return found
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,7 +36,7 @@ class TensorBoard(Callback):
         self._writer: SummaryWriter | None = None
         self._down = self._up = 0
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
         """See ``Callback.run_started``: events after the rows kept in the ledger are dropped."""
         if MODES[experiment.mode].separate:
             return

@@ -22,6 +22,8 @@ MAIN_METRIC: dict[Problem, tuple[str, bool]] = {
     "regression": ("rmse", False),
 }
 """The main metric of each problem, and whether more of it is better."""
+ONE_CLASS = "the model predicts one class only"
+"""The beginning of a warning, which is to be expected of a model that is not trained yet."""
 
 
 def loss(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
@@ -67,7 +69,7 @@ def score(logits: Tensor, labels: Tensor, problem: Problem, names: list[str]) ->
         found, wanted = logits.float().squeeze(-1).numpy(), labels.float().numpy()
         error = float(np.sqrt(np.mean((found - wanted) ** 2)))
         constant = len(found) > 1 and float(np.std(found)) < 1e-6 < float(np.std(wanted))
-        warnings = ("the model says the same number for everything: it has learnt nothing",) if constant else ()
+        warnings = ("the model predicts the same number for everything: it has learnt nothing",) if constant else ()
         return Evaluation({"rmse": error, "pearson": _pearson(found, wanted), **last}, warnings)
     if problem == "multi":
         chosen = logits > 0
@@ -92,7 +94,7 @@ def score(logits: Tensor, labels: Tensor, problem: Problem, names: list[str]) ->
     }
     if len(torch.unique(predicted)) == 1 and len(torch.unique(labels)) > 1:
         name = names[int(predicted[0])]
-        return Evaluation(metrics, (f"the model predicts one class only, {name!r}: it has learnt nothing useful",))
+        return Evaluation(metrics, (f"{ONE_CLASS}, {name!r}: it has learnt nothing useful",))
     return Evaluation(metrics, ())
 
 

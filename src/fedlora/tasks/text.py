@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedlora.core.component import MODEL_CONFIG, Count, Field, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import Source, Splits, check_rows, check_texts, fingerprint, split, values_of
 from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled
 from fedlora.tasks.data.notes import blank
@@ -69,7 +69,7 @@ class TextClassification(TokenizedTask):
             )
 
     def read(self, source: Source) -> tuple[Splits, list[str]]:
-        raw = source.load()
+        raw = source.raw()
         # with pairs in one split only, being a pair would reveal the split, regardless of content
         texts = max((_texts(rows) for rows, _ in raw.sides), key=len)
         for rows, which in raw.sides:
@@ -138,22 +138,28 @@ class PreparedText(PreparedTokenized):
     def sequences(self) -> list[Ragged]:
         return list(self._tokens.values())
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         settings: dict[str, Any] = {"problem_type": PROBLEM_TYPES[self.settings.problem]}
         settings |= class_settings(self._names) if self._names else {"num_labels": 1}
         longest = self.longest()
         model, head = load_pretrained(
-            PreparedText.auto_class, self._model, seed, device, settings, longest=longest, pooling=self._pooling
+            PreparedText.auto_class,
+            self._model,
+            seed,
+            device,
+            settings,
+            longest=longest,
+            pooling=self._pooling,
+            compute=compute,
         )
         # decoders use it to find a text's last token
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
         return model, head
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
         pad_to = None if self.settings.pad_to == "longest" else self.settings.pad_to
         batch = self.inputs(self._tokens[split], rows, self.settings.max_length, self._types.get(split), pad_to)
-        batch["labels"] = torch.from_numpy(self._labels[split][rows])
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch | {"labels": torch.from_numpy(self._labels[split][rows])}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: that of ``scores.loss``.
@@ -220,7 +226,7 @@ class PreparedText(PreparedTokenized):
 
 def _check_not_all_blank(rows: Any, which: str) -> None:
     if not any(text.strip() for text in values_of(rows, "text")):
-        raise DataError(f"column 'text' of all {len(rows)} {which} rows is blank, so nothing can be learnt: mend it")
+        raise DataError(f"column 'text' of all {len(rows)} {which} rows is blank, so nothing can be learnt: correct it")
 
 
 def _texts(rows: Any) -> list[str]:

@@ -124,7 +124,9 @@ def shortest_endings(chosen: Collection[str], names: Sequence[str]) -> tuple[str
         tried = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
         fit = (one for one in tried if set(_chosen(names, (one,))) <= set(chosen))
         if (ending := next(fit, None)) is None:
-            raise ConfigError(f"{name} cannot be told from other modules by its name; give `targets` as endings")
+            raise ConfigError(
+                f"{name} cannot be distinguished from other modules by its name; give `targets` as endings"
+            )
         found.append(ending)
     return tuple(found)
 
@@ -159,7 +161,7 @@ def _chosen(names: Sequence[str], targets: Targets) -> list[str]:
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise ConfigError(f"targets = {targets!r} is no regular expression: {error}") from error
+            raise ConfigError(f"targets = {targets!r} is not a regular expression: {error}") from error
         if found := [name for name in names if pattern.fullmatch(name)]:
             return found
         targets = (targets,)

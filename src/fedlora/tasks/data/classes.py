@@ -45,8 +45,8 @@ def known_classes(rows: datasets.Dataset, label: str, names: Sequence[str], whic
     unknown = sorted({str(value) for value in values if value not in known})
     if unknown:
         raise DataError(
-            f"the {which} rows have labels that the model does not know: {', '.join(unknown[:5])}; it knows "
-            f"{', '.join(names[:20])}: mend or remove them"
+            f"the {which} rows have labels that the model lacks: {', '.join(unknown[:5])}; it has "
+            f"{', '.join(names[:20])}: correct or remove them"
         )
     rows = rows.remove_columns(label)
     return rows.add_column(label, [known[value] for value in values], feature=datasets.ClassLabel(names=list(names)))
@@ -125,7 +125,7 @@ def _label_names(rows: datasets.Dataset, label: str, label_name: str | None) -> 
     if not len(pairs) == len(names) == len(set(names.values())):
         raise DataError(
             f"columns '{label}' and '{label_name}' disagree ({len(names)} classes, "
-            f"{len(set(names.values()))} names, {len(pairs)} pairs), but each class needs one name: mend the names"
+            f"{len(set(names.values()))} names, {len(pairs)} pairs), but each class needs one name: correct the names"
         )
     return names
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import re
@@ -9,10 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
+from fedlora.core.component import Count
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.later import datasets
+from fedlora.core.state import named_seed
 
 _WHOLE = re.compile(r"\s*(?:0|-?[1-9][0-9]{0,17})\s*")
 
@@ -27,6 +31,8 @@ class Raw(NamedTuple):
         seed: seed of the hash that selects it.
         final: share and seed of the final test rows, which are among the training rows and are dropped first; None if
             there are none.
+        max_train: the most training rows to keep; None for all.
+        max_test: the most test rows to keep; None for all.
     """
 
     train: datasets.Dataset
@@ -34,6 +40,8 @@ class Raw(NamedTuple):
     test_fraction: float
     seed: int
     final: tuple[float, int] | None = None
+    max_train: int | None = None
+    max_test: int | None = None
 
     @property
     def sides(self) -> list[tuple[datasets.Dataset, str]]:
@@ -42,8 +50,27 @@ class Raw(NamedTuple):
         return [(rows, which) for rows, which in named if rows is not None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """A place that rows come from."""
+    """A place that rows come from.
+
+    Args:
+        max_train: the most training rows to keep: a draw by the source's seed, in the order of the rows, after test
+            rows are held out; None for all.
+        max_test: the same for test rows.
+    """
+
+    max_train: Count | None = None
+    max_test: Count | None = None
+
+    def raw(self) -> Raw:
+        """The rows as ``load`` returns them, with the caps on their numbers, which ``split`` applies.
+
+        Raises:
+            DataError: see ``load``.
+        """
+        raw = self.load()
+        return raw._replace(max_train=self.max_train or raw.max_train, max_test=self.max_test or raw.max_test)
 
     @property
     def adds(self) -> frozenset[str]:
@@ -174,11 +201,25 @@ def split_by_content(rows: datasets.Dataset, key: str, test_fraction: float, see
 
 
 def split(raw: Raw, key: str) -> Splits:
-    """The two sides of ``raw``; rows are held out by ``key`` where there are no test rows."""
-    if raw.test is None:
-        rows = split_by_content(raw.train, key, *raw.final).train if raw.final else raw.train
-        return split_by_content(rows, key, raw.test_fraction, raw.seed)
-    return Splits(raw.train, raw.test)
+    """The two sides of ``raw``, capped; rows are held out by ``key`` where there are no test rows."""
+    sides = Splits(raw.train, raw.test) if raw.test is not None else _held_out(raw, key)
+    return Splits(capped(sides.train, raw.max_train, raw.seed), capped(sides.test, raw.max_test, raw.seed))
+
+
+def capped(rows: datasets.Dataset, most: int | None, seed: int) -> datasets.Dataset:
+    """At most so many rows, drawn by ``seed``, in their order: the first ones could all be of one class or client."""
+    if most is None or len(rows) <= most:
+        return rows
+    drawn = np.random.default_rng(named_seed(seed, "cap")).permutation(len(rows))[:most]
+    return rows.select(np.sort(drawn))
+
+
+def _held_out(raw: Raw, key: str) -> Splits:
+    rows = raw.train
+    if raw.final:
+        # the same rows as in the final run, of which some are held out here
+        rows = capped(split_by_content(rows, key, *raw.final).train, raw.max_train, raw.final[1])
+    return split_by_content(rows, key, raw.test_fraction, raw.seed)
 
 
 def fingerprint(dataset: datasets.Dataset, columns: Sequence[str] | None = None) -> str:
@@ -232,4 +273,6 @@ def is_field(rows: datasets.Dataset, name: str) -> bool:
 
 
 def _arrow(rows: datasets.Dataset, name: str) -> Any:
-    return rows.with_format("arrow", columns=[name])[:].column(name)
+    # with_format() would copy the data set and hash its state for each column
+    table = datasets.formatting.query_table(rows.data.select([name]), slice(0, len(rows)), indices=rows._indices)
+    return table.column(name)

@@ -195,7 +195,7 @@ def _by_library(path: Path, form: str, read: Callable[[], Any]) -> Any:
         datasets.exceptions.DatasetsError,
     ) as error:
         raise DataError(
-            f"'{path}' cannot be read as {form} ({first_line(error.__cause__ or error)}): mend the file or use the "
+            f"'{path}' cannot be read as {form} ({first_line(error.__cause__ or error)}): correct the file or use the "
             "ending of its format"
         ) from error
 

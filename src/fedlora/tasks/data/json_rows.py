@@ -115,7 +115,7 @@ def _questions(article: dict[str, Any], where: str, name: str) -> Iterator[dict[
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{where} of '{name}' has paragraphs, but not in SQuAD's form (paragraphs, each with context and qas, each "
-            "of these with question and answers): mend it, or write rows with context, question and answers"
+            "of these with question and answers): correct it, or write rows with context, question and answers"
         ) from error
 
 
@@ -142,10 +142,10 @@ _parsed = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=_object).
 def _no_json(error: Exception, where: str, name: str) -> DataError:
     if isinstance(error, RecursionError):
         return DataError(
-            f"{where} of '{name}' has more than {DEEPEST} lists or objects inside each other, which no row needs: mend "
-            "it"
+            f"{where} of '{name}' has more than {DEEPEST} lists or objects inside each other, which no row needs: "
+            "correct it"
         )
     reason = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
     return DataError(
-        f"'{name}' cannot be read as json ({where}: {reason}): mend the file or use the ending of its format"
+        f"'{name}' cannot be read as json ({where}: {reason}): correct the file or use the ending of its format"
     )

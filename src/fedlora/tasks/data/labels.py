@@ -39,7 +39,7 @@ def labelled(raw: Raw, problem: Problem) -> tuple[Raw, list[str]]:
         names = list(raw.train.features["label"].names)
     if len(names) < 2:
         found = f"all rows have the class {names[0]!r}" if names else "no row has a class"
-        raise DataError(f"{found}, but there must be two or more to tell apart")
+        raise DataError(f"{found}, but classification needs two or more")
     return raw, names
 
 
@@ -185,8 +185,8 @@ def _numbers(rows: datasets.Dataset, which: str) -> datasets.Dataset:
             rows = rows.remove_columns("label").add_column("label", values)
     if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
         raise DataError(
-            f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs: mend "
-            'the column, or set task.problem = "single"'
+            f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs: "
+            'correct the column, or set task.problem = "single"'
         )
     return rows
 
@@ -206,8 +206,8 @@ def _check_entries(lists: Sequence[Sequence[Any]], label: str, which: str) -> No
     wrong = {type(entry).__name__ for row in lists for entry in row} - {"str", "int"}
     if wrong:
         raise DataError(
-            f"the lists of column '{label}' of the {which} rows hold {', '.join(sorted(wrong))}, but classes are words "
-            "or whole numbers, or vectors of zeros and ones as long in every row: mend the column"
+            f"the lists of column '{label}' of the {which} rows hold {', '.join(sorted(wrong))}, but classes are "
+            "words or whole numbers, or vectors of zeros and ones as long in every row: correct the column"
         )
     check_not_blank(lists, label, which, lambda row: any(isinstance(one, str) and not one.strip() for one in row))
     uneven = [row for row in lists if set(row) <= {0, 1} and len(set(row)) < len(row)]

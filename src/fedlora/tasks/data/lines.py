@@ -60,7 +60,7 @@ def _sentences(file: Path, reading: Reading) -> Iterator[dict[str, Any]]:
         elif len(columns) != (width := width or len(columns)) or width == 1:
             raise DataError(
                 f"line {number} of '{file}' has {len(columns)} columns, but each word is on a line with its tag, and "
-                f"all lines have {max(2, width)} columns: mend the line"
+                f"all lines have {max(2, width)} columns: correct the line"
             )
         else:
             words.append(columns)

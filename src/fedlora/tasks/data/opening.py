@@ -37,8 +37,8 @@ _NOT_TEXT = (
     (b"\x28\xb5\x2f\xfd", "is packed by zstd: unpack it"),
     (b"PAR1", "is a parquet file: end its name in .parquet"),
     (b"\xd0\xcf\x11\xe0", "is an old Excel file: save the sheet as csv"),
-    (b"\x89PNG", "is a picture: name a file of rows"),
-    (b"\xff\xd8\xff", "is a picture: name a file of rows"),
+    (b"\x89PNG", "is an image: name a file of rows"),
+    (b"\xff\xd8\xff", "is an image: name a file of rows"),
 )
 
 
@@ -56,7 +56,7 @@ def _encoding(name: str) -> str:
         "a".encode(name)
     except (LookupError, UnicodeError) as error:
         raise ConfigError(
-            f'data.encoding = {name!r} is no text encoding that Python has: use "utf-8", "latin-1", "cp1252" or another'
+            f'data.encoding = {name!r} is not a text encoding of Python: use "utf-8", "latin-1", "cp1252" or another'
         ) from error
     return name
 
@@ -95,7 +95,9 @@ def open_bytes(file: Path, reading: Reading) -> Iterator[IO[bytes]]:
     try:
         raw = file.open("rb")
     except OSError as error:
-        raise DataError(f"'{file}' cannot be read ({error.strerror or error}): mend the path or its rights") from error
+        raise DataError(
+            f"'{file}' cannot be read ({error.strerror or error}): correct the path or its rights"
+        ) from error
     with raw:
         if file.suffix.lower() != ".gz":
             yield raw
@@ -146,7 +148,7 @@ def _decoded(opened: IO[bytes], name: str, reading: Reading, newline: str | None
                 )
             if "\0" in line:
                 raise DataError(
-                    f"line {number} of '{name}' has a NUL character, but text has none: mend the file, or name its "
+                    f"line {number} of '{name}' has a NUL character, but text has none: correct the file, or name its "
                     'encoding, as in data.encoding = "utf-16-le"'
                 )
             yield line

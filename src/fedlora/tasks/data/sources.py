@@ -1,4 +1,4 @@
-"""Data sources: docstrings of the standard library, local files, the Hugging Face Hub, or Python objects."""
+"""Data sources: docstrings of the standard library and questions on them, files, the Hugging Face Hub, or objects."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from fedlora.core.component import MODEL_CONFIG, Field, Fraction, Positive, by_kind, dataclass
-from fedlora.core.errors import DataError, first_line
+from fedlora.core.component import MODEL_CONFIG, Count, Field, Fraction, Positive, by_kind, dataclass
+from fedlora.core.errors import ConfigError, DataError, first_line
 from fedlora.core.later import datasets
 from fedlora.core.slots import Slot
 from fedlora.core.state import named_seed
-from fedlora.tasks.data.columns import Raw, Source, rename
+from fedlora.tasks.data.columns import Raw, Source, capped, rename, values_of
 from fedlora.tasks.data.files import quiet, read_rows, saved_splits
 from fedlora.tasks.data.folders import picture_folders, read_folder
 from fedlora.tasks.data.opening import Delimiter, Encoding, Reading
@@ -81,6 +81,37 @@ class Docstrings(Source):
         columns = zip(("text", "label", "file"), zip(*kept, strict=True), strict=True)
         dataset = datasets.Dataset.from_dict({key: list(value) for key, value in columns}, features=features)
         return Raw(dataset, None, self.test_fraction, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
+class DocstringQuestions(Source):
+    """Questions on the running Python's standard library: which package has a docstring; the answer is its name.
+
+    Columns ``prompt``, ``answer`` and ``file``, for instruction tuning; the rows are those of ``docstrings``, shortened
+    to the first words of the first paragraph.
+
+    Args:
+        num_packages: number of different answers: the packages or modules with the most docstrings.
+        max_words: the most words of a docstring in a question.
+        test_fraction: share of test rows.
+        seed: seed of the hash that splits.
+    """
+
+    kind: Literal["docstring_questions"] = "docstring_questions"
+    num_packages: Annotated[int, Field(ge=2)] = 20
+    max_words: Count = 20
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+
+    def load(self) -> Raw:
+        rows = Docstrings(num_classes=self.num_packages).load().train
+        found: dict[str, tuple[str, str]] = {}
+        for text, label, file in zip(*(values_of(rows, name) for name in ("text", "label", "file")), strict=True):
+            words = text.partition("\n\n")[0].split()[: self.max_words]
+            found.setdefault(f"Which package says: {' '.join(words)}", (rows.features["label"].names[label], file))
+        answers, files = zip(*found.values(), strict=True)
+        columns = {"prompt": list(found), "answer": list(answers), "file": list(files)}
+        return Raw(datasets.Dataset.from_dict(columns), None, self.test_fraction, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -230,6 +261,13 @@ class Sites(Source):
     encoding: Encoding | None = None
     max_unpacked_gb: Positive | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_train is not None:
+            raise ConfigError(
+                f"data.max_train = {self.max_train} has no effect on rows that stay with sites: leave it out, and "
+                "shorten the files there"
+            )
+
     def load(self) -> Raw:
         rows = rename(read_rows(self.test, reading_of(self), "test"), self.columns, "test")
         return Raw(rows, rows, 0.5, 0)
@@ -251,7 +289,7 @@ class Validation(Source):
     """
 
     kind: Literal["validation"] = "validation"
-    source: Annotated[Docstrings | Files | Hub | ImageFolder | Rows, Field(discriminator="kind")]
+    source: Annotated[Docstrings | DocstringQuestions | Files | Hub | ImageFolder | Rows, Field(discriminator="kind")]
     share: Fraction = 0.1
     seed: int = 0
     hold_out: Literal["rows", "clients"] = "rows"
@@ -261,17 +299,21 @@ class Validation(Source):
         return self.source.adds
 
     def load(self) -> Raw:
-        raw = self.source.load()
+        raw = self.source.raw()
         if self.hold_out == "clients":  # they are known only once the rows are dealt
             return raw
         final = (raw.test_fraction, raw.seed) if raw.test is None else None
-        return Raw(raw.train, None, self.share, named_seed(self.seed, "validation"), final)
+        train = capped(raw.train, raw.max_train, raw.seed) if final is None else raw.train
+        seed = named_seed(self.seed, "validation")
+        return Raw(train, None, self.share, seed, final, raw.max_train, raw.max_test)
 
 
 if TYPE_CHECKING:
     AnySource = Source
 else:
-    AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Rows | Sites | Validation, Slot("data", Source)]
+    AnySource = Annotated[
+        Docstrings | DocstringQuestions | Files | Hub | ImageFolder | Rows | Sites | Validation, Slot("data", Source)
+    ]
 """Any source, discriminated by ``kind``."""
 
 

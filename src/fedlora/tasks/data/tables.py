@@ -145,7 +145,7 @@ class _Column:
     def _unfit(self) -> DataError:
         return DataError(
             f"column '{self._key}' of '{self._file}' has a number beyond 64 bits or half of a surrogate pair, which no "
-            "table can hold: write it as text, or mend it"
+            "table can hold: write it as text, or correct it"
         )
 
 
@@ -183,5 +183,6 @@ def _characters(row: Any, where: str, name: str) -> int:
             if isinstance(inner, list | dict)
         ]
     raise DataError(
-        f"{where} of '{name}' has more than {DEEPEST} lists or objects inside each other, which no row needs: mend it"
+        f"{where} of '{name}' has more than {DEEPEST} lists or objects inside each other, which no row needs: "
+        "correct it"
     )

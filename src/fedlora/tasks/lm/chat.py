@@ -33,7 +33,7 @@ def check_chat(tokenizer: Any, path: str) -> None:
         )
     if not tokenizer.is_fast:
         raise ConfigError(
-            f'the tokenizer of {path!r} does not say where its tokens lie in a text, which task.template = "chat" '
+            f'the tokenizer of {path!r} does not map its tokens to characters of a text, which task.template = "chat" '
             "needs: name a model with a tokenizer.json"
         )
 
@@ -173,8 +173,8 @@ def _spans(tokenizer: Any, conversation: Conversation, learn: Learn, where: str)
         if not (text.startswith(before) and text.startswith(after)):
             mend = 'set task.learn = "last"' if turn < turns[-1] else "use columns 'prompt' and 'answer' and a template"
             raise DataError(
-                f"the model's chat template writes the beginning of {where} otherwise once turn {turn} is there, so "
-                f"its answer cannot be told apart: {mend}"
+                f"the model's chat template renders the start of {where} differently once turn {turn} is added, "
+                f"so its answer cannot be located: {mend}"
             )
         spans.append((len(before), len(after)))
     return text, spans

@@ -124,8 +124,8 @@ def _joined(rows: Any) -> Any:
         last = [{"role": "assistant", "content": last}] if isinstance(last, str) else last
         if not isinstance(turns, list) or not isinstance(last, list):
             raise DataError(
-                f"row {row} has a prompt and an answer of which one is no list of messages, as those of other rows "
-                "are: write all rows alike"
+                f"row {row} has a prompt and an answer of which one is not a list of messages, as in other rows: "
+                "use one form in all rows"
             )
         found.append(json.dumps([*({**parsed(one), "weight": 0} for one in turns), *last]))
     left = [name for name in ("prompt", "answer") if name in rows.column_names]

@@ -174,7 +174,7 @@ class PreparedInstruction(PreparedNextToken):
         if settings.chat:
             check_chat(tokenizer, model.path)
         cut_to = f"max_length = {settings.max_length} tokens"
-        lacking = "no answer to learn" + (" (blank, or marked with weight 0)" if settings.chat else "")
+        lacking = "no answer to train on" + (" (blank, or marked with weight 0)" if settings.chat else "")
         super().__init__(settings, model, tokenizer, names, data, lacking=lacking, cut_to=cut_to)
         self.main_metric = "exact_match" if settings.generate else "accuracy"
         if settings.generate and "test" in data:
@@ -276,7 +276,7 @@ class PreparedInstruction(PreparedNextToken):
 
     def _exact_match(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> float:
         chosen, pattern = self._data[split].select(rows), self.settings.answer_pattern
-        prompts, wanted = self._asked(chosen)
+        prompts, wanted = self._prompts_and_answers(chosen)
         tokens = [self._prompt_tokens(prompt, f"{split} row {row}") for prompt, row in zip(prompts, rows, strict=True)]
         matches = [
             answer is not None and answer == extract(pattern, reference)
@@ -286,7 +286,7 @@ class PreparedInstruction(PreparedNextToken):
         ]
         return float(np.mean(matches))
 
-    def _asked(self, rows: Any) -> tuple[list[Any], list[str]]:
+    def _prompts_and_answers(self, rows: Any) -> tuple[list[Any], list[str]]:
         """The prompts of ``rows``, as text or conversations, and the expected answers."""
         if not self.settings.chat:
             return _prompts(rows, self.settings), values_of(rows, "answer")
@@ -295,12 +295,12 @@ class PreparedInstruction(PreparedNextToken):
         return asked, [one.messages[-1]["content"] for one in found]
 
     def _check_answers(self) -> None:
-        pattern, (_, wanted) = self.settings.answer_pattern, self._asked(self._data["test"])
+        pattern, (_, wanted) = self.settings.answer_pattern, self._prompts_and_answers(self._data["test"])
         blind = sum(extract(pattern, answer) is None for answer in wanted)
         if blind == len(wanted):
             raise DataError(
-                f"task.answer_pattern = {pattern!r} finds nothing in any of the {blind} test answers, so no answer "
-                "could ever match: give a pattern that fits them"
+                f"task.answer_pattern = {pattern!r} finds nothing in any of the {blind} test answers, so no "
+                "answer can match: give a pattern that fits them"
             )
         if blind:
             self._notes += (

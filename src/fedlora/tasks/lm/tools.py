@@ -34,11 +34,11 @@ def fitted(template: object, messages: Sequence[Message]) -> list[Message]:
             message["content"] = "\n".join(filter(None, (message["content"], calls)))
         is_tool = message["role"] == "tool" and not has_tool
         if is_tool:
-            told = _tagged("tool_response", message["content"])
+            response = _tagged("tool_response", message["content"])
             if follows:
-                result[-1]["content"] += f"\n{told}"
+                result[-1]["content"] += f"\n{response}"
                 continue
-            message = {"role": "user", "content": told}
+            message = {"role": "user", "content": response}
         follows = is_tool
         result.append(message)
     return result

@@ -49,7 +49,7 @@ def read_messages(value: Any, where: str) -> list[Message]:
     turns = [parsed(one) for one in found] if isinstance(found, list) else []
     if not turns or not all(isinstance(one, dict) for one in turns):
         raise DataError(
-            f"{where} is no conversation: 'messages' should be {_FORM}, but it is {shown(found)}: mend the row"
+            f"{where} is not a conversation: 'messages' should be {_FORM}, but it is {shown(found)}: correct the row"
         )
     named = [(one, _entries(one, f"turn {number} of {where}")) for number, one in enumerate(turns)]
     unknown = [one for one in dict.fromkeys(one[names[0]] for one, names in named) if one not in ROLES]
@@ -118,7 +118,7 @@ def _text(content: Any, where: str) -> str:
         content = [content]
     if not isinstance(content, list):
         raise DataError(
-            f"{where} has the content {shown(content)}, but it should be text or a list of parts with text: mend it"
+            f"{where} has the content {shown(content)}, but it should be text or a list of parts with text: correct it"
         )
     return "".join(_part(part, where) for part in content)
 
@@ -142,7 +142,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     own = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(own, dict) or not isinstance(own.get("name"), str):
         raise DataError(
-            f"{where} calls a tool by {shown(call)}, but a call should be an object with name and arguments: mend it"
+            f"{where} calls a tool by {shown(call)}, but a call should be an object with name and arguments: correct it"
         )
     arguments = parsed(own.get("arguments", own.get("parameters", {})))
     beside = {key: one for key, one in call.items() if key in ("id", "index")}

@@ -15,7 +15,7 @@ from torch.nn import functional
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.later import transformers
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import check_rows, check_texts, fingerprint, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Ragged, by_length, cached, chunks
@@ -64,8 +64,9 @@ class QuestionAnswering(TokenizedTask):
     def __post_init__(self) -> None:
         if self.null_threshold and not self.no_answer:
             raise ConfigError(
-                f"task.null_threshold = {self.null_threshold:g} decides whether there is an answer, but every question "
-                "is said to have one: set task.no_answer = true, or leave null_threshold out"
+                f"task.null_threshold = {self.null_threshold:g} decides whether there is an answer, but every "
+                "question has one by task.no_answer = false: set task.no_answer = true, or leave null_threshold "
+                "out"
             )
 
     def content(self, rows: Any) -> str:
@@ -121,12 +122,13 @@ class PreparedQuestions(PreparedTokenized):
     def sequences(self) -> list[Ragged]:
         return [passages.tokens for passages in self._passages.values()]
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         renamed = _renamed_backbone(self._model)
         # the two outputs, for start and end, are called labels in a configuration
         settings = {"num_labels": 2, "key_mapping": renamed} if renamed else {"num_labels": 2}
-        longest = self.longest()
-        model, head = load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
+        model, head = load_pretrained(
+            self.auto_class, self._model, seed, device, settings, longest=self.longest(), compute=compute
+        )
         if renamed:
             # else `transformers` would save the model under the old names, and not find them when it loads it
             used: Any = getattr(model, "_weight_conversions", None) or []
@@ -134,12 +136,13 @@ class PreparedQuestions(PreparedTokenized):
             model._weight_conversions = kept
         return model, head
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``: all windows of the examples, one after the other."""
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
+        """See ``PreparedTokenized.host_batch``: all windows of the examples, one after the other."""
         chosen = self._passages[split].rows(rows)
         batch = self._inputs(self._passages[split], chosen)
-        batch |= {name: torch.from_numpy(self._targets[split][chosen, side]) for side, name in enumerate(POSITIONS)}
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch | {
+            name: torch.from_numpy(self._targets[split][chosen, side]) for side, name in enumerate(POSITIONS)
+        }
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: the mean of ``span_losses`` over windows.
@@ -149,7 +152,7 @@ class PreparedQuestions(PreparedTokenized):
         losses = []
         for part in by_length(batch):
             start, end = _outputs(model, part)
-            losses.append(span_losses(start, end, part["attention_mask"], *(part[name] for name in POSITIONS)))
+            losses.append(span_losses(start, end, part.get("attention_mask"), *(part[name] for name in POSITIONS)))
         return torch.cat(losses).mean()
 
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
@@ -224,7 +227,7 @@ class PreparedQuestions(PreparedTokenized):
         ]
 
 
-def span_losses(start: Tensor, end: Tensor, mask: Tensor, first: Tensor, last: Tensor) -> Tensor:
+def span_losses(start: Tensor, end: Tensor, mask: Tensor | None, first: Tensor, last: Tensor) -> Tensor:
     """The mean of the cross entropies of start and end, for each window.
 
     ``(-log softmax(start)[first] - log softmax(end)[last]) / 2`` (Devlin et al., BERT, arXiv 1810.04805, section 4.2),
@@ -233,7 +236,7 @@ def span_losses(start: Tensor, end: Tensor, mask: Tensor, first: Tensor, last: T
     Args:
         start: ``(windows, width)`` outputs.
         end: ``(windows, width)`` outputs.
-        mask: ``(windows, width)``; zero for padding.
+        mask: ``(windows, width)``; zero for padding. None if there is none.
         first: ``(windows,)`` int64, the token at which the answer starts.
         last: ``(windows,)`` int64, the token at which it ends.
 
@@ -241,7 +244,11 @@ def span_losses(start: Tensor, end: Tensor, mask: Tensor, first: Tensor, last: T
         ``(windows,)`` float32.
     """
     at_start, at_end = (
-        functional.cross_entropy(logits.float().masked_fill(mask == 0, -torch.inf), wanted, reduction="none")
+        functional.cross_entropy(
+            logits.float() if mask is None else logits.float().masked_fill(mask == 0, -torch.inf),
+            wanted,
+            reduction="none",
+        )
         for logits, wanted in ((start, first), (end, last))
     )
     return (at_start + at_end) / 2

@@ -13,8 +13,8 @@ _AS = {"L": "E", "U": "S", "M": "I"}
 _LAST = {"E": "BIOES", "S": "BIOES", "L": "BILOU", "U": "BILOU", "M": "BMES"}
 
 FORM = (
-    "a tag of entities is O, or B-type, I-type and so on in IOB1, IOB2, IOE, BIOES, BMES or BILOU: mend the tag; for "
-    'tags that mark no entities, such as parts of speech, set task.scheme = "plain", which scores single words'
+    "a tag of entities is O, or B-type, I-type and so on in IOB1, IOB2, IOE, BIOES, BMES or BILOU: correct the tag; "
+    'for tags that mark no entities, such as parts of speech, set task.scheme = "plain", which scores single words'
 )
 """What a tag may be, for messages."""
 

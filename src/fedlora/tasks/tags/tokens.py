@@ -16,11 +16,13 @@ from torch.nn import functional
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, TrainingError, shown
 from fedlora.core.later import datasets, seqeval
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import Source, Splits, check_rows, class_names, fingerprint, split, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
 from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.models.staged import LEARNT, learnt_places
+from fedlora.tasks.scores import ONE_CLASS
 from fedlora.tasks.tags.schemes import FORM, OUTSIDE, entity_tag, is_tag, mixed, scheme_of
 from fedlora.tasks.tags.words import Windows, cut
 
@@ -29,7 +31,7 @@ MASKED = -100
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _PLAIN = re.compile(r".+")
-_UNLABELLED = "no word of these examples makes a piece of the tokenizer, so nothing can be learnt or scored: "
+_UNLABELLED = "no word of these examples gets a token, so nothing can be learnt or scored: "
 _UNLABELLED += "check the column 'tokens', or use larger batches"
 
 
@@ -65,19 +67,19 @@ class TokenClassification(TokenizedTask):
         if len(set(self.tag_names)) < len(self.tag_names):
             twice = next(name for name in self.tag_names if self.tag_names.count(name) > 1)
             raise ConfigError(f"task.tag_names has {twice!r} twice, but each tag has one name: remove one of them")
-        wrong = self._wrong(self.tag_names, "task.tag_names has")
+        wrong = self._invalid_tag(self.tag_names, "task.tag_names has")
         if wrong:
             raise ConfigError(wrong)
 
     def read(self, source: Source) -> tuple[Splits, list[str]]:
         """See ``TokenizedTask.read``: the tags' names are ``O``, then the others sorted."""
-        raw = source.load()
+        raw = source.raw()
         train = self._tags(raw.train, "training")
         declared = class_names(raw.train, "tags")
         if declared and self.tag_names and set(declared) != set(self.tag_names):
             raise DataError("the training rows declare other tags than task.tag_names: remove task.tag_names")
         known = self.tag_names or declared or {tag for tags in train for tag in tags}
-        wrong = self._wrong(known, "the training rows declare")
+        wrong = self._invalid_tag(known, "the training rows declare")
         if wrong:
             raise DataError(wrong)
         names = [OUTSIDE, *sorted(set(known) - {OUTSIDE})]
@@ -100,12 +102,12 @@ class TokenClassification(TokenizedTask):
             return name if name == OUTSIDE else f"B-{name}"
         return entity_tag(name)
 
-    def _wrong(self, names: Iterable[str], whose: str) -> str | None:
+    def _invalid_tag(self, names: Iterable[str], whose: str) -> str | None:
         names = list(names)
         if self.scheme == "plain":
             return next(
                 (
-                    f"{whose} the tag {name!r}, but a tag is a word on one line: mend the tag"
+                    f"{whose} the tag {name!r}, but a tag is a word on one line: correct the tag"
                     for name in names
                     if not _PLAIN.fullmatch(name)
                 ),
@@ -126,27 +128,27 @@ class TokenClassification(TokenizedTask):
             where = f"row {row} of the {which} rows"
             if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
                 raise DataError(
-                    f"{where} has {shown(words)} for 'tokens', but it must be a list of one or more words: mend or "
-                    "remove the row, and use json or parquet, which have lists"
+                    f"{where} has {shown(words)} for 'tokens', but it must be a list of one or more words: "
+                    "correct or remove the row, and use json or parquet, which have lists"
                 )
             if not isinstance(tags, list) or len(tags) != len(words):
                 has = f"{len(tags)} tags" if isinstance(tags, list) else f"{shown(tags)} for 'tags'"
-                raise DataError(f"{where} has {len(words)} words and {has}, but each word needs a tag: mend the row")
+                raise DataError(f"{where} has {len(words)} words and {has}, but each word needs a tag: correct the row")
             found.append([self._name(tag, names, where) for tag in tags])
         return found
 
     def _name(self, tag: Any, names: Sequence[str], where: str) -> str:
         if isinstance(tag, str):
-            wrong = self._wrong([tag], f"{where} has")
+            wrong = self._invalid_tag([tag], f"{where} has")
             if wrong:
                 raise DataError(wrong)
             return tag
         if not isinstance(tag, int) or isinstance(tag, bool) or (names and not 0 <= tag < len(names)):
             known = f"a number from 0 to {len(names) - 1}" if names else "a word"
-            raise DataError(f"{where} has the tag {shown(tag, 40)}, but a tag is {known}: mend the row")
+            raise DataError(f"{where} has the tag {shown(tag, 40)}, but a tag is {known}: correct the row")
         if not names:
             raise DataError(
-                f"{where} has the tag {tag}, but nothing says what it stands for: name the tags in their order in "
+                f"{where} has the tag {tag}, but the numbers have no names: name the tags in their order in "
                 "task.tag_names"
             )
         return names[tag]
@@ -174,7 +176,7 @@ class PreparedTokens(PreparedTokenized):
     ) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ConfigError(
-                f"the tokenizer of {model.path!r} cannot say which word a piece is of, which tags need: choose a model "
+                f"the tokenizer of {model.path!r} does not map tokens to words, which tags need: choose a model "
                 "whose folder has tokenizer.json"
             )
         super().__init__(settings, model, tokenizer, names, data)
@@ -209,28 +211,37 @@ class PreparedTokens(PreparedTokenized):
     def sequences(self) -> list[Ragged]:
         return [windows.tokens for windows in self._windows.values()]
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         settings = class_settings(self._names)
-        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=self.longest())
+        longest = self.longest()
+        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest, compute=compute)
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``: all windows of the examples; ``labels`` are ``(windows, width)``, -100 is masked."""
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
+        """See ``PreparedTokenized.host_batch``: all windows of the examples.
+
+        ``labels`` are ``(windows, width)``; -100 is masked.
+        """
         windows = self._windows[split]
         batch, places = self._inputs(windows, windows.of(rows))
         batch["labels"] = torch.from_numpy(np.where(places >= 0, windows.tags.values[places], MASKED))
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch
+
+    def for_device(self, batch: Batch) -> Batch:
+        scored = (batch["labels"] != MASKED).flatten().nonzero().flatten()
+        return super().for_device(batch) | {LEARNT: scored}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: the mean cross entropy over all words of the batch.
 
         On a CPU the windows go through the model in groups of like length.
         """
-        if not bool((batch["labels"] != MASKED).any()):
+        if not (len(batch[LEARNT]) if LEARNT in batch else bool((batch["labels"] != MASKED).any())):
             raise TrainingError(_UNLABELLED)
         logits, labels = [], []
         for part in by_length(batch):
-            kept = part["labels"] != MASKED
-            found = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
+            places = learnt_places(part, part["labels"].shape[1])
+            kept: Any = part["labels"] != MASKED if places is None else places
+            found = model(input_ids=part["input_ids"], attention_mask=part.get("attention_mask")).logits
             logits.append(found[kept].float())
             labels.append(part["labels"][kept])
         return functional.cross_entropy(torch.cat(logits), torch.cat(labels))
@@ -327,14 +338,12 @@ class PreparedTokens(PreparedTokenized):
         sentences = []
         if len(np.unique(found[places])) == 1 and (wanted[places] != found[places]).any():
             sentences.append(
-                f"the model predicts one class only, {self._names[int(found[places[0]])]!r}, for all {len(places)} "
+                f"{ONE_CLASS}, {self._names[int(found[places[0]])]!r}, for all {len(places)} "
                 f"words, but {int((wanted[words] > 0).sum())} are of entities: it has learnt nothing useful"
             )
         lost = int((wanted[np.setdiff1d(words, places)] > 0).sum())
         if lost:
-            sentences.append(
-                f"{lost} words of entities make no piece of the tokenizer: they count as predicted {OUTSIDE!r}"
-            )
+            sentences.append(f"{lost} words of entities get no token: they count as predicted {OUTSIDE!r}")
         return sentences
 
     def _frequent(self, tags: Ragged) -> Positions:
@@ -371,8 +380,9 @@ def _numbered(rows: Any, tags: list[list[str]], names: Sequence[str], which: str
         for tag in found:
             if tag not in known:
                 raise DataError(
-                    f"row {row} of the {which} rows has the tag {tag!r}, but the model knows {', '.join(names[:20])} "
-                    "alone: mend the row, add training rows with the tag, or name every tag in task.tag_names"
+                    f"row {row} of the {which} rows has the tag {tag!r}, but the model has only "
+                    f"{', '.join(names[:20])}: correct the row, add training rows with the tag, or name every "
+                    "tag in task.tag_names"
                 )
     numbers = [[known[tag] for tag in found] for found in tags]
     feature = datasets.List(datasets.ClassLabel(names=list(names)))
