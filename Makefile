@@ -8,7 +8,7 @@ OLDER := typer|rich|protobuf
 # threads that spin while they wait starve each other on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo demo-llm test docs coverage slow check flower format bench fuzz clean
+.PHONY: help demo demo-llm test docs coverage slow check flower format bench gpu fuzz clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -65,6 +65,11 @@ format: $(STAMP)  ## put the formatting right
 
 bench: $(STAMP)  ## measure speed and memory against plain references
 	$(BIN)/python -m benchmarks.run --out benchmarks/out
+
+GPU_PYTHON ?= $(BIN)/python
+gpu:  ## on a machine with a GPU: the tests of the mark gpu, and benchmarks/gpu.py in under eight minutes; GPU_PYTHON=python3 names the Python
+	PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu
+	PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 SECONDS ?= 600
 fuzz: $(STAMP)  ## search for messages that decoding does not refuse as it should; SECONDS=600 says for how long

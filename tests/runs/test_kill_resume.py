@@ -131,7 +131,7 @@ def test_a_run_killed_in_both_phases_ends_as_if_nothing_had_happened(
     process = start(arguments, tmp_path / "output")
     process.join()
     assert process.exitcode == 0
-    assert "going on after round" in (tmp_path / "output").read_text()
+    assert "resuming after round" in (tmp_path / "output").read_text()
     assert_same(folder, whole)
     assert contents(folder).keys() == contents(whole.folder).keys()
 
@@ -145,7 +145,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run_toml: Path, tmp_p
     process.join()
     assert process.exitcode == 130
     said = (tmp_path / "output").read_text()
-    assert f"stopped; every finished round is saved. Go on with: fedlora run '{folder}'" in said
+    assert f"stopped; every finished round is saved. Resume with: fedlora run '{folder}'" in said
     assert "Traceback" not in said
     process = start(["run", str(folder)], tmp_path / "output")
     process.join()
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(world: Path,
     newest = sorted((stopped / "checkpoints").iterdir())[-1]
     file = newest / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="remove that folder to go on from the one before it"):
+    with pytest.raises(CheckpointError, match="remove that folder to resume from the one before it"):
         fedlora.run(experiment(world), stopped)
     shutil.rmtree(newest)
     assert fedlora.run(experiment(world), stopped).rounds == 3
@@ -370,6 +370,6 @@ def test_an_unfinished_run_of_before_is_refused_and_a_finished_one_is_read(
     fedlora.run(chosen, tmp_path / "begun", until=1)
     after = fedlora.run(chosen, tmp_path / "done").after
     monkeypatch.setattr(session, "can_go_on", lambda folder: False)
-    with pytest.raises(CheckpointError, match="begun by an older version of fedlora, and cannot go on with this one"):
+    with pytest.raises(CheckpointError, match="started by an older version of fedlora, and this one cannot resume it"):
         fedlora.run(chosen, tmp_path / "begun")
     assert fedlora.run(chosen, tmp_path / "done").after == after

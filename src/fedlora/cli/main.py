@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 from typing import Annotated
@@ -42,11 +44,20 @@ for group in (begin, plan, train, compare, study, use, federation):
     group.add_to(app)
 
 
+def _print_any_text() -> None:
+    """Lets both streams take any text: in the locale C as UTF-8, elsewhere escaped where the encoding lacks it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            encoding = "utf-8" if codecs.lookup(stream.encoding).name == "ascii" else stream.encoding
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
 def main() -> None:
     """Runs the command line: exit code 2 for errors the user can fix, 1 for internal errors, 130 after Ctrl-C."""
     # threads that spin while waiting starve each other when several processes share the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
+    _print_any_text()
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="fedlora")
     except FedloraError as error:
@@ -60,8 +71,8 @@ def main() -> None:
         if debug:
             raise
         ERR.print(
-            f"fedlora failed, and that is a fault of fedlora ({type(error).__name__}: {error}); "
-            "run the command again with --debug and report what it prints",
+            f"fedlora failed because of a bug in fedlora ({type(error).__name__}: {error}); run the command "
+            "again with --debug and report its output",
             style="red",
             markup=False,
             soft_wrap=True,

@@ -73,7 +73,7 @@ def demo(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the run folders go: runs/demo or runs/demo-llm; goes on where they hold checkpoints."),
+        typer.Option(help="Where the run folders go: runs/demo or runs/demo-llm; resumes where they hold checkpoints."),
     ] = None,
     set_: Overrides = None,
     format_: AsFormat = Format.table,
@@ -90,8 +90,8 @@ def demo(
     ERR.print(chosen.about, highlight=False)
     # invalid configurations are rejected before anything is trained
     experiments = {method: parse(configuration(chosen, method, set_ or [])) for method in chosen.methods}
-    setting = prepare(experiments["lora"])
-    results = [_run(experiment, out / method, setting=setting) for method, experiment in experiments.items()]
+    data = prepare(experiments["lora"])
+    results = [_run(experiment, out / method, data=data) for method, experiment in experiments.items()]
     rows = comparison([as_dict(result) for result in results])
     show(format_, rows, comparison_table(rows))
     if format_ is Format.table:
@@ -106,7 +106,7 @@ def _run(
     experiment: Experiment,
     folder: Path | None,
     tracks: list[str] | None = None,
-    setting: FederatedData | None = None,
+    data: FederatedData | None = None,
     engine: str = "serial",
     workers: int | None = None,
 ) -> Result:
@@ -126,5 +126,5 @@ def _run(
 
         return simulate(experiment, folder, callbacks=callbacks)
     return run_experiment(
-        experiment, folder, callbacks=callbacks, setting=setting, engine=None if engine == "serial" else chosen
+        experiment, folder, callbacks=callbacks, data=data, engine=None if engine == "serial" else chosen
     )

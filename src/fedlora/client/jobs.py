@@ -74,6 +74,7 @@ class Reply(NamedTuple):
         delivered: whether the client is known to have received the job.
         failed: whether there is no valid result because training failed.
         size: bytes of a reply that could not be read.
+        unmoved: the groups of parameters that its steps did not change at all.
     """
 
     raw: bytes | None
@@ -83,3 +84,4 @@ class Reply(NamedTuple):
     delivered: bool = True
     failed: bool = False
     size: int = 0
+    unmoved: tuple[str, ...] = ()

@@ -122,13 +122,18 @@ def _take_steps(
     masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
     penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
 
+    # in the order in which `gradients` passes them
+    ahead = task.batches([part for chosen in batches for part in source.passes(chosen)], device)
+
     def loss_of(chosen: Positions) -> Tensor:
         with workspace.autocast(local.compute):
-            return task.loss(model, task.batch(chosen, device))
+            return task.loss(model, next(ahead))
 
     losses = []
-    with torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
-        torch.manual_seed(named_seed(job.seed, "dropout"))
+    with workspace.kernels(), torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
+        # torch.manual_seed() formats a stack trace for each kind of accelerator that is absent
+        seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+        seed(named_seed(job.seed, "dropout"))
         for chosen in batches:
             if time.perf_counter() > ready.deadline:
                 raise TimeoutError
@@ -178,16 +183,22 @@ def training_mode(model: nn.Module, dropout: bool) -> Iterator[None]:
         yield
 
 
-def check_trained(ready: Ready, trained: LocalResult, delta: Tree) -> None:
+def check_trained(ready: Ready, trained: LocalResult, delta: Tree) -> tuple[str, ...]:
     """Refuses results that no training of at least one step can correctly produce.
+
+    A first gradient may be zero: that of an adapter under a head of zeros. So what did not move is returned, and the
+    server refuses a round in which it moved for no client.
 
     Args:
         ready: the turn before training.
         trained: the result of training.
         delta: the change of the trained parameters.
 
+    Returns:
+        The groups that did not change at all.
+
     Raises:
-        TrainingError: a value is not finite, or the adapter or the head did not change at all.
+        TrainingError: a value is not finite.
     """
     job = ready.job
     if not math.isfinite(trained.loss):
@@ -200,12 +211,8 @@ def check_trained(ready: Ready, trained: LocalResult, delta: Tree) -> None:
             f"client {job.client} trained to values that are not finite; lower local.optimizer.lr, or set "
             "local.clip_norm"
         )
-    for group, part in ready.schema.split(delta).items():
-        if not any(bool(value.any()) for value in part.values()):
-            raise TrainingError(
-                f"client {job.client} took {trained.steps} steps and its {group} did not move; nothing would be "
-                "learnt: check the targets, the learning rate and the number of labelled examples"
-            )
+    parts = ready.schema.split(delta).items()
+    return tuple(group for group, part in parts if not any(bool(value.any()) for value in part.values()))
 
 
 def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]) -> Tree:

@@ -35,7 +35,7 @@ def run_job(job: Job, workspace: Workspace, rows: Positions, seconds: float = ma
 
     Raises:
         WireError: the payload is not what the recipe expects.
-        TrainingError: the loss or the update is not finite, or the adapter did not move.
+        TrainingError: the loss or the update is not finite.
     """
     ready = open_turn(job, workspace, rows, time.perf_counter() + seconds)
     (trained,) = train(workspace, [ready])
@@ -78,14 +78,14 @@ def close_turn(ready: Ready, trained: LocalResult) -> Reply:
         trained: the result of ``train``.
 
     Raises:
-        TrainingError: the loss or the update is not finite, or the adapter did not move.
+        TrainingError: the loss or the update is not finite.
     """
     clock = time.perf_counter() - trained.seconds
     job, recipe, schema = ready.job, ready.job.recipe, ready.schema.sent()
     memory = _remembered(ready, schema)
     if trained.delta is None:
         return Reply(None, memory, trained.seconds)
-    changed = _checked(ready, trained, trained.delta)
+    changed, unmoved = _checked(ready, trained, trained.delta)
     personal = {name: ready.start[name] + changed[name] for name in ready.schema.personal}
     delta = {name: changed[name] for name in schema}
     delta = recipe.up.with_lost(delta, job.memory.parts.tree("residual", "lost"))
@@ -102,16 +102,17 @@ def close_turn(ready: Ready, trained: LocalResult) -> Reply:
         "personal": Store({"values": personal if memory.has_setup else {}}),
     }
     memory = replace(memory, parts=memory.parts.having(stores))
-    return Reply(packet.raw, memory, time.perf_counter() - clock)
+    return Reply(packet.raw, memory, time.perf_counter() - clock, unmoved=unmoved)
 
 
-def _checked(ready: Ready, trained: LocalResult, delta: Tree) -> Tree:
-    """``delta``, or zeros if it is not finite and that must not be disclosed: a failure must not leak either."""
+def _checked(ready: Ready, trained: LocalResult, delta: Tree) -> tuple[Tree, tuple[str, ...]]:
+    """``delta``, or zeros if it is not finite and that must not be disclosed: a failure must not leak either.
+
+    Also the groups that did not move, under the same condition.
+    """
     if not disclosure_of(ready.job.recipe).failures:
-        return delta if tree.is_finite(delta) else tree.zeros_like(delta)
-    if trained.steps:
-        check_trained(ready, trained, delta)
-    return delta
+        return (delta if tree.is_finite(delta) else tree.zeros_like(delta)), ()
+    return delta, check_trained(ready, trained, delta) if trained.steps else ()
 
 
 def _remembered(ready: Ready, schema: Schema) -> ClientState:
@@ -135,7 +136,9 @@ def _received(job: Job, workspace: Workspace) -> Tree:
     if reference == "last_round":
         held = job.memory.parts.tree("down", "held")
         if not held:
-            raise WireError("The message tells what changed since the last round, and this client remembers none.")
+            raise WireError(
+                "The message is a difference from the last round, and this client has no state of that round."
+            )
         return tree.add(held, sent)
     return sent
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from fedlora.config.experiment import Experiment, parse
 from fedlora.config.keys import TOP, check_key
+from fedlora.config.places import root_of
 from fedlora.core.errors import ConfigError
 
 _DEFAULT = Experiment()
@@ -40,6 +42,8 @@ def document_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
     if not file.exists():
         raise ConfigError(f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from")
     document = read_toml(file)
+    if "root" not in document and (root := root_of(document, file.parent)):
+        document["root"] = root
     for assignment in overrides:
         override(document, assignment)
     return document
@@ -52,11 +56,28 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it is not valid TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+        return tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: it is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}{_backslash(text, error)}") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"{path} is not TOML that can be read: its lists or tables lie too deep in each other"
+        ) from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a TOML file there is") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); name an existing TOML file") from error
+
+
+def _backslash(text: str, error: tomllib.TOMLDecodeError) -> str:
+    """How to write a path with backslashes, if the line of an error may have one."""
+    found = re.search(r"at line (\d+)", str(error))
+    line = text.splitlines()[int(found[1]) - 1] if found and int(found[1]) <= len(text.splitlines()) else ""
+    path = re.search(r'"([^"]*\\[^"]*)"', line)
+    if not path:
+        return ""
+    return f"; in double quotes a backslash begins an escape: write '{path[1]}' in single quotes, or / for \\"
 
 
 def override(document: dict[str, Any], assignment: str) -> None:

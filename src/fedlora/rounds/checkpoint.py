@@ -86,7 +86,7 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
     except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be read ({type(error).__name__}: {error}); "
-            "remove that folder to go on from the one before it"
+            "remove that folder to resume from the one before it"
         ) from error
     return state, document["facts"]
 

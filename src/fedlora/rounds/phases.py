@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fedlora.client.workspace import Workspace, setup_parts
 from fedlora.core.state import PhaseHandover, ServerState, named_seed
 from fedlora.recipe import Recipe
 from fedlora.transport import wire
 from fedlora.transport.precision import Float32
+from fedlora.tuning.warm_start import read_adapter
 
 
 def open_phase(
-    workspace: Workspace, phase: int, recipe: Recipe, seed: int, rounds_done: int, carry: PhaseHandover | None
+    workspace: Workspace,
+    phase: int,
+    recipe: Recipe,
+    seed: int,
+    rounds_done: int,
+    carry: PhaseHandover | None,
+    adapter: str | None = None,
 ) -> tuple[ServerState, dict[str, float]]:
     """Starts a phase: the server initialises the parameters and packs the setup message for clients.
 
@@ -21,25 +30,29 @@ def open_phase(
         seed: seed of the run.
         rounds_done: rounds finished in earlier phases.
         carry: the result of the previous phase.
+        adapter: the folder of an adapter to start from; the initial values that links refer to stay as they were.
 
     Returns:
         The state before the phase's first round, and the figures of the start.
     """
     installed = workspace.open(phase, recipe)
     start = recipe.tuning.start(installed, named_seed(seed, "start", phase), carry)
+    params = start.params
+    if adapter is not None:
+        params = params | read_adapter(Path(adapter), recipe.tuning, installed, params)
     parts = setup_parts(recipe, installed, start)
     # if everything but the head's start is redrawn from a seed, the head's start is sent in the head's precision
     head = installed.schema.names("head")
     coarse = wire.Form(recipe.down.at(0).head_precision or Float32(), named_seed(seed, "init", phase))
     forms = {"init": coarse} if set(parts.get("init", {})) <= head else {}
     packet = wire.pack(parts, forms) if parts else wire.Packet(b"", {}, {}, {})
-    told = packet.trees.get("init", {}) if forms else {}
+    delivered = packet.trees.get("init", {}) if forms else {}
     workspace.apply_setup(phase, recipe, packet.raw)
     state = ServerState(
         phase=phase,
         round=rounds_done,
-        params=start.params,
-        init=start.params | told,
+        params=params,
+        init=start.params | delivered,
         schema=installed.schema,
         setup=packet.raw,
         setup_bytes=packet.sizes,

@@ -84,7 +84,7 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
 
     Raises:
         QuorumError: see ``Uplink.check_quorum``.
-        TrainingError: the aggregator received too few updates.
+        TrainingError: the aggregator received too few updates, or no client's training moved anything.
         DivergedError: see ``check_state``.
     """
     schema, store = state.schema.sent(), state.parts.store("aggregator")
@@ -94,6 +94,7 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
         accumulator.add(update)
     check_state(state, uplink)
     uplink.check_quorum()
+    uplink.check_moved()
     if uplink.counted or (uplink.answers and disclosure_of(recipe).absence):
         return accumulator.finish()
     return Change(tree.zeros_like(params), Fold(), store)

@@ -26,18 +26,19 @@ TRIES, PAUSE = 5, 0.1
 _RECORD = re.compile(r"process \d{1,20} on [\w.-]{1,100} since [\d-]{10} [\d:]{8} [+-]\d{4}", re.ASCII)
 
 
-def look(files: RunFolder, experiment: Experiment) -> None:
+def look(files: RunFolder, experiment: Experiment, extend: bool = True) -> None:
     """Checks in advance for what ``claimed`` would reject after all preparations; writes nothing.
 
     Args:
         files: the folder, which may not exist yet.
         experiment: the experiment to run in it.
+        extend: whether a run in it may be extended, see ``RunFolder.check``.
 
     Raises:
         CheckpointError: it contains another experiment's run.
         ConfigError: it contains something else, or another process is training in it.
     """
-    files.check(experiment)
+    files.check(experiment, extend)
     try:
         handle = _open(files.path, 0)
     except OSError:  # usually there is none
@@ -51,7 +52,7 @@ def look(files: RunFolder, experiment: Experiment) -> None:
 
 @contextmanager
 def claimed(
-    files: RunFolder, experiment: Experiment, tell: Callable[[str], None] = lambda text: None
+    files: RunFolder, experiment: Experiment, tell: Callable[[str], None] = lambda text: None, extend: bool = True
 ) -> Iterator[None]:
     """Reserves the folder for the experiment and locks it against other processes until the end of the block.
 
@@ -63,6 +64,7 @@ def claimed(
         files: the folder, which may not exist yet.
         experiment: the experiment to run in it.
         tell: receives a sentence if the file system does not support locks.
+        extend: whether a run in it may be extended, see ``RunFolder.check``.
 
     Raises:
         CheckpointError: it contains another experiment's run.
@@ -74,7 +76,7 @@ def claimed(
         with _locked(files.path, tell):
             kept = set(files.path.iterdir())
             try:
-                files.claim(experiment)
+                files.claim(experiment, extend)
                 yield
             except BaseException:
                 if not files.begun:

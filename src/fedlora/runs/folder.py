@@ -12,11 +12,13 @@ from typing import Any
 
 from fedlora import config
 from fedlora.config import Experiment
+from fedlora.config.places import rooted
 from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.core.files import append, write_atomically
 from fedlora.core.state import ServerState
-from fedlora.rounds.checkpoint import load_state, save_state
+from fedlora.rounds.checkpoint import can_go_on, load_state, save_state
 from fedlora.rounds.ledger import RoundRecord
+from fedlora.runs import changes
 
 KEPT = 2
 """Number of checkpoints kept."""
@@ -49,8 +51,12 @@ class RunFolder:
         rows = any(file.stat().st_size for file in ledgers if file.exists())
         return rows or bool(self.checkpoints) or (self.path / "result.json").exists()
 
-    def check(self, experiment: Experiment) -> bool:
+    def check(self, experiment: Experiment, extend: bool = True) -> bool:
         """Whether the folder already belongs to this experiment (True) or is available for it (False).
+
+        Args:
+            experiment: the experiment.
+            extend: whether a run in it may go on with more rounds, other evaluations or another learning rate.
 
         Raises:
             CheckpointError: it contains another experiment's run.
@@ -72,12 +78,20 @@ class RunFolder:
             return True
         # a run that was killed before it started has nothing to lose
         if self.begun:
-            found = "; ".join(config.differences(config.resolved(held), config.resolved(experiment))[:4])
-            raise CheckpointError(
-                f"{self.path} holds a run of another configuration ({found}); choose another folder with --out, or "
-                "remove that one"
-            )
+            self._check_change(held, experiment, extend)
         return False
+
+    def _check_change(self, held: Experiment, experiment: Experiment, extend: bool) -> None:
+        reason = changes.refusal(held, experiment, self._position())
+        if reason is None and not (extend and all(map(can_go_on, self.checkpoints[-1:]))):
+            found = "; ".join(changes.changed_keys(held, experiment)[:4])
+            reason = f"({found}); choose another folder with --out, or remove that one"
+        if reason:
+            raise CheckpointError(f"{self.path} holds a run of another configuration {reason}")
+
+    def _position(self) -> changes.Position:
+        latest = self.latest()
+        return changes.Position(latest[0].phase, latest[0].steps, latest[0].round) if latest else changes.Position()
 
     def _check_empty(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -85,16 +99,40 @@ class RunFolder:
         if self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no run; choose another folder with --out")
 
-    def claim(self, experiment: Experiment) -> None:
+    def claim(self, experiment: Experiment, extend: bool = True) -> None:
         """Assigns the folder to this experiment, unless it already is.
+
+        A change of a run that began is recorded in ``changes.json``, and a run with more rounds is no finished one.
+
+        Args:
+            experiment: the experiment.
+            extend: see ``check``.
 
         Raises:
             CheckpointError: it contains another experiment's run.
             ConfigError: it contains something else.
             DataError: writing failed.
         """
-        if not self.check(experiment):
-            self.write("config.toml", config.to_toml(experiment))
+        if not self.check(experiment, extend):
+            if self.begun:
+                self._change(config.load(self.path / "config.toml"), experiment)
+            self.write("config.toml", config.to_toml(rooted(experiment, config.resolved(experiment))))
+
+    def _change(self, held: Experiment, experiment: Experiment) -> None:
+        at = self._position()
+        # in this order: what is left by a crash between two of them is the old run or the new one
+        self.write_json(changes.CHANGES, {"changes": changes.recorded(self.changes(), held, experiment, at)})
+        if experiment.rounds > at.round:
+            (self.path / "result.json").unlink(missing_ok=True)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """The changes of the configuration since the run began, each with ``round``, ``config`` and ``changes``.
+
+        Raises:
+            ConfigError: the record is damaged.
+        """
+        found = self.read_json(changes.CHANGES)["changes"] if (self.path / changes.CHANGES).exists() else []
+        return list(found)
 
     def write(self, name: str, text: str) -> None:
         """Writes or replaces a file of the folder atomically."""
@@ -119,7 +157,7 @@ class RunFolder:
             if not self.path.is_dir():
                 mend = "there is no such folder"
             elif (self.path / name).exists():
-                mend = f"its {name} is damaged; remove that file and give the command of the run again"
+                mend = f"its {name} is damaged; remove that file and run the same command again"
             elif (self.path / "config.toml").exists():
                 mend = f"it has no {name} yet; finish it with: fedlora run {self.path}"
             else:
@@ -142,7 +180,9 @@ class RunFolder:
             tuples = ("cohort", "late", "ranks", "warnings")
             return [RoundRecord(**{**row, **{key: tuple(row.get(key, ())) for key in tuples}}) for row in rows]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{file} is no ledger of this version ({error}); put the old file back") from error
+            raise CheckpointError(
+                f"{file} is not a ledger of this version ({error}); restore the original file"
+            ) from error
 
     def append(self, row: RoundRecord) -> None:
         """Appends a line to the ledger and flushes it to disk."""
@@ -189,5 +229,6 @@ def cannot_write(path: Path, error: Exception) -> DataError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     what = "the disk is full" if full else f"the disk refused ({getattr(error, 'strerror', None) or error})"
     return DataError(
-        f"{what} while writing to {path}; what was saved before is intact: make room and run the same command to go on"
+        f"{what} while writing to {path}; everything saved before is intact: free some space and run the same "
+        "command to resume"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -76,6 +77,10 @@ class PreparedLanguage(PreparedNextToken):
 
     settings: CausalLM
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"text"})
+
     def texts(self, split: Split) -> list[str]:
         return values_of(self._data[split], "text")
 
@@ -86,6 +91,7 @@ class PreparedLanguage(PreparedNextToken):
         if empty:
             raise DataError(f"the text {empty[0]!r} has no tokens to continue from: give one word at least")
         settings = self.settings
+        self.check_ids(np.array([token for prompt in prompts for token in prompt]))
         found = generation.generate(
             model, self.tokenizer, prompts, settings.max_new_tokens, settings.eval_batch_size, device
         )

@@ -89,7 +89,7 @@ def _convert(file: Path, folder: Path) -> None:
         ) from error
     # the weights are plain numbers now, and what is written must not claim otherwise
     del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 

@@ -1,0 +1,133 @@
+"""A start from an adapter that was trained before: a PEFT adapter, or that of a finished run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedlora.core.errors import ConfigError, first_line
+from fedlora.core.tree import Tree
+from fedlora.tuning.base import Installed, Tuning
+from fedlora.tuning.lora import LoRA, from_peft
+
+_SETTINGS, _TENSORS, _HEAD = "adapter_config.json", "adapter_model.safetensors", Path("2_Dense", "model.safetensors")
+
+
+def read_adapter(folder: Path, tuning: Tuning, installed: Installed, start: Tree) -> Tree:
+    """The initial values of trained parameters from an adapter of LoRA, whose function they compute at the start.
+
+    With another ``alpha / rank`` the factor ``B`` is rescaled. A smaller rank is filled up: further rows of ``A`` start
+    as ``init`` draws them, further columns of ``B`` at zero. A head with other outputs is left out.
+
+    Args:
+        folder: with ``adapter_config.json``, or the folder of a finished run.
+        tuning: the tuning of the first phase.
+        installed: the model it is installed in.
+        start: the values without the adapter.
+
+    Raises:
+        ConfigError: there is no such adapter, or its parameters have no place in the model.
+    """
+    if not isinstance(tuning, LoRA) or not tuning.zero_is_neutral:
+        raise ConfigError(
+            "init_from starts LoRA from an adapter, but the first phase trains something else, or starts from an SVD: "
+            "use `lora` with init = { kind = 'kaiming' }, or leave init_from out"
+        )
+    folder = _adapter_folder(folder.expanduser())
+    settings, tensors = _settings(folder), _tensors(folder)
+    values: Tree = {}
+    for key, value in tensors.items():
+        name = _place(key, start)
+        if name is None:
+            raise ConfigError(
+                f"{folder} holds {key}, which this run does not train: give method.targets the modules of the adapter, "
+                "or set model.path to the model that it was trained on"
+            )
+        if installed.schema[name].factor == "B":
+            value = value * (_scale(settings, value.shape[1]) / tuning.scale)
+        values[name] = value
+    if not any(installed.schema[name].factor for name in values):
+        raise ConfigError(f"{folder} holds no factors of LoRA, so there is nothing to start from: name another adapter")
+    fitted = {name: _fitted(name, value, start[name], installed, folder) for name, value in values.items()}
+    return {name: value for name, value in fitted.items() if value is not None}
+
+
+def _adapter_folder(folder: Path) -> Path:
+    for one in (folder, folder / "adapter"):
+        if (one / _SETTINGS).is_file():
+            return one
+    if (folder / "model").is_dir():
+        raise ConfigError(
+            f"init_from = '{folder}' is a run that exported a whole model: set model.path to {folder / 'model'} instead"
+        )
+    what = "there is no such folder" if not folder.is_dir() else f"it has no {_SETTINGS}, and no finished run's adapter"
+    raise ConfigError(
+        f"init_from = '{folder}' cannot be read: {what}; name the folder of an adapter or of a finished run"
+    )
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads((folder / _SETTINGS).read_text("utf-8"))
+        kind, plain = settings.get("peft_type"), not settings.get("use_dora") and not settings.get("alpha_pattern")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{folder / _SETTINGS} cannot be read ({first_line(error)}): fetch it again") from error
+    if kind != "LORA" or not plain:
+        raise ConfigError(
+            f"{folder} holds an adapter of the kind {kind}{'' if plain else ' with DoRA or an alpha_pattern'}, but "
+            "init_from reads plain LoRA: name another adapter"
+        )
+    return dict(settings)
+
+
+def _tensors(folder: Path) -> Tree:
+    try:
+        tensors = from_peft(load_file(folder / _TENSORS))
+        head = load_file(folder / _HEAD) if (folder / _HEAD).is_file() else {}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{folder / _TENSORS} cannot be read ({first_line(error)}): adapters are read in the format safetensors"
+        ) from error
+    # a pooled classifier is exported as a module of sentence-transformers
+    return tensors | {name.replace("linear.", "classifier."): value for name, value in head.items()}
+
+
+def _scale(settings: Mapping[str, Any], rank: int) -> float:
+    alpha = float(settings.get("lora_alpha", 8))
+    return float(alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank)
+
+
+def _place(key: str, start: Tree) -> str | None:
+    """The trained parameter of a name, which may lack the prefix of the backbone."""
+    found = [key] if key in start else [name for name in start if name.endswith(f".{key}")]
+    return found[0] if len(found) == 1 else None
+
+
+def _fitted(name: str, value: Tensor, start: Tensor, installed: Installed, folder: Path) -> Tensor | None:
+    """The value in the parameter's shape; None for a head with other outputs."""
+    leaf = installed.schema[name]
+    if value.shape == start.shape:
+        return value.clone()
+    if leaf.factor is None and leaf.group == "head":
+        return None
+    axis = 0 if leaf.factor == "A" else 1
+    if leaf.factor is None or value.dim() != 2 or value.shape[1 - axis] != start.shape[1 - axis]:
+        raise ConfigError(
+            f"{folder} holds {name} of shape {tuple(value.shape)}, but the model has {tuple(start.shape)} there: set "
+            "model.path to the model that the adapter was trained on"
+        )
+    rank = value.shape[axis]
+    if rank > start.shape[axis]:
+        raise ConfigError(
+            f"the adapter in {folder} has rank {rank}, and method.rank = {start.shape[axis]} is too small for it: set "
+            f"method.rank to {rank} or more"
+        )
+    rest = start.narrow(axis, rank, start.shape[axis] - rank)
+    return torch.cat([value, rest if leaf.factor == "A" else torch.zeros_like(rest)], dim=axis)

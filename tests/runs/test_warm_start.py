@@ -1,0 +1,129 @@
+"""Runs that start from an adapter: a finished run's, or one of ``peft``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from fixtures.tiny import experiment, tiny_world
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+import fedlora
+from fedlora.core.errors import ConfigError
+from fedlora.runs.folder import RunFolder
+
+world = pytest.fixture(scope="module")(tiny_world)
+POOLED = 'task={kind="text_classification", pooling="mean"}'
+
+
+@pytest.fixture(scope="module")
+def trained(world: Path) -> Path:
+    fedlora.run(experiment(world, rounds=2), world / "trained")
+    return world / "trained"
+
+
+def start(world: Path, folder: Path, adapter: Path, *settings: str, method: str = "lora") -> fedlora.Result:
+    return fedlora.run(experiment(world, method, f'init_from="{adapter}"', *settings, rounds=1), folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["method.rank=6"],
+        ["method.alpha=32.0"],
+        ["method.up.sparsify={kind='top_k', density=0.5}", "method.down.reference='init'", "method.memory='init'"],
+    ],
+    ids=["same", "larger rank", "other scale", "links relative to the init"],
+)
+def test_a_run_starts_where_another_ended(world: Path, tmp_path: Path, trained: Path, settings: list[str]) -> None:
+    ended = json.loads((trained / "result.json").read_text())["after"]
+    result = start(world, tmp_path, trained, *settings)
+    assert result.before["loss"] == pytest.approx(ended["loss"], rel=1e-4)
+    assert result.rows[1].loss < ended["loss"] + 0.1
+    adapter = start(world, tmp_path / "other", trained / "adapter", *settings)
+    assert adapter.before == result.before
+
+
+def test_a_pooled_classifier_with_its_head(world: Path, tmp_path: Path) -> None:
+    first = fedlora.run(experiment(world, "lora", POOLED, rounds=2), tmp_path / "first")
+    result = start(world, tmp_path / "second", tmp_path / "first", POOLED)
+    assert result.before["loss"] == pytest.approx(first.after["loss"], rel=1e-4)
+
+
+def test_an_adapter_of_peft(world: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(world / "bert", num_labels=3)
+    settings = peft.LoraConfig(
+        r=2,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=["query", "value"],
+        task_type="SEQ_CLS",
+        init_lora_weights=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft against this version of transformers
+        adapted = peft.get_peft_model(base, settings)
+    adapted.save_pretrained(str(tmp_path / "adapter"))  # type: ignore[arg-type]
+    start(world, tmp_path / "run", tmp_path / "adapter", "method.targets=['query', 'value']", "method.server.lr=0.0001")
+    latest = RunFolder(tmp_path / "run").latest()
+    assert latest is not None
+    given = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.query"
+    factors = (given[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA")
+    b, a = (latest[0].params[f"{name}.lora_{side}"] for side in "BA")
+    left, right = factors
+    torch.testing.assert_close(16 / 4 * b @ a, 8 / 2**0.5 * left @ right, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        latest[0].params["classifier.weight"], given["base_model.model.classifier.weight"], atol=1e-4, rtol=1e-3
+    )
+
+
+def changed(trained: Path, folder: Path, **settings: Any) -> Path:
+    shutil.copytree(trained / "adapter", folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    return folder
+
+
+def test_what_cannot_be_started_from(world: Path, tmp_path: Path, trained: Path) -> None:
+    def refused(adapter: Path, *settings: str, method: str = "lora") -> str:
+        with pytest.raises(ConfigError) as error:
+            start(world, tmp_path / "run", adapter, *settings, method=method)
+        assert not (tmp_path / "run").exists()
+        return str(error.value)
+
+    assert "there is no such folder" in refused(tmp_path / "nowhere")
+    assert "has no adapter_config.json, and no finished run's adapter" in refused(world / "bert")
+    assert "rank 4, and method.rank = 2 is too small" in refused(trained, "method.rank=2")
+    assert "which this run does not train" in refused(trained, "method.targets=['query']")
+    assert "starts from an SVD: use `lora`" in refused(trained, method="federa")
+    assert "the first phase trains something else" in refused(trained, method="bitfit")
+    assert "DoRA or an alpha_pattern" in refused(changed(trained, tmp_path / "dora", use_dora=True))
+    assert "of the kind IA3" in refused(changed(trained, tmp_path / "ia3", peft_type="IA3"))
+    broken = changed(trained, tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"no")
+    assert "adapters are read in the format safetensors" in refused(broken)
+    other = changed(trained, tmp_path / "other")
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file(
+        {name: torch.zeros(4, 7) if "lora_A" in name else one for name, one in tensors.items()},
+        other / "adapter_model.safetensors",
+    )
+    assert "but the model has (4, " in refused(other)
+    fedlora.run(experiment(world, "full", rounds=1), tmp_path / "full")
+    assert f"set model.path to {tmp_path / 'full' / 'model'} instead" in refused(tmp_path / "full")
+
+
+def test_configurations_without_it_keep_their_digest() -> None:
+    from fedlora import config
+
+    assert "init_from" not in config.resolved(fedlora.Experiment())
