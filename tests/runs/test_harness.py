@@ -128,7 +128,7 @@ def test_only_language_models_are_scored(tmp_path: Path) -> None:
         ((), "give one of the two"),
         (("--data", "rows.csv", "--harness", "which_word"), "give one of the two"),
         (("--data", "rows.csv", "--limit", "3"), "are for --harness"),
-        (("--harness", "which_word", "-c", "text=body"), "--column is for"),
+        (("--harness", "which_word", "-c", "text=body"), "are for --data; leave them out with --harness"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: tuple[str, ...], message: str) -> None:
