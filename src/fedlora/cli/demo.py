@@ -44,7 +44,7 @@ LLM = Demo(
     methods=("lora", "flasc", "federa"),
     about="Model SmolLM2-135M-Instruct (134.5 M parameters); data: which package of this Python's standard library has "
     "a docstring, as questions and answers; 20 clients, with answers skewed.",
-    question="Which package says: Parse a MIME message from a file.",
+    question="Which package says: Parse XML document from sequence of string fragments.",
     document={
         "model": {"path": "smollm2"},
         "task": {"kind": "instruction", "max_length": 48, "generate": 48, "max_new_tokens": 5},
