@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,32 @@ def test_the_rank_doubles_where_the_base_lost_the_start(world: Path, method: str
     assert settings["modules_to_save"] == ["classifier"]
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert tensors["base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"].shape == (rank, 32)
+
+
+@pytest.mark.parametrize("method", ["lora", "peft"])
+def test_the_settings_of_an_adapter_are_the_same_bytes_in_every_process(
+    world: Path, tmp_path: Path, method: str
+) -> None:
+    run = run_of(world, "bert", method, *["method.targets='all-linear'"] * (method == "lora"))
+    written = (run / "adapter" / "adapter_config.json").read_bytes()
+    code = "import sys, fedlora; fedlora.load_run(sys.argv[1]).export(sys.argv[2])"
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, str(run), str(tmp_path / seed)], check=True, env=environment)
+        assert (tmp_path / seed / "adapter_config.json").read_bytes() == written
+
+
+def test_a_damaged_adapter_or_model_is_named_where_it_is_read(world: Path, tmp_path: Path) -> None:
+    fedlora.load_run(run_of(world, "bert", "lora")).export(tmp_path / "merged", merge=True)
+    fedlora.load_run(run_of(world, "bert", "lora")).export(tmp_path / "adapter")
+    for name, key in (("merged/model.safetensors", "model.path"), ("adapter/adapter_model.safetensors", "init_from")):
+        file = tmp_path / name
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        chosen = experiment(world, "lora", f"{key}={file.parent}")
+        with pytest.raises(ConfigError, match=f"{file} is missing or differs from what was written"):
+            fedlora.run(chosen, tmp_path / "run")
 
 
 def test_gpt2_says_that_its_weights_are_transposed(world: Path) -> None:

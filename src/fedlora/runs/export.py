@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,7 +54,7 @@ def export(folder: Path, trained: TrainedRun, merge: bool) -> None:
     try:
         with new_folder(folder) as temporary:
             _write(temporary, trained, merge)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise cannot_write(folder, error) from error
 
 

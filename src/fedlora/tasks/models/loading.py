@@ -15,7 +15,7 @@ from torch import nn
 from fedlora.core.errors import ConfigError, FedloraError, first_line
 from fedlora.core.later import Later, transformers
 from fedlora.tasks.models import cpu
-from fedlora.tasks.models.damage import check_finite, damage, no_model
+from fedlora.tasks.models.damage import check_digests, check_finite, damage, no_model
 from fedlora.tasks.models.heads import parameters_of
 from fedlora.tasks.models.objects import copy_of_tokenizer, forget_last_call, fresh_copy
 from fedlora.tasks.models.pooling import POOLER_FAMILIES, Pooling
@@ -66,6 +66,8 @@ def load_pretrained(
         ConfigError: there is no such model, or not in the form asked for, or its weights are damaged or not finite, or
             it reads fewer tokens, or it lacks a module that ``model.head`` names.
     """
+    if not model.object:
+        check_digests(Path(model.resolve()))
     with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
         torch.manual_seed(seed)
         loaded, report = _loaded(auto_class, model, settings or {})
