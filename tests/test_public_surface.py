@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fedlora
+from fedlora.runs.services import Service
 from fedlora.show.describe import SLOTS
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +77,8 @@ def test_the_classes_of_every_slot_are_public() -> None:
         cls.__name__
         for slot, table in SLOTS.items()
         for cls in table.values()
-        if slot != "engine" and cls.__name__ not in listed
+        # services are chosen by name alone, in `track`
+        if slot != "engine" and cls.__name__ not in listed and not issubclass(cls, Service)
     }
     # what studies put in place of the test rows
     assert private == {"Validation"}

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from fedlora.study import tune
     from fedlora.tasks import (
         CausalLM,
+        DocstringQuestions,
         Docstrings,
         Files,
         Hub,
@@ -147,7 +148,7 @@ _NAMES = {
     "server.optimizers": "ServerOptimizer",
     "server.pruning": "Prune",
     "study": "tune",
-    "tasks": "CausalLM Docstrings Files Hub ImageClassification ImageFolder Instruction Model "
+    "tasks": "CausalLM DocstringQuestions Docstrings Files Hub ImageClassification ImageFolder Instruction Model "
     "QuestionAnswering Rows Sites Source Task TextClassification TokenClassification",
     "transport": "BFloat16 Dense Float16 Float32 Link Precision Quota RandomK RankSlice Sparsifier Stage "
     "Threshold TopK Uniform",
@@ -177,6 +178,7 @@ __all__ = [
     "DataError",
     "Dense",
     "Dirichlet",
+    "DocstringQuestions",
     "Docstrings",
     "Engine",
     "Evaluate",

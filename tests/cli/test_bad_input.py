@@ -45,7 +45,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "phases and method": (("phases=[]",), "either [method] or [[phases]], not both"),
     "rank": (("method.rank=33",), "rank = 33 is above the smaller side of bert.encoder.layer.0"),
     "targets": (("method.targets='nothing'",), "targets = 'nothing' matches nothing in BertForSequenceClassification"),
-    "pattern": (("method.targets='('",), "is no regular expression"),
+    "pattern": (("method.targets='('",), "is not a regular expression"),
     "padding": (
         ("task={kind='text_classification', pad_to=16}",),
         "task.pad_to = 16 has no room for texts of up to max_length = 128 tokens",
@@ -145,9 +145,11 @@ def test_losses_that_are_not_finite_leave_the_checkpoint_of_the_round_before(
     [
         (None, "`fedlora new flasc > run.toml` writes one to start from"),
         (b"seed = = 3", "is not TOML"),
-        (b"\xff\xfe", "is not TOML"),
+        (b"\xff\xfe", "save it as UTF-8"),
+        (b'[data]\ntrain = "C:\\Users\\me\\t.csv"', r"write 'C:\Users\me\t.csv' in single quotes, or /"),
+        (b"seed = " + b"[" * 50_000, "is not TOML that can be read"),
     ],
-    ids=["missing", "not TOML", "not text"],
+    ids=["missing", "not TOML", "not text", "backslashes", "too deep"],
 )
 def test_a_file_that_is_no_configuration(
     tmp_path: Path,
@@ -232,7 +234,7 @@ def test_a_fault_of_ours_exits_with_1_and_asks_for_a_report(
     monkeypatch.setattr(describe, "environment", broken)
     assert fedlora(monkeypatch, "env") == 1
     said = capsys.readouterr().err
-    assert "that is a fault of fedlora (KeyError: 'gone'); run the command again with --debug" in said
+    assert "because of a bug in fedlora (KeyError: 'gone'); run the command again with --debug" in said
     assert "Traceback" not in said
 
 

@@ -131,7 +131,7 @@ def test_show_prints_what_differs_and_a_summary(run_toml: Path, tmp_path: Path) 
     assert "per_round" not in text
     assert "lora, 3 rounds; 1,123 of " in " ".join(summary.split())
     assert "aggregation holds 0.0 MB on the server" in summary
-    assert "10 tensors; --full names them" in summary
+    assert "10 tensors; --full lists them" in summary
     assert "bert.encoder" not in said
     assert tomllib.loads(text) == printed("show", run_toml, *options)["differs"]
 

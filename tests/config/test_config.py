@@ -24,7 +24,7 @@ from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.local import CLIENT_OPTIMIZERS, Local
 from fedlora.server.aggregate import AGGREGATORS
 from fedlora.server.optimizers import SERVER_OPTIMIZERS
-from fedlora.tasks import SOURCES, TASKS, Model
+from fedlora.tasks import SOURCES, TASKS, Files, Model
 from fedlora.transport import PRECISIONS, SPARSIFIERS, Link
 from fedlora.tuning import LORA_INITS, TUNINGS, LoRA
 
@@ -103,6 +103,21 @@ def test_an_experiment_survives_toml(tmp_path: Path, name: str) -> None:
 def test_every_experiment_has_a_digest_of_its_own() -> None:
     different = {config.to_toml(one): config.digest(one) for one in EXPERIMENTS.values()}
     assert len(set(different.values())) == len(different) > 30
+
+
+def test_reading_is_in_the_digest_only_where_it_is_chosen() -> None:
+    plain = Experiment(data=Files(train="a.csv"))
+    assert config.resolved(plain)["data"].keys() == {"kind", "train", "test_fraction", "seed", "columns"}
+    chosen = [{"delimiter": ";"}, {"encoding": "latin-1"}, {"max_unpacked_gb": 8.0}, {"train": ["a.csv", "b.csv"]}]
+    others = [config.parse({"data": {"kind": "files", "train": "a.csv", **one}}) for one in chosen]
+    assert len({config.digest(one) for one in [plain, *others]}) == 5
+    for one in others:
+        assert config.parse(tomllib.loads(config.to_toml(one))) == one
+
+
+def test_a_byte_order_mark_before_toml_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert config.load(tmp_path / "run.toml").seed == 3
 
 
 def test_the_digest_does_not_hear_how_often_is_saved() -> None:

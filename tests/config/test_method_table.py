@@ -21,7 +21,7 @@ from fedlora.transport import BFloat16, TopK
 _RULES = "calibrated for a mean of clients that all weigh the same"
 REFUSED = {
     **dict.fromkeys(("fedex", "flexlora", "flora"), _RULES),
-    **dict.fromkeys(("sparse_adapter", "adapter_lth"), "noise falls on what was pruned"),
+    **dict.fromkeys(("sparse_adapter", "adapter_lth"), "noise is added to pruned entries"),
     "het_lora": "the penalty of shrink|without noise|all weigh the same",
 }
 

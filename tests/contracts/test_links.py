@@ -214,7 +214,7 @@ def test_random_places_cost_their_seed_only() -> None:
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ({"up": Link(feedback=True)}, "clients must remember"),
+        ({"up": Link(feedback=True)}, "clients need a memory"),
         ({"down": Link(feedback=True), "memory": "last_round"}, r"set down\.feedback to false"),
         ({"down": Link(sparsify=RandomK(density=0.5))}, r"rescale = false in down\.sparsify"),
         (
@@ -231,7 +231,7 @@ def test_random_places_cost_their_seed_only() -> None:
                 "memory": "init",
                 "privacy": CentralGaussian(clip_norm=1.0, noise_multiplier=1.0),
             },
-            "what the clip took away",
+            "the part that clipping removed",
         ),
     ],
 )
@@ -268,7 +268,7 @@ def test_uploads_of_a_cohort_are_never_held_together(monkeypatch: pytest.MonkeyP
 def test_a_client_without_memory_is_told_so() -> None:
     federation = Federation(LINKS["last round"])
     state = federation.go_on(federation.start(), 2)
-    with pytest.raises(WireError, match="this client remembers none"):
+    with pytest.raises(WireError, match="this client has no state of that round"):
         federation.go_on(replace(state, clients={}), 3)
 
 

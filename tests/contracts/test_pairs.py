@@ -6,6 +6,7 @@ each, and these train and go on from a checkpoint with the same bits; pair by pa
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import replace
 from itertools import combinations
@@ -169,6 +170,7 @@ def phases_of(*names: str) -> Any:
     return fedavg(rounds=ROUNDS, **settings)
 
 
+@functools.cache
 def refusal(*names: str) -> str:
     """Why a recipe of these choices is refused; empty if it is not."""
     try:
@@ -221,15 +223,15 @@ def test_every_pair_that_is_not_refused_is_in_a_recipe() -> None:
     assert all(refusal(*pair) or frozenset(pair) in covered for pair in PAIRS)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
-def test_a_pair_that_is_refused_says_what_to_do_instead(pair: tuple[str, str]) -> None:
-    told = refusal(*pair)
-    assert not told or any(word in told for word in ("set ", "use ", "leave ", "choose ", "is about", "beside prune"))
+def test_a_pair_that_is_refused_says_what_to_do_instead() -> None:
+    advice = ("set ", "use ", "leave ", "choose ", "is about", "beside prune")
+    told = {pair: refusal(*pair) for pair in PAIRS}
+    assert {pair: text for pair, text in told.items() if text and not any(word in text for word in advice)} == {}
 
 
 @pytest.mark.parametrize("names", COVERING, ids=" + ".join)
 def test_a_recipe_of_many_choices_trains_and_resumes(names: tuple[str, ...], tmp_path: Path) -> None:
-    before, end = _trained_and_resumed(names, tmp_path, 24, ROUNDS - 1)
+    before, end = _trained_and_resumed(names, tmp_path, 12, ROUNDS - 1)
     # so many choices at once may learn slowly, never nothing
     assert end != before
 

@@ -66,13 +66,13 @@ class KilledAfter(Callback):
 
 
 def test_a_part_that_remembers_is_a_class_and_no_more(tmp_path: Path) -> None:
-    experiment, setting = toy_run(fedavg(rounds=4, tuning=LoRA(rank=4), local=LOCAL, aggregator=MomentumMean()))
+    experiment, data = toy_run(fedavg(rounds=4, tuning=LoRA(rank=4), local=LOCAL, aggregator=MomentumMean()))
     plain = replace(experiment, phases=fedavg(rounds=4, tuning=LoRA(rank=4), local=LOCAL))
-    run(experiment, tmp_path / "whole", setting=setting)
+    run(experiment, tmp_path / "whole", data=data)
     with pytest.raises(Stopped):
-        run(experiment, tmp_path / "killed", setting=setting, callbacks=[KilledAfter(2)])
-    run(experiment, tmp_path / "killed", setting=setting)
-    run(plain, tmp_path / "plain", setting=setting)
+        run(experiment, tmp_path / "killed", data=data, callbacks=[KilledAfter(2)])
+    run(experiment, tmp_path / "killed", data=data)
+    run(plain, tmp_path / "plain", data=data)
     whole, killed, without = (newest(tmp_path / name) for name in ("whole", "killed", "plain"))
     assert whole.parts.value("aggregator", "rounds") == killed.parts.value("aggregator", "rounds") == 4
     for one, other in ((whole.params, killed.params), *zip(momenta(whole), momenta(killed), strict=True)):
@@ -162,13 +162,13 @@ def test_what_is_personal_stays_with_its_client(slots: dict[str, object], tmp_pa
 
 
 def test_what_is_personal_costs_no_bytes_and_is_exported_as_it_began(tmp_path: Path) -> None:
-    experiment, setting = toy_run(fedavg(rounds=2, tuning=PersonalB(rank=4), local=LOCAL, memory="init"), clients=3)
-    result = run(experiment, tmp_path / "run", setting=setting)
+    experiment, data = toy_run(fedavg(rounds=2, tuning=PersonalB(rank=4), local=LOCAL, memory="init"), clients=3)
+    result = run(experiment, tmp_path / "run", data=data)
     state = newest(tmp_path / "run")
     adapters = sum(value.numel() for name, value in state.params.items() if name.endswith("lora_A"))
     assert 0 <= result.rows[1].up_bytes["adapter"] - 3 * 4 * adapters < 100
     assert 0 <= result.rows[2].down_bytes["adapter"] - 3 * 4 * adapters < 100
-    (told,) = costs(experiment, setting)
+    (told,) = costs(experiment, data)
     assert told.all_bytes == (sum(result.down_bytes.values()), sum(result.up_bytes.values()))
     federation = Federation(experiment.phases)
     begun = federation.start()

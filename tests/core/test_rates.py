@@ -131,7 +131,9 @@ def test_a_tier_has_rates_of_its_own() -> None:
 
 
 def test_rates_of_what_is_not_there_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"server\.lr_scale\.B is about low-rank factors, and tuning 'full' has none"):
+    with pytest.raises(
+        ConfigError, match=r"server\.lr_scale\.B applies to low-rank factors, and tuning 'full' has none"
+    ):
         Recipe(tuning=Full(), server=Sgd(lr_scale=LrScale(B=2.0)))
     with pytest.raises(ConfigError, match=r"local\.lr_scale\.A has no effect where tuning\.train = 'B'"):
         ffa(local=Local(lr_scale=LrScale(A=2.0)))

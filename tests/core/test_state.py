@@ -293,7 +293,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_a_damaged_checkpoint_is_refused_and_says_what_to_do(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     save_state(make_state(), tmp_path / "c", {})
     damage(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="goes on from the one before it"):
+    with pytest.raises(CheckpointError, match="resume from the one before it"):
         load_state(tmp_path / "c")
 
 

@@ -58,7 +58,7 @@ def test_endings_are_short_and_select_the_same_modules() -> None:
     for one in (pattern, r".*layer\.1\..*dense", r".*embeddings.*"):
         found = endings(model, one, frozenset())
         assert find(model, found, frozenset()).keys() == find(model, one, frozenset()).keys()
-    with pytest.raises(ConfigError, match="cannot be told from other modules"):
+    with pytest.raises(ConfigError, match="cannot be distinguished from other modules"):
         shortest_endings(["b.c"], ["b.c", "a.b.c"])
 
 

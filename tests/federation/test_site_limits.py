@@ -83,7 +83,7 @@ def test_bytes_are_counted_by_the_day(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_damaged_count_allows_nothing_and_no_limit_counts_nothing(tmp_path: Path) -> None:
     (tmp_path / usage.FILE).write_text("{}")
-    with pytest.raises(CheckpointError, match="so nothing is done"):
+    with pytest.raises(CheckpointError, match="so no job is accepted"):
         Usage(tmp_path, SitePolicy(max_runs=1)).open_run("aaaaaaaa", 2)
     free = Usage(tmp_path / "other", SitePolicy())
     free.open_run("aaaaaaaa", 1)

@@ -38,7 +38,7 @@ def test_the_demo_is_a_whole_federation_and_takes_itself_down(
     done = fedlora_said("federation", "demo", str(file), "--sites", "2", *out, "--format", "json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rounds"] == 2
-    assert "site-1 is there with 36 examples of 2 clients" in done.stderr
+    assert "site-1 connected with 36 examples of 2 clients" in done.stderr
     assert processes_of(str(place)) == []
     assert list(tmp_path.iterdir()) == []
     fedlora.run(parse(values), root / "demo-serial")
@@ -71,7 +71,7 @@ def test_where_ray_would_wait_for_ever_it_is_told_so(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/my tools/python")
-    with pytest.raises(ConfigError, match="path of Python has a space"):
+    with pytest.raises(ConfigError, match="a space in the path of Python"):
         simulate(parse(document(root)), tmp_path / "run")
 
 

@@ -125,4 +125,4 @@ def test_four_sites_over_tls_give_the_bits_of_one_process(
     before = len(federation.told.messages)
     federation.run(experiment, root / "deployed" / experiment.label, ServerPolicy(min_available=8, round_timeout=120))
     assert_same(root / "deployed" / experiment.label, serial / experiment.label)
-    assert [text for text in federation.told.messages[before:] if "asked again" in text] == []
+    assert [text for text in federation.told.messages[before:] if "sent again" in text] == []

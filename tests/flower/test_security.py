@@ -63,7 +63,7 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
     site = tmp_path / "fed" / "sites" / "a"
     (site / "site.toml").write_text(tomli_w.dumps({"name": "a", "share": {"number": 0, "of": 1}}))
     (site / "site.key").chmod(0o644)
-    with pytest.raises(ConfigError, match="can be read by others"):
+    with pytest.raises(ConfigError, match="can be read by other users"):
         join.join("127.0.0.1:1", site / "site.toml")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from transport.outside_writer import SCALE, Writer
 
 from fedlora.core.errors import WireError
 from fedlora.core.tree import Tree
@@ -48,7 +49,7 @@ def seal(body: bytes, like: Mapping[str, Tree], reference: int = 0) -> bytes:
 
 def seal_for(body: bytes, template: int, reference: int = 0) -> bytes:
     checksum = xxhash.xxh3_64_intdigest(body, seed=template | reference << 32)
-    return struct.pack("<3sBBIQ", b"FLW", 2, reference, template, checksum) + body
+    return struct.pack("<3sBBIQ", b"FLW", 3, reference, template, checksum) + body
 
 
 def decodes(raw: bytes, like: Mapping[str, Tree]) -> bool:
@@ -96,7 +97,25 @@ def seeds() -> dict[str, bytes]:
             for name, precision in precisions.items():
                 forms = {part: Form(precision, draw=draw) for part in ("adapter", "head")}
                 inputs[f"{number}-{kind}-{name}"] = bytes([number]) + pack(parts, forms).raw[ENVELOPE:]
+        for choices in range(16):
+            inputs[f"{number}-outside-{choices}"] = bytes([number]) + _outside(like, choices)
     return inputs
+
+
+def _outside(like: Mapping[str, Tree], choices: int) -> bytes:
+    """The body of an outside encoder's message, which uses every coding where ours would not."""
+    rng, parts, formats = np.random.default_rng(choices), {}, {}
+    for part, tree in like.items():
+        bits = int(rng.choice([1, 2, 8, 8]))
+        largest = max(1, 2 ** (bits - 1) - 1)
+        formats[part] = (4, bits, int(rng.choice([0, 6])))
+        parts[part] = {
+            name: np.asarray(SCALE * rng.integers(-largest, largest + 1, value.shape), np.float32)
+            * (rng.random(value.shape) < 0.4).astype(np.float32)
+            + np.float32(0)
+            for name, value in tree.items()
+        }
+    return Writer(choices).message(parts, formats, 0)[ENVELOPE:]
 
 
 def _parts(like: Mapping[str, Tree], kind: str) -> tuple[dict[str, Tree], Draw | None]:
@@ -129,6 +148,10 @@ COMMITTED = (
     "1-half-uniform2",
     "1-dense-uniform8",
     "2-drawn-uniform4",
+    "0-outside-6",
+    "0-outside-15",
+    "1-outside-9",
+    "2-outside-2",
 )
 """Those of ``seeds`` that are in the corpus."""
 

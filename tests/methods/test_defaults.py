@@ -44,7 +44,7 @@ def setting(cut: Path) -> FederatedData:
 
 
 def accuracy(cut: Path, setting: FederatedData, method: dict[str, Any], folder: Path) -> float:
-    return run(parse(document(cut, method)), folder, setting=setting).after["accuracy"]
+    return run(parse(document(cut, method)), folder, data=setting).after["accuracy"]
 
 
 @pytest.fixture(scope="module")

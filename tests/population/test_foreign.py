@@ -72,9 +72,9 @@ def test_a_partitioner_serves_several_runs() -> None:
 
 
 def test_rows_dealt_twice_and_empty_clients_are_refused() -> None:
-    with pytest.raises(DataError, match="partition 1 has 3 rows that the partitioner dealt more than once"):
+    with pytest.raises(DataError, match="partition 1 has 3 rows that the partitioner assigned more than once"):
         from_partitioner(Thirds(repeat=True), LETTERS)
-    with pytest.raises(DataError, match="partition 0 has 1 rows that the partitioner dealt more than once"):
+    with pytest.raises(DataError, match="partition 0 has 1 rows that the partitioner assigned more than once"):
         from_partitioner(Listed([[1, 2, 1]]), LETTERS)
     two = LETTERS.select([0, 1])
     with pytest.raises(DataError, match="1 of 3 clients got no rows"):
@@ -120,7 +120,9 @@ def test_rows_that_are_alike_stand_for_each_other_once_each() -> None:
     table = Dataset.from_dict({"text": ["x", "y", "x", "x"]})
     population = from_partitioner(Listed([[2, 1], [3, 0]], table), table)
     assert rows(population) == [[0, 1], [2, 3]]
-    with pytest.raises(DataError, match="partition 1 has a row that its data set lacks or that the partitioner dealt"):
+    with pytest.raises(
+        DataError, match="partition 1 has a row that its data set lacks or that the partitioner assigned"
+    ):
         from_partitioner(Listed([[0, 2], [3, 0]], table), table)
 
 

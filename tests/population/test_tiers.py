@@ -81,7 +81,7 @@ def test_tiers_by_name() -> None:
         ((Tier(name="a", share=0.5), Tier(name="a", share=0.5)), None, "the same name"),
         ((Tier(name="a", values=("x",)),), None, "set clients.tier_column"),
         (shares(1.0), "size", "and only then"),
-        ((), "size", "there are none"),
+        ((), "size", "no effect without clients.tiers"),
         ((Tier(name="a", clients=("c", "d")), Tier(name="b", clients=("d",))), None, "'d' is named twice"),
         ((Tier(name="a", values=("c",)), Tier(name="b", values=("c",))), "size", "'c' is named twice"),
     ],
@@ -94,9 +94,9 @@ def test_tiers_of_unclear_membership_are_refused(tiers: tuple[Tier, ...], column
 
 
 def test_a_tier_that_would_be_misread_is_refused() -> None:
-    with pytest.raises(ConfigError, match="read for its rank"):
+    with pytest.raises(ConfigError, match="no effect without a rank"):
         Tier(name="a", share=1.0, rank_by="norm")
-    with pytest.raises(ConfigError, match="'dense' would be taken for others"):
+    with pytest.raises(ConfigError, match="'dense' would be mistaken for other metrics"):
         Tier(name="dense", share=1.0)
 
 
@@ -270,14 +270,14 @@ def test_a_tier_of_ranks_by_norm_gets_the_longest_and_trains() -> None:
 
 def test_ranks_by_norm_of_a_difference_are_refused() -> None:
     recipe = fedavg(tuning=LoRA(rank=4), local=LOCAL, memory="last_round")[0].recipe
-    with pytest.raises(ConfigError, match="would gather all of them"):
+    with pytest.raises(ConfigError, match="would accumulate all of them"):
         Tier(name="phone", rank=2, rank_by="norm").applied(recipe)
     assert Tier(name="phone", rank=2).applied(recipe).rank == 2
 
 
 @pytest.mark.parametrize("name", ["dense", "newcomer", "client_mean"])
 def test_a_tier_is_not_called_as_another_model(world: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="would be taken for others"):
+    with pytest.raises(ConfigError, match="would be mistaken for other metrics"):
         experiment(world, "lora", f"clients.tiers=[{{name={name!r}, share=1.0}}]")
 
 

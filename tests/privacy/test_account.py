@@ -74,7 +74,7 @@ def test_a_cohort_of_fixed_size_is_charged_for_the_exchange_of_a_client() -> Non
 
 
 def test_pld_with_a_fixed_size_is_refused() -> None:
-    with pytest.raises(ConfigError, match="does not know cohorts of a fixed size"):
+    with pytest.raises(ConfigError, match="does not support cohorts of a fixed size"):
         epsilon(((1.0, 1),), FEW, DELTA, "pld")
 
 
@@ -174,8 +174,8 @@ def test_little_noise_and_great_targets_are_accounted_for() -> None:
     ("settings", "message"),
     [
         ({"noise_multiplier": 0.0, "max_epsilon": 1.0}, "would never be met"),
-        ({"noise_multiplier": 1.0, "clip_lr": 0.5}, "a clip that adapts"),
-        ({"noise_multiplier": 1.0, "count_noise": 5.0}, "a clip that adapts"),
+        ({"noise_multiplier": 1.0, "clip_lr": 0.5}, "an adaptive clip"),
+        ({"noise_multiplier": 1.0, "count_noise": 5.0}, "an adaptive clip"),
     ],
 )
 def test_settings_without_effect_are_refused(settings: dict[str, float], message: str) -> None:

@@ -155,7 +155,7 @@ def test_a_run_tells_nobody_more(
     monkeypatch.setattr(client, "train", marked)
     monkeypatch.setattr(Serial, "run", watched)
     with caplog.at_level(logging.DEBUG):
-        run(experiment, tmp_path / "run", setting=data, callbacks=[heard], until=1)
+        run(experiment, tmp_path / "run", data=data, callbacks=[heard], until=1)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     written = "".join(path.read_text(errors="replace") for path in files)
     texts = "".join([written, caplog.text, repr(heard.rows), *heard.texts])

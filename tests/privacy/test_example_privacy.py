@@ -203,8 +203,8 @@ def test_the_ledger_tells_what_examples_have_lost(world: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ({"aggregator": Mean(weighting="examples")}, "do not tell how many"),
-        ({"shrink": RankPruning()}, "pass by the noise"),
+        ({"aggregator": Mean(weighting="examples")}, "do not report their number"),
+        ({"shrink": RankPruning()}, "bypass the noise"),
         ({"local": Local(example_privacy=SILENT, timeout_seconds=1.0)}, "lengths of examples"),
     ],
 )

@@ -173,7 +173,7 @@ def test_they_are_listed() -> None:
         return CliRunner().invoke(app, ["list", "refusals", *arguments], catch_exceptions=False).stdout
 
     assert json.loads(printed("--format", "json")) == REFUSALS
-    assert "beside prune" in " ".join(printed().split())
+    assert "pruned entries by their" in " ".join(printed().split())
 
 
 def test_the_page_of_docs_has_the_same_sentences_in_the_same_order() -> None:

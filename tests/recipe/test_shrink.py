@@ -119,8 +119,8 @@ def test_without_a_penalty_clients_that_learn_keep_their_ranks_at_first() -> Non
     [
         ({"tuning": Full()}, "ranks that are trained"),
         ({"tuning": LoRA(train="B")}, "train 'both'"),
-        ({"down": Link(sparsify=TopK(density=0.5))}, "which ranks go down"),
-        ({"memory": "last_round"}, "which ranks go down"),
+        ({"down": Link(sparsify=TopK(density=0.5))}, "the ranks that are sent down"),
+        ({"memory": "last_round"}, "the ranks that are sent down"),
         ({"local": Local(keep_optimizer=True)}, "would bring them back"),
         ({"privacy": CentralGaussian(clip_norm=1.0, noise_multiplier=1.0)}, "without noise"),
     ],
@@ -149,7 +149,7 @@ def test_a_rank_that_a_client_cannot_have_is_refused(told: float, monkeypatch: p
     monkeypatch.setattr(RankPruning, "after", lambda self, before, now, schema, rank: told)
     monkeypatch.setattr(RankPruning, "keep_ranks", lambda self, values, schema, rank: values)
     lying = federation(weight=0.0)
-    with pytest.raises(WireError, match="cannot be"):
+    with pytest.raises(WireError, match="rank pruning does not allow"):
         lying.go_on(lying.start(), 1)
 
 

@@ -27,8 +27,8 @@ class Notes(Callback):
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls = name, calls
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
-        self.calls.append(f"{self.name} started after {len(rows)} of {experiment.rounds + 1}, {setting.split}")
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
+        self.calls.append(f"{self.name} started after {len(rows)} of {experiment.rounds + 1}, {data.split}")
 
     def row_recorded(self, row: RoundRecord) -> None:
         self.calls.append(f"{self.name} row {row.round}")

@@ -42,7 +42,7 @@ class AtStart(Callback):
     def __init__(self, deed: Callable[[], Any], folder: Path) -> None:
         self.deed, self.folder = deed, folder
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
         self.folder.mkdir()
         (self.folder / "events").touch()
         self.deed()
@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "targets": (("method.targets='nothing'",), "matches nothing"),
     "rank": (("method.rank=33",), "is above the smaller side"),
     "task": (("task={kind='causal_lm'}", "data.columns={text='text'}"), "sees the tokens"),
-    "device": (("device='cuda'",), "sees no GPU"),
+    "device": (("device='cuda'",), "finds no GPU"),
     "tier": (("clients.tiers=[{name='a', values=['x']}]", "clients.tier_column='user'"), "tier"),
     "alone": (("mode='local'", "method.targets='nothing'"), "matches nothing"),
     "no rows of their own": (("evaluate.clients='end'",), "clients.holdout"),
@@ -162,7 +162,7 @@ def test_an_interrupt_before_the_first_row_says_that_nothing_was_saved(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedlora.runs.experiment.prepare", lambda *arguments: interrupt())
-    with pytest.raises(Stopped, match=r"nothing was saved\. The same command begins anew"):
+    with pytest.raises(Stopped, match=r"nothing was saved\. Run the same command to start over"):
         fedlora.run(experiment(world), tmp_path / "run")
     assert not list(tmp_path.iterdir())
 

@@ -34,7 +34,7 @@ from fedlora.core.state import named_seed
 from fedlora.engines import Serial
 from fedlora.runs.cost import costs
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.inference import load_run, read_inputs
+from fedlora.runs.inference import load_run
 from fedlora.runs.result import Result
 
 Ran = Callable[[str], Result]
@@ -223,12 +223,6 @@ def test_the_head_starts_alike_under_every_method(ran: Ran) -> None:
 
 
 # ---- modes
-
-
-def test_a_file_that_is_not_there_is_no_text() -> None:
-    with pytest.raises(DataError, match="there is no file notes"):
-        read_inputs("notes.txt")
-    assert read_inputs("see notes.txt") == ["see notes.txt"]
 
 
 @pytest.mark.parametrize("mode", ["centralised", "local"])

@@ -163,7 +163,7 @@ def test_what_cannot_be_merged_is_refused(world: Path, tmp_path: Path, method: s
 
 def test_a_folder_that_is_there_is_left_alone(world: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(ConfigError, match="is there already; name a new folder"):
+    with pytest.raises(ConfigError, match="already exists; name a new folder"):
         fedlora.load_run(run_of(world, "bert", "lora")).export(tmp_path)
     assert contents(tmp_path) == {"mine": b"precious"}
 

@@ -192,7 +192,7 @@ def test_a_run_goes_on_with_the_same_objects_alone(world: Path, tmp_path: Path) 
     whole = fedlora.run(handed(), tmp_path / "whole")
     folder = tmp_path / "run"
     fedlora.run(handed(), folder, until=1)
-    missing = "data.test were handed over from Python, and the configuration keeps a fingerprint alone: hand the same"
+    missing = "data.test were passed from Python, and the configuration keeps only a fingerprint: pass the same"
     with pytest.raises(ConfigError, match=f"model.object and model.tokenizer and data.train and {missing}"):
         fedlora.run(fedlora.load(folder), folder)
     with pytest.raises(CheckpointError, match=r"another configuration .data.train: 'rows:"):
@@ -211,14 +211,14 @@ def test_a_finished_run_needs_its_model_again(world: Path, tmp_path: Path) -> No
     # of no folder
     pair = tiny_model(), tokenizer
     folder = fedlora.run(over(world, None, pair), tmp_path / "run").folder
-    with pytest.raises(ConfigError, match=r"was handed over from Python: hand the same over again, by fedlora\."):
+    with pytest.raises(ConfigError, match=r"was passed from Python: pass the same again, by fedlora\."):
         fedlora.load_run(folder)
-    with pytest.raises(ConfigError, match=r"the weights handed over .BertFor\w+:\w+. are not those"):
+    with pytest.raises(ConfigError, match=r"the weights passed .BertFor\w+:\w+. are not those"):
         fedlora.load_run(folder, model=(tiny_model(seed=1), tokenizer))
     for words in (["run", str(folder)], ["predict", str(folder), "red"]):
         done = CliRunner().invoke(app, words)
         assert isinstance(done.exception, ConfigError)
-        assert "handed over from Python" in str(done.exception)
+        assert "passed from Python" in str(done.exception)
     trained = fedlora.load_run(folder, model=fedlora.Model(object=pair[0], tokenizer=tokenizer))
     (answer,) = trained.predict(["red w1 red"])
     assert (
@@ -235,7 +235,7 @@ def test_a_finished_run_needs_its_model_again(world: Path, tmp_path: Path) -> No
     )
     assert pair[0].config.id2label[0] == "LABEL_0"
     card = (folder / "adapter" / "README.md").read_text()
-    assert "The base model was handed over from Python: class and fingerprint `BertForSequenceClassification:" in card
+    assert "The base model was passed from Python: class and fingerprint `BertForSequenceClassification:" in card
     with pytest.raises(ConfigError, match="leave `model` out"):
         fedlora.load_run(fedlora.run(over(world, None), tmp_path / "plain").folder, model=pair)
 
@@ -249,7 +249,7 @@ def test_a_finished_run_finds_its_model_where_it_was_loaded_from(world: Path, tm
     expected = fedlora.load_run(folder, model=model).predict(["red w1"])
     assert fedlora.load_run(folder).predict(["red w1"]) == expected
     tiny_model(seed=3).save_pretrained(str(base))
-    with pytest.raises(ConfigError, match="is no local folder that holds the same: hand"):
+    with pytest.raises(ConfigError, match="is not a local folder with the same content: pass"):
         fedlora.load_run(folder)
 
 
@@ -258,7 +258,7 @@ def test_a_model_that_changed_since_is_not_trained(world: Path, tmp_path: Path) 
     experiment = over(world, None, (model, tokenizer))
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
-    with pytest.raises(ConfigError, match="have changed since it was handed over"):
+    with pytest.raises(ConfigError, match="have changed since it was passed"):
         fedlora.run(experiment, tmp_path / "run")
 
 
@@ -284,14 +284,20 @@ def test_models_that_cannot_be_copied_are_refused(world: Path) -> None:
         ({"object": torch.nn.Linear(2, 2), "tokenizer": tokenizer}, "is of type Linear, but a model of transformers"),
         ({"object": wrapped, "tokenizer": tokenizer}, r"call merge_and_unload\(\)"),
         ({"object": Own(tiny.config), "tokenizer": tokenizer}, r"is of type \S+Own, .* give model.path and"),
-        ({"object": tiny}, "came without its tokenizer, and it does not say where it was loaded from; give"),
+        ({"object": tiny}, "came without its tokenizer, and it does not record where it was loaded from; give"),
         (
             {"object": tiny, "tokenizer": 3},
             "model.tokenizer is of type int, but a tokenizer",
         ),
         ({"tokenizer": tokenizer}, "model.tokenizer goes with model.object, but there is none"),
-        ({"object": tiny, "tokenizer": tokenizer, "path": "bert"}, "model.path = 'bert' says how a model is read"),
-        ({"object": tiny, "tokenizer": tokenizer, "load": "4bit"}, "model.load = '4bit' says how a model is read"),
+        (
+            {"object": tiny, "tokenizer": tokenizer, "path": "bert"},
+            "model.path = 'bert' controls how a model is loaded",
+        ),
+        (
+            {"object": tiny, "tokenizer": tokenizer, "load": "4bit"},
+            "model.load = '4bit' controls how a model is loaded",
+        ),
         ({"object": copy.deepcopy(tiny).to("meta"), "tokenizer": tokenizer}, "not in memory"),
     ]
     for arguments, said in cases:
@@ -315,7 +321,7 @@ def test_rows_that_make_no_table_are_refused() -> None:
             r"entry 0 of the training rows of client 'text' is of type str, .*Dataset.from_dict",
         ),
         ({"a": [row], "b": pandas.DataFrame([{"text": 1}])}, "the clients' training rows do not make one table"),
-        ([{**row, CLIENT: "a"}], "a name of fedlora's own"),
+        ([{**row, CLIENT: "a"}], "a reserved name of fedlora"),
         (datasets.DatasetDict(a=datasets.Dataset.from_list([row])), "has the splits a, but none called 'train'"),
     ]
     for given, said in cases:

@@ -132,7 +132,7 @@ def test_a_run_killed_in_both_phases_ends_as_if_nothing_had_happened(
     process = start(arguments, tmp_path / "output")
     process.join()
     assert process.exitcode == 0
-    assert "going on after round" in (tmp_path / "output").read_text()
+    assert "resuming after round" in (tmp_path / "output").read_text()
     assert_same(folder, whole)
     assert contents(folder).keys() == contents(whole.folder).keys()
 
@@ -149,7 +149,7 @@ def test_a_request_to_stop_saves_says_how_to_go_on_and_exits_with_130(
     process.join()
     assert process.exitcode == 130
     said = (tmp_path / "output").read_text()
-    assert f"stopped; every finished round is saved. Go on with: fedlora run '{folder}'" in said
+    assert f"stopped; every finished round is saved. Resume with: fedlora run '{folder}'" in said
     assert "Traceback" not in said
     process = start(["run", str(folder)], tmp_path / "output")
     process.join()
@@ -357,7 +357,7 @@ def test_a_damaged_result_is_named_where_it_is_read_and_computed_again(
     hears, file = Hears(), tmp_path / "run" / "result.json"
     shutil.copytree(whole.folder, tmp_path / "run")
     file.write_text(file.read_text().replace('"rounds": 12', '"rounds": 13'))
-    with pytest.raises(ConfigError, match=r"its result.json is damaged; give the command of the run again"):
+    with pytest.raises(ConfigError, match=r"its result.json is damaged; run the same command again"):
         RunFolder(tmp_path / "run").read_json("result.json")
     again = fedlora.run(experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run", callbacks=[hears])
     assert (again.after, again.rounds) == (whole.after, 12)
@@ -485,6 +485,6 @@ def test_an_unfinished_run_of_before_is_refused_and_a_finished_one_is_read(
     fedlora.run(chosen, tmp_path / "begun", until=1)
     after = fedlora.run(chosen, tmp_path / "done").after
     monkeypatch.setattr(session, "can_go_on", lambda folder: False)
-    with pytest.raises(CheckpointError, match="begun by an older version of fedlora, and cannot go on with this one"):
+    with pytest.raises(CheckpointError, match="started by an older version of fedlora, and this one cannot resume it"):
         fedlora.run(chosen, tmp_path / "begun")
     assert fedlora.run(chosen, tmp_path / "done").after == after

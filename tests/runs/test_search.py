@@ -60,7 +60,7 @@ def test_each_step_tries_more_density_and_more_ranks_of_the_better_one(world: Pa
 def test_the_better_of_a_pair_is_kept_whichever_way_is_better(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, higher: bool, wide: bool
 ) -> None:
-    def made_up(chosen: Experiment, folder: Path, *, setting: FederatedData, callbacks: Any) -> SimpleNamespace:
+    def made_up(chosen: Experiment, folder: Path, *, data: FederatedData, callbacks: Any) -> SimpleNamespace:
         recipe = chosen.phases[0].recipe
         rank, density = recipe.tuning.rank, recipe.up.sparsify.density
         good = (rank if wide else 0) + density
@@ -73,9 +73,9 @@ def test_the_better_of_a_pair_is_kept_whichever_way_is_better(
         )
 
     def prepared(chosen: Experiment) -> FederatedData:
-        setting = prepare(chosen)
-        setting.task.higher_is_better = higher
-        return setting
+        data = prepare(chosen)
+        data.task.higher_is_better = higher
+        return data
 
     monkeypatch.setattr("fedlora.runs.search.run", made_up)
     monkeypatch.setattr("fedlora.runs.search.prepare", prepared)
@@ -221,7 +221,7 @@ def test_a_budget_that_nothing_fits_is_refused_before_training(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedlora.runs.search.run", None)
-    with pytest.raises(ConfigError, match="begin smaller, or raise it"):
+    with pytest.raises(ConfigError, match="start smaller, or raise the budget"):
         searched(world, tmp_path / "search", BOUNDS._replace(client_bytes=100.0))
 
 

@@ -106,7 +106,7 @@ def test_the_order_of_clients_does_not_matter(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", VALUES)
 def test_nobody_is_refused(kind: str) -> None:
-    with pytest.raises(TrainingError, match="no client answered"):
+    with pytest.raises(TrainingError, match="no client returned an update"):
         combined(VALUES[kind], [], params_of(0))
 
 
@@ -275,26 +275,26 @@ def test_one_client_that_lies_hardly_moves_a_robust_rule(kind: str) -> None:
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        ({"aggregator": SvdRedistribute(), "server": Adam()}, "anew"),
-        ({"aggregator": SvdRedistribute(), "server": Sgd(momentum=0.9)}, "anew"),
+        ({"aggregator": SvdRedistribute(), "server": Adam()}, "recomputes both factors"),
+        ({"aggregator": SvdRedistribute(), "server": Sgd(momentum=0.9)}, "recomputes both factors"),
         ({"aggregator": SvdRedistribute(), "tuning": LoRA(train="B")}, "both factors"),
-        ({"aggregator": ProductExact(), "server": Adam()}, "anew"),
+        ({"aggregator": ProductExact(), "server": Adam()}, "recomputes both factors"),
         ({"aggregator": ProductExact(), "down": Link(sparsify=TopK(density=0.5))}, "would be lost"),
         ({"aggregator": ProductExact(), "privacy": NOISE}, "that all weigh the same"),
-        ({"aggregator": ProductExact(), "prune": Prune(density=0.5)}, "the rule is a mean"),
-        ({"aggregator": Stack(), "tuning": Full()}, "about products"),
-        ({"aggregator": Stack(), "tuning": LoRA(train="alternate")}, "learns nothing"),
-        ({"aggregator": Stack(), "tuning": LoRA(init=SvdOfWeight())}, "draws adapters anew"),
-        ({"aggregator": Stack(), "up": Link(feedback=True), "memory": "init"}, "start anew"),
-        ({"aggregator": Stack(), "local": Local(keep_optimizer=True)}, "start anew"),
-        ({"aggregator": SparsityWeighted(), "tuning": Full()}, "about products"),
-        ({"aggregator": SparsityWeighted(), "down": Link(sparsify=TopK(density=0.5))}, "and these die"),
+        ({"aggregator": ProductExact(), "prune": Prune(density=0.5)}, "an aggregator that is a mean"),
+        ({"aggregator": Stack(), "tuning": Full()}, "works on products"),
+        ({"aggregator": Stack(), "tuning": LoRA(train="alternate")}, "training A alone has no effect"),
+        ({"aggregator": Stack(), "tuning": LoRA(init=SvdOfWeight())}, "reinitialises adapters after"),
+        ({"aggregator": Stack(), "up": Link(feedback=True), "memory": "init"}, "are reinitialised"),
+        ({"aggregator": Stack(), "local": Local(keep_optimizer=True)}, "are reinitialised"),
+        ({"aggregator": SparsityWeighted(), "tuning": Full()}, "works on products"),
+        ({"aggregator": SparsityWeighted(), "down": Link(sparsify=TopK(density=0.5))}, "decay to zero"),
         ({"aggregator": SvdRedistribute(), "down": Link(sparsify=TopK(density=0.5))}, "would be lost"),
-        ({"aggregator": CoordinateMedian(), "up": Link(sparsify=TopK(density=0.5))}, "hardly anything would move"),
-        ({"aggregator": Krum(), "up": Link(sparsify=RandomK(density=0.5))}, "a plain mean only"),
-        ({"tuning": LoRA(train="alternate"), "server": Sgd(momentum=0.9)}, "keeps still in the next"),
-        ({"tuning": LoRA(train="alternate"), "server": Adam()}, "keeps still in the next"),
-        ({"aggregator": SvdRedistribute(), "tuning": Full()}, "about products"),
+        ({"aggregator": CoordinateMedian(), "up": Link(sparsify=TopK(density=0.5))}, "hardly any would change"),
+        ({"aggregator": Krum(), "up": Link(sparsify=RandomK(density=0.5))}, "only for a plain mean"),
+        ({"tuning": LoRA(train="alternate"), "server": Sgd(momentum=0.9)}, "the frozen factor in the next"),
+        ({"tuning": LoRA(train="alternate"), "server": Adam()}, "the frozen factor in the next"),
+        ({"aggregator": SvdRedistribute(), "tuning": Full()}, "works on products"),
     ],
 )
 def test_rules_that_would_lie_are_refused(slots: dict[str, Any], message: str) -> None:
@@ -358,5 +358,5 @@ def test_noise_leaves_a_still_factor_where_it_is() -> None:
 def test_the_servers_weight_decay_beside_a_still_factor_is_refused() -> None:
     from fedlora.server.optimizers import AdamW
 
-    with pytest.raises(ConfigError, match="to keep still"):
+    with pytest.raises(ConfigError, match="move the frozen factor"):
         Recipe(tuning=LoRA(train="B"), server=AdamW(weight_decay=0.1))

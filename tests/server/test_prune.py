@@ -99,7 +99,7 @@ def test_momentum_that_clients_keep_does_not_bring_it_back() -> None:
         ({"memory": "last_round"}, "these must stay"),
         ({"aggregator": SvdRedistribute()}, "these must stay"),
         ({"tuning": LoRA(init=SvdOfWeight())}, "carry pre-trained knowledge"),
-        ({"privacy": CentralGaussian(clip_norm=1.0, noise_multiplier=1.0)}, "brings it back"),
+        ({"privacy": CentralGaussian(clip_norm=1.0, noise_multiplier=1.0)}, "brings them back"),
     ],
 )
 def test_pruning_that_would_lie_is_refused(slots: dict[str, Any], message: str) -> None:

@@ -90,9 +90,9 @@ def test_without_dense_lora_the_first_method_is_compared_with() -> None:
 
 
 def test_runs_of_one_name_that_are_no_seeds_of_each_other_are_refused(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="have the seed 0: name them apart"):
+    with pytest.raises(ConfigError, match="have the seed 0: give them different labels"):
         comparison([result("lora", 0, 0.5), result("lora", 0, 0.5)])
-    with pytest.raises(ConfigError, match="judged by accuracy and f1"):
+    with pytest.raises(ConfigError, match="different main metrics, accuracy and f1"):
         comparison([result("lora", 0, 0.5), result("other", 0, 0.5) | {"main_metric": "f1"}])
     runs = []
     for seed, density in ((0, 0.25), (1, 0.25), (2, 0.5)):

@@ -51,7 +51,7 @@ def test_the_ends_of_grids_are_named() -> None:
         ("lora >= nothing", "no method 'nothing'"),
         ("lora >= full at alpha = 3", "no setting 'alpha = 3'"),
         ("lora >= full at beta = 0.5", "no setting 'beta = 0.5'"),
-        ("lora + full >= 1", "is no figure"),
+        ("lora + full >= 1", "is not a value"),
     ],
 )
 def test_other_rules_are_refused(rule: str, expected: str) -> None:

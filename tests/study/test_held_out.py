@@ -106,5 +106,5 @@ def test_the_configuration_says_what_was_held_out(world: Path) -> None:
 def test_data_that_lie_elsewhere_are_refused(world: Path) -> None:
     values = document(world)
     values["data"] = {"kind": "sites", "test": "test.jsonl"}
-    with pytest.raises(ConfigError, match="needs data that lie here"):
+    with pytest.raises(ConfigError, match="needs the whole data on this machine"):
         held_out(values, 0.1, 0)

@@ -88,10 +88,10 @@ def test_tables_of_another_kind_replace_and_others_merge() -> None:
     ("more", "expected"),
     [
         ({"sedes": [0]}, "unknown key 'sedes', did you mean 'seeds'"),
-        ({"seeds": [1, 1]}, "names one twice"),
+        ({"seeds": [1, 1]}, "has a seed twice"),
         ({"methods": {}}, "methods = {}"),
-        ({"methods": {"a/b": {"kind": "lora"}}}, "is to name a folder"),
-        ({"report": {"reference": "nothing"}}, "report.reference = 'nothing' is no method"),
+        ({"methods": {"a/b": {"kind": "lora"}}}, "has to be usable as a folder name"),
+        ({"report": {"reference": "nothing"}}, "report.reference = 'nothing' is not a method"),
         ({"tune": {"methods": {"nothing": {"vary": {}}}}}, "tune.methods.nothing: there is no such method"),
         ({"lines": {"centralised": {"methods": ["nothing"]}}}, "no method 'nothing' to be centralised"),
         ({"vary": {"a": []}}, "vary.a = "),

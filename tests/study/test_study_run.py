@@ -208,7 +208,7 @@ def test_a_spent_budget_begins_nothing(world: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     found = run_study(parse_study(document(world)), tmp_path / "study", budget=0.0, log=lines.append)
     assert found["rows"] == []
-    assert lines == ["the budget was spent before the end; the same command goes on"]
+    assert lines == ["the budget was spent before the end; run the same command to resume"]
 
 
 def test_the_command(world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

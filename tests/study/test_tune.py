@@ -178,6 +178,6 @@ def test_the_command(world: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert shown.exit_code == 0, shown.output
     assert "best" in shown.stdout
-    assert "is an end of what was tried (0.001, 0.01)" in shown.stderr
+    assert "is at an end of the values tried (0.001, 0.01)" in shown.stderr
     printed = CliRunner().invoke(app, [*arguments, "--format", "json"], catch_exceptions=False)
     assert json.loads(printed.stdout)["rounds"] == [1, 2, 2]

@@ -196,5 +196,5 @@ def test_a_prompt_is_a_turn_of_the_user_where_there_is_a_chat_template(world: Pa
         # without one, JSON is a prompt like any other
         prepare_answers(world, max_new_tokens=4).predict(model, [as_json], CPU)
     assert plain == told
-    with pytest.raises(DataError, match="input 1 is no conversation"):
+    with pytest.raises(DataError, match=r"turn 0 of input 1 \(user\) has no content"):
         task.predict(model, ["w1", '{"messages": [{"role": "user"}]}'], CPU)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,13 +188,13 @@ def test_a_model_takes_smaller_pictures(world: Path, model: str) -> None:
 def test_a_size_that_the_model_does_not_take_is_refused(world: Path, tmp_path: Path) -> None:
     save_vit(tmp_path, patch_size=16)
     task = ImageClassification(size=8).restore(Model(path=str(tmp_path)), list(COLOURS))
-    with pytest.raises(ConfigError, match=r"the model does not take pictures of 8 x 8 \(.+\): leave task.size out"):
+    with pytest.raises(ConfigError, match=r"the model does not accept images of 8 x 8 \(.+\): leave task.size out"):
         task.load_model(0, "fp32", CPU)
 
 
 def test_a_size_that_the_processor_does_not_hear_is_refused(tmp_path: Path) -> None:
     save_vit(tmp_path, {"do_pad": True, "pad_size": {"height": 32, "width": 32}})
-    with pytest.raises(ConfigError, match="cannot be told to give pictures of height 16: leave task"):
+    with pytest.raises(ConfigError, match="cannot be set to give images of height 16: leave task"):
         load_processor(Model(path=str(tmp_path)), 16)
 
 
@@ -200,7 +202,7 @@ def test_a_processor_that_keeps_proportions_is_refused(world: Path, tmp_path: Pa
     save_vit(tmp_path / "vit", {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}})
     own = json.loads((tmp_path / "vit" / "preprocessor_config.json").read_text()) | {"do_center_crop": False}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(own))
-    with pytest.raises(ConfigError, match="keeps the proportions of pictures"):
+    with pytest.raises(ConfigError, match="keeps the proportions of images"):
         load_processor(Model(path=str(tmp_path / "vit")), None)
 
 
@@ -253,7 +255,7 @@ def test_a_picture_is_turned_upright() -> None:
 
 
 def test_pixels_without_a_range_are_refused() -> None:
-    with pytest.raises(DataError, match="row 3 has pixels of 32 bits"):
+    with pytest.raises(DataError, match="row 3 has 32-bit pixels"):
         decode(as_bytes(flat("F", 0.5), "TIFF"), "row 3")
 
 
@@ -267,7 +269,7 @@ def test_garbage_names_its_row(world: Path, tmp_path: Path, raw: bytes) -> None:
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "bad.parquet")
     prepare(world, parquet(world))
     with pytest.raises(
-        DataError, match=r"row 4 of the training rows cannot be read as a picture \(.+\): mend or remove"
+        DataError, match=r"row 4 of the training rows cannot be read as an image \(.+\): correct or remove"
     ):
         prepare(world, Files(train=str(tmp_path / "bad.parquet")))
     assert list(pixels_module.cache_folder().rglob("*.npy"))
@@ -283,7 +285,7 @@ def test_a_file_that_is_not_there_names_its_row(world: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("image", [7, {"bytes": None, "path": None, "x": 1}])
 def test_what_is_no_picture_at_all_names_its_row(world: Path, tmp_path: Path, image: Any) -> None:
     rows = [{"image": image, "label": label} for label in "ab"]
-    with pytest.raises(DataError, match="row 0 of the training rows holds no picture"):
+    with pytest.raises(DataError, match="row 0 of the training rows holds no image"):
         prepare(world, Files(train=json_lines(tmp_path / "rows.jsonl", rows)))
 
 
@@ -371,15 +373,15 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
 def test_folders_without_sense_are_refused(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no folder"):
         ImageFolder(path=str(tmp_path / "none")).load()
-    with pytest.raises(DataError, match="no folders with pictures"):
+    with pytest.raises(DataError, match="no folders with images"):
         ImageFolder(path=str(tmp_path)).load()
     make_folder(tmp_path, 1)
     (tmp_path / "red").rename(tmp_path / "pink")
-    with pytest.raises(DataError, match=r"1 classes that no training picture has \(such as 'pink'\)"):
+    with pytest.raises(DataError, match=r"1 classes that no training image has \(such as 'pink'\)"):
         ImageFolder(path=str(world / "folder"), test=str(tmp_path)).load()
     for name in ("blue", "green"):
         (tmp_path / name / "0.png").unlink()
-    with pytest.raises(DataError, match="all rows have the class 'pink', but there must be two"):
+    with pytest.raises(DataError, match="all rows have the class 'pink', but classification needs two"):
         prepare(world, ImageFolder(path=str(tmp_path)))
 
 
@@ -585,8 +587,19 @@ def test_predictions_are_for_paths(world: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'nothing\.png' cannot be read"):
         task.predict(model, [paths[0], "nothing.png"], CPU)
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(DataError, match=r"text.png' cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"text.png' cannot be read as an image"):
         task.predict(model, [str(tmp_path / "text.png")], CPU)
+
+
+@pytest.mark.parametrize("size", [(12_000, 12_000), (60_000, 60_000), (89_478_486, 1)])
+def test_a_picture_of_too_many_pixels_is_not_decoded(size: tuple[int, int]) -> None:
+    header = struct.pack(">II", *size) + b"\x08\x02\0\0\0"
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    ]
+    with pytest.raises(DataError, match=r"row 3 has more than 89,478,485 pixels, which is the most that is decoded"):
+        decode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks), "row 3")
 
 
 def test_other_test_rows_are_read_by_name(world: Path, tmp_path: Path) -> None:
@@ -599,7 +612,7 @@ def test_other_test_rows_are_read_by_name(world: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         assert folder.evaluate(model_of(task), np.arange(9), "test", CPU).metrics["loss"] > 0
     rows[0]["label"] = "pink"
-    with pytest.raises(DataError, match="the model does not know: pink"):
+    with pytest.raises(DataError, match="the model lacks: pink"):
         task.with_rows(Path(json_lines(tmp_path / "rows.jsonl", rows)), {"image": "picture"})
 
 

@@ -78,9 +78,9 @@ def test_the_default_template_asks_and_ends_in_a_line_break(world: Path) -> None
     assert wanted == [*ids("w3 w4"), EOS]
 
 
-def test_braces_of_a_prompt_or_template_mean_nothing(world: Path, tmp_path: Path) -> None:
+def test_braces_of_a_prompt_mean_nothing_and_those_of_a_template_are_doubled(world: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "{answer} {0} {prompt}", "answer": "w1"}])
-    tokens, _ = learnt(prepare_answers(world, rows, template="{w2} w3 {prompt}"), 0)
+    tokens, _ = learnt(prepare_answers(world, rows, template="{{w2}} w3 {prompt}"), 0)
     assert tokens == [BOS, *[1] * 1, *ids("w3"), 1, 1, 1, *ids("w1"), EOS]
 
 
@@ -128,11 +128,11 @@ def test_rows_without_an_answer_are_left_out_and_told_of(world: Path, tmp_path: 
     assert (task.num_examples("train"), task.texts("train")) == (1, ["w2"])
     with torch.no_grad():
         found = task.evaluate(model_of(task), np.array([0]), "test", CPU)
-    assert found.warnings[-1] == "2 of 3 test rows have no answer to learn and are left out"
+    assert found.warnings[-1] == "2 of 3 test rows have no answer to train on and are left out"
     silent = write_rows(
         tmp_path / "silent.jsonl", [{"messages": messages(["w1"])}, {"messages": messages(["w2", " "])}]
     )
-    with pytest.raises(DataError, match="all 2 train rows have no answer to learn"):
+    with pytest.raises(DataError, match="all 2 train rows have no answer to train on"):
         prepare_talks(world, silent)
 
 
@@ -218,13 +218,13 @@ def test_embeddings_are_means_over_examples(world: Path, packing: bool) -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ConfigError, match="has no place for the prompt"):
+    with pytest.raises(ConfigError, match="has no placeholder for the prompt"):
         Instruction(template="Question:")
     with pytest.raises(ConfigError, match="has 0 groups"):
         Instruction(answer_pattern="gsm")
     with pytest.raises(ConfigError, match="has 2 groups"):
         Instruction(answer_pattern="(a)(b)")
-    with pytest.raises(ConfigError, match="is no regular expression"):
+    with pytest.raises(ConfigError, match="is not a regular expression"):
         Instruction(answer_pattern="(a")
     with pytest.raises(ConfigError, match=r"task.*learn = 'first'"):
         config.parse({"task": {"kind": "instruction", "learn": "first"}})
@@ -251,11 +251,25 @@ def test_garbage_is_refused(world: Path, tmp_path: Path, rows: list[dict[str, An
 
 
 @pytest.mark.parametrize(
-    "bad", ["w1 w2", [], ["w1"], [{"role": "user"}], [{"role": "user", "content": ["w1"]}], [{"content": "w1"}]]
+    ("bad", "message"),
+    [
+        ("w1 w2", "row 0 of the training rows is not a conversation: 'messages' should be a list"),
+        ([], "row 0 of the training rows is not a conversation"),
+        (["w1"], "row 0 of the training rows is not a conversation"),
+        ([{"role": "user"}], r"turn 0 of row 0 of the training rows \(user\) has no content and calls no tool"),
+        ([{"role": "user", "content": {"type": "image_url"}}], "has the part {'type': 'image_url'}, but only text"),
+        ([{"content": "w1"}], "turn 0 of row 0 of the training rows has no role as text, only content"),
+        (
+            [{"role": "user", "content": "w1"}, {"role": "critic", "content": "w2"}],
+            "has the roles user, critic, but critic is none that is read",
+        ),
+        ([{"role": "assistant", "content": "w1", "weight": 0.5}], "has weight 0.5, but a turn is learnt"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "calls a tool by {'id': '1'}"),
+    ],
 )
-def test_conversations_that_are_none_are_refused(world: Path, tmp_path: Path, bad: Any) -> None:
+def test_conversations_that_are_none_are_refused(world: Path, tmp_path: Path, bad: Any, message: str) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": bad}])
-    with pytest.raises(DataError, match=r"row 0 is no conversation: 'messages' should be a list"):
+    with pytest.raises(DataError, match=message):
         prepare_talks(world, rows)
 
 
@@ -273,7 +287,7 @@ def test_a_template_that_rewrites_what_was_said_can_learn_the_last_turn_alone(wo
         "{% if loop.last %} w50{% endif %} {{ m.content }} </s>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %} <bot>{% endif %}",
     )
-    with pytest.raises(DataError, match=r'row 0 otherwise once turn 1 is there.*set task.learn = "last"'):
+    with pytest.raises(DataError, match=r'row 0 differently once turn 1 is added.*set task.learn = "last"'):
         prepare_answers(world, "talks.jsonl", "forgetful", template="chat")
     task = prepare_answers(world, "talks.jsonl", "forgetful", template="chat", learn="last")
     assert learnt(task, 0)[1] == [*ids("w50 w6"), EOS]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from fedlora.core.errors import DataError
-from fedlora.tasks import Files, TextClassification
-from fedlora.tasks.data.columns import Raw, known_classes
-from fedlora.tasks.data.labels import class_sets, class_sets_of, class_table
+from fedlora.tasks import Files, Rows, TextClassification
+from fedlora.tasks.data.classes import known_classes
+from fedlora.tasks.data.columns import Raw
+from fedlora.tasks.data.labels import class_sets, class_sets_of, class_table, given_twice
 
 LISTS: list[list[Any]] = [["red", "blue"], [], ["green"], ["blue"]]
 
@@ -141,13 +142,13 @@ def test_known_classes_by_name_or_number() -> None:
 
 def test_where_the_names_are_numbers_a_number_is_a_name() -> None:
     assert known([2, 1], ["1", "2"]) == [1, 0]
-    with pytest.raises(DataError, match="labels that the model does not know: 0; it knows 1, 2"):
+    with pytest.raises(DataError, match="labels that the model lacks: 0; it has 1, 2"):
         known([1, 0], ["1", "2"])
 
 
 def test_known_classes_that_are_declared_in_another_order() -> None:
     assert known([0, 1, 0], ["a", "b"], ["b", "a"]) == [1, 0, 1]
-    with pytest.raises(DataError, match="labels that the model does not know: -1"):
+    with pytest.raises(DataError, match="labels that the model lacks: -1"):
         known([0, -1], ["a", "b"], ["b", "a"])
 
 
@@ -159,3 +160,101 @@ def test_known_sets_by_name_or_number() -> None:
     assert found([[1], []], ["a", "b"]) == [[1], []]
     with pytest.raises(DataError, match="the file's rows have 1 classes"):
         found([[7]], ["a", "b"])
+
+
+# ---- forms of labels that files have
+
+
+def read(labels: list[Any], test: list[Any] | None = None, problem: Any = "single") -> tuple[list[Any], list[str]]:
+    """The class numbers of the training rows, and the classes' names."""
+    source = Rows(train=rows_of(labels), test=rows_of(labels if test is None else test))
+    (train, _), names = TextClassification(problem=problem).read(source)
+    return train["label"][:], names
+
+
+def read_csv(tmp_path: Path, labels: list[str], test: list[str] | None = None) -> tuple[list[Any], list[str]]:
+    for name, values in (("train", labels), ("test", test or labels)):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"t{n},{one}\n" for n, one in enumerate(values)))
+    files = Files(train=str(tmp_path / "train.csv"), test=str(tmp_path / "test.csv"))
+    (train, _), names = TextClassification().read(files)
+    return train["label"][:], names
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        (["10", "9", "mixed"], ["10", "9", "mixed"]),
+        (["01", "1", "10"], ["01", "1", "10"]),
+        (["1.0", "0.0"], ["0", "1"]),
+        (["1.0", "0.5", "1"], ["0.5", "1", "1.0"]),
+        (["True", "False"], ["False", "True"]),
+        (["red", "red ", "Red"], ["Red", "red"]),
+        ([" 2", "1 "], ["1", "2"]),
+    ],
+)
+def test_classes_of_a_csv(tmp_path: Path, labels: list[str], names: list[str]) -> None:
+    assert read_csv(tmp_path, labels)[1] == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([1.0, 0.0], ["0", "1"]),
+        ([True, False], ["False", "True"]),
+        (["10", "9"], ["10", "9"]),  # text that is no csv field is in the order of text
+        ([10, 9], ["9", "10"]),
+        (["red", " red"], None),
+    ],
+)
+def test_classes_of_other_rows(labels: list[Any], names: list[str] | None) -> None:
+    if names is None:
+        with pytest.raises(DataError, match="all rows have the class 'red'"):
+            read(labels)
+    else:
+        assert read(labels)[1] == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "message"),
+    [
+        (["red", " ", "blue"], "single", r"column 'label' is blank in 1 of the training rows \(first: row 1\)"),
+        ([["red", ""], ["blue"]], "multi", "column 'label' is blank in 1 of the training rows"),
+        ([[0, 1, 0], [1, 0, 0]], "single", r'vectors of zeros and ones, as \[0, 1, 0\], set task.problem = "multi"'),
+        ([0.5, 1.0], "single", 'holds float, int, but .* set task.problem = "regression" for numbers'),
+        ([[0, 1, 0], [1, 0, 0, 0]], "multi", "names a class twice, or is a vector of another length"),
+    ],
+)
+def test_labels_of_no_class_are_refused(labels: list[Any], problem: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read(labels, problem=problem)
+
+
+@pytest.mark.parametrize("kind", [int, float, bool])
+def test_vectors_of_zeros_and_ones_are_sets_of_classes(kind: type) -> None:
+    vectors = [[kind(one) for one in row] for row in ([0, 1, 0], [1, 1, 0], [0, 0, 0])]
+    numbers, names = read(vectors, problem="multi")
+    assert (numbers, names) == ([[1], [0, 1], []], ["0", "1", "2"])
+    known = class_sets_of(rows_of(vectors), "label", ["a", "b", "c"], "given", by_number=True)
+    assert known["label"][:] == numbers
+    with pytest.raises(DataError, match="the test rows does not hold vectors of 3 zeros and ones"):
+        read(vectors, [[0, 1]], "multi")
+
+
+def test_a_class_that_is_named_twice_counts_once() -> None:
+    raw, names = sets([["red", "red"], ["blue"]])
+    assert class_table(raw.train, "label", len(names)).tolist() == [[0, 1], [1, 0]]
+    assert given_twice({"train": raw.train}) == ["1 of 2 train rows name a class twice, which counts once"]
+    assert given_twice({"train": sets(LISTS)[0].train}) == []
+
+
+def test_test_labels_are_names_or_numbers_of_declared_classes() -> None:
+    train = rows_of([0, 1], ["red", "blue"])
+    for test in (["blue", "red"], [1, 0]):
+        (_, rows), names = TextClassification().read(Rows(train=train, test=rows_of(test)))
+        assert (rows["label"][:], names) == ([1, 0], ["red", "blue"])
+
+
+def test_labels_that_training_lacks_are_named() -> None:
+    with pytest.raises(DataError, match=r"2 labels that no training row has \(such as 'pink', 'violet'\)"):
+        read(["red", "blue"], ["pink", "violet", "red"])

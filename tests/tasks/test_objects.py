@@ -84,8 +84,8 @@ def test_an_image_processor_is_handed_over_in_place_of_a_tokenizer(tmp_path: Pat
         assert (one.scale == other.scale).all()
         assert one.own.to_dict() == other.own.to_dict()
     assert ImageClassification().restore(by_object, ["a", "b"]).label_names == ["a", "b"]
-    with pytest.raises(ConfigError, match="but this task reads text: hand a tokenizer over"):
+    with pytest.raises(ConfigError, match="but this task reads text: pass a tokenizer"):
         load_tokenizer(by_object)
     save_model(tmp_path / "bert")
-    with pytest.raises(ConfigError, match="but this task reads pictures: hand the model's image processor over"):
+    with pytest.raises(ConfigError, match="but this task reads images: pass the model's image processor"):
         load_processor(both(tmp_path / "bert", "AutoModel")[1], None)

@@ -420,7 +420,7 @@ def test_a_model_that_always_points_at_the_same_place_is_reported() -> None:
     (warning,) = spans.score(same, references, 1.0, False).warnings
     assert "token 1 to 4 of the context, as the answer to 40 of 40 questions" in warning
     (warning,) = spans.score([Answer("", -1, 1.0, None)] * 40, references, 1.0, True).warnings
-    assert "gives no answer to 40 of 40 questions" in warning
+    assert "predicts no answer to 40 of 40 questions" in warning
     mixed = [one._replace(place=(number % 9, 9)) for number, one in enumerate(same)]
     assert spans.score(mixed, references, 1.0, False).warnings == ()
     # right, and few

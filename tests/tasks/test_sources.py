@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import TextClassification
-from fedlora.tasks.data.columns import Raw, Splits, fingerprint, split
+from fedlora.tasks.data.columns import Raw, Splits, fingerprint, split, typed
 from fedlora.tasks.data.sources import SOURCES, AnySource, Docstrings, Files, Hub, Source
 
 TEXTS = ["none of it", "two, three", 'say "hi"', "a\tb", "five", "sechs äöü"]
@@ -70,9 +70,12 @@ def test_every_format_reads_the_same(tmp_path: Path, ending: str, zipped: str) -
     assert set(train.column_names) == {"text", "label", "user"}
     assert train["text"][:] == TEXTS
     assert train["label"][:] == [1, 0, 0, 1, 1, 0]
-    assert train["user"][:] == [0, 0, 1, 1, 2, 2]
+    assert typed(train, "user") == [0, 0, 1, 1, 2, 2]
     assert train.features["label"] == test.features["label"] == datasets.ClassLabel(names=["a", "b"])
-    expected = datasets.Dataset.from_list(ROWS).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
+    is_text = ending in ("csv", "tsv")
+    assert train["user"][:] == ([*"001122"] if is_text else [0, 0, 1, 1, 2, 2])
+    rows = [{**row, "user": str(row["user"])} for row in ROWS] if is_text else ROWS
+    expected = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=["a", "b"]))
     assert fingerprint(train) == fingerprint(test) == fingerprint(expected)
 
 
@@ -226,7 +229,7 @@ def test_nan_labels_are_missing(tmp_path: Path) -> None:
         ("rows.csv.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("rows.csv", b"text,label\n", "has no rows"),
         ("rows.jsonl", b'{"text": \n', "cannot be read as json"),
-        ("rows.jsonl.gz", b"not gzip", "cannot be read as json"),
+        ("rows.jsonl.gz", b"not gzip", "cannot be unpacked .Not a gzipped file"),
         ("rows.parquet", b"PAR?", "cannot be read as parquet"),
         ("rows.xlsx", b"x", "ends in '.xlsx'"),
     ],

@@ -307,7 +307,7 @@ def test_models_that_know_no_types_can_predict(tmp_path: Path, family: str) -> N
 
 def test_a_label_that_the_model_does_not_know_is_refused(world: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "w1", "label": "violet"}])
-    with pytest.raises(DataError, match="labels that the model does not know: violet"):
+    with pytest.raises(DataError, match="labels that the model lacks: violet"):
         prepare(world).with_rows(file, {})
 
 
@@ -352,7 +352,7 @@ def test_pairs_in_json_are_predicted_as_pairs(world: Path, pairs: Path) -> None:
 
 def test_one_class_is_nothing_to_tell_apart(world: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"text": f"w{number}", "label": "red"} for number in range(20)])
-    with pytest.raises(DataError, match="all rows have the class 'red', but there must be two or more"):
+    with pytest.raises(DataError, match="all rows have the class 'red', but classification needs two or more"):
         prepare(world, train=str(file), test=str(file))
 
 

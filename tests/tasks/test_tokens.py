@@ -158,7 +158,7 @@ def test_a_word_without_a_piece_is_predicted_outside_and_counted(world: Path, tm
     assert labelled(task, task.batch(np.array([0]), CPU, "test")) == [[("ann", "B-per"), ("met", "O")]]
     found = task.evaluate(Lookup(RIGHT), np.array([0]), "test", CPU)
     assert (found.metrics["accuracy"], found.metrics["recall"], found.metrics["precision"]) == (0.75, 0.5, 1.0)
-    assert found.warnings == ("1 words of entities make no piece of the tokenizer: they count as predicted 'O'",)
+    assert found.warnings == ("1 words of entities get no token: they count as predicted 'O'",)
 
 
 def test_words_that_look_special_are_words(world: Path, tmp_path: Path) -> None:
@@ -204,15 +204,15 @@ def test_a_decoder_without_special_tokens_trains_and_predicts(world: Path, gpt2:
         assert float(task.loss(model.eval(), task.batch(np.arange(2), CPU))) > 0
         assert task.evaluate(model, np.arange(2), "test", CPU).metrics["loss"] > 0
         assert len(task.predict(model, ["ann", " "], CPU)) == 2
-    with pytest.raises(TrainingError, match="no word of these examples makes a piece of the tokenizer"):
+    with pytest.raises(TrainingError, match="no word of these examples gets a token"):
         task.loss(model, task.batch(np.array([1]), CPU))
-    with pytest.raises(TrainingError, match="no word of these examples makes a piece of the tokenizer"):
+    with pytest.raises(TrainingError, match="no word of these examples gets a token"):
         task.evaluate(model, np.array([1]), "test", CPU)
 
 
 def test_a_tokenizer_that_cannot_say_whose_a_piece_is_is_refused(world: Path) -> None:
     slow: Any = SimpleNamespace(pad_token_id=0)
-    with pytest.raises(ConfigError, match=r"cannot say which word a piece is of.*tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"does not map tokens to words.*tokenizer\.json"):
         PreparedTokens(TokenClassification(), Model(path="x"), slow, NAMES, {})
 
 
@@ -395,14 +395,14 @@ def test_tags_may_be_words_declared_numbers_or_numbers_with_names(world: Path, t
         assert other.fingerprint == words.fingerprint
         batches = (one.batch(np.arange(60), CPU)["labels"] for one in (words, other))
         assert torch.equal(*batches)
-    with pytest.raises(DataError, match=r"nothing says what it stands for: name the tags .* in task\.tag_names"):
+    with pytest.raises(DataError, match=r"the numbers have no names: name the tags .* in task\.tag_names"):
         prepare(world, train=str(plain))
 
 
 def test_all_tags_may_be_named_though_no_training_row_has_them(world: Path, tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", [{"tokens": ["ann"], "tags": ["B-new"]}])
     with pytest.raises(
-        DataError, match="row 0 of the test rows has the tag 'B-new', but the model knows O, B-loc, B-p"
+        DataError, match="row 0 of the test rows has the tag 'B-new', but the model has only O, B-loc, B-p"
     ):
         prepare(world, test=str(test))
     task = prepare(world, TokenClassification(tag_names=("B-new", *NAMES)), test=str(test))
@@ -423,9 +423,15 @@ ROW = {"tokens": ["ann", "met"], "tags": ["B-per", "O"]}
         ({"tokens": ["ann", "met"], "tags": ["B-per"]}, "row 1 of the training rows has 2 words and 1 tags"),
         ({"tokens": [], "tags": []}, r"row 1 of the training rows has \[\] for 'tokens'"),
         ({"tokens": ["ann", None], "tags": ["O", "O"]}, r"row 1 of the training rows has \['ann', None\]"),
-        ({"tokens": ["ann"], "tags": ["PER"]}, "row 1 of the training rows has the tag 'PER', but IOB2 knows"),
-        ({"tokens": ["ann"], "tags": ["B-"]}, "row 1 of the training rows has the tag 'B-', but IOB2 knows"),
-        ({"tokens": ["ann"], "tags": ["S-per"]}, 'or set task.scheme = "plain"'),
+        (
+            {"tokens": ["ann"], "tags": ["PER"]},
+            "row 1 of the training rows has the tag 'PER', but a tag of entities is O",
+        ),
+        (
+            {"tokens": ["ann"], "tags": ["B-"]},
+            "row 1 of the training rows has the tag 'B-', but a tag of entities is O",
+        ),
+        ({"tokens": ["ann"], "tags": ["X-per"]}, 'set task.scheme = "plain", which scores single words'),
         ({"tokens": ["ann"], "tags": [None]}, "has the tag None, but a tag is a word"),
         ({"tokens": ["ann"], "tags": None}, "column 'tags' has no value in 1 of 2 training rows"),
         ({"tokens": None, "tags": ["O"]}, "column 'tokens' has no value in 1 of 2 training rows"),
@@ -484,7 +490,7 @@ def test_names_that_disagree_with_the_data_are_refused(world: Path, tmp_path: Pa
     ("settings", "message"),
     [
         ({"tag_names": ("O", "B-a", "O")}, r"task\.tag_names has 'O' twice"),
-        ({"tag_names": ("O", "a")}, r"task\.tag_names has the tag 'a', but IOB2 knows O, B-type and I-type"),
+        ({"tag_names": ("O", "a")}, r"task\.tag_names has the tag 'a', but a tag of entities is O, or B-type"),
         ({"tag_names": ("O", ""), "scheme": "plain"}, r"task\.tag_names has the tag '', but a tag is a word"),
     ],
 )
@@ -499,7 +505,7 @@ def test_other_files_are_evaluated_with_the_tags_of_the_model(world: Path, tmp_p
     task = restored.with_rows(file, {"tokens": "words"})
     assert task.evaluate(Lookup(RIGHT), np.array([0]), "test", CPU).metrics["f1"] == 1.0
     bad = write_rows(tmp_path / "bad.jsonl", [{"tokens": ["rome"], "tags": ["B-org"]}])
-    with pytest.raises(DataError, match="has the tag 'B-org', but the model knows O, B-loc, B-per, I-per alone"):
+    with pytest.raises(DataError, match="has the tag 'B-org', but the model has only O, B-loc, B-per, I-per: correct"):
         restored.with_rows(bad, {})
 
 

@@ -162,7 +162,7 @@ def test_a_model_that_says_one_token_only_is_told_of(world: Path) -> None:
         model.lm_head.weight.zero_()  # type: ignore[union-attr,operator]
         found = task.evaluate(model, np.arange(6), "test", CPU)
     assert found.metrics["loss"] == pytest.approx(math.log(64), abs=1e-5)
-    assert found.warnings == ("the model says the same token everywhere: it has learnt nothing useful",)
+    assert found.warnings == ("the model predicts the same token everywhere: it has learnt nothing useful",)
 
 
 def test_other_data_can_be_evaluated(world: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -61,10 +62,50 @@ def _layout(data: list[int], shapes: dict[str, list[int]]) -> list[list[bool]]:
         (mask, i) for mask, layout in zip(masks, layouts, strict=True) if layout == POOLED for i in range(len(mask))
     ]
     if POOLED in layouts:
-        jobs.append((pooled, _varint(data)))
+        kept, coding = _varint(data), data.pop(0)
+        if coding == 0:
+            jobs.append((pooled, kept))
+        elif coding == 1:
+            for (mask, i), bit in zip(pooled, _bits(_inflated(data), len(pooled)), strict=True):
+                mask[i] = bool(bit)
+            assert sum(mask[i] for mask, i in pooled) == kept
+        else:
+            assert coding == 2
+            _gaps_in_bytes(data, pooled, kept)
     if jobs:
         _positions(data, jobs)
     return masks
+
+
+def _gaps_in_bytes(data: list[int], places: list, kept: int) -> None:
+    rare, highs, high = min(kept, len(places) - kept), [], 0
+    for byte in _inflated(data):
+        high += byte
+        if byte < 255:
+            highs, high = [*highs, high], 0
+    assert (len(highs), high) == (rare, 0)
+    width = low_bits(len(places), rare)
+    _fill(places, kept, highs, width, _bits(data, width * rare))
+
+
+def _fill(places: list, kept: int, highs: list[int], width: int, raw: list[int]) -> None:
+    """Marks what is kept of a run, from the gaps between those of the rarer kind; takes their bits from ``raw``."""
+    rarer = bool(highs) and len(highs) == kept
+    for mask, i in places:
+        mask[i] = kept > 0 and not rarer
+    at = -1
+    for high in highs:
+        at += 1 + (high << width) + _number([raw.pop(0) for _ in range(width)])
+        mask, i = places[at]
+        mask[i] = rarer
+
+
+def _inflated(data: list[int]) -> list[int]:
+    decoder = zlib.decompressobj(-15)
+    raw = decoder.decompress(bytes(_take(data, _varint(data))))
+    assert decoder.eof
+    assert not decoder.unused_data
+    return list(raw)
 
 
 def _positions(data: list[int], jobs: list) -> None:
@@ -83,18 +124,11 @@ def _positions(data: list[int], jobs: list) -> None:
     widths = [low_bits(len(places), len(each)) if each else 0 for (places, _), each in zip(jobs, gaps, strict=True)]
     raw = _bits(data, sum(width * len(each) for width, each in zip(widths, gaps, strict=True)))
     for (places, kept), each, width in zip(jobs, gaps, widths, strict=True):
-        rarer = bool(each) and len(each) == kept
-        for mask, i in places:
-            mask[i] = kept > 0 and not rarer
-        at = -1
-        for high in each:
-            at += 1 + (high << width) + _number([raw.pop(0) for _ in range(width)])
-            mask, i = places[at]
-            mask[i] = rarer
+        _fill(places, kept, each, width, raw)
 
 
 def low_bits(size: int, rare: int) -> int:
-    return max([0, *(b for b in range(64) if rare * 2 ** (b + 3) <= size)])
+    return max([0, *(b for b in range(64) if rare and rare * 2 ** (b + 3) <= size)])
 
 
 def gap_weights(size: int, rare: int) -> list[float]:
@@ -123,16 +157,28 @@ def _uniform(data: list[int], bits: int, log_block: int, runs: list[int]) -> lis
     largest = max(1, 2 ** (bits - 1) - 1)
     total, mode = sum(runs), data.pop(0)
     if mode == 0:
-        raw = _bits(data, bits * total)
-        symbols = [_number(raw[i : i + bits]) for i in range(0, len(raw), bits)]
-        symbols = [q - 2**bits if q >= 2 ** (bits - 1) else q for q in symbols]
+        symbols = _signed(_bits(data, bits * total), bits)
     elif mode == 1:
         symbols = _classes(data, largest, total)
+    elif mode == 3:
+        symbols = _signed(_bits(_inflated(data), max(2, bits) * total), max(2, bits))
+    elif mode == 4:
+        upper = _signed(_bits(_inflated(data), 4 * total), 4)
+        symbols = [16 * q + low % 16 for q, low in zip(upper, _signed(_bits(data, 4 * total), 4), strict=True)]
+    elif mode == 5:
+        symbols = [1 - 2 * bit for bit in _bits(data, total)]
     else:
+        assert mode == 2
         symbols = [q - largest for q in _coded(data, 2 * largest + 1, total)]
     assert all(abs(q) <= largest for q in symbols)
     each = [scale for scale, length in zip(scales, blocks, strict=True) for _ in range(length)]
     return [q * scale for q, scale in zip(symbols, each, strict=True)]
+
+
+def _signed(raw: list[int], bits: int) -> list[int]:
+    """Two's complement."""
+    numbers = [_number(raw[i : i + bits]) for i in range(0, len(raw), bits)]
+    return [q - 2**bits if q >= 2 ** (bits - 1) else q for q in numbers]
 
 
 def _coded(data: list[int], num_symbols: int, total: int) -> list[int]:
@@ -212,7 +258,9 @@ def _varint(data: list[int]) -> int:
 
 
 def _bits(data: list[int], count: int) -> list[int]:
-    return [byte >> i & 1 for byte in _take(data, (count + 7) // 8) for i in range(8)][:count]
+    unpacked = [byte >> i & 1 for byte in _take(data, (count + 7) // 8) for i in range(8)]
+    assert not any(unpacked[count:])
+    return unpacked[:count]
 
 
 def _number(bits: list[int]) -> int:

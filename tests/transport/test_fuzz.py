@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+import zlib
 from itertools import product
 
 import numpy as np
@@ -13,6 +14,7 @@ from fuzz.wire_harness import ENVELOPE, TEMPLATES, decodes, fingerprint, seal, s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import same
+from outside_writer import SCALE, Writer
 
 from fedlora.core.errors import WireError
 from fedlora.testing import schema_of
@@ -35,7 +37,7 @@ from fedlora.transport import (
 )
 from fedlora.transport.coder import encode_symbols
 from fedlora.transport.framing import Reader, varint
-from fedlora.transport.positions import Segment, decode_positions, encode_positions
+from fedlora.transport.positions import decode_positions, encode_positions, run_of
 
 FLOATS = [Float32(), BFloat16(), Float16()]
 UNIFORMS = [
@@ -175,6 +177,27 @@ def bound(like):
 LARGE = {"adapter": {f"t{i}": torch.zeros(40, 50) for i in range(9)}, "head": {"w": torch.zeros(2000)}}
 
 
+def thin(tree, density):
+    """Multiples of the outside encoder's scale."""
+    rng = np.random.default_rng(0)
+    whole = {
+        name: SCALE * rng.integers(1, 100, value.shape) * (rng.random(value.shape) < density)
+        for name, value in tree.items()
+    }
+    return {name: torch.tensor(value, dtype=torch.float32) for name, value in whole.items()}
+
+
+def test_streams_that_grow_a_thousandfold_do_not():
+    for coding in (1, 2):
+        coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+        stream = coder.compress(bytes(2_000_000)) + coder.flush()
+        assert len(stream) < 2500
+        raw = seal(b"\1\4" + varint(9000) + bytes([coding]) + varint(len(stream)) + stream, LARGE)
+        assert peak(raw, LARGE) <= bound(LARGE)
+        with pytest.raises(WireError, match="a deflate stream of other than"):
+            unpack(raw, LARGE)
+
+
 def test_forged_messages_allocate_no_more_than_is_stated():
     assert bound(LARGE) == 64 * 20_000 + 10_000 + 10**6
     rng, messages = random.Random(0), []
@@ -183,6 +206,8 @@ def test_forged_messages_allocate_no_more_than_is_stated():
         flat = tree["adapter"] | tree["head"]
         groups = schema_of({name: part for part, each in tree.items() for name in each})
         messages.append(Link(sparsify=sparsify, precision=precision).send(flat, groups, 0, 1).raw)
+    plain = {part: {name: value.numpy() for name, value in thin(each, 0.3).items()} for part, each in LARGE.items()}
+    messages += [Writer(seed).message(plain, dict.fromkeys(plain, (4, 8, 0)), 0) for seed in range(12)]
     most = max(peak(raw, LARGE) for raw in messages)
     for raw in messages:
         for kind in ("bits", "bits", "length", "splice", "splice", "random"):
@@ -195,7 +220,7 @@ def test_forged_messages_allocate_no_more_than_is_stated():
     "start",
     [
         b"\1\3" + varint(5) * 9,  # positions of each tensor
-        b"\1\4" + varint(5),  # of all together
+        b"\1\4" + varint(5) + b"\0",  # of all together
         b"\4\4\0\1" + bytes(2 * 9) + b"\1" + varint(17_000) + varint(1000) + bytes(6),  # classes
         b"\4\1\0\1" + bytes(2 * 9) + b"\2" + varint(17_000) + varint(1000) + bytes(1),  # symbols
     ],
@@ -216,20 +241,21 @@ def test_many_small_tensors_allocate_no_more_than_is_stated():
 
 
 def test_a_coder_writes_no_more_words_than_are_read():
+    def there_and_back(kept):
+        run = run_of(kept)
+        raw = encode_positions([run])
+        (places,) = decode_positions(Reader(memoryview(raw)), [run.segment])
+        assert np.array_equal(places, np.flatnonzero(kept))
+        return raw
+
     for size in range(1, 11):  # all positions among up to ten places
         for number in range(2**size):
-            kept = np.array([number >> i & 1 for i in range(size)], np.bool_)
-            segments = [Segment(size, int(kept.sum()))]
-            raw = encode_positions(kept, segments)
+            raw = there_and_back(np.array([number >> i & 1 for i in range(size)], np.bool_))
             assert raw[0] <= size + 2
-            assert np.array_equal(decode_positions(Reader(memoryview(raw)), segments), kept)
     # gaps as unlikely as can be: all kept places lie at one end
     for size, count in ((300, 150), (300, 20), (5000, 3), (5000, 2500)):
         for kept in (np.arange(size) < count, np.arange(size) >= size - count):
-            segments = [Segment(size, count)]
-            assert np.array_equal(
-                decode_positions(Reader(memoryview(encode_positions(kept, segments))), segments), kept
-            )
+            there_and_back(kept)
     # the rarest symbols cost 24 bits each
     symbols = np.array([0] * 10**6 + [1, 2, 3], np.int32)
     for order in (symbols, symbols[::-1]):

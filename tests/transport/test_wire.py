@@ -6,6 +6,7 @@ import json
 import math
 import re
 import struct
+import zlib
 from pathlib import Path
 
 import constriction
@@ -22,6 +23,7 @@ from slow_reader import gap_weights, slow_unpack
 
 from fedlora.core.errors import WireError
 from fedlora.transport import PRECISIONS, BFloat16, Float16, Float32, Form, Uniform, pack, unpack
+from fedlora.transport.framing import varint
 from fedlora.transport.wire import REFERENCES, reference_of
 
 SHAPES = st.lists(
@@ -61,7 +63,7 @@ def test_envelope_by_hand(reference):
     template = xxhash.xxh3_64_intdigest(names.encode("ascii")) & 0xFFFFFFFF
     code = REFERENCES.index(reference)
     checksum = xxhash.xxh3_64_intdigest(raw[17:], seed=template | code << 32)
-    assert raw[:17] == b"FLW\x02" + bytes([code]) + struct.pack("<IQ", template, checksum)
+    assert raw[:17] == b"FLW\x03" + bytes([code]) + struct.pack("<IQ", template, checksum)
     assert reference_of(raw) == reference
     assert raw == seal(raw[17:], parts, code)
 
@@ -75,7 +77,7 @@ def test_envelope_by_hand(reference):
         (Uniform(bits=8), [127.0, -64.0, 1.0], "04 08 00 01  803f  00 7fc001"),
         (Uniform(bits=4), [7.0, -3.0, 1.0, 2.0], "04 04 00 01  803f  00 d721"),
         (Uniform(bits=2), [2.0, -2.0, 0.5, 2.0], "04 02 00 01  0040  00 4d"),
-        (Uniform(bits=1), [1.0, -3.0, 2.0, -2.0], "04 01 00 01  0040  01 00 04 00 0a"),
+        (Uniform(bits=1), [1.0, -3.0, 2.0, -2.0], "04 01 00 01  0040  05 0a"),
         (Uniform(bits=8, block=128), [127.0, -64.0, 1.0], "04 08 07 01  803f  00 7fc001"),
     ],
 )
@@ -264,7 +266,7 @@ def test_wrong_contents_are_named():
         "ends early": coded + good + ones[:-1],
         "a position behind the last entry": coded + positions(0, 24) + bytes([0b1011]) + ones,
         "position behind the last": coded + positions(128, 0, 0) + bytes([0b1011]) + ones,
-        "bits behind the last that": coded + positions(0, 16) + bytes([0b11011]) + ones,
+        "bits after the last that": coded + positions(0, 16) + bytes([0b11011]) + ones,
         "more words than symbols need": b"\1\3\2\4" + positions(0, 16) + bytes(12) + bytes([0b1011]) + ones,
         "more words than symbols": b"\1\3\2\2" + positions(0, 16) + bytes(4) + bytes([0b1011]) + ones,
         "words than symbols need": b"\x04\1\0\1\x80\x3f\1\0\x64\1" + b"\7\0\0\0" + bytes(13),
@@ -273,15 +275,62 @@ def test_wrong_contents_are_named():
         "a count of": b"\1\3" + b"\x80" * 30,
         "more digits than needed": b"\1\3\x82\0\1" + good + ones,
         "where at most": b"\1\3\2\xff\x7f" + good + ones,
-        "bits behind the last": b"\1\2" + b"\xff" * 13 + struct.pack("<100f", *[1] * 100),
+        "bits after the last": b"\1\2" + b"\xff" * 13 + struct.pack("<100f", *[1] * 100),
         "at most 1 is possible": b"\1\6\2\2" + ones,  # columns of a vector
         "an unknown layout; expected": b"\1\xff\x11" + bytes(400),
         "an unknown layout": b"\1\xff\x07" + bytes(400),
-        "unknown coding 3": b"\x04\x08\0\1\x80\x3f\3" + bytes(100),
+        "unknown coding 6": b"\x04\x08\0\1\x80\x3f\6" + bytes(100),
         "unknown coding 0": b"\x04\x01\0\1\x80\x3f\0" + bytes(100),
         "a symbol beyond the largest": b"\x04\x08\0\1\x80\x3f\0" + b"\x80" * 100,
         "another number of symbols": b"\x04\x01\0\1\x80\x3f\1\1\1\0\0",
         "a value that is infinite": b"\x04\x08\0\1\x7f\x7f\0" + b"\x7f" * 100,
+    }
+    for message, content in cases.items():
+        with pytest.raises(WireError, match=message):
+            unpack(seal(content, like), like)
+
+
+def deflated(raw, *more, strategy=zlib.Z_HUFFMAN_ONLY):
+    """A stream with its length, and bytes behind it that are counted too."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
+    stream = coder.compress(raw) + coder.flush() + b"".join(more)
+    return varint(len(stream)) + stream
+
+
+def test_wrong_streams_are_named():
+    like, ones = one([0.0] * 100), struct.pack("<2f", 1, 1)
+    nonzero = [float(i in (3, 70)) for i in range(100)]
+    bitmap = np.packbits(np.array(nonzero) != 0, bitorder="little").tobytes()
+    pooled = b"\1\4\2"  # float32, pooled positions, two of them
+    low = bytes([0b1011])  # gaps 3 and 66 are 0 and 16, and two bits each
+    assert unpack(seal(pooled + b"\1" + deflated(bitmap) + ones, like), like)["p"]["x"].tolist() == nonzero
+    assert unpack(seal(pooled + b"\2" + deflated(b"\0\x10") + low + ones, like), like)["p"]["x"].tolist() == nonzero
+    bomb = deflated(bytes(60_000), strategy=zlib.Z_DEFAULT_STRATEGY)
+    assert len(bomb) < 78
+    symbols = b"\4\x08\0\1\x80\x3f"
+    cases = {
+        "unknown coding 3 of positions": pooled + b"\3" + deflated(bitmap) + ones,
+        "bitmap of other than the stated": b"\1\4\3\1" + deflated(bitmap) + ones,
+        "after the last that": pooled + b"\1" + deflated(bytes(12) + b"\x82") + ones,
+        "12 bytes instead of 13": pooled + b"\1" + deflated(bitmap[:-1]) + ones,
+        "stream of other than 13 bytes": pooled + b"\1" + deflated(bitmap + b"\0") + ones,
+        "a deflate stream of other than 13": pooled + b"\1" + bomb + ones,
+        "or of other than its own length": pooled + b"\1" + deflated(bitmap, b"\0") + ones,
+        "not a deflate stream": pooled + b"\1\4\xff\xff\xff\xff" + ones,
+        "other than 13 bytes, or": pooled + b"\1" + varint(5) + deflated(bitmap)[1:6] + ones,
+        "where at most 77 is possible": pooled + b"\1" + varint(78) + bytes(100),
+        "of other than 2 bytes": pooled + b"\2" + deflated(b"\0\x10\1") + low + ones,
+        "gaps than are counted": pooled + b"\2" + deflated(b"\0") + low + ones,
+        "than are counted": pooled + b"\2" + deflated(b"\0\xff") + low + ones,
+        "a position behind the last entry": pooled + b"\2" + deflated(b"\0\x19") + low + ones,
+        "bits after the last": pooled + b"\2" + deflated(b"\0\x10") + bytes([0b11011]) + ones,
+        "99 bytes instead of 100": symbols + b"\3" + deflated(bytes(99)),
+        "stream of other than 100 bytes": symbols + b"\3" + deflated(bytes(101)),
+        "49 bytes instead of 50": symbols + b"\4" + deflated(bytes(49)) + bytes(50),
+        "a symbol beyond the largest": symbols + b"\4" + deflated(b"\x88" * 50) + bytes(50),
+        "symbol beyond the largest": b"\4\1\0\1\x80\x3f\3" + deflated(b"\xaa" * 25),
+        "unknown coding 5": symbols + b"\5" + bytes(13),
+        "unknown coding 4": b"\4\4\0\1\x80\x3f\4" + deflated(bytes(50)) + bytes(50),
     }
     for message, content in cases.items():
         with pytest.raises(WireError, match=message):
@@ -305,8 +354,8 @@ def test_envelope_errors_say_what_is_wrong():
         unpack(raw[:16], SMALL)
     with pytest.raises(WireError, match="begins with"):
         unpack(b"PK\3" + raw[3:], SMALL)
-    with pytest.raises(WireError, match="format version 1"):
-        unpack(b"FLW\x01" + raw[4:], SMALL)
+    with pytest.raises(WireError, match="format version 2"):
+        unpack(b"FLW\x02" + raw[4:], SMALL)
     with pytest.raises(WireError, match="unknown reference 3"):
         unpack(seal(raw[17:], SMALL, 3), SMALL)
     with pytest.raises(WireError, match="damaged"):

@@ -34,5 +34,5 @@ class Votes(Accumulator):
 
     def finish(self) -> Change:
         if not self.votes:
-            raise TrainingError("no client answered with an update")
+            raise TrainingError("no client returned an update")
         return Change({name: self.step * votes.sign() for name, votes in self.votes.items()}, Fold())

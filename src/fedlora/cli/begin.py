@@ -31,7 +31,7 @@ def list_(
     from fedlora.show.describe import SLOTS
 
     if slot == "refusals":
-        table = Table(slot, "why, and what to do")
+        table = Table(slot, "reason and fix")
         for sentence in REFUSALS.items():
             table.add_row(*map(Text, sentence))
         show(format_, REFUSALS, table)
@@ -51,7 +51,7 @@ def _list_slot(slot: str, format_: Format) -> None:
     from fedlora.show.settings import settings_of
 
     rows = []
-    table = Table(Column(slot, no_wrap=True), "values", "default", "what it is")
+    table = Table(Column(slot, no_wrap=True), "values", "default", "description")
     for kind, text, names in choices(slot):
         settings = settings_of(kind, values_of(slot)[kind])
         rows.append({"kind": kind, "text": text, "settings": names, "arguments": [asdict(one) for one in settings]})
@@ -62,7 +62,7 @@ def _list_slot(slot: str, format_: Format) -> None:
     show(format_, rows, table)
 
 
-def new(method: Annotated[str, typer.Argument(help="A method; `fedlora list method` names them.")]) -> None:
+def new(method: Annotated[str, typer.Argument(help="A method; `fedlora list method` lists them.")]) -> None:
     """Print a configuration to start from: fedlora new flasc > run.toml."""
     from fedlora.config.template import template
 

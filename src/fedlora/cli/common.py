@@ -33,10 +33,11 @@ class Format(StrEnum):
 
 ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, or the folder of a run.")]
 RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
-RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; goes on if it holds a checkpoint.")]
-Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value, over what the file says.")]
+RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; resumes if it holds a checkpoint.")]
+Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value; overrides the file.")]
 Tracks = Annotated[
-    list[str] | None, typer.Option("--track", help="Also send figures to: tensorboard, or package.module:Class.")
+    list[str] | None,
+    typer.Option("--track", help="Also log metrics to: tensorboard, wandb, mlflow, ..., or package.module:Class."),
 ]
 LinkText = Annotated[str | None, typer.Option("--link", help="A network for all: down=10Mbit,up=1Mbit,latency=50ms")]
 AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, or JSON for programs.")]
@@ -108,7 +109,7 @@ def write_page(file: Path, page: str) -> None:
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written ({error.strerror}); name a file in a folder there is") from error
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); name a file in an existing folder") from error
 
 
 def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:
@@ -121,19 +122,15 @@ def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:
     Raises:
         ConfigError: there is no such tracker.
     """
-    from fedlora.runs.callbacks import Callback
-    from fedlora.runs.trackers import TRACKERS
+    from fedlora.config.track import Track
+    from fedlora.runs.trackers import make_tracker
     from fedlora.show.report import Live
 
-    made = [
-        (TRACKERS.get(name) or other_class("track", Callback, name, TRACKERS))(folder / name.replace(":", "."))
-        for name in tracks or []
-    ]
-    return [Live(ERR), *made]
+    return [Live(ERR), *(make_tracker(Track(kind=name), folder) for name in tracks or [])]
 
 
 def other_class(slot: str, base: type, name: str, known: Collection[str]) -> Any:
-    """An engine or tracker class from the user's own code or from an installed package.
+    """A class from the user's own code or from an installed package.
 
     Raises:
         ConfigError: there is no class of that name.
@@ -142,8 +139,7 @@ def other_class(slot: str, base: type, name: str, known: Collection[str]) -> Any
 
     installed = Slot(slot, base).installed()
     if ":" not in name and name not in installed:
-        what = {"track": "tracker"}.get(slot, slot)
-        raise ConfigError(f"there is no {what} {name!r}; there are: {', '.join([*known, *installed])}")
+        raise ConfigError(f"there is no {slot} {name!r}; there are: {', '.join([*known, *installed])}")
     return Slot(slot, base).find(name)
 
 

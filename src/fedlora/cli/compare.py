@@ -33,13 +33,13 @@ def add_to(app: typer.Typer) -> None:
 
 def search(
     config: ConfigPath,
-    kilobytes: Annotated[float, typer.Option(help="The budget: kB to one client and back in a round.")],
+    kilobytes: Annotated[float, typer.Option(help="The budget: kB per client and round, both directions.")],
     set_: Overrides = None,
-    rank: Annotated[int, typer.Option(min=1, help="Where it begins.")] = 1,
-    density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Where it begins.")] = 1 / 16,
-    factor: Annotated[int, typer.Option(min=2, help="What rank or density is multiplied by in a step.")] = 4,
-    max_rank: Annotated[int, typer.Option(min=1, help="No rank above is tried.")] = 64,
-    out: Annotated[Path, typer.Option(help="Folder of the trials; goes on where it holds some.")] = Path("runs/search"),
+    rank: Annotated[int, typer.Option(min=1, help="Rank to start at.")] = 1,
+    density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Density to start at.")] = 1 / 16,
+    factor: Annotated[int, typer.Option(min=2, help="Factor on rank or density in a step.")] = 4,
+    max_rank: Annotated[int, typer.Option(min=1, help="Largest rank to try.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder of the trials; resumes if it holds some.")] = Path("runs/search"),
     format_: AsFormat = Format.table,
 ) -> None:
     """Find the best rank and density under a communication budget, by short runs in pairs (FLASC-Search)."""

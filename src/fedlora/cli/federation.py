@@ -26,7 +26,9 @@ from fedlora.core.errors import ConfigError
 from fedlora.runs.callbacks import Callback
 
 GROUP = "Federation"
-federation = typer.Typer(no_args_is_help=True, help="Set up a federation over several machines, or try one on this.")
+federation = typer.Typer(
+    no_args_is_help=True, help="Set up a federation over several machines, or try one on this machine."
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -46,29 +48,29 @@ class Messages(Callback):
 @federation.command("init")
 def init(
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    sites: Annotated[int | None, typer.Option(min=1, help="How many; they are called site-0 and so on.")] = None,
-    name: Annotated[list[str] | None, typer.Option(help="The name of a site, once for each of them.")] = None,
-    host: Annotated[str, typer.Option(help="Name or address by which sites reach the server.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Of Flower's SuperLink, on the loopback interface.")] = 8000,
-    proxy_port: Annotated[int, typer.Option(help="Of the proxy that sites reach.")] = 9443,
+    sites: Annotated[int | None, typer.Option(min=1, help="Number of sites; they are called site-0 and so on.")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="The name of a site; repeat for each site.")] = None,
+    host: Annotated[str, typer.Option(help="Host name or address at which sites reach the server.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port of Flower's SuperLink, on the loopback interface.")] = 8000,
+    proxy_port: Annotated[int, typer.Option(help="Port of the proxy that sites connect to.")] = 9443,
 ) -> None:
     """Write certificates, keys, a folder for each site, a proxy's configuration, and the commands."""
     from fedlora.federation.deploy.folder import init as write
 
     if (sites is None) == (not name):
-        raise ConfigError("say how many sites there are (--sites 3), or their names (--name clinic --name hospital)")
+        raise ConfigError("give the number of sites (--sites 3) or their names (--name clinic --name hospital)")
     write(folder, name or [f"site-{number}" for number in range(sites or 0)], host, port, proxy_port)
-    OUT.print(f"written to {folder}; {folder / 'README.md'} says how to go on", markup=False, soft_wrap=True)
+    OUT.print(f"written to {folder}; {folder / 'README.md'} has the next steps", markup=False, soft_wrap=True)
 
 
 @federation.command("demo")
 def demo(
     config: ConfigPath,
-    sites: Annotated[int, typer.Option(min=1, help="How many sites to start.")] = 3,
+    sites: Annotated[int, typer.Option(min=1, help="Number of sites to start.")] = 3,
     set_: Overrides = None,
     run_out: RunOut = None,
     federation_: Annotated[
-        Path, typer.Option("--federation", help="Folder of keys, certificates and what sites remember.")
+        Path, typer.Option("--federation", help="Folder of keys, certificates and sites' state.")
     ] = Path("runs/federation"),
     track: Tracks = None,
     format_: AsFormat = Format.table,

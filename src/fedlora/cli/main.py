@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
 from contextlib import suppress
@@ -45,6 +47,14 @@ for group in (begin, plan, train, compare, study, use, federation):
     group.add_to(app)
 
 
+def _print_any_text() -> None:
+    """Lets both streams take any text: in the locale C as UTF-8, elsewhere escaped where the encoding lacks it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            encoding = "utf-8" if codecs.lookup(stream.encoding).name == "ascii" else stream.encoding
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
+
+
 def main() -> None:
     """Runs the command line.
 
@@ -53,6 +63,7 @@ def main() -> None:
     """
     # threads that spin while waiting starve each other when several processes share the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _print_any_text()
     streams = open_streams()
     with sigterm_as_ctrl_c():
         code, text = _run("--debug" in sys.argv)
@@ -78,7 +89,7 @@ def _run(debug: bool) -> tuple[int, str]:
         if debug:
             raise
         return 1, (
-            f"fedlora failed, and that is a fault of fedlora ({type(error).__name__}: {error}); "
-            "run the command again with --debug and report what it prints"
+            f"fedlora failed because of a bug in fedlora ({type(error).__name__}: {error}); run the command "
+            "again with --debug and report its output"
         )
     return 0, ""

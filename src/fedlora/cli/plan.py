@@ -53,7 +53,7 @@ def show(
     if full:
         print(to_toml(experiment))
     else:
-        print("# what is not at its default; all settings: --full")
+        print("# settings that differ from their defaults; all settings: --full")
         print(tomli_w.dumps(differs))
     for number, fact in enumerate(facts):
         _print_phase(number, fact, full)
@@ -70,7 +70,7 @@ def _print_phase(number: int, fact: PhaseFacts, full: bool) -> None:
     )
     OUT.print(f"  aggregation holds {fact.held_bytes / 1e6:.1f} MB on the server: {HOLDS[fact.needs]}")
     if not full:
-        OUT.print(f"  {len(fact.tensors)} tensors; --full names them", highlight=False)
+        OUT.print(f"  {len(fact.tensors)} tensors; --full lists them", highlight=False)
         return
     for name, shape in fact.tensors.items():
         OUT.print(f"  {name}  {' x '.join(map(str, shape)) or 'scalar'}", highlight=False)
@@ -79,7 +79,7 @@ def _print_phase(number: int, fact: PhaseFacts, full: bool) -> None:
 def partition(
     config: ConfigPath,
     set_: Overrides = None,
-    html: Annotated[Path | None, typer.Option(help="Also draw the classes of every client into this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also plot the classes of every client into this file.")] = None,
     format_: AsFormat = Format.table,
 ) -> None:
     """Show how the data are partitioned among clients: sizes, skew, and a plot by the classes of clients.skew."""
@@ -90,18 +90,18 @@ def partition(
     from fedlora.show.run_report import partition_section
 
     experiment, _ = experiment_of(config, set_, None)
-    setting = prepare(in_mode(experiment))
-    labels, names = setting.classes
-    summary = setting.summary().as_dict()
+    data = prepare(in_mode(experiment))
+    labels, names = data.classes
+    summary = data.summary().as_dict()
     if html is not None:
-        section = partition_section([partition_record(experiment, setting)])
-        write_page(html, page("Partition", f"{len(setting.population)} clients", [section]))
+        section = partition_section([partition_record(experiment, data)])
+        write_page(html, page("Partition", f"{len(data.population)} clients", [section]))
     table = Table(show_header=False)
     for key, value in summary.items():
         table.add_row(key.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
     show_result(format_, summary, table)
     if format_ is Format.table:
-        OUT.print(partition_bars(setting.population, labels, names))
+        OUT.print(partition_bars(data.population, labels, names))
 
 
 def cost(
@@ -110,7 +110,10 @@ def cost(
     link: LinkText = None,
     step_seconds: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Seconds of a client's step, over a network. Measured here by default."),
+        typer.Option(
+            min=0.0,
+            help="Seconds of a client's step, for the time over a network. Measured on this machine by default.",
+        ),
     ] = None,
     format_: AsFormat = Format.table,
 ) -> None:

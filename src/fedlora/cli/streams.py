@@ -40,7 +40,7 @@ class Output(io.FileIO):
 
 
 def open_streams() -> list[Output]:
-    """Makes the standard streams usable whatever the locale: what an encoding lacks is printed as ``?``.
+    """Makes the standard streams usable, whatever they are, with what an encoding lacks escaped.
 
     Returns:
         Those that are files, to be asked for their errors at the end.
@@ -55,7 +55,9 @@ def open_streams() -> list[Output]:
                 stream.flush()
             found.append(Output(stream.fileno()))
             buffer = io.BufferedWriter(found[-1])
-            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=stream.isatty()))
+            setattr(
+                sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=stream.isatty())
+            )
     return found
 
 

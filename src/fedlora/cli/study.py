@@ -18,8 +18,8 @@ from fedlora.core.errors import ConfigError
 if TYPE_CHECKING:
     from fedlora.study import Tuned
 
-Jobs = Annotated[int | None, typer.Option(min=1, help="Processes at a time; one for each core by default.")]
-Budget = Annotated[str | None, typer.Option(help="Time after which nothing new begins: 45s, 90m, 2h.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Number of parallel processes; one per core by default.")]
+Budget = Annotated[str | None, typer.Option(help="Time after which no new run starts: 45s, 90m, 2h.")]
 
 
 class Stage(StrEnum):
@@ -55,12 +55,12 @@ def tune(
         list[str], typer.Option("--vary", help="key=value,value or key=low..high; once for each key to tune.")
     ],
     set_: Overrides = None,
-    trials: Annotated[int, typer.Option(min=1, help="Settings to try at most.")] = 8,
+    trials: Annotated[int, typer.Option(min=1, help="Maximum number of settings to try.")] = 8,
     budget: Budget = None,
     jobs: Jobs = None,
-    holdout: Annotated[float, typer.Option(help="Part of the training data to compare by.")] = 0.1,
-    out: Annotated[Path | None, typer.Option(help="Folder of the trials; goes on where it holds some.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sample of settings and of the held-out part.")] = 0,
+    holdout: Annotated[float, typer.Option(help="Share of the training data held out to compare by.")] = 0.1,
+    out: Annotated[Path | None, typer.Option(help="Folder of the trials; resumes if it holds some.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample of settings and of the held-out part.")] = 0,
     format_: AsFormat = Format.table,
 ) -> None:
     """Find the best learning rates, or any settings, by successive halving on held-out training data."""
@@ -86,7 +86,7 @@ def tune(
     for warning in found.warnings:
         ERR.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if found.best is None:
-        raise ConfigError(f"no trial gave a figure; the first one: {found.trials[0].failure or 'never began'}")
+        raise ConfigError(f"no trial has a result; the first one: {found.trials[0].failure or 'never started'}")
     if format_ is Format.table:
         OUT.print(f"the best of them: fedlora run {folder / 'best.toml'}", soft_wrap=True, highlight=False)
 
@@ -95,14 +95,14 @@ def study(
     file: Annotated[Path, typer.Argument(help="A study in TOML; or a results.json, to print its tables.")],
     jobs: Jobs = None,
     budget: Budget = None,
-    stage: Annotated[Stage | None, typer.Option(help="This part alone; table runs nothing.")] = None,
-    only: Annotated[str | None, typer.Option(help="Methods to run, with commas between; all by default.")] = None,
-    table: Annotated[TableFormat, typer.Option(help="How tables are written.")] = TableFormat.markdown,
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs and of results.json; goes on there.")] = None,
+    stage: Annotated[Stage | None, typer.Option(help="Run this stage only; table runs nothing.")] = None,
+    only: Annotated[str | None, typer.Option(help="Methods to run, separated by commas; all by default.")] = None,
+    table: Annotated[TableFormat, typer.Option(help="Format of the tables.")] = TableFormat.markdown,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs and of results.json; resumes there.")] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Also write figures as SVG and PDF into this folder: metric by bytes, by round.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count runs and rounds, and run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count runs and rounds without running them.")] = False,
 ) -> None:
     """Compare methods over settings and seeds, each tuned alike on held-out data, and print tables."""
     from fedlora.study import FORMATS, load_study, run_study
@@ -112,7 +112,7 @@ def study(
 
     if file.suffix == ".json":
         if stage is not Stage.table:
-            raise ConfigError(f"{file} holds results, of which tables can be printed: add --stage table")
+            raise ConfigError(f"{file} holds results, not a study: add --stage table to print its tables")
         _write_figures(read(file), figures)
         print(FORMATS[table.value](read(file)))
         return
@@ -128,7 +128,7 @@ def study(
     print(FORMATS[table.value](found))
     for sentence in found["broken_gates"]:
         ERR.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    ERR.print(f"all figures: {folder / 'results.json'}", markup=False, highlight=False, soft_wrap=True)
+    ERR.print(f"all results: {folder / 'results.json'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _write_figures(results: Mapping[str, Any], folder: Path | None) -> None:
@@ -152,7 +152,7 @@ def _print_left(left: dict[str, Any], jobs: int | None) -> None:
         processes = processes_for(jobs)
         unknown = f", without {', '.join(left['not_timed'])}" if left["not_timed"] else ""
         takes = human_seconds(left["seconds"] / processes)
-        OUT.print(f"about {takes} with {processes} processes{unknown}, by what runs took so far", highlight=False)
+        OUT.print(f"about {takes} with {processes} processes{unknown}, estimated from the runs so far", highlight=False)
 
 
 def _trials_table(found: Tuned) -> Table:

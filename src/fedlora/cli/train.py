@@ -68,40 +68,42 @@ def run(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the run folders go; goes on where they hold checkpoints.")] = Path(
-        "runs/demo"
-    ),
+    llm: Annotated[
+        bool, typer.Option("--llm", help="Instruction tuning of SmolLM2-135M-Instruct, from the extra llm.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the run folders go: runs/demo or runs/demo-llm; resumes where they hold checkpoints."),
+    ] = None,
     set_: Overrides = None,
     format_: AsFormat = Format.table,
 ) -> None:
-    """Train the embedded model with dense LoRA, FLASC, FeDeRA and SLoRA on one federation, and compare them."""
-    from fedlora.cli.demo import METHODS, configuration
+    """Train a built-in model with dense LoRA, FLASC, FeDeRA and others on one federation, and compare them."""
+    from fedlora.cli.demo import CLASSIFIER, LLM, configuration
     from fedlora.config import parse
     from fedlora.config.federated_data import prepare
     from fedlora.show.compare import comparison, comparison_table
     from fedlora.show.report import as_dict
 
-    ERR.print(
-        "Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
-        "to tell apart; 100 clients with skewed labels.",
-        highlight=False,
-    )
+    chosen = LLM if llm else CLASSIFIER
+    out = out or Path("runs/demo-llm" if llm else "runs/demo")
+    ERR.print(chosen.about, highlight=False)
     # invalid configurations are rejected before anything is trained
-    experiments = {method: parse(configuration(method, set_ or [])) for method in METHODS}
-    setting = prepare(experiments["lora"])
-    results = [_run(experiment, out / method, setting=setting) for method, experiment in experiments.items()]
+    experiments = {method: parse(configuration(chosen, method, set_ or [])) for method in chosen.methods}
+    data = prepare(experiments["lora"])
+    results = [_run(experiment, out / method, data=data) for method, experiment in experiments.items()]
     rows = comparison([as_dict(result) for result in results])
     show(format_, rows, comparison_table(rows))
     if format_ is Format.table:
         OUT.print("runs: " + "  ".join(str(result.folder) for result in results), soft_wrap=True, highlight=False)
-        OUT.print(f'try:  fedlora predict {results[0].folder} "Parse a MIME message from a file."', highlight=False)
+        OUT.print(f'try:  fedlora predict {results[0].folder} "{chosen.question}"', soft_wrap=True, highlight=False)
 
 
 def _run(
     experiment: Experiment,
     folder: Path | None,
     tracks: list[str] | None = None,
-    setting: FederatedData | None = None,
+    data: FederatedData | None = None,
     engine: str = "serial",
     workers: int | None = None,
 ) -> Result:
@@ -121,5 +123,5 @@ def _run(
 
         return simulate(experiment, folder, callbacks=callbacks)
     return run_experiment(
-        experiment, folder, callbacks=callbacks, setting=setting, engine=None if engine == "serial" else chosen
+        experiment, folder, callbacks=callbacks, data=data, engine=None if engine == "serial" else chosen
     )

@@ -122,13 +122,18 @@ def _take_steps(
     masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
     penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
 
+    # in the order in which `gradients` passes them
+    ahead = task.batches([part for chosen in batches for part in source.passes(chosen)], device)
+
     def loss_of(chosen: Positions) -> Tensor:
         with workspace.autocast(local.compute):
-            return task.loss(model, task.batch(chosen, device))
+            return task.loss(model, next(ahead))
 
     losses = []
-    with torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
-        torch.manual_seed(named_seed(job.seed, "dropout"))
+    with workspace.kernels(), torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
+        # torch.manual_seed() formats a stack trace for each kind of accelerator that is absent
+        seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+        seed(named_seed(job.seed, "dropout"))
         for chosen in batches:
             if time.perf_counter() > ready.deadline:
                 raise TimeoutError

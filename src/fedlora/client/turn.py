@@ -136,7 +136,9 @@ def _received(job: Job, workspace: Workspace) -> Tree:
     if reference == "last_round":
         held = job.memory.parts.tree("down", "held")
         if not held:
-            raise WireError("The message tells what changed since the last round, and this client remembers none.")
+            raise WireError(
+                "The message is a difference from the last round, and this client has no state of that round."
+            )
         return tree.add(held, sent)
     return sent
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
+from fedlora.core.devices import deterministic_kernels
 from fedlora.core.errors import ConfigError, TrainingError
 from fedlora.core.slots import kind_of
 from fedlora.core.state import Fold, Folds, named_seed
 from fedlora.core.tree import Tree
 from fedlora.recipe import Recipe
-from fedlora.tasks.base import Evaluation, Positions, Prepared, Split
+from fedlora.tasks.base import Compute, Evaluation, Positions, Prepared, Split
 from fedlora.transport import wire
 from fedlora.transport.base_updates import FoldMessage, received
 from fedlora.tuning import InitialParams, Installed
@@ -27,11 +29,13 @@ class Workspace:
         task: the task of the model.
         seed: seed of the head's initial values.
         device: the model's device.
+        deterministic: whether CUDA uses kernels that give the same bits each time.
     """
 
-    def __init__(self, task: Prepared, seed: int, device: torch.device) -> None:
+    def __init__(self, task: Prepared, seed: int, device: torch.device, deterministic: bool = True) -> None:
         self.task = task
         self.device = device
+        self.deterministic = deterministic
         self._seed = seed
         self._phase: int | None = None
         self._setup: bytes | None = None
@@ -74,7 +78,7 @@ class Workspace:
             ConfigError: nothing would be trained, or rounds would fold into quantised weights.
         """
         self._installed = self._decoded = self._folds = None  # free the old model first
-        model, head = self.task.load_model(named_seed(self._seed, "head"), recipe.local.compute, self.device)
+        model, head = self.task.load_model(named_seed(self._seed, "head"), _as_loaded(recipe), self.device)
         self._installed = recipe.tuning.install(model, head, named_seed(self._seed, "install", phase))
         if not self.task.train_head:
             self._installed.freeze_head()
@@ -132,7 +136,7 @@ class Workspace:
     def evaluate(self, rows: Positions, split: Split, compute: str) -> Evaluation:
         """Metrics of the model in its current state, in evaluation mode."""
         self.model.eval()
-        with torch.inference_mode(), self.autocast(compute):
+        with self.predicting(compute):
             return self.task.evaluate(self.model, rows, split, self.device)
 
     def decode(self, payload: bytes, round: int, read: Callable[[], Tree]) -> Tree:
@@ -154,22 +158,32 @@ class Workspace:
             self._decoded = (payload, round), read()
         return self._decoded[1]
 
-    def folds(self, told: FoldMessage | None, known: Folds) -> Folds:
+    def folds(self, update: FoldMessage | None, known: Folds) -> Folds:
         """The folds that a client has after a message, cached until different bytes arrive.
 
         Args:
-            told: the message, if there is one.
+            update: the message, if there is one.
             known: the folds that the client had before.
 
         Raises:
             WireError: the message is malformed.
         """
-        if told is None:
+        if update is None:
             return known
-        if self._folds is None or self._folds[0] != (told.raw, known.version):
+        if self._folds is None or self._folds[0] != (update.raw, known.version):
             shapes = {name: (layer.rows, layer.columns) for name, layer in lora_layers(self.model).items()}
-            self._folds = (told.raw, known.version), received(told, known, shapes)
+            self._folds = (update.raw, known.version), received(update, known, shapes)
         return self._folds[1]
+
+    @contextmanager
+    def predicting(self, compute: str) -> Iterator[None]:
+        """Within the block, forward passes compute in this number format and keep nothing for gradients."""
+        with self.kernels(), torch.inference_mode(), self.autocast(compute):
+            yield
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """The kernels of the device; see ``deterministic_kernels``."""
+        return deterministic_kernels(self.device, self.deterministic)
 
     def autocast(self, compute: str) -> torch.autocast:
         """The number format of a forward pass."""
@@ -181,6 +195,13 @@ def setup_parts(recipe: Recipe, installed: Installed, start: InitialParams) -> d
     parts = recipe.tuning.setup(installed, start, recipe.down.reference == "init")
     personal = {name: start.params[name] for name in installed.parameters if name in installed.schema.personal}
     return parts | ({"personal": personal} if personal else {})
+
+
+def _as_loaded(recipe: Recipe) -> Compute:
+    """The number format in which frozen weights can be read already, with the same bits as rounding them later."""
+    if recipe.local.compute != "bf16" or recipe.aggregator.edits_base or not recipe.tuning.freezes_base:
+        return "fp32"
+    return "stored" if recipe.tuning.reads_base else "bf16"
 
 
 def _to_bfloat16(installed: Installed, keep: bool) -> None:

@@ -14,8 +14,11 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from fedlora.config.explain import explain
 from fedlora.config.handed_over import dealt_as_handed
 from fedlora.config.method_table import build_method
+from fedlora.config.stop import Stop
+from fedlora.config.track import Track, as_tracks
 from fedlora.config.upgrade import upgraded
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
+from fedlora.core.devices import DeviceName
 from fedlora.core.errors import ConfigError
 from fedlora.methods import METHODS
 from fedlora.population.clients import Clients
@@ -82,21 +85,31 @@ class Experiment:
             from a file, and no part of the run's digest.
         phases: the method.
         evaluate: when the model is evaluated.
+        stop: when the run ends before its last round.
+        track: experiment trackers to which figures are sent; no part of the run's digest.
         checkpoint_every: rounds between two checkpoints.
-        device: the device of the model; ``auto`` uses a GPU if there is one.
+        device: the device of the model: ``cpu``, ``cuda``, one of several GPUs as ``cuda:1``, or ``mps``; ``auto`` uses
+            CUDA if there is a GPU.
+        deterministic: whether CUDA uses kernels that give the same bits in each run (``core.devices``); other devices
+            need none.
     """
 
     label: str = "run"
     seed: Whole = 0
     mode: Literal["federated", "centralised", "local"] = "federated"
     num_local: Count = 10
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
+    deterministic: bool = True
     checkpoint_every: Count = 1
     model: Annotated[Model, BeforeValidator(as_model)] = Model()
     task: AnyTask = TextClassification()
     data: Annotated[AnySource, BeforeValidator(as_source)] = Docstrings()
     clients: Clients = Clients()
     evaluate: Evaluate = Evaluate()
+    stop: Stop | None = None
+    track: Annotated[
+        tuple[Track, ...], BeforeValidator(as_tracks, json_schema_input_type=Track | tuple[Track, ...])
+    ] = ()
     init_from: str | None = None
     root: str | None = None
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)
@@ -142,6 +155,8 @@ def parse(document: Mapping[str, Any]) -> Experiment:
 def resolved(experiment: Experiment) -> dict[str, Any]:
     """Every setting of ``experiment``, defaults included, as TOML values."""
     values: dict[str, Any] = _ADAPTER.dump_python(experiment, mode="json", exclude_none=True)
+    if not values["track"]:
+        del values["track"]
     return values
 
 
@@ -154,7 +169,10 @@ def digest(experiment: Experiment) -> str:
     """A hash of everything that determines the run's numerical results."""
     values = resolved(experiment)
     del values["checkpoint_every"]
-    values.pop("root", None)
+    for name in ("root", "track"):
+        values.pop(name, None)
+    if experiment.deterministic:  # versions without the key had no other kernels on a CPU
+        del values["deterministic"]
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

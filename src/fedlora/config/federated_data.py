@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 
 from fedlora.config import experiment as config
+from fedlora.config.data_notes import data_notes
 from fedlora.config.experiment import Experiment
 from fedlora.config.handed_over import check_here, handed_over
 from fedlora.config.places import located_data, located_model
+from fedlora.core.devices import compute_on, pick_device
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
@@ -65,6 +68,7 @@ class FederatedData:
         holdout: the training examples ((rows,) int64, ascending) that each client holds out from training, by client.
             In the mode ``centralised`` they are those of the clients of the corresponding federation.
         tiers: the tier of each client, if there are tiers and the run is federated.
+        notes: sentences about the data, for the first row of the ledger.
     """
 
     task: Prepared
@@ -75,6 +79,7 @@ class FederatedData:
     classes: Classes
     holdout: Mapping[int, Rows] = field(default_factory=dict)
     tiers: Mapping[int, Tier] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def turns(self, recipe: Recipe) -> list[tuple[int, Local]]:
         """Each client's number of examples and its local training settings (those of its tier, if there are tiers)."""
@@ -103,7 +108,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
     clients = experiment.clients
     if isinstance(experiment.data, Sites):
         raise ConfigError(
-            "data.kind = 'sites': the training rows lie on other machines; start the run with `fedlora serve`"
+            "data.kind = 'sites': the training rows are on other machines; start the run with `fedlora serve`"
         )
     if experiment.evaluate.clients != "never" and not clients.holdout:
         raise ConfigError(
@@ -134,7 +139,8 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
         column = task.column(clients.tier_column, "train") if clients.tier_column else None
         rows = [population.rows_of(client) for client in range(len(population))]
         tiers = assign_tiers(clients.tiers, population.names, rows, column)
-    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers)
+    notes = data_notes(experiment, task, population.rows, test_rows, split)
+    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers, notes)
 
 
 def prepare_sites(
@@ -203,7 +209,7 @@ def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, parti
     division = build_population(clients, classes.numbers, task.column(name, "train") if name else None, seed)
     # rows passed grouped by client are held out row by row unless configured otherwise
     if division.test_rows is None and name not in (None, CLIENT) and name in task.columns("test"):
-        shared = set(task.column(name, "test").tolist()) & set(task.column(name, "train").tolist())
+        shared = set(map(str, task.column(name, "test").tolist())) & set(map(str, task.column(name, "train").tolist()))
         if shared:
             raise DataError(
                 f"{len(shared)} values of {name!r} are in both the training and the test data, so test users would be "
@@ -220,21 +226,16 @@ def _pool(total: int, kept_away: list[Rows], held_out: int) -> Population:
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device for ``auto``, ``cpu`` or ``cuda``.
+def in_mode(experiment: Experiment) -> Experiment:
+    """Applies the settings that the mode and the device imply.
+
+    Without a federation, clients send nothing and keep optimisers. ``local.compute = "auto"`` becomes what the device
+    computes in.
 
     Raises:
         ConfigError: this machine has no such device.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda' but this PyTorch sees no GPU; use 'cpu' or 'auto'")
-    return torch.device(name)
-
-
-def in_mode(experiment: Experiment) -> Experiment:
-    """Applies the settings that the mode implies: without a federation, clients send nothing and keep optimisers."""
+    experiment = _with_compute(experiment)
     if MODES[experiment.mode].sends:
         return experiment
 
@@ -249,27 +250,50 @@ def in_mode(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, phases=phases, clients=clients)
 
 
+def _with_compute(experiment: Experiment) -> Experiment:
+    if all(phase.recipe.local.compute != "auto" for phase in experiment.phases):
+        return experiment
+    found = compute_on(pick_device(experiment.device))
+
+    def settled(phase: Phase) -> Phase:
+        local = phase.recipe.local
+        compute = found if local.compute == "auto" else local.compute
+        return dataclasses.replace(
+            phase, recipe=dataclasses.replace(phase.recipe, local=dataclasses.replace(local, compute=compute))
+        )
+
+    return dataclasses.replace(experiment, phases=tuple(map(settled, experiment.phases)))
+
+
 def manifest(
-    experiment: Experiment, setting: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
+    experiment: Experiment, data: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
 ) -> dict[str, Any]:
     """The provenance of a run: versions, platform, seed, data and privacy parameters."""
     return {
-        "versions": {name: metadata.version(name) for name in VERSIONED},
+        "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": str(setting.device),
+        "device": str(data.device),
+        "compute": [phase.recipe.local.compute for phase in experiment.phases],
+        "deterministic": experiment.deterministic,
         "threads": torch.get_num_threads(),
         "seed": experiment.seed,
         "config_digest": config.digest(experiment),
-        "data_fingerprint": setting.task.fingerprint,
-        "fingerprints": setting.task.fingerprints,
+        "data_fingerprint": data.task.fingerprint,
+        "fingerprints": data.task.fingerprints,
         **_handed_over(experiment),
-        "label_names": setting.task.label_names,
-        "num_test": len(setting.test_rows),
+        "label_names": data.task.label_names,
+        "num_test": len(data.test_rows),
         "privacy": _privacy(budget, phases),
         "example_privacy": _example_privacy(phases),
-        "partition": setting.summary().as_dict(),
+        "partition": data.summary().as_dict(),
     }
+
+
+@functools.cache
+def versions() -> Mapping[str, str]:
+    """The installed versions of fedlora and of the libraries that results depend on."""
+    return {name: metadata.version(name) for name in VERSIONED}
 
 
 def _handed_over(experiment: Experiment) -> dict[str, Any]:

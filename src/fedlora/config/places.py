@@ -88,6 +88,11 @@ def _paths(document: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _relative(path: Any) -> Path | None:
-    if not isinstance(path, str) or path in ("", "embedded", IN_MEMORY) or path.startswith("~") or ":" in path:
+    if (
+        not isinstance(path, str)
+        or path in ("", "embedded", "smollm2", IN_MEMORY)
+        or path.startswith("~")
+        or ":" in path
+    ):
         return None
     return None if Path(path).is_absolute() else Path(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,11 +56,28 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it is not valid TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+        return tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: it is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}{_backslash(text, error)}") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"{path} is not TOML that can be read: its lists or tables lie too deep in each other"
+        ) from error
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a TOML file there is") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); name an existing TOML file") from error
+
+
+def _backslash(text: str, error: tomllib.TOMLDecodeError) -> str:
+    """How to write a path with backslashes, if the line of an error may have one."""
+    found = re.search(r"at line (\d+)", str(error))
+    line = text.splitlines()[int(found[1]) - 1] if found and int(found[1]) <= len(text.splitlines()) else ""
+    path = re.search(r'"([^"]*\\[^"]*)"', line)
+    if not path:
+        return ""
+    return f"; in double quotes a backslash begins an escape: write '{path[1]}' in single quotes, or / for \\"
 
 
 def override(document: dict[str, Any], assignment: str) -> None:

@@ -19,7 +19,7 @@ _NOTES = {
     "model": "a hub id, a local folder, or the embedded all-MiniLM-L6-v2",
     "task": "`fedlora list task` and docs/tasks.md",
     "data": "`fedlora list data`: docstrings, files (csv, tsv, json, jsonl, parquet, each also .gz), hub",
-    "clients": "`fedlora list partition`; see what it makes with `fedlora partition run.toml`",
+    "clients": "`fedlora list partition`; preview it with `fedlora partition run.toml`",
     "evaluate": "set num_examples to evaluate on a fixed subset between rounds",
 }
 
@@ -36,8 +36,8 @@ def template(method: str) -> str:
         "#:schema ./fedlora.schema.json",
         "# editors complete and check this file by the schema, once: fedlora schema > fedlora.schema.json",
         f"# {first_sentence(METHODS[method])}",
-        "# fedlora run run.toml      trains it and goes on if it was stopped",
-        "# fedlora cost run.toml     tells its bytes before",
+        "# fedlora run run.toml      trains, and resumes a stopped run",
+        "# fedlora cost run.toml     estimates its communication",
         "",
         tomli_w.dumps({"label": method, "seed": Experiment().seed}),
     ]
@@ -45,7 +45,7 @@ def template(method: str) -> str:
         lines += [f"# {_NOTES[table]}", tomli_w.dumps({table: values[table]})]
     table_of_method = {"kind": method, **_arguments(method, phases), **_slots(method, phases[-1].recipe)}
     lines += [
-        "# the method: its own arguments, and the slots of its recipe (`fedlora list` names what each can hold)",
+        "# the method: its own arguments, and the slots of its recipe (`fedlora list` lists the values of each)",
         tomli_w.dumps({"method": table_of_method}),
     ]
     return "\n".join(lines)

@@ -48,8 +48,8 @@ HandedField = Annotated[Any, PlainSerializer(lambda held: held.fingerprint, retu
 def absent(names: list[str]) -> str:
     """The error message for settings of which only the fingerprints are known."""
     return (
-        f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'} handed over from Python, and the configuration "
-        "keeps a fingerprint alone: hand the same over again, by running the same script, or by "
+        f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'} passed from Python, and the configuration "
+        "keeps only a fingerprint: pass the same again, by running the same script, or by "
         "fedlora.run(dataclasses.replace(fedlora.load(FOLDER), data=..., model=...), FOLDER)"
     )
 

@@ -10,7 +10,18 @@ import importlib.util
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Later", "datasets", "peft", "scipy", "seqeval", "sklearn", "transformers"]
+__all__ = [
+    "Later",
+    "accelerate",
+    "datasets",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "scipy",
+    "seqeval",
+    "sklearn",
+    "transformers",
+]
 
 
 class Later(ModuleType):
@@ -31,8 +42,11 @@ class Later(ModuleType):
 
 
 if TYPE_CHECKING:
+    import accelerate.tracking
     import datasets
+    import pandas
     import peft.tuners.tuners_utils
+    import pyarrow.ipc  # type: ignore[import-untyped]
     import scipy.stats
     import seqeval.metrics.sequence_labeling
     import sklearn.cluster
@@ -48,8 +62,11 @@ if TYPE_CHECKING:
     import transformers.modeling_outputs
     import transformers.pytorch_utils
 else:
+    accelerate = Later("accelerate")
     datasets = Later("datasets")
+    pandas = Later("pandas")
     peft = Later("peft")
+    pyarrow = Later("pyarrow")
     scipy = Later("scipy")
     seqeval = Later("seqeval")
     sklearn = Later("sklearn")

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from fedlora.core.component import MODEL_CONFIG, Part, Positive, dataclass
+from fedlora.core.component import MODEL_CONFIG, Fraction, Part, Positive, dataclass
+from fedlora.core.errors import ConfigError
 from fedlora.core.schema import Schema
 
 Rate = Positive
@@ -62,10 +63,22 @@ class Schedule:
     Args:
         shape: ``constant``; ``linear`` to zero; ``cosine`` to zero.
         warmup: share of the run's rounds during which the multiplier rises from zero.
+        floor: the multiplier to which ``linear`` and ``cosine`` decay, if not zero.
+
+    Raises:
+        ConfigError: ``floor`` is set for a constant schedule.
     """
 
     shape: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Part = 0.0
+    floor: Fraction | None = None
+
+    def __post_init__(self) -> None:
+        if self.floor is not None and self.shape == "constant":
+            raise ConfigError(
+                f"schedule.floor = {self.floor:g} is where a schedule decays to, but a constant one does not decay: "
+                'set shape = "cosine" or "linear", or leave floor out'
+            )
 
     def factor(self, round: int, rounds: int) -> float:
         """The multiplier of round ``round`` (from 0) of ``rounds``; above zero in every round."""
@@ -73,8 +86,6 @@ class Schedule:
         if round < warm:
             return (round + 1) / (warm + 1)
         progress = (round - warm) / max(1.0, rounds - warm)
-        if self.shape == "linear":
-            return 1.0 - progress
-        if self.shape == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * progress))
-        return 1.0
+        decayed = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+        floor = self.floor or 0.0
+        return floor + (1.0 - floor) * decayed[self.shape]

@@ -77,8 +77,9 @@ class Slot:
             raise ConfigError(f"{kind} does not take these settings: {problems}") from error
         if table.get("source", digest_of(cls)) != digest_of(cls):
             raise ConfigError(
-                f"the source of {kind} is another than when this configuration was written ({digest_of(cls)} instead "
-                f"of {table['source']}); go back to that source, or remove `source` there and start a new run"
+                f"the source of {kind} differs from the one this configuration was written with "
+                f"({digest_of(cls)} instead of {table['source']}); restore that source, or remove `source` there "
+                "and start a new run"
             )
         return value
 
@@ -175,7 +176,7 @@ def _checked(value: Any) -> Any:
 def _check_class(cls: type) -> None:
     settings = getattr(cls, "__dataclass_params__", None)
     if settings is None or not settings.frozen:
-        raise ConfigError(f"{name_of(cls)} is no frozen dataclass: decorate it with @dataclass(frozen=True)")
+        raise ConfigError(f"{name_of(cls)} is not a frozen dataclass: decorate it with @dataclass(frozen=True)")
 
 
 def _kinds(union: Any) -> dict[str, type]:

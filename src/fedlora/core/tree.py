@@ -63,6 +63,22 @@ def flatten(tree: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1) for value in tree.values()]) if tree else torch.zeros(0)
 
 
+def as_vector(tree: Mapping[str, Tensor]) -> Tensor:
+    """``flatten`` without a copy where the tensors lie one after the other in one vector, as those of ``unflatten``."""
+    values = [value for value in tree.values() if value.numel()]
+    if not values:
+        return flatten(tree).detach()
+    first, at = values[0], values[0].data_ptr()
+    for value in values:
+        if value.data_ptr() != at or value.dtype != first.dtype or not value.is_contiguous():
+            return flatten(tree).detach()
+        at += value.numel() * first.itemsize
+    # between the first and the last of one memory, there is nothing of another
+    if first.untyped_storage().data_ptr() != values[-1].untyped_storage().data_ptr():
+        return flatten(tree).detach()
+    return first.detach().as_strided((num_entries(tree),), (1,))
+
+
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
     """The inverse of ``flatten``: views of ``vector`` with ``like``'s names and shapes."""
     values = list(like.values())

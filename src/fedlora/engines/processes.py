@@ -55,12 +55,12 @@ class Processes(Engine):
         workers: int | None = None,
         start: Literal["fork", "spawn"] | None = None,
     ) -> None:
-        cuda = workspace.device.type == "cuda"
-        self._fork = (start or ("spawn" if cuda else "fork")) == "fork"
+        gpus = _gpus(workspace.device)
+        self._fork = (start or ("spawn" if gpus else "fork")) == "fork"
         if self._fork and "fork" not in multiprocessing.get_all_start_methods():
             raise ConfigError("the engine 'processes' needs an operating system that can fork; use the engine 'serial'")
         self.workspace, self.population = workspace, population
-        self.workers = workers or (torch.cuda.device_count() if cuda else _cores())
+        self.workers = workers or len(gpus) or _cores()
         self._resident: list[_Worker] = []
         weakref.finalize(self, _stop, self._resident)
 
@@ -201,19 +201,20 @@ def _spawned(workspace: Workspace, number: int) -> _Worker:
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
-    device = torch.device("cuda", number % torch.cuda.device_count()) if workspace.device.type == "cuda" else None
+    gpus = _gpus(workspace.device)
+    device = gpus[number % len(gpus)] if gpus else workspace.device
     worker = _Worker(process, ours)
-    worker.pipe.send_bytes(pickle.dumps((workspace.task, workspace.seed, device or workspace.device)))
+    worker.pipe.send_bytes(pickle.dumps((workspace.task, workspace.seed, device, workspace.deterministic)))
     return worker
 
 
 def _serve(pipe: Connection) -> None:
     """The life of a spawned worker: builds a workspace, then runs shares of jobs until the pipe is closed."""
     _begin()
-    task, seed, device = pickle.loads(pipe.recv_bytes())  # the pipe from our own parent
+    task, seed, device, deterministic = pickle.loads(pipe.recv_bytes())  # the pipe from our own parent
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    workspace = Workspace(task, seed, device)
+    workspace = Workspace(task, seed, device, deterministic)
     with contextlib.suppress(EOFError):
         while True:
             _perform(workspace, pickle.loads(pipe.recv_bytes()), pipe)
@@ -240,6 +241,13 @@ def _perform(workspace: Workspace, share: Work, pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps((number, found)))
         if isinstance(found, BaseException):
             return
+
+
+def _gpus(device: torch.device) -> list[torch.device]:
+    """The GPUs that workers use: all of them, or the one that ``device`` names by number; none if it is no GPU."""
+    if device.type != "cuda":
+        return []
+    return [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if device.index is None else [device]
 
 
 def _cores() -> int:

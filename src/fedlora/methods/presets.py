@@ -45,7 +45,7 @@ def paper(method: str) -> dict[str, Any]:
     """
     if method not in PAPER:
         raise ConfigError(
-            f"method {method!r} has no preset 'paper': no official code with its settings is public; docs/methods.md "
-            f"says what is known. There is one for: {', '.join(PAPER)}"
+            f"method {method!r} has no preset 'paper': no official code with its settings is public; "
+            f"docs/methods.md has the details. There is one for: {', '.join(PAPER)}"
         )
     return PAPER[method]

@@ -82,8 +82,8 @@ def from_partitioner(partitioner: Partitioner, dataset: Table, allow_empty: bool
         repeated = len(rows) - int(free[np.unique(rows)].sum())
         if repeated:
             raise DataError(
-                f"partition {number} has {repeated} rows that the partitioner dealt more than once, but a row belongs "
-                "to one client: use another partitioner"
+                f"partition {number} has {repeated} rows that the partitioner assigned more than once, but a row "
+                "belongs to one client: use another partitioner"
             )
         free[rows] = False
         groups.append(rows)
@@ -144,8 +144,8 @@ def _find(part: Any, known: _Known, number: int) -> Rows:
     for digest in _digests(_values(part), known.columns):
         if not known.rows.get(digest):
             raise DataError(
-                f"partition {number} has a row that its data set lacks or that the partitioner dealt more than once, "
-                "but a row belongs to one client: use another partitioner"
+                f"partition {number} has a row that its data set lacks or that the partitioner assigned more "
+                "than once, but a row belongs to one client: use another partitioner"
             )
         found.append(known.rows[digest].pop())
     return np.array(found, dtype=np.int64)

@@ -127,8 +127,8 @@ class Dirichlet(Partition):
         totals = shares.sum(axis=0)
         if not totals.all():
             raise DataError(
-                f"with alpha = {self.alpha:g} no client drew any of {int((totals == 0).sum())} classes, but every "
-                "class must be dealt: use a larger alpha or more clients"
+                f"with alpha = {self.alpha:g} no client drew any of {int((totals == 0).sum())} classes, but "
+                "every class must be assigned: use a larger alpha or more clients"
             )
         rounded = np.round(shares / totals * counts).astype(np.int64)
         # counts that were rounded up run out of rows at the end of the class

@@ -136,8 +136,7 @@ def _topics(texts: list[str], seed: int) -> NDArray[Any]:
         counts = sklearn.feature_extraction.text.TfidfVectorizer(sublinear_tf=True).fit_transform(texts)
     except ValueError as error:
         raise DataError(
-            "the texts have no words of two letters or more to tell them apart by: set clients.skew.features to "
-            "embeddings"
+            "the texts have no words of two letters or more to cluster them by: set clients.skew.features to embeddings"
         ) from error
     if counts.shape[1] <= NUM_TOPICS:
         return np.asarray(counts.toarray())

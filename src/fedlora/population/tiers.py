@@ -64,9 +64,13 @@ class Tier:
 
     def __post_init__(self) -> None:
         if self.name in _VIEWS:
-            raise ConfigError(f"the metrics of a tier {self.name!r} would be taken for others; give it another name")
+            raise ConfigError(
+                f"the metrics of a tier {self.name!r} would be mistaken for other metrics; give it another name"
+            )
         if self.rank is None and self.rank_by != "order":
-            raise ConfigError(f"tier {self.name!r} has rank_by, which is read for its rank; set rank, or leave it out")
+            raise ConfigError(
+                f"tier {self.name!r} has rank_by, which has no effect without a rank; set rank, or leave it out"
+            )
 
     @property
     def chosen_by(self) -> str:
@@ -97,7 +101,7 @@ def check_tiers(tiers: Sequence[Tier], column: str | None) -> None:
     """
     if not tiers:
         if column is not None:
-            raise ConfigError("clients.tier_column is read for clients.tiers, and there are none")
+            raise ConfigError("clients.tier_column has no effect without clients.tiers; set both, or leave it out")
         return
     way = tiers[0].chosen_by
     if not way or {tier.chosen_by for tier in tiers} != {way}:
@@ -137,7 +141,7 @@ def assign_tiers(
         members.update(dict.fromkeys((*tier.values, *tier.clients), tier))
     keys = list(names) if column is None else [_most_frequent(column[own]) for own in rows]
     if column is None and (strange := sorted(set(members) - set(names))):
-        raise DataError(f"clients.tiers names the client {strange[0]!r}, and there is none; there is {names[0]!r}")
+        raise DataError(f"clients.tiers names the client {strange[0]!r}, which does not exist; there is {names[0]!r}")
     if without := [name for name, key in zip(names, keys, strict=True) if key not in members]:
         raise DataError(f"{len(without)} clients belong to no tier, such as {without[0]!r}; name all in clients.tiers")
     return {client: members[key] for client, key in enumerate(keys)}

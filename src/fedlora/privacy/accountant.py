@@ -230,7 +230,9 @@ def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[Priv
     if not found or all(each.noise_multiplier == 0 for each in private):
         return None, tuple(phases)
     if any(each.noise_multiplier == 0 for each in private):
-        raise ConfigError("some phases have noise and some have none, which tells all; give every phase noise")
+        raise ConfigError(
+            "some phases have noise and some have none, and those without reveal everything; give every phase noise"
+        )
     if len(found) > 1:
         raise ConfigError("all phases share one account: give them the same delta, accountant and max_epsilon")
     if len({(each.target_epsilon, each.noise_multiplier) for each in private}) > 1 and any(
@@ -239,7 +241,8 @@ def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[Priv
         raise ConfigError("target_epsilon is of the whole run; give it to every phase alike, and no multiplier")
     if sampled.num_clients < _FEW and any(each.delta is None for each in private):
         raise ConfigError(
-            f"delta is 1 / N ** 1.1 by default, which says nothing for {sampled.num_clients} clients; set privacy.delta"
+            f"delta is 1 / N ** 1.1 by default, which gives no protection for {sampled.num_clients} clients; set "
+            "privacy.delta"
         )
     budget = PrivacyBudget(sampled, *found.pop())
     _accountant(sampled, budget.accountant)
@@ -295,7 +298,7 @@ def _accountant(sampled: SamplingScheme, accountant: str) -> Any:
     fixed = not _is_tight(sampled)
     if fixed and accountant == "pld":
         raise ConfigError(
-            "the pld accountant does not know cohorts of a fixed size; set clients.sampling to 'poisson', or "
+            "the pld accountant does not support cohorts of a fixed size; set clients.sampling to 'poisson', or "
             "accountant to 'rdp'"
         )
     if fixed or accountant == "rdp":

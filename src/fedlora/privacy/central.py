@@ -150,7 +150,7 @@ class CentralGaussian(Privacy):
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ConfigError("central_gaussian needs one of noise_multiplier and target_epsilon")
         if self.quantile is None and (self.count_noise, self.clip_lr) != (None, None):
-            raise ConfigError("count_noise and clip_lr are of a clip that adapts; set quantile, or leave them out")
+            raise ConfigError("count_noise and clip_lr belong to an adaptive clip; set quantile, or leave them out")
         if self.noise_multiplier == 0 and self.max_epsilon is not None:
             raise ConfigError("without noise nothing is private, and max_epsilon would never be met; leave it out")
         if self.count_noise is not None and self.count_noise <= (self.noise_multiplier or 0.0) / 2:

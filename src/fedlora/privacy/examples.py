@@ -61,6 +61,10 @@ class ExampleNoise:
         chance = min(1.0, batch_size / len(rows))
         return [rows[uniform(len(rows), draws) < chance] for _ in range(num_steps)]
 
+    def passes(self, chosen: Positions) -> list[Positions]:
+        """See ``Backward.passes``: one example each."""
+        return [np.array([row]) for row in chosen]
+
     def gradients(
         self,
         loss_of: Callable[[Positions], Tensor],
@@ -74,11 +78,14 @@ class ExampleNoise:
         moving = [value for value in values if value.requires_grad]
         sums = [torch.zeros_like(value) for value in moving]
         losses = []
-        for row in chosen:
-            loss = loss_of(np.array([row]))
+        for part in self.passes(chosen):
+            loss = loss_of(part)
             # an unlabelled example may have no gradient
             found = torch.autograd.grad(loss, moving, allow_unused=True)
-            norm = math.sqrt(sum(float(each.double().square().sum()) for each in found if each is not None))
+            squares = [each.double().square().sum() for each in found if each is not None]
+            norm = (
+                math.sqrt(sum(torch.stack(squares).cpu().tolist())) if squares else 0.0
+            )  # a device is waited for once
             for total, each in zip(sums, found, strict=True):
                 # a gradient without a finite norm cannot be clipped
                 if each is not None and math.isfinite(norm):

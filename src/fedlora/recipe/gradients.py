@@ -46,6 +46,10 @@ class Backward:
             batches += [passed[first : first + batch_size] for first in range(0, len(rows), batch_size)]
         return batches[:num_steps]
 
+    def passes(self, chosen: Positions) -> list[Positions]:
+        """The examples of each forward pass of a step over ``chosen``, in their order."""
+        return [chosen]
+
     def gradients(
         self,
         loss_of: Callable[[Positions], Tensor],

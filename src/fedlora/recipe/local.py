@@ -120,7 +120,8 @@ class Local:
         proximal: FedProx's mu (arXiv 1812.06127, Eq. 2): adds ``mu / 2 ||x - x_start||^2`` to the loss.
         dropout: whether the pre-trained model's own dropout is active; a client takes only a few steps, which do not
             need its noise.
-        compute: ``bf16`` keeps frozen weights in bfloat16 and trained ones in float32.
+        compute: ``bf16`` keeps frozen weights in bfloat16 and trained ones in float32; ``auto`` is ``bf16`` on CUDA
+            devices that have it in hardware, and ``fp32`` elsewhere.
         timeout_seconds: time limit after which a client gives up and the round continues without it; a run in which
             that happens is not reproducible bit for bit.
         keep_optimizer: whether the client keeps its optimiser's state between rounds (centralised training needs it).
@@ -137,7 +138,7 @@ class Local:
     clip_norm: Rate | None = None
     proximal: NonNegative = 0.0
     dropout: bool = False
-    compute: Literal["fp32", "bf16"] = "fp32"
+    compute: Literal["fp32", "bf16", "auto"] = "fp32"
     timeout_seconds: Rate | None = None
     keep_optimizer: bool = False
     example_privacy: ExampleNoise | None = None
@@ -146,6 +147,11 @@ class Local:
     def gradient_source(self) -> GradientSource:
         """The source of its gradients."""
         return self.example_privacy or Backward(self.shuffle)
+
+    @property
+    def base(self) -> Literal["fp32", "bf16"]:
+        """The number format of frozen weights; ``auto`` is settled when a run begins, and until then ``fp32``."""
+        return "bf16" if self.compute == "bf16" else "fp32"
 
     def num_steps(self, num_examples: int) -> int:
         """The number of optimiser steps in a round for a client with ``num_examples`` examples."""

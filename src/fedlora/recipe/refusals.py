@@ -58,12 +58,13 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     ),
     "prune_under_noise": Refusal(
         lambda r: r.prune is not None and not r.privacy.is_none,
-        "noise falls on what was pruned and brings it back; leave privacy or prune out",
+        "noise is added to pruned entries too and brings them back; leave privacy or prune out",
     ),
     "prune_hidden": Refusal(
         lambda r: r.prune is not None and _moves_zeros(r),
-        "clients recognise pruned entries by their zeros, and these must stay; beside prune, down is dense, in "
-        "floating point and relative to zero, memory is 'none' or 'init', no link has feedback, and the rule is a mean",
+        "clients recognise pruned entries by their zeros, and these must stay; with prune, use a down link that "
+        "is dense, in floating point and relative to zero, memory 'none' or 'init', links without feedback, and "
+        "an aggregator that is a mean",
     ),
     "uplink_from_init": Refusal(
         lambda r: r.up.reference == "init",
@@ -78,11 +79,11 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     ),
     "server_decay_of_frozen_factor": Refusal(
         lambda r: r.tuning.moving != "both" and r.server.decays,
-        "the server's weight decay would move the factor that is to keep still; set weight_decay = 0 in server",
+        "the server's weight decay would move the frozen factor; set weight_decay = 0 in server",
     ),
     "rates_without_factors": Refusal(
         lambda r: bool(_factor_rate(r)) and not r.tuning.has_factors,
-        "{rate} is about low-rank factors, and tuning {tuning} has none; name adapter or head, or leave it out",
+        "{rate} applies to low-rank factors, and tuning {tuning} has none; name adapter or head, or leave it out",
     ),
     "local_rate_of_frozen_factor": Refusal(
         lambda r: r.tuning.moving == "B" and r.local.lr_scale.A != 1,
@@ -94,32 +95,33 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     ),
     "feedback_without_memory": Refusal(
         lambda r: r.up.feedback and r.memory == "none",
-        "up.feedback adds what a client's last message lost to its next one, so clients must remember; set memory to "
-        "'init' or 'last_round', or up.feedback to false",
+        "up.feedback adds the entries that a client's last message left out to its next one, so clients need a "
+        "memory; set memory to 'init' or 'last_round', or up.feedback to false",
     ),
     "feedback_after_clip": Refusal(
         lambda r: r.up.feedback and not r.privacy.is_none,
-        "feedback would send later what the clip took away; set up.feedback to false",
+        "feedback would later send the part that clipping removed; set up.feedback to false",
     ),
     "ranks_by_norm_of_difference": Refusal(
         lambda r: r.memory == "last_round" and any(each.slices_ranks and each.reads_values for each in r.down.facts),
-        "ranks of the largest norm would be those of the difference from the last round, others each time, and a "
-        "client would gather all of them; choose ranks by 'order', or set memory to 'init' or 'none'",
+        "the ranks of largest norm would be those of the difference from the last round; they change from round "
+        "to round, and a client would accumulate all of them; choose ranks by 'order', or set memory to 'init' "
+        "or 'none'",
     ),
     "down_feedback_with_last_round": Refusal(
         lambda r: r.down.feedback and r.memory == "last_round",
-        "the difference from what a client holds makes up for all that earlier messages lost; set down.feedback to "
-        "false, or memory to 'init'",
+        "the difference from the client's copy already corrects all losses of earlier messages; set "
+        "down.feedback to false, or memory to 'init'",
     ),
     "rescaled_downlink": Refusal(
         lambda r: r.down.rescales,
-        "down.sparsify multiplies what it keeps, which is right for the mean of many changes only; set rescale = false "
-        "in down.sparsify",
+        "down.sparsify scales up the kept entries, which is correct only for the mean of many changes; set "
+        "rescale = false in down.sparsify",
     ),
     "rescaled_uplink_with_feedback": Refusal(
         lambda r: r.up.rescales and r.up.feedback,
-        "up.sparsify multiplies what it keeps, which is right for the mean of many changes only; set rescale = false "
-        "in up.sparsify",
+        "up.sparsify scales up the kept entries, which is correct only for the mean of many changes; set "
+        "rescale = false in up.sparsify",
     ),
     "factors_rebuilt_from_sparse": Refusal(
         lambda r: r.aggregator.needs == "factors" and r.down.drops_entries and not r.down.slices_ranks,
@@ -128,33 +130,33 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     ),
     "zero_padding_of_sparse": Refusal(
         lambda r: r.aggregator.pads_with_zeros and r.down.drops_entries and not r.down.slices_ranks,
-        "padding with zeros takes ranks that a sparse link happened to leave out for ranks that the client lacks, and "
-        "these die; set aggregator.padding = 'keep', or leave down.sparsify at dense",
+        "padding with zeros treats ranks that a sparse link left out as ranks that the client lacks, and they "
+        "decay to zero; set aggregator.padding = 'keep', or leave down.sparsify at dense",
     ),
     "coordinates_of_sparse": Refusal(
         lambda r: r.aggregator.coordinatewise and (r.up.drops_entries or r.down.drops_entries),
-        "{aggregator} looks at each coordinate, which a sparse link leaves out for most clients, so that hardly "
-        "anything would move; leave sparsify at dense",
+        "{aggregator} works on each coordinate, and a sparse link leaves it out for most clients, so hardly any "
+        "would change; leave sparsify at dense",
     ),
     "rescaled_uplink_without_mean": Refusal(
         lambda r: r.up.rescales and not r.aggregator.unbiased,
-        "up.sparsify multiplies what it keeps, which is right for a plain mean only; use aggregator 'mean'",
+        "up.sparsify scales up the kept entries, which is correct only for a plain mean; use aggregator 'mean'",
     ),
     "frozen_factor_loses_entries": Refusal(
         lambda r: (
             r.tuning.moving != "both" and (r.prune is not None or (r.down.drops_entries and r.down.reference == "zero"))
         ),
-        "the factor that keeps still would lose entries on the way or by pruning; set down.reference = 'init', or "
-        "leave down.sparsify and prune out",
+        "the frozen factor would lose entries to a sparse downlink or to pruning; set down.reference = 'init', "
+        "or leave down.sparsify and prune out",
     ),
     "alternating_factors_with_memory": Refusal(
         lambda r: r.tuning.moving == "alternate" and (r.up.feedback or r.server.remembers),
-        "momentum, moments and feedback of one round would move the factor that keeps still in the next; set "
-        "server.kind to 'sgd' without momentum, and up.feedback to false",
+        "momentum, moments and feedback of one round would move the frozen factor in the next; set server.kind "
+        "to 'sgd' without momentum, and up.feedback to false",
     ),
     "example_noise_with_weights": Refusal(
         lambda r: r.local.example_privacy is not None and r.aggregator.weighs_by_examples,
-        "under local.example_privacy clients do not tell how many examples they have; set aggregator.weighting = "
+        "under local.example_privacy clients do not report their number of examples; set aggregator.weighting = "
         "'uniform'",
     ),
     "example_noise_with_timeout": Refusal(
@@ -164,7 +166,7 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     ),
     "example_noise_with_shrink": Refusal(
         lambda r: r.local.example_privacy is not None and r.shrink is not None,
-        "the penalty of shrink would pass by the noise; leave local.example_privacy or shrink out",
+        "the penalty of shrink would bypass the noise; leave local.example_privacy or shrink out",
     ),
     "noise_without_uniform_mean": Refusal(
         lambda r: r.privacy.needs_uniform_mean and not (r.aggregator.unbiased and not r.aggregator.weighs_by_examples),
@@ -173,12 +175,12 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     ),
     "products_without_factors": Refusal(
         lambda r: r.aggregator.needs_factors and not r.tuning.adapter_rank,
-        "aggregator {aggregator} is about products B A; use it with tuning 'lora'",
+        "aggregator {aggregator} works on products B A; use it with tuning 'lora'",
     ),
     "factors_rebuilt_and_stepped": Refusal(
         lambda r: r.aggregator.needs == "factors" and not r.server.adds_unscaled,
-        "{aggregator} chooses both factors anew, so a server step that adds up changes has no meaning for them; leave "
-        "server at kind = 'sgd' and lr = 1, where lr_scale may name the head",
+        "{aggregator} recomputes both factors, so a server step that adds up changes has no meaning for them; "
+        "leave server at kind = 'sgd' and lr = 1, where lr_scale may name the head",
     ),
     "both_factors_rebuilt": Refusal(
         # without an edit of the base, matching the mean of the products needs both factors
@@ -187,15 +189,16 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     ),
     "reinitialised_without_seed": Refusal(
         lambda r: r.aggregator.reinitialises and not r.tuning.init_from_seed,
-        "{aggregator} draws adapters anew after each round; use tuning.init kaiming",
+        "{aggregator} reinitialises adapters after each round; use tuning.init kaiming",
     ),
     "reinitialised_alternating": Refusal(
         lambda r: r.aggregator.reinitialises and r.tuning.moving == "alternate",
-        "under {aggregator} B is zero when a round begins, and A alone learns nothing; use train 'both' or 'B'",
+        "under {aggregator} B is zero at the start of a round, and training A alone has no effect; use train "
+        "'both' or 'B'",
     ),
     "reinitialised_with_memory": Refusal(
         lambda r: r.aggregator.reinitialises and (r.local.keep_optimizer or r.up.feedback),
-        "under {aggregator} adapters start anew, and what a client remembers of the old ones has no meaning; set "
+        "under {aggregator} adapters are reinitialised, so a client's state of the old ones is meaningless; set "
         "local.keep_optimizer and up.feedback to false",
     ),
     "shrink_without_ranks": Refusal(
@@ -203,22 +206,22 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
             r.shrink is not None
             and not (r.tuning.adapter_rank and r.tuning.moving == "both" and r.tuning.zero_is_neutral)
         ),
-        "shrink is about ranks that are trained from zero; use tuning 'lora' with train 'both'",
+        "shrink works on ranks that are trained from zero; use tuning 'lora' with train 'both'",
     ),
     "shrink_hidden": Refusal(
         lambda r: r.shrink is not None and _hides_ranks(r),
-        "shrink chooses which ranks go down; leave down dense and relative to zero, feedback and prune out, and memory "
-        "at 'none' or 'init'",
+        "shrink chooses the ranks that are sent down; leave down dense and relative to zero, feedback and prune "
+        "out, and memory at 'none' or 'init'",
     ),
     "shrink_with_kept_optimizer": Refusal(
         lambda r: r.shrink is not None and r.local.keep_optimizer,
-        "what a client's optimiser remembers of ranks given up would bring them back; set local.keep_optimizer to "
-        "false, or leave shrink out",
+        "a client's optimiser state of pruned ranks would bring them back; set local.keep_optimizer to false, "
+        "or leave shrink out",
     ),
     "shrink_with_noise_or_new_starts": Refusal(
         lambda r: r.shrink is not None and (r.aggregator.reinitialises or not r.privacy.is_none),
-        "clients report their ranks, without noise, and compare them with those before; leave privacy out, and use an "
-        "aggregator without new starts",
+        "clients report their ranks, without noise, and compare them with earlier ones; leave privacy out, and "
+        "use an aggregator that does not reinitialise adapters",
     ),
 }
 """Refusals of recipes by name, in the order in which they are checked."""
@@ -230,8 +233,9 @@ TIER_REFUSALS: dict[str, Refusal[TierOf]] = {
     ),
     "tier_rank_of_pretrained": Refusal(
         lambda t: t.slices and not (t.recipe.tuning.zero_is_neutral and t.recipe.tuning.moving == "both"),
-        "tier {tier} has a rank, and ranks that a client lacks are zero in both factors: with this method that would "
-        "take knowledge away, or what keeps still; leave out the tier's rank, and give it a density or fewer steps",
+        "tier {tier} has a rank, and ranks that a client lacks are zero in both factors: with this method that "
+        "would remove pre-trained knowledge, or change a frozen factor; leave out the tier's rank, and give it "
+        "a density or fewer steps",
     ),
     "tier_rank_of_other_downlink": Refusal(
         lambda t: t.slices and _is_downlink_of_its_own(t),
@@ -244,9 +248,9 @@ TIER_REFUSALS: dict[str, Refusal[TierOf]] = {
         "tier {tier}: the start is announced to all clients or to none; set its down.reference to {reference}",
     ),
     "tier_compute": Refusal(
-        lambda t: t.tier.compute == "fp32" and t.recipe.local.compute == "bf16",
-        "tier {tier} computes in fp32, but local.compute = 'bf16' keeps frozen weights in bfloat16; set local.compute "
-        "to fp32, and compute of the other tiers to bf16",
+        lambda t: t.tier.compute == "fp32" and t.recipe.local.compute != "fp32",
+        "tier {tier} computes in fp32, but local.compute = 'bf16' keeps frozen weights in bfloat16, and 'auto' may; "
+        "set local.compute to fp32, and compute of the other tiers to bf16",
     ),
     "tier_feedback": Refusal(
         lambda t: t.recipe.down.feedback or (t.tier.down is not None and t.tier.down.feedback),
@@ -258,7 +262,7 @@ TIER_REFUSALS: dict[str, Refusal[TierOf]] = {
 EXPERIMENT_REFUSALS: dict[str, Refusal[Experiment]] = {
     "noise_in_some_phases": Refusal(
         lambda e: len({phase.recipe.privacy.is_none for phase in e.phases}) > 1,
-        "some phases have noise and some have none, which tells all; give every phase privacy",
+        "some phases have noise and some have none, and those without reveal everything; give every phase privacy",
     ),
     "noise_alone": Refusal(
         lambda e: not MODES[e.mode].sends and not all(phase.recipe.privacy.is_none for phase in e.phases),
@@ -266,8 +270,8 @@ EXPERIMENT_REFUSALS: dict[str, Refusal[Experiment]] = {
     ),
     "example_noise_in_some_phases": Refusal(
         lambda e: len({_covers_examples(phase.recipe) for phase in e.phases}) > 1,
-        "some phases have noise for examples and some have none, which tells all; set example_privacy in every phase "
-        "(slora and primed_lora: in warm_local too)",
+        "some phases have noise for examples and some have none, and those without reveal everything; set "
+        "example_privacy in every phase (slora and primed_lora: in warm_local too)",
     ),
     "too_many_for_poisson": Refusal(
         lambda e: MODES[e.mode].sends and _least(e) > 1 and e.clients.sampling == "poisson",

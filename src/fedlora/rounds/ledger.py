@@ -54,6 +54,7 @@ class RoundRecord:
         metrics: results of evaluations, if there was one after this round.
         facts: figures of a phase's start, in its first row.
         warnings: sentences about silently wrong results.
+        stopped: why the run ended after this round, before its last one; empty if it did not.
     """
 
     round: int
@@ -83,6 +84,7 @@ class RoundRecord:
     facts: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     update_norms: dict[str, float] = field(default_factory=dict)
+    stopped: str = ""
 
 
 def record(

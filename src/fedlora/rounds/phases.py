@@ -46,13 +46,13 @@ def open_phase(
     coarse = wire.Form(recipe.down.at(0).head_precision or Float32(), named_seed(seed, "init", phase))
     forms = {"init": coarse} if set(parts.get("init", {})) <= head else {}
     packet = wire.pack(parts, forms) if parts else wire.Packet(b"", {}, {}, {})
-    told = packet.trees.get("init", {}) if forms else {}
+    delivered = packet.trees.get("init", {}) if forms else {}
     workspace.apply_setup(phase, recipe, packet.raw)
     state = ServerState(
         phase=phase,
         round=rounds_done,
         params=params,
-        init=start.params | told,
+        init=start.params | delivered,
         schema=installed.schema,
         setup=packet.raw,
         setup_bytes=packet.sizes,

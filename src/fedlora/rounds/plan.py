@@ -74,7 +74,7 @@ def make_plan(
             round=state.steps,
             progress=(state.round, rounds),
             seed=named_seed(seed, "client", state.round, client),
-            base=recipe.local.compute,
+            base=recipe.local.base,
             payload=message.packet.raw,
             setup=None if memory.has_setup else state.setup,
             fold=message.fold,

@@ -111,7 +111,7 @@ class Uplink:
         silent = [answer for answer in self.answers if not answer.counts]
         why = "; ".join(f"client {answer.client}: {answer.reply.refused or 'out of time'}" for answer in silent[:3])
         raise QuorumError(
-            f"{num - len(silent)} of {num} clients answered, and {least} must ({why})",
+            f"{num - len(silent)} of {num} clients answered, but {least} are required ({why})",
             frozenset(answer.client for answer in silent if answer.reply.refused),
         )
 
@@ -200,7 +200,7 @@ def read_reply(
             raise
         # the state of such a client is unknown too: everything is sent to it again
         refused = Reply(
-            None, ClientState(), reply.seconds, f"a reply that cannot count: {plain(error)}", delivered=False
+            None, ClientState(), reply.seconds, f"a reply that is not counted: {plain(error)}", delivered=False
         )
         return ClientResult(job.client, refused, {}, {"refused": len(reply.raw)}, 0, counts=False), None
     kept = sum(count for part, count in packet.kept.items() if part != "report")
@@ -221,12 +221,16 @@ def _check(job: Job, report: Mapping[str, float], most: float) -> None:
     """
     counts = {name: report[name] for name in ("examples", "steps") if name in report}
     if not all(0 <= value <= LARGEST_COUNT for value in counts.values()):  # also rejects NaN
-        raise WireError(f"the report says {counts}; these are counts")
+        raise WireError(f"the report has {counts}, which are not valid counts")
     if report.get("below", 0.0) not in (0.0, 1.0):
-        raise WireError(f"it says {report['below']:g} where it was asked whether its update is below the clip: 0 or 1")
+        raise WireError(
+            f"it reports {report['below']:g} where 0 or 1 is expected, whether its update is below the clip"
+        )
     if report.get("examples", 0.0) > most:
-        raise WireError(f"it says that it trained on {report['examples']:g} examples, and it has {most:g} at most")
+        raise WireError(f"it reports training on {report['examples']:g} examples, but it has {most:g} at most")
     rank = job.recipe.rank
-    told = report.get("rank", rank)
-    if told not in (rank, job.recipe.rank_pruning.fewer(rank)):
-        raise WireError(f"client {job.client} of rank {rank} says that its rank is {told:g} now; it cannot be")
+    reported = report.get("rank", rank)
+    if reported not in (rank, job.recipe.rank_pruning.fewer(rank)):
+        raise WireError(
+            f"client {job.client} of rank {rank} reports rank {reported:g}, which rank pruning does not allow"
+        )

@@ -34,7 +34,7 @@ class Position(NamedTuple):
 
 def changed_keys(held: Experiment, experiment: Experiment) -> list[str]:
     """The keys in which two configurations differ, each with both values."""
-    left, right = ({**resolved(one), "root": None} for one in (held, experiment))
+    left, right = ({**resolved(one), "root": None, "track": None} for one in (held, experiment))
     return differences(left, right)
 
 

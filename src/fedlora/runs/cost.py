@@ -108,7 +108,7 @@ class PhaseCost:
         return down * self.rounds, up * self.rounds
 
 
-def costs(experiment: Experiment, setting: FederatedData) -> list[PhaseCost]:
+def costs(experiment: Experiment, data: FederatedData) -> list[PhaseCost]:
     """The estimated communication of each phase.
 
     Under sparsification or quantization, the size of a message depends on its values. Therefore the first
@@ -119,12 +119,12 @@ def costs(experiment: Experiment, setting: FederatedData) -> list[PhaseCost]:
 
     Args:
         experiment: the configuration.
-        setting: its data.
+        data: its data.
 
     Raises:
         TrainingError: training already fails in these rounds.
     """
-    return _Costs(experiment, setting).of_phases()
+    return _Costs(experiment, data).of_phases()
 
 
 class _Sizes(NamedTuple):
@@ -149,27 +149,27 @@ class _Tier:
 class _Costs:
     """Estimates a phase's cost in three steps: probe the first rounds, extrapolate the later ones, and sum."""
 
-    def __init__(self, experiment: Experiment, setting: FederatedData) -> None:
-        self._experiment, self._setting = experiment, setting
-        self._workspace = Workspace(setting.task, experiment.seed, setting.device)
+    def __init__(self, experiment: Experiment, data: FederatedData) -> None:
+        self._experiment, self._data = experiment, data
+        self._workspace = Workspace(data.task, experiment.seed, data.device, experiment.deterministic)
         self._sends = MODES[experiment.mode].sends
         clients = experiment.clients
         self._per_round = clients.per_round if self._sends else 1
-        sampled = SamplingScheme(len(setting.population), self._per_round, clients.sampling)
+        sampled = SamplingScheme(len(data.population), self._per_round, clients.sampling)
         _, self._phases = open_account(experiment.phases, sampled)
         private = any(phase.recipe.privacy.needs_uniform_mean for phase in self._phases)
         self._expected = self._per_round if private else None  # so that the noise is as small as in the run
         least = max(PROBED_CLIENTS, *(phase.recipe.aggregator.min_updates for phase in self._phases))
-        self._probed = _probed(setting, experiment.seed, min(least, self._per_round))
-        self._share = self._per_round / len(setting.population)
+        self._probed = _probed(data, experiment.seed, min(least, self._per_round))
+        self._share = self._per_round / len(data.population)
 
     def of_phases(self) -> list[PhaseCost]:
         """The estimated communication of each phase."""
         found, carry, done = [], None, 0
         for number, phase in enumerate(self._phases):
             state, _ = open_phase(self._workspace, number, phase.recipe, self._experiment.seed, done, carry)
-            recipes = recipes_of(self._setting.tiers, phase.recipe) or {"": phase.recipe}
-            tiers = {name: _Tier(own, self._probed[name], _share(self._setting, name)) for name, own in recipes.items()}
+            recipes = recipes_of(self._data.tiers, phase.recipe) or {"": phase.recipe}
+            tiers = {name: _Tier(own, self._probed[name], _share(self._data, name)) for name, own in recipes.items()}
             state, change = self._probe(phase, state, tiers)
             self._extrapolate(phase, state, change, tiers)
             found.append(self._sum(phase, tiers))
@@ -188,15 +188,15 @@ class _Costs:
 
     def _probe(self, phase: Phase, state: ServerState, tiers: Mapping[str, _Tier]) -> tuple[ServerState, Tree]:
         """Runs the first rounds; returns the state after them and the change made by the last one."""
-        experiment, setting = self._experiment, self._setting
-        engine = Serial(self._workspace, setting.population)
+        experiment, data = self._experiment, self._data
+        engine = Serial(self._workspace, data.population)
         cohort = tuple(client for members in self._probed.values() for client in members)
         change: Tree = {}
         for turn in range(min(phase.rounds, PROBED_ROUNDS)):
             self._measure(turn, dict.fromkeys(tiers, state), tiers)
             before = state
             state, row = run_round(
-                phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, self._expected
+                phase.recipe, state, cohort, engine, experiment.seed, experiment.rounds, data.tiers, self._expected
             )
             change = tree.subtract(state.params, before.params)
             for name, seconds in (row.tier_seconds or {"": row.slowest_seconds}).items():
@@ -225,7 +225,7 @@ class _Costs:
         ]
         got = {name: sum(mean(curve).values()) for name, curve in curves.items()}
         up = {name: mean(one.up) for name, one in tiers.items()}
-        steps = {name: _most_steps(one.recipe, one.clients, self._setting) for name, one in tiers.items()}
+        steps = {name: _most_steps(one.recipe, one.clients, self._data) for name, one in tiers.items()}
         found = {
             name: TierCost(got[name], sum(up[name].values()), steps[name], one.seconds) for name, one in tiers.items()
         }
@@ -241,24 +241,24 @@ class _Costs:
         )
 
 
-def _most_steps(recipe: Recipe, clients: Sequence[int], setting: FederatedData) -> int:
+def _most_steps(recipe: Recipe, clients: Sequence[int], data: FederatedData) -> int:
     """Optimiser steps of the longest turn among the probed clients; computed, as under noise they are not reported."""
-    return max(recipe.local.num_steps(len(setting.population.rows_of(client))) for client in clients)
+    return max(recipe.local.num_steps(len(data.population.rows_of(client))) for client in clients)
 
 
-def _probed(setting: FederatedData, seed: int, most: int) -> dict[str, tuple[int, ...]]:
+def _probed(data: FederatedData, seed: int, most: int) -> dict[str, tuple[int, ...]]:
     """A few clients of each tier, by tier name; without tiers, of all clients under an empty name."""
-    order = draw_cohort(setting.population, len(setting.population), named_seed(seed, "probe"))
-    names = {client: tier.name for client, tier in setting.tiers.items()}
+    order = draw_cohort(data.population, len(data.population), named_seed(seed, "probe"))
+    names = {client: tier.name for client, tier in data.tiers.items()}
     members: dict[str, list[int]] = {}
     for client in order:
         members.setdefault(names.get(client, ""), []).append(client)
     return {name: tuple(clients[:most]) for name, clients in members.items()}
 
 
-def _share(setting: FederatedData, tier: str) -> float:
+def _share(data: FederatedData, tier: str) -> float:
     """The fraction of clients in a tier; 1 without tiers."""
-    members = [each.name for each in setting.tiers.values()]
+    members = [each.name for each in data.tiers.values()]
     return members.count(tier) / len(members) if members else 1.0
 
 
@@ -301,8 +301,8 @@ def _sizes(
 
 
 def _fold_bytes(folds: Folds, version: int) -> ByteCounts:
-    told = message(folds, version)
-    return told.sizes if told else {}
+    update = message(folds, version)
+    return update.sizes if update else {}
 
 
 def _later(done: int, rounds: int) -> list[int]:
@@ -341,15 +341,15 @@ def _ratios(recipe: Recipe, state: ServerState, change: Tree, rounds: int) -> li
     return [size(turn) / size(state.steps - 1) for turn in range(state.steps, rounds)]
 
 
-def _over_rounds(told: Sequence[tuple[int, _Sizes]], rounds: int, share: float) -> list[dict[str, float]]:
+def _over_rounds(samples: Sequence[tuple[int, _Sizes]], rounds: int, share: float) -> list[dict[str, float]]:
     """Expected bytes to one client in each round, if a ``share`` of all clients is drawn each time."""
     turns = np.arange(rounds)
     unknown = (1.0 - share) ** turns
-    at = [turn for turn, _ in told]
-    kinds = {kind: None for _, sizes in told for kind in {**sizes.new, **sizes.known}}
+    at = [turn for turn, _ in samples]
+    kinds = {kind: None for _, sizes in samples for kind in {**sizes.new, **sizes.known}}
     curves = {
-        kind: unknown * np.interp(turns, at, [sizes.new.get(kind, 0) for _, sizes in told])
-        + (1 - unknown) * np.interp(turns, at, [sizes.known.get(kind, 0) for _, sizes in told])
+        kind: unknown * np.interp(turns, at, [sizes.new.get(kind, 0) for _, sizes in samples])
+        + (1 - unknown) * np.interp(turns, at, [sizes.known.get(kind, 0) for _, sizes in samples])
         for kind in kinds
     }
     return [{kind: float(curve[turn]) for kind, curve in curves.items()} for turn in turns]

@@ -16,9 +16,9 @@ from fedlora.recipe import Recipe
 from fedlora.rounds.downlink import Downlink, view
 
 
-def tested_clients(experiment: Experiment, setting: FederatedData, last: bool) -> list[int]:
+def tested_clients(experiment: Experiment, data: FederatedData, last: bool) -> list[int]:
     """The clients whose held-out rows an evaluation uses."""
-    settings, clients = experiment.evaluate, sorted(setting.holdout)
+    settings, clients = experiment.evaluate, sorted(data.holdout)
     if settings.clients == "never" or (settings.clients == "end" and not last):
         return []
     if last or settings.num_clients is None or settings.num_clients >= len(clients):
@@ -27,15 +27,15 @@ def tested_clients(experiment: Experiment, setting: FederatedData, last: bool) -
     return sorted(rng.choice(clients, settings.num_clients, replace=False).tolist())
 
 
-def uses_all_rows(experiment: Experiment, setting: FederatedData) -> bool:
+def uses_all_rows(experiment: Experiment, data: FederatedData) -> bool:
     """Whether evaluations during the run use all test examples, like the final one."""
     limit = experiment.evaluate.num_examples
-    return limit is None or limit >= len(setting.test_rows)
+    return limit is None or limit >= len(data.test_rows)
 
 
 def evaluate(
     experiment: Experiment,
-    setting: FederatedData,
+    data: FederatedData,
     workspace: Workspace,
     recipe: Recipe,
     state: ServerState,
@@ -45,7 +45,7 @@ def evaluate(
 
     Args:
         experiment: defines the evaluation.
-        setting: the data.
+        data: the data.
         workspace: the resident model; it is overwritten.
         recipe: the recipe of the current phase.
         state: the state to evaluate.
@@ -55,8 +55,8 @@ def evaluate(
     Raises:
         TrainingError: a metric is not finite.
     """
-    rows = setting.test_rows
-    if clients is not None and not uses_all_rows(experiment, setting):
+    rows = data.test_rows
+    if clients is not None and not uses_all_rows(experiment, data):
         rng = np.random.default_rng(named_seed(experiment.seed, "evaluate"))
         rows = np.sort(rng.choice(rows, experiment.evaluate.num_examples, replace=False))
     compute = recipe.local.compute
@@ -66,24 +66,24 @@ def evaluate(
         views["dense_"] = state.params, compute
     if experiment.evaluate.dense and recipe.memory == "last_round" and recipe.down.lossy:
         views["newcomer_"] = Downlink(recipe, state, experiment.seed).message({}).start, compute
-    for name, tier_recipe in recipes_of(setting.tiers, recipe).items():
+    for name, tier_recipe in recipes_of(data.tiers, recipe).items():
         views[f"{name}_"] = view(tier_recipe, state, experiment.seed), tier_recipe.local.compute
     metrics: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
-    main = setting.task.main_metric
+    main = data.task.main_metric
     for prefix, (params, precision) in views.items():
         workspace.load(recipe, params, state.folds)
-        found = workspace.evaluate(rows, setting.split, precision)
+        found = workspace.evaluate(rows, data.split, precision)
         metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
         if prefix:
             continue
         warnings += found.warnings
         own = {
-            f"{main} of client {client}": workspace.evaluate(setting.holdout[client], "train", compute).metrics[main]
+            f"{main} of client {client}": workspace.evaluate(data.holdout[client], "train", compute).metrics[main]
             for client in clients or ()
         }
         _check_finite(own)
-        metrics |= over_clients(main, list(own.values()), setting.task.higher_is_better)
+        metrics |= over_clients(main, list(own.values()), data.task.higher_is_better)
     _check_finite(metrics)
     return metrics, warnings
 
@@ -117,4 +117,4 @@ def over_clients(name: str, values: Sequence[float], higher_is_better: bool) -> 
 def _check_finite(metrics: dict[str, float]) -> None:
     wrong = {name: value for name, value in metrics.items() if not np.isfinite(value)}
     if wrong:
-        raise TrainingError(f"the evaluation gave values that are not finite: {wrong}; lower the learning rate")
+        raise TrainingError(f"the evaluation has values that are not finite: {wrong}; lower the learning rate")

@@ -26,6 +26,7 @@ from fedlora.runs.evaluation import over_clients
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.runs.session import Session
+from fedlora.runs.trackers import make_tracker
 
 
 class Stopped(FedloraError):
@@ -38,7 +39,7 @@ def run(
     *,
     partitioner: Partitioner | None = None,
     callbacks: Sequence[Callback] = (),
-    setting: FederatedData | None = None,
+    data: FederatedData | None = None,
     engine: AnyEngine | None = None,
     until: int | None = None,
 ) -> Result:
@@ -52,7 +53,7 @@ def run(
         folder: the run's folder; ``runs/<label>-<digest>`` if absent.
         partitioner: partitions the data instead of the configuration's partition.
         callbacks: called during the run, in this order, and closed at its end.
-        setting: data returned by ``prepare`` for the same experiment, to share among runs.
+        data: data returned by ``prepare`` for the same experiment, to share among runs.
         engine: where clients run, or its class; in this process if absent.
         until: the round to pause after, with the model evaluated and saved; a later call resumes from it. Nothing is
             exported.
@@ -65,7 +66,7 @@ def run(
         Stopped: the user interrupted the run; it can be resumed.
     """
     path = Path(folder) if folder is not None else Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
-    return train(experiment, path, partitioner, callbacks, setting, engine, until, held=False)
+    return train(experiment, path, partitioner, callbacks, data, engine, until, held=False)
 
 
 def train(
@@ -73,7 +74,7 @@ def train(
     path: Path,
     partitioner: Partitioner | None,
     callbacks: Sequence[Callback],
-    setting: FederatedData | None,
+    data: FederatedData | None,
     engine: AnyEngine | None,
     until: int | None,
     held: bool,
@@ -82,63 +83,66 @@ def train(
 
     Args:
         held: whether the caller has already claimed the folder (``claim.claimed``) for the duration of this call.
-        experiment, path, partitioner, callbacks, setting, engine, until: as for ``run``.
+        experiment, path, partitioner, callbacks, data, engine, until: as for ``run``.
     """
     files = RunFolder(path)
     try:
         # callbacks are closed before the files of a rejected run are removed, as some of them write there too
-        with sigterm_as_ctrl_c(), ExitStack() as claim, closing(CallbackList(callbacks)) as callback:
+        own = [make_tracker(track, path) for track in experiment.track]
+        with sigterm_as_ctrl_c(), ExitStack() as claim, closing(CallbackList([*callbacks, *own])) as callback:
             if not held:
                 look(files, experiment)
             effective = in_mode(experiment)
-            setting = setting or prepare(effective, partitioner)
+            data = data or prepare(effective, partitioner)
             if not held:
                 claim.enter_context(claimed(files, experiment, callback.message))
             if MODES[experiment.mode].separate:
-                return _run_separately(experiment, setting, files, callback, until)
-            return Session(effective, setting, files, callback, engine).run(until)
+                return _run_separately(experiment, data, files, callback, until)
+            return Session(effective, data, files, callback, engine).run(until)
     except KeyboardInterrupt:
         if not files.begun:
-            raise Stopped("stopped before the first round; nothing was saved. The same command begins anew") from None
-        on = "The same command goes on" if engine else f"Go on with: fedlora run {shlex.quote(str(path))}"
+            raise Stopped(
+                "stopped before the first round; nothing was saved. Run the same command to start over"
+            ) from None
+        on = "Run the same command to resume" if engine else f"Resume with: fedlora run {shlex.quote(str(path))}"
         raise Stopped(f"stopped; every finished round is saved. {on}") from None
 
 
 def _run_separately(
-    experiment: Experiment, setting: FederatedData, files: RunFolder, callback: Callback, until: int | None
+    experiment: Experiment, data: FederatedData, files: RunFolder, callback: CallbackList, until: int | None
 ) -> Result:
     """Runs several clients in isolation; the result contains means over them."""
     alone = in_mode(experiment)
-    count = min(experiment.num_local, len(setting.population))
-    chosen = draw_cohort(setting.population, count, named_seed(experiment.seed, "local"))
-    results = []
+    count = min(experiment.num_local, len(data.population))
+    chosen = draw_cohort(data.population, count, named_seed(experiment.seed, "local"))
+    results: list[Result] = []
     for client in chosen:
-        rows = setting.population.rows_of(client)
-        single = Population((setting.population.names[client],), rows, np.array([0, len(rows)]))
-        kept = {0: setting.holdout[client]} if client in setting.holdout else {}
-        own = dataclasses.replace(setting, population=single, holdout=kept)
+        rows = data.population.rows_of(client)
+        single = Population((data.population.names[client],), rows, np.array([0, len(rows)]))
+        kept = {0: data.holdout[client]} if client in data.holdout else {}
+        own = dataclasses.replace(data, population=single, holdout=kept, notes=() if results else data.notes)
         inner = RunFolder(files.path / "clients" / str(client))
         inner.path.mkdir(parents=True, exist_ok=True)
         results.append(Session(alone, own, inner, callback, None).run(until))
     result = dataclasses.replace(
         results[0],
         folder=files.path,
-        before=_over_local([one.before for one in results], setting),
-        after=_over_local([one.after for one in results], setting),
+        before=_over_local([one.before for one in results], data),
+        after=_over_local([one.after for one in results], data),
         seconds=sum(one.seconds for one in results),
         adapter=None,
     )
     if until is None:
-        files.write_json("manifest.json", manifest(experiment, setting))
+        files.write_json("manifest.json", manifest(experiment, data))
         files.write_json("result.json", {**result.figures(), "adapter": None})
     return result
 
 
-def _over_local(metrics: list[dict[str, float]], setting: FederatedData) -> dict[str, float]:
+def _over_local(metrics: list[dict[str, float]], data: FederatedData) -> dict[str, float]:
     """The mean over clients trained in isolation; metrics on their own rows are summarised by ``over_clients``."""
-    main = setting.task.main_metric
+    main = data.task.main_metric
     means = {
         name: float(np.mean([one[name] for one in metrics])) for name in metrics[0] if not name.startswith("client_")
     }
     own = [one[f"client_mean_{main}"] for one in metrics if f"client_mean_{main}" in one]
-    return means | over_clients(main, own, setting.task.higher_is_better)
+    return means | over_clients(main, own, data.task.higher_is_better)

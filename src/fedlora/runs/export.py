@@ -76,7 +76,8 @@ def _write(temporary: Path, trained: TrainedRun, merge: bool) -> None:
         save_file(state.params | installed.head_values(state.params), temporary / "params.safetensors")
     else:
         raise ConfigError(
-            f"what `{kind_of(tuning)}` learnt here is no low-rank adapter; use --merge to write the whole model"
+            f"the trained values of `{kind_of(tuning)}` are not a low-rank adapter; use --merge to write the "
+            "whole model"
         )
     if task.backbone_only and not alone:
         task.save_head(temporary, _head(installed, state.params))
@@ -123,7 +124,7 @@ def model_card(trained: TrainedRun, merged: bool) -> str:
     if merged:
         load = f'model = {auto_class}.from_pretrained("THIS FOLDER")'
     elif tuning == "bottleneck":
-        load = '# bottleneck adapters are no PEFT type: fedlora predict RUN "a text"'
+        load = '# bottleneck adapters are not a PEFT type: fedlora predict RUN "a text"'
     else:
         load = (
             f'base = {auto_class}.from_pretrained("{base}"{task.load_arguments})\n'
@@ -137,8 +138,8 @@ base_model: {base}
 # {base}, fine-tuned by federated learning
 
 Method `{experiment.label}`, tuning `{tuning}`, {trained.state.round} rounds, {experiment.clients.per_round} clients per
-round, partition `{kind_of(experiment.clients.partition)}`, seed {experiment.seed}. The data stayed with their owners;
-what was sent is in the run's `ledger.jsonl`.{_handed(experiment.model)}
+round, partition `{kind_of(experiment.clients.partition)}`, seed {experiment.seed}. Training data never left the
+clients; the run's `ledger.jsonl` lists all communication.{_handed(experiment.model)}
 
 | metric on all test examples | value |
 |---|---|
@@ -159,6 +160,6 @@ def _handed(model: Model) -> str:
         return ""
     whence = f", where it was loaded from {model.name}" if model.name else ""
     return (
-        f"\n\nThe base model was handed over from Python{whence}: class and fingerprint `{model.object.fingerprint}`. "
-        "What was learnt fits these weights; keep them with it if they were changed after loading."
+        f"\n\nThe base model was passed from Python{whence}: class and fingerprint `{model.object.fingerprint}`. "
+        "The trained values belong to these weights; keep both if the weights were changed after loading."
     )

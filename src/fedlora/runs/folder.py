@@ -164,7 +164,7 @@ class RunFolder:
             if not self.path.is_dir():
                 mend = "there is no such folder"
             elif (self.path / name).exists():
-                mend = f"its {name} is damaged; give the command of the run again, which makes it anew"
+                mend = f"its {name} is damaged; run the same command again, which writes it anew"
             elif (self.path / "config.toml").exists():
                 mend = f"it has no {name} yet; finish it with: fedlora run {self.path}"
             else:
@@ -195,8 +195,8 @@ class RunFolder:
                 rows.append(_row(line))
             except (ValueError, TypeError, KeyError) as error:
                 raise CheckpointError(
-                    f"row {number} of {file} is damaged, or of another version ({first_line(error)}); put the old file "
-                    "back"
+                    f"row {number} of {file} is damaged, or not one of this version ({first_line(error)}); restore "
+                    "the original file"
                 ) from error
         return rows
 
@@ -269,5 +269,6 @@ def cannot_write(path: Path, error: Exception) -> DataError:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     what = "the disk is full" if full else f"the disk refused ({getattr(error, 'strerror', None) or error})"
     return DataError(
-        f"{what} while writing to {path}; what was saved before is intact: make room and run the same command to go on"
+        f"{what} while writing to {path}; everything saved before is intact: free some space and run the same "
+        "command to resume"
     )

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import in_mode, pick_device
+from fedlora.config.federated_data import in_mode
 from fedlora.config.places import located_model
-from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.devices import pick_device
+from fedlora.core.errors import ConfigError
 from fedlora.core.state import ServerState
 from fedlora.recipe import Recipe
 from fedlora.rounds.downlink import view
@@ -24,7 +24,8 @@ from fedlora.runs.base_model import base_model
 from fedlora.runs.export import export
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks import Evaluation, Prepared
-from fedlora.tasks.data.folders import PICTURES
+from fedlora.tasks.data.opening import Reading
+from fedlora.tasks.data.sources import reading_of
 from fedlora.tasks.models.fingerprints import NAMES, changed
 
 
@@ -56,22 +57,30 @@ class TrainedRun:
     def predict(self, inputs: list[str]) -> list[dict[str, Any]]:
         """The model's prediction for each input; see the task's ``predict``."""
         self.workspace.model.eval()
-        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+        with self.workspace.predicting(self.recipe.local.compute):
             return self.task.predict(self.workspace.model, inputs, self.workspace.device)
 
-    def evaluate(self, path: Path | str, columns: Mapping[str, str] | None = None) -> Evaluation:
+    @property
+    def reading(self) -> Reading:
+        """How files are read: as those of the run's data."""
+        return reading_of(self.experiment.data)
+
+    def evaluate(
+        self, path: Path | str, columns: Mapping[str, str] | None = None, reading: Reading | None = None
+    ) -> Evaluation:
         """Metrics on the rows of a file.
 
         Args:
-            path: a csv, tsv, json, jsonl or parquet file, optionally with ``.gz``.
+            path: what ``Files`` reads: a file, a pattern, or a folder written by ``save_to_disk``.
             columns: column name used by the task -> name in the file, if different.
+            reading: how files are read; by default as those of the run's data.
 
         Raises:
             DataError: the file cannot be read.
         """
-        task = self.task.with_rows(Path(path), columns or {})
+        task = self.task.with_rows(Path(path), columns or {}, "test", reading or self.reading)
         self.workspace.model.eval()
-        with torch.inference_mode(), self.workspace.autocast(self.recipe.local.compute):
+        with self.workspace.predicting(self.recipe.local.compute):
             rows = np.arange(task.num_examples("test"))
             found = task.evaluate(self.workspace.model, rows, "test", self.workspace.device)
         return found._replace(warnings=self.notes + task.notes + found.warnings)
@@ -84,35 +93,8 @@ class TrainedRun:
         """
         folder = Path(folder)
         if folder.exists():
-            raise ConfigError(f"{folder} is there already; name a new folder")
+            raise ConfigError(f"{folder} already exists; name a new folder")
         export(folder, self, merge)
-
-
-_LISTS = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
-"""Suffixes by which an argument without spaces is taken to be a file."""
-
-
-def read_inputs(text: str) -> list[str]:
-    """The inputs given by a command-line argument: the text itself, or the lines of the file it names.
-
-    Raises:
-        DataError: the file is not text, or is empty.
-    """
-    file = Path(text)
-    if file.suffix.lower() in _LISTS and not text.split()[1:] and not file.exists():
-        raise DataError(f"there is no file {text}; name one with an input per line, or give the input itself")
-    try:
-        # an image file is an input, not a list of inputs
-        by_line = file.is_file() and file.suffix.lower() not in PICTURES
-        inputs = file.read_text(encoding="utf-8").splitlines() if by_line else [text]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text; give a file with one input per line") from error
-    except OSError:  # a text too long for a file name is an input itself
-        inputs = [text]
-    inputs = [line for line in inputs if line.strip()]
-    if not inputs:
-        raise DataError("there is no text to predict; give a text, or a file with a text per line")
-    return inputs
 
 
 def load_run(path: Path | str, model: Any = None) -> TrainedRun:
@@ -137,7 +119,7 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
             raise ConfigError(
                 f"in {path} clients trained alone, and each has a model of its own: see {path / 'clients'}/N/adapter"
             )
-        raise ConfigError(f"the run in {path} has no checkpoint yet; go on with: fedlora run {path}")
+        raise ConfigError(f"the run in {path} has no checkpoint yet; resume with: fedlora run {path}")
     experiment = in_mode(config.load(path))
     state, _ = latest
     recipe = experiment.phases[state.phase].recipe
@@ -146,7 +128,7 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
     base = base_model(located_model(experiment), model, manifest.get("handed_over", {}), path)
     experiment = dataclasses.replace(experiment, model=base)
     task = experiment.task.restore(experiment.model, names)
-    workspace = Workspace(task, experiment.seed, pick_device(experiment.device))
+    workspace = Workspace(task, experiment.seed, pick_device(experiment.device), experiment.deterministic)
     workspace.apply_setup(state.phase, recipe, state.setup)
     state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
     workspace.load(recipe, state.params, state.folds)

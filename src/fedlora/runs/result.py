@@ -28,6 +28,7 @@ class Result:
         seconds: time spent in rounds and evaluations, over all sessions of the run.
         rows: the ledger.
         adapter: the exported adapter or model.
+        stopped: why the run ended before its last round; empty if it did not.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Result:
     seconds: float
     rows: tuple[RoundRecord, ...] = field(repr=False)
     adapter: Path | None = None
+    stopped: str = ""
 
     def figures(self) -> dict[str, Any]:
         """The result as JSON values, without the ledger and the paths."""

@@ -94,11 +94,13 @@ def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: S
     if not 0 < bounds.density <= 1:
         raise ConfigError(f"a density is above 0 and at most 1, and {bounds.density:g} is not; set --density")
     if bounds.rank > bounds.max_rank:
-        raise ConfigError(f"it would begin at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise that")
+        raise ConfigError(
+            f"the search would start at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise --max-rank"
+        )
     configured(experiment, bounds.rank, bounds.density)  # rejects invalid configurations before data are read
-    setting = prepare(experiment)
-    tried = functools.partial(_try, experiment, setting, folder, callbacks)
-    sizes = _Sizes(experiment, setting, bounds)
+    data = prepare(experiment)
+    tried = functools.partial(_try, experiment, data, folder, callbacks)
+    sizes = _Sizes(experiment, data, bounds)
     # the estimate is not exact
     _check(bounds, sizes.of(bounds.rank, bounds.density), "about ", 1.5)
     best = tried(0, bounds.rank, bounds.density)
@@ -107,7 +109,7 @@ def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: S
     _check(bounds, best.client_bytes)
 
     def merit(trial: Trial) -> float:
-        return (trial.metric or 0.0) * (1 if setting.task.higher_is_better else -1)
+        return (trial.metric or 0.0) * (1 if data.task.higher_is_better else -1)
 
     trials = [best]
     while True:
@@ -117,7 +119,7 @@ def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: S
         fit = [one for one in found if one.metric is not None and one.client_bytes <= bounds.client_bytes]
         better = max(fit, key=merit, default=None)  # on ties, the first one is the denser
         trials += [one if one is better else dataclasses.replace(one, kept=False) for one in found]
-        _write(folder, setting.task.main_metric, bounds, trials)
+        _write(folder, data.task.main_metric, bounds, trials)
         if better is None:
             break
         best = better
@@ -131,17 +133,17 @@ def _check(bounds: Bounds, sent: float, about: str = "", slack: float = 1.0) -> 
     if sent > slack * bounds.client_bytes:
         raise ConfigError(
             f"rank {bounds.rank} at density {bounds.density:g} sends {about}{sent:,.0f} bytes to a client and back, "
-            f"above the budget of {bounds.client_bytes:,.0f}; begin smaller, or raise it"
+            f"above the budget of {bounds.client_bytes:,.0f}; start smaller, or raise the budget"
         )
 
 
 def _try(
-    experiment: Experiment, setting: FederatedData, folder: Path, callbacks: Sequence[Callback],
+    experiment: Experiment, data: FederatedData, folder: Path, callbacks: Sequence[Callback],
     step: int, rank: int, density: float,
 ) -> Trial:  # fmt: skip
     chosen = configured(experiment, rank, density)
     try:
-        result = run(chosen, folder / f"rank-{rank}-density-{density:g}", setting=setting, callbacks=callbacks)
+        result = run(chosen, folder / f"rank-{rank}-density-{density:g}", data=data, callbacks=callbacks)
     except TrainingError as error:  # a diverged trial loses
         return Trial(step, rank, density, 0.0, None, False, str(error))
     sent = sum(result.down_bytes.values()) + sum(result.up_bytes.values())
@@ -159,13 +161,13 @@ class _Sizes:
 
     Args:
         experiment: defines the links.
-        setting: its data.
+        data: its data.
         bounds: start and limits of the search.
     """
 
-    def __init__(self, experiment: Experiment, setting: FederatedData, bounds: Bounds) -> None:
+    def __init__(self, experiment: Experiment, data: FederatedData, bounds: Bounds) -> None:
         recipe = configured(experiment, bounds.rank, bounds.density).phases[0].recipe
-        workspace = Workspace(setting.task, experiment.seed, setting.device)
+        workspace = Workspace(data.task, experiment.seed, data.device)
         state, _ = open_phase(workspace, 0, recipe, experiment.seed, 0, None)
         self._experiment, self._params, self._schema = experiment, state.params, state.schema
         self._pairs = state.schema.pairs
@@ -227,8 +229,8 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
         )
     if recipe.aggregator.edits_base:
         raise ConfigError(
-            f"{kind_of(recipe.aggregator)!r} sends folds, whose bytes no density changes; "
-            "use an aggregator without folds"
+            f"{kind_of(recipe.aggregator)!r} sends folds, whose size does not depend on the density; use an "
+            "aggregator without folds"
         )
     if own := [tier.name for tier in experiment.clients.tiers if tier.rank or tier.down or tier.up]:
         raise ConfigError(

@@ -31,13 +31,14 @@ from fedlora.rounds.checkpoint import can_go_on
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.rounds.phases import close_phase, open_phase
 from fedlora.rounds.round import run_round
-from fedlora.runs.callbacks import Callback
+from fedlora.runs.callbacks import CallbackList
 from fedlora.runs.evaluation import evaluate, tested_clients, uses_all_rows
 from fedlora.runs.export import export_run
 from fedlora.runs.folder import KEPT, KEPT_OF_SITES, RunFolder
 from fedlora.runs.inference import TrainedRun
 from fedlora.runs.partition import partition_record
 from fedlora.runs.result import Result
+from fedlora.runs.stopping import check_stop, reason_to_stop
 from fedlora.runs.undo import undo
 from fedlora.tasks.models.fingerprints import NAMES, changed
 
@@ -49,7 +50,7 @@ class Session:
 
     Args:
         experiment: the experiment to run, with the settings implied by its mode.
-        setting: its data.
+        data: its data.
         files: the run's folder.
         callback: called during the run.
         engine: where clients run; in this process if absent.
@@ -64,27 +65,27 @@ class Session:
     def __init__(
         self,
         experiment: Experiment,
-        setting: FederatedData,
+        data: FederatedData,
         files: RunFolder,
-        callback: Callback,
+        callback: CallbackList,
         engine: AnyEngine | None,
     ) -> None:
-        self.experiment, self.setting, self.files, self.callback = experiment, setting, files, callback
+        self.experiment, self.data, self.files, self.callback = experiment, data, files, callback
         self.mode = MODES[experiment.mode]
-        self.workspace = Workspace(setting.task, experiment.seed, setting.device)
-        self.engine = engine if isinstance(engine, Engine) else (engine or Serial)(self.workspace, setting.population)
+        self.workspace = Workspace(data.task, experiment.seed, data.device, experiment.deterministic)
+        self.engine = engine if isinstance(engine, Engine) else (engine or Serial)(self.workspace, data.population)
         self._barred: frozenset[int] = frozenset()
         self._notes: tuple[str, ...] = ()
         self._facts = {
             "config": config.digest(experiment),
-            "data": setting.task.fingerprint,
-            **setting.task.fingerprints,
+            "data": data.task.fingerprint,
+            **data.task.fingerprints,
         }
         self.rows = self._resume()
         clients = experiment.clients
-        sampled = SamplingScheme(len(setting.population), clients.per_round, clients.sampling)
+        sampled = SamplingScheme(len(data.population), clients.per_round, clients.sampling)
         self.budget, self.phases = open_account(experiment.phases, sampled)
-        self._turns = setting.turns(self.phases[self.state.phase if self.rows else 0].recipe)
+        self._turns = data.turns(self.phases[self.state.phase if self.rows else 0].recipe)
         disclosed = [disclosure_of(phase.recipe) for phase in self.phases]
         # amplification by sampling holds only as long as cohort membership is secret
         self._secret = not all(each.cohort for each in disclosed)
@@ -97,7 +98,7 @@ class Session:
         self._begin()
         last = self.experiment.rounds if until is None else min(until, self.experiment.rounds)
         try:
-            while self.state.round < last and not self._exhausted(self.state):
+            while self.state.round < last and not (self.rows[-1].stopped or self._exhausted(self.state)):
                 try:
                     self._advance(until)
                 except DivergedError as error:
@@ -127,14 +128,14 @@ class Session:
             )
         if not can_go_on(files.checkpoints[-1]) and not (files.path / "result.json").exists():
             raise CheckpointError(
-                f"the run in {files.path} was begun by an older version of fedlora, and cannot go on with this one; "
-                "start it again in another folder with --out, or finish it with that version"
+                f"the run in {files.path} was started by an older version of fedlora, and this one cannot resume "
+                "it; start it again in another folder with --out, or finish it with that version"
             )
         rows = files.rewind(self.state.round)
         if [row.round for row in rows] != list(range(self.state.round + 1)):
             raise CheckpointError(
-                f"{files.path / 'ledger.jsonl'} lacks rounds that its checkpoint has; put the old file back, or start "
-                "in another folder with --out"
+                f"{files.path / 'ledger.jsonl'} lacks rounds that its checkpoint has; restore the original file, "
+                "or start in another folder with --out"
             )
         return rows
 
@@ -151,10 +152,11 @@ class Session:
 
     def _begin(self) -> None:
         """Restores the checkpoint, or starts the run and records the initial evaluation as the first row."""
-        self.files.write_json("manifest.json", manifest(self.experiment, self.setting, self.budget, self.phases))
-        self.files.write_json("partition.json", partition_record(self.experiment, self.setting))
-        self.callback.run_started(self.experiment, self.setting, self.rows)
-        example_epsilon(self.phases, [], self._turns)  # called for its checks, before any training
+        self.files.write_json("manifest.json", manifest(self.experiment, self.data, self.budget, self.phases))
+        self.files.write_json("partition.json", partition_record(self.experiment, self.data))
+        self.callback.run_started(self.experiment, self.data, self.rows)
+        # called for its checks too, before any training
+        self._accounted = self.budget is not None or example_epsilon(self.phases, [], self._turns) is not None
         self._restore()
 
     def _restore(self) -> None:
@@ -166,14 +168,16 @@ class Session:
             adapter = located(given, self.experiment.root) if given else None
             state, facts = open_phase(self.workspace, 0, recipe, seed, 0, None, adapter)
             metrics, warnings, seconds = self._evaluate(state, last=False)
-            warnings = self.setting.task.notes + warnings
+            if self.experiment.stop:
+                check_stop(self.experiment.stop, metrics, self.data.task.main_metric, self._accounted)
             row = RoundRecord(
                 round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
-                density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts, warnings=warnings,
+                density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts,
+                warnings=self.data.notes + warnings,
                 seconds={"evaluate": seconds},
             )  # fmt: skip
             self._record(state, row)
-            self.callback.row_recorded(row)
+            self.callback.report(row)
         self._saved = self.state.round if self.files.checkpoints else 0
 
     def _go_back(self, error: DivergedError) -> None:
@@ -195,13 +199,8 @@ class Session:
             state, facts = self._next_phase()
         state, row = self._round(state)
         last = state.round == experiment.rounds or self._exhausted(state)
-        stops = last or state.round == until
-        due = stops or state.round % experiment.evaluate.every == 0
-        try:
-            metrics, warnings, seconds = self._evaluate(state, last) if due else ({}, (), 0.0)
-        except TrainingError as error:
-            longest = state.parts.value("norms", "longest")
-            raise DivergedError(str(error), (longest[0], longest[1]) if longest else None) from error
+        due = last or state.round == until or state.round % experiment.evaluate.every == 0
+        metrics, warnings, seconds = self._evaluate_round(state, last) if due else ({}, (), 0.0)
         row = self._redacted(self._counted(row))
         cohorts = [*(one.cohort for one in self.rows[1:]), row.cohort]
         row = dataclasses.replace(
@@ -213,11 +212,36 @@ class Session:
             example_epsilon=example_epsilon(self.phases, cohorts, self._turns),
             seconds={**row.seconds, "evaluate": seconds},
         )
+        # asked after the last round too: it is a hook of every round
+        reason = self._reason(row)
+        if reason and not last:
+            row = self._ended(state, row, reason)
         self._record(state, row)
         self._notes = ()
-        if stops or self._saves_each or state.round % experiment.checkpoint_every == 0:
+        due = state.round % experiment.checkpoint_every == 0
+        if any((due, last, row.stopped, state.round == until, self._saves_each)):
             self._save()
-        self.callback.row_recorded(row)
+        self.callback.report(row)
+
+    def _reason(self, row: RoundRecord) -> str:
+        """Why the run should end after a round that is not in the ledger yet; empty if it should not."""
+        stop, task = self.experiment.stop, self.data.task
+        by_setting = reason_to_stop(stop, [*self.rows, row], task.main_metric, task.higher_is_better) if stop else ""
+        return self.callback.reason_to_stop(row) or by_setting
+
+    def _ended(self, state: ServerState, row: RoundRecord, reason: str) -> RoundRecord:
+        """The row of the round after which a run ends early, evaluated as the last round would have been."""
+        first, final = (tested_clients(self.experiment, self.data, last) for last in (False, True))
+        if not row.metrics or list(first) != list(final):
+            metrics, warnings, seconds = self._evaluate_round(state, last=True)
+            seconds += row.seconds["evaluate"]
+            row = dataclasses.replace(
+                row,
+                metrics=metrics,
+                warnings=tuple(dict.fromkeys(row.warnings + warnings)),
+                seconds={**row.seconds, "evaluate": seconds},
+            )
+        return dataclasses.replace(row, stopped=reason)
 
     def _next_phase(self) -> tuple[ServerState, dict[str, float]]:
         carry, number = close_phase(self.workspace, self._recipe(self.state), self.state), self.state.phase + 1
@@ -227,7 +251,7 @@ class Session:
 
     def _round(self, state: ServerState) -> tuple[ServerState, RoundRecord]:
         """Runs one round; if too few clients reply, it is retried and nothing of the failed attempt is used."""
-        experiment, setting, engine = self.experiment, self.setting, self.engine
+        experiment, data, engine = self.experiment, self.data, self.engine
         clients, recipe, tried = experiment.clients, self._recipe(state), 0
         warnings: tuple[str, ...] = ()
         seed = secrets.randbits(48) if self._secret else named_seed(experiment.seed, "cohort", state.round)
@@ -237,7 +261,7 @@ class Session:
             cohort = self._cohort(recipe, seed)
             try:
                 after, row = run_round(
-                    recipe, state, cohort, engine, experiment.seed, experiment.rounds, setting.tiers, expected,
+                    recipe, state, cohort, engine, experiment.seed, experiment.rounds, data.tiers, expected,
                     clients.networks() if self.mode.sends else {},
                 )  # fmt: skip
                 return after, dataclasses.replace(row, warnings=warnings + row.warnings)
@@ -250,7 +274,7 @@ class Session:
 
     def _cohort(self, recipe: Recipe, seed: int) -> tuple[int, ...]:
         """The clients asked in a round: the sampled ones, with replacements for those that are unavailable."""
-        clients, population, engine = self.experiment.clients, self.setting.population, self.engine
+        clients, population, engine = self.experiment.clients, self.data.population, self.engine
         num = min(math.ceil(clients.per_round * engine.over_sample), len(population))
         cohort = draw_cohort(population, num, seed, clients.sampling)
         if self._barred:
@@ -265,9 +289,17 @@ class Session:
     def _evaluate(self, state: ServerState, last: bool) -> tuple[dict[str, float], tuple[str, ...], float]:
         """Metrics, warnings and seconds of an evaluation for the ledger."""
         clock = time.perf_counter()
-        tested = tested_clients(self.experiment, self.setting, last)
-        metrics, warnings = evaluate(self.experiment, self.setting, self.workspace, self._recipe(state), state, tested)
+        tested = tested_clients(self.experiment, self.data, last)
+        metrics, warnings = evaluate(self.experiment, self.data, self.workspace, self._recipe(state), state, tested)
         return metrics, warnings, time.perf_counter() - clock
+
+    def _evaluate_round(self, state: ServerState, last: bool) -> tuple[dict[str, float], tuple[str, ...], float]:
+        """``_evaluate`` after a round, whose longest update is the suspect if a metric is not finite."""
+        try:
+            return self._evaluate(state, last)
+        except TrainingError as error:
+            longest = state.parts.value("norms", "longest")
+            raise DivergedError(str(error), (longest[0], longest[1]) if longest else None) from error
 
     def _counted(self, row: RoundRecord) -> RoundRecord:
         """The row without figures for messages that were not sent."""
@@ -306,6 +338,7 @@ class Session:
     def _save(self) -> None:
         self.files.save(self.state, self._facts, KEPT if self.engine.trusted else KEPT_OF_SITES)
         self._saved = self.state.round
+        self.callback.on_save(self._saved, self.files.checkpoints[-1])
 
     def _so_far(self, until: int) -> Result:
         """The result up to a round; its metrics are the latest in the ledger."""
@@ -351,14 +384,14 @@ class Session:
         """Metrics on all test examples, and those over clients, all of which were evaluated after the last round."""
         metrics = self.rows[-1].metrics
         own = {name: value for name, value in metrics.items() if name.startswith("client_")}
-        if not uses_all_rows(self.experiment, self.setting):
-            metrics, _ = evaluate(self.experiment, self.setting, self.workspace, self._recipe(self.state), self.state)
+        if not uses_all_rows(self.experiment, self.data):
+            metrics, _ = evaluate(self.experiment, self.data, self.workspace, self._recipe(self.state), self.state)
         return {name: value for name, value in metrics.items() if name not in own} | own
 
     def _result(
         self, rows: Sequence[RoundRecord], after: dict[str, float], seconds: float, adapter: Path | None = None
     ) -> Result:
-        task = self.setting.task
+        task = self.data.task
         return Result(
             label=self.experiment.label,
             folder=self.files.path,
@@ -373,6 +406,7 @@ class Session:
             seconds=seconds,
             rows=tuple(rows),
             adapter=adapter,
+            stopped=rows[-1].stopped,
         )
 
 

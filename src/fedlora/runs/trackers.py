@@ -7,10 +7,13 @@ from pathlib import Path
 
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData
+from fedlora.config.track import Track
 from fedlora.core.errors import ConfigError
+from fedlora.core.slots import Slot
 from fedlora.recipe.modes import MODES
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
+from fedlora.runs.services import SERVICES, Service
 
 
 class TensorBoard(Callback):
@@ -33,7 +36,7 @@ class TensorBoard(Callback):
         self._writer: SummaryWriter | None = None
         self._down = self._up = 0
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
         """See ``Callback.run_started``: events after the rows kept in the ledger are dropped."""
         if MODES[experiment.mode].separate:
             return
@@ -65,4 +68,31 @@ class TensorBoard(Callback):
             self._writer = None
 
 
-TRACKERS: dict[str, type[TensorBoard]] = {"tensorboard": TensorBoard}
+TRACKERS: dict[str, type[TensorBoard | Service]] = {"tensorboard": TensorBoard, **SERVICES}
+"""Trackers by ``kind``."""
+
+
+def make_tracker(track: Track, folder: Path) -> Callback:
+    """The callback that sends a run's figures to a tracker.
+
+    Args:
+        track: the tracker; a class of the user's own is created with ``folder / kind``, as ``TensorBoard`` is.
+        folder: the run's folder.
+
+    Raises:
+        ConfigError: there is no such tracker, its package is not installed, or a setting has no effect on it.
+    """
+    kind = track.kind
+    if kind in SERVICES:
+        return SERVICES[kind](track, folder)
+    others = Slot("track", Callback)
+    if kind not in TRACKERS and ":" not in kind and kind not in others.installed():
+        raise ConfigError(
+            f"there is no tracker {kind!r}; there are: {', '.join([*TRACKERS, *others.installed()])}, and "
+            "package.module:Class"
+        )
+    if track != Track(kind=kind):
+        raise ConfigError(f"the tracker {kind} takes no project, name or options; remove them")
+    found: type = TensorBoard if kind in TRACKERS else others.find(kind)
+    made: Callback = found(folder / kind.replace(":", "."))
+    return made

@@ -54,7 +54,7 @@ def comparison(
     for result in results:
         groups.setdefault(str(result["label"]), []).append(result)
     if len(judged := sorted({str(result["main_metric"]) for result in results})) > 1:
-        raise ConfigError(f"these runs are judged by {' and '.join(judged)}; compare runs of one task")
+        raise ConfigError(f"these runs have different main metrics, {' and '.join(judged)}; compare runs of one task")
     for label, group in groups.items():
         _check_seeds(label, group)
     main = _metric(results, metric)
@@ -124,7 +124,7 @@ def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ConfigError: naming the differences.
     """
-    apart = "name them apart with -s label=..., or compare one of them"
+    apart = "give them different labels with -s label=..., or compare one of them"
     first = _configuration(group[0])
     for number, one in enumerate(group):
         other = _configuration(one)
@@ -132,6 +132,7 @@ def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
             line
             for line in (differences(first, other) if first and other else [])
             if line.split(":")[0].rpartition(".")[2] not in ("seed", "checkpoint_every", "device")
+            and not line.startswith("track")
         ]
         if found:
             raise ConfigError(

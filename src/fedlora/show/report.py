@@ -54,18 +54,18 @@ class Live(Callback):
         self._spent: list[float] = []
         self._metric = ""
 
-    def run_started(self, experiment: Experiment, setting: FederatedData, rows: Sequence[RoundRecord]) -> None:
+    def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
         self.close()
         self._rounds, self._spent = experiment.rounds, []
-        self._main = setting.task.main_metric
+        self._main = data.task.main_metric
         self._done = rows[-1].round if rows else 0
         self._sent = sum(sum(row.down_bytes.values()) + sum(row.up_bytes.values()) for row in rows)
         self._metric = ""
-        sizes = setting.population.sizes()
+        sizes = data.population.sizes()
         self._console.print(
-            f"[bold]{escape(experiment.label)}[/bold]: {len(setting.population)} clients with {sizes.min()} to "
+            f"[bold]{escape(experiment.label)}[/bold]: {len(data.population)} clients with {sizes.min()} to "
             f"{sizes.max()} examples, {experiment.clients.per_round} per round, {experiment.rounds} rounds on "
-            f"{setting.device}" + (f"; going on after round {self._done}" if rows else ""),
+            f"{data.device}" + (f"; resuming after round {self._done}" if rows else ""),
             soft_wrap=True,
         )
         if self._console.is_terminal:

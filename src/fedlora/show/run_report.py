@@ -49,7 +49,7 @@ def report(folders: Sequence[Path]) -> tuple[str, list[Section]]:
     metric = str(runs[0].result["main_metric"])
     seeds = sorted({run.seed for run in runs})
     title = " / ".join(groups) if len(groups) < 5 else f"{len(groups)} methods"
-    subtitle = f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; judged by {metric}"
+    subtitle = f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; main metric {metric}"
     return page(f"fedlora: {title}", subtitle, sections), sections
 
 

@@ -52,7 +52,7 @@ def parse_term(text: str) -> Term:
         return Term("", offset=float(text))
     match = _SIDE.fullmatch(text)
     if not match:
-        raise ConfigError(f"{text.strip()!r} is no figure: write a number, a method, 0.9 * method or method - 0.03")
+        raise ConfigError(f"{text.strip()!r} is not a value: write a number, a method, 0.9 * method or method - 0.03")
     factor, label, sign, offset = match.groups()
     return Term(label, float(factor or 1.0), float(f"{sign or ''}{offset or 0}"))
 

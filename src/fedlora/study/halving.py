@@ -207,8 +207,8 @@ def held_out(document: Mapping[str, Any], share: float, seed: int) -> dict[str, 
     experiment = config.parse(document)
     if isinstance(experiment.data, Sites | Validation):
         raise ConfigError(
-            f"data.kind = {experiment.data.kind!r}: trials hold a part of the training rows out, which needs data that "
-            "lie here and are whole; name them in [data]"
+            f"data.kind = {experiment.data.kind!r}: trials hold a part of the training rows out, which needs the "
+            "whole data on this machine; name them in [data]"
         )
     found = copy.deepcopy(dict(document))
     source = found.get("data") or {"kind": kind_of(experiment.data)}

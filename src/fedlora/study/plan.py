@@ -144,11 +144,12 @@ class Study:
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"seeds = {list(self.seeds)} names one twice; each run needs its own")
+            raise ConfigError(f"seeds = {list(self.seeds)} has a seed twice; each run needs its own")
         for label in (*self.methods, self.name):
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", label):
                 raise ConfigError(
-                    f"{label!r} is to name a folder: use letters, digits, '_', '-' and '.', as in flasc_16"
+                    f"{label!r} has to be usable as a folder name: use letters, digits, '_', '-' and '.', as in "
+                    "flasc_16"
                 )
         if unknown := [label for label in self.tune.methods if label not in self.labels]:
             raise ConfigError(
@@ -156,7 +157,7 @@ class Study:
             )
         if self.reference not in self.labels:
             raise ConfigError(
-                f"report.reference = {self.reference!r} is no method; there are: {', '.join(self.labels)}"
+                f"report.reference = {self.reference!r} is not a method; there are: {', '.join(self.labels)}"
             )
 
     @property

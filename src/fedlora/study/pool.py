@@ -121,7 +121,7 @@ def perform(job: Job) -> Outcome:
     files = RunFolder(job.folder)
     try:
         experiment = config.parse(tomllib.loads(job.text))
-        result = run(experiment, job.folder, setting=_setting(experiment), until=job.until)
+        result = run(experiment, job.folder, data=_data(experiment), until=job.until)
     except Stopped:
         raise
     except TrainingError as error:
@@ -145,7 +145,7 @@ def drop_checkpoints(folder: Path) -> None:
         shutil.rmtree(inner, ignore_errors=True)
 
 
-def _setting(experiment: Experiment) -> FederatedData:
+def _data(experiment: Experiment) -> FederatedData:
     """The data of an experiment; the last ones are cached, as consecutive runs mostly share them."""
     effective = in_mode(experiment)
     values = config.resolved(effective)
@@ -226,7 +226,7 @@ class _Queue:
         if self._tried[job.folder] < _ATTEMPTS:
             self._again.append((source, job))
             return
-        reason = "its process was ended, twice, as systems do that run out of memory; use fewer --jobs"
+        reason = "its process was killed twice, as when memory runs out; use fewer --jobs"
         source.record(job, Outcome({}, failure=reason, cause="fault"))
 
 
@@ -254,7 +254,7 @@ def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> 
             for child in multiprocessing.active_children():
                 child.terminate()  # which they take as Ctrl-C
             pool.shutdown(cancel_futures=True)
-            raise Stopped("stopped; every finished round is saved. The same command goes on") from None
+            raise Stopped("stopped; every finished round is saved. Run the same command to resume") from None
 
 
 def _begin() -> None:

@@ -169,5 +169,5 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} holds no results of a study ({error}); `fedlora study FILE.toml` makes them"
         ) from error
     if not isinstance(found, dict) or found.get("version") != VERSION:
-        raise ConfigError(f"{path} holds no results of a study that this version reads")
+        raise ConfigError(f"{path} holds no results of a study that this version can read")
     return found

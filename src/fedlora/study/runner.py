@@ -179,8 +179,8 @@ class Runner:
         """
         if found["broken_gates"] and self.study.gates.stop:
             raise GateError(
-                f"{'; '.join(found['broken_gates'])}. Change the set-up or the grid, or set gates.stop = false to go "
-                "on with a warning in the report"
+                f"{'; '.join(found['broken_gates'])}. Change the set-up or the grid, or set gates.stop = false "
+                "to continue with a warning in the report"
             )
 
     def left(self) -> dict[str, Any]:
@@ -290,5 +290,5 @@ def run_study(
         found = runner.gather()
         runner.stop_at_gates(found)
     if not done:
-        log("the budget was spent before the end; the same command goes on")
+        log("the budget was spent before the end; run the same command to resume")
     return found

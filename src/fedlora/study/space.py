@@ -31,7 +31,7 @@ def parse_vary(assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key.strip() or not text.strip():
             raise ConfigError(f"--vary {one!r} is not of the form key=value,value or key=low..high")
         if key.strip() in found:
-            raise ConfigError(f"--vary {key.strip()} is given twice; name all its values once")
+            raise ConfigError(f"--vary {key.strip()} is given twice; give all its values in one")
         found[key.strip()] = text if _RANGE.fullmatch(text) else _list(text)
     return found
 
@@ -96,7 +96,7 @@ def _axis(key: str, given: Any, num: int) -> list[Any]:
     if not isinstance(given, Sequence) or not given:
         raise ConfigError(f"{key!r} has no values to try: write a list, or a range such as 1e-3..1e-1")
     if any(one == other for number, one in enumerate(given) for other in given[:number]):
-        raise ConfigError(f"the values of {key!r} name one twice: {given}")
+        raise ConfigError(f"the values of {key!r} contain one twice: {given}")
     return list(given)
 
 

@@ -124,8 +124,8 @@ def _tuned(halving: Halving, late: bool, folder: Path) -> Tuned:
     if late:
         reached = max(best.metrics) if best else 0
         warnings.append(
-            f"the budget was spent before the end: the best so far, at round {reached} of {halving.rungs[-1]}; the "
-            "same command goes on"
+            f"the budget was spent before the end: the best so far, at round {reached} of {halving.rungs[-1]}; "
+            "run the same command to resume"
         )
     return Tuned(
         metric=halving.main_metric,
@@ -142,7 +142,7 @@ def _tuned(halving: Halving, late: bool, folder: Path) -> Tuned:
 def end_warning(key: str, given: Any, value: Any) -> str:
     """The warning for a best value at the end of the range tried."""
     tried = given if isinstance(given, str) else ", ".join(map(shown, given))
-    return f"the best {key} = {shown(value)} is an end of what was tried ({tried}): a better one may lie beyond"
+    return f"the best {key} = {shown(value)} is at an end of the values tried ({tried}): a better value may lie beyond"
 
 
 def seconds_of(budget: str | None) -> float | None:

@@ -15,6 +15,7 @@ from fedlora.tasks.data.rows import Rows
 from fedlora.tasks.data.sources import (
     SOURCES,
     AnySource,
+    DocstringQuestions,
     Docstrings,
     Files,
     Hub,
@@ -47,6 +48,7 @@ __all__ = [
     "AnySource",
     "AnyTask",
     "CausalLM",
+    "DocstringQuestions",
     "Docstrings",
     "Evaluation",
     "Files",

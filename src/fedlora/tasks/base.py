@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,20 +18,33 @@ from torch import Tensor, nn
 from fedlora.core.component import MODEL_CONFIG, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.handed import HandedField, with_keywords
-from fedlora.tasks.data.columns import Source, check_column, fingerprint, values_of
+from fedlora.tasks.data.columns import Source, check_column, check_rows, check_texts, fingerprint, typed, values_of
+from fedlora.tasks.data.notes import near_equal
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.fingerprints import base_digest
-from fedlora.tasks.models.objects import origin_of, taken_over
+from fedlora.tasks.models.gguf import as_folder, smollm2
+from fedlora.tasks.models.objects import converted, origin_of
 
 if TYPE_CHECKING:
     import datasets
 
 Batch = dict[str, Tensor]
+Compute = Literal["fp32", "bf16", "stored"]
+"""The number format of frozen weights as they are loaded: float32; bfloat16; or bfloat16 where the checkpoint stores
+nothing finer, so that rounding loses nothing, and float32 where it does. A head and fresh parts are float32 always."""
 Positions = NDArray[Any]
 """Row numbers within a split, integers from 0."""
 Split = Literal["train", "test"]
 Data = Mapping[Split, Any]
 """A ``datasets.Dataset`` per split."""
+
+
+HUB_IDS = {
+    "embedded": "sentence-transformers/all-MiniLM-L6-v2",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+"""The hub ids of the built-in models; the weights of ``smollm2`` here are rounded to 4 bits."""
 
 
 class Evaluation(NamedTuple):
@@ -51,13 +64,15 @@ class Model:
     """The pre-trained model, and how it is loaded.
 
     Args:
-        path: a hub id, a local folder (relative to the configuration's file, or else to the working folder), or
-            ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs.
+        path: a hub id; a local folder (relative to the configuration's file, or else to the working folder); a GGUF
+            file of a causal language model; ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs; or
+            ``smollm2`` for the SmolLM2-135M-Instruct of the extra ``llm``.
         revision: a hub revision.
         trust_remote_code: whether code shipped with a model may run.
         attention: the attention kernel; ``auto`` uses fedlora's own on a CPU (see ``tasks.cpu.attend``), otherwise the
             default of ``transformers``.
-        load: ``full`` precision, or frozen matrices in ``8bit`` or ``4bit`` by ``bitsandbytes``.
+        load: ``full`` precision, or frozen matrices in ``8bit`` or ``4bit`` by ``bitsandbytes``; ``4bit_double`` also
+            quantises the scales of ``4bit``, which saves 0.4 bits per weight. 4-bit matrices multiply in bfloat16.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         head: pre-trained modules that also belong to the head, by full name or suffix, such as ``bert.pooler`` or
             ``pooler``: trained and sent like the head, and never targets of adapters.
@@ -74,7 +89,7 @@ class Model:
     revision: str | None = None
     trust_remote_code: bool = False
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    load: Literal["full", "8bit", "4bit"] = "full"
+    load: Literal["full", "8bit", "4bit", "4bit_double"] = "full"
     gradient_checkpointing: bool = False
     head: tuple[str, ...] = ()
     train_head: bool = True
@@ -83,27 +98,32 @@ class Model:
 
     @model_validator(mode="before")
     @classmethod
-    def _taken_over(cls, given: Any) -> Any:
-        return with_keywords(given, taken_over)
+    def _converted(cls, given: Any) -> Any:
+        return with_keywords(given, converted)
 
     @property
     def name(self) -> str:
         """The hub id or folder from which the same model can be loaded; empty if unknown."""
         if self.object:
             return origin_of(self.object)
-        return self.path if self.path != "embedded" else "sentence-transformers/all-MiniLM-L6-v2"
+        return HUB_IDS.get(self.path, self.path)
 
     def resolve(self) -> str:
         """The path or hub id to load from.
 
         Raises:
-            ConfigError: the embedded model is not installed, or the model was handed over as an object.
+            ConfigError: a built-in model or GGUF file is not here or cannot be read, or the model was handed over as an
+                object.
         """
         if self.object:
             raise ConfigError(
                 "model.object is in the memory of one process, and others cannot load it: write it with "
                 "save_pretrained, its tokenizer too, and give model.path"
             )
+        if self.path == "smollm2":
+            return str(as_folder(smollm2()))
+        if self.path.lower().endswith(".gguf"):
+            return str(as_folder(Path(self.path)))
         if self.path != "embedded":
             return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
         try:
@@ -156,6 +176,20 @@ class Prepared(ABC):
         return self._data
 
     @property
+    def reads(self) -> frozenset[str]:
+        """The columns that the task reads."""
+        return frozenset(name for rows in self.data.values() for name in rows.column_names)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about data and model that a user should read before training; they are the first warnings."""
+        return tuple(near_equal(self.label_names))
+
+    def contents(self, split: Split) -> list[str]:
+        """The content of each example, by which equal ones are found; an empty list if they are not compared."""
+        return []
+
+    @property
     def labels(self) -> Positions:
         """The class of each training example, ``(num_train,)`` integers, for partitions by label; zeros without any."""
         return np.zeros(self.num_examples("train"), dtype=np.int64)
@@ -166,8 +200,13 @@ class Prepared(ABC):
         return self._names
 
     @abstractmethod
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
-        """The pre-trained model in float32 with a fresh head, and the names of the head's parameters.
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+        """The pre-trained model with a fresh head, and the names of the head's parameters.
+
+        Args:
+            seed: of the fresh parts.
+            compute: what saves memory, see ``Compute``; a task may always load float32.
+            device: the model's device.
 
         Raises:
             ConfigError: the model does not exist, or does not accept the task's inputs.
@@ -176,6 +215,15 @@ class Prepared(ABC):
     @abstractmethod
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """Examples as one batch, padded to the longest."""
+
+    def batches(self, parts: Sequence[Positions], device: torch.device) -> Iterator[Batch]:
+        """The batches of training examples that follow one another; a task may copy several at once.
+
+        Args:
+            parts: the examples of each batch.
+            device: the model's device.
+        """
+        return (self.batch(part, device) for part in parts)
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -190,13 +238,16 @@ class Prepared(ABC):
         """Metrics of ``model``, in evaluation mode, on the examples ``rows`` of ``split``."""
 
     @abstractmethod
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+    def with_rows(
+        self, path: Path, columns: Mapping[str, str], split: Split = "test", reading: Reading | None = None
+    ) -> Prepared:
         """The same task with the rows of a file as its one split, classes read by name or number.
 
         Args:
-            path: csv, tsv, json, jsonl or parquet, optionally with ``.gz``.
+            path: what ``Files`` reads: a file, a pattern, or a folder written by ``save_to_disk``.
             columns: name that the task uses -> name in the file, if it differs.
             split: the split that they form.
+            reading: how files are read; as by default if None.
 
         Raises:
             DataError: the file cannot be read, or has a class that the model does not have.
@@ -214,6 +265,20 @@ class Prepared(ABC):
         Raises:
             DataError: an input does not have that form.
         """
+
+    def inputs_of(self, rows: datasets.Dataset, which: str) -> list[str]:
+        """The inputs for ``predict`` that rows hold; labels and answers are not needed.
+
+        Args:
+            rows: with the columns of the task's inputs.
+            which: what the rows are, for messages.
+
+        Raises:
+            DataError: a column is missing, has gaps, or is not of the form that the task needs.
+        """
+        check_rows(rows, ["text"], which)
+        check_texts(rows, ["text"], which)
+        return [str(text) for text in values_of(rows, "text")]
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
@@ -238,11 +303,6 @@ class Prepared(ABC):
         """The arguments besides a path that ``from_pretrained`` needs for the base model, as source text, for model
         cards."""
         return ", num_labels=NUM_LABELS" if self.auto_class.endswith("Classification") else ""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences about data and model that a user should read before training; they are the first warnings."""
-        return ()
 
     @property
     def fingerprint(self) -> str:
@@ -274,7 +334,7 @@ class Prepared(ABC):
             DataError: there is no such column.
         """
         check_column(self.data[split], name, split)
-        values = values_of(self.data[split], name)
+        values = typed(self.data[split], name)
         return np.asarray([repr(value) if isinstance(value, list | dict) else value for value in values])
 
     def texts(self, split: Split) -> list[str]:

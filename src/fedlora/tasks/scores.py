@@ -67,7 +67,7 @@ def score(logits: Tensor, labels: Tensor, problem: Problem, names: list[str]) ->
         found, wanted = logits.float().squeeze(-1).numpy(), labels.float().numpy()
         error = float(np.sqrt(np.mean((found - wanted) ** 2)))
         constant = len(found) > 1 and float(np.std(found)) < 1e-6 < float(np.std(wanted))
-        warnings = ("the model says the same number for everything: it has learnt nothing",) if constant else ()
+        warnings = ("the model predicts the same number for everything: it has learnt nothing",) if constant else ()
         return Evaluation({"rmse": error, "pearson": _pearson(found, wanted), **last}, warnings)
     if problem == "multi":
         chosen = logits > 0

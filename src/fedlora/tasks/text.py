@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.component import MODEL_CONFIG, Count, Field, dataclass
-from fedlora.core.errors import ConfigError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import Source, Splits, check_rows, check_texts, fingerprint, split, values_of
-from fedlora.tasks.data.labels import known_labels, label_table, labelled
+from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled
+from fedlora.tasks.data.notes import blank
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained, pooling_of
@@ -68,12 +69,13 @@ class TextClassification(TokenizedTask):
             )
 
     def read(self, source: Source) -> tuple[Splits, list[str]]:
-        raw = source.load()
+        raw = source.raw()
         # with pairs in one split only, being a pair would reveal the split, regardless of content
         texts = max((_texts(rows) for rows, _ in raw.sides), key=len)
         for rows, which in raw.sides:
             check_rows(rows, [*texts, "label"], which)
             check_texts(rows, texts, which)
+            _check_not_all_blank(rows, which)
         raw, names = labelled(raw, self.problem)
         return split(raw, "text"), names
 
@@ -119,6 +121,15 @@ class PreparedText(PreparedTokenized):
             return labels
         return labels.argmax(1) if self.settings.problem == "multi" else np.zeros(len(labels), np.int64)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"text", "text_pair", "label", "label_name"})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        empty = (note for name, rows in self.data.items() for note in blank(values_of(rows, "text"), name, "text"))
+        return (*super().notes, *empty, *given_twice(self.data))
+
     def texts(self, split: Split) -> list[str]:
         parts = [values_of(self._data[split], name) for name in _texts(self._data[split])]
         return [" ".join(row) for row in zip(*parts, strict=True)]
@@ -127,22 +138,28 @@ class PreparedText(PreparedTokenized):
     def sequences(self) -> list[Ragged]:
         return list(self._tokens.values())
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         settings: dict[str, Any] = {"problem_type": PROBLEM_TYPES[self.settings.problem]}
         settings |= class_settings(self._names) if self._names else {"num_labels": 1}
         longest = self.longest()
         model, head = load_pretrained(
-            PreparedText.auto_class, self._model, seed, device, settings, longest=longest, pooling=self._pooling
+            PreparedText.auto_class,
+            self._model,
+            seed,
+            device,
+            settings,
+            longest=longest,
+            pooling=self._pooling,
+            compute=compute,
         )
         # decoders use it to find a text's last token
         model.config.pad_token_id = self.tokenizer.pad_token_id  # type: ignore[union-attr]
         return model, head
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
         pad_to = None if self.settings.pad_to == "longest" else self.settings.pad_to
         batch = self.inputs(self._tokens[split], rows, self.settings.max_length, self._types.get(split), pad_to)
-        batch["labels"] = torch.from_numpy(self._labels[split][rows])
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch | {"labels": torch.from_numpy(self._labels[split][rows])}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: that of ``scores.loss``.
@@ -189,6 +206,14 @@ class PreparedText(PreparedTokenized):
             results += scores.said(logits, self.settings.problem, self._names)
         return results
 
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: texts, or pairs where there is a column ``text_pair``."""
+        names = _texts(rows)
+        check_rows(rows, names, which)
+        check_texts(rows, names, which)
+        texts = [values_of(rows, name) for name in names]
+        return texts[0] if len(names) == 1 else [json.dumps(pair) for pair in zip(*texts, strict=True)]
+
     def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         if self._pooling != "model":
             weight, bias = weights["classifier.weight"], weights["classifier.bias"]
@@ -199,13 +224,18 @@ class PreparedText(PreparedTokenized):
         return "" if self._pooling == "model" else usage(self._pooling, self._names)
 
 
+def _check_not_all_blank(rows: Any, which: str) -> None:
+    if not any(text.strip() for text in values_of(rows, "text")):
+        raise DataError(f"column 'text' of all {len(rows)} {which} rows is blank, so nothing can be learnt: correct it")
+
+
 def _texts(rows: Any) -> list[str]:
     return [name for name in ("text", "text_pair") if name == "text" or name in rows.column_names]
 
 
 def _text_or_pair(given: str) -> str | tuple[str, str]:
     if given.lstrip().startswith("["):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             match json.loads(given):
                 case [str(first), str(second)]:
                     return first, second

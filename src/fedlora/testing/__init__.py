@@ -15,6 +15,7 @@ from fedlora.testing.checks import (
     check_sparsifier,
     check_tuning,
 )
+from fedlora.testing.data_checks import check_source, check_task
 from fedlora.testing.models import (
     FAMILIES,
     IMAGE_FAMILIES,
@@ -27,6 +28,7 @@ from fedlora.testing.models import (
     tiny_model,
     toy_task,
 )
+from fedlora.testing.run_checks import check_engine, check_tracker
 
 __all__ = [
     "FAMILIES",
@@ -35,13 +37,17 @@ __all__ = [
     "TensorTask",
     "check_aggregator",
     "check_client_optimizer",
+    "check_engine",
     "check_lora_init",
     "check_partition",
     "check_precision",
     "check_privacy",
     "check_server_optimizer",
     "check_skew",
+    "check_source",
     "check_sparsifier",
+    "check_task",
+    "check_tracker",
     "check_tuning",
     "default_head",
     "equal_population",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from torch.nn import functional
 from fedlora.core.later import transformers
 from fedlora.core.schema import Leaf, Schema, factor_leaf
 from fedlora.population.clients import Population
-from fedlora.tasks.base import Batch, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.loading import head_names
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -120,6 +122,25 @@ def tiny_model(
     return model
 
 
+def save_character_model(folder: Path) -> Path:
+    """Writes a tiny BERT whose tokenizer reads single characters, so that it takes any text without a download."""
+    import tokenizers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    known = [*special, *string.ascii_lowercase, *string.digits, *string.punctuation][:64]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: n for n, c in enumerate(known)}, "[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)  # type: ignore[no-untyped-call]
+    fast.save_pretrained(str(folder))
+    tiny_model().save_pretrained(str(folder))
+    return folder
+
+
 class TensorTask(Prepared):
     """A classification task over token ids or images held in memory.
 
@@ -166,7 +187,7 @@ class TensorTask(Prepared):
     def column(self, name: str, split: Split) -> Positions:
         return self.labels
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         model = self.make_model().to(device)
         return model, head_names(model, set())
 
@@ -197,7 +218,9 @@ class TensorTask(Prepared):
             (),
         )
 
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+    def with_rows(
+        self, path: Path, columns: Mapping[str, str], split: Split = "test", reading: Reading | None = None
+    ) -> Prepared:
         return self
 
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:

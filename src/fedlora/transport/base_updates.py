@@ -74,36 +74,38 @@ def message(folds: Folds, version: int) -> FoldMessage | None:
     return FoldMessage(packet.raw, packet.sizes, folds.version, ranks)
 
 
-def received(told: FoldMessage, known: Folds, shapes: Shapes) -> Folds:
+def received(update: FoldMessage, known: Folds, shapes: Shapes) -> Folds:
     """The folds after a message.
 
     Args:
-        told: the message; its bytes and its ranks are untrusted.
+        update: the message; its bytes and its ranks are untrusted.
         known: the folds that the client had before.
         shapes: the shapes of the weights that may be edited.
 
     Raises:
         WireError: the message is malformed, or larger than the sum of all folds.
     """
-    if any(rank < 1 for rank in told.ranks):
-        raise WireError(f"The message announces folds of ranks {told.ranks[:4]}; ranks are 1 or more.")
-    if sum(told.ranks) * sum(map(sum, shapes.values())) >= sum(rows * columns for rows, columns in shapes.values()):
-        raise WireError(f"The message announces folds of ranks {told.ranks[:4]}, which is more than the weights hold.")
-    if not told.ranks:
+    if any(rank < 1 for rank in update.ranks):
+        raise WireError(f"The message announces folds of ranks {update.ranks[:4]}; ranks are 1 or more.")
+    if sum(update.ranks) * sum(map(sum, shapes.values())) >= sum(rows * columns for rows, columns in shapes.values()):
+        raise WireError(
+            f"The message announces folds of ranks {update.ranks[:4]}, which is more than the weights hold."
+        )
+    if not update.ranks:
         whole = {name: torch.zeros(()).expand(shapes[name]) for name in sorted(shapes)}
-        return Folds(told.version, wire.unpack(told.raw, {"fold": whole})["fold"])
+        return Folds(update.version, wire.unpack(update.raw, {"fold": whole})["fold"])
     like: Tree = {}
-    for place, rank in enumerate(told.ranks):
+    for place, rank in enumerate(update.ranks):
         one: dict[str, tuple[int, int]] = {}
         for name, (rows, columns) in shapes.items():
             one |= {f"{name}.A": (rank, columns), f"{name}.B": (rows, rank)}
         like |= {f"{place}.{name}": torch.zeros(()).expand(one[name]) for name in sorted(one)}
-    parts = wire.unpack(told.raw, {"fold": like})["fold"]
+    parts = wire.unpack(update.raw, {"fold": like})["fold"]
     total = known.total
-    for place in range(len(told.ranks)):
+    for place in range(len(update.ranks)):
         prefix = f"{place}."
         total = _added(total, {name.removeprefix(prefix): v for name, v in parts.items() if name.startswith(prefix)})
-    return Folds(told.version, total)
+    return Folds(update.version, total)
 
 
 def _added(total: Tree, fold: Tree) -> Tree:

@@ -136,11 +136,20 @@ def take_bits(reader: Reader, count: int) -> NDArray[np.uint8]:
     Raises:
         WireError: a padding bit is not zero.
     """
-    raw = np.frombuffer(reader.take(-(-count // 8)), dtype=np.uint8)
-    bits = np.unpackbits(raw, bitorder="little")
-    if bits[count:].any():
-        raise WireError("bits behind the last that are not zero")
-    return bits[:count]
+    return unpack_bits(np.frombuffer(reader.take(-(-count // 8)), dtype=np.uint8), count)
+
+
+def unpack_bits(raw: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    """The first ``count`` bits of bytes, lowest first.
+
+    Raises:
+        WireError: there are other than as many bytes as these take, or a padding bit is not zero.
+    """
+    if len(raw) != -(-count // 8):
+        raise WireError(f"{len(raw)} bytes instead of {-(-count // 8)} for {count} bits")
+    if count % 8 and raw[-1] >> count % 8:
+        raise WireError("bits after the last that are not zero")
+    return np.unpackbits(raw, count=count, bitorder="little")
 
 
 def _model(weights: NDArray[np.float64]) -> Any:

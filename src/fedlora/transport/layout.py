@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,16 +12,27 @@ from fedlora.core.errors import WireError
 from fedlora.core.tree import Tree
 from fedlora.transport.coder import pack_bits, take_bits
 from fedlora.transport.framing import Reader, varint
-from fedlora.transport.positions import Segment, decode_positions, encode_positions, random_positions
+from fedlora.transport.positions import (
+    RANGE,
+    Run,
+    Segment,
+    decode_pool,
+    decode_positions,
+    encode_pool,
+    encode_positions,
+    random_positions,
+    run_of,
+)
 
 EMPTY, DENSE, BITMAP, CODED, POOLED, SEEDED, BOX = range(7)
-"""Nothing is stored; everything; one bit per entry; range-coded positions at the tensor's own density; the same at the
-common density of all such tensors; positions drawn from a seed; the first rows and columns."""
+"""Nothing is stored; everything; one bit per entry; range-coded positions at the tensor's own density; positions in all
+such tensors together, at their common density; positions drawn from a seed; the first rows and columns."""
 
 _MIXED = 255
 _PLAIN_BITS = 16  # below this, values are entropy coded, and zeros among them cost as much as their positions would
 _WORD_BITS = 64.0  # the overhead of a range coder beyond the entropy
 Bools = NDArray[np.bool_]
+Costs = NDArray[np.float64]
 
 
 class Draw(NamedTuple):
@@ -40,11 +50,41 @@ class Stored(NamedTuple):
     runs: list[int]
 
 
-class _Choice(NamedTuple):
-    layout: int
-    bits: float
-    box: tuple[int, int] = (0, 0)
-    places: NDArray[np.intp] = np.zeros(0, np.intp)
+class _Part:
+    """The entries of a part that must be stored, and where its tensors lie."""
+
+    def __init__(self, nonzero: Bools, sizes: Sequence[int]) -> None:
+        self.whole = run_of(nonzero)
+        self.sizes = sizes
+        ends = np.cumsum(sizes)
+        self._ends: list[int] = ends.tolist()
+        self._at: list[int] = np.searchsorted(self.whole.where, ends).tolist()
+        self.counts: list[int] = np.diff(self._at, prepend=0).tolist()
+
+    def slice(self, i: int) -> slice:
+        """Where the entries of one tensor lie."""
+        return slice(self._ends[i] - self.sizes[i], self._ends[i])
+
+    def last(self, i: int) -> int:
+        """The position of the last entry of one tensor."""
+        return int(self.whole.where[self._at[i] - 1])
+
+    def run(self, i: int) -> Run:
+        """The entries of one tensor."""
+        chosen = self.slice(i)
+        where = self.whole.where[self._at[i] - self.counts[i] : self._at[i]]
+        return Run(self.whole.kept[chosen], where - chosen.start)
+
+    def pool(self, plan: Sequence[int]) -> Run:
+        """The entries of the pooled tensors."""
+        if set(plan) == {POOLED}:
+            return self.whole
+        return run_of(np.concatenate([self.run(i).kept for i, layout in enumerate(plan) if layout == POOLED]))
+
+    def pooled(self, plan: Sequence[int]) -> Segment:
+        """The size and count of the pooled tensors together."""
+        chosen = [i for i, layout in enumerate(plan) if layout == POOLED]
+        return Segment(sum(self.sizes[i] for i in chosen), sum(self.counts[i] for i in chosen))
 
 
 def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | None) -> Stored:
@@ -63,22 +103,21 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
     if kept == 0:
         return Stored(_table([EMPTY] * len(sizes)), np.zeros(0, np.intp), [0] * len(sizes))
-    runs = np.split(nonzero, np.cumsum(sizes)[:-1])
-    counts = [int(np.count_nonzero(run)) for run in runs]
-    choices = [
-        _choices(name, value.shape, run, count, value_bits, draw)
-        for (name, value), run, count in zip(like.items(), runs, counts, strict=True)
-    ]
+    part = _Part(nonzero, sizes)
+    shapes = [value.shape for value in like.values()]
+    drawn = _drawn(part, list(like), draw) if draw else {}
+    boxes = _boxes(part, shapes)
+    table = _costs(part, value_bits, drawn, boxes)
     # the cost shared by all coded or all seeded tensors (words and a seed) may be too much for a small part
-    without: list[tuple[int, ...]] = [(), (CODED,), *([(SEEDED,), (CODED, SEEDED)] if draw else [])]
-    plans = [[min((c for c in each if c.layout not in left), key=_bits) for each in choices] for left in without]
-    plans += [[_Choice(POOLED, 0.0) if c.layout == CODED else c for c in plan] for plan in plans]
-    plans.append([_Choice(POOLED, 0.0)] * len(sizes))
-    costs = [_cost(plan, sizes, counts, value_bits) for plan in plans]
+    without: list[tuple[int, ...]] = [(), (CODED,), *([(SEEDED,), (CODED, SEEDED)] if drawn else [])]
+    plans = [_cheapest(table, left) for left in without]
+    plans += [[POOLED if layout == CODED else layout for layout in plan] for plan in plans]
+    plans.append([POOLED] * len(sizes))
+    costs = [_cost(plan, table, part, value_bits) for plan in plans]
     plan = plans[int(np.argmin(costs))]
     if value_bits >= _PLAIN_BITS and min(costs) >= 8.0 + value_bits * total:
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
-    return _write(plan, runs, counts, like, draw)
+    return _write(plan, part, shapes, drawn, boxes, draw)
 
 
 def read_layout(reader: Reader, like: Tree) -> Stored:
@@ -91,124 +130,186 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
     layouts = _read_table(reader, len(sizes))
     if all(layout == DENSE for layout in layouts):
         return Stored(b"", None, sizes)
+    seed = int.from_bytes(reader.take(8), "little") if SEEDED in layouts else 0
+    if set(layouts) == {POOLED}:
+        (where,) = _read_positions(reader, [], sum(sizes))
+        return Stored(b"", where, _counts(where, sizes))
     mask = np.zeros(sum(sizes), np.bool_)
     runs = np.split(mask, np.cumsum(sizes)[:-1])
-    seed = int.from_bytes(reader.take(8), "little") if SEEDED in layouts else 0
-    coded: list[tuple[list[Bools], Segment]] = []
-    pooled = [run for run, layout in zip(runs, layouts, strict=True) if layout == POOLED]
-    for (name, value), run, layout in zip(like.items(), runs, layouts, strict=True):
+    coded: list[tuple[Bools, Segment]] = []
+    for (name, value), layout, run in zip(like.items(), layouts, runs, strict=True):
         if layout == DENSE:
             run[:] = True
         elif layout == CODED:
-            coded.append(([run], Segment(len(run), reader.varint(len(run)))))
+            coded.append((run, Segment(len(run), reader.varint(len(run)))))
         elif layout == SEEDED:
             run[random_positions(seed, name, len(run), reader.varint(len(run)))] = True
         elif layout == BITMAP:
             run[:] = take_bits(reader, len(run)).view(np.bool_)
         elif layout == BOX:
             grid = _grid(run, value.shape)
-            rows = reader.varint(grid.shape[0])
-            grid[:rows, : reader.varint(grid.shape[1])] = True
-    if pooled:
-        total = sum(map(len, pooled))
-        coded.append((pooled, Segment(total, reader.varint(total))))
-    if coded:
-        segments = [segment for _, segment in coded]
-        found = decode_positions(reader, segments)
-        at = 0
-        for run in (run for group, _ in coded for run in group):
-            run[:] = found[at : at + len(run)]
-            at += len(run)
-    return Stored(b"", np.flatnonzero(mask), [int(np.count_nonzero(run)) for run in runs])
+            rows, columns = (reader.varint(side) for side in grid.shape)
+            grid[:rows, :columns] = True
+    pool = [run for run, layout in zip(runs, layouts, strict=True) if layout == POOLED]
+    _fill(reader, coded, pool)
+    where = np.flatnonzero(mask)
+    return Stored(b"", where, _counts(where, sizes))
 
 
-def _bits(choice: _Choice) -> float:
-    return choice.bits
+def _fill(reader: Reader, coded: Sequence[tuple[Bools, Segment]], pool: Sequence[Bools]) -> None:
+    """Reads the positions in the coded tensors, and in those of the pool, and marks them."""
+    segments = [segment for _, segment in coded]
+    found = _read_positions(reader, segments, sum(map(len, pool)) if pool else None)
+    for (run, _), places in zip(coded, found, strict=False):
+        run[places] = True
+    if pool:
+        _spread(found[-1], pool)
 
 
-def _choices(
-    name: str, shape: Sequence[int], run: Bools, count: int, value_bits: float, draw: Draw | None
-) -> list[_Choice]:
-    """The layouts that one tensor can have on its own."""
-    if count == 0:
-        return [_Choice(EMPTY, 0.0)]
-    size = len(run)
-    choices = [_Choice(DENSE, float(value_bits * size))] if count == size or value_bits >= _PLAIN_BITS else []
-    if count < size:
-        values = value_bits * count
-        choices.append(_Choice(BITMAP, 8.0 * -(-size // 8) + values))
-        choices.append(_Choice(CODED, 8.0 * len(varint(count)) + _entropy(size, count) + values))
-        if draw and name in draw.counts:
-            places = random_positions(draw.seed, name, size, draw.counts[name])
-            if np.count_nonzero(run[places]) == count:
-                number = 8.0 * len(varint(len(places)))
-                choices.append(_Choice(SEEDED, number + value_bits * len(places), places=places))
-        grid = _grid(run, shape)
-        # if the last row and the last column hold entries, the box is the whole tensor
-        if len(shape) > 1 and not (grid[-1].any() and grid[:, -1].any()):
-            rows = int(np.flatnonzero(grid.any(axis=1))[-1]) + 1
-            columns = int(np.flatnonzero(grid.any(axis=0))[-1]) + 1
-            sides = 8.0 * (len(varint(rows)) + len(varint(columns)))
-            area = rows * columns
-            zeros = _entropy(area, count) + 2 * _WORD_BITS if area > count else 0.0  # as symbols, with their table
-            inside = value_bits * area if value_bits >= _PLAIN_BITS else values + zeros
-            choices.append(_Choice(BOX, sides + inside, (rows, columns)))
-    return choices
+def _spread(places: NDArray[np.intp], pool: Sequence[Bools]) -> None:
+    """Marks the places of a pool in its tensors, which lie one after the other in it."""
+    ends = np.cumsum([len(run) for run in pool])
+    together = np.zeros(ends[-1], np.bool_)
+    together[places] = True
+    for run, part in zip(pool, np.split(together, ends[:-1]), strict=True):
+        run[:] = part
 
 
-def _cost(plan: list[_Choice], sizes: list[int], counts: list[int], value_bits: float) -> float:
-    layouts = {choice.layout for choice in plan}
-    bits = 8.0 * len(_table([choice.layout for choice in plan])) + sum(choice.bits for choice in plan)
-    bits += 64.0 * (SEEDED in layouts) + _WORD_BITS * bool(layouts & {CODED, POOLED})
-    if POOLED in layouts:
-        size = sum(size for size, choice in zip(sizes, plan, strict=True) if choice.layout == POOLED)
-        count = sum(count for count, choice in zip(counts, plan, strict=True) if choice.layout == POOLED)
-        bits += 8.0 * len(varint(count)) + _entropy(size, count) + value_bits * count
-    return bits
+def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[NDArray[np.intp]]:
+    """The positions in each coded tensor, and last those in a pool of so many entries, if there is one."""
+    if pool is None:
+        return decode_positions(reader, coded) if coded else []
+    segment, coding = Segment(pool, reader.varint(pool)), reader.byte()
+    if coding == RANGE:
+        return decode_positions(reader, [*coded, segment])
+    places = decode_pool(reader, segment, coding)
+    return [*(decode_positions(reader, coded) if coded else []), places]
 
 
-def _entropy(size: int, count: int) -> float:
-    """Bits of ``count`` positions out of ``size``, by Shannon's formula."""
-    if not 0 < count < size:
-        return 0.0
-    return -(count * math.log2(count / size) + (size - count) * math.log2(1 - count / size))
+def _counts(where: NDArray[np.intp], sizes: Sequence[int]) -> list[int]:
+    """The number of positions in each tensor."""
+    counts: list[int] = np.diff(np.searchsorted(where, np.cumsum(sizes)), prepend=0).tolist()
+    return counts
 
 
-def _write(plan: list[_Choice], runs: list[Bools], counts: list[int], like: Tree, draw: Draw | None) -> Stored:
-    layouts = [choice.layout for choice in plan]
-    chunks = [_table(layouts)]
-    if draw and SEEDED in layouts:
+def _drawn(part: _Part, names: Sequence[str], draw: Draw) -> dict[int, NDArray[np.intp]]:
+    """The positions that the seed draws in each tensor, where they include every entry that must be stored."""
+    drawn = {}
+    for i, name in enumerate(names):
+        if name in draw.counts and 0 < part.counts[i] < part.sizes[i]:
+            places = random_positions(draw.seed, name, part.sizes[i], draw.counts[name])
+            if np.count_nonzero(part.run(i).kept[places]) == part.counts[i]:
+                drawn[i] = places
+    return drawn
+
+
+def _boxes(part: _Part, shapes: Sequence[Sequence[int]]) -> dict[int, tuple[int, int]]:
+    """The rows and columns that hold entries, of the tensors where these are not all."""
+    boxes = {}
+    for i, (shape, size, count) in enumerate(zip(shapes, part.sizes, part.counts, strict=True)):
+        if len(shape) < 2 or not 0 < count < size:
+            continue
+        chosen, width = part.slice(i), size // shape[0]
+        last = chosen.start + (shape[0] - 1) * width  # the first entry of the last row
+        in_last_column = part.whole.kept[chosen.start + width - 1 : chosen.stop : width]
+        if part.last(i) < last or not in_last_column.any():
+            where = part.run(i).where
+            boxes[i] = int(where[-1]) // width + 1, int((where % width).max()) + 1
+    return boxes
+
+
+def _costs(
+    part: _Part, value_bits: float, drawn: Mapping[int, NDArray[np.intp]], boxes: Mapping[int, tuple[int, int]]
+) -> Costs:
+    """Bits of each layout, in rows, for each tensor on its own; infinite if it cannot have that layout."""
+    table = np.full((BOX + 1, len(part.sizes)), np.inf)
+    size, count = np.array(part.sizes, np.float64), np.array(part.counts, np.float64)
+    none, all_, values = count == 0, count == size, value_bits * count
+    digits = 1.0 + sum(count >= 1 << 7 * i for i in range(1, 9))  # of the count as a varint
+    with np.errstate(divide="ignore", invalid="ignore"):  # where there is nothing to choose
+        entropy = -(count * np.log2(count / size) + (size - count) * np.log2(1 - count / size))
+    table[EMPTY, none] = 0.0
+    dense = ~none if value_bits >= _PLAIN_BITS else all_ & ~none
+    table[DENSE, dense] = value_bits * size[dense]
+    some = ~none & ~all_
+    table[BITMAP, some] = (8 * np.ceil(size / 8) + values)[some]
+    table[CODED, some] = (8 * digits + entropy + values)[some]
+    for i, places in drawn.items():
+        table[SEEDED, i] = 8 * len(varint(len(places))) + value_bits * len(places)
+    for i, (rows, columns) in boxes.items():
+        area, kept = rows * columns, part.counts[i]
+        # as symbols, zeros cost bits and a table
+        zeros = Segment(area, kept).entropy + 2 * _WORD_BITS if area > kept else 0.0
+        inside = value_bits * area if value_bits >= _PLAIN_BITS else value_bits * kept + zeros
+        table[BOX, i] = 8 * (len(varint(rows)) + len(varint(columns))) + inside
+    return table
+
+
+def _cheapest(table: Costs, left: Sequence[int]) -> list[int]:
+    """The layout of each tensor that needs the fewest bits, the layouts ``left`` aside."""
+    rest = table.copy()
+    rest[list(left)] = np.inf
+    layouts: list[int] = rest.argmin(axis=0).tolist()
+    return layouts
+
+
+def _cost(plan: Sequence[int], table: Costs, part: _Part, value_bits: float) -> float:
+    bits = 8.0 * len(_table(plan)) + sum(table[layout, i] for i, layout in enumerate(plan) if layout != POOLED)
+    bits += 64.0 * (SEEDED in plan) + _WORD_BITS * (CODED in plan or POOLED in plan)
+    if POOLED in plan:
+        pool = part.pooled(plan)
+        bits += 8.0 * (len(varint(pool.kept)) + 1) + pool.entropy + value_bits * pool.kept
+    return float(bits)
+
+
+def _write(
+    plan: Sequence[int],
+    part: _Part,
+    shapes: Sequence[Sequence[int]],
+    drawn: Mapping[int, NDArray[np.intp]],
+    boxes: Mapping[int, tuple[int, int]],
+    draw: Draw | None,
+) -> Stored:
+    chunks, sizes = [_table(plan)], part.sizes
+    if draw and SEEDED in plan:
         chunks.append(draw.seed.to_bytes(8, "little"))
-    stored = [
-        np.zeros(len(run), np.bool_) if layout in (EMPTY, SEEDED, BOX) else run
-        for layout, run in zip(layouts, runs, strict=True)
-    ]
-    coded: list[tuple[Bools, Segment]] = []
-    for i, (choice, value) in enumerate(zip(plan, like.values(), strict=True)):
-        if choice.layout == DENSE:
-            stored[i] = np.ones(len(runs[i]), np.bool_)
-        elif choice.layout == CODED:
-            chunks.append(varint(counts[i]))
-            coded.append((runs[i], Segment(len(runs[i]), counts[i])))
-        elif choice.layout == SEEDED:
-            chunks.append(varint(len(choice.places)))
-            stored[i][choice.places] = True
-        elif choice.layout == BITMAP:
-            chunks.append(pack_bits(runs[i]))
-        elif choice.layout == BOX:
-            rows, columns = choice.box
+    whole = set(plan) <= {EMPTY, BITMAP, CODED, POOLED}  # these store what is not zero, and nothing else
+    stored = part.whole.kept if whole else part.whole.kept.copy()
+    coded: list[Run] = []
+    for i, layout in enumerate(plan):
+        if layout in (EMPTY, POOLED):
+            continue
+        run = stored[part.slice(i)]
+        if layout == DENSE:
+            run[:] = True
+        elif layout == CODED:
+            chunks.append(varint(part.counts[i]))
+            coded.append(part.run(i))
+        elif layout == SEEDED:
+            chunks.append(varint(len(drawn[i])))
+            run[drawn[i]] = True
+        elif layout == BITMAP:
+            chunks.append(pack_bits(run))
+        elif layout == BOX:
+            rows, columns = boxes[i]
             chunks += [varint(rows), varint(columns)]
-            _grid(stored[i], value.shape)[:rows, :columns] = True
-    pooled = [i for i, layout in enumerate(layouts) if layout == POOLED]
-    if pooled:
-        count = sum(counts[i] for i in pooled)
-        chunks.append(varint(count))
-        coded.append((np.concatenate([runs[i] for i in pooled]), Segment(sum(len(runs[i]) for i in pooled), count)))
-    if coded:
-        chunks.append(encode_positions(np.concatenate([run for run, _ in coded]), [segment for _, segment in coded]))
-    return Stored(
-        b"".join(chunks), np.flatnonzero(np.concatenate(stored)), [int(np.count_nonzero(run)) for run in stored]
-    )
+            _grid(run, shapes[i])[:rows, :columns] = True
+    chunks.append(_write_positions(coded, part.pool(plan) if POOLED in plan else None))
+    if whole:
+        return Stored(b"".join(chunks), part.whole.where, part.counts)
+    where = np.flatnonzero(stored)
+    return Stored(b"".join(chunks), where, _counts(where, sizes))
+
+
+def _write_positions(coded: list[Run], pool: Run | None) -> bytes:
+    """The inverse of ``_read_positions``."""
+    if pool is None:
+        return encode_positions(coded) if coded else b""
+    coding = pool.segment.coding
+    head = varint(len(pool.where)) + bytes([coding])
+    if coding == RANGE:
+        return head + encode_positions([*coded, pool])
+    return head + encode_pool(pool) + (encode_positions(coded) if coded else b"")
 
 
 def _grid(run: Bools, shape: Sequence[int]) -> Bools:

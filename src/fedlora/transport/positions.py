@@ -1,7 +1,8 @@
-"""Positions of a tensor's stored entries: range-coded gaps, or positions drawn from a seed."""
+"""Positions of stored entries: range-coded gaps, Huffman-coded gaps or bitmaps, or positions drawn from a seed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +11,15 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from fedlora.core.errors import WireError
-from fedlora.transport.coder import Decoder, Encoder, pack_bits, splitmix, take_bits
+from fedlora.transport.coder import Decoder, Encoder, pack_bits, splitmix, take_bits, unpack_bits
+from fedlora.transport.deflate import deflate, inflate
 from fedlora.transport.framing import Reader, varint
 
+RANGE, BITS, GAPS = range(3)
+"""Codings of a pool: gaps by the range coder; one bit per entry, or gaps in bytes, both Huffman coded."""
+
+_FEWEST = {GAPS: 8 << 10, BITS: 24 << 10}  # bytes of positions from which a Huffman code's table costs little
+_LONG = 255  # this byte makes a gap longer by that many units
 _ESCAPE = 128  # this symbol makes a gap longer by that many units
 _UNIT = 2.0**40  # weights are whole numbers below this, so that their sums are exact in any order
 
@@ -32,64 +39,129 @@ class Segment(NamedTuple):
     def low_bits(self) -> int:
         """The largest ``b`` with ``rare * 2 ** (b + 3) <= size``, or 0: storing ``b`` bits of a gap raw costs
         little."""
-        return max(0, (self.size // self.rare).bit_length() - 4)
+        return max(0, (self.size // self.rare).bit_length() - 4) if self.rare else 0
+
+    @property
+    def entropy(self) -> float:
+        """Bits of the positions, by Shannon's formula."""
+        if not self.rare:
+            return 0.0
+        share = self.rare / self.size
+        return -(self.rare * math.log2(share) + (self.size - self.rare) * math.log2(1 - share))
+
+    @property
+    def coding(self) -> int:
+        """How a pool of this size is written: Huffman codes are as good as the range coder where there is much to
+        code, on bits while these are mixed well, on gaps below."""
+        coding = GAPS if 9 * self.rare < 2 * self.size else BITS
+        return coding if self.entropy >= 8 * _FEWEST[coding] else RANGE
+
+    def places(self, gaps: NDArray[np.int64]) -> NDArray[np.intp]:
+        """The positions of the kept entries, from the gaps between those of the rarer kind.
+
+        Raises:
+            WireError: a position is behind the last entry.
+        """
+        places = np.cumsum(gaps + 1) - 1
+        if len(places) and places[-1] >= self.size:
+            raise WireError("a position behind the last entry")
+        if self.kept == self.rare:
+            return places
+        kept = np.ones(self.size, np.bool_)
+        kept[places] = False
+        return np.flatnonzero(kept)
 
 
-def encode_positions(kept: NDArray[np.bool_], segments: Sequence[Segment]) -> bytes:
-    """Encodes the gaps between positions: high parts range coded under a geometric distribution, low bits raw.
+class Run(NamedTuple):
+    """The entries of a segment: one bool for each, and the positions of the kept ones."""
 
-    Args:
-        kept: one bool per entry of each segment, in order.
-        segments: the sizes and counts of the segments.
+    kept: NDArray[np.bool_]
+    where: NDArray[np.intp]
+
+    @property
+    def segment(self) -> Segment:
+        """Its size and count."""
+        return Segment(len(self.kept), len(self.where))
+
+    @property
+    def gaps(self) -> NDArray[np.int64]:
+        """The numbers of entries between those of the rarer kind."""
+        rarer = self.where if 2 * len(self.where) <= len(self.kept) else np.flatnonzero(~self.kept)
+        gaps = np.empty(len(rarer), np.int64)
+        gaps[:1] = rarer[:1]
+        np.subtract(rarer[1:], rarer[:-1], out=gaps[1:])
+        gaps[1:] -= 1
+        return gaps
+
+
+def run_of(kept: NDArray[np.bool_]) -> Run:
+    """The run of these entries."""
+    return Run(kept, np.flatnonzero(kept))
+
+
+def encode_pool(run: Run) -> bytes:
+    """Encodes a pool by Huffman codes, as bits or as gaps, whichever ``segment.coding`` says."""
+    segment = run.segment
+    if segment.coding == BITS:
+        return deflate(np.packbits(run.kept, bitorder="little"))
+    width, gaps = segment.low_bits, run.gaps
+    return deflate(_in_bytes(gaps >> width)) + pack_bits(_low(gaps, width))
+
+
+def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.intp]:
+    """The inverse of ``encode_pool``, for either coding: the positions.
+
+    Raises:
+        WireError: the bytes are not such an encoding.
     """
+    if coding == BITS:
+        kept = unpack_bits(inflate(reader, -(-segment.size // 8)), segment.size)
+        if np.count_nonzero(kept) != segment.kept:
+            raise WireError("a bitmap of other than the stated number of entries")
+        return np.flatnonzero(kept.view(np.bool_))
+    if coding != GAPS:
+        raise WireError(f"the unknown coding {coding} of positions")
+    width = segment.low_bits
+    raw = inflate(reader, segment.rare + (segment.size >> width) // _LONG)
+    ends = np.flatnonzero(raw != _LONG)
+    if len(ends) != segment.rare or (len(raw) and raw[-1] == _LONG):
+        raise WireError("other gaps than are counted")
+    gaps = raw[ends].astype(np.int64)
+    if len(ends) != len(raw):
+        gaps += _LONG * (np.diff(ends, prepend=-1) - 1)
+    return segment.places(_with_low(gaps, take_bits(reader, segment.rare * width), width))
+
+
+def encode_positions(runs: Sequence[Run]) -> bytes:
+    """Encodes the gaps between positions: high parts range coded under a geometric distribution, low bits raw."""
     encoder = Encoder()
     low: list[NDArray[np.uint8]] = []
-    start = 0
-    for segment in segments:
+    for run in runs:
+        segment = run.segment
         if segment.rare:
-            run = kept[start : start + segment.size]
-            places = np.flatnonzero(run if segment.rare == segment.kept else ~run)
-            gaps = np.diff(places, prepend=-1) - 1
-            width = segment.low_bits
-            encoder.encode(_with_escapes(gaps >> width), _gaps(segment))
-            if width:
-                words = gaps.astype("<u4").view(np.uint8).reshape(-1, 4)
-                low.append(np.unpackbits(words, axis=1, count=width, bitorder="little").reshape(-1))
-        start += segment.size
+            gaps, width = run.gaps, segment.low_bits
+            encoder.encode(_with_escapes(gaps >> width), _weights(segment))
+            low.append(_low(gaps, width))
     coded = encoder.to_bytes()
     return varint(len(coded) // 4) + coded + (pack_bits(np.concatenate(low)) if low else b"")
 
 
-def decode_positions(reader: Reader, segments: Sequence[Segment]) -> NDArray[np.bool_]:
-    """The inverse of ``encode_positions``.
+def decode_positions(reader: Reader, segments: Sequence[Segment]) -> list[NDArray[np.intp]]:
+    """The inverse of ``encode_positions``: the positions in each segment.
 
     Raises:
         WireError: the bytes are not such an encoding.
     """
     decoder = Decoder(reader.words(sum(segment.size for segment in segments)))
-    mixed = [segment for segment in segments if segment.rare]
-    high = [_without_escapes(decoder, segment) for segment in mixed]
+    high = [_without_escapes(decoder, segment) for segment in segments]
     decoder.close()
-    bits = take_bits(reader, sum(segment.rare * segment.low_bits for segment in mixed))
-    kept = np.empty(sum(segment.size for segment in segments), dtype=np.bool_)
-    start = at = 0
-    for segment in segments:
-        run = kept[start : start + segment.size]
-        run[:] = segment.kept > segment.size - segment.kept if segment.rare else segment.kept > 0
-        if segment.rare:
-            width = segment.low_bits
-            gaps = high.pop(0) << width
-            if width:
-                words = np.zeros((segment.rare, 32), np.uint8)
-                words[:, :width] = bits[at : at + width * segment.rare].reshape(-1, width)
-                gaps += np.packbits(words, axis=1, bitorder="little").view("<u4").reshape(-1).astype(np.int64)
-                at += width * segment.rare
-            places = np.cumsum(gaps + 1) - 1
-            if places[-1] >= segment.size:
-                raise WireError("a position behind the last entry")
-            run[places] = not run[0]
-        start += segment.size
-    return kept
+    widths = [segment.low_bits for segment in segments]
+    ends = np.cumsum([segment.rare * width for segment, width in zip(segments, widths, strict=True)])
+    bits = np.split(take_bits(reader, int(ends[-1])), ends[:-1])
+    return [
+        segment.places(_with_low(gaps, low, width))
+        for segment, gaps, low, width in zip(segments, high, bits, widths, strict=True)
+    ]
 
 
 def random_positions(seed: int, name: str, size: int, count: int) -> NDArray[np.intp]:
@@ -109,7 +181,7 @@ def random_positions(seed: int, name: str, size: int, count: int) -> NDArray[np.
     return np.sort(np.argpartition(draws, count - 1)[:count])
 
 
-def _gaps(segment: Segment) -> NDArray[np.float64]:
+def _weights(segment: Segment) -> NDArray[np.float64]:
     """Weights of the high parts 0 to ``_ESCAPE - 1`` and of the escape: ``q ** j (1 - q)`` and ``q ** _ESCAPE``.
 
     Whole numbers computed by products of doubles alone, so that they are the same on every machine.
@@ -122,6 +194,32 @@ def _gaps(segment: Segment) -> NDArray[np.float64]:
     return weights
 
 
+def _low(gaps: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
+    """The lowest ``width`` bits of every gap, one bit per byte."""
+    bits = np.empty((len(gaps), width), np.uint8)
+    for bit in range(width):
+        bits[:, bit] = gaps >> bit & 1
+    return bits.reshape(-1)
+
+
+def _with_low(high: NDArray[np.int64], bits: NDArray[np.uint8], width: int) -> NDArray[np.int64]:
+    """Gaps from their high parts and the bits of ``_low``."""
+    if not width:
+        return high
+    gaps, rows = high << width, bits.reshape(-1, width)
+    for bit in range(width):
+        gaps += rows[:, bit].astype(np.int64) << bit
+    return gaps
+
+
+def _in_bytes(high: NDArray[np.int64]) -> NDArray[np.uint8]:
+    if int(high.max()) < _LONG:
+        return high.astype(np.uint8)
+    raw = np.full(len(high) + int((high // _LONG).sum()), _LONG, np.uint8)
+    raw[np.cumsum(high // _LONG + 1) - 1] = high % _LONG
+    return raw
+
+
 def _with_escapes(high: NDArray[np.intp]) -> NDArray[np.int32]:
     if not high.size or int(high.max()) < _ESCAPE:
         return high.astype(np.int32)
@@ -131,7 +229,9 @@ def _with_escapes(high: NDArray[np.intp]) -> NDArray[np.int32]:
 
 
 def _without_escapes(decoder: Decoder, segment: Segment) -> NDArray[np.int64]:
-    model: Any = _gaps(segment)
+    if not segment.rare:
+        return np.zeros(0, np.int64)
+    model: Any = _weights(segment)
     missing, pieces, escapes = segment.rare, [], 0
     while missing:
         pieces.append(decoder.decode(model, missing))

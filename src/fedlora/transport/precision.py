@@ -183,5 +183,11 @@ class Float16(Plain):
     dtype: ClassVar[str] = "<f2"
 
     def nonzero(self, values: Floats) -> Floats:
-        with np.errstate(over="ignore"):  # infinity is refused in `write`
-            return values.astype(np.float16).astype(np.float32)
+        return torch.from_numpy(values).to(torch.float16).to(torch.float32).numpy()
+
+    def to_bytes(self, values: Floats) -> bytes | memoryview:
+        return torch.from_numpy(values).to(torch.float16).numpy().astype(self.dtype, copy=False).tobytes()
+
+    def from_bytes(self, raw: memoryview) -> Floats:
+        halves = np.frombuffer(raw, dtype=self.dtype).astype(np.float16)
+        return torch.from_numpy(halves).to(torch.float32).numpy()  # faster than NumPy's conversion

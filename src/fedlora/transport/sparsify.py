@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple, final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.core.component import MODEL_CONFIG, Count, Positive, Share, dataclass
 from fedlora.core.schema import Leaf
-from fedlora.core.tree import Tree, flatten, unflatten
+from fedlora.core.tree import Tree, as_vector, flatten, unflatten
+from fedlora.transport.magnitude import largest
 from fedlora.transport.positions import random_positions
 
 
@@ -98,12 +98,16 @@ class Sparsifier(ABC):
         Raises:
             KeyError: the head has a quota and ``schema`` lacks a name of ``tree``.
         """
-        thinned = dict(tree)
-        for name, kept in self.choose(tree, schema, round, seed).items():
-            gain = self.gain(kept)
-            value = tree[name].detach()
-            # `where`, not a product: -1 * 0 is a negative zero, inf * 0 is NaN
-            thinned[name] = torch.where(kept, value if gain == 1 else value * gain, 0.0)
+        masks = self.choose(tree, schema, round, seed)
+        chosen = {name: tree[name].detach() for name in masks}
+        for name, kept in masks.items():
+            if (gain := self.gain(kept)) != 1:
+                chosen[name] = chosen[name] * gain
+        # bits, not a product: -1 * 0 is a negative zero, inf * 0 is NaN; one vector, which `pack` takes as it is
+        vector = flatten(chosen)
+        bits = vector.view(torch.int32)
+        bits &= as_vector(masks).to(bits.device, torch.int32).neg_()
+        thinned = dict(tree) | unflatten(vector, chosen)
         return thinned
 
 
@@ -177,10 +181,12 @@ class TopK(Sparsifier):
             if density == 1.0:
                 continue
             if self.scope == "global":
-                chosen |= unflatten(_largest(flatten(bucket), density), bucket)
+                vector = as_vector(bucket)
+                chosen |= unflatten(largest(vector, int(len(vector) * density)), bucket)
             else:
                 chosen |= {
-                    name: _largest(value.reshape(-1), density).view(value.shape) for name, value in bucket.items()
+                    name: largest(value.reshape(-1), int(value.numel() * density)).view(value.shape)
+                    for name, value in bucket.items()
                 }
         return chosen
 
@@ -324,18 +330,3 @@ def _by_quota(tree: Tree, schema: Mapping[str, Leaf], quota: Quota, density: flo
 def _quota_of(leaf: Leaf) -> str:
     """The quota that a tensor falls under."""
     return "head" if leaf.group == "head" else leaf.factor
-
-
-def _largest(vector: Tensor, density: float) -> Tensor:
-    """A bool vector that is true for the ``int(P * density)`` largest magnitudes; ties go to the first."""
-    # without the sign bit, float bits are ordered by magnitude, with NaN at the top; integers partition faster
-    magnitude: NDArray[np.int32] = vector.detach().float().cpu().numpy().view(np.int32) & 0x7FFFFFFF
-    total = magnitude.size
-    k = int(total * density)
-    if k == 0:
-        return torch.zeros(total, dtype=torch.bool)
-    threshold = np.partition(magnitude, total - k)[total - k]
-    kept = magnitude > threshold
-    missing = k - int(np.count_nonzero(kept))
-    kept[np.flatnonzero(magnitude == threshold)[:missing]] = True
-    return torch.from_numpy(kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple, final
 
 import numpy as np
@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 from fedlora.core.component import MODEL_CONFIG, dataclass
 from fedlora.core.errors import WireError
-from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, splitmix, take_bits
-from fedlora.transport.framing import Reader, varint
+from fedlora.transport import symbols as coding
+from fedlora.transport.coder import splitmix
+from fedlora.transport.framing import Reader
 from fedlora.transport.precision import Floats, Precision, Written
+from fedlora.transport.symbols import Symbols
 
 Bits = Literal[1, 2, 4, 8]
 Block = Literal[64, 128, 256]
-Symbols = NDArray[np.int32]
 
-_RAW, _CLASSES, _COUNTED = range(3)  # ways to write symbols
-_PER_SYMBOL = 64  # values per possible symbol above which counting symbols beats counting classes
+_TOGETHER = 1 << 14  # values that are quantised at a time, so that they stay in the cache
 _STEP = {1: 0.8, 2: 1.22, 4: 0.35}  # the best scale for normally distributed values, in units of their root mean square
 _REFINEMENTS = 3
 _BITS: dict[int, Bits] = {1: 1, 2: 2, 4: 4, 8: 8}
@@ -67,7 +67,7 @@ class Uniform(Precision):
     @property
     def largest(self) -> int:
         """The largest ``q``."""
-        return max(1, (1 << self.bits - 1) - 1)
+        return coding.largest_of(self.bits)
 
     def settings(self) -> bytes:
         """The bits, and the base-2 logarithm of the block size, 0 for None."""
@@ -89,17 +89,16 @@ class Uniform(Precision):
         if not np.isfinite(values).all():
             raise WireError("NaN or infinite")
         blocks = self._blocks(runs)
-        scales = self._scales(values, blocks)
-        symbols = self._symbols(values, scales, blocks, seed)
-        chunks: list[bytes | memoryview] = [(scales.view(np.uint32) >> np.uint32(16)).astype("<u2").tobytes()]
-        many = len(symbols) >= _PER_SYMBOL * (2 * self.largest + 1)
-        coded = _encode_symbols(symbols, self.largest) if many else _encode_classes(symbols, self.largest)
-        raw = -(-self.bits * len(symbols) // 8)
-        if self.bits == 1 or len(coded) < raw:
-            chunks += [bytes([_COUNTED if many else _CLASSES]), coded]
-        else:
-            chunks += [bytes([_RAW]), pack_bits(_to_bits(symbols, self.bits))]
-        return Written(chunks, _multiply(symbols, scales, blocks))
+        scales = np.zeros(len(blocks), np.float32)
+        symbols = np.zeros(len(values), np.int8)
+        draws = splitmix(seed, len(values)) if self.rounding == "stochastic" else None
+        for group in _groups(blocks):
+            chosen = values[group.values]
+            scales[group.blocks] = self._scales(np.abs(chosen), group)
+            drawn = None if draws is None else draws[group.values]
+            symbols[group.values] = self._symbols(chosen, group.spread(scales[group.blocks]), drawn)
+        chunks = [(scales.view(np.uint32) >> np.uint32(16)).astype("<u2").tobytes()]
+        return Written([*chunks, *coding.encode(symbols, self.bits)], _multiply(symbols, scales, blocks))
 
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
         blocks = self._blocks(runs)
@@ -107,20 +106,11 @@ class Uniform(Precision):
         scales = (raw << np.uint32(16)).view(np.float32)
         if not (np.isfinite(scales).all() and (raw < 0x8000).all()):
             raise WireError("a scale that is NaN, infinite or negative")
-        mode, total = reader.byte(), sum(runs)
-        if mode == _COUNTED:
-            symbols = decode_symbols(*_counted(reader, 2 * self.largest + 1, total)) - np.int32(self.largest)
-        elif mode == _CLASSES:
-            symbols = _decode_classes(reader, self.largest, total)
-        elif mode == _RAW and self.bits > 1:
-            symbols = _from_bits(take_bits(reader, self.bits * total), self.bits)
-            if total and int(symbols.min()) < -self.largest:
-                raise WireError("a symbol beyond the largest")
-        else:
-            raise WireError(f"the unknown coding {mode} of symbols")
-        with np.errstate(over="ignore"):  # infinity is refused below
+        symbols = coding.decode(reader, self.bits, sum(runs))
+        with np.errstate(over="ignore"):  # infinity is refused here
             values = _multiply(symbols, scales, blocks)
-        if not np.isfinite(values).all():
+            small = np.isfinite(scales * np.float32(self.largest)).all()
+        if not small and not np.isfinite(values).all():
             raise WireError("a value that is infinite")
         return values
 
@@ -131,16 +121,12 @@ class Uniform(Precision):
         whole = [[self.block] * (run // self.block) + [run % self.block] * (run % self.block > 0) for run in runs]
         return np.array([length for lengths in whole for length in lengths], np.intp)
 
-    def _scales(self, values: Floats, blocks: NDArray[np.intp]) -> Floats:
+    def _scales(self, magnitude: Floats, group: _Group) -> Floats:
         """One bfloat16 scale per block, rounded up so that the largest value stays in range."""
-        if not len(blocks):
-            return np.zeros(0, np.float32)
-        starts = np.concatenate([[0], np.cumsum(blocks)[:-1]])
-        magnitude: Floats = np.abs(values)
-        top = np.maximum.reduceat(magnitude, starts)
-        scales = top.astype(np.float32) / np.float32(self.largest)
+        top: Floats = np.maximum.reduceat(magnitude, group.starts)
+        scales: Floats = top / np.float32(self.largest)
         if self.rounding == "nearest" and self.bits < 8:
-            scales = self._least_squares(magnitude, starts, blocks, scales)
+            scales = self._least_squares(magnitude, group, scales)
         scales[top > 0] = np.maximum(scales[top > 0], _SMALLEST)
         upper = (scales.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16) << np.uint32(16)
         scales = upper.view(np.float32)
@@ -149,122 +135,68 @@ class Uniform(Precision):
                 raise WireError("NaN or infinite")
         return scales
 
-    def _least_squares(
-        self, magnitude: Floats, starts: NDArray[np.intp], blocks: NDArray[np.intp], top: Floats
-    ) -> Floats:
+    def _least_squares(self, magnitude: Floats, group: _Group, top: Floats) -> Floats:
         """The scales that (nearly) minimise the squared error; never larger than ``top``."""
-        power = np.add.reduceat(np.square(magnitude, dtype=np.float64), starts) / blocks
+        wide, product = magnitude.astype(np.float64), np.empty(len(magnitude))
+        power = np.add.reduceat(np.multiply(wide, wide, out=product), group.starts) / group.lengths
         scales = np.minimum(top, (_STEP[self.bits] * np.sqrt(power)).astype(np.float32))
+        # sums of squares of small integers are exact in float32 up to 2 ** 24
+        exact = np.float32 if int(group.lengths.max()) * self.largest**2 < 2**24 else np.float64
+        q = np.empty_like(magnitude)
         for _ in range(_REFINEMENTS if self.bits > 1 else 1):
-            divisors = np.repeat(np.where(scales > 0, scales, np.float32(1)), blocks)
-            q = np.minimum(np.rint(magnitude / divisors), self.largest) if self.bits > 1 else np.sign(magnitude)
-            above = np.add.reduceat(np.multiply(magnitude, q, dtype=np.float64), starts)
-            below = np.add.reduceat(np.square(q, dtype=np.float64), starts)
+            if self.bits > 1:
+                np.divide(magnitude, group.spread(np.where(scales > 0, scales, np.float32(1))), out=q)
+                np.clip(np.rint(q, out=q), 0, self.largest, out=q)
+            else:
+                q[:] = magnitude > 0
+            product[:] = q
+            above = np.add.reduceat(np.multiply(wide, product, out=product), group.starts)
+            below = np.add.reduceat(np.multiply(q, q, out=q), group.starts, dtype=exact)
             scales = np.where(below > 0, above / np.maximum(below, 1), scales).astype(np.float32)
         return np.minimum(scales, top)
 
-    def _symbols(self, values: Floats, scales: Floats, blocks: NDArray[np.intp], seed: int) -> Symbols:
+    def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats:
         """The ``q`` of every value; 0 where the scale is 0."""
-        ratios: Floats = values / np.repeat(np.where(scales > 0, scales, np.float32(np.inf)), blocks)
-        if self.rounding == "stochastic":
-            draws = (splitmix(seed, len(values)) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+        ratios: Floats = np.divide(values, np.where(scales > 0, scales, np.float32(np.inf)), dtype=np.float32)
+        rounded: Floats
+        if draws is None:
+            rounded = (np.sign if self.bits == 1 else np.rint)(ratios)
+        else:
+            parts = (draws >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
             if self.bits == 1:  # to -1 or 1, and 0 where the scale is 0
-                signs = np.where(draws < (1 + ratios) / 2, np.float32(1), np.float32(-1))
+                signs = np.where(parts < (1 + ratios) / 2, np.float32(1), np.float32(-1))
                 rounded = np.where(ratios == 0, np.float32(0), signs)
             else:
-                rounded = np.floor(ratios + draws)
-        else:
-            rounded = np.sign(ratios) if self.bits == 1 else np.rint(ratios)
-        symbols: Symbols = np.clip(rounded, -self.largest, self.largest).astype(np.int32)
-        return symbols
+                rounded = np.floor(ratios + parts)
+        return np.clip(rounded, -self.largest, self.largest, out=rounded)
 
 
-class _Classes(NamedTuple):
-    """Magnitudes up to 127 in 28 classes: 0 to 15 one each, then four per octave, with the lowest bits kept apart."""
+class _Group(NamedTuple):
+    """Consecutive blocks of values: their slices, the first value of each block, and the number of its values."""
 
-    of: NDArray[np.int32]  # magnitude to class
-    base: NDArray[np.int32]  # class to its smallest magnitude
-    low_bits: NDArray[np.int32]  # class to the number of bits that distinguish its magnitudes
+    blocks: slice
+    values: slice
+    starts: NDArray[np.intp]
+    lengths: NDArray[np.intp]
 
-
-def _classes() -> _Classes:
-    magnitudes = np.arange(128)
-    octave = np.maximum(np.int32(np.floor(np.log2(np.maximum(magnitudes, 1)))), 4)
-    of = np.where(magnitudes < 16, magnitudes, 16 + 4 * (octave - 4) + (magnitudes >> (octave - 2) & 3)).astype(
-        np.int32
-    )
-    base = np.array([int(np.argmax(of == each)) for each in range(28)], np.int32)
-    low_bits = np.array([0] * 16 + [2] * 4 + [3] * 4 + [4] * 4, np.int32)
-    return _Classes(of, base, low_bits)
+    def spread(self, scales: Floats) -> Floats:
+        """Each block's scale for all of its values; a lone one fits them all as it is."""
+        return scales if len(scales) == 1 else np.repeat(scales, self.lengths)
 
 
-_TABLE = _classes()
-
-
-def _encode_symbols(symbols: Symbols, largest: int) -> bytes:
-    """The counts of symbols, from the smallest on, then the coded symbols."""
-    shifted = symbols + np.int32(largest)
-    counts = np.bincount(shifted, minlength=2 * largest + 1)
-    words = encode_symbols(shifted, counts)
-    return b"".join([*map(varint, counts.tolist()), varint(len(words) // 4), words])
-
-
-def _counted(reader: Reader, size: int, total: int) -> tuple[memoryview, NDArray[np.int64]]:
-    """The coded symbols, and the count of each of the ``size`` possible symbols."""
-    counts = np.array([reader.varint(total) for _ in range(size)], np.int64)
-    if counts.sum() != total:
-        raise WireError("another number of symbols than values")
-    return reader.words(total), counts
-
-
-def _encode_classes(symbols: Symbols, largest: int) -> bytes:
-    """The counts of classes, the coded classes, the signs of nonzero values, and the lowest bits by octave."""
-    magnitudes = np.abs(symbols)
-    classes = _TABLE.of[magnitudes] if largest > 15 else magnitudes
-    counts = np.bincount(classes, minlength=int(_TABLE.of[largest]) + 1)
-    words = encode_symbols(classes, counts)
-    bits = [symbols[symbols != 0] < 0]
-    if largest > 15:
-        low = _TABLE.low_bits[classes]
-        bits += [_to_bits(magnitudes[low == width], width).astype(np.bool_) for width in (2, 3, 4)]
-    return b"".join([*map(varint, counts.tolist()), varint(len(words) // 4), words, pack_bits(np.concatenate(bits))])
-
-
-def _decode_classes(reader: Reader, largest: int, total: int) -> Symbols:
-    words, counts = _counted(reader, int(_TABLE.of[largest]) + 1, total)
-    classes = decode_symbols(words, counts)
-    magnitudes = _TABLE.base[classes]
-    nonzero = total - int(counts[0])
-    widths = {width: int(counts[_TABLE.low_bits[: len(counts)] == width].sum()) for width in (2, 3, 4)}
-    bits = take_bits(reader, nonzero + sum(width * count for width, count in widths.items()))
-    if largest > 15:
-        at, low = nonzero, _TABLE.low_bits[classes]
-        for width, count in widths.items():
-            if count:
-                magnitudes[low == width] += _unsigned(bits[at : at + width * count], width)
-            at += width * count
-    if total and int(magnitudes.max()) > largest:
-        raise WireError("a symbol beyond the largest")
-    negative = np.flatnonzero(magnitudes)[bits[:nonzero].view(np.bool_)]
-    magnitudes[negative] *= -1
-    return magnitudes
+def _groups(blocks: NDArray[np.intp]) -> Iterator[_Group]:
+    """All blocks in order, as many at a time as hold ``_TOGETHER`` values, and one at least."""
+    ends, at, start = np.cumsum(blocks), 0, 0
+    while at < len(blocks):
+        end = max(at + 1, int(np.searchsorted(ends, start + _TOGETHER, side="right")))
+        lengths, stop = blocks[at:end], int(ends[end - 1])
+        yield _Group(slice(at, end), slice(start, stop), ends[at:end] - lengths - start, lengths)
+        at, start = end, stop
 
 
 def _multiply(symbols: Symbols, scales: Floats, blocks: NDArray[np.intp]) -> Floats:
-    return symbols.astype(np.float32) * np.repeat(scales, blocks)
-
-
-def _to_bits(symbols: Symbols, width: int) -> NDArray[np.uint8]:
-    """The lowest ``width`` bits of each symbol, lowest first."""
-    low = symbols.astype(np.uint8)[:, None]
-    return np.unpackbits(low, axis=1, count=width, bitorder="little").reshape(-1)
-
-
-def _unsigned(bits: NDArray[np.uint8], width: int) -> Symbols:
-    return np.packbits(bits.reshape(-1, width), axis=1, bitorder="little").reshape(-1).astype(np.int32)
-
-
-def _from_bits(bits: NDArray[np.uint8], width: int) -> Symbols:
-    """Symbols from two's complement bits, lowest bit first."""
-    values = _unsigned(bits, width)
-    return values - (values >> (width - 1) << width)
+    values = np.empty(len(symbols), np.float32)
+    for group in _groups(blocks):
+        values[group.values] = symbols[group.values]
+        values[group.values] *= group.spread(scales[group.blocks])
+    return values

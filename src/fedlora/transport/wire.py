@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from fedlora.core.errors import WireError
-from fedlora.core.tree import Tree, flatten, unflatten
+from fedlora.core.tree import Tree, as_vector, num_entries, unflatten
 from fedlora.transport.framing import Reader
 from fedlora.transport.layout import Draw, read_layout, write_layout
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
@@ -24,7 +24,7 @@ from fedlora.transport.uniform import Uniform
 MAGIC = b"FLW"
 """The first three bytes of every message."""
 
-VERSION = 2
+VERSION = 3
 """The version of the byte format; a receiver refuses every other."""
 
 REFERENCES = ("zero", "init", "last_round")
@@ -81,18 +81,17 @@ def pack(parts: Mapping[str, Tree], forms: Mapping[str, Form], reference: str = 
     checksum = xxh3_64(seed=_seed(template, REFERENCES.index(reference)))
     chunks: list[bytes | memoryview] = [b""]
     sizes = {"envelope": _ENVELOPE.size}
-    kept, told = {}, {}
+    kept, delivered = {}, {}
     for part, tree in parts.items():
-        section, values = _pack_section(part, tree, forms.get(part, Form()))
+        section, sent = _pack_section(part, tree, forms.get(part, Form()))
         if trees:
-            told[part] = unflatten(torch.from_numpy(values), tree)
-            kept[part] = int(np.count_nonzero(values != 0))  # counting on the floats directly is slow
+            delivered[part], kept[part] = sent.arrives(tree), sent.kept
         sizes[part] = sum(map(len, section))
         chunks += section
         for chunk in section:
             checksum.update(chunk)
     chunks[0] = _ENVELOPE.pack(MAGIC, VERSION, REFERENCES.index(reference), template, checksum.intdigest())
-    return Packet(b"".join(chunks), sizes, kept, told)
+    return Packet(b"".join(chunks), sizes, kept, delivered)
 
 
 def unpack(raw: bytes, like: Mapping[str, Tree], formats: Sequence[Precision] = ()) -> dict[str, Tree]:
@@ -133,12 +132,12 @@ def receive(raw: bytes, like: Mapping[str, Tree], formats: Sequence[Precision] =
     for part, tree in like.items():
         before = reader.rest()
         try:
-            values = _unpack_section(reader, tree, known)
+            sent = _unpack_section(reader, tree, known)
         except WireError as error:
             raise WireError(f"Part {part!r} is not of this format: {error}; send it again.") from error
         packet.sizes[part] = before - reader.rest()
-        packet.kept[part] = int(np.count_nonzero(values != 0))
-        packet.trees[part] = unflatten(torch.from_numpy(values), tree)
+        packet.kept[part] = sent.kept
+        packet.trees[part] = sent.arrives(tree)
     if reader.rest():
         raise WireError(f"The message has {reader.rest()} bytes after its last part; it was not made by this format.")
     return packet
@@ -181,16 +180,34 @@ def _hash(named: tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
     return xxh3_64_intdigest(json.dumps(named, separators=(",", ":")).encode("ascii")) & 0xFFFFFFFF
 
 
-def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memoryview], NDArray[np.float32]]:
-    """One encoded part (number format, layout, values), and the values that will be decoded from it."""
+class _Sent(NamedTuple):
+    """The stored values of a part as its receiver reads them, and their positions; None: all of them."""
+
+    values: NDArray[np.float32]
+    where: NDArray[np.intp] | None
+
+    @property
+    def kept(self) -> int:
+        """The number of nonzero entries."""
+        return int(np.count_nonzero(self.values != 0))  # counting on the floats directly is slow
+
+    def arrives(self, like: Tree) -> Tree:
+        """The decoded tree, zero where nothing is stored: views of one vector."""
+        if self.where is None:
+            return unflatten(torch.from_numpy(self.values), like)
+        vector = np.zeros(num_entries(like), np.float32)
+        vector[self.where] = self.values
+        return unflatten(torch.from_numpy(vector), like)
+
+
+def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memoryview], _Sent]:
+    """One encoded part (number format, layout, values), and what will be decoded from it."""
     if wrong := [name for name, value in tree.items() if value.dtype != torch.float32]:
         raise WireError(f"Tensor {wrong[0]!r} of part {part!r} is {tree[wrong[0]].dtype}; convert it to float32.")
-    vector = flatten(tree).detach().cpu()
-    values: NDArray[np.float32] = form.precision.nonzero(vector.numpy())
-    with np.errstate(invalid="ignore"):  # NaN is refused in `write`
-        values += 0.0  # flatten copied; -0.0 + 0.0 is 0.0. NumPy, as threads do not pay here
+    values: NDArray[np.float32] = form.precision.nonzero(as_vector(tree).cpu().numpy())
     stored = write_layout(values != 0, tree, form.precision.value_bits, form.draw)
-    chosen = values if stored.where is None else values[stored.where]
+    with np.errstate(invalid="ignore"):  # NaN is refused in `write`
+        chosen = (values if stored.where is None else values[stored.where]) + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
         written = form.precision.write(chosen, stored.runs, form.seed)
     except WireError as error:
@@ -202,25 +219,14 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
             "precision; nothing was sent. Look for a diverged step: a lower learning rate or clipping may help."
         ) from error
     header = bytes([form.precision.code]) + form.precision.settings() + stored.raw
-    if written.values is not chosen:  # the values were rounded; otherwise the rest of the vector is already zero
-        values = _spread(written.values, stored.where, len(values))
-    return [header, *written.chunks], values
+    return [header, *written.chunks], _Sent(written.values, stored.where)
 
 
-def _unpack_section(reader: Reader, like: Tree, known: Mapping[int, type[Precision]]) -> NDArray[np.float32]:
-    """The values of one part, one vector for all of ``like``."""
+def _unpack_section(reader: Reader, like: Tree, known: Mapping[int, type[Precision]]) -> _Sent:
+    """The values of one part, and their positions among the entries of ``like``."""
     code = reader.byte()
     if code not in known:
         raise WireError(f"it has the unknown number format {code}, expected one of {list(known)}")
     precision = known[code].from_settings(reader)
     stored = read_layout(reader, like)
-    return _spread(precision.read(reader, stored.runs), stored.where, sum(value.numel() for value in like.values()))
-
-
-def _spread(values: NDArray[np.float32], where: NDArray[np.intp] | None, size: int) -> NDArray[np.float32]:
-    """A vector with ``values`` at the given positions and zeros elsewhere."""
-    if where is None:
-        return values
-    vector = np.zeros(size, np.float32)
-    vector[where] = values
-    return vector
+    return _Sent(precision.read(reader, stored.runs), stored.where)

@@ -128,6 +128,16 @@ class Tuning(ABC):
         return False
 
     @property
+    def freezes_base(self) -> bool:
+        """Whether no pre-trained weight outside the head is trained."""
+        return False
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether it reads or edits frozen weights, whose rounding it would then see."""
+        return True
+
+    @property
     def has_pattern(self) -> bool:
         """Whether it selects modules by a regular expression, which no client accepts from a server."""
         return False
@@ -149,7 +159,7 @@ class Tuning(ABC):
         """Freezes ``model`` except for the trained parameters, adding modules if the method needs them.
 
         Args:
-            model: a freshly loaded model in float32.
+            model: a freshly loaded model in float32; frozen weights may be bfloat16 if ``freezes_base``.
             head: names of the parameters of the task head, which every tuning marks as trained; freezing it afterwards
                 is up to the caller.
             seed: for random parts drawn during installation.
@@ -206,7 +216,7 @@ class Tuning(ABC):
             ConfigError: this tuning has no matrices that rounds can fold into.
         """
         if folds.version:
-            raise ConfigError(f"{type(self).__name__} has no matrices that rounds could fold into")
+            raise ConfigError(f"{type(self).__name__} has no matrices for base updates")
 
     def size_of(self, fold: Fold) -> float:
         """Euclidean norm of what ``fold`` changes."""
@@ -218,7 +228,7 @@ class Tuning(ABC):
         Raises:
             ConfigError: this tuning has no adapters that can be redrawn.
         """
-        raise ConfigError(f"{type(self).__name__} has no adapters that could start anew")
+        raise ConfigError(f"{type(self).__name__} has no adapters to reinitialise")
 
     def changes(self, installed: Installed, init: Tree, params: Tree) -> Tree:
         """The change that training made to the pre-trained weights, dense, by parameter name, without the head.

@@ -76,6 +76,8 @@ class Bottleneck(Tuning):
     style: Literal["houlsby", "pfeiffer"] = "pfeiffer"
     targets: Targets | None = None
     zero_is_neutral: ClassVar[bool] = True
+    freezes_base: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = False
 
     @property
     def has_pattern(self) -> bool:

@@ -94,6 +94,14 @@ class LoRA(Tuning):
         return self.init.residual or self.folds == "rest"
 
     @property
+    def freezes_base(self) -> bool:
+        return True
+
+    @property
+    def reads_base(self) -> bool:
+        return self.residual or self.folds != "none" or not self.init.from_seed
+
+    @property
     def has_pattern(self) -> bool:
         return is_pattern(self.targets)
 
@@ -238,8 +246,8 @@ class LoRA(Tuning):
         for name, layer in lora_layers(installed.model).items():
             if layer.packed:
                 raise ConfigError(
-                    f"what was learnt for {name} cannot be added to its weight, which is stored quantised; "
-                    "export the adapter, without --merge"
+                    f"the update of {name} cannot be added to its weight, which is stored quantised; export the "
+                    "adapter, without --merge"
                 )
             product = params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]
             if self.residual:

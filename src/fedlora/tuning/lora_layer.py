@@ -65,7 +65,7 @@ class LoRALayer(nn.Module, ABC):
         """The inverse of ``as_matrix``."""
         return (matrix.T if self.transposed else matrix).reshape(self.frozen[0].shape)
 
-    def heard(self, inputs: Tensor) -> Tensor:
+    def adapter_input(self, inputs: Tensor) -> Tensor:
         """The part of the input that the adapter receives."""
         return functional.dropout(inputs, self.dropout, self.training) if self.dropout else inputs
 
@@ -77,11 +77,11 @@ class LoRALinear(LoRALayer):
         """``W x + b + scale * B A x``; the product with ``B`` adds into the result in one kernel."""
         if self.own is not None:
             result: Tensor = self.own(inputs)
-            low = functional.linear(self.heard(inputs).to(self.lora_A.dtype), self.lora_A)
+            low = functional.linear(self.adapter_input(inputs).to(self.lora_A.dtype), self.lora_A)
             return (result + self.scale * functional.linear(low, self.lora_B)).to(result.dtype)
         weight, bias = self.frozen
         result = functional.linear(inputs, self.as_matrix(weight), bias)
-        low = functional.linear(self.heard(inputs), self.lora_A)
+        low = functional.linear(self.adapter_input(inputs), self.lora_A)
         added = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), self.lora_B.T, alpha=self.scale)
         return added.view(result.shape)
 
@@ -98,7 +98,7 @@ class LoRAConv(LoRALayer):
         weight, bias = self.frozen
         place = (self.stride, self.padding, self.dilation)
         result = functional.conv2d(inputs, weight, bias, *place)
-        low = functional.conv2d(self.heard(inputs), self.kernel(self.lora_A, "lora_A"), None, *place)
+        low = functional.conv2d(self.adapter_input(inputs), self.kernel(self.lora_A, "lora_A"), None, *place)
         return torch.add(result, functional.conv2d(low, self.kernel(self.lora_B, "lora_B")), alpha=self.scale)
 
     def kernel(self, factor: Tensor, leaf: str) -> Tensor:

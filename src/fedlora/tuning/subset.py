@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class HeadOnly(Tuning):
     """Linear probe: only the task head is trained."""
 
     kind: Literal["head_only"] = "head_only"
+    freezes_base: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = False
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         """See ``Tuning.install``; a model without a separate head, such as a language model, is refused."""

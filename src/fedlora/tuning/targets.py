@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.later import peft, transformers
-from fedlora.tuning.base import check_matched
 from fedlora.tuning.matrices import is_linear, is_matrix, obstacle, tied_weights
 
 if TYPE_CHECKING:
@@ -58,8 +57,8 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
         model: the model to search.
         targets: ``default`` for the family's usual ones (query and value, as in PEFT; all of them if the family is in
             no table), ``all-linear`` for every linear layer and every ungrouped convolution except the head, a regular
-            expression that must match a whole module name, or a tuple of name suffixes. Only the latter two select
-            embeddings.
+            expression that must match a whole module name, or a tuple of name suffixes. A string that matches no whole
+            name is read as a suffix. Only the latter two select embeddings.
         head: names of the head's parameters.
 
     Raises:
@@ -70,19 +69,25 @@ def find(model: nn.Module, targets: Targets, head: frozenset[str]) -> dict[str, 
         known = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING | _MORE_DEFAULTS
         usual = known.get(family(model), "all-linear")
         targets = usual if isinstance(usual, str) else tuple(usual)
-    matches = _matcher(targets)
-    matrices = {name: module for name, module in _matrices(model, head).items() if matches(name)}
+    every = {name: module for name, module in model.named_modules() if is_matrix(module)}
+    chosen = _chosen(list(every), targets)
+    matrices = {
+        name: every[name]
+        for name in chosen
+        if not any(f"{name}.{leaf}" in head for leaf, _ in every[name].named_parameters())
+    }
     obstacles = _obstacles(model, matrices)
     if named and obstacles:
         name, why = next(iter(obstacles.items()))
         raise ConfigError(f"{name} cannot be a target: {why}; leave it out of `targets`")
-    output = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    output = _output(model)
     found = {
         name: module
         for name, module in matrices.items()
         if named or not (name in obstacles or module is output or isinstance(module, nn.Embedding))
     }
-    check_matched(len(found), f"targets = {targets!r}", model)
+    if not found:
+        raise _nothing(model, targets, chosen if named else [], every)
     return found
 
 
@@ -97,10 +102,15 @@ def endings(model: nn.Module, targets: Targets, head: frozenset[str]) -> tuple[s
     Raises:
         ConfigError: see ``find``; or a name is the ending of another one, which ``targets`` does not select.
     """
-    return shortest_endings(find(model, targets, head), _matrices(model, head))
+    matrices = [
+        name
+        for name, module in model.named_modules()
+        if is_matrix(module) and not any(f"{name}.{leaf}" in head for leaf, _ in module.named_parameters())
+    ]
+    return shortest_endings(find(model, targets, head), matrices)
 
 
-def shortest_endings(chosen: Collection[str], names: Collection[str]) -> tuple[str, ...]:
+def shortest_endings(chosen: Collection[str], names: Sequence[str]) -> tuple[str, ...]:
     """Endings that match all ``chosen`` names and no others of ``names``.
 
     Raises:
@@ -108,36 +118,54 @@ def shortest_endings(chosen: Collection[str], names: Collection[str]) -> tuple[s
     """
     found: list[str] = []
     for name in chosen:
-        if _matcher(tuple(found))(name):
+        if _chosen([name], tuple(found)):
             continue
         parts = name.split(".")
         tried = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-        fit = (one for one in tried if all(other in chosen for other in filter(_matcher((one,)), names)))
+        fit = (one for one in tried if set(_chosen(names, (one,))) <= set(chosen))
         if (ending := next(fit, None)) is None:
-            raise ConfigError(f"{name} cannot be told from other modules by its name; give `targets` as endings")
+            raise ConfigError(
+                f"{name} cannot be distinguished from other modules by its name; give `targets` as endings"
+            )
         found.append(ending)
     return tuple(found)
 
 
-def _matrices(model: nn.Module, head: frozenset[str]) -> dict[str, Matrix]:
-    """The matrices outside the head."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if is_matrix(module) and not any(f"{name}.{leaf}" in head for leaf, _ in module.named_parameters())
-    }
+def _output(model: nn.Module) -> nn.Module | None:
+    """The matrix of a language model's output."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return None
+    found: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return found
 
 
-def _matcher(targets: Targets) -> Callable[[str], bool]:
-    if isinstance(targets, tuple):
-        return lambda name: any(name == ending or name.endswith(f".{ending}") for ending in targets)
+def _nothing(model: nn.Module, targets: Targets, chosen: Sequence[str], every: Iterable[str]) -> ConfigError:
+    """The error about targets that select nothing but modules of the head, if any."""
+    if chosen:
+        return ConfigError(
+            f"targets = {targets!r} selects {', '.join(chosen[:5])} alone, of the head, which is trained whole: name "
+            "other modules"
+        )
+    endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in every}))
+    return ConfigError(
+        f"targets = {targets!r} matches nothing in {type(model).__name__}; a string is a regular expression over a "
+        f"whole name or the end of names, a list has ends of names, and the matrices there are end in: {endings}"
+    )
+
+
+def _chosen(names: Sequence[str], targets: Targets) -> list[str]:
+    """The names that ``targets`` select."""
     if targets == "all-linear":
-        return lambda _: True
-    try:
-        pattern = re.compile(targets)
-    except re.error as error:
-        raise ConfigError(f"targets = {targets!r} is no regular expression: {error}") from error
-    return lambda name: pattern.fullmatch(name) is not None
+        return list(names)
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ConfigError(f"targets = {targets!r} is not a regular expression: {error}") from error
+        if found := [name for name in names if pattern.fullmatch(name)]:
+            return found
+        targets = (targets,)
+    return [name for name in names if any(name == ending or name.endswith(f".{ending}") for ending in targets)]
 
 
 def _obstacles(model: nn.Module, matrices: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -44,7 +44,9 @@ def demo(
         ConfigError: the experiment's rows are held by sites.
     """
     if isinstance(experiment.data, Sites):
-        raise ConfigError("data.kind = 'sites' is for real sites; the demo deals the data of any other kind to sites")
+        raise ConfigError(
+            "data.kind = 'sites' is for real sites; the demo distributes data of any other kind to its sites"
+        )
     rules = ServerPolicy(min_available=len(prepare(experiment).population))
     with started_sites(federation, sites):
         return serve(experiment, folder, federation / "server", rules=rules, callbacks=callbacks)

@@ -55,18 +55,22 @@ def federate(
         QuorumError: too few clients can be reached, or reply.
     """
     if not MODES[experiment.mode].sends:
-        raise ConfigError(f"mode = {experiment.mode!r} sends nothing, so there is nothing for sites; use `fedlora run`")
+        raise ConfigError(
+            f"mode = {experiment.mode!r} does not communicate, so it has no work for sites; use `fedlora run`"
+        )
     check_on_disk(experiment, "sites")
     noisy = any(phase.recipe.privacy.needs_uniform_mean for phase in experiment.phases)
     if noisy and rules.over_sample > 1:
-        raise ConfigError("noise is calibrated for the clients that are drawn, all of them; leave over_sample at 1")
+        raise ConfigError("noise is calibrated for all sampled clients; leave over_sample at 1")
     if rules.min_clients > experiment.clients.per_round:
         raise ConfigError(
-            f"min_clients = {rules.min_clients} answers are asked for, and clients.per_round = "
-            f"{experiment.clients.per_round} clients are asked in a round; make the first smaller"
+            f"min_clients = {rules.min_clients} client results are required, but clients.per_round = "
+            f"{experiment.clients.per_round} clients are sampled in a round; lower min_clients"
         )
     if rules.over_sample > 1 and experiment.clients.sampling != "fixed":
-        raise ConfigError("over_sample asks more clients than count, and a Poisson draw has no number; leave it at 1")
+        raise ConfigError(
+            "over_sample samples more clients than are needed, and a Poisson sample has no fixed size; leave it at 1"
+        )
     files, report = RunFolder(folder), CallbackList(callbacks)
     look(files, experiment, extend=False)
     ready = prepare(experiment) if not isinstance(experiment.data, Sites) else None
@@ -79,8 +83,8 @@ def federate(
         remote = Remote(transport, rules, str(files.read_json(KNOWN)["run"]), anywhere, callbacks)
         if ready:
             remote.open(experiment, task, len(ready.population))
-        setting = ready or _of_sites(experiment, task, remote, files, names)
-        return experiments.train(experiment, folder, None, callbacks, setting, remote, None, held=True)
+        data = ready or _of_sites(experiment, task, remote, files, names)
+        return experiments.train(experiment, folder, None, callbacks, data, remote, None, held=True)
 
 
 def _of_sites(
@@ -99,8 +103,8 @@ def _of_sites(
     absent = [name for name in ordered if name not in known["sites"]]
     if absent and (any(phase.recipe.local.example_privacy for phase in experiment.phases) or experiment.clients.tiers):
         raise ConfigError(
-            f"nothing is known of {absent[0]!r} yet, and tiers or the account of examples' privacy need to know what "
-            "each site is; set min_available to the number of sites"
+            f"site {absent[0]!r} has never connected, but tiers and the privacy accounting of examples need the "
+            "size and kind of every site; set min_available to the number of sites"
         )
     sizes = {name: size for name, (size, _) in sites.items()}
     return prepare_sites(experiment, task, sizes, {name: kind for name, (_, kind) in sites.items()})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 PROXY = """\
-# A reverse proxy in front of Flower's SuperLink: sites reach what is theirs, and nobody else reaches anything.
-# Put server.pem and server.key where the paths below say, then: nginx -c /path/to/nginx.conf
+# A reverse proxy in front of Flower's SuperLink: sites can reach their endpoint only; every other request is refused.
+# Put server.pem and server.key at the paths below, then: nginx -c /path/to/nginx.conf
 worker_processes auto;
 events {{ worker_connections 1024; }}
 http {{
@@ -15,7 +15,7 @@ http {{
     ssl_certificate_key server.key;
     ssl_protocols TLSv1.3;
     client_max_body_size 16m;  # an object of Flower's has 5 MiB at most
-    location /v1/fleet/ {{  # what SuperNodes speak; each request is signed with a site's key
+    location /v1/fleet/ {{  # the API for SuperNodes; each request is signed with a site's key
       proxy_pass https://127.0.0.1:{port};
       proxy_http_version 1.1;
       proxy_request_buffering off;
@@ -31,7 +31,7 @@ http {{
 """
 
 SITE = """\
-# What this site is, and what it does for the server. Paths are relative to this file.
+# This site, and its limits for jobs of the server. Paths are relative to this file.
 name = "{name}"
 rows = "rows.jsonl"  # csv, tsv, json, jsonl or parquet; they never leave this machine
 
@@ -41,53 +41,54 @@ rows = "rows.jsonl"  # csv, tsv, json, jsonl or parquet; they never leave this m
 # [model]            # where the pre-trained model is here; the same files as the server's
 # path = "/models/all-MiniLM-L6-v2"
 
-[limits]             # what is more than this is refused; raise what you mean to allow
+[limits]             # jobs beyond these are refused; raise them as needed
 tunings = ["lora"]           # kinds of tuning; others send more than adapters and the head
 max_megabytes = 50           # one message
 max_steps = 1000             # one turn
 max_seconds = 3600           # one turn, or loading the model
 min_cohort = 2               # sites averaged in a round, as the server announces
-max_runs = 20                # this and what follows: all runs together, across restarts; counted in state/usage.json
+max_runs = 20                # this and the following: all runs together, across restarts; counted in state/usage.json
 max_rounds = 2000
 max_megabytes_per_day = 2000
 # max_epsilon = 8.0        # of the examples here, at delta = 1e-6; needs noise for examples and dp-accounting
-# min_noise = 0.5          # noise that the server says it adds to the mean of sites
+# min_noise = 0.5          # noise that the server declares for the mean of sites
 # min_example_noise = 0.5  # noise that this site adds itself
 """
 
 SITE_README = """\
 # Site {name}
 
-This folder is yours alone: `site.key` proves who you are. Keep it at mode 0600 and do not send it anywhere.
+This folder is private: `site.key` is the identity of this site. Keep it at mode 0600 and do not send it anywhere.
 
 1. `pip install 'fedlora[flower]'`
-2. Put your training rows here and name the file in `site.toml`; say there what you accept.
+2. Put your training rows here and name the file in `site.toml`; set your limits there.
 3. `fedlora join {host}:{proxy_port} --site-config site.toml`
 
-It waits for the server for as long as it takes, and comes back by itself. Ctrl-C leaves.
+It waits for the server without a time limit, and reconnects automatically. Ctrl-C leaves.
 """
 
 README = """\
 # A federation of {names}
 
-| folder | whose | what |
+| folder | owner | contents |
 | --- | --- | --- |
-| `authority/` | keep it offline | signs certificates; needed again for a new server certificate alone |
-| `server/` | the server's | certificate, keys of sites, `server.toml`, `nginx.conf` |
-| `sites/NAME/` | one for each site; hand it over in private | key, certificate to trust, `site.toml`, a README |
+| `authority/` | you; keep it offline | key that signs certificates; needed again only for a new server certificate |
+| `server/` | the server | certificate, keys of sites, `server.toml`, `nginx.conf` |
+| `sites/NAME/` | one site each; transfer it privately | key, certificate to trust, `site.toml`, a README |
 
 On the server:
 
 1. `pip install 'fedlora[flower]'`
 2. `nginx -p "$PWD/server" -c nginx.conf` opens port {proxy_port} to sites. Nothing else may be open: Flower's SuperLink
-   listens on 127.0.0.1:{port}, where whoever is let in can start runs.
-3. A configuration whose data are `{{ kind = "sites", test = "test.jsonl" }}`, with `clients.num` as many as there are
+   listens on 127.0.0.1:{port}, where every admitted client can start runs.
+3. A configuration with data `{{ kind = "sites", test = "test.jsonl" }}` and `clients.num` set to the number of
    sites; then `fedlora serve CONFIG.toml --federation server`
 
 On each site: `fedlora join {host}:{proxy_port} --site-config site.toml`, as its README says.
 
-A new site: `ssh-keygen -t ecdsa -b 384 -N "" -f site.key` on the site, its public key as `server/sites/NAME.pub`, its
-name in `server/server.toml`. To let one go, take its name out of there. Either takes a new start of the server.
+To add a site: `ssh-keygen -t ecdsa -b 384 -N "" -f site.key` on the site, its public key as
+`server/sites/NAME.pub`, its name in `server/server.toml`. To remove one, delete its name there. Both need a
+restart of the server.
 
 On one machine, all at once: `fedlora federation demo CONFIG.toml --sites 3`
 """

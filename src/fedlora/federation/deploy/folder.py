@@ -47,8 +47,8 @@ class ServerConfig:
         file = folder / SERVER_FILE
         if not file.exists():
             raise ConfigError(
-                f"{file} is not there; `fedlora federation init DIR --sites N` writes a federation, and --federation "
-                "DIR/server names its server's folder"
+                f"{file} does not exist; `fedlora federation init DIR --sites N` writes a federation, and "
+                "--federation DIR/server names its server's folder"
             )
         return parse_as(cls, read_toml(file), file)
 
@@ -64,7 +64,7 @@ def public_keys(folder: Path, config: ServerConfig) -> dict[str, bytes]:
         file = folder / "sites" / f"{name}.pub"
         if not file.exists():
             raise ConfigError(
-                f"{file} is not there; put the public key of site {name!r} there, or leave it out of sites"
+                f"{file} does not exist; put the public key of site {name!r} there, or leave it out of sites"
             )
         found[name] = file.read_bytes()
     return found
@@ -89,7 +89,7 @@ def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; name a new folder, since keys are never overwritten")
     if len(set(names)) != len(names):
-        raise ConfigError("two sites have one name; names tell them apart")
+        raise ConfigError("two sites have the same name; give each a name of its own")
     server = {
         "host": host,
         "proxy_port": proxy_port,

@@ -102,7 +102,7 @@ def _keep(name: str, children: dict[str, Child], report: Callback) -> None:
                 continue
             if child.started and not due[what]:
                 due[what] = time.monotonic() + waits[what]
-                report.message(f"{name}: {what} ended; again in {waits[what]:.0f} s ({child.last_words()[-200:]})")
+                report.message(f"{name}: {what} ended; restarting in {waits[what]:.0f} s ({child.last_words()[-200:]})")
                 waits[what] = min(2 * waits[what], LONGEST_WAIT)
             elif time.monotonic() >= due[what]:
                 child.start()
@@ -119,9 +119,11 @@ def _credentials(folder: Path) -> list[str]:
     ca, key = folder / "ca.crt", folder / "site.key"
     for each in (ca, key):
         if not each.exists():
-            raise ConfigError(f"{each} is not there; it comes with the folder that the federation's server handed over")
+            raise ConfigError(f"{each} does not exist; it is in the folder that the server's operator provided")
     if key.stat().st_mode & 0o077:
-        raise ConfigError(f"{key} can be read by others; chmod 600 it, and ask for a new one if somebody may have")
+        raise ConfigError(
+            f"{key} can be read by other users; chmod 600 it, and ask for a new key if it may have been read"
+        )
     return ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
 
 

@@ -98,8 +98,8 @@ class Child:
         with contextlib.suppress(OSError):
             lines = (self.home / "log.txt").read_text(errors="replace").strip().splitlines()[-40:]
             wrong = [number for number, line in enumerate(lines) if "ERROR" in line or "Exit Code" in line]
-            told = lines[wrong[-1] : wrong[-1] + 3] if wrong else lines[-3:]
-            return " ".join(line.strip() for line in told)[-400:]
+            last = lines[wrong[-1] : wrong[-1] + 3] if wrong else lines[-3:]
+            return " ".join(line.strip() for line in last)[-400:]
         return ""
 
     def complaints(self) -> list[str]:

@@ -57,7 +57,7 @@ def serve(
     quiet()
     config = ServerConfig.load(federation)
     if insecure and isinstance(experiment.data, Sites):
-        raise ConfigError("in plain text nobody knows which site is which; leave --insecure out")
+        raise ConfigError("without TLS sites cannot be identified; leave --insecure out")
     keys_of = {} if insecure else public_keys(federation, config)
     rules = rules or config.rules
     with superlink(federation, config.port, callbacks, insecure) as link, sites_of(link, keys_of) as transport:
@@ -116,7 +116,7 @@ def superlink(federation: Path, port: int, callbacks: Sequence[Callback], insecu
             child.start()
             wait_until_up(child, address, ca)
         except (FedloraError, OSError) as error:
-            failures.append(f"the SuperLink does not come up: {error}")
+            failures.append(f"the SuperLink does not start: {error}")
             return False
         failures.clear()
         return True
@@ -127,7 +127,7 @@ def superlink(federation: Path, port: int, callbacks: Sequence[Callback], insecu
         up.set()
         while came and not ended.wait(0.2) and len(failures) < RESTARTS:
             if not child.alive:
-                report.message(f"the SuperLink ended and is started again ({child.last_words()[-200:]})")
+                report.message(f"the SuperLink ended and is restarted ({child.last_words()[-200:]})")
                 begin()
         child.stop()
 
@@ -155,7 +155,7 @@ def _command(federation: Path, port: int, insecure: bool) -> list[str]:
     for name, file in {"ca-certfile": "ca.crt", "certfile": "server.pem", "keyfile": "server.key"}.items():
         if not (federation / file).exists():
             raise ConfigError(
-                f"{federation / file} is not there; `fedlora federation init` writes it, and nothing runs in plain text"
+                f"{federation / file} does not exist; `fedlora federation init` writes it, and TLS needs it"
             )
         command += [f"--ssl-{name}", str(federation / file)]
     return [*command, "--enable-supernode-auth"]

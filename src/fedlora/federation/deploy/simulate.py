@@ -56,7 +56,7 @@ def simulate(
         ConfigError: the experiment's rows are held by sites.
     """
     if isinstance(experiment.data, Sites):
-        raise ConfigError("data.kind = 'sites' is for real sites; a simulation deals the data of any other kind")
+        raise ConfigError("data.kind = 'sites' is for real sites; a simulation distributes data of any other kind")
     place = folder.resolve() / "simulation"
 
     def main(transport: Transport) -> Result:
@@ -94,8 +94,8 @@ def with_ray(
     check_flower(PRIVATE)
     if " " in sys.executable:
         raise ConfigError(
-            f"Ray cannot start workers where the path of Python has a space ({sys.executable}), and would wait for "
-            "ever; install fedlora in another place, or use another engine"
+            f"Ray does not support a space in the path of Python ({sys.executable}), and would hang; install "
+            "fedlora in another folder, or use another engine"
         )
     quiet()
     from flwr.serverapp import ServerApp
@@ -117,7 +117,7 @@ def with_ray(
 
     def check() -> None:
         if crashed.is_set():
-            raise ProcessError("Ray's processes ended; what they said is above")
+            raise ProcessError("Ray's processes ended; their output is above")
 
     # Ray's processes inherit this environment; those of an already running cluster must receive it explicitly
     os.environ[SITE_FILE] = str(folder / "site.toml")

@@ -52,9 +52,9 @@ def unpack(record: RecordDict) -> bytes:
     """
     found = record.get("envelope")
     if list(record) != ["envelope"] or not isinstance(found, ArrayRecord):
-        raise WireError("a message without a message came")
+        raise WireError("a message does not contain an envelope")
     if list(found) != [f"{number:06d}" for number in range(len(found))]:
-        raise WireError("the pieces of a message are not in order")
+        raise WireError("the chunks of a message are out of order")
     if any(array.stype != _TYPE for array in found.values()) or sum(len(a.data) for a in found.values()) > LARGEST:
         raise WireError("a message is of an unknown kind, or too long")
     return b"".join(array.data for array in found.values())
@@ -98,8 +98,8 @@ class GridTransport(Transport):
             except TRANSPORT:
                 raise
             except Exception as error:
-                logging.getLogger("fedlora").warning("an answer cannot be read", exc_info=error)
-                why = f"an answer that Flower cannot read ({type(error).__name__})"
+                logging.getLogger("fedlora").warning("a reply cannot be read", exc_info=error)
+                why = f"a reply that Flower cannot read ({type(error).__name__})"
                 done += [Received(ticket, None, why) for ticket in asked]
                 continue
             for message in found:

@@ -154,7 +154,7 @@ def _acquire(client: RuntimeHttpClient, kind: TaskType, seconds: float) -> str:
         if answer.HasField("task") and answer.token:
             return str(answer.token)
         time.sleep(POLL)
-    raise ProcessError(f"the SuperLink gave no task in {seconds:.0f} s; its log says more")
+    raise ProcessError(f"the SuperLink gave no task in {seconds:.0f} s; see its log")
 
 
 class _Grid(HttpGrid):  # type: ignore[misc]
@@ -165,7 +165,7 @@ class _Grid(HttpGrid):  # type: ignore[misc]
             tickets: Iterable[str] = super().push_messages(messages)
             return tickets
         except ObjectPushError as error:
-            logging.getLogger("fedlora").warning("a message was not stored, and is sent again: %s", error)
+            logging.getLogger("fedlora").warning("a message was not stored and is sent again: %s", error)
             return []
 
 
@@ -189,26 +189,26 @@ def open_grid(link: Link, run: int) -> Iterator[Grid]:
             )
             grid._retry_invoker.max_time = LONGEST_OUTAGE
             runtime = grid._runtime_client
-            told = runtime.PullTaskInput(PullTaskInputRequest())
-            context = context_from_proto(told.context)
-            if told.run.run_id == run:
+            pulled = runtime.PullTaskInput(PullTaskInputRequest())
+            context = context_from_proto(pulled.context)
+            if pulled.run.run_id == run:
                 break
-            _end(grid, context, SubStatus.FAILED, "it was never taken")
+            _end(grid, context, SubStatus.FAILED, "it was never started")
     finally:
         client.close()
     heart = HeartbeatSender(make_task_heartbeat_fn_http(runtime))
     heart.start()
-    TaskIdentity.task_id, TaskIdentity.run_id = told.task_id, told.run.run_id
-    TaskIdentity.node_id = told.context.node_id
-    grid.set_run(run_from_proto(told.run))
+    TaskIdentity.task_id, TaskIdentity.run_id = pulled.task_id, pulled.run.run_id
+    TaskIdentity.node_id = pulled.context.node_id
+    grid.set_run(run_from_proto(pulled.run))
     status, details = SubStatus.FAILED, "it was stopped"
     try:
         yield grid
         status, details = SubStatus.COMPLETED, ""
     except (httpx.HTTPError, RunNotRunningException) as error:
         raise ProcessError(
-            f"the SuperLink cannot be reached any more, or gave the run up ({type(error).__name__}); the same command "
-            "goes on"
+            f"the SuperLink can no longer be reached, or aborted the run ({type(error).__name__}); run the same "
+            "command to resume"
         ) from error
     finally:
         heart.stop()
@@ -222,7 +222,7 @@ def _end(grid: HttpGrid, context: Context, status: str, details: str) -> None:
     try:
         grid._runtime_client.PushTaskOutput(request)
     except (httpx.HTTPError, RunNotRunningException) as error:
-        logging.getLogger("fedlora").debug("the end of the run could not be told: %s", error)
+        logging.getLogger("fedlora").debug("the end of the run could not be reported: %s", error)
     grid.close()
 
 
@@ -260,12 +260,12 @@ def take_messages(link: Link, handle: Callable[[Message], Message]) -> None:
             except Exception as error:
                 logging.getLogger("fedlora").exception("a message could not be answered")
                 # its message may quote rows
-                status, details = SubStatus.FAILED, f"{type(error).__name__}; the site's own log says more"
+                status, details = SubStatus.FAILED, f"{type(error).__name__}; see the site's own log"
                 reply = Message(Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=details), reply_to=message)
             push_message(task, reply, context)
             push_task_output(task, context, status, details)
         except (Exception, RunNotRunningException) as error:  # the SuperNode misses the heartbeat and reports it
-            logging.getLogger("fedlora").warning("a message went away: %s: %s", type(error).__name__, error)
+            logging.getLogger("fedlora").warning("a message was abandoned: %s: %s", type(error).__name__, error)
         finally:
             heart.stop()
             task.close()

@@ -54,7 +54,7 @@ def read(raw: bytes) -> Envelope:
         WireError: the bytes are not an envelope of this version, or do not have the stated length.
     """
     if len(raw) < _START.size:
-        raise WireError(f"a message of {len(raw)} bytes is too short to be one")
+        raise WireError(f"a message of {len(raw)} bytes is shorter than an envelope")
     magic, version, length = _START.unpack_from(raw)
     if magic != MAGIC or version != VERSION:
         raise WireError(
@@ -62,7 +62,7 @@ def read(raw: bytes) -> Envelope:
             "version of fedlora everywhere"
         )
     if length > min(LARGEST_HEAD, len(raw) - _START.size):
-        raise WireError(f"a message's head is to have {length} bytes, and {len(raw) - _START.size} are there")
+        raise WireError(f"a message's head has {length} bytes, but {len(raw) - _START.size} are left")
     at = _START.size + length
     try:
         head = json.loads(raw[_START.size : at].decode("utf-8"), object_pairs_hook=_once)
@@ -70,7 +70,7 @@ def read(raw: bytes) -> Envelope:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OverflowError) as error:
         raise WireError(f"a message's head cannot be read ({type(error).__name__})") from error
     if min(lengths.values(), default=0) < 0 or sum(lengths.values()) != len(raw) - at:
-        raise WireError(f"a message has {len(raw) - at} bytes after its head, which says {sum(lengths.values())}")
+        raise WireError(f"a message has {len(raw) - at} bytes after its head, which declares {sum(lengths.values())}")
     blobs = {}
     for name, size in lengths.items():
         blobs[name] = raw[at : at + size]
@@ -95,7 +95,7 @@ _KEYS = {
         *("run", "ticket", "seconds", "recipe", "client", "phase", "round", "progress", "seed", "base", "memory"),
         "fold",
     ),
-    "reply": ("run", "ticket", "client", "progress", "seconds", "refused", "failed", "lost", "kept"),
+    "reply": ("run", "ticket", "client", "progress", "seconds", "refused", "failed", "lost", "kept", "unmoved"),
 }
 _BLOBS = {"job": ("payload", "setup", "fold"), "reply": ("raw",)}
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora.config.reading import read_toml
 from fedlora.core.component import MODEL_CONFIG, Count, Field, NonNegative, Positive, Whole, dataclass
+from fedlora.core.devices import DeviceName
 from fedlora.core.errors import ConfigError
 from fedlora.core.slots import kind_of, named
 from fedlora.privacy import CentralGaussian
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
 from fedlora.tasks import Model
+from fedlora.tasks.data.opening import Delimiter, Encoding, Reading
 from fedlora.tuning.accepted import objection
 
 T = TypeVar("T")
@@ -87,11 +89,11 @@ class SitePolicy:
             return f"tuning {kind_of(recipe.tuning)!r} is not accepted here, only {', '.join(self.tunings)}"
         steps = recipe.local.num_steps(examples)
         if self.max_steps is not None and steps > self.max_steps:
-            return f"{steps} steps are asked for, and {self.max_steps} at most are taken here"
+            return f"{steps} steps were requested, but at most {self.max_steps} are accepted here"
         noise = recipe.privacy.noise_multiplier if isinstance(recipe.privacy, CentralGaussian) else 0.0
         pending = opening and noise is None
         if self.min_noise is not None and not pending and (noise or 0.0) < self.min_noise:
-            return f"the mean of clients gets noise {noise or 0.0:g}, and {self.min_noise:g} is asked for here"
+            return f"the mean of clients gets noise {noise or 0.0:g}, but {self.min_noise:g} is required here"
         return self._example_noise_refusal(recipe.local.example_privacy)
 
     def _example_noise_refusal(self, privacy: ExampleNoise | None) -> str:
@@ -99,15 +101,15 @@ class SitePolicy:
         if self.min_example_noise is None:
             return ""
         if noise < self.min_example_noise:
-            return f"examples get noise {noise:g}, and {self.min_example_noise:g} is asked for here"
+            return f"examples get noise {noise:g}, but {self.min_example_noise:g} is required here"
         if privacy and privacy.seed is not None:
-            return "noise for examples is to be drawn from a seed that the server knows, and could be taken off again"
+            return "noise for examples would be drawn from a seed known to the server, which could subtract it"
         return ""
 
     def too_large(self, size: int) -> str:
         """Why a message of ``size`` bytes is not accepted; empty if it is."""
         if self.max_megabytes is not None and size > 1e6 * self.max_megabytes:
-            return f"a message of {size / 1e6:.1f} MB, and {self.max_megabytes:g} at most are accepted here"
+            return f"a message has {size / 1e6:.1f} MB, but at most {self.max_megabytes:g} are accepted here"
         return ""
 
 
@@ -132,28 +134,33 @@ class SiteConfig:
 
     Args:
         name: the site's name in the ledger.
-        rows: a csv, tsv, json, jsonl or parquet file of training rows, optionally with ``.gz``; rows never leave the
-            site.
+        rows: training rows, a file or pattern as for ``Files``; rows never leave the site.
         columns: column name used by the task -> name in the file, if different.
+        delimiter: as for ``Files``.
+        encoding: as for ``Files``.
+        max_unpacked_gb: as for ``Files``.
         share: share of the data of the server's configuration, for trials on one machine.
         tier: kind of this site, for ``clients.tiers`` by ``values``.
         model: location of the pre-trained model on this site; by default the server's, if that is ``embedded``.
-        device: the device of the model.
+        device: the device of the model, as in a configuration.
         state: folder for the state kept between rounds.
         poll_seconds: seconds between two polls for work; each costs about a kilobyte.
         limits: the site's policy.
 
     Raises:
-        ConfigError: neither or both of ``rows`` and ``share`` are given.
+        ConfigError: neither or both of ``rows`` and ``share`` are given, or there is no such encoding.
     """
 
     name: Name
     rows: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    delimiter: Delimiter | None = None
+    encoding: Encoding | None = None
+    max_unpacked_gb: Positive | None = None
     share: Share | None = None
     tier: str = ""
     model: Model | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     state: str = "state"
     poll_seconds: Annotated[float, Field(ge=0.05)] = 1.0
     limits: SitePolicy = SitePolicy()
@@ -161,6 +168,11 @@ class SiteConfig:
     def __post_init__(self) -> None:
         if (self.rows is None) == (self.share is None):
             raise ConfigError("a site has rows = 'FILE', or a share of the server's data for trials; give one of them")
+
+    @property
+    def reading(self) -> Reading:
+        """How the rows are read."""
+        return Reading(delimiter=self.delimiter, encoding=self.encoding, max_unpacked_gb=self.max_unpacked_gb)
 
     @classmethod
     def load(cls, path: Path) -> Self:

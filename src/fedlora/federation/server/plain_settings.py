@@ -38,9 +38,9 @@ class PlainSettings:
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment as it is sent; the pattern of answers is for the server's evaluation alone."""
+        """The experiment as it is sent, without what only the server uses: the pattern of answers, stop, track."""
         phases = tuple(replace(phase, recipe=self.of(phase.recipe)) for phase in self._experiment.phases)
         task = self._experiment.task
         if isinstance(task, Instruction):
             task = replace(task, answer_pattern="exact")
-        return replace(self._experiment, phases=phases, task=task)
+        return replace(self._experiment, phases=phases, task=task, stop=None, track=())

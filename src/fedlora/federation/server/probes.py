@@ -83,7 +83,7 @@ class Probing(Transport):
                 if ticket in self._probes:
                     self._probes.remove(ticket)
                     continue
-                received.append(Received(ticket, None, "a message to it or its answer was lost on the way", again=True))
+                received.append(Received(ticket, None, "a message to it or its reply was lost", again=True))
         self._probe({self._sent[ticket][0] for ticket in tickets if ticket in self._sent})
         return received
 

@@ -63,7 +63,7 @@ class _PendingJob:
     ticket: str | None = None
     tries: int = 0
     lost_since: float | None = None
-    why: str = "its site is not there"
+    why: str = "its site is not connected"
 
 
 class Remote(Engine):
@@ -96,7 +96,7 @@ class Remote(Engine):
         self.attempts = rules.attempts
         self.site_infos: dict[str, SiteInfo] = {}
         self._opening: dict[str, Any] = {}
-        self._plain: PlainSettings
+        self._plain: PlainSettings | None = None
         self._numbers: Mapping[str, int] = {}
         self._clients = self._per_round = 0
         self._invited: dict[str, _Invited] = {}
@@ -125,11 +125,11 @@ class Remote(Engine):
             QuorumError: too few clients connected within ``round_timeout`` seconds, or their sites refuse.
         """
         effective = in_mode(experiment)
-        self._plain = PlainSettings(effective, task)
+        self._plain = plain_settings = PlainSettings(effective, task)
         self._opening = {
             "kind": "open",
             "run": self.name,
-            "experiment": config.resolved(self._plain.experiment),
+            "experiment": config.resolved(plain_settings.experiment),
             "label_names": task.label_names,
             "base": base_digest(located_model(effective)),
         }
@@ -155,7 +155,7 @@ class Remote(Engine):
             if time.monotonic() > deadline:
                 refused = "; ".join(f"{name}: {text}" for name, (_, text) in self._refusals.items())
                 raise QuorumError(
-                    f"{reached} clients can be reached, and {least} are waited for ({refused or sorted(online)}); "
+                    f"{reached} clients can be reached, and {least} are required ({refused or sorted(online)}); "
                     "start more sites, or lower min_clients and min_available"
                 )
             if not said:
@@ -191,11 +191,11 @@ class Remote(Engine):
             except (WireError, DataError) as error:
                 if not received.again:
                     self._refusals[name] = address, str(error)
-                    self._message(f"{name} is not taken in: {error}")
+                    self._message(f"{name} is not admitted: {error}")
                 continue
             self.site_infos[name] = site_info
             self._message(
-                f"{name} is there with {sum(site_info.sizes.values()):,} examples of {len(site_info.sizes)} clients"
+                f"{name} connected with {sum(site_info.sizes.values()):,} examples of {len(site_info.sizes)} clients"
             )
 
     def _site_info(self, name: str, received: Received, secret: str) -> SiteInfo:
@@ -211,25 +211,25 @@ class Remote(Engine):
         envelopes.check_keys(envelope, "opened")
         head = envelope.head
         if (head.get("kind"), head.get("run"), head.get("ticket")) != ("opened", self.name, secret):
-            raise WireError("its answer is to something else")
+            raise WireError("its reply is to another message")
         if head.get("refused"):
             raise DataError(plain(head["refused"]))
         try:
             sizes = {int(client): int(size) for client, size in head["sizes"].items()}
             site_info = SiteInfo(plain(head["tier"], 64), sizes)
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise WireError(f"its answer cannot be read ({type(error).__name__})") from error
+            raise WireError(f"its reply cannot be read ({type(error).__name__})") from error
         if not all(0 <= client < self._clients and 0 <= size <= LARGEST_SIZE for client, size in sizes.items()):
-            raise WireError("it stands for clients that do not exist, or have too many examples")
+            raise WireError("it claims clients that do not exist, or have too many examples")
         if self._numbers and set(sizes) != {self._numbers.get(name)}:
-            raise WireError("it stands for clients that are not its own")
+            raise WireError("it claims clients that are not its own")
         online = self.transport.sites()
         for other in [
             each for each in self.site_infos if each != name and set(sizes) & set(self.site_infos[each].sizes)
         ]:
             if other in online:
                 raise WireError(
-                    f"it stands for clients that {other} stands for; where sites have rows of their own, set "
+                    f"it claims clients that {other} already has; where sites have rows of their own, set "
                     "data.kind = 'sites'"
                 )
             del self.site_infos[other]  # the same site under another name
@@ -276,18 +276,18 @@ class Remote(Engine):
                             counted += 1
                             self._longest = max(self._longest, time.monotonic() - begun)
             if place not in replies:  # as far as is known here, its state is unchanged
-                self._message(f"client {job.client} ({pending_jobs[place].site}) is late; its answer is dropped")
+                self._message(f"client {job.client} ({pending_jobs[place].site}) is late; its reply is dropped")
                 replies[place] = Reply(None, job.memory, 0.0, delivered=False)
             yield replies.pop(place)
 
     def _post(self, pending_job: _PendingJob, online: Mapping[str, int], deadline: float) -> None:
         left = max(1.0, deadline - time.monotonic())
-        told = left if disclosure_of(pending_job.job.recipe).timing and not self.anywhere else None
+        announced = left if disclosure_of(pending_job.job.recipe).timing and not self.anywhere else None
         address = online.get(pending_job.site)
         if address is not None:
             job = pending_job.job
-            job = job._replace(recipe=self._plain.of(job.recipe))
-            raw = envelopes.of_job(job, self.name, pending_job.secret, told)
+            job = job._replace(recipe=self._plain.of(job.recipe) if self._plain else job.recipe)
+            raw = envelopes.of_job(job, self.name, pending_job.secret, announced)
             pending_job.ticket = self.transport.send(address, raw, left)
         if pending_job.ticket is None:
             pending_job.lost_since = pending_job.lost_since or time.monotonic()
@@ -306,7 +306,7 @@ class Remote(Engine):
             if received.again and pending_job.tries < TRIES and disclosure_of(pending_job.job.recipe).retries:
                 pending_job.why, pending_job.lost_since = received.why, time.monotonic()
                 self._message(
-                    f"{pending_job.site} has not answered ({received.why}); it is asked again when it is there"
+                    f"{pending_job.site} has not replied ({received.why}); its job is sent again when it reconnects"
                 )
             else:
                 done.append((number, received))
@@ -335,7 +335,7 @@ class Remote(Engine):
             reply = envelopes.to_reply(envelope, pending_job.job, self.name, pending_job.secret)
             lost = envelope.head.get("lost") is True
         except WireError as error:
-            self._message(f"the answer of {pending_job.site} is refused: {error}")
+            self._message(f"the reply of {pending_job.site} is rejected: {error}")
             size = len(received.raw or b"")
             reply = Reply(None, ClientState(), 0.0, f"{pending_job.site}: {error}", delivered=False, size=size)
         if reply.refused and self.anywhere:

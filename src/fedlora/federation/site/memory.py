@@ -50,15 +50,15 @@ class SiteMemory:
         file = self.folder / "run.json"
         return file.read_text(encoding="utf-8") if file.exists() else None
 
-    def setup(self, phase: int, told: bytes | None) -> bytes | None:
+    def setup(self, phase: int, content: bytes | None) -> bytes | None:
         """A phase's setup message: the one received, which is stored, or else the stored one."""
         file = self.folder / f"setup-{phase}.bin"
-        if told is None:
+        if content is None:
             return file.read_bytes() if file.exists() else None
-        if not file.exists() or file.read_bytes() != told:
+        if not file.exists() or file.read_bytes() != content:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(file, told)
-        return told
+            write_atomically(file, content)
+        return content
 
     def load(self, client: int, known: ClientState) -> ClientState:
         """Loads the complete state of a client.
@@ -75,14 +75,12 @@ class SiteMemory:
         file = self.folder / f"client-{client}" / f"{_checked(known.kept)}.safetensors"
         try:
             with safe_open(file, "pt") as opened:
-                told = json.loads((opened.metadata() or {})["told"])
+                content = json.loads((opened.metadata() or {})["told"])
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a mapping
-            parts = Reader(tensors).memory(told["parts"])
+            parts = Reader(tensors).memory(content["parts"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"what client {client} remembers is not here any more ({type(error).__name__})"
-            ) from error
-        return ClientState(told["has_setup"], parts, known.kept)
+            raise CheckpointError(f"the state of client {client} is no longer here ({type(error).__name__})") from error
+        return ClientState(content["has_setup"], parts, known.kept)
 
     def save(self, client: int, memory: ClientState) -> str:
         """Stores a client's state under a new name, unless it is empty.
@@ -95,10 +93,10 @@ class SiteMemory:
             return ""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         writer = Writer()
-        told = {"has_setup": memory.has_setup, "parts": writer.memory(memory.parts)}
+        content = {"has_setup": memory.has_setup, "parts": writer.memory(memory.parts)}
         kept = secrets.token_hex(8)
         with new_file(folder / f"{kept}.safetensors") as temporary:
-            save_file(writer.tensors, temporary, {"told": json.dumps(told)})
+            save_file(writer.tensors, temporary, {"told": json.dumps(content)})
         others = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
         for old in [file for file in others if file.stem not in (kept, memory.kept)][: -(KEPT - 2)]:
             old.unlink(missing_ok=True)
@@ -108,5 +106,5 @@ class SiteMemory:
 def _checked(name: str) -> str:
     """A name validated not to leave its folder."""
     if not _NAME.match(name):
-        raise CheckpointError(f"{name[:80]!r} is no name of a run or of a state")
+        raise CheckpointError(f"{name[:80]!r} is not the name of a run or of a state")
     return name

@@ -19,8 +19,9 @@ from fedlora.client.jobs import Job, Reply
 from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import in_mode, pick_device, prepare
+from fedlora.config.federated_data import in_mode, prepare
 from fedlora.config.places import located_model
+from fedlora.core.devices import pick_device
 from fedlora.core.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError, WireError
 from fedlora.core.state import ClientState
 from fedlora.federation.protocol import envelopes
@@ -73,7 +74,7 @@ class Site:
             return envelopes.write({"kind": "probed"}, {})
         if kind != "job":
             raise WireError(
-                f"a message of the unknown kind {str(kind)[:40]!r} came; use one version of fedlora everywhere"
+                f"a message of the unknown kind {str(kind)[:40]!r} arrived; use one version of fedlora everywhere"
             )
         try:
             envelopes.check_keys(envelope, "job")
@@ -104,27 +105,25 @@ class Site:
     def _said(self, error: FedloraError) -> str:
         """The part of an error reported to the server: messages about data quote the data, and are not sent."""
         logging.getLogger("fedlora").warning("%s: %s", type(error).__name__, error)
-        text = (
-            "its rows are not as the task needs them; its own log says more" if isinstance(error, DataError) else error
-        )
+        text = "its rows do not fit the task; see its own log" if isinstance(error, DataError) else error
         return f"{self.settings.name}: {text}"
 
     def _open(self, envelope: Envelope) -> bytes:
         head = envelope.head
-        told: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
-        told |= {key: head.get(key) for key in ("run", "ticket")}
+        opened: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
+        opened |= {key: head.get(key) for key in ("run", "ticket")}
         try:
             envelopes.check_keys(envelope, "open")
             with self._limited(envelope):
                 run = self._prepared(head)
             run.memory.open(json.dumps(head))
             self._run = run
-            told["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
+            opened["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
         except FedloraError as error:
-            told["refused"] = self._said(error)
+            opened["refused"] = self._said(error)
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            told["refused"] = self._said(WireError(f"an opening cannot be read ({type(error).__name__}: {error})"))
-        return envelopes.write(told, {})
+            opened["refused"] = self._said(WireError(f"an opening cannot be read ({type(error).__name__}: {error})"))
+        return envelopes.write(opened, {})
 
     def _prepared(self, head: Mapping[str, Any]) -> _Run:
         """Prepares the run of an opening message.
@@ -143,10 +142,10 @@ class Site:
             )
         if self.settings.share is not None:
             share = self.settings.share
-            setting = prepare(in_mode(experiment))
-            numbers = range(share.number, len(setting.population), share.of)
-            clients = {client: setting.population.rows_of(client) for client in numbers}
-            task, device = setting.task, setting.device
+            data = prepare(in_mode(experiment))
+            numbers = range(share.number, len(data.population), share.of)
+            clients = {client: data.population.rows_of(client) for client in numbers}
+            task, device = data.task, data.device
         else:
             task = self._task(experiment, list(head["label_names"]))
             device = pick_device(self.settings.device)
@@ -156,7 +155,7 @@ class Site:
             if refusal := self.settings.limits.refusal(phase.recipe, largest, opening=True):
                 raise ConfigError(refusal)
         self.usage.open_run(name, experiment.clients.per_round)
-        return _Run(name, Workspace(task, experiment.seed, device), clients, memory)
+        return _Run(name, Workspace(task, experiment.seed, device, experiment.deterministic), clients, memory)
 
     def _model(self, experiment: Experiment) -> Model:
         """The model loaded on this site: the server must not determine whose code runs or which files are read."""
@@ -165,28 +164,28 @@ class Site:
             return replace(self.settings.model, head=experiment.model.head, train_head=experiment.model.train_head)
         if self.settings.share is None and experiment.model.path != "embedded":
             raise ConfigError(
-                f"the server trains {experiment.model.path!r}; say in the site's file where it is: model.path"
+                f"the server trains {experiment.model.path!r}; set model.path in the site's file to its folder here"
             )
         return replace(experiment.model, trust_remote_code=False)
 
     def _task(self, experiment: Experiment, label_names: list[str]) -> Prepared:
         task = experiment.task.restore(located_model(experiment), label_names)
-        return task.with_rows(Path(str(self.settings.rows)), self.settings.columns, "train")
+        return task.with_rows(Path(str(self.settings.rows)), self.settings.columns, "train", self.settings.reading)
 
     def _turn(self, envelope: Envelope, job: Job, size: int, received: float) -> Reply:
         run = self._warm(str(envelope.head["run"]))
         limits = self.settings.limits
         if job.client not in run.clients:
-            raise ConfigError(f"client {job.client} is not here")
+            raise ConfigError(f"client {job.client} is not on this site")
         rows = run.clients[job.client]
         if refusal := limits.refusal(job.recipe, len(rows)) or limits.too_large(size):
             raise ConfigError(refusal)
         memory = run.memory.load(job.client, job.memory)
         if memory.folds.version != job.memory.folds.version:
-            raise CheckpointError(f"client {job.client} knows {memory.folds.version} folds here")
+            raise CheckpointError(f"client {job.client} has {memory.folds.version} folds cached here")
         setup = run.memory.setup(job.phase, job.setup)
         if setup is None:
-            raise CheckpointError(f"what phase {job.phase} begins with is not here any more")
+            raise CheckpointError(f"the initial state of phase {job.phase} is no longer here")
         self.usage.begin_turn(run.name, job.progress[0], job.recipe, len(rows))
         seconds = envelope.head.get("seconds")
         left = math.inf if seconds is None else float(seconds) - (time.perf_counter() - received)
@@ -201,8 +200,8 @@ class Site:
     def _warm(self, name: str) -> _Run:
         """The run of a job: the resident one, or one that was opened before this process started."""
         if self._run is None or self._run.name != name:
-            told = SiteMemory(Path(self.settings.state), name).opened()
-            if told is None:
+            opened = SiteMemory(Path(self.settings.state), name).opened()
+            if opened is None:
                 raise CheckpointError(f"run {name} was never opened here")
-            self._run = self._prepared(json.loads(told))
+            self._run = self._prepared(json.loads(opened))
         return self._run

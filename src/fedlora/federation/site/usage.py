@@ -131,7 +131,8 @@ class Usage:
                 raise ValueError("it has other keys")
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{self._file} cannot be read ({error}), so nothing is done; restore it, or remove it to count anew"
+                f"{self._file} cannot be read ({error}), so no job is accepted; restore it, or remove it to "
+                "restart the counts"
             ) from error
         return held
 

@@ -17,7 +17,7 @@ from fedlora.core.store import Store
 from fedlora.core.tree import Tree
 
 NO_UPDATES = (
-    "no client answered with an update; a round needs at least one client that has examples and is done before "
+    "no client returned an update; a round needs at least one client that has examples and is done before "
     "local.timeout_seconds"
 )
 """The error message of an aggregator that received no updates."""

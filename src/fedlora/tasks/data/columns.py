@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
+from fedlora.core.component import Count
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.later import datasets
+from fedlora.core.state import named_seed
+
+_WHOLE = re.compile(r"\s*(?:0|-?[1-9][0-9]{0,17})\s*")
 
 
 class Raw(NamedTuple):
@@ -24,6 +31,8 @@ class Raw(NamedTuple):
         seed: seed of the hash that selects it.
         final: share and seed of the final test rows, which are among the training rows and are dropped first; None if
             there are none.
+        max_train: the most training rows to keep; None for all.
+        max_test: the most test rows to keep; None for all.
     """
 
     train: datasets.Dataset
@@ -31,6 +40,8 @@ class Raw(NamedTuple):
     test_fraction: float
     seed: int
     final: tuple[float, int] | None = None
+    max_train: int | None = None
+    max_test: int | None = None
 
     @property
     def sides(self) -> list[tuple[datasets.Dataset, str]]:
@@ -39,8 +50,32 @@ class Raw(NamedTuple):
         return [(rows, which) for rows, which in named if rows is not None]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """A place that rows come from."""
+    """A place that rows come from.
+
+    Args:
+        max_train: the most training rows to keep: a draw by the source's seed, in the order of the rows, after test
+            rows are held out; None for all.
+        max_test: the same for test rows.
+    """
+
+    max_train: Count | None = None
+    max_test: Count | None = None
+
+    def raw(self) -> Raw:
+        """The rows as ``load`` returns them, with the caps on their numbers, which ``split`` applies.
+
+        Raises:
+            DataError: see ``load``.
+        """
+        raw = self.load()
+        return raw._replace(max_train=self.max_train or raw.max_train, max_test=self.max_test or raw.max_test)
+
+    @property
+    def adds(self) -> frozenset[str]:
+        """The columns that are there whether or not a task reads them."""
+        return frozenset()
 
     @abstractmethod
     def load(self) -> Raw:
@@ -102,7 +137,7 @@ def check_column(rows: datasets.Dataset, name: str, which: str, use: str = "") -
     if name not in rows.column_names:
         near = difflib.get_close_matches(name, rows.column_names, n=1)
         use = use or name
-        other = f'data.columns = {{ {use} = "..." }}, or `evaluate -c {use}=...`, names another'
+        other = f'data.columns = {{ {use} = "..." }}, or `-c {use}=...` of evaluate and predict, names another'
         hint = f"did you mean '{near[0]}'?" if near else other
         raise DataError(f"the {which} rows have no column '{name}', only {', '.join(rows.column_names)}: {hint}")
 
@@ -166,67 +201,25 @@ def split_by_content(rows: datasets.Dataset, key: str, test_fraction: float, see
 
 
 def split(raw: Raw, key: str) -> Splits:
-    """The two sides of ``raw``; rows are held out by ``key`` where there are no test rows."""
-    if raw.test is None:
-        rows = split_by_content(raw.train, key, *raw.final).train if raw.final else raw.train
-        return split_by_content(rows, key, raw.test_fraction, raw.seed)
-    return Splits(raw.train, raw.test)
+    """The two sides of ``raw``, capped; rows are held out by ``key`` where there are no test rows."""
+    sides = Splits(raw.train, raw.test) if raw.test is not None else _held_out(raw, key)
+    return Splits(capped(sides.train, raw.max_train, raw.seed), capped(sides.test, raw.max_test, raw.seed))
 
 
-def with_classes(raw: Raw, label: str, label_name: str | None) -> Raw:
-    """The same rows with ``label`` as a ``datasets.ClassLabel`` of the same classes on both sides.
-
-    Labels may be strings (classes are the sorted distinct strings), integers (classes are the sorted distinct numbers)
-    or a ``ClassLabel`` (kept).
-
-    Args:
-        raw: the rows.
-        label: the column of classes.
-        label_name: a column with a name for each class, or None.
-
-    Raises:
-        DataError: labels are of another type, or unknown, or their names disagree.
-    """
-    names = _label_names(raw.train, label, label_name)
-    train = _encode(raw.train, label, names, "training")
-    return raw._replace(train=train, test=None if raw.test is None else _encode(raw.test, label, names, "test"))
+def capped(rows: datasets.Dataset, most: int | None, seed: int) -> datasets.Dataset:
+    """At most so many rows, drawn by ``seed``, in their order: the first ones could all be of one class or client."""
+    if most is None or len(rows) <= most:
+        return rows
+    drawn = np.random.default_rng(named_seed(seed, "cap")).permutation(len(rows))[:most]
+    return rows.select(np.sort(drawn))
 
 
-def known_classes(rows: datasets.Dataset, label: str, names: Sequence[str]) -> datasets.Dataset:
-    """``rows`` with ``label`` as classes that are known already, given by name or number.
-
-    Raises:
-        DataError: a label is neither.
-    """
-
-    declared = class_names(rows, label)
-    known = class_numbers(names, declared, by_number=True)
-    values = _labels(rows, label) if declared is not None else [str(value) for value in _labels(rows, label)]
-    unknown = sorted({str(value) for value in values if value not in known})
-    if unknown:
-        raise DataError(
-            f"the rows have labels that the model does not know: {', '.join(unknown[:5])}; it knows "
-            f"{', '.join(names[:20])}: mend or remove them"
-        )
-    rows = rows.remove_columns(label)
-    return rows.add_column(label, [known[value] for value in values], feature=datasets.ClassLabel(names=list(names)))
-
-
-def class_numbers(names: Sequence[str], declared: Sequence[str] | None, by_number: bool = False) -> dict[Any, int]:
-    """The class that a value stands for, by value.
-
-    Args:
-        names: the classes that are known, in order.
-        declared: the classes of a column that declares its own: values are numbers of these. None for a column of words
-            or numbers, whose values are looked up as text.
-        by_number: whether the number of a class stands for it too; no number does where the names are numbers.
-    """
-    known = {name: number for number, name in enumerate(names)}
-    if declared is not None:
-        return {number: known[name] for number, name in enumerate(declared) if name in known}
-    if not by_number or all(name.removeprefix("-").isdigit() for name in names):
-        return dict(known)
-    return {str(number): number for number in range(len(names))} | known
+def _held_out(raw: Raw, key: str) -> Splits:
+    rows = raw.train
+    if raw.final:
+        # the same rows as in the final run, of which some are held out here
+        rows = capped(split_by_content(rows, key, *raw.final).train, raw.max_train, raw.final[1])
+    return split_by_content(rows, key, raw.test_fraction, raw.seed)
 
 
 def fingerprint(dataset: datasets.Dataset, columns: Sequence[str] | None = None) -> str:
@@ -263,59 +256,23 @@ def values_of(rows: datasets.Dataset, name: str) -> list[Any]:
     return values
 
 
-def _label_names(rows: datasets.Dataset, label: str, label_name: str | None) -> dict[Any, str]:
-    """The name of each value of the label column, in the order of the class numbers."""
-    declared = class_names(rows, label)
-    if declared is not None:
-        return dict(enumerate(declared))
-    values = _labels(rows, label)
-    if label_name is None:
-        return {value: str(value) for value in sorted(set(values))}
-    pairs = sorted({*zip(values, map(str, _labels(rows, label_name)), strict=True)})
-    names = dict(pairs)
-    if not len(pairs) == len(names) == len(set(names.values())):
-        raise DataError(
-            f"columns '{label}' and '{label_name}' disagree ({len(names)} classes, "
-            f"{len(set(names.values()))} names, {len(pairs)} pairs), but each class needs one name: mend the names"
-        )
-    return names
+def typed(rows: datasets.Dataset, name: str) -> list[Any]:
+    """A column as Python values; fields of a csv that are all whole numbers in their plain form as these.
 
-
-def _encode(rows: datasets.Dataset, label: str, names: dict[Any, str], which: str) -> datasets.Dataset:
-
-    declared = class_names(rows, label)
-    if declared is not None and declared != list(names.values()):
-        raise DataError(f"the {which} rows declare other classes than the training rows: use files of one data set")
-    values = _labels(rows, label)
-    unknown = sorted({value for value in values if value not in names})
-    if unknown and declared is not None:
-        raise DataError(
-            f"{sum(value in unknown for value in values)} of {len(rows)} {which} rows carry the label {unknown[0]}, "
-            "which means 'not given', but every row needs a class: choose a split with labels"
-        )
-    if unknown:
-        raise DataError(
-            f"the {which} rows have {len(unknown)} labels that no training row has (such as {unknown[0]!r}), but a "
-            "class must be seen to be learned: add training rows of it or remove these"
-        )
-    index = {value: position for position, value in enumerate(names)}
-    feature = datasets.ClassLabel(names=list(names.values()))
-    return rows.remove_columns(label).add_column(label, [index[value] for value in values], feature=feature)
-
-
-def _labels(rows: datasets.Dataset, name: str) -> list[Any]:
-    """The values of a label column: strings or integers."""
+    ``007`` is not in plain form, as it is another text than ``7``.
+    """
     values = values_of(rows, name)
-    kinds = {type(value) for value in values}
-    if kinds == {float} and all(value.is_integer() for value in values):
-        return [int(value) for value in values]
-    if kinds == {bool}:
-        return [str(value) for value in values]
-    if kinds not in ({str}, {int}):
-        found = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise DataError(f"column '{name}' holds {found}, but labels are strings or whole numbers: name another column")
-    return values
+    if not is_field(rows, name) or not all(value is None or _WHOLE.fullmatch(value) for value in values):
+        return values
+    return [value if value is None else int(value) for value in values]
+
+
+def is_field(rows: datasets.Dataset, name: str) -> bool:
+    """Whether a column holds fields of a csv, which are text whatever they mean."""
+    return str(_arrow(rows, name).type) == "large_string"
 
 
 def _arrow(rows: datasets.Dataset, name: str) -> Any:
-    return rows.with_format("arrow", columns=[name])[:].column(name)
+    # with_format() would copy the data set and hash its state for each column
+    table = datasets.formatting.query_table(rows.data.select([name]), slice(0, len(rows)), indices=rows._indices)
+    return table.column(name)

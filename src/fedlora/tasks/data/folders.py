@@ -48,20 +48,20 @@ def read_folder(root: Path, names: Sequence[str] | None = None) -> datasets.Data
     """
 
     if not root.is_dir():
-        raise DataError(f"there is no folder '{root}', but pictures were to be read from it: correct the path")
+        raise DataError(f"there is no folder '{root}', but images were to be read from it: correct the path")
     found = {name: _pictures(root / name) for name in class_folders(root)}
     found = {name: paths for name, paths in found.items() if paths}
     if not found:
         raise DataError(
-            f"'{root}' has no folders with pictures, but each class needs one: put pictures "
+            f"'{root}' has no folders with images, but each class needs one: put images "
             f"({', '.join(sorted(PICTURES))}) into {root}/CLASS/"
         )
     names = list(found) if names is None else list(names)
     unknown = sorted(found.keys() - set(names))
     if unknown:
         raise DataError(
-            f"'{root}' has {len(unknown)} classes that no training picture has (such as {unknown[0]!r}), but a class "
-            "must be seen to be learned: add training pictures of it or remove these"
+            f"'{root}' has {len(unknown)} classes that no training image has (such as {unknown[0]!r}), but a "
+            "class must be seen to be learned: add training images of it or remove these"
         )
     rows = [(path, names.index(name)) for name, paths in found.items() for path in paths]
     features = datasets.Features(

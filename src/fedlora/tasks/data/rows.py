@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal
@@ -52,13 +53,17 @@ class Rows(Source):
 
     @model_validator(mode="before")
     @classmethod
-    def _taken_over(cls, given: Any) -> Any:
-        return with_keywords(given, _taken_over)
+    def _converted(cls, given: Any) -> Any:
+        return with_keywords(given, _converted)
 
     @property
     def by_client(self) -> bool:
         """Whether each training row belongs to a client that was named with it."""
         return self.train.value is not None and CLIENT in self.train.value.column_names
+
+    @property
+    def adds(self) -> frozenset[str]:
+        return frozenset({CLIENT})
 
     def load(self) -> Raw:
         train = rename(self.train.here("data.train"), self.columns, "training")
@@ -77,7 +82,7 @@ def as_source(given: Any) -> Any:
     return given if isinstance(given, Source) else Rows(train=given)
 
 
-def _taken_over(values: dict[str, Any]) -> dict[str, Any]:
+def _converted(values: dict[str, Any]) -> dict[str, Any]:
     """The keywords of ``Rows`` with tables of ``datasets`` in place of what was handed over."""
     train: Any = values.get("train")
     if _is_a(train, "datasets", "DatasetDict"):
@@ -120,7 +125,7 @@ def _of_clients(given: Mapping[Any, Any], label: str, which: str) -> datasets.Da
     names = [str(name) for name in given]
     if len(set(names)) < len(names) or not names:
         raise DataError(
-            f"a mapping of {len(names)} clients to {which} rows was handed over, but at least one was expected, each "
+            f"a mapping of {len(names)} clients to {which} rows was passed, but at least one was expected, each "
             "with a name of its own: give them names that differ as text"
         )
     if all(isinstance(rows, list | tuple) for rows in given.values()):
@@ -134,8 +139,8 @@ def _of_clients(given: Mapping[Any, Any], label: str, which: str) -> datasets.Da
             one = datasets.concatenate_datasets(tables)
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"the clients' {which} rows do not make one table ({first_line(error)}), but the same columns with the "
-                "same types and classes were expected: make them alike"
+                f"the clients' {which} rows do not make one table ({first_line(error)}), but the same columns "
+                "with the same types and classes were expected: give all tables the same columns"
             ) from error
         sizes = [len(table) for table in tables]
     if 0 in sizes:
@@ -157,13 +162,11 @@ def _table(given: Any, label: str, what: str) -> datasets.Dataset:
             _check_dicts(given, what)
             rows = _of_dicts(given, what)
         else:
-            raise DataError(
-                f"{what} are of type {type(given).__name__}, but {_FORMS} was expected: hand one of these over"
-            )
+            raise DataError(f"{what} are of type {type(given).__name__}, but {_FORMS} was expected: pass one of these")
     except (ValueError, TypeError, OverflowError) as error:
         raise _no_table(what, error) from error
     if CLIENT in rows.column_names:
-        raise DataError(f"{what} have a column {CLIENT!r}, which is a name of fedlora's own: rename it")
+        raise DataError(f"{what} have a column {CLIENT!r}, which is a reserved name of fedlora: rename it")
     return rows
 
 
@@ -178,12 +181,23 @@ def _check_dicts(given: Sequence[Any], what: str) -> None:
 
 def _of_dicts(given: Sequence[Mapping[str, Any]], what: str) -> datasets.Dataset:
     if not given:
-        raise DataError(f"{what} are an empty list, but one row at least is needed: hand some over")
+        raise DataError(f"{what} are an empty list, but one row at least is needed: pass some rows")
     names = dict.fromkeys(name for row in given for name in row)  # a row may lack what others have
+    columns = {name: [row.get(name) for row in given] for name in names}
     try:
-        return datasets.Dataset.from_dict({name: [row.get(name) for row in given] for name in names})
+        return datasets.Dataset.from_dict(columns)
     except (ValueError, TypeError, OverflowError) as error:
-        raise _no_table(what, error) from error
+        # as in JSON files, lists and objects that have no type in common are JSON text
+        nested = {name: values for name, values in columns.items() if _are_nested(values)}
+        try:
+            as_text = {name: [None if one is None else json.dumps(one) for one in nested[name]] for name in nested}
+            return datasets.Dataset.from_dict(columns | as_text)
+        except (ValueError, TypeError, OverflowError):
+            raise _no_table(what, error) from error
+
+
+def _are_nested(values: Sequence[Any]) -> bool:
+    return all(value is None or isinstance(value, list | dict) for value in values)
 
 
 def _of_frame(frame: Any, label: str) -> datasets.Dataset:
@@ -205,7 +219,7 @@ def _of_frame(frame: Any, label: str) -> datasets.Dataset:
 
 def _no_table(what: str, error: Exception) -> DataError:
     return DataError(
-        f"{what} do not make a table ({first_line(error)}), but each column needs values of one type: make them alike"
+        f"{what} do not make a table ({first_line(error)}), but each column needs values of one type: convert them"
     )
 
 

@@ -1,31 +1,27 @@
-"""Data sources: docstrings of the standard library, local files, the Hugging Face Hub, or Python objects."""
+"""Data sources: docstrings of the standard library and questions on them, files, the Hugging Face Hub, or objects."""
 
 from __future__ import annotations
 
 import ast
-import difflib
-import gzip
 import inspect
 import os
 import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import xxhash
-
-from fedlora.core.component import MODEL_CONFIG, Field, Fraction, by_kind, dataclass
-from fedlora.core.errors import DataError, first_line
-from fedlora.core.files import write_atomically
+from fedlora.core.component import MODEL_CONFIG, Count, Field, Fraction, Positive, by_kind, dataclass
+from fedlora.core.errors import ConfigError, DataError, first_line
 from fedlora.core.later import datasets
 from fedlora.core.slots import Slot
 from fedlora.core.state import named_seed
-from fedlora.tasks.data.columns import Raw, Source, rename
+from fedlora.tasks.data.columns import Raw, Source, capped, rename, values_of
+from fedlora.tasks.data.files import quiet, read_rows, saved_splits
 from fedlora.tasks.data.folders import picture_folders, read_folder
+from fedlora.tasks.data.opening import Delimiter, Encoding, Reading
 from fedlora.tasks.data.rows import Rows
 
 MIN_CHARACTERS = 20
@@ -34,8 +30,8 @@ MIN_CHARACTERS = 20
 SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"})
 """Folders of the standard library that are tests, grammars or not part of it."""
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""The reader for each ending; each may be followed by ``.gz``."""
+Paths = str | Annotated[tuple[str, ...], Field(min_length=1)]
+"""A file or a pattern, or several."""
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -56,6 +52,10 @@ class Docstrings(Source):
     num_classes: Annotated[int, Field(ge=2)] = 20
     test_fraction: Fraction = 0.2
     seed: int = 0
+
+    @property
+    def adds(self) -> frozenset[str]:
+        return frozenset({"file"})
 
     def load(self) -> Raw:
 
@@ -84,10 +84,44 @@ class Docstrings(Source):
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
-class Files(Source):
-    """Local csv, tsv, json, jsonl or parquet files, each also with ``.gz``.
+class DocstringQuestions(Source):
+    """Questions on the running Python's standard library: which package has a docstring; the answer is its name.
 
-    In csv and tsv only an empty field is a missing value, so the text "None" stays a text.
+    Columns ``prompt``, ``answer`` and ``file``, for instruction tuning; the rows are those of ``docstrings``, shortened
+    to the first words of the first paragraph.
+
+    Args:
+        num_packages: number of different answers: the packages or modules with the most docstrings.
+        max_words: the most words of a docstring in a question.
+        test_fraction: share of test rows.
+        seed: seed of the hash that splits.
+    """
+
+    kind: Literal["docstring_questions"] = "docstring_questions"
+    num_packages: Annotated[int, Field(ge=2)] = 20
+    max_words: Count = 20
+    test_fraction: Fraction = 0.2
+    seed: int = 0
+
+    def load(self) -> Raw:
+        rows = Docstrings(num_classes=self.num_packages).load().train
+        found: dict[str, tuple[str, str]] = {}
+        for text, label, file in zip(*(values_of(rows, name) for name in ("text", "label", "file")), strict=True):
+            words = text.partition("\n\n")[0].split()[: self.max_words]
+            found.setdefault(f"Which package says: {' '.join(words)}", (rows.features["label"].names[label], file))
+        answers, files = zip(*found.values(), strict=True)
+        columns = {"prompt": list(found), "answer": list(answers), "file": list(files)}
+        return Raw(datasets.Dataset.from_dict(columns), None, self.test_fraction, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
+class Files(Source):
+    """Local csv, tsv, json, jsonl, ndjson, parquet, arrow, txt or conll files, each also with ``.gz``.
+
+    Instead of a path there may be several in a list, patterns such as ``part-*.jsonl``, whose files are read in sorted
+    order, or a folder written by ``save_to_disk``; a ``DatasetDict`` in such a folder gives its ``train`` and ``test``.
+    The fields of csv and tsv are text, of which the task turns into numbers what it needs as numbers; only an empty
+    field is a missing value, so the text "None" stays a text. A txt file has a text on each line.
 
     Args:
         train: path of the training rows.
@@ -96,18 +130,30 @@ class Files(Source):
         test_fraction: used only if ``test`` is None.
         seed: seed of that hash.
         columns: name that the task uses -> name in the data, for columns with other names.
+        delimiter: the character between two fields of a csv or tsv; if None, a comma, in a tsv a tab.
+        encoding: of text files; if None, UTF-8. A byte order mark has precedence.
+        max_unpacked_gb: the most gigabytes that a ``.gz`` may unpack to; if None, 2.
+
+    Raises:
+        ConfigError: there is no such encoding, or ``delimiter`` is not one character.
     """
 
     kind: Literal["files"] = "files"
-    train: str
-    test: str | None = None
+    train: Paths
+    test: Paths | None = None
     test_fraction: Fraction = 0.2
     seed: int = 0
     columns: dict[str, str] = field(default_factory=dict)
+    delimiter: Delimiter | None = None
+    encoding: Encoding | None = None
+    max_unpacked_gb: Positive | None = None
 
     def load(self) -> Raw:
-        train = rename(read_rows(self.train), self.columns, "training")
-        test = None if self.test is None else rename(read_rows(self.test), self.columns, "test")
+        reading, test_path = reading_of(self), self.test
+        if test_path is None and isinstance(self.train, str) and "test" in saved_splits(self.train):
+            test_path = self.train
+        train = rename(read_rows(self.train, reading), self.columns, "training")
+        test = None if test_path is None else rename(read_rows(test_path, reading, "test"), self.columns, "test")
         return Raw(train, test, self.test_fraction, self.seed)
 
 
@@ -145,8 +191,9 @@ class Hub(Source):
     def _fetch(self, split: str) -> datasets.Dataset:
 
         try:
-            with _quiet():
-                return datasets.load_dataset(self.path, self.name, revision=self.revision, split=split)
+            with quiet():
+                path = str(Path(self.path).expanduser())
+                return datasets.load_dataset(path, self.name, revision=self.revision, split=split)
         except ConnectionError as error:
             raise DataError(
                 f"'{self.path}' is neither a folder nor in the local cache, and the Hub cannot be reached: connect "
@@ -179,6 +226,10 @@ class ImageFolder(Source):
     test_fraction: Fraction = 0.2
     seed: int = 0
 
+    @property
+    def adds(self) -> frozenset[str]:
+        return frozenset({"file"})
+
     def load(self) -> Raw:
         train_folder, test_folder = picture_folders(Path(self.path).expanduser())
         if self.test is not None:
@@ -195,14 +246,30 @@ class Sites(Source):
     Args:
         test: path of the test rows.
         columns: name that the task uses -> name in the file, for columns with other names.
+        delimiter: as for ``Files``.
+        encoding: as for ``Files``.
+        max_unpacked_gb: as for ``Files``.
+
+    Raises:
+        ConfigError: there is no such encoding, or ``delimiter`` is not one character.
     """
 
     kind: Literal["sites"] = "sites"
-    test: str
+    test: Paths
     columns: dict[str, str] = field(default_factory=dict)
+    delimiter: Delimiter | None = None
+    encoding: Encoding | None = None
+    max_unpacked_gb: Positive | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_train is not None:
+            raise ConfigError(
+                f"data.max_train = {self.max_train} has no effect on rows that stay with sites: leave it out, and "
+                "shorten the files there"
+            )
 
     def load(self) -> Raw:
-        rows = rename(read_rows(self.test), self.columns, "test")
+        rows = rename(read_rows(self.test, reading_of(self), "test"), self.columns, "test")
         return Raw(rows, rows, 0.5, 0)
 
 
@@ -222,24 +289,40 @@ class Validation(Source):
     """
 
     kind: Literal["validation"] = "validation"
-    source: Annotated[Docstrings | Files | Hub | ImageFolder | Rows, Field(discriminator="kind")]
+    source: Annotated[Docstrings | DocstringQuestions | Files | Hub | ImageFolder | Rows, Field(discriminator="kind")]
     share: Fraction = 0.1
     seed: int = 0
     hold_out: Literal["rows", "clients"] = "rows"
 
+    @property
+    def adds(self) -> frozenset[str]:
+        return self.source.adds
+
     def load(self) -> Raw:
-        raw = self.source.load()
+        raw = self.source.raw()
         if self.hold_out == "clients":  # they are known only once the rows are dealt
             return raw
         final = (raw.test_fraction, raw.seed) if raw.test is None else None
-        return Raw(raw.train, None, self.share, named_seed(self.seed, "validation"), final)
+        train = capped(raw.train, raw.max_train, raw.seed) if final is None else raw.train
+        seed = named_seed(self.seed, "validation")
+        return Raw(train, None, self.share, seed, final, raw.max_train, raw.max_test)
 
 
 if TYPE_CHECKING:
     AnySource = Source
 else:
-    AnySource = Annotated[Docstrings | Files | Hub | ImageFolder | Rows | Sites | Validation, Slot("data", Source)]
+    AnySource = Annotated[
+        Docstrings | DocstringQuestions | Files | Hub | ImageFolder | Rows | Sites | Validation, Slot("data", Source)
+    ]
 """Any source, discriminated by ``kind``."""
+
+
+def reading_of(source: Source) -> Reading:
+    """How the files of a source are read; as by default where its kind has no such settings."""
+    if not isinstance(source, Files | Sites):
+        return Reading()
+    return Reading(delimiter=source.delimiter, encoding=source.encoding, max_unpacked_gb=source.max_unpacked_gb)
+
 
 SOURCES: dict[str, type[Source]] = by_kind(AnySource)
 """The sources by ``kind``."""
@@ -267,76 +350,3 @@ def _docstrings(source: bytes) -> Iterator[str]:
             # a lone surrogate is no text that a file or a tokenizer can hold
             if len(text) >= MIN_CHARACTERS and text == text.encode("utf-8", "ignore").decode():
                 yield text
-
-
-def read_rows(path: str) -> datasets.Dataset:
-    """The rows of a file in one of ``FORMATS``.
-
-    Raises:
-        DataError: there is no such file, or it cannot be read.
-    """
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, _names_in(file.parent), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "correct the path"
-        raise DataError(f"there is no file '{path}', but rows were to be read from it: {hint}")
-    zipped = file.suffix == ".gz"
-    suffix = Path(file.stem).suffix if zipped else file.suffix
-    if suffix not in FORMATS:
-        raise DataError(
-            f"'{path}' ends in '{file.suffix}', but files are read by their ending: use one of {', '.join(FORMATS)}, "
-            "each also with .gz"
-        )
-    options: dict[str, Any] = {}
-    if FORMATS[suffix] == "csv":
-        options = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
-    try:
-        source = _decompress(file, suffix) if zipped else file.resolve()
-        if not source.stat().st_size:
-            raise DataError(f"'{path}' is empty, but rows were to be read from it: fill it or name another file")
-        # load_dataset() would announce the reader's name to the Hub, and wait for an answer
-        readers = {
-            "csv": datasets.Dataset.from_csv,
-            "json": datasets.Dataset.from_json,
-            "parquet": datasets.Dataset.from_parquet,
-        }
-        with _quiet():
-            return readers[FORMATS[suffix]](str(source), **options)
-    except (OSError, EOFError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = first_line(error.__cause__ or error)
-        if "corresponds to no data" in cause:
-            raise DataError(
-                f"'{path}' has no rows, but one at least is needed: fill it or name another file"
-            ) from error
-        raise DataError(
-            f"'{path}' cannot be read as {FORMATS[suffix]} ({cause}): mend the file or use the ending of its format"
-        ) from error
-
-
-def _decompress(file: Path, suffix: str) -> Path:
-    """A plain copy in the cache, named by content: the cache's own copies are named by path and can be out of date."""
-
-    raw = file.read_bytes()
-    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "fedlora"
-    target = folder / f"{xxhash.xxh3_128_hexdigest(raw)}{suffix}"
-    if not target.exists():
-        write_atomically(target, gzip.decompress(raw))
-    return target
-
-
-def _names_in(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Disables progress bars within the block, and restores the setting afterwards."""
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import torch
 
 from fedlora.tasks.base import Batch, Data, Model, Positions, Prepared, Split, Task
 from fedlora.tasks.data.columns import Source, Splits, rename, split
-from fedlora.tasks.data.sources import read_rows
+from fedlora.tasks.data.files import read_rows
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.encoded import Ragged, width_of
 from fedlora.tasks.models.loading import config_of, load_tokenizer, save_tokenizer
 from fedlora.tasks.models.objects import fingerprint_of_tokenizer
+from fedlora.tasks.models.staged import staged, without_idle_mask
 from fedlora.tasks.models.vocabulary import check_ids, unknown_notes
 
 
@@ -29,9 +31,9 @@ class TokenizedTask(Task):
         Raises:
             DataError: the data cannot be read, or are not of the form that the task needs.
         """
-        raw = source.load()
-        for rows, which in raw.sides:
-            self.known(rows, [], which)
+        raw = source.raw()
+        train, *test = (self.known(rows, [], which) for rows, which in raw.sides)
+        raw = raw._replace(train=train, test=test[0] if test else None)
         return split(raw, self.content(raw.train)), []
 
     def content(self, rows: Any) -> str:
@@ -89,7 +91,7 @@ class PreparedTokenized(Prepared):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return unknown_notes(self.sequences, self.tokenizer, self._model.path)
+        return (*super().notes, *unknown_notes(self.sequences, self.tokenizer, self._model.path))
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -124,6 +126,9 @@ class PreparedTokenized(Prepared):
         found = getattr(config_of(self._model).get_text_config(), "vocab_size", None)
         return found if isinstance(found, int) else None
 
+    def contents(self, split: Split) -> list[str]:
+        return self.texts(split)
+
     def inputs(
         self, tokens: Ragged, rows: Positions, limit: int, types: Ragged | None = None, pad_to: int | None = None
     ) -> Batch:
@@ -143,8 +148,27 @@ class PreparedTokenized(Prepared):
         self.check_ids(batch["input_ids"])  # rows of a file, and inputs of predictions, are not checked in advance
         return batch | ({"token_type_ids": types.padded(rows, width, 0)} if types is not None else {})
 
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
-        rows = rename(read_rows(str(path)), columns, str(path))
+    @abstractmethod
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
+        """Examples as one batch in the host's memory, with a mask."""
+
+    def for_device(self, batch: Batch) -> Batch:
+        """A batch of ``host_batch`` as a device other than a CPU gets it: what costs it time is left out or done."""
+        return without_idle_mask(batch)
+
+    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
+        batch = self.host_batch(rows, split)
+        return batch if device.type == "cpu" else next(staged([self.for_device(batch)], device))
+
+    def batches(self, parts: Sequence[Positions], device: torch.device) -> Iterator[Batch]:
+        """See ``Prepared.batches``: the token rows of a turn reach a device in one copy."""
+        found = (self.host_batch(part, "train") for part in parts)
+        return found if device.type == "cpu" else staged(map(self.for_device, found), device)
+
+    def with_rows(
+        self, path: Path, columns: Mapping[str, str], split: Split = "test", reading: Reading | None = None
+    ) -> Prepared:
+        rows = rename(read_rows(str(path), reading or Reading(), split), columns, str(path))
         known = self.settings.known(rows, self._names, str(path))
         return self.settings.over(self._model, self.tokenizer, self._names, {split: known})
 

@@ -16,14 +16,16 @@ from torch.nn import functional
 from fedlora.core.component import MODEL_CONFIG, Count, Field, dataclass
 from fedlora.core.errors import ConfigError, first_line
 from fedlora.tasks import scores
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split, Task
-from fedlora.tasks.data.columns import Source, check_rows, rename, split, values_of
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split, Task
+from fedlora.tasks.data.columns import Source, check_rows, check_texts, rename, split, values_of
+from fedlora.tasks.data.files import is_saved, read_rows
 from fedlora.tasks.data.folders import read_folder
-from fedlora.tasks.data.labels import known_labels, label_table, labelled
-from fedlora.tasks.data.sources import read_rows
+from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.models.staged import sent
 
 Augmentation = Literal["none", "flip", "crop_flip"]
 """The random augmentation of each training image: none, a horizontal flip, or a flip and a crop."""
@@ -54,7 +56,7 @@ class ImageClassification(Task):
 
     def prepare(self, model: Model, source: Source) -> Prepared:
         processor = load_processor(model, self.size)
-        raw = source.load()
+        raw = source.raw()
         for rows, which in raw.sides:
             check_rows(rows, ["image", "label"], which)
         raw, names = labelled(raw, self.problem)
@@ -122,16 +124,16 @@ class PreparedImages(Prepared):
         labels = self._labels["train"]
         return labels if self.settings.problem == "single" else labels.argmax(1)
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         model, head = load_pretrained(self.auto_class, self._model, seed, device, class_settings(self._names))
-        _take_size(model, self.processor.size, device)
+        _interpolate_positions(model, self.processor.size, device)
         return model, head
 
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: ``pixel_values`` ``(rows, 3, height, width)`` float32 and ``labels``."""
         pixels, places = self._pictures[split]
-        chosen = torch.from_numpy(np.asarray(pixels[places[rows]])).to(device)
-        labels = torch.from_numpy(self._labels[split][rows]).to(device)
+        chosen = sent(torch.from_numpy(np.asarray(pixels[places[rows]])), device)
+        labels = sent(torch.from_numpy(self._labels[split][rows]), device)
         return {"pixel_values": self.processor.normalise(chosen), "labels": labels}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -152,9 +154,13 @@ class PreparedImages(Prepared):
         labels = torch.from_numpy(self._labels[split][rows])
         return scores.score(self.logits(model, rows, split, device), labels, self.settings.problem, self._names)
 
-    def with_rows(self, path: Path, columns: Mapping[str, str], split: Split = "test") -> Prepared:
+    def with_rows(
+        self, path: Path, columns: Mapping[str, str], split: Split = "test", reading: Reading | None = None
+    ) -> Prepared:
         """See ``Prepared.with_rows``; ``path`` may also be a folder of classes."""
-        rows = read_folder(path, self._names) if path.is_dir() else read_rows(str(path))
+        path = path.expanduser()
+        of_classes = path.is_dir() and not is_saved(path)
+        rows = read_folder(path, self._names) if of_classes else read_rows(str(path), reading or Reading(), split)
         rows = rename(rows, columns, str(path))
         check_rows(rows, ["image", "label"], str(path))
         rows = known_labels(rows, self.settings.problem, self._names, str(path))
@@ -170,6 +176,23 @@ class PreparedImages(Prepared):
             batch = self.processor.normalise(torch.from_numpy(np.stack(pixels)).to(device))
             results += scores.said(model(pixel_values=batch).logits, self.settings.problem, self._names)
         return results
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"image", "label", "label_name"})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes, *given_twice(self.data))
+
+    def contents(self, split: Split) -> list[str]:
+        return [str(digest) for digest in values_of(self.data[split], "image")]
+
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: the column ``image`` with the paths of pictures."""
+        check_rows(rows, ["image"], which)
+        check_texts(rows, ["image"], which)
+        return [str(path) for path in values_of(rows, "image")]
 
     def save_pretrained(self, folder: Path) -> None:
         """See ``Prepared.save_pretrained``: the image processor, with the size that the task has."""
@@ -197,7 +220,7 @@ def augment(pixels: Tensor, how: Augmentation) -> Tensor:
     lines = top + torch.arange(height)
     padded = functional.pad(pixels, (pads[1], pads[1], pads[0], pads[0])).permute(0, 2, 3, 1)
     chosen = (torch.arange(count)[:, None, None], lines[:, :, None], columns[:, None, :])
-    return padded[tuple(index.to(pixels.device) for index in chosen)].permute(0, 3, 1, 2)
+    return padded[tuple(sent(index, pixels.device) for index in chosen)].permute(0, 3, 1, 2)
 
 
 def _encode(rows: Any, processor: Processor, which: str) -> tuple[Any, Pixels]:
@@ -212,7 +235,7 @@ def _placed(rows: Any, pixels: Pixels) -> tuple[Any, Pictures]:
     return rows.remove_columns(_PLACE), Pictures(pixels, places)
 
 
-def _take_size(model: nn.Module, size: tuple[int, int], device: torch.device) -> None:
+def _interpolate_positions(model: nn.Module, size: tuple[int, int], device: torch.device) -> None:
     """Has position encodings interpolated where pictures are not of the size that the model was made for.
 
     Raises:
@@ -230,8 +253,8 @@ def _take_size(model: nn.Module, size: tuple[int, int], device: torch.device) ->
             model(pixel_values=torch.zeros(1, 3, *size, device=device))
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"the model does not take pictures of {size[0]} x {size[1]} ({first_line(error)}): leave task.size out, or "
-            "choose one that the model takes"
+            f"the model does not accept images of {size[0]} x {size[1]} ({first_line(error)}): leave task.size "
+            "out, or choose one that the model accepts"
         ) from error
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,7 @@ from fedlora.tasks.base import Model
 from fedlora.tasks.models.encoded import cache_folder, made_anew
 from fedlora.tasks.models.loading import quiet_transformers, readable
 from fedlora.tasks.models.objects import processor_folder
+from fedlora.tasks.models.staged import sent
 
 if TYPE_CHECKING:
     import datasets
@@ -32,6 +34,9 @@ Pixels = NDArray[np.uint8]
 
 _PROBES = ((512, 512), (512, 384))
 _READ_AT_ONCE = 64
+
+MOST_PIXELS = 89_478_485
+"""The most pixels of a picture that is decoded: what Pillow warns of, a quarter of a gigabyte in RGB."""
 
 
 class Processor(NamedTuple):
@@ -58,7 +63,9 @@ class Processor(NamedTuple):
 
         The memory keeps its order, channels last, in which convolutions on a CPU are faster.
         """
-        scale, shift = (torch.from_numpy(value).to(pixels.device)[:, None, None] for value in (self.scale, self.shift))
+        scale, shift = (
+            sent(torch.from_numpy(value), pixels.device)[:, None, None] for value in (self.scale, self.shift)
+        )
         return pixels.permute(0, 3, 1, 2).float() * scale + shift
 
 
@@ -73,7 +80,7 @@ def load_processor(model: Model, size: int | None) -> Processor:
         ConfigError: there is none, or it is not of the form that is needed.
     """
     if importlib.util.find_spec("PIL") is None:
-        raise ConfigError("pictures are read with Pillow, which is not installed: pip install 'fedlora[images]'")
+        raise ConfigError("images are read with Pillow, which is not installed: pip install 'fedlora[images]'")
     own = _load(model, {})
     height, width = _size_of(own, model)
     if size is not None and size != height:
@@ -81,7 +88,7 @@ def load_processor(model: Model, size: int | None) -> Processor:
         own = _load(model, _resized(own, factor))
         if _size_of(own, model) != (size, round(width * factor)):
             raise ConfigError(
-                f"the image processor of {model.path!r} cannot be told to give pictures of height {size}: leave "
+                f"the image processor of {model.path!r} cannot be set to give images of height {size}: leave "
                 f"task.size out, which gives {height}"
             )
         height, width = size, round(width * factor)
@@ -97,23 +104,34 @@ def decode(raw: bytes, which: str) -> Image.Image:
         which: what it is, for messages.
 
     Raises:
-        DataError: it is no picture, or one of numbers whose range nobody knows.
+        DataError: it is no picture, has more than ``MOST_PIXELS``, or numbers whose range nobody knows.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(raw)) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(raw))
+        with picture:
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                raise Image.DecompressionBombError
             picture.load()
             upright = ImageOps.exif_transpose(picture)
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{which} has more than {MOST_PIXELS:,} pixels, which is the most that is decoded: make it smaller or "
+            "remove it"
+        ) from error
     except Exception as error:  # Pillow's decoders raise all kinds of exceptions
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "no known format" if unknown else first_line(error)
-        raise DataError(f"{which} cannot be read as a picture ({reason}): mend or remove it") from error
+        raise DataError(f"{which} cannot be read as an image ({reason}): correct or remove it") from error
     if upright.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
     if upright.mode in ("I", "F"):
         raise DataError(
-            f"{which} has pixels of 32 bits, of which nobody knows what is white: save it with 8 or 16 bits a channel"
+            f"{which} has 32-bit pixels, whose range of values is not defined: save it with 8 or 16 bits a channel"
         )
     if "A" in upright.getbands() or "transparency" in upright.info:
         clear = upright.convert("RGBA")
@@ -158,10 +176,10 @@ def encode_pictures(rows: datasets.Dataset, processor: Processor, which: str) ->
     def make() -> Iterator[Pixels]:
         return (processor.resize(decode(raw, name)) for name, raw in _raw(rows, which))
 
-    return digests, _kept(cache_folder() / "pictures" / f"{key}.npy", shape, make)
+    return digests, _cached(cache_folder() / "pictures" / f"{key}.npy", shape, make)
 
 
-def _kept(path: Path, shape: tuple[int, ...], make: Callable[[], Iterator[Pixels]]) -> Pixels:
+def _cached(path: Path, shape: tuple[int, ...], make: Callable[[], Iterator[Pixels]]) -> Pixels:
     """The pictures in a file, made first where it is not there; in memory where it cannot be written."""
     try:
         return _mapped(path, shape)
@@ -215,7 +233,9 @@ def _raw(rows: datasets.Dataset, which: str) -> Iterator[tuple[str, bytes]]:
             elif isinstance(path, str):
                 yield name, read_picture(path, name)
             else:
-                raise DataError(f"{name} holds no picture, but the bytes or the path of a file: mend or remove it")
+                raise DataError(
+                    f"{name} holds no image, which needs the bytes or the path of a file: correct or remove it"
+                )
 
 
 def _load(model: Model, settings: dict[str, Any]) -> Any:
@@ -246,8 +266,8 @@ def _size_of(own: Any, model: Model) -> tuple[int, int]:
     sizes = {_whole_numbers(own, Image.new("RGB", size)).shape for size in _PROBES}
     if len(sizes) > 1:
         raise ConfigError(
-            f"the image processor of {model.path!r} keeps the proportions of pictures, but those of a batch need one "
-            "size: set do_center_crop and crop_size in its preprocessor_config.json"
+            f"the image processor of {model.path!r} keeps the proportions of images, but those of a batch need "
+            "one size: set do_center_crop and crop_size in its preprocessor_config.json"
         )
     height, width, _ = sizes.pop()
     return height, width
@@ -260,8 +280,8 @@ def _whole_numbers(own: Any, picture: Image.Image) -> Pixels:
     result: Pixels = own(images=picture, return_tensors="np", **steps)["pixel_values"][0]
     if result.dtype != np.uint8 or result.ndim != 3 or len(result) != 3:
         raise ConfigError(
-            f"{type(own).__name__} gives {result.dtype} of shape {result.shape} where pictures of three channels and 8 "
-            "bits were expected: use a model with another image processor"
+            f"{type(own).__name__} gives {result.dtype} of shape {result.shape} where images of three channels "
+            "and 8 bits were expected: use a model with another image processor"
         )
     return np.ascontiguousarray(result.transpose(1, 2, 0))
 
@@ -279,7 +299,7 @@ def _normalisation(own: Any, model: Model) -> tuple[NDArray[np.float32], NDArray
     scale = (white - black) / 255
     if not np.allclose(black + 51 * scale, grey, atol=1e-4 * float(np.abs(white - black).max())):
         raise ConfigError(
-            f"the image processor of {model.path!r} does not scale and shift the channels of pictures, as was "
-            "expected: use a model with another one"
+            f"the image processor of {model.path!r} does not scale and shift the channels of images, as was "
+            "expected: use a model with another image processor"
         )
     return scale.astype(np.float32), black.astype(np.float32)

@@ -21,12 +21,13 @@ def check_pattern(pattern: str) -> None:
         groups = re.compile(pattern).groups
     except re.error as error:
         raise ConfigError(
-            f"task.answer_pattern = {pattern!r} is no regular expression ({error}): mend it, or use exact or gsm8k"
+            f"task.answer_pattern = {pattern!r} is not a regular expression ({error}): correct it, or use exact "
+            "or gsm8k"
         ) from error
     if groups != 1:
         raise ConfigError(
-            f"task.answer_pattern = {pattern!r} has {groups} groups, but the answer is what one group finds: put it in "
-            "one pair of brackets, or use exact or gsm8k"
+            f"task.answer_pattern = {pattern!r} has {groups} groups, but the answer is the match of one group: "
+            "put it in one pair of brackets, or use exact or gsm8k"
         )
 
 

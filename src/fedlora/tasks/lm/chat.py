@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
-from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.errors import ConfigError, DataError, first_line
+from fedlora.tasks.lm.tools import fitted, has_place, names_role, with_text_arguments
+from fedlora.tasks.lm.turns import LEARNT, Message
 from fedlora.tasks.models.loading import quiet_transformers
 
-Message = dict[str, Any]
 Learn = Literal["all", "last"]
 """Which of the assistant's turns are used for training."""
 
@@ -33,67 +33,95 @@ def check_chat(tokenizer: Any, path: str) -> None:
         )
     if not tokenizer.is_fast:
         raise ConfigError(
-            f'the tokenizer of {path!r} does not say where its tokens lie in a text, which task.template = "chat" '
+            f'the tokenizer of {path!r} does not map its tokens to characters of a text, which task.template = "chat" '
             "needs: name a model with a tokenizer.json"
         )
 
 
-def read_messages(value: Any, where: str) -> list[Message]:
-    """Reads a conversation; entries of a turn that are None are left out.
+class Conversation(NamedTuple):
+    """A conversation.
 
     Args:
-        value: a list of ``{"role": ..., "content": ...}``; each of them, or all together, may be JSON text.
-        where: its origin, for messages.
-
-    Raises:
-        DataError: the value is anything else.
+        messages: from ``read_messages``.
+        tools: the tools that the assistant may call, as ``transformers`` describes them; None if not given.
     """
-    found = _parsed(value)
-    messages = [_parsed(one) for one in found] if isinstance(found, list) else []
-    good = bool(messages) and all(
-        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
-        for one in messages
-    )
-    if not good:
-        raise DataError(
-            f'{where} is no conversation: \'messages\' should be a list of {{"role": ..., "content": ...}}, both text'
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None = None
+
+
+def chat_notes(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
+    """Sentences about what a chat template has no place for, and how it is written instead."""
+    template, total = tokenizer.chat_template, len(conversations)
+    calls = sum(any("tool_calls" in turn for turn in one.messages) for one in conversations)
+    tools = sum(any(turn["role"] == "tool" for turn in one.messages) for one in conversations)
+    given = sum(bool(one.tools) for one in conversations)
+    notes = []
+    if calls and not has_place(template):
+        notes.append(
+            f"{calls} of {total} rows call tools, for which the chat template has no place: calls are written as text, "
+            "<tool_call> around JSON"
         )
-    return [{name: entry for name, entry in one.items() if entry is not None} for one in messages]
+    if tools and not names_role(template, "tool"):
+        notes.append(
+            f"{tools} of {total} rows have answers of tools, for which the chat template has no place: they are "
+            "written as turns of the user, <tool_response> around the text"
+        )
+    if given and "tools" not in str(template).replace("tool_calls", ""):
+        notes.append(
+            f"{given} of {total} rows describe tools, which the chat template leaves out: put them into the turn of "
+            "the system"
+        )
+    return notes
 
 
 def up_to_last_answer(messages: Sequence[Message]) -> list[Message]:
-    """A conversation up to the assistant's last turn; all of it if there is none."""
+    """A conversation up to the assistant's last turn that is learnt; all of it if there is none."""
     turns = _answers(messages)
     return list(messages[: turns[-1] + 1] if turns else messages)
 
 
-def render(tokenizer: Any, messages: Sequence[Message], where: str, answer_next: bool) -> str:
+def render(tokenizer: Any, conversation: Conversation, where: str, answer_next: bool) -> str:
     """A conversation as text.
 
     Args:
         tokenizer: has a chat template.
-        messages: the conversation.
+        conversation: the conversation.
         where: whose it is, for messages.
         answer_next: whether the text ends where the assistant is to begin.
 
     Raises:
         DataError: the template refuses the conversation.
     """
+    own = [{key: value for key, value in one.items() if key != LEARNT} for one in conversation.messages]
+    messages = fitted(tokenizer.chat_template, own)
+
+    def applied(given: list[Message]) -> str:
+        text: str = tokenizer.apply_chat_template(
+            given, tools=conversation.tools, tokenize=False, add_generation_prompt=answer_next
+        )
+        return text
+
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_next)
-    except TemplateError as error:
+        try:
+            return applied(messages)
+        except TypeError:
+            return applied(with_text_arguments(messages))
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        roles = ", ".join(dict.fromkeys(one["role"] for one in messages))
         raise DataError(
-            f"the model's chat template refuses {where} ({error}): give the turns that it asks for"
+            f"the model's chat template refuses {where} ({first_line(error)}), which has the roles {roles}: give the "
+            "turns that it asks for"
         ) from error
-    return text
 
 
 def encode_chat(
-    tokenizer: Any, conversations: Sequence[Sequence[Message]], learn: Learn
+    tokenizer: Any, conversations: Sequence[Conversation], learn: Learn
 ) -> list[tuple[list[int], list[int]]]:
     """Conversations as tokens, with a mask of the learnt ones: from the start of an assistant's turn to its end.
 
-    If the template has no end token in the last turn, one is appended and learnt. Blank turns are not learnt.
+    If the template has no end token in the last turn, one is appended and learnt. Blank turns are not learnt, nor those
+    that are marked so.
 
     Args:
         tokenizer: has a chat template.
@@ -107,8 +135,8 @@ def encode_chat(
         DataError: the template refuses a conversation, or renders its beginning differently once it is continued.
     """
     texts, spans = [], []
-    for number, messages in enumerate(conversations):
-        text, found = _spans(tokenizer, messages, learn, f"row {number}")
+    for number, conversation in enumerate(conversations):
+        text, found = _spans(tokenizer, conversation, learn, f"row {number}")
         texts.append(text)
         spans.append(found)
     with quiet_transformers():
@@ -128,33 +156,30 @@ def encode_chat(
     return result
 
 
-def _spans(tokenizer: Any, messages: Sequence[Message], learn: Learn, where: str) -> tuple[str, list[tuple[int, int]]]:
-    text = render(tokenizer, messages, where, answer_next=False)
+def _spans(tokenizer: Any, conversation: Conversation, learn: Learn, where: str) -> tuple[str, list[tuple[int, int]]]:
+    messages = conversation.messages
+    text = render(tokenizer, conversation, where, answer_next=False)
     turns = _answers(messages)
+
+    def part(count: int, answer_next: bool) -> str:
+        return render(tokenizer, conversation._replace(messages=messages[:count]), where, answer_next)
+
     spans = []
     for turn in turns[-1:] if learn == "last" else turns:
-        if not messages[turn]["content"].strip():
+        if not messages[turn]["content"].strip() and "tool_calls" not in messages[turn]:
             continue
-        before = render(tokenizer, messages[:turn], where, answer_next=True) if turn else ""
-        after = render(tokenizer, messages[: turn + 1], where, answer_next=False) if turn < len(messages) - 1 else text
+        before = part(turn, answer_next=True) if turn else ""
+        after = part(turn + 1, answer_next=False) if turn < len(messages) - 1 else text
         if not (text.startswith(before) and text.startswith(after)):
             mend = 'set task.learn = "last"' if turn < turns[-1] else "use columns 'prompt' and 'answer' and a template"
             raise DataError(
-                f"the model's chat template writes the beginning of {where} otherwise once turn {turn} is there, so "
-                f"its answer cannot be told apart: {mend}"
+                f"the model's chat template renders the start of {where} differently once turn {turn} is added, "
+                f"so its answer cannot be located: {mend}"
             )
         spans.append((len(before), len(after)))
     return text, spans
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
-    return [number for number, one in enumerate(messages) if one["role"] == "assistant"]
-
-
-def _parsed(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    """The assistant's turns that are learnt."""
+    return [number for number, one in enumerate(messages) if one["role"] == "assistant" and LEARNT not in one]

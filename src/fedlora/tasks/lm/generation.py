@@ -89,9 +89,9 @@ def generate(
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     """The tokens that end a text: the tokenizer's, and those in the model's generation settings."""
     settings = getattr(model, "generation_config", None)
-    told = getattr(settings, "eos_token_id", None)
-    told = told if isinstance(told, list) else [told]
-    return sorted({token for token in [tokenizer.eos_token_id, *told] if token is not None})
+    declared = getattr(settings, "eos_token_id", None)
+    declared = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in [tokenizer.eos_token_id, *declared] if token is not None})
 
 
 def without_end(tokens: Sequence[int], tokenizer: Any) -> list[int]:

@@ -77,6 +77,10 @@ class PreparedLanguage(PreparedNextToken):
 
     settings: CausalLM
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"text"})
+
     def texts(self, split: Split) -> list[str]:
         return values_of(self._data[split], "text")
 

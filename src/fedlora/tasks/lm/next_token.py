@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora.core.errors import ConfigError, DataError
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Split
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.lm import tokens_out
 from fedlora.tasks.lm.tokens_out import Examples
 from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.encoded import Ragged, chunks
 from fedlora.tasks.models.loading import load_pretrained
+from fedlora.tasks.models.rounded import mixed
+from fedlora.tasks.models.staged import LEARNT, staged
 
 
 class NextTokenTask(TokenizedTask):
@@ -73,7 +75,9 @@ class PreparedNextToken(PreparedTokenized):
             found = self._examples[name] = settings.encode(rows, tokenizer)
             total, kept = len(rows), len(found.kept)
             if not kept:
-                raise DataError(f"all {total} {name} rows have {lacking}, so nothing can be learnt: mend the columns")
+                raise DataError(
+                    f"all {total} {name} rows have {lacking}, so nothing can be learnt: correct the columns"
+                )
             left[name] = rows if kept == total else rows.select(found.kept)
             if kept < total:
                 self._notes += (f"{total - kept} of {total} {name} rows have {lacking} and are left out",)
@@ -90,14 +94,16 @@ class PreparedNextToken(PreparedTokenized):
     def sequences(self) -> list[Ragged]:
         return [examples.tokens for examples in self._examples.values()]
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         """See ``Prepared.load_model``; the head is whatever the checkpoint lacks, usually nothing.
 
         Raises:
             ConfigError: the model does not exist, reads fewer tokens, or sees the tokens that it should predict.
         """
         longest = self.longest()
-        loaded, head = load_pretrained(self.auto_class, self._model, seed, device, fresh_head=False, longest=longest)
+        loaded, head = load_pretrained(
+            self.auto_class, self._model, seed, device, fresh_head=False, longest=longest, compute=compute
+        )
         if not _is_causal(loaded, device):
             raise ConfigError(
                 f"{self._model.path!r} sees the tokens that it is to predict, as encoders such as BERT do, so it would "
@@ -105,16 +111,22 @@ class PreparedNextToken(PreparedTokenized):
             )
         return loaded, head
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``: all sequences of the examples, padded to the longest on the right.
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
+        """See ``PreparedTokenized.host_batch``: all sequences of the examples, padded to the longest on the right.
 
         ``input_ids``, ``attention_mask`` and ``labels`` are ``(sequences, width)`` int64 each; a label is at its
         token's position, or ``IGNORED`` if the token is not learnt.
         """
         examples = self._examples[split]
-        return self._padded(examples, examples.sequences(rows), self._packing, device)
+        return self._padded(examples, examples.sequences(rows), self._packing)
 
-    def _padded(self, examples: Examples, chosen: Positions, packing: bool, device: torch.device) -> Batch:
+    def for_device(self, batch: Batch) -> Batch:
+        learnt = (batch["labels"][:, 1:] != tokens_out.IGNORED).flatten().nonzero().flatten()
+        # padding is on the right, where no token that counts sees it
+        kept = {name: value for name, value in batch.items() if name != "attention_mask"}
+        return kept | {LEARNT: learnt}
+
+    def _padded(self, examples: Examples, chosen: Positions, packing: bool) -> Batch:
         tokens, learnt, limit = examples.tokens, examples.learnt, self.settings.longest
         if packing:
             bins = tokens_out.pack(tokens.lengths(chosen), limit)
@@ -124,7 +136,7 @@ class PreparedNextToken(PreparedTokenized):
         batch = self.inputs(tokens, chosen, limit)
         ids = batch["input_ids"]
         batch["labels"] = torch.where(learnt.padded(chosen, ids.shape[1], 0) == 1, ids, tokens_out.IGNORED)
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return tokens_out.mean_loss(model, batch)
@@ -139,7 +151,9 @@ class PreparedNextToken(PreparedTokenized):
         said: set[int] = set()
         wanted: set[int] = set()
         for part in chunks(chosen, size):
-            batch = self._padded(examples, part, False, device)
+            batch = self._padded(examples, part, False)
+            if device.type != "cpu":
+                batch = next(staged([self.for_device(batch)], device))
             logits, targets = tokens_out.target_logits(model, batch)
             found = logits.argmax(-1)
             total += float(tokens_out.summed_cross_entropy(logits, targets))
@@ -151,7 +165,7 @@ class PreparedNextToken(PreparedTokenized):
         loss = total / count
         perplexity = float(torch.tensor(loss, dtype=torch.float64).exp())
         same = len(said) == 1 < len(wanted)
-        warnings = ("the model says the same token everywhere: it has learnt nothing useful",) if same else ()
+        warnings = ("the model predicts the same token everywhere: it has learnt nothing useful",) if same else ()
         metrics = {"accuracy": correct / count, "loss": loss, "perplexity": perplexity}
         return Evaluation(metrics, warnings + self._notes)
 
@@ -159,6 +173,6 @@ class PreparedNextToken(PreparedTokenized):
 def _is_causal(model: nn.Module, device: torch.device) -> bool:
     """Whether later tokens have no effect on earlier outputs."""
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], device=device)
-    with torch.no_grad():
+    with torch.no_grad(), mixed(model, device):
         one, other = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :3].float()
     return torch.allclose(one, other, atol=1e-3, rtol=1e-2)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fedlora.core.errors import TrainingError
 from fedlora.tasks.base import Batch, Positions
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, ranges
+from fedlora.tasks.models.staged import LEARNT, learnt_places
 
 IGNORED = -100
 """The label of a token that is not learnt."""
@@ -146,8 +147,9 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         Logits ``(learnt, vocabulary)`` in the model's number format, and the tokens ``(learnt,)`` int64.
     """
     labels = batch["labels"]
-    row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    listed = learnt_places(batch, labels.shape[1] - 1)
+    row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True) if listed is None else listed
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", LEARNT)}
 
     def choose(values: Tensor) -> Tensor:
         # tokens prepended by a tuning are not part of the batch

@@ -32,7 +32,7 @@ def speed_up(model: nn.Module, attention: bool) -> None:
         model: any module; attention is left alone where it does not go through the interface of ``transformers``.
         attention: whether to replace attention too.
     """
-    _settle_memory()
+    _configure_memory()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             replace_module(model, name, Dropout(module.p).train(module.training))
@@ -47,7 +47,7 @@ def speed_up(model: nn.Module, attention: bool) -> None:
         model.set_attn_implementation(ATTENTION)
 
 
-def _settle_memory() -> None:
+def _configure_memory() -> None:
     """Retains memory pages that every step frees and requests again, and limits the cache of kernels for each width."""
     # a kernel is made for each width of a batch; read once, so it is of no effect after the first product
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")

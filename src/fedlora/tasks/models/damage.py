@@ -90,8 +90,9 @@ def check_finite(loaded: nn.Module, fresh: Collection[str], model: Model) -> Non
             if wrong := int((~value.isfinite()).sum()):
                 where = "model.object" if model.object else str(_file_of(name, Path(model.resolve())))
                 raise ConfigError(
-                    f"the pre-trained weights of {model.path!r} are damaged: {wrong:,} of {value.numel():,} values of "
-                    f"{name} in {where} are NaN or infinite; fetch that file again, or write the model anew"
+                    f"the pre-trained weights of {model.path!r} are damaged: {wrong:,} of {value.numel():,} "
+                    f"values of {name} in {where} are NaN or infinite; fetch that file again, or save the model "
+                    "again"
                 )
 
 

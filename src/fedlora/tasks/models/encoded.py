@@ -115,10 +115,11 @@ def by_length(batch: Batch) -> list[Batch]:
     The order of examples changes; a loss that is one mean over all of them stays the same but for rounding.
 
     Args:
-        batch: tensors of ``(examples, ...)``; those of ``(examples, width)`` are cut; ``attention_mask`` among them.
+        batch: tensors of ``(examples, ...)``; those of ``(examples, width)`` are cut; on a CPU ``attention_mask`` is
+            among them.
     """
-    mask = batch["attention_mask"]
-    if mask.device.type != "cpu":
+    mask = batch.get("attention_mask")
+    if mask is None or mask.device.type != "cpu":
         return [batch]
     lengths, order = mask.sum(1).sort(stable=True)
     groups = []

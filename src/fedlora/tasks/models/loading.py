@@ -19,18 +19,21 @@ from fedlora.tasks.models.damage import check_digests, check_finite, damage, no_
 from fedlora.tasks.models.heads import parameters_of
 from fedlora.tasks.models.objects import copy_of_tokenizer, forget_last_call, fresh_copy
 from fedlora.tasks.models.pooling import POOLER_FAMILIES, Pooling
+from fedlora.tasks.models.rounded import is_stored_in_bfloat16, rounding
+from fedlora.tasks.models.staged import allow_no_mask
 from fedlora.tasks.models.vocabulary import check_vocabulary, has_tokenizer
 
 if TYPE_CHECKING:
-    from fedlora.tasks.base import Model
+    from fedlora.tasks.base import Compute, Model
     from fedlora.tasks.models import pooled as pooled
 else:
     pooled = Later("fedlora.tasks.models.pooled")  # its class is one of transformers
 
 FEW_BITS: dict[str, dict[str, Any]] = {
     "8bit": {"load_in_8bit": True},
-    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
 }
+FEW_BITS["4bit_double"] = {**FEW_BITS["4bit"], "bnb_4bit_use_double_quant": True}
 """The arguments for ``bitsandbytes``, by ``model.load``."""
 
 
@@ -43,8 +46,9 @@ def load_pretrained(
     fresh_head: bool = True,
     longest: int = 0,
     pooling: Pooling = "model",
+    compute: Compute = "fp32",
 ) -> tuple[nn.Module, frozenset[str]]:
-    """A pre-trained model in float32, with a fresh head if the checkpoint has none.
+    """A pre-trained model, with a fresh head if the checkpoint has none.
 
     Whatever the checkpoint lacks is initialised randomly, so it belongs to the head even if it is in the backbone.
 
@@ -58,6 +62,7 @@ def load_pretrained(
             language models, whose last matrix is pre-trained.
         longest: tokens of the longest sequence that it will read.
         pooling: what a classifier of sequences reads; see ``tasks.pooling``.
+        compute: see ``Compute``.
 
     Returns:
         The model, and the names of the head's parameters.
@@ -70,7 +75,7 @@ def load_pretrained(
         check_digests(Path(model.resolve()))
     with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
         torch.manual_seed(seed)
-        loaded, report = _loaded(auto_class, model, settings or {})
+        loaded, report = _loaded(auto_class, model, settings or {}, device, compute, fresh_head)
     limit = positions(loaded)
     if limit is not None and longest > limit:
         raise ConfigError(
@@ -79,6 +84,8 @@ def load_pretrained(
         )
     if device.type == "cpu":
         cpu.speed_up(loaded, model.attention == "auto")
+    else:
+        allow_no_mask(loaded)
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     check_finite(loaded, missing, model)
     _checkpoint(loaded, model)
@@ -104,7 +111,9 @@ def config_of(model: Model) -> Any:
     Raises:
         ConfigError: there is no such model.
     """
-    return model.object.here("model.object").config if model.object else _of(model, transformers.AutoConfig)
+    return (
+        model.object.here("model.object").config if model.object else _from_pretrained(model, transformers.AutoConfig)
+    )
 
 
 def positions(model: nn.Module) -> int | None:
@@ -130,7 +139,7 @@ def load_tokenizer(model: Model) -> Any:
     Raises:
         ConfigError: there is no such model.
     """
-    tokenizer = copy_of_tokenizer(model) if model.object else _of(model, transformers.AutoTokenizer)
+    tokenizer = copy_of_tokenizer(model) if model.object else _from_pretrained(model, transformers.AutoTokenizer)
     check_vocabulary(tokenizer, model.path)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
@@ -140,25 +149,36 @@ def load_tokenizer(model: Model) -> Any:
     return tokenizer
 
 
-def _loaded(auto_class: str, model: Model, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _loaded(
+    auto_class: str, model: Model, settings: Mapping[str, Any], device: torch.device, compute: Compute, fresh_head: bool
+) -> tuple[Any, dict[str, Any]]:
     """The model as ``transformers`` loads it, and what the checkpoint lacked."""
     if model.object:
         return fresh_copy(auto_class, model, settings)
-    loaded, report = getattr(transformers, auto_class).from_pretrained(
-        model.resolve(),
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        attn_implementation=None if model.attention == "auto" else model.attention,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        quantization_config=_quantised(model),
-        **settings,
-    )
+    path = model.resolve()
+    rounds = compute == "bf16" or (compute == "stored" and is_stored_in_bfloat16(path, model.revision))
+
+    def head_of(empty: nn.Module) -> frozenset[str]:
+        return head_names(empty, set(), fresh_head) | parameters_of(empty, model.head)
+
+    with rounding(head_of) if rounds else contextlib.nullcontext():
+        loaded, report = getattr(transformers, auto_class).from_pretrained(
+            path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation=None if model.attention == "auto" else model.attention,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            quantization_config=_quantised(model),
+            # quantised as it is read; others are drawn and rounded on the CPU, for the same head on every device
+            device_map={"": device} if model.load in FEW_BITS else None,
+            **settings,
+        )
     return loaded, report
 
 
-def _of(model: Model, auto_class: Any) -> Any:
+def _from_pretrained(model: Model, auto_class: Any) -> Any:
     """What ``auto_class`` reads of a model's folder or hub entry."""
     with quiet_transformers(), readable(model):
         return auto_class.from_pretrained(
@@ -244,7 +264,7 @@ def _explained(error: Exception, model: Model, folder: Path | None) -> str:
             )
     return (
         f"the model {model.path!r} cannot be loaded ({reason}); model.path should be a folder with config.json and "
-        "model.safetensors, a hub id that can be reached, or 'embedded'"
+        "model.safetensors, a GGUF file, a hub id that can be reached, 'embedded' or 'smollm2'"
     )
 
 

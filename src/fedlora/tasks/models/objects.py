@@ -31,7 +31,7 @@ _NO_PART_OF_THE_MODEL = (
 """Settings of a model that describe its origin or storage, not what it computes."""
 
 
-def taken_over(values: dict[str, Any]) -> dict[str, Any]:
+def converted(values: dict[str, Any]) -> dict[str, Any]:
     """The keywords of ``Model`` with the objects passed in replaced by fingerprinted ones.
 
     Raises:
@@ -61,8 +61,8 @@ def taken_over(values: dict[str, Any]) -> dict[str, Any]:
     for name, default in defaults.items():
         if values.get(name, default) != default:
             raise ConfigError(
-                f"model.{name} = {values[name]!r} says how a model is read, but model.object is loaded already: give "
-                "one of the two"
+                f"model.{name} = {values[name]!r} controls how a model is loaded, but model.object is loaded "
+                "already: give one of the two"
             )
     return values
 
@@ -88,15 +88,15 @@ def fresh_copy(auto_class: str, model: Model, settings: Mapping[str, Any]) -> tu
     state = {name: value.to("cpu", copy=True) for name, value in _state(own).items()}
     if _name_of(own, state) != model.object.fingerprint:
         raise ConfigError(
-            "the weights or settings of model.object have changed since it was handed over, and runs of it would "
-            "differ: make the fedlora.Model anew, and hand over a model that nobody trains meanwhile"
+            "the weights or settings of model.object have changed since it was passed, and runs of it would "
+            "differ: create a new fedlora.Model, and do not train its model during a run"
         )
     # what is left is for `from_pretrained`
     configuration, others = type(own.config).from_dict(own.config.to_dict(), return_unused_kwargs=True, **settings)
     known = getattr(transformers, auto_class)._model_mapping
     if type(configuration) not in known:
         raise ConfigError(
-            f"transformers has no {auto_class} for a {type(own).__name__}: hand over a model of another family, or "
+            f"transformers has no {auto_class} for a {type(own).__name__}: pass a model of another family, or "
             "choose another task"
         )
     cls: Any = _get_model_class(configuration, known)  # type: ignore[no-untyped-call]
@@ -119,10 +119,10 @@ def copy_of_tokenizer(model: Model) -> Any:
     Raises:
         ConfigError: it is not here, or is an image processor.
     """
-    own = _handed_tokenizer(model)
+    own = _passed_tokenizer(model)
     if not isinstance(own, transformers.PreTrainedTokenizerBase):
         raise ConfigError(
-            f"model.tokenizer is of type {type(own).__name__}, but this task reads text: hand a tokenizer over"
+            f"model.tokenizer is of type {type(own).__name__}, but this task reads text: pass a tokenizer"
         )
     own = copy.deepcopy(own)
     forget_last_call(own)
@@ -136,11 +136,11 @@ def processor_folder(model: Model) -> Iterator[str]:
     Raises:
         ConfigError: it is not here, or is none.
     """
-    own = _handed_tokenizer(model)
+    own = _passed_tokenizer(model)
     if not isinstance(own, transformers.ImageProcessingMixin):
         raise ConfigError(
-            f"model.tokenizer is of type {type(own).__name__}, but this task reads pictures: hand the model's image "
-            "processor over in its place"
+            f"model.tokenizer is of type {type(own).__name__}, but this task reads images: pass the model's "
+            "image processor instead"
         )
     with tempfile.TemporaryDirectory() as folder:
         own.save_pretrained(folder)
@@ -168,7 +168,7 @@ def loaded_again(fingerprints: Mapping[str, str], origins: Mapping[str, str]) ->
         tokenizer = _tokenizer_from(origins.get("tokenizer") or folder)
     except (OSError, ValueError, ConfigError):
         return None
-    found = taken_over({"object": model, "tokenizer": tokenizer})
+    found = converted({"object": model, "tokenizer": tokenizer})
     same = all(found[part].fingerprint == fingerprints[part] for part in ("object", "tokenizer"))
     return {"object": found["object"], "tokenizer": found["tokenizer"]} if same else None
 
@@ -197,8 +197,8 @@ def _check_model(model: Any) -> None:
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
-            "model.object is quantised or carries adapters, but the plain model was expected: load it without, or give "
-            "model.path and model.load"
+            "model.object is quantised or carries adapters, but the plain model was expected: load it without "
+            "them, or give model.path and model.load"
         )
     if any(value.is_meta for value in _state(model).values()):
         raise ConfigError(
@@ -230,8 +230,8 @@ def fingerprint_of_tokenizer(given: Any) -> str:
         return f"processor:{_hash(given.to_dict())}"
     if not isinstance(given, transformers.PreTrainedTokenizerBase):
         raise ConfigError(
-            f"model.tokenizer is of type {type(given).__name__}, but a tokenizer of transformers was expected, or for "
-            "pictures an image processor, such as AutoTokenizer.from_pretrained(...) gives"
+            f"model.tokenizer is of type {type(given).__name__}, but a tokenizer of transformers was expected, "
+            "or for images an image processor, such as AutoTokenizer.from_pretrained(...) gives"
         )
     own = copy.deepcopy(given)
     forget_last_call(own)
@@ -250,7 +250,7 @@ def _hash(facts: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
-def _handed_tokenizer(model: Model) -> Any:
+def _passed_tokenizer(model: Model) -> Any:
     if model.tokenizer is None:
         raise ConfigError("model.object needs its tokenizer: fedlora.Model(object=..., tokenizer=...)")
     return model.tokenizer.here("model.tokenizer")
@@ -258,7 +258,7 @@ def _handed_tokenizer(model: Model) -> Any:
 
 def _tokenizer_from(origin: str) -> Any:
     """The tokenizer, or else the image processor, that lies where a model was loaded from."""
-    reason = "it does not say where it was loaded from"
+    reason = "it does not record where it was loaded from"
     for auto_class in (transformers.AutoTokenizer, transformers.AutoImageProcessor) if origin else ():
         try:
             return auto_class.from_pretrained(origin)

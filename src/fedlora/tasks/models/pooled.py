@@ -14,6 +14,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.state import generator, named_seed
 from fedlora.tasks.models.cpu import Dropout
 from fedlora.tasks.models.pooling import Pooling
+from fedlora.tasks.models.rounded import mixed
 
 _FLAGS = (
     *("base_model_prefix", "main_input_name", "supports_gradient_checkpointing", "_no_split_modules"),
@@ -72,7 +73,7 @@ class PooledClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | None = None,
         labels: None = None,
         return_dict: None = None,
         **others: Any,
@@ -81,13 +82,15 @@ class PooledClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
 
         Args:
             input_ids: ``(batch, length)``.
-            attention_mask: ``(batch, length)``; one where there is a token.
+            attention_mask: ``(batch, length)``; one where there is a token. None if there is one everywhere.
             labels: none; losses are computed elsewhere.
             return_dict: ignored.
             others: what else the backbone takes, such as ``token_type_ids``; None is left out.
         """
         others = {name: value for name, value in others.items() if value is not None}
         states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **others).last_hidden_state
+        if attention_mask is None:
+            attention_mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
         pooled = pool(states, attention_mask, self.pooling)
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
 
@@ -120,7 +123,7 @@ def _hidden_size(stock: PreTrainedModel, backbone: nn.Module, pooling: Pooling) 
     device = next(backbone.parameters()).device
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=device)
     training = backbone.training
-    with torch.no_grad():
+    with torch.no_grad(), mixed(backbone, device):
         found = backbone.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
     backbone.train(training)
     states = getattr(found, "last_hidden_state", None)

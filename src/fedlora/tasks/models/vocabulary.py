@@ -79,7 +79,7 @@ def unknown_notes(tokens: Iterable[Ragged], tokenizer: Any, path: str) -> tuple[
     if not total or count / total <= MOST_UNKNOWN:
         return ()
     return (
-        f"{count / total:.0%} of the tokens are unknown to the tokenizer of {path!r} ({tokenizer.unk_token}): the "
-        "model cannot tell these words apart; check that the tokenizer is the model's own, or choose a model for the "
-        "language and script of the texts",
+        f"{count / total:.0%} of the tokens are unknown to the tokenizer of {path!r} ({tokenizer.unk_token}): "
+        "the model cannot distinguish these words; check that the tokenizer is the model's own, or choose a "
+        "model for the language and script of the texts",
     )

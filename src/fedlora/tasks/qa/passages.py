@@ -99,8 +99,8 @@ def check_stride(tokenizer: Any, max_length: int, stride: int) -> None:
     """
     if not tokenizer.is_fast:
         raise ConfigError(
-            "the model's tokenizer does not say which characters its tokens are, but answers are found by them: use a "
-            "model with a fast tokenizer, a tokenizer.json"
+            "the model's tokenizer does not map its tokens to characters, but answers are located by "
+            "characters: use a model with a fast tokenizer, a tokenizer.json"
         )
     question, own = max_length // 2, tokenizer.num_special_tokens_to_add(pair=True)
     room = max_length - question - own

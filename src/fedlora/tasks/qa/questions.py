@@ -15,8 +15,8 @@ from torch.nn import functional
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.later import transformers
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
-from fedlora.tasks.data.columns import fingerprint, values_of
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.data.columns import check_rows, check_texts, fingerprint, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Ragged, by_length, cached, chunks
 from fedlora.tasks.models.loading import config_of, load_pretrained
@@ -64,8 +64,9 @@ class QuestionAnswering(TokenizedTask):
     def __post_init__(self) -> None:
         if self.null_threshold and not self.no_answer:
             raise ConfigError(
-                f"task.null_threshold = {self.null_threshold:g} decides whether there is an answer, but every question "
-                "is said to have one: set task.no_answer = true, or leave null_threshold out"
+                f"task.null_threshold = {self.null_threshold:g} decides whether there is an answer, but every "
+                "question has one by task.no_answer = false: set task.no_answer = true, or leave null_threshold "
+                "out"
             )
 
     def content(self, rows: Any) -> str:
@@ -104,6 +105,10 @@ class PreparedQuestions(PreparedTokenized):
         self._references = {name: spans.references_of(part, name) for name, part in data.items()}
         self._targets = {name: passages.targets(self._references[name]) for name, passages in self._passages.items()}
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"context", "question", "answers"})
+
     def texts(self, split: Split) -> list[str]:
         columns = (values_of(self._data[split], name) for name in ("question", "context"))
         return [" ".join(row) for row in zip(*columns, strict=True)]
@@ -117,12 +122,13 @@ class PreparedQuestions(PreparedTokenized):
     def sequences(self) -> list[Ragged]:
         return [passages.tokens for passages in self._passages.values()]
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         renamed = _renamed_backbone(self._model)
         # the two outputs, for start and end, are called labels in a configuration
         settings = {"num_labels": 2, "key_mapping": renamed} if renamed else {"num_labels": 2}
-        longest = self.longest()
-        model, head = load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest)
+        model, head = load_pretrained(
+            self.auto_class, self._model, seed, device, settings, longest=self.longest(), compute=compute
+        )
         if renamed:
             # else `transformers` would save the model under the old names, and not find them when it loads it
             used: Any = getattr(model, "_weight_conversions", None) or []
@@ -130,12 +136,13 @@ class PreparedQuestions(PreparedTokenized):
             model._weight_conversions = kept
         return model, head
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``: all windows of the examples, one after the other."""
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
+        """See ``PreparedTokenized.host_batch``: all windows of the examples, one after the other."""
         chosen = self._passages[split].rows(rows)
         batch = self._inputs(self._passages[split], chosen)
-        batch |= {name: torch.from_numpy(self._targets[split][chosen, side]) for side, name in enumerate(POSITIONS)}
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch | {
+            name: torch.from_numpy(self._targets[split][chosen, side]) for side, name in enumerate(POSITIONS)
+        }
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: the mean of ``span_losses`` over windows.
@@ -145,7 +152,7 @@ class PreparedQuestions(PreparedTokenized):
         losses = []
         for part in by_length(batch):
             start, end = _outputs(model, part)
-            losses.append(span_losses(start, end, part["attention_mask"], *(part[name] for name in POSITIONS)))
+            losses.append(span_losses(start, end, part.get("attention_mask"), *(part[name] for name in POSITIONS)))
         return torch.cat(losses).mean()
 
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
@@ -172,6 +179,14 @@ class PreparedQuestions(PreparedTokenized):
         said, _ = self._read(model, passages, np.arange(len(passages.contexts)), device, None)
         answers = self._decode(said, np.diff(passages.examples), contexts)
         return [{"answer": one.text, "score": one.score, "start": one.start} for one in answers]
+
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: questions with their contexts."""
+        names = ["context", "question"]
+        check_rows(rows, names, which)
+        check_texts(rows, names, which)
+        asked = zip(*(values_of(rows, name) for name in names), strict=True)
+        return [json.dumps(dict(zip(names, one, strict=True)), ensure_ascii=False) for one in asked]
 
     def _inputs(self, passages: Passages, chosen: Positions) -> Batch:
         return self.inputs(passages.tokens, chosen, self.settings.max_length, passages.types)
@@ -212,7 +227,7 @@ class PreparedQuestions(PreparedTokenized):
         ]
 
 
-def span_losses(start: Tensor, end: Tensor, mask: Tensor, first: Tensor, last: Tensor) -> Tensor:
+def span_losses(start: Tensor, end: Tensor, mask: Tensor | None, first: Tensor, last: Tensor) -> Tensor:
     """The mean of the cross entropies of start and end, for each window.
 
     ``(-log softmax(start)[first] - log softmax(end)[last]) / 2`` (Devlin et al., BERT, arXiv 1810.04805, section 4.2),
@@ -221,7 +236,7 @@ def span_losses(start: Tensor, end: Tensor, mask: Tensor, first: Tensor, last: T
     Args:
         start: ``(windows, width)`` outputs.
         end: ``(windows, width)`` outputs.
-        mask: ``(windows, width)``; zero for padding.
+        mask: ``(windows, width)``; zero for padding. None if there is none.
         first: ``(windows,)`` int64, the token at which the answer starts.
         last: ``(windows,)`` int64, the token at which it ends.
 
@@ -229,7 +244,11 @@ def span_losses(start: Tensor, end: Tensor, mask: Tensor, first: Tensor, last: T
         ``(windows,)`` float32.
     """
     at_start, at_end = (
-        functional.cross_entropy(logits.float().masked_fill(mask == 0, -torch.inf), wanted, reduction="none")
+        functional.cross_entropy(
+            logits.float() if mask is None else logits.float().masked_fill(mask == 0, -torch.inf),
+            wanted,
+            reduction="none",
+        )
         for logits, wanted in ((start, first), (end, last))
     )
     return (at_start + at_end) / 2

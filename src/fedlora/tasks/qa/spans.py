@@ -313,6 +313,6 @@ def _collapsed(answers: Sequence[Answer], exact: float) -> tuple[str, ...]:
         return ()
     share = f"{count} of {len(answers)} questions"
     if place is None:
-        return (f"the model gives no answer to {share}: it has learnt nothing useful",)
+        return (f"the model predicts no answer to {share}: it has learnt nothing useful",)
     same = f"token {place[0] + 1} to {place[1] + 1} of the context"
-    return (f"the model gives the same place, {same}, as the answer to {share}: it has learnt nothing useful",)
+    return (f"the model predicts the same place, {same}, as the answer to {share}: it has learnt nothing useful",)

@@ -16,25 +16,21 @@ from torch.nn import functional
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.errors import ConfigError, DataError, TrainingError, shown
 from fedlora.core.later import datasets, seqeval
-from fedlora.tasks.base import Batch, Data, Evaluation, Model, Positions, Prepared, Split
+from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import Source, Splits, check_rows, class_names, fingerprint, split, values_of
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
 from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.models.staged import LEARNT, learnt_places
+from fedlora.tasks.tags.schemes import FORM, OUTSIDE, entity_tag, is_tag, mixed, scheme_of
 from fedlora.tasks.tags.words import Windows, cut
-
-OUTSIDE = "O"
-"""The tag of a word outside any entity; class 0 of every model."""
 
 MASKED = -100
 """The label of a piece that is not scored."""
 
 _WORD = re.compile(r"\w+|[^\w\s]")
-_FORMS = {
-    "iob2": (re.compile(r"O|[BI]-.+"), 'IOB2 knows O, B-type and I-type: mend the tag, or set task.scheme = "plain"'),
-    "plain": (re.compile(r".+"), "a tag is a word on one line: mend the tag"),
-}
-_UNLABELLED = "no word of these examples makes a piece of the tokenizer, so nothing can be learnt or scored: "
+_PLAIN = re.compile(r".+")
+_UNLABELLED = "no word of these examples gets a token, so nothing can be learnt or scored: "
 _UNLABELLED += "check the column 'tokens', or use larger batches"
 
 
@@ -47,8 +43,9 @@ class TokenClassification(TokenizedTask):
     windows; each word is trained and scored in the window with the most context around it.
 
     Args:
-        scheme: ``iob2``: ``B-type`` begins an entity, ``I-type`` continues it, ``O`` is outside; ``plain``: each word
-            with a tag other than ``O`` is an entity of its own.
+        scheme: ``iob2``: ``B-type`` begins an entity, ``I-type`` continues it, ``O`` is outside. Tags of IOB1, IOE,
+            BIOES, BMES and BILOU are told apart by their prefixes and scored as whole entities too. ``plain``: each
+            word with a tag other than ``O`` is an entity of its own.
         tag_names: all tags; if the data have numbers, in the order of these.
         max_length: number of tokens in a window, including special ones.
         stride: number of tokens that a window shares with the previous one.
@@ -69,19 +66,19 @@ class TokenClassification(TokenizedTask):
         if len(set(self.tag_names)) < len(self.tag_names):
             twice = next(name for name in self.tag_names if self.tag_names.count(name) > 1)
             raise ConfigError(f"task.tag_names has {twice!r} twice, but each tag has one name: remove one of them")
-        wrong = self._wrong(self.tag_names, "task.tag_names has")
+        wrong = self._invalid_tag(self.tag_names, "task.tag_names has")
         if wrong:
             raise ConfigError(wrong)
 
     def read(self, source: Source) -> tuple[Splits, list[str]]:
         """See ``TokenizedTask.read``: the tags' names are ``O``, then the others sorted."""
-        raw = source.load()
+        raw = source.raw()
         train = self._tags(raw.train, "training")
         declared = class_names(raw.train, "tags")
         if declared and self.tag_names and set(declared) != set(self.tag_names):
             raise DataError("the training rows declare other tags than task.tag_names: remove task.tag_names")
         known = self.tag_names or declared or {tag for tags in train for tag in tags}
-        wrong = self._wrong(known, "the training rows declare")
+        wrong = self._invalid_tag(known, "the training rows declare")
         if wrong:
             raise DataError(wrong)
         names = [OUTSIDE, *sorted(set(known) - {OUTSIDE})]
@@ -98,13 +95,28 @@ class TokenClassification(TokenizedTask):
     def over(self, model: Model, tokenizer: Any, names: list[str], data: Data) -> Prepared:
         return PreparedTokens(self, model, tokenizer, names, data)
 
-    def iob2(self, name: str) -> str:
+    def entity_tag(self, name: str) -> str:
         """A tag as ``seqeval`` reads it: a plain one begins an entity."""
-        return name if self.scheme == "iob2" or name == OUTSIDE else f"B-{name}"
+        if self.scheme == "plain":
+            return name if name == OUTSIDE else f"B-{name}"
+        return entity_tag(name)
 
-    def _wrong(self, names: Iterable[str], whose: str) -> str | None:
-        form, expected = _FORMS[self.scheme]
-        return next((f"{whose} the tag {name!r}, but {expected}" for name in names if not form.fullmatch(name)), None)
+    def _invalid_tag(self, names: Iterable[str], whose: str) -> str | None:
+        names = list(names)
+        if self.scheme == "plain":
+            return next(
+                (
+                    f"{whose} the tag {name!r}, but a tag is a word on one line: correct the tag"
+                    for name in names
+                    if not _PLAIN.fullmatch(name)
+                ),
+                None,
+            )
+        if wrong := next((name for name in names if not is_tag(name)), None):
+            return f"{whose} the tag {wrong!r}, but {FORM}"
+        if pair := mixed(names):
+            return f"{whose} the tags {pair[0]!r} and {pair[1]!r}, but no scheme has both: write all tags in one scheme"
+        return None
 
     def _tags(self, rows: Any, which: str) -> list[list[str]]:
         """The tags of each row by name, after a look at every row."""
@@ -115,27 +127,27 @@ class TokenClassification(TokenizedTask):
             where = f"row {row} of the {which} rows"
             if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
                 raise DataError(
-                    f"{where} has {shown(words)} for 'tokens', but it must be a list of one or more words: mend or "
-                    "remove the row, and use json or parquet, which have lists"
+                    f"{where} has {shown(words)} for 'tokens', but it must be a list of one or more words: "
+                    "correct or remove the row, and use json or parquet, which have lists"
                 )
             if not isinstance(tags, list) or len(tags) != len(words):
                 has = f"{len(tags)} tags" if isinstance(tags, list) else f"{shown(tags)} for 'tags'"
-                raise DataError(f"{where} has {len(words)} words and {has}, but each word needs a tag: mend the row")
+                raise DataError(f"{where} has {len(words)} words and {has}, but each word needs a tag: correct the row")
             found.append([self._name(tag, names, where) for tag in tags])
         return found
 
     def _name(self, tag: Any, names: Sequence[str], where: str) -> str:
         if isinstance(tag, str):
-            wrong = self._wrong([tag], f"{where} has")
+            wrong = self._invalid_tag([tag], f"{where} has")
             if wrong:
                 raise DataError(wrong)
             return tag
         if not isinstance(tag, int) or isinstance(tag, bool) or (names and not 0 <= tag < len(names)):
             known = f"a number from 0 to {len(names) - 1}" if names else "a word"
-            raise DataError(f"{where} has the tag {shown(tag, 40)}, but a tag is {known}: mend the row")
+            raise DataError(f"{where} has the tag {shown(tag, 40)}, but a tag is {known}: correct the row")
         if not names:
             raise DataError(
-                f"{where} has the tag {tag}, but nothing says what it stands for: name the tags in their order in "
+                f"{where} has the tag {tag}, but the numbers have no names: name the tags in their order in "
                 "task.tag_names"
             )
         return names[tag]
@@ -163,11 +175,11 @@ class PreparedTokens(PreparedTokenized):
     ) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ConfigError(
-                f"the tokenizer of {model.path!r} cannot say which word a piece is of, which tags need: choose a model "
+                f"the tokenizer of {model.path!r} does not map tokens to words, which tags need: choose a model "
                 "whose folder has tokenizer.json"
             )
         super().__init__(settings, model, tokenizer, names, data)
-        self._iob2 = [settings.iob2(name) for name in names]
+        self._entity_tags = [settings.entity_tag(name) for name in names]
         self._windows = {name: self._encode(part) for name, part in data.items()}
         self._labels = self._frequent(self._windows["train"].tags) if "train" in data else np.zeros(0, np.int64)
 
@@ -176,6 +188,21 @@ class PreparedTokens(PreparedTokenized):
         """See ``Prepared.labels``: the most frequent type of entity in each example."""
         return self._labels
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"tokens", "tags"})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """See ``Prepared.notes``: the scheme of the tags, if it is another than IOB2."""
+        if self.settings.scheme == "plain" or "train" not in self.data:
+            return super().notes
+        names = self._names
+        tags = ([names[tag] for tag in row] for row in values_of(self.data["train"], "tags"))
+        found = scheme_of(names, tags)
+        said = () if found == "IOB2" else (f"the tags are in the scheme {found}, and scored as whole entities",)
+        return (*super().notes, *said)
+
     def texts(self, split: Split) -> list[str]:
         return [" ".join(words) for words in values_of(self._data[split], "tokens")]
 
@@ -183,28 +210,37 @@ class PreparedTokens(PreparedTokenized):
     def sequences(self) -> list[Ragged]:
         return [windows.tokens for windows in self._windows.values()]
 
-    def load_model(self, seed: int, compute: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+    def load_model(self, seed: int, compute: Compute, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
         settings = class_settings(self._names)
-        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=self.longest())
+        longest = self.longest()
+        return load_pretrained(self.auto_class, self._model, seed, device, settings, longest=longest, compute=compute)
 
-    def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
-        """See ``Prepared.batch``: all windows of the examples; ``labels`` are ``(windows, width)``, -100 is masked."""
+    def host_batch(self, rows: Positions, split: Split) -> Batch:
+        """See ``PreparedTokenized.host_batch``: all windows of the examples.
+
+        ``labels`` are ``(windows, width)``; -100 is masked.
+        """
         windows = self._windows[split]
         batch, places = self._inputs(windows, windows.of(rows))
         batch["labels"] = torch.from_numpy(np.where(places >= 0, windows.tags.values[places], MASKED))
-        return {name: value.to(device) for name, value in batch.items()}
+        return batch
+
+    def for_device(self, batch: Batch) -> Batch:
+        scored = (batch["labels"] != MASKED).flatten().nonzero().flatten()
+        return super().for_device(batch) | {LEARNT: scored}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: the mean cross entropy over all words of the batch.
 
         On a CPU the windows go through the model in groups of like length.
         """
-        if not bool((batch["labels"] != MASKED).any()):
+        if not (len(batch[LEARNT]) if LEARNT in batch else bool((batch["labels"] != MASKED).any())):
             raise TrainingError(_UNLABELLED)
         logits, labels = [], []
         for part in by_length(batch):
-            kept = part["labels"] != MASKED
-            found = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"]).logits
+            places = learnt_places(part, part["labels"].shape[1])
+            kept: Any = part["labels"] != MASKED if places is None else places
+            found = model(input_ids=part["input_ids"], attention_mask=part.get("attention_mask")).logits
             logits.append(found[kept].float())
             labels.append(part["labels"][kept])
         return functional.cross_entropy(torch.cat(logits), torch.cat(labels))
@@ -212,7 +248,7 @@ class PreparedTokens(PreparedTokenized):
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: F1, precision and recall over entities, accuracy over words, and the loss.
 
-        An entity counts as found if its type, first and last word are right. Predictions that break IOB2 are read as
+        An entity counts as found if its type, first and last word are right. Tags that break their scheme are read as
         ``conlleval`` does: an ``I-`` that follows nothing of its type begins an entity. A word that makes no piece of
         the tokenizer counts as predicted ``O``.
 
@@ -228,7 +264,10 @@ class PreparedTokens(PreparedTokenized):
         loss = float(functional.cross_entropy(logits, torch.from_numpy(wanted[places])))
         words = ranges(windows.tags.offsets, rows)
         tagged = [
-            [[self._iob2[tag] for tag in tags[slice(*windows.tags.offsets[row : row + 2])]] for row in rows.tolist()]
+            [
+                [self._entity_tags[tag] for tag in tags[slice(*windows.tags.offsets[row : row + 2])]]
+                for row in rows.tolist()
+            ]
             for tags in (wanted.tolist(), found.tolist())
         ]
         precision, recall, f1, _ = seqeval.metrics.sequence_labeling.precision_recall_fscore_support(
@@ -261,11 +300,20 @@ class PreparedTokens(PreparedTokenized):
         for number, text in enumerate(inputs):
             tags = found[slice(*windows.tags.offsets[number : number + 2])]
             entities = []
-            for kind, first, last in seqeval.metrics.sequence_labeling.get_entities([self._iob2[tag] for tag in tags]):
+            for kind, first, last in seqeval.metrics.sequence_labeling.get_entities(
+                [self._entity_tags[tag] for tag in tags]
+            ):
                 start, end = spans[number][first][0], spans[number][last][1]
                 entities.append({"type": kind, "text": text[start:end], "start": start, "end": end})
             results.append({"entities": entities})
         return results
+
+    def inputs_of(self, rows: Any, which: str) -> list[str]:
+        """See ``Prepared.inputs_of``: the column ``text``, or the words of ``tokens`` with blanks between them."""
+        if "text" in rows.column_names:
+            return super().inputs_of(rows, which)
+        check_rows(rows, ["tokens"], which)
+        return [" ".join(map(str, words)) for words in values_of(rows, "tokens")]
 
     def _inputs(self, windows: Windows, sequences: Positions) -> tuple[Batch, NDArray[np.int64]]:
         """Sequences padded to the longest, and the places of their pieces."""
@@ -294,14 +342,12 @@ class PreparedTokens(PreparedTokenized):
             )
         lost = int((wanted[np.setdiff1d(words, places)] > 0).sum())
         if lost:
-            sentences.append(
-                f"{lost} words of entities make no piece of the tokenizer: they count as predicted {OUTSIDE!r}"
-            )
+            sentences.append(f"{lost} words of entities get no token: they count as predicted {OUTSIDE!r}")
         return sentences
 
     def _frequent(self, tags: Ragged) -> Positions:
         first: dict[str, int] = {}
-        for number, tag in enumerate(self._iob2[1:], 1):
+        for number, tag in enumerate(self._entity_tags[1:], 1):
             first.setdefault(tag[2:], number)
         labels = np.zeros(len(tags.offsets) - 1, np.int64)
         for row in range(len(labels)):
@@ -309,7 +355,9 @@ class PreparedTokens(PreparedTokenized):
             if found.any():
                 counts = Counter(
                     first[kind]
-                    for kind, _, _ in seqeval.metrics.sequence_labeling.get_entities([self._iob2[tag] for tag in found])
+                    for kind, _, _ in seqeval.metrics.sequence_labeling.get_entities(
+                        [self._entity_tags[tag] for tag in found]
+                    )
                 )
                 labels[row] = min(counts, key=lambda number: (-counts[number], number))
         return labels
@@ -331,8 +379,9 @@ def _numbered(rows: Any, tags: list[list[str]], names: Sequence[str], which: str
         for tag in found:
             if tag not in known:
                 raise DataError(
-                    f"row {row} of the {which} rows has the tag {tag!r}, but the model knows {', '.join(names[:20])} "
-                    "alone: mend the row, add training rows with the tag, or name every tag in task.tag_names"
+                    f"row {row} of the {which} rows has the tag {tag!r}, but the model has only "
+                    f"{', '.join(names[:20])}: correct the row, add training rows with the tag, or name every "
+                    "tag in task.tag_names"
                 )
     numbers = [[known[tag] for tag in found] for found in tags]
     feature = datasets.List(datasets.ClassLabel(names=list(names)))

@@ -62,7 +62,7 @@ def cut(examples: Sequence[Sequence[str]], tokenizer: Any, max_length: int, stri
             f"task.stride = {stride} leaves no room in windows of max_length = {max_length} tokens: set stride to "
             f"{max(0, room - 1)} or less, or max_length to {max_length - room + stride + 1} or more"
         )
-    before = " " * _glues(tokenizer)
+    before = " " * _joins_words(tokenizer)
     asked = [[before + word if word and not word[0].isspace() else word for word in words] for words in examples]
     with quiet_transformers():  # it would warn of sentences that are cut below
         encoded = tokenizer(asked, is_split_into_words=True, return_special_tokens_mask=True)
@@ -133,7 +133,7 @@ def best_windows(length: int, spans: Sequence[tuple[int, int]]) -> list[int]:
     return chosen
 
 
-def _glues(tokenizer: Any) -> bool:
+def _joins_words(tokenizer: Any) -> bool:
     """Whether tokens mark a word's beginning by a leading space, so that pre-split words would be joined."""
     settings = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     steps = settings.get("pretokenizers", [settings])

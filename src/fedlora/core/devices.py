@@ -1,0 +1,130 @@
+"""Names of devices, what a device computes in, and kernels that give the same bits each time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+import torch
+
+from fedlora.core.component import Field
+from fedlora.core.errors import ConfigError, TrainingError
+
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$")]
+"""``auto``, ``cpu``, ``cuda``, ``cuda:1`` or another number, or ``mps``."""
+_BFLOAT16_SINCE = 8
+"""The first major compute capability with bfloat16 matrix units (Ampere)."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is the current CUDA device if there is one, and the CPU if not.
+
+    Args:
+        name: see ``DeviceName``.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device = 'mps' but this PyTorch has no Metal device; use 'cpu' or 'auto'")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ConfigError(f"device = {name!r} but this PyTorch sees no GPU; use 'cpu' or 'auto'")
+        if device.index is not None and device.index >= count:
+            raise ConfigError(
+                f"device = {name!r} but this PyTorch sees {count} GPU(s), numbered from 0; use 'cuda:{count - 1}' or "
+                "'auto'"
+            )
+    return device
+
+
+def compute_on(device: torch.device) -> Literal["fp32", "bf16"]:
+    """What ``local.compute = "auto"`` is on a device: ``bf16`` where CUDA has matrix units for it, else ``fp32``.
+
+    A CPU computes in ``fp32``, whatever its instructions are, so that a configuration gives the same numbers on every
+    CPU.
+    """
+    if device.type != "cuda":
+        return "fp32"
+    fast = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= _BFLOAT16_SINCE
+    return "bf16" if fast else "fp32"
+
+
+@contextmanager
+def deterministic_kernels(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """Within the block, CUDA computes with kernels that give the same bits each time; elsewhere nothing changes.
+
+    PyTorch's deterministic algorithms, among them the backward passes of flash and memory-efficient attention; no
+    attention by cuDNN, whose backward pass has no such form; cuDNN neither searches for kernels nor rounds to TF32; and
+    a fixed workspace of cuBLAS. The former settings return at the end, except ``CUBLAS_WORKSPACE_CONFIG``, which
+    PyTorch reads once.
+
+    Args:
+        device: where the block computes.
+        wanted: False changes nothing.
+
+    Raises:
+        TrainingError: an operation of the model has no deterministic kernel.
+    """
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = _read()
+    try:
+        _write(["error", False, *(value for _, _, value in _FLAGS)])
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        operation = str(error).split(" does not have")[0].splitlines()[0]
+        raise TrainingError(
+            f"the model uses {operation}, which has no deterministic kernel on CUDA, but deterministic = true asks for "
+            "the same bits in each run; set deterministic = false, or device = 'cpu'"
+        ) from error
+    finally:
+        _write(before)
+
+
+_FOLLOWS = object()
+"""No value of its own."""
+
+
+_CUDNN: Any = torch.backends.cudnn
+_FLAGS: tuple[tuple[Any, str, Any], ...] = (
+    (torch.utils.deterministic, "fill_uninitialized_memory", False),  # a precaution that costs time
+    (_CUDNN, "deterministic", True),
+    (_CUDNN, "benchmark", False),
+    (torch.backends.cuda.matmul, "allow_tf32", False),
+    (_CUDNN, "allow_tf32", False),
+    # the newer names of the last two, which follow them
+    (torch.backends.cuda.matmul, "fp32_precision", _FOLLOWS),
+    *((getattr(_CUDNN, part, _CUDNN), "fp32_precision", _FOLLOWS) for part in ("conv", "rnn")),
+)
+
+
+def _read() -> list[Any]:
+    own = [torch.get_deterministic_debug_mode(), torch.backends.cuda.cudnn_sdp_enabled()]  # type: ignore[no-untyped-call]
+    return own + [_value(place, name) for place, name, _ in _FLAGS]
+
+
+def _value(place: Any, name: str) -> Any:
+    try:
+        return getattr(place, name, _FOLLOWS)
+    except RuntimeError:  # TF32 was set by its newer name
+        return _FOLLOWS
+
+
+def _write(values: Sequence[Any]) -> None:
+    mode, attention, *flags = values
+    torch.set_deterministic_debug_mode(mode)
+    torch.backends.cuda.enable_cudnn_sdp(attention)
+    for (place, name, _), value in zip(_FLAGS, flags, strict=True):
+        if value is not _FOLLOWS:
+            setattr(place, name, value)

@@ -1,0 +1,223 @@
+"""Coding of quantised values: small integers, raw, Huffman coded, or range coded with their counts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.core.errors import WireError
+from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, take_bits
+from fedlora.transport.deflate import deflate, inflate
+from fedlora.transport.framing import Reader, varint
+
+Symbols = NDArray[np.int8]
+
+_RAW, _CLASSES, _COUNTED, _HUFFMAN, _HALVES, _SIGNS = range(6)  # ways to write symbols
+_PER_SYMBOL = 64  # values per possible symbol above which counting symbols beats counting classes
+_FEWEST = 16 << 10  # bytes of raw symbols from which a Huffman code's table costs little
+_SAMPLE, _LOSS = 1 << 15, 1.008  # of all symbols, how many are looked at; the bits that half the time may cost
+
+
+def encode(symbols: Symbols, bits: int) -> list[bytes | memoryview]:
+    """Encodes symbols: many of them by Huffman codes, few by a range coder, or raw if that is no longer.
+
+    Args:
+        symbols: integers of magnitude ``largest_of(bits)`` at most.
+        bits: of a raw symbol; 1, 2, 4 or 8.
+    """
+    largest = largest_of(bits)
+    mode = _RAW
+    chunks: list[bytes | memoryview] = [_to_raw(symbols, bits).data] if bits > 1 else []
+    if largest == 1 and symbols.all():
+        mode, chunks = _SIGNS, [pack_bits(symbols < 0)]
+        if abs(int(symbols.sum(dtype=np.int64))) <= len(symbols) // 8:  # they cost a bit each in any coding
+            return [bytes([mode]), *chunks]
+    other, coded = _encode_entropy(symbols, bits, largest)
+    if not chunks or sum(map(len, coded)) < sum(map(len, chunks)):
+        mode, chunks = other, coded
+    return [bytes([mode]), *chunks]
+
+
+def _encode_entropy(symbols: Symbols, bits: int, largest: int) -> tuple[int, list[bytes | memoryview]]:
+    """A coding that takes fewer bits for more frequent symbols, and its bytes."""
+    width = max(bits, 2)  # a sign or zero takes two
+    if width * len(symbols) >= 8 * _FEWEST:
+        if width == 8 and _low_is_random(symbols):  # half of the bytes take half of the time
+            return _HALVES, [deflate(_to_raw(symbols >> 4, 4)), _to_raw(symbols, 4).data]
+        return _HUFFMAN, [deflate(_to_raw(symbols, width))]
+    wide = symbols.astype(np.int32)
+    if len(symbols) >= _PER_SYMBOL * (2 * largest + 1):
+        return _COUNTED, [_encode_counted(wide, largest)]
+    return _CLASSES, [_encode_classes(wide, largest)]
+
+
+def decode(reader: Reader, bits: int, total: int) -> Symbols:
+    """The inverse of ``encode``.
+
+    Raises:
+        WireError: the bytes are not ``total`` symbols of so many bits.
+    """
+    largest, mode, width = largest_of(bits), reader.byte(), max(bits, 2)
+    if mode == _RAW and bits > 1:
+        symbols = _from_raw(np.frombuffer(reader.take(-(-bits * total // 8)), np.uint8), bits, total)
+    elif mode == _HUFFMAN:
+        symbols = _from_raw(inflate(reader, -(-width * total // 8)), width, total)
+    elif mode == _HALVES and bits == 8:
+        symbols = _decode_halves(reader, total)
+    elif mode == _SIGNS and largest == 1:
+        symbols = 1 - 2 * take_bits(reader, total).view(np.int8)
+    elif mode == _COUNTED:
+        symbols = decode_symbols(*_counted(reader, 2 * largest + 1, total)).astype(np.int8) - np.int8(largest)
+    elif mode == _CLASSES:
+        symbols = _decode_classes(reader, largest, total).astype(np.int8)
+    else:
+        raise WireError(f"the unknown coding {mode} of symbols")
+    if total and int(symbols.min()) < -largest:
+        raise WireError("a symbol beyond the largest")
+    return symbols
+
+
+def largest_of(bits: int) -> int:
+    """The largest magnitude of a symbol of ``bits`` bits; a lone bit is a sign."""
+    return max(1, (1 << bits - 1) - 1)
+
+
+def _low_is_random(symbols: Symbols) -> bool:
+    """Whether the lower four of eight bits cost four bits, nearly; by a sample, as this is about time alone."""
+    sample = symbols[:: -(-len(symbols) // _SAMPLE)].view(np.uint8)
+    counts = np.bincount(sample, minlength=256).astype(np.float64)
+    return _entropy(counts.reshape(16, 16).sum(axis=1)) + 4.0 <= _LOSS * _entropy(counts)
+
+
+def _entropy(counts: NDArray[np.float64]) -> float:
+    """Bits per symbol, by Shannon's formula."""
+    share = counts[counts > 0] / counts.sum()
+    return -float((share * np.log2(share)).sum())
+
+
+def _decode_halves(reader: Reader, total: int) -> Symbols:
+    size = -(-total // 2)
+    upper = _from_raw(inflate(reader, size), 4, total)
+    lower = _from_raw(np.frombuffer(reader.take(size), np.uint8), 4, total)
+    return (upper << 4) + (lower & 15)
+
+
+def _to_raw(symbols: Symbols, width: int) -> NDArray[np.uint8]:
+    """The lowest ``width`` bits of each symbol, packed into bytes from the lowest bit on."""
+    if width == 8:
+        return symbols.view(np.uint8)
+    each = 8 // width
+    padded = symbols if len(symbols) % each == 0 else np.append(symbols, np.zeros(-len(symbols) % each, np.int8))
+    words = padded.view("<u2" if each == 2 else "<u4")  # symbols side by side
+    raw = words & (1 << width) - 1
+    for i in range(1, each):
+        raw |= words >> (8 - width) * i & ((1 << width) - 1 << width * i)
+    return raw.astype(np.uint8)
+
+
+def _from_raw(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
+    """Symbols from two's complement bits.
+
+    Raises:
+        WireError: there are other than as many bytes as they take, or bits are left that are not zero.
+    """
+    used = width * total % 8
+    if len(raw) != -(-width * total // 8):
+        raise WireError(f"{len(raw)} bytes instead of {-(-width * total // 8)} for {total} symbols")
+    if used and raw[-1] >> used:
+        raise WireError("bits after the last that are not zero")
+    if width == 8:
+        return raw.view(np.int8)
+    symbols: Symbols = _UNPACKED[width][raw].view(np.int8)[:total]
+    return symbols
+
+
+def _unpacked(width: int) -> NDArray[np.unsignedinteger]:
+    """For each byte, its symbols side by side in one word."""
+    shifts = np.arange(0, 8, width, dtype=np.int8)
+    up = (np.arange(256, dtype=np.uint8)[:, None] >> shifts.view(np.uint8)).view(np.int8) << np.int8(8 - width)
+    return (up >> np.int8(8 - width)).view("<u2" if width == 4 else "<u4").reshape(-1)
+
+
+_UNPACKED = {width: _unpacked(width) for width in (2, 4)}
+
+
+class _Classes(NamedTuple):
+    """Magnitudes up to 127 in 28 classes: 0 to 15 one each, then four per octave, with the lowest bits kept apart."""
+
+    of: NDArray[np.int32]  # magnitude to class
+    base: NDArray[np.int32]  # class to its smallest magnitude
+    low_bits: NDArray[np.int32]  # class to the number of bits that distinguish its magnitudes
+
+
+def _classes() -> _Classes:
+    magnitudes = np.arange(128)
+    octave = np.maximum(np.int32(np.floor(np.log2(np.maximum(magnitudes, 1)))), 4)
+    of = np.where(magnitudes < 16, magnitudes, 16 + 4 * (octave - 4) + (magnitudes >> (octave - 2) & 3)).astype(
+        np.int32
+    )
+    base = np.array([int(np.argmax(of == each)) for each in range(28)], np.int32)
+    low_bits = np.array([0] * 16 + [2] * 4 + [3] * 4 + [4] * 4, np.int32)
+    return _Classes(of, base, low_bits)
+
+
+_TABLE = _classes()
+
+
+def _encode_counted(symbols: NDArray[np.int32], largest: int) -> bytes:
+    """The counts of symbols, from the smallest on, then the coded symbols."""
+    shifted = symbols + np.int32(largest)
+    counts = np.bincount(shifted, minlength=2 * largest + 1)
+    words = encode_symbols(shifted, counts)
+    return b"".join([*map(varint, counts.tolist()), varint(len(words) // 4), words])
+
+
+def _counted(reader: Reader, size: int, total: int) -> tuple[memoryview, NDArray[np.int64]]:
+    """The coded symbols, and the count of each of the ``size`` possible symbols."""
+    counts = np.array([reader.varint(total) for _ in range(size)], np.int64)
+    if counts.sum() != total:
+        raise WireError("another number of symbols than values")
+    return reader.words(total), counts
+
+
+def _encode_classes(symbols: NDArray[np.int32], largest: int) -> bytes:
+    """The counts of classes, the coded classes, the signs of nonzero values, and the lowest bits by octave."""
+    magnitudes = np.abs(symbols)
+    classes = _TABLE.of[magnitudes] if largest > 15 else magnitudes
+    counts = np.bincount(classes, minlength=int(_TABLE.of[largest]) + 1)
+    words = encode_symbols(classes, counts)
+    bits = [symbols[symbols != 0] < 0]
+    if largest > 15:
+        low = _TABLE.low_bits[classes]
+        bits += [_to_bits(magnitudes[low == width], width).astype(np.bool_) for width in (2, 3, 4)]
+    return b"".join([*map(varint, counts.tolist()), varint(len(words) // 4), words, pack_bits(np.concatenate(bits))])
+
+
+def _decode_classes(reader: Reader, largest: int, total: int) -> NDArray[np.int32]:
+    words, counts = _counted(reader, int(_TABLE.of[largest]) + 1, total)
+    classes = decode_symbols(words, counts)
+    magnitudes = _TABLE.base[classes]
+    nonzero = total - int(counts[0])
+    widths = {width: int(counts[_TABLE.low_bits[: len(counts)] == width].sum()) for width in (2, 3, 4)}
+    bits = take_bits(reader, nonzero + sum(width * count for width, count in widths.items()))
+    if largest > 15:
+        at, low = nonzero, _TABLE.low_bits[classes]
+        for width, count in widths.items():
+            if count:
+                magnitudes[low == width] += _unsigned(bits[at : at + width * count], width)
+            at += width * count
+    negative = np.flatnonzero(magnitudes)[bits[:nonzero].view(np.bool_)]
+    magnitudes[negative] *= -1
+    return magnitudes
+
+
+def _to_bits(symbols: NDArray[np.int32], width: int) -> NDArray[np.uint8]:
+    """The lowest ``width`` bits of each symbol, lowest first."""
+    low = symbols.astype(np.uint8)[:, None]
+    return np.unpackbits(low, axis=1, count=width, bitorder="little").reshape(-1)
+
+
+def _unsigned(bits: NDArray[np.uint8], width: int) -> NDArray[np.int32]:
+    return np.packbits(bits.reshape(-1, width), axis=1, bitorder="little").reshape(-1).astype(np.int32)

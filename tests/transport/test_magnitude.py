@@ -1,0 +1,67 @@
+"""The largest magnitudes, against a stable sort, whatever the values."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.transport import magnitude
+from fedlora.transport.magnitude import largest
+
+RNG = np.random.default_rng(0)
+SIZE = 5000
+NORMAL = RNG.standard_normal(SIZE)
+VALUES = {
+    "normal": NORMAL,
+    "ties": np.rint(NORMAL * 3) / 4,
+    "mostly zeros": NORMAL * (RNG.random(SIZE) < 0.1),
+    "zeros of either sign": np.where(RNG.random(SIZE) < 0.5, -0.0, 0.0),
+    "neighbours": np.float32(1) + RNG.integers(-3, 4, SIZE) * np.float32(2**-23),
+    "of every size": NORMAL * 10.0 ** RNG.integers(-44, 38, SIZE),
+    "infinite and NaN": np.where(RNG.random(SIZE) < 0.1, np.nan, np.where(RNG.random(SIZE) < 0.1, -np.inf, NORMAL)),
+}
+
+
+@pytest.mark.parametrize("piece", [7, 1000, 1 << 18])
+@pytest.mark.parametrize("kind", VALUES)
+def test_they_are_those_of_a_stable_sort(kind, piece, monkeypatch):
+    monkeypatch.setattr(magnitude, "_PIECE", piece)
+    values = VALUES[kind][: 200 if piece == 7 else SIZE].astype(np.float32)
+    order = np.argsort(-(values.view(np.int32) & 0x7FFFFFFF), kind="stable")  # NaN is the largest
+    for k in {0, 1, 2, len(values) // 64, len(values) // 4, len(values) - 1, len(values)}:
+        kept = largest(torch.from_numpy(values), k)
+        assert kept.dtype == torch.bool
+        assert torch.nonzero(kept).reshape(-1).tolist() == sorted(order[:k].tolist())
+
+
+def test_other_devices_find_the_same_places(monkeypatch):
+    # what a device other than the CPU does, on the CPU
+    places = magnitude._where(torch.tensor([3, 1, 3, 2]), 3)
+
+    class Elsewhere:
+        type = "elsewhere"
+
+    class Values:
+        device = Elsewhere()
+
+        def __eq__(self, other):
+            return torch.tensor([3, 1, 3, 2]) == other
+
+    assert magnitude._where(Values(), 3).tolist() == places.tolist() == [0, 2]
+
+
+def test_zeros_cost_no_more_time_than_other_values():
+    values = torch.from_numpy(np.random.default_rng(0).standard_normal(600_000).astype(np.float32))
+    zeros = torch.where(torch.rand(600_000, generator=torch.Generator().manual_seed(0)) < 0.8, 0.0, values)
+    seconds = []
+    for vector in (values, zeros):
+        times = []
+        for _ in range(7):
+            start = time.process_time()
+            largest(vector, 150_000)
+            times.append(time.process_time() - start)
+        seconds.append(min(times))
+    assert seconds[1] <= 5 * seconds[0] + 0.002  # a partition by comparisons takes twenty times as long
