@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,7 @@ from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, manifest
 from fedlora.config.places import located
 from fedlora.core.byte_counts import add_up
-from fedlora.core.digests import damaged
-from fedlora.core.errors import CallbackError, CheckpointError, ConfigError, DivergedError, QuorumError, TrainingError
+from fedlora.core.errors import CallbackError, CheckpointError, DivergedError, QuorumError, TrainingError
 from fedlora.core.state import ServerState, named_seed
 from fedlora.engines import AnyEngine, Engine, Serial
 from fedlora.population.clients import draw_cohort
@@ -31,6 +29,7 @@ from fedlora.rounds.checkpoint import can_go_on
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.rounds.phases import close_phase, open_phase
 from fedlora.rounds.round import run_round
+from fedlora.runs import mending
 from fedlora.runs.callbacks import CallbackList
 from fedlora.runs.evaluation import evaluate, tested_clients, uses_all_rows
 from fedlora.runs.export import export_run
@@ -112,10 +111,7 @@ class Session:
     def _resume(self) -> list[RoundRecord]:
         """Loads the latest checkpoint's state, if there is one, and returns the ledger up to it."""
         files = self.files
-        try:
-            held = files.latest()
-        except CheckpointError as error:
-            held = self._one_before(error)
+        held = mending.latest(files, self.experiment, self.callback.message)
         if held is None:
             return files.rewind(-1)
         self.state, kept = held
@@ -138,17 +134,6 @@ class Session:
                 "or start in another folder with --out"
             )
         return rows
-
-    def _one_before(self, error: CheckpointError) -> tuple[ServerState, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, where the latest one is damaged; its rounds are made again."""
-        if not all(disclosure_of(phase.recipe).replays for phase in self.experiment.phases):
-            raise CheckpointError(
-                f"{error}; but this run's noise cannot be drawn again, and a second draw would disclose more than its "
-                "account says: put the old folder back, or start in another folder with --out"
-            ) from error
-        for note in self.files.drop_damaged():
-            self.callback.message(note)
-        return self.files.latest()
 
     def _begin(self) -> None:
         """Restores the checkpoint, or starts the run and records the initial evaluation as the first row."""
@@ -349,17 +334,15 @@ class Session:
     def _finish(self) -> Result:
         """The result of a finished run, with the adapter; both are written if they do not exist yet."""
         files, state = self.files, self.state
-        held = self._held()
+        held = mending.result(files, self.callback.message)
         if held:
-            after, seconds, adapter = held["after"], held["seconds"], files.path / held["adapter"]
-            if wrong := damaged(adapter):
-                self.callback.message(f"{adapter / wrong} is damaged; {adapter} is written again from the checkpoint")
-                adapter = None
+            after, seconds = held["after"], held["seconds"]
+            adapter = mending.exported(files.path / held["adapter"], self.callback.message)
         else:
             clock = time.perf_counter()
             after, adapter = self._after(), None
             seconds = _seconds(self.rows) + time.perf_counter() - clock
-        if adapter is None or not adapter.exists():
+        if adapter is None:
             trained = TrainedRun(self.experiment, self._recipe(state), state, self.workspace, after)
             adapter = export_run(files.path, trained)
         result = self._result(self.rows, after, seconds, adapter)
@@ -367,18 +350,6 @@ class Session:
             files.write_json("result.json", {**result.figures(), "adapter": adapter.name})
         self.callback.run_finished(result)
         return result
-
-    def _held(self) -> dict[str, Any] | None:
-        """``result.json``, if there is one that can be read."""
-        if not (self.files.path / "result.json").exists():
-            return None
-        try:
-            return self.files.read_json("result.json")
-        except ConfigError:
-            self.callback.message(
-                f"{self.files.path / 'result.json'} is damaged; it is computed again from the checkpoint and the ledger"
-            )
-            return None
 
     def _after(self) -> dict[str, float]:
         """Metrics on all test examples, and those over clients, all of which were evaluated after the last round."""
