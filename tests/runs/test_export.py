@@ -175,6 +175,27 @@ def test_bfloat16_training_leaves_a_float32_adapter_that_agrees(world: Path) -> 
     }
     model = with_peft(world, "bert", run / "adapter")
     torch.testing.assert_close(probabilities(model, world / "bert"), ours(run), atol=2e-2, rtol=0)
+    assert 'trained and evaluated with `compute = "bf16"`' in (run / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_a_merged_model_has_the_number_format_of_the_base_and_the_mode_of_its_folder(
+    world: Path, tmp_path: Path, pooling: str
+) -> None:
+    half = world / "half"
+    if not half.exists():
+        save_model(half)
+        AutoModelForSequenceClassification.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
+    run = tmp_path / "run"
+    fedlora.run(experiment(world, "lora", f"model.path={half}", f"task.pooling={pooling}", rounds=1), run)
+    fedlora.load_run(run).export(tmp_path / "merged", merge=True)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    for folder in (tmp_path / "merged", run / "adapter"):
+        modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+        assert modes == {folder.stat().st_mode & 0o666}
+    assert "trained and evaluated with" not in (run / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -327,7 +327,10 @@ def test_without_a_checkpoint_that_can_be_read_a_run_is_refused_and_nothing_is_r
 def test_a_run_whose_noise_cannot_be_drawn_again_does_not_go_back(world: Path, tmp_path: Path) -> None:
     noise = ("method.privacy={kind='central_gaussian', clip_norm=1.0, noise_multiplier=1.0, delta=0.01}",)
     chosen, folder = experiment(world, "lora", *noise), tmp_path / "run"
-    fedlora.run(chosen, folder, until=2)
+    rows = fedlora.run(chosen, folder, until=2).rows
+    # how dense the updates were before the noise would disclose failures
+    assert [row.density_up for row in rows] == [0.0, 0.0, 0.0]
+    assert all(row.density_down > 0 for row in rows[1:])
     flip(sorted((folder / "checkpoints").iterdir())[-1] / "state.safetensors")
     with pytest.raises(CheckpointError, match="a second draw would disclose more than its account says"):
         fedlora.run(chosen, folder)
