@@ -197,13 +197,25 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def head_names(model: nn.Module, missing: set[str], fresh_head: bool = True) -> frozenset[str]:
     """The parameters of the task head: outside the backbone, or not in the checkpoint.
 
+    The backbone is the module that the class names; of a class that names none, everything but its classifier.
+
     Args:
         model: a Hugging Face model with a head.
         missing: names that the checkpoint lacked.
         fresh_head: see ``load_pretrained``.
     """
+    names = [name for name, _ in model.named_parameters()]
     backbone = f"{getattr(model, 'base_model_prefix', '')}." if fresh_head else ""
-    return frozenset(name for name, _ in model.named_parameters() if name in missing or not name.startswith(backbone))
+    inside = {name for name in names if name.startswith(backbone)}
+    if not inside:  # some classes, such as CLIP's for images, have no module of that name
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
+        heads = tuple(
+            f"{name}."
+            for name, child in model.named_children()
+            if isinstance(child, nn.Linear) and child.out_features == labels
+        )
+        inside = {name for name in names if heads and not name.startswith(heads)}
+    return frozenset(name for name in names if name in missing or name not in inside)
 
 
 @contextlib.contextmanager
