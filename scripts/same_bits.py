@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path("build/same_bits")
-TIMES = ("seconds", "slowest_seconds", "tier_seconds", "network_seconds")
+TIMES = ("seconds", "slowest_seconds", "tier_seconds", "network_seconds", "digest")
 VARIANTS = ("plain", "densities", "ranks", "poisson", "phases")
 HALF, ROUNDS = 2, 4
 

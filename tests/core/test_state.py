@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from fedlora.client.workspace import Workspace
 from fedlora.core import tree
 from fedlora.core.errors import CheckpointError
+from fedlora.core.files import clean
 from fedlora.core.schema import Leaf, Schema
 from fedlora.core.state import SEED_BITS, ClientState, Fold, ServerState, generator, named_seed
 from fedlora.core.store import Memory, Store
@@ -202,7 +203,11 @@ def test_a_checkpoint_replaces_the_one_before_it_and_leaves_nothing_beside_it(tm
     loaded, facts = load_state(tmp_path / "c")
     assert (loaded.round, facts) == (13, {"n": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["state.json", "state.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "digests.json",
+        "state.json",
+        "state.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +254,12 @@ def test_a_crash_between_the_two_renames_leaves_both_checkpoints_whole(
         patch.setattr(Path, "rename", fail)
         with pytest.raises(KeyboardInterrupt):
             save_state(make_state(), tmp_path / "c", {"n": 2})
-    assert [load_state(tmp_path / f"c.{end}")[1]["n"] for end in ("old.tmp", "tmp")] == [1, 2]
+    old = next(tmp_path.glob("c.*.old.tmp"))
+    new = next(path for path in tmp_path.glob("c.*.tmp") if path != old)
+    assert [load_state(folder)[1]["n"] for folder in (old, new)] == [1, 2]
+    clean(tmp_path)
+    assert load_state(tmp_path / "c")[1]["n"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def flip(path: Path, place: int) -> None:
@@ -283,7 +293,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_a_damaged_checkpoint_is_refused_and_says_what_to_do(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     save_state(make_state(), tmp_path / "c", {})
     damage(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="remove that folder"):
+    with pytest.raises(CheckpointError, match="resume from the one before it"):
         load_state(tmp_path / "c")
 
 
@@ -303,7 +313,7 @@ def of_before(folder: Path, state: ServerState) -> None:
     module.save_file(named, folder / "state.safetensors")
     document = {
         "format": 4,
-        "digest": module._digest(folder / "state.safetensors"),
+        "digest": module.of_file(folder / "state.safetensors"),
         **{"phase": 1, "round": 12, "steps": 5, "folds": 2, "clip_norm": None, "ranks": {}},
         "order": {"groups": list(state.schema.groups.items()), "slots": ["m"], "setup_bytes": {}},
         "clients": {"7": [True, 2, ""]},

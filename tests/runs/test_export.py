@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,32 @@ def test_the_rank_doubles_where_the_base_lost_the_start(world: Path, method: str
     assert tensors["base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"].shape == (rank, 32)
 
 
+@pytest.mark.parametrize("method", ["lora", "peft"])
+def test_the_settings_of_an_adapter_are_the_same_bytes_in_every_process(
+    world: Path, tmp_path: Path, method: str
+) -> None:
+    run = run_of(world, "bert", method, *["method.targets='all-linear'"] * (method == "lora"))
+    written = (run / "adapter" / "adapter_config.json").read_bytes()
+    code = "import sys, fedlora; fedlora.load_run(sys.argv[1]).export(sys.argv[2])"
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", code, str(run), str(tmp_path / seed)], check=True, env=environment)
+        assert (tmp_path / seed / "adapter_config.json").read_bytes() == written
+
+
+def test_a_damaged_adapter_or_model_is_named_where_it_is_read(world: Path, tmp_path: Path) -> None:
+    fedlora.load_run(run_of(world, "bert", "lora")).export(tmp_path / "merged", merge=True)
+    fedlora.load_run(run_of(world, "bert", "lora")).export(tmp_path / "adapter")
+    for name, key in (("merged/model.safetensors", "model.path"), ("adapter/adapter_model.safetensors", "init_from")):
+        file = tmp_path / name
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        chosen = experiment(world, "lora", f"{key}={file.parent}")
+        with pytest.raises(ConfigError, match=f"{file} is missing or differs from what was written"):
+            fedlora.run(chosen, tmp_path / "run")
+
+
 def test_gpt2_says_that_its_weights_are_transposed(world: Path) -> None:
     adapter = run_of(world, "gpt2", "lora") / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["fan_in_fan_out"]
@@ -146,6 +175,27 @@ def test_bfloat16_training_leaves_a_float32_adapter_that_agrees(world: Path) -> 
     }
     model = with_peft(world, "bert", run / "adapter")
     torch.testing.assert_close(probabilities(model, world / "bert"), ours(run), atol=2e-2, rtol=0)
+    assert 'trained and evaluated with `compute = "bf16"`' in (run / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_a_merged_model_has_the_number_format_of_the_base_and_the_mode_of_its_folder(
+    world: Path, tmp_path: Path, pooling: str
+) -> None:
+    half = world / "half"
+    if not half.exists():
+        save_model(half)
+        AutoModelForSequenceClassification.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
+    run = tmp_path / "run"
+    fedlora.run(experiment(world, "lora", f"model.path={half}", f"task.pooling={pooling}", rounds=1), run)
+    fedlora.load_run(run).export(tmp_path / "merged", merge=True)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    for folder in (tmp_path / "merged", run / "adapter"):
+        modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+        assert modes == {folder.stat().st_mode & 0o666}
+    assert "trained and evaluated with" not in (run / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("merge", [False, True])

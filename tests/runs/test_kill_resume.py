@@ -7,6 +7,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,13 +26,13 @@ from safetensors import SafetensorError
 import fedlora
 from fedlora import config
 from fedlora.cli import main as cli
-from fedlora.core.errors import CheckpointError, DataError
+from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.rounds import checkpoint
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs import evaluation, session
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.experiment import Stopped
-from fedlora.runs.folder import LOCK
+from fedlora.runs.folder import LOCK, RunFolder
 from fedlora.runs.result import Result
 from fedlora.show import report
 from fedlora.tuning import export as adapters
@@ -136,12 +137,15 @@ def test_a_run_killed_in_both_phases_ends_as_if_nothing_had_happened(
     assert contents(folder).keys() == contents(whole.folder).keys()
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run_toml: Path, tmp_path: Path, whole: Result) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_saves_says_how_to_go_on_and_exits_with_130(
+    run_toml: Path, tmp_path: Path, whole: Result, number: signal.Signals
+) -> None:
     folder = tmp_path / "a run"
     process = start(["run", str(run_toml), "--out", str(folder)], tmp_path / "output")
     wait_for_rows(process, folder, 5)
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     process.join()
     assert process.exitcode == 130
     said = (tmp_path / "output").read_text()
@@ -154,6 +158,24 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(run_toml: Path, tmp_p
 
 
 # ---- the same within this process, at chosen moments
+
+
+def test_sigterm_stops_a_run_from_python_and_a_programs_own_handler_stays(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, folder = experiment(world), tmp_path / "run"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(Stopped, match="every finished round is saved"):
+        fedlora.run(chosen, folder, callbacks=[Deed(2, lambda: signal.raise_signal(signal.SIGTERM))])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert RunFolder(folder).latest() is not None
+    heard: list[int] = []
+    try:
+        signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+        fedlora.run(chosen, folder, callbacks=[Deed(3, lambda: signal.raise_signal(signal.SIGTERM))])
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert heard == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -261,14 +283,110 @@ def test_changed_data_are_refused_and_the_manifest_stays(world: Path, tmp_path: 
     assert contents(folder) == before
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(world: Path, stopped: Path) -> None:
-    newest = sorted((stopped / "checkpoints").iterdir())[-1]
-    file = newest / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="remove that folder to resume from the one before it"):
+# ---- damage is found, told, and mended from what is left
+
+
+class Hears(Callback):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.told.append(text)
+
+
+def flip(file: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "digests.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
+    world: Path, tmp_path: Path, stopped: Path, name: str
+) -> None:
+    newest, hears = sorted((stopped / "checkpoints").iterdir())[-1], Hears()
+    flip(newest / name)
+    assert fedlora.run(experiment(world), stopped, callbacks=[hears]).rounds == 3
+    assert len(hears.told) == 1
+    assert re.match(rf"the checkpoint {newest} cannot be read \(.*\); .*; it was removed$", hears.told[0])
+    assert_same(stopped, fedlora.run(experiment(world), tmp_path / "whole"))
+
+
+def test_without_a_checkpoint_that_can_be_read_a_run_is_refused_and_nothing_is_removed(
+    world: Path, stopped: Path
+) -> None:
+    for folder in (stopped / "checkpoints").iterdir():
+        flip(folder / "state.json")
+    before = contents(stopped)
+    with pytest.raises(CheckpointError, match="cannot be read"):
         fedlora.run(experiment(world), stopped)
-    shutil.rmtree(newest)
-    assert fedlora.run(experiment(world), stopped).rounds == 3
+    assert contents(stopped) == before
+
+
+def test_a_run_whose_noise_cannot_be_drawn_again_does_not_go_back(world: Path, tmp_path: Path) -> None:
+    noise = ("method.privacy={kind='central_gaussian', clip_norm=1.0, noise_multiplier=1.0, delta=0.01}",)
+    chosen, folder = experiment(world, "lora", *noise), tmp_path / "run"
+    rows = fedlora.run(chosen, folder, until=2).rows
+    # how dense the updates were before the noise would disclose failures
+    assert [row.density_up for row in rows] == [0.0, 0.0, 0.0]
+    assert all(row.density_down > 0 for row in rows[1:])
+    flip(sorted((folder / "checkpoints").iterdir())[-1] / "state.safetensors")
+    with pytest.raises(CheckpointError, match="a second draw would disclose more than its account says"):
+        fedlora.run(chosen, folder)
+
+
+@pytest.mark.parametrize("name", [".safetensors", ".json"])
+def test_a_damaged_adapter_is_written_again_from_the_checkpoint(
+    world: Path, tmp_path: Path, whole: Result, name: str
+) -> None:
+    hears = Hears()
+    shutil.copytree(whole.folder, tmp_path / "run")
+    (tmp_path / "run" / "model" / "README.md").write_text("a better card")
+    chosen = experiment(world, "slora", *PHASES, rounds=12)
+    fedlora.run(chosen, tmp_path / "run", callbacks=[hears])
+    assert (tmp_path / "run" / "model" / "README.md").read_text() == "a better card"
+    assert not hears.told
+    damaged = next(path for path in (tmp_path / "run" / "model").iterdir() if path.suffix == name)
+    flip(damaged)
+    fedlora.run(chosen, tmp_path / "run", callbacks=[hears])
+    assert hears.told == [f"{damaged} is damaged; {damaged.parent} is written again from the checkpoint"]
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_damaged_result_is_named_where_it_is_read_and_computed_again(
+    world: Path, tmp_path: Path, whole: Result
+) -> None:
+    hears, file = Hears(), tmp_path / "run" / "result.json"
+    shutil.copytree(whole.folder, tmp_path / "run")
+    file.write_text(file.read_text().replace('"rounds": 12', '"rounds": 13'))
+    with pytest.raises(ConfigError, match=r"its result.json is damaged; run the same command again"):
+        RunFolder(tmp_path / "run").read_json("result.json")
+    again = fedlora.run(experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run", callbacks=[hears])
+    assert (again.after, again.rounds) == (whole.after, 12)
+    assert len(hears.told) == 1
+    assert RunFolder(tmp_path / "run").read_json("result.json")["rounds"] == 12
+
+
+def test_a_changed_row_of_the_ledger_is_named_and_one_without_a_digest_is_read(tmp_path: Path, whole: Result) -> None:
+    shutil.copytree(whole.folder, tmp_path / "run")
+    files, file = RunFolder(tmp_path / "run"), tmp_path / "run" / "ledger.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    wrong = lines[5].replace('"phase": 0', '"phase": 1')
+    file.write_text("".join([*lines[:5], wrong, *lines[6:]]))
+    with pytest.raises(CheckpointError, match=r"row 5 of .* is damaged"):
+        files.rows()
+    assert len(files.rows(4)) == 5
+    old = [{key: value for key, value in json.loads(line).items() if key != "digest"} for line in lines]
+    write_rows(file, old)
+    assert tuple(files.rows()) == whole.rows
+
+
+def test_temporary_files_of_a_killed_process_are_removed(world: Path, tmp_path: Path, stopped: Path) -> None:
+    for name in ("ledger.jsonl", "checkpoints/round-000003", "adapter"):
+        (stopped / f"{name}.0123456789abcdef.tmp").mkdir()
+    fedlora.run(experiment(world), stopped)
+    assert not list(stopped.rglob("*.tmp"))
 
 
 def test_a_ledger_that_lacks_rounds_is_refused(world: Path, stopped: Path) -> None:

@@ -92,6 +92,27 @@ def test_the_better_of_a_pair_is_kept_whichever_way_is_better(
         assert densities[0] < densities[1] < densities[2] <= 1.0
 
 
+@pytest.mark.parametrize("holdout", [0.1, 0.0])
+def test_trials_are_compared_on_training_data_unless_asked_otherwise(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdout: float
+) -> None:
+    seen: list[FederatedData] = []
+    original = prepare
+
+    def prepared(chosen: Experiment) -> FederatedData:
+        seen.append(original(chosen))
+        return seen[-1]
+
+    monkeypatch.setattr("fedlora.runs.search.prepare", prepared)
+    chosen = experiment(world, "flasc", rounds=1)
+    search(chosen, tmp_path / "search", Bounds(1, 0.25, 2, 1_000.0, 1), holdout=holdout)
+    texts, test = seen[0].task.texts("test"), prepare(chosen).task.texts("test")
+    assert (set(texts) <= set(test)) == (not holdout)
+    assert config.load(tmp_path / "search" / "best.toml").data == chosen.data
+    with pytest.raises(ConfigError, match="a share above 0 and below 1"):
+        search(chosen, tmp_path / "other", BOUNDS, holdout=1.0)
+
+
 def test_a_trial_that_fails_has_lost(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedlora.runs import search as module
 

@@ -413,7 +413,9 @@ def test_a_picture_is_decoded_once(world: Path, tmp_path: Path, opened: list[str
     assert len(opened) == 66
 
 
-def test_a_damaged_cache_is_made_anew(world: Path, tmp_path: Path, opened: list[str]) -> None:
+def test_a_damaged_cache_is_made_anew(
+    world: Path, tmp_path: Path, opened: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     expected = prepare(world, parquet(world)).batch(np.arange(5), CPU)["pixel_values"]
     files = list((tmp_path / "cache" / "pictures").iterdir())
     assert len(files) == 2
@@ -421,6 +423,16 @@ def test_a_damaged_cache_is_made_anew(world: Path, tmp_path: Path, opened: list[
         file.write_bytes(file.read_bytes()[:kept])
     assert torch.equal(prepare(world, parquet(world)).batch(np.arange(5), CPU)["pixel_values"], expected)
     assert len(opened) == 66
+    caplog.clear()
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[5000] ^= 1
+        file.write_bytes(content)
+    assert torch.equal(prepare(world, parquet(world)).batch(np.arange(5), CPU)["pixel_values"], expected)
+    assert len(opened) == 99
+    assert {one.getMessage() for one in caplog.records} == {
+        f"the cached file {file} is damaged, and is made anew" for file in files
+    }
 
 
 def test_a_cache_that_cannot_be_written_costs_memory(

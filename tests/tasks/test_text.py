@@ -147,12 +147,23 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     assert prepare(world).num_examples("train") == 72
 
 
-def test_a_damaged_cache_is_made_anew(world: Path, counting: list[Counting], tmp_path: Path) -> None:
+def test_a_damaged_cache_is_made_anew(
+    world: Path, counting: list[Counting], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = prepare(world).batch(np.arange(5), CPU)["input_ids"]
     for file in (tmp_path / "cache" / "tokens").iterdir():
         os.truncate(file, 20)
     assert torch.equal(prepare(world).batch(np.arange(5), CPU)["input_ids"], expected)
     assert counting[1].calls == 2
+    caplog.clear()
+    for file in (tmp_path / "cache" / "tokens").iterdir():
+        content = bytearray(file.read_bytes())
+        content[-20] ^= 1
+        file.write_bytes(content)
+    assert torch.equal(prepare(world).batch(np.arange(5), CPU)["input_ids"], expected)
+    assert counting[2].calls == 2
+    assert len(caplog.records) == 2
+    assert all(one.getMessage().endswith("is damaged, and is made anew") for one in caplog.records)
 
 
 # ---- the model

@@ -29,6 +29,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, GPT2Tok
 import fedlora
 from fedlora import config
 from fedlora.core.errors import ConfigError, DataError, TrainingError
+from fedlora.privacy.examples import ExampleNoise
 from fedlora.tasks import Files, Model, TokenClassification
 from fedlora.tasks.models.encoded import by_length
 from fedlora.tasks.models.loading import load_tokenizer
@@ -208,6 +209,17 @@ def test_a_decoder_without_special_tokens_trains_and_predicts(world: Path, gpt2:
         task.loss(model, task.batch(np.array([1]), CPU))
     with pytest.raises(TrainingError, match="no word of these examples gets a token"):
         task.evaluate(model, np.array([1]), "test", CPU)
+    # under noise a stop would disclose the row
+    values = [value for name, value in model.named_parameters() if name in head]
+    noise = ExampleNoise(clip_norm=1.0, noise_multiplier=0.0, seed=0)
+
+    def loss_of(rows: Any) -> torch.Tensor:
+        return task.loss(model, task.batch(rows, CPU))
+
+    noise.gradients(loss_of, values, np.array([0]), 1, noise.draws(0))
+    alone = [value.grad.clone() for value in values if value.grad is not None]
+    noise.gradients(loss_of, values, np.array([0, 1]), 1, noise.draws(0))
+    assert all(torch.equal(value.grad, one) for value, one in zip(values, alone, strict=True) if value.grad is not None)
 
 
 def test_a_tokenizer_that_cannot_say_whose_a_piece_is_is_refused(world: Path) -> None:

@@ -58,6 +58,11 @@ def test_top_k_per_tensor():
     assert lists(kept)["head"] == [7.0, -6.0]
 
 
+def test_top_k_per_tensor_keeps_at_least_one_entry_of_each():
+    kept = TopK(density=0.1, scope="tensor")({**TREE, "empty": torch.zeros(0)}, {**GROUPS, "empty": GROUPS["a"]}, 0)
+    assert lists(kept) == {"a": [[0.0, -8.0], [0.0, 0.0]], "b": [0.0, 4.0], "head": [7.0, 0.0], "empty": []}
+
+
 LORA = {
     "m.lora_A.weight": torch.tensor([[1.0, 8.0], [3.0, 4.0]]),
     "m.lora_B.weight": torch.tensor([[5.0], [-6.0]]),

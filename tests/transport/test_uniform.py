@@ -15,6 +15,7 @@ from messages import body, digits, one, packed, same
 
 from fedlora.core.errors import WireError
 from fedlora.transport import Uniform, unpack
+from fedlora.transport.uniform import _groups
 
 BITS = [1, 2, 4, 8]
 ROUNDINGS = ["nearest", "stochastic"]
@@ -232,6 +233,25 @@ def test_subnormal_and_huge_values(value, precision):
     assert (
         (out.view(np.uint32) & 0x7F800000)[out != 0] > 0
     ).all()  # no subnormal arrives, as some processors take these for zero
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_an_outlier_arrives_and_values_without_one_have_the_scale_of_one_start(bits):
+    values = normal(4096, 3)
+    precision = Uniform(bits=bits)
+    group = next(iter(_groups(np.array([4096], np.intp))))
+    top = np.abs(values).max(keepdims=True) / np.float32(precision.largest)
+    power = np.square(values, dtype=np.float64).mean()
+    alone, _ = precision._refined(np.abs(values), group, np.float32([{2: 1.22, 4: 0.35}[bits] * np.sqrt(power)]))
+    assert precision._least_squares(np.abs(values), group, top) == np.minimum(alone, top)
+    values[100] = 1000.0
+    arrived = sent(values, precision)
+    assert arrived[100] == pytest.approx(1000.0, rel=0.01)
+    blocks = sent(values, Uniform(bits=bits, block=64))
+    assert blocks[100] == pytest.approx(1000.0, rel=0.01)
+    calm = np.r_[0:64, 128:4096]  # the other blocks are as without it
+    values[100] = 1.0
+    assert np.array_equal(blocks[calm], sent(values, Uniform(bits=bits, block=64))[calm])
 
 
 @pytest.mark.parametrize("scale", ["807f", "c07f", "80ff", "ffff", "0080", "80bf"])

@@ -39,6 +39,9 @@ def search(
     density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Density to start at.")] = 1 / 16,
     factor: Annotated[int, typer.Option(min=2, help="Factor on rank or density in a step.")] = 4,
     max_rank: Annotated[int, typer.Option(min=1, help="Largest rank to try.")] = 64,
+    holdout: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the training data to compare on; 0: the test data.")
+    ] = 0.1,
     out: Annotated[Path, typer.Option(help="Folder of the trials; resumes if it holds some.")] = Path("runs/search"),
     format_: AsFormat = Format.table,
 ) -> None:
@@ -49,7 +52,7 @@ def search(
 
     experiment, _ = experiment_of(config, set_, None)
     bounds = Bounds(rank, density, factor, 1e3 * kilobytes, max_rank)
-    trials = climb(experiment, out, bounds, callbacks=callbacks_of(out, None))
+    trials = climb(experiment, out, bounds, holdout=holdout, callbacks=callbacks_of(out, None))
     values, table = search_table(trials)
     show(format_, values, table)
     if format_ is Format.table:

@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -13,7 +14,9 @@ import typer
 import fedlora
 from fedlora.cli import begin, compare, federation, plan, study, train, use
 from fedlora.cli.common import ERR, import_settings
+from fedlora.cli.streams import failure_of, open_streams
 from fedlora.core.errors import FedloraError
+from fedlora.core.interrupts import sigterm_as_ctrl_c
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,29 +56,40 @@ def _print_any_text() -> None:
 
 
 def main() -> None:
-    """Runs the command line: exit code 2 for errors the user can fix, 1 for internal errors, 130 after Ctrl-C."""
+    """Runs the command line.
+
+    Exit code 2 for errors the user can fix, 1 for internal errors, 130 after Ctrl-C or SIGTERM, 141 if the reader of
+    the output has gone.
+    """
     # threads that spin while waiting starve each other when several processes share the cores
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    debug = "--debug" in sys.argv
     _print_any_text()
+    streams = open_streams()
+    with sigterm_as_ctrl_c():
+        code, text = _run("--debug" in sys.argv)
+    code, text = failure_of(streams) or (code, text)
+    if text:
+        with suppress(OSError):
+            ERR.print(text, style="red" if code != 130 else None, markup=False, soft_wrap=True, highlight=False)
+    sys.exit(code)
+
+
+def _run(debug: bool) -> tuple[int, str]:
+    """Runs the command; its exit code, and what is left to print."""
     try:
         app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="fedlora")
+    except SystemExit as end:
+        return (end.code if isinstance(end.code, int) else int(bool(end.code))), ""
     except FedloraError as error:
         if debug:
             raise
         stopped = type(error).__name__ == "Stopped"
-        text, style = (str(error), None) if stopped else (f"error: {error}", "red")
-        ERR.print(text, style=style, markup=False, soft_wrap=True, highlight=False)
-        sys.exit(130 if stopped else 2)
+        return (130, str(error)) if stopped else (2, f"error: {error}")
     except Exception as error:
         if debug:
             raise
-        ERR.print(
+        return 1, (
             f"fedlora failed because of a bug in fedlora ({type(error).__name__}: {error}); run the command "
-            "again with --debug and report its output",
-            style="red",
-            markup=False,
-            soft_wrap=True,
-            highlight=False,
+            "again with --debug and report its output"
         )
-        sys.exit(1)
+    return 0, ""

@@ -221,8 +221,9 @@ def _serve(pipe: Connection) -> None:
 
 
 def _begin() -> None:
-    """What holds for every worker: one thread, and Ctrl-C is for the parent, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What holds for every worker: one thread, and requests to stop are for the parent, which ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

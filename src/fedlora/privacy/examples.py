@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.component import MODEL_CONFIG, Fraction, NonNegative, Positive, Whole, dataclass
+from fedlora.core.errors import UnlabelledError
 from fedlora.core.schema import Schema
 from fedlora.core.state import generator, named_seed
 from fedlora.core.tree import Tree
@@ -79,7 +80,11 @@ class ExampleNoise:
         sums = [torch.zeros_like(value) for value in moving]
         losses = []
         for part in self.passes(chosen):
-            loss = loss_of(part)
+            try:
+                loss = loss_of(part)
+            except UnlabelledError:
+                losses.append(torch.zeros((), device=values[0].device))
+                continue
             # an unlabelled example may have no gradient
             found = torch.autograd.grad(loss, moving, allow_unused=True)
             squares = [each.double().square().sum() for each in found if each is not None]

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from xxhash import xxh3_64
 
+from fedlora.core.digests import DIGESTS, damaged, of_file
 from fedlora.core.errors import CheckpointError
 from fedlora.core.files import new_folder
 from fedlora.core.schema import Leaf, Schema, factor_leaf
@@ -58,11 +58,8 @@ def save_state(state: ServerState, folder: Path, facts: Mapping[str, Any]) -> No
     if state.setup:
         writer.tensors["setup"] = torch.frombuffer(bytearray(state.setup), dtype=torch.uint8)
     with new_folder(folder) as made:
-        try:
-            save_file(writer.tensors, made / _TENSORS)
-        except SafetensorError as error:  # safetensors reports a full disk as its own error
-            raise OSError(f"could not write {made}: {error}") from error
-        document["digest"] = _digest(made / _TENSORS)
+        save_file(writer.tensors, made / _TENSORS)
+        document["digest"] = of_file(made / _TENSORS)
         (made / _DOCUMENT).write_text(json.dumps(document))
 
 
@@ -79,14 +76,17 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
         document = json.loads((folder / _DOCUMENT).read_text())
         if document["format"] not in (FORMAT, READABLE):
             raise ValueError(f"its format is {document['format']}, and this version reads {READABLE} and {FORMAT}")
-        if document["digest"] != _digest(folder / _TENSORS):
-            raise ValueError(f"{_TENSORS} is not the file that was written")
+        wrong = damaged(folder)
+        if not (folder / DIGESTS).exists() and document["digest"] != of_file(folder / _TENSORS):
+            wrong = _TENSORS  # a checkpoint of an older version
+        if wrong:
+            raise ValueError(f"{wrong} is not the file that was written")
         tensors = load_file(folder / _TENSORS)
         state = (_state if document["format"] == FORMAT else _model_of_before)(document, tensors)
     except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be read ({type(error).__name__}: {error}); "
-            "remove that folder to resume from the one before it"
+            "run the same command again to resume from the one before it, if there is one"
         ) from error
     return state, document["facts"]
 
@@ -138,11 +138,3 @@ def _model_of_before(document: dict[str, Any], tensors: Mapping[str, Tensor]) ->
         setup_bytes=document["order"]["setup_bytes"],
         parts=Memory().having({"base": Folds(version, total).store()}),
     )
-
-
-def _digest(path: Path) -> str:
-    digest = xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

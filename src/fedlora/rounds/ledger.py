@@ -13,6 +13,7 @@ from fedlora.core.network import Network, Turn, slowest_seconds
 from fedlora.core.schema import Schema
 from fedlora.core.state import Change, ServerState
 from fedlora.core.tree import Tree
+from fedlora.privacy.disclosure import disclosure_of
 from fedlora.recipe import Recipe
 from fedlora.rounds.plan import Order, Plan
 from fedlora.rounds.uplink import ClientResult, Uplink
@@ -36,7 +37,8 @@ class RoundRecord:
         down_bytes: bytes sent to clients by kind: ``adapter``, ``head``, ``init``, ``fold``, ``seed``, ``envelope``.
         up_bytes: bytes received by kind; ``report`` carries examples, steps and loss, ``refused`` was not counted.
         density_down: fraction of non-zero entries in the messages sent, over all clients.
-        density_up: the same for the updates received, over all clients.
+        density_up: the same for the updates received, over all clients; 0 under noise, as it would disclose failures
+            and the supports of updates before the noise.
         update_norm: Euclidean norm of the change applied by the server to the trained parameters and of the fold.
         update_norms: Euclidean norm of that change by layer; tensors outside numbered layers are grouped as ``head`` or
             ``other``.
@@ -107,6 +109,7 @@ def record(
         seconds: durations of its parts on the server.
         networks: the network of each tier by name; under an empty name, that of clients without a tier.
     """
+    told = disclosure_of(recipe).failures
     orders, answers, counted = plan.orders, uplink.answers, uplink.counted
     both = list(zip(orders, answers, strict=True))
     entries = tree.num_entries({name: after.params[name] for name in after.schema.sent()})
@@ -126,7 +129,7 @@ def record(
         references=add_up({order.message.reference: 1} for order in orders),
         tiers=tiers,
         density_down=_density((sum(order.message.packet.kept.values()) for order in orders), entries, len(orders)),
-        density_up=_density((answer.kept for answer in counted), entries, len(counted)),
+        density_up=_density((answer.kept for answer in counted), entries, len(counted)) if told else 0.0,
         update_norm=math.hypot(tree.norm(change.delta), recipe.tuning.size_of(change.fold)),
         update_norms=_norms_by_layer(after.schema, change.delta),
         ranks=tuple(order.job.recipe.rank for order in orders if recipe.rank_pruning.reports),

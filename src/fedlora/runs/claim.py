@@ -74,6 +74,7 @@ def claimed(
     made = [one for one in (files.path, *files.path.parents) if not os.path.lexists(one)]
     try:
         with _locked(files.path, tell):
+            files.tidy()
             kept = set(files.path.iterdir())
             try:
                 files.claim(experiment, extend)

@@ -14,6 +14,7 @@ from fedlora import config
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, in_mode, manifest, prepare
 from fedlora.core.errors import FedloraError
+from fedlora.core.interrupts import sigterm_as_ctrl_c
 from fedlora.core.state import named_seed
 from fedlora.engines import AnyEngine
 from fedlora.population.clients import Population, draw_cohort
@@ -88,7 +89,7 @@ def train(
     try:
         # callbacks are closed before the files of a rejected run are removed, as some of them write there too
         own = [make_tracker(track, path) for track in experiment.track]
-        with ExitStack() as claim, closing(CallbackList([*callbacks, *own])) as callback:
+        with sigterm_as_ctrl_c(), ExitStack() as claim, closing(CallbackList([*callbacks, *own])) as callback:
             if not held:
                 look(files, experiment)
             effective = in_mode(experiment)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from fedlora.rounds.downlink import view
 from fedlora.rounds.phases import close_phase
 from fedlora.runs.folder import cannot_write
 from fedlora.tasks import Model
-from fedlora.tasks.models.loading import pooled, quiet_transformers
+from fedlora.tasks.models.loading import config_of, pooled, quiet_transformers
 from fedlora.tuning import Bottleneck, Installed, LoRA, Peft
 from fedlora.tuning.export import dilated, save_lora, save_peft
 from fedlora.tuning.lora import PEFT_PREFIX
@@ -55,7 +54,7 @@ def export(folder: Path, trained: TrainedRun, merge: bool) -> None:
     try:
         with new_folder(folder) as temporary:
             _write(temporary, trained, merge)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise cannot_write(folder, error) from error
 
 
@@ -100,11 +99,20 @@ def _save_merged(folder: Path, trained: TrainedRun) -> None:
             named[name].add_(value)
         for name, value in learnt.head.items():
             named[name].copy_(value)
+    if dtype := _dtype_of(trained.experiment.model):
+        model.to(dtype)
     with quiet_transformers():
         if isinstance(model, pooled.PooledClassifier):
             model.save_backbone(folder)
         else:
             model.save_pretrained(str(folder))  # type: ignore[operator]
+
+
+def _dtype_of(base: Model) -> torch.dtype | None:
+    """The number format that a base model is stored in, if its configuration says so."""
+    found = getattr(config_of(base), "dtype", None)
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
 def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
@@ -140,7 +148,7 @@ base_model: {base}
 
 Method `{experiment.label}`, tuning `{tuning}`, {trained.state.round} rounds, {experiment.clients.per_round} clients per
 round, partition `{kind_of(experiment.clients.partition)}`, seed {experiment.seed}. Training data never left the
-clients; the run's `ledger.jsonl` lists all communication.{_handed(experiment.model)}
+clients; the run's `ledger.jsonl` lists all communication.{_computed(trained)}{_handed(experiment.model)}
 
 | metric on all test examples | value |
 |---|---|
@@ -153,6 +161,17 @@ from transformers import {auto_class}
 {load}
 ```
 """
+
+
+def _computed(trained: TrainedRun) -> str:
+    """The card's note on the number format of training, where another one predicts slightly differently."""
+    compute = trained.recipe.local.compute
+    if compute == "fp32":
+        return ""
+    return (
+        f'\n\nIt was trained and evaluated with `compute = "{compute}"`: float32 weights under autocast. Without '
+        "autocast, or with weights in another format, predictions differ by rounding."
+    )
 
 
 def _handed(model: Model) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 from fedlora import config
 from fedlora.config import Experiment
 from fedlora.config.places import rooted
-from fedlora.core.errors import CheckpointError, ConfigError, DataError
-from fedlora.core.files import append, write_atomically
+from fedlora.core.digests import sealed, unsealed
+from fedlora.core.errors import CheckpointError, ConfigError, DataError, first_line
+from fedlora.core.files import append, clean, write_atomically
 from fedlora.core.state import ServerState
 from fedlora.rounds.checkpoint import can_go_on, load_state, save_state
 from fedlora.rounds.ledger import RoundRecord
@@ -125,6 +126,12 @@ class RunFolder:
         if experiment.rounds > at.round:
             (self.path / "result.json").unlink(missing_ok=True)
 
+    def tidy(self) -> None:
+        """Removes what a killed process left half-written; only for the process that has locked the folder."""
+        for folder in (self.path, *self.path.glob("clients/*")):
+            clean(folder)
+            clean(folder / "checkpoints")
+
     def changes(self) -> list[dict[str, Any]]:
         """The changes of the configuration since the run began, each with ``round``, ``config`` and ``changes``.
 
@@ -142,47 +149,56 @@ class RunFolder:
             raise cannot_write(self.path, error) from error
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Writes or replaces a JSON file of the folder atomically."""
-        self.write(name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+        """Writes or replaces a JSON file of the folder atomically, with its digest as its last entry."""
+        self.write(name, json.dumps(sealed(value), indent=1, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Reads a JSON file of the folder.
 
         Raises:
-            ConfigError: it is missing, or not JSON.
+            ConfigError: it is missing, not JSON, or differs from what was written.
         """
         try:
-            value: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+            return unsealed(json.loads((self.path / name).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             if not self.path.is_dir():
                 mend = "there is no such folder"
             elif (self.path / name).exists():
-                mend = f"its {name} is damaged; remove that file and run the same command again"
+                mend = f"its {name} is damaged; run the same command again, which writes it anew"
             elif (self.path / "config.toml").exists():
                 mend = f"it has no {name} yet; finish it with: fedlora run {self.path}"
             else:
                 mend = f"there is no {name} in it"
             raise ConfigError(f"{self.path} is not the folder of a finished run: {mend}") from error
-        return value
 
-    def rows(self) -> list[RoundRecord]:
+    def rows(self, until: int | None = None) -> list[RoundRecord]:
         """The ledger; an incomplete last line, as left by a killed process, is ignored.
 
+        Args:
+            until: the last round to read; all if omitted.
+
         Raises:
-            CheckpointError: it contains something else.
+            CheckpointError: it contains something else, or a row differs from what was written.
         """
         file = self.path / "ledger.jsonl"
         if not file.exists():
             return []
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-            rows = [json.loads(line) for line in lines]
-            tuples = ("cohort", "late", "ranks", "warnings")
-            return [RoundRecord(**{**row, **{key: tuple(row.get(key, ())) for key in tuples}}) for row in rows]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{file} is not a ledger of this version ({error}); restore the original file"
-            ) from error
+            lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror}); make it readable") from error
+        rows = []
+        for number, line in enumerate(lines):
+            if until is not None and number > until:
+                break
+            try:
+                rows.append(_row(line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise CheckpointError(
+                    f"row {number} of {file} is damaged, or not one of this version ({first_line(error)}); restore "
+                    "the original file"
+                ) from error
+        return rows
 
     def append(self, row: RoundRecord) -> None:
         """Appends a line to the ledger and flushes it to disk."""
@@ -193,7 +209,7 @@ class RunFolder:
 
     def rewind(self, rounds: int) -> list[RoundRecord]:
         """Removes the ledger's rows after ``rounds``, which no checkpoint covers, and returns the remaining ones."""
-        rows = [row for row in self.rows() if row.round <= rounds]
+        rows = [row for row in self.rows(rounds) if row.round <= rounds]
         self.write("ledger.jsonl", "".join(map(_line, rows)))
         return rows
 
@@ -219,9 +235,33 @@ class RunFolder:
         """
         return load_state(self.checkpoints[-1]) if self.checkpoints else None
 
+    def drop_damaged(self) -> list[str]:
+        """Removes the newest checkpoints that cannot be read, as long as an older one can; a sentence for each.
+
+        Raises:
+            CheckpointError: none can be read.
+        """
+        found, errors = self.checkpoints, []
+        for folder in reversed(found):
+            try:
+                load_state(folder)
+                break
+            except CheckpointError as error:
+                errors.append(error)
+        if found and len(errors) == len(found):
+            raise errors[0]
+        for folder in found[len(found) - len(errors) :]:
+            shutil.rmtree(folder)
+        return [f"{error}; it was removed" for error in errors]
+
 
 def _line(row: RoundRecord) -> str:
-    return json.dumps(dataclasses.asdict(row), allow_nan=False) + "\n"
+    return json.dumps(sealed(dataclasses.asdict(row)), allow_nan=False) + "\n"
+
+
+def _row(line: str) -> RoundRecord:
+    row = unsealed(json.loads(line))
+    return RoundRecord(**{**row, **{key: tuple(row.get(key, ())) for key in ("cohort", "late", "ranks", "warnings")}})
 
 
 def cannot_write(path: Path, error: Exception) -> DataError:

@@ -7,9 +7,10 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from pydantic import ValidationError
 
 from fedlora import config
 from fedlora.client.workspace import Workspace
@@ -23,6 +24,7 @@ from fedlora.rounds.phases import open_phase
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.experiment import run
 from fedlora.runs.folder import RunFolder
+from fedlora.tasks.data.sources import Validation
 from fedlora.transport import Link, TopK
 from fedlora.tuning import LoRA
 
@@ -68,7 +70,9 @@ class Bounds(NamedTuple):
     max_rank: int
 
 
-def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: Sequence[Callback] = ()) -> list[Trial]:
+def search(
+    experiment: Experiment, folder: Path, bounds: Bounds, *, holdout: float = 0.1, callbacks: Sequence[Callback] = ()
+) -> list[Trial]:
     """Grows a small, sparsely sent adapter up to a communication budget (FLASC-Search, arXiv 2406.05233).
 
     The candidates after ``(rank, density)`` are ``(factor * rank, density)`` and ``(rank, density of equal bytes)``. If
@@ -83,6 +87,8 @@ def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: S
         experiment: LoRA in one phase; its rounds are those of a trial. The density is applied to ``top_k`` links.
         folder: the folder of the trials, of ``search.json`` (the table) and of ``best.toml``.
         bounds: start and limits of the search.
+        holdout: the share of the training rows, or of the clients where these are natural, that trials are compared
+            on; with 0 on the test rows, whose figures are then no longer those of unseen data.
         callbacks: called during each trial.
 
     Returns:
@@ -98,9 +104,10 @@ def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: S
             f"the search would start at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise --max-rank"
         )
     configured(experiment, bounds.rank, bounds.density)  # rejects invalid configurations before data are read
-    data = prepare(experiment)
-    tried = functools.partial(_try, experiment, data, folder, callbacks)
-    sizes = _Sizes(experiment, data, bounds)
+    trained = _held_out(experiment, holdout)
+    data = prepare(trained)
+    tried = functools.partial(_try, trained, data, folder, callbacks)
+    sizes = _Sizes(trained, data, bounds)
     # the estimate is not exact
     _check(bounds, sizes.of(bounds.rank, bounds.density), "about ", 1.5)
     best = tried(0, bounds.rank, bounds.density)
@@ -126,6 +133,21 @@ def search(experiment: Experiment, folder: Path, bounds: Bounds, *, callbacks: S
     best = max((one for one in trials if one.kept), key=merit)
     RunFolder(folder).write("best.toml", config.to_toml(configured(experiment, best.rank, best.density)))
     return trials
+
+
+def _held_out(experiment: Experiment, share: float) -> Experiment:
+    """The experiment with a part of the training data in place of its test data."""
+    if not share or isinstance(experiment.data, Validation):
+        return experiment
+    unit: Literal["clients", "rows"] = "clients" if experiment.clients.column() else "rows"
+    try:
+        data = Validation(source=experiment.data, share=share, seed=experiment.seed, hold_out=unit)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigError(
+            f"a search holds the share {share:g} of the training rows of data.kind = {kind_of(experiment.data)!r} out, "
+            "which needs a share above 0 and below 1 and data on this machine; set --holdout, 0 for none"
+        ) from error
+    return dataclasses.replace(experiment, data=data)
 
 
 def _check(bounds: Bounds, sent: float, about: str = "", slack: float = 1.0) -> None:

@@ -29,6 +29,7 @@ from fedlora.rounds.checkpoint import can_go_on
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.rounds.phases import close_phase, open_phase
 from fedlora.rounds.round import run_round
+from fedlora.runs import mending
 from fedlora.runs.callbacks import CallbackList
 from fedlora.runs.evaluation import evaluate, tested_clients, uses_all_rows
 from fedlora.runs.export import export_run
@@ -110,7 +111,7 @@ class Session:
     def _resume(self) -> list[RoundRecord]:
         """Loads the latest checkpoint's state, if there is one, and returns the ledger up to it."""
         files = self.files
-        held = files.latest()
+        held = mending.latest(files, self.experiment, self.callback.message)
         if held is None:
             return files.rewind(-1)
         self.state, kept = held
@@ -333,14 +334,15 @@ class Session:
     def _finish(self) -> Result:
         """The result of a finished run, with the adapter; both are written if they do not exist yet."""
         files, state = self.files, self.state
-        held = files.read_json("result.json") if (files.path / "result.json").exists() else None
+        held = mending.result(files, self.callback.message)
         if held:
-            after, seconds, adapter = held["after"], held["seconds"], files.path / held["adapter"]
+            after, seconds = held["after"], held["seconds"]
+            adapter = mending.exported(files.path / held["adapter"], self.callback.message)
         else:
             clock = time.perf_counter()
             after, adapter = self._after(), None
             seconds = _seconds(self.rows) + time.perf_counter() - clock
-        if adapter is None or not adapter.exists():
+        if adapter is None:
             trained = TrainedRun(self.experiment, self._recipe(state), state, self.workspace, after)
             adapter = export_run(files.path, trained)
         result = self._result(self.rows, after, seconds, adapter)

@@ -23,6 +23,7 @@ from fedlora import config
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, in_mode, prepare
 from fedlora.core.errors import FedloraError, TrainingError
+from fedlora.core.interrupts import worker_signals
 from fedlora.runs.experiment import Stopped, run
 from fedlora.runs.folder import RunFolder
 
@@ -250,6 +251,8 @@ def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> 
                 queue.lost(source, job)
             return True
         except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.terminate()  # which they take as Ctrl-C
             pool.shutdown(cancel_futures=True)
             raise Stopped("stopped; every finished round is saved. Run the same command to resume") from None
 
@@ -257,6 +260,7 @@ def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> 
 def _begin() -> None:
     """Initialises a worker process: it uses one thread, and ends when its parent does."""
     torch.set_num_threads(1)
+    worker_signals()
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -138,7 +138,7 @@ class TopK(Sparsifier):
 
     Exactly ``k = int(P * density * decay ** (round // decay_every))`` of ``P`` entries are kept; ties go to the entry
     that comes first in the tree. ``P`` counts all entries together (``scope="global"``) or those of one tensor
-    (``scope="tensor"``, where each tensor has its own ``k``).
+    (``scope="tensor"``, where each tensor has its own ``k``, at least 1).
 
     FLASC uses one threshold over every ``A``, every ``B`` and the head. Its script for heterogeneous devices keeps the
     head whole on the downlink: ``quota=Quota(head=1)``. Entries under a quota are ranked among themselves, at the
@@ -185,8 +185,9 @@ class TopK(Sparsifier):
                 chosen |= unflatten(largest(vector, int(len(vector) * density)), bucket)
             else:
                 chosen |= {
-                    name: largest(value.reshape(-1), int(value.numel() * density)).view(value.shape)
+                    name: largest(value.reshape(-1), max(1, int(value.numel() * density))).view(value.shape)
                     for name, value in bucket.items()
+                    if value.numel()
                 }
         return chosen
 

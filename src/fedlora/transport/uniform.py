@@ -36,11 +36,11 @@ class Uniform(Precision):
     The ``q`` are entropy coded with the counts of their magnitudes if that takes fewer than ``bits`` bits each.
 
     ``rounding="nearest"`` minimises the squared error, alternating ``scale = sum |v| |q| / sum q^2`` and
-    ``q = clip(round(v / scale))`` from the best scale for normally distributed values; with 8 bits the scale is
-    ``max |v| / 127``, with one bit the mean magnitude (EF-signSGD, arXiv 1901.09847). ``"stochastic"`` is unbiased: the
-    scale is ``max |v| / (2 ** (bits - 1) - 1)``, and ``v / scale`` is rounded up with a probability equal to its
-    fractional part (QSGD, arXiv 1610.02132); with one bit the sign is positive with probability
-    ``(1 + v / max |v|) / 2``.
+    ``q = clip(round(v / scale))`` from the best scale for normally distributed values, or from
+    ``max |v| / (2 ** (bits - 1) - 1)`` where an outlier makes that better; with 8 bits the scale is ``max |v| / 127``,
+    with one bit the mean magnitude (EF-signSGD, arXiv 1901.09847). ``"stochastic"`` is unbiased: the scale is
+    ``max |v| / (2 ** (bits - 1) - 1)``, and ``v / scale`` is rounded up with a probability equal to its fractional part
+    (QSGD, arXiv 1610.02132); with one bit the sign is positive with probability ``(1 + v / max |v|) / 2``.
 
     Args:
         bits: bits per value before entropy coding.
@@ -136,10 +136,22 @@ class Uniform(Precision):
         return scales
 
     def _least_squares(self, magnitude: Floats, group: _Group, top: Floats) -> Floats:
-        """The scales that (nearly) minimise the squared error; never larger than ``top``."""
+        """The scales that (nearly) minimise the squared error; never larger than ``top``.
+
+        Where clipping the largest value is most of the error, ``top`` is tried as the start too, and the better kept.
+        """
+        power = np.add.reduceat(np.square(magnitude, dtype=np.float64), group.starts)
+        start = np.minimum(top, (_STEP[self.bits] * np.sqrt(power / group.lengths)).astype(np.float32))
+        scales, explained = self._refined(magnitude, group, start)
+        cut = np.square(self.largest * (top - scales), dtype=np.float64)
+        if self.bits > 1 and (outlier := cut > (power - explained) / 2).any():
+            others, more = self._refined(magnitude, group, top)
+            scales = np.where(outlier & (more > explained), others, scales)
+        return np.minimum(scales, top)
+
+    def _refined(self, magnitude: Floats, group: _Group, scales: Floats) -> tuple[Floats, NDArray[np.float64]]:
+        """The scales after alternating steps from a start, and the part of the sum of squares that they explain."""
         wide, product = magnitude.astype(np.float64), np.empty(len(magnitude))
-        power = np.add.reduceat(np.multiply(wide, wide, out=product), group.starts) / group.lengths
-        scales = np.minimum(top, (_STEP[self.bits] * np.sqrt(power)).astype(np.float32))
         # sums of squares of small integers are exact in float32 up to 2 ** 24
         exact = np.float32 if int(group.lengths.max()) * self.largest**2 < 2**24 else np.float64
         q = np.empty_like(magnitude)
@@ -153,7 +165,7 @@ class Uniform(Precision):
             above = np.add.reduceat(np.multiply(wide, product, out=product), group.starts)
             below = np.add.reduceat(np.multiply(q, q, out=q), group.starts, dtype=exact)
             scales = np.where(below > 0, above / np.maximum(below, 1), scales).astype(np.float32)
-        return np.minimum(scales, top)
+        return scales, np.square(above) / np.maximum(below, 1)
 
     def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats:
         """The ``q`` of every value; 0 where the scale is 0."""

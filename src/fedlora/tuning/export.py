@@ -17,7 +17,7 @@ from fedlora.tuning.lora import PEFT_PREFIX, LoRA, lora_layers, to_peft
 from fedlora.tuning.lora_layer import LoRAConv, LoRALinear
 from fedlora.tuning.targets import saved_modules
 
-_FILE = "adapter_model.safetensors"
+_SETTINGS, _FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_lora(
@@ -78,6 +78,7 @@ def save_lora(
     )
     folder.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(folder))
+    _sort_sets(folder, settings)
     tensors = {name: value.contiguous() for name, value in to_peft(factors | head, installed.model).items()}
     save_file(_on_backbone(tensors, root), folder / _FILE, metadata={"format": "pt"})
 
@@ -110,10 +111,11 @@ def save_peft(installed: Installed, folder: Path, task_type: str | None = None, 
     model = installed.model
     assert isinstance(model, peft.PeftModel)
     model.save_pretrained(str(folder))
+    _sort_sets(folder, model.peft_config[model.active_adapter])
     if not root:
         return
     save_file(_on_backbone(load_file(folder / _FILE), root), folder / _FILE, metadata={"format": "pt"})
-    file = folder / "adapter_config.json"
+    file = folder / _SETTINGS
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings |= {"task_type": task_type, "auto_mapping": None}
     if "target_modules" in settings:  # a regular expression was matched against longer names
@@ -123,3 +125,11 @@ def save_peft(installed: Installed, folder: Path, task_type: str | None = None, 
     inside = [name.removeprefix(root) for name in saved if name.startswith(root)]
     settings["modules_to_save"] = inside or None
     file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _sort_sets(folder: Path, settings: peft.PeftConfig) -> None:
+    """Sorts the entries that ``peft`` keeps as sets, whose order differs from process to process."""
+    file = folder / _SETTINGS
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values |= {name: sorted(value) for name, value in vars(settings).items() if isinstance(value, set)}
+    file.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedlora.core.digests import DIGESTS, damaged
 from fedlora.core.errors import ConfigError, first_line
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
@@ -62,6 +63,11 @@ def read_adapter(folder: Path, tuning: Tuning, installed: Installed, start: Tree
 def _adapter_folder(folder: Path) -> Path:
     for one in (folder, folder / "adapter"):
         if (one / _SETTINGS).is_file():
+            if wrong := damaged(one):
+                raise ConfigError(
+                    f"{one / wrong} is missing or differs from what was written: export the adapter again, or remove "
+                    f"{one / DIGESTS} if you changed it on purpose"
+                )
             return one
     if (folder / "model").is_dir():
         raise ConfigError(

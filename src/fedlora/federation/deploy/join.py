@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.core.errors import ConfigError
+from fedlora.core.interrupts import sigterm_as_ctrl_c
 from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
 from fedlora.federation.deploy.processes import Child, free_port, quiet, stop_all, write_secret
 from fedlora.federation.protocol.policies import SiteConfig
@@ -38,12 +39,8 @@ def join(server: str, file: Path, callbacks: Sequence[Callback] = (), *, insecur
     """
     check_flower(PRIVATE)
     quiet()
-    # a stop by a process supervisor is handled like Ctrl-C
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with sigterm_as_ctrl_c():
         _work(server, file, CallbackList(callbacks), insecure)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:

@@ -21,7 +21,7 @@ from fedlora.core.errors import ConfigError, DataError, first_line
 from fedlora.core.files import new_file
 from fedlora.core.later import transformers
 from fedlora.tasks.base import Model
-from fedlora.tasks.models.encoded import cache_folder
+from fedlora.tasks.models.encoded import cache_folder, made_anew
 from fedlora.tasks.models.loading import quiet_transformers, readable
 from fedlora.tasks.models.objects import processor_folder
 from fedlora.tasks.models.staged import sent
@@ -181,15 +181,22 @@ def encode_pictures(rows: datasets.Dataset, processor: Processor, which: str) ->
 
 def _cached(path: Path, shape: tuple[int, ...], make: Callable[[], Iterator[Pixels]]) -> Pixels:
     """The pictures in a file, made first where it is not there; in memory where it cannot be written."""
-    with contextlib.suppress(OSError, ValueError):
+    try:
         return _mapped(path, shape)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):
+        made_anew(path)
     try:
         # written, not mapped: on a full disk a write fails, while a mapped page ends the process
         with new_file(path) as temporary, temporary.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
+            digest = xxhash.xxh3_64()
             for picture in make():
                 file.write(picture.tobytes())
+                digest.update(picture.tobytes())
+            file.write(digest.digest())
         return _mapped(path, shape)
     except OSError:
         return np.stack(list(make()))
@@ -199,6 +206,15 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Pixels:
     found: Pixels = np.lib.format.open_memmap(path, mode="r")
     if found.shape != shape or found.dtype != np.uint8:
         raise ValueError(f"{path} holds something else")
+    with path.open("rb") as file:
+        file.seek(found.offset + found.size)  # type: ignore[attr-defined]
+        held = file.read()
+    digest = xxhash.xxh3_64()
+    for picture in found:
+        digest.update(picture.data)
+    # files of older versions end without a digest
+    if held not in (b"", digest.digest()):
+        raise ValueError(f"{path} differs from what was written")
     return found
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fedlora.core.digests import DIGESTS, damaged
 from fedlora.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +56,19 @@ def no_model(folder: Path) -> str | None:
         f"{folder} holds an adapter, not a whole model: set model.path to the model that it was trained on"
         f"{f' ({base})' if base else ''}, and init_from to this folder to start from the adapter"
     )
+
+
+def check_digests(folder: Path) -> None:
+    """Refuses a model that fedlora exported and of which a file is not the one that was written.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    if wrong := damaged(folder):
+        raise ConfigError(
+            f"{folder / wrong} is missing or differs from what was written: export the model again, or remove "
+            f"{folder / DIGESTS} if you changed it on purpose"
+        )
 
 
 def check_finite(loaded: nn.Module, fresh: Collection[str], model: Model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from fedlora.core.files import new_file
@@ -155,10 +156,37 @@ def cached(tokenizer: Any, content: str, settings: Mapping[str, Any], make: Call
     parts = [tokenizer.__class__.__name__, transformers.__version__, json.dumps(settings, sort_keys=True)]
     key = xxhash.xxh3_128_hexdigest("/".join([content, *parts, vocabulary]).encode())
     path = cache_folder() / "tokens" / f"{key}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError):
-        return load_file(path)
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, SafetensorError):
+        made_anew(path)
     result = make()
     # failing to write the cache only costs time
     with contextlib.suppress(OSError), new_file(path) as temporary:
-        save_file(result, temporary)
+        save_file(result, temporary, {"digest": _digest(result)})
     return result
+
+
+def made_anew(path: Path) -> None:
+    """Reports that a cached file is damaged, and is made anew."""
+    logging.getLogger("fedlora").warning("the cached file %s is damaged, and is made anew", path)
+
+
+def _read(path: Path) -> Arrays:
+    with safe_open(path, "np") as file:
+        digest = (file.metadata() or {}).get("digest")
+        result = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    # files of older versions have no digest
+    if digest not in (None, _digest(result)):
+        raise ValueError("it differs from what was written")
+    return result
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = xxhash.xxh3_64()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ from torch import nn
 from fedlora.core.errors import ConfigError, FedloraError, first_line
 from fedlora.core.later import Later, transformers
 from fedlora.tasks.models import cpu
-from fedlora.tasks.models.damage import check_finite, damage, no_model
+from fedlora.tasks.models.damage import check_digests, check_finite, damage, no_model
 from fedlora.tasks.models.heads import parameters_of
 from fedlora.tasks.models.objects import copy_of_tokenizer, forget_last_call, fresh_copy
 from fedlora.tasks.models.pooling import POOLER_FAMILIES, Pooling
@@ -71,6 +71,8 @@ def load_pretrained(
         ConfigError: there is no such model, or not in the form asked for, or its weights are damaged or not finite, or
             it reads fewer tokens, or it lacks a module that ``model.head`` names.
     """
+    if not model.object:
+        check_digests(Path(model.resolve()))
     with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
         torch.manual_seed(seed)
         loaded, report = _loaded(auto_class, model, settings or {}, device, compute, fresh_head)
@@ -195,13 +197,25 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def head_names(model: nn.Module, missing: set[str], fresh_head: bool = True) -> frozenset[str]:
     """The parameters of the task head: outside the backbone, or not in the checkpoint.
 
+    The backbone is the module that the class names; of a class that names none, everything but its classifier.
+
     Args:
         model: a Hugging Face model with a head.
         missing: names that the checkpoint lacked.
         fresh_head: see ``load_pretrained``.
     """
+    names = [name for name, _ in model.named_parameters()]
     backbone = f"{getattr(model, 'base_model_prefix', '')}." if fresh_head else ""
-    return frozenset(name for name, _ in model.named_parameters() if name in missing or not name.startswith(backbone))
+    inside = {name for name in names if name.startswith(backbone)}
+    if not inside:  # some classes, such as CLIP's for images, have no module of that name
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
+        heads = tuple(
+            f"{name}."
+            for name, child in model.named_children()
+            if isinstance(child, nn.Linear) and child.out_features == labels
+        )
+        inside = {name for name in names if heads and not name.startswith(heads)}
+    return frozenset(name for name in names if name in missing or name not in inside)
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ class PooledClassifier(PreTrainedModel):  # type: ignore[no-untyped-call]
         if own is None:
             backbone.save_pretrained(str(folder))
             return
-        spare, backbone.pooler = backbone.pooler, own
+        spare, backbone.pooler = backbone.pooler, own.to(backbone.dtype)
         backbone.save_pretrained(str(folder))
         backbone.pooler = spare
 
