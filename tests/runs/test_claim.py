@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "targets": (("method.targets='nothing'",), "matches nothing"),
     "rank": (("method.rank=33",), "is above the smaller side"),
     "task": (("task={kind='causal_lm'}", "data.columns={text='text'}"), "sees the tokens"),
-    "device": (("device='cuda'",), "finds no GPU"),
+    "device": (("device='cuda'",), "sees no GPU"),
     "tier": (("clients.tiers=[{name='a', values=['x']}]", "clients.tier_column='user'"), "tier"),
     "alone": (("mode='local'", "method.targets='nothing'"), "matches nothing"),
     "no rows of their own": (("evaluate.clients='end'",), "clients.holdout"),

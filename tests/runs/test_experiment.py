@@ -79,6 +79,7 @@ def test_evaluations_come_at_the_start_every_other_round_and_at_the_end(ran: Ran
 def test_result_json_says_what_the_result_says(ran: Ran, method: str) -> None:
     result = ran(method)
     written = json.loads((result.folder / "result.json").read_text())
+    assert len(written.pop("digest")) == 16
     assert result.adapter is not None
     assert written == {
         "label": method,
@@ -92,6 +93,7 @@ def test_result_json_says_what_the_result_says(ran: Ran, method: str) -> None:
         "up_bytes": result.up_bytes,
         "seconds": result.seconds,
         "adapter": result.adapter.name,
+        "stopped": "",
     }
 
 
@@ -104,7 +106,7 @@ def test_the_folder_holds_an_adapter_or_a_model_with_its_card(ran: Ran, method: 
         assert adapter.name == "model"
         assert files >= {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
     elif method == "bottleneck":
-        assert files == {"README.md", "params.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        assert files == {"README.md", "digests.json", "params.safetensors", "tokenizer.json", "tokenizer_config.json"}
     else:
         assert files >= {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
     assert not list(ran(method).folder.glob("*.tmp"))

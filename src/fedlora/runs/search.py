@@ -97,12 +97,7 @@ def search(
     Raises:
         ConfigError: the configuration has no rank or no density, or the first trial exceeds the budget.
     """
-    if not 0 < bounds.density <= 1:
-        raise ConfigError(f"a density is above 0 and at most 1, and {bounds.density:g} is not; set --density")
-    if bounds.rank > bounds.max_rank:
-        raise ConfigError(
-            f"the search would start at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise --max-rank"
-        )
+    _check_start(bounds)
     configured(experiment, bounds.rank, bounds.density)  # rejects invalid configurations before data are read
     trained = _held_out(experiment, holdout)
     data = prepare(trained)
@@ -133,6 +128,15 @@ def search(
     best = max((one for one in trials if one.kept), key=merit)
     RunFolder(folder).write("best.toml", config.to_toml(configured(experiment, best.rank, best.density)))
     return trials
+
+
+def _check_start(bounds: Bounds) -> None:
+    if not 0 < bounds.density <= 1:
+        raise ConfigError(f"a density is above 0 and at most 1, and {bounds.density:g} is not; set --density")
+    if bounds.rank > bounds.max_rank:
+        raise ConfigError(
+            f"the search would start at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise --max-rank"
+        )
 
 
 def _held_out(experiment: Experiment, share: float) -> Experiment:

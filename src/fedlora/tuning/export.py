@@ -64,9 +64,8 @@ def save_lora(
             b = torch.cat([b, -init[f"{name}.lora_B"]], dim=1)
         factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a, b
     head = {name: value for name, value in installed.head_values(params).items() if name.startswith(root)}
-    rank = tuning.rank * (2 if tuning.residual else 1)
     settings = peft.LoraConfig(
-        r=rank,
+        r=(rank := tuning.rank * (2 if tuning.residual else 1)),
         lora_alpha=tuning.scale * rank,  # type: ignore[arg-type]
         lora_dropout=tuning.dropout,
         target_modules=sorted(name.removeprefix(root) for name in layers),
