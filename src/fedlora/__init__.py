@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedlora.config import Evaluate, Experiment, load, parse
     from fedlora.config.federated_data import prepare
+    from fedlora.config.stop import Stop
+    from fedlora.config.track import Track
     from fedlora.core.errors import (
         CallbackError,
         CheckpointError,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from fedlora.runs.experiment import Stopped, run
     from fedlora.runs.inference import TrainedRun, load_run
     from fedlora.runs.result import Result
+    from fedlora.runs.tables import load_results
     from fedlora.runs.trackers import TensorBoard
     from fedlora.server.aggregate import (
         Aggregator,
@@ -124,6 +127,8 @@ if TYPE_CHECKING:
 _NAMES = {
     "config": "Evaluate Experiment load parse",
     "config.federated_data": "prepare",
+    "config.stop": "Stop",
+    "config.track": "Track",
     "core.errors": "CallbackError CheckpointError ConfigError DataError FedloraError ProcessError QuorumError "
     "TrainingError WireError",
     "core.rates": "LrScale Schedule",
@@ -142,6 +147,7 @@ _NAMES = {
     "runs.experiment": "Stopped run",
     "runs.inference": "TrainedRun load_run",
     "runs.result": "Result",
+    "runs.tables": "load_results",
     "runs.trackers": "TensorBoard",
     "server.aggregate": "Aggregator CoordinateMedian Krum Mean NormBound ProductExact SparsityWeighted Stack "
     "SvdRedistribute TrimmedMean",
@@ -239,6 +245,7 @@ __all__ = [
     "SparsityWeighted",
     "Stack",
     "Stage",
+    "Stop",
     "Stopped",
     "SvdOfDelta",
     "SvdOfWeight",
@@ -250,6 +257,7 @@ __all__ = [
     "Tier",
     "TokenClassification",
     "TopK",
+    "Track",
     "TrainedRun",
     "TrainingError",
     "TrimmedMean",
@@ -269,6 +277,7 @@ __all__ = [
     "full",
     "het_lora",
     "load",
+    "load_results",
     "load_run",
     "parse",
     "prepare",

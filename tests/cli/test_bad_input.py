@@ -35,7 +35,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "method": (("method.kind='flask'",), "there is no method 'flask', did you mean 'flasc'; known: fedavg, lora"),
     "kind": (("clients.partition.kind='irichlet'",), "did you mean 'dirichlet'; known: iid, pooled, dirichlet"),
-    "no kind": (("data={path='x'}",), "data needs a kind, one of: docstrings, files, hub"),
+    "no kind": (("data={path='x'}",), "data needs a kind, one of: docstrings, docstring_questions, files, hub"),
     "no kind of task": (("task={max_length=8}",), "task needs a kind, one of: "),
     "no field": (("data={kind='files'}",), "data.train is missing"),
     "type": (("clients.num='many'",), "clients.num = 'many': input should be a valid integer"),

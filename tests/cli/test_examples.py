@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 import pytest
 from fixtures.tiny import COLOURS, ledger, make_rows, save_model, write_rows
+from fixtures.tiny_language import save_chat_model
 from typer.testing import CliRunner
 
 from fedlora import config
@@ -78,6 +79,36 @@ def sums(folder: Path) -> tuple[str, ...]:
     return ("task.generate=2", "task.max_new_tokens=4")
 
 
+def instructions(**columns: str) -> Callable[[Path], tuple[str, ...]]:
+    """A file of prompts and answers under the names that the example gives them."""
+
+    def make(folder: Path) -> tuple[str, ...]:
+        names = {"prompt": "prompt", "answer": "answer", **columns}
+        rows = [{names["prompt"]: f"w{a} w{b}", names["answer"]: f"w{a}"} for a in range(20) for b in range(20)]
+        write_rows(folder / "rows.jsonl", rows)
+        own = {use: name for use, name in columns.items() if use != name}
+        files = "{kind='files', train='rows.jsonl', test_fraction=0.05, columns=" + _toml(own) + "}"
+        few = ("clients.num=4", "method.local.max_steps=2", "method.local.batch_size=4")
+        return (f"data={files}", "model.load=full", "task.max_length=24", "task.max_new_tokens=4", *few)
+
+    return make
+
+
+def _toml(values: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{name}='{value}'" for name, value in values.items()) + "}"
+
+
+def talker(family: str) -> Callable[[Path], Path]:
+    """A tiny decoder with a chat template."""
+
+    def make(folder: Path) -> Path:
+        save_chat_model(folder)
+        tiny_model(family, head="CausalLM").save_pretrained(str(folder))
+        return folder
+
+    return make
+
+
 def questions(folder: Path) -> tuple[str, ...]:
     for side in ("train", "test"):
         rows: list[dict[str, Any]] = []
@@ -113,10 +144,12 @@ def pictures(folder: Path) -> tuple[str, ...]:
 
 EXAMPLES: dict[str, Example] = {
     "causal_lm.toml": Example(decoder, documents, "w1 w2 red"),
+    "flowertune.toml": Example(decoder, instructions(prompt="instruction", answer="output"), "w1 w2"),
     "image_classification.toml": Example(image_model, pictures, "pictures/red/3.png"),
     "instruction.toml": Example(decoder, sums, "w1 w2"),
     "natural_clients.toml": Example(save_model, texts("authors.csv", author="user"), "red w1"),
     "own_files.toml": Example(save_model, texts("data.csv"), "red w1"),
+    "qwen.toml": Example(talker("qwen3"), instructions(), "w1 w2"),
     "question_answering.toml": Example(
         save_model, questions, json.dumps({"context": "w1 w2 red w3", "question": "w1 w2"})
     ),

@@ -258,7 +258,7 @@ def test_an_override_needs_no_table_where_the_default_has_the_key(assignment: st
 
 def test_an_override_that_the_default_kind_lacks_asks_for_a_kind() -> None:
     config.override(document := {}, "data.train=x.csv")
-    with pytest.raises(ConfigError, match="data needs a kind, one of: docstrings, files"):
+    with pytest.raises(ConfigError, match="data needs a kind, one of: docstrings, docstring_questions, files"):
         config.parse(document)
 
 

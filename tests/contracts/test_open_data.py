@@ -22,6 +22,7 @@ from fedlora.tasks import (
     SOURCES,
     TASKS,
     CausalLM,
+    DocstringQuestions,
     Docstrings,
     Evaluation,
     Files,
@@ -117,7 +118,7 @@ def test_the_task_of_images_passes_the_check_with_its_source(world: Path) -> Non
 def test_every_task_and_source_is_checked() -> None:
     assert set(OWN_TASKS) | {"image_classification"} == set(TASKS)
     # the training rows of `sites` lie elsewhere
-    assert set(OWN_SOURCES) | {"image_folder", "sites"} == set(SOURCES)
+    assert set(OWN_SOURCES) | {"docstring_questions", "image_folder", "sites"} == set(SOURCES)
 
 
 OWN_SOURCES: dict[str, Any] = {
@@ -133,6 +134,13 @@ OWN_SOURCES: dict[str, Any] = {
 @pytest.mark.parametrize("kind", OWN_SOURCES)
 def test_a_source_of_fedlora_passes_the_check(world: Path, kind: str) -> None:
     check_source(OWN_SOURCES[kind](world), TextClassification(max_length=16), learns=kind != "docstrings")
+
+
+@pytest.mark.slow
+def test_the_source_of_questions_passes_the_check(world: Path) -> None:
+    task = Instruction(template=TEMPLATE, max_length=16, max_new_tokens=4)
+    source = DocstringQuestions(num_packages=2, max_words=5)
+    check_source(source, task, Model(path=str(world / "llama")), learns=False)
 
 
 def test_a_task_and_a_source_of_ones_own_pass_the_checks() -> None:

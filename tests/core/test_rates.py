@@ -169,3 +169,14 @@ def test_classifiers_of_older_runs_read_what_the_stock_class_does() -> None:
     old = {"task": {**task, "eval_batch_size": 64}, "phases": [{"rounds": 1}]}
     assert config.parse(old).task.pooling == "model"  # type: ignore[union-attr]
     assert config.parse({"task": task, "phases": [{"rounds": 1}]}).task.pooling == "auto"  # type: ignore[union-attr]
+
+
+def test_a_floor_is_where_a_schedule_decays_to() -> None:
+    schedule = Schedule(shape="cosine", floor=0.02)
+    factors = [schedule.factor(turn, 200) for turn in range(200)]
+    assert factors[0] == 1.0
+    assert factors[100] == pytest.approx(0.51)
+    assert min(factors) == factors[-1] == pytest.approx(0.02, abs=1e-4)
+    assert Schedule(shape="linear", floor=0.5).factor(5, 10) == pytest.approx(0.75)
+    with pytest.raises(ConfigError, match=r"schedule\.floor = 0\.5 is where a schedule decays to"):
+        Schedule(floor=0.5)

@@ -329,7 +329,7 @@ def test_rows_that_make_no_table_are_refused() -> None:
             fedlora.Rows(train=given)
     with pytest.raises(DataError, match="the training rows are of type ndarray"):
         fedlora.Experiment(data=torch.zeros(2).numpy())
-    with pytest.raises(ConfigError, match="data needs a kind, one of: docstrings, files"):
+    with pytest.raises(ConfigError, match="data needs a kind, one of: docstrings, docstring_questions, files"):
         config.parse({"data": {"train": "rows.csv"}})
 
 

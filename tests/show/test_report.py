@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fedlora.runs.result import Result
 from fedlora.show.compare import comparison, comparison_csv, comparison_latex, comparison_table, load_result
 from fedlora.show.plots import partition_bars
 from fedlora.show.report import Live, as_dict, human_bytes, human_seconds, result_table
+from fedlora.tasks.scores import ONE_CLASS
 
 world = pytest.fixture(scope="module")(tiny_world)
 THREE = Population(("a", "b", "c"), np.array([0, 1, 2, 3, 4, 5]), np.array([0, 3, 4, 6]))
@@ -165,7 +168,23 @@ def test_on_a_terminal_there_is_a_bar_that_goes_away(world: Path, tmp_path: Path
     fedlora.run(experiment(world), tmp_path / "run", callbacks=[live])
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "3/3" in text
+    # one line is kept for each evaluation, above the bar
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert [number for number in range(4) if f"  round {number}/3  loss" in plain] == [0, 2, 3]
     live.close()
+
+
+def test_a_warning_is_shown_once_and_phases_are_named(world: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    live = Live(console)
+    found = fedlora.run(experiment(world, "slora", rounds=2), tmp_path / "run", callbacks=[live])
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "round 0/2  phase 0 sparse_mask  loss" in text
+    assert "round 2/2  phase 1 lora  loss" in text
+    for number, words in ((0, ONE_CLASS), (1, "odd"), (2, "odd"), (2, ONE_CLASS)):
+        live.row_recorded(dataclasses.replace(found.rows[0], round=number, metrics={}, warnings=(words,)))
+    said = console.file.getvalue().removeprefix(text).splitlines()  # type: ignore[attr-defined]
+    assert said == ["  round 1: odd", f"  round 2: {ONE_CLASS}"]
 
 
 def test_labels_are_counted_per_client() -> None:

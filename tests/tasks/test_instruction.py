@@ -218,7 +218,7 @@ def test_embeddings_are_means_over_examples(world: Path, packing: bool) -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ConfigError, match="has no placeholder for the prompt"):
+    with pytest.raises(ConfigError, match="has no place for the prompt"):
         Instruction(template="Question:")
     with pytest.raises(ConfigError, match="has 0 groups"):
         Instruction(answer_pattern="gsm")

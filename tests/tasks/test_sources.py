@@ -319,7 +319,7 @@ def test_docstrings_of_a_small_library(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / name).write_text(content, encoding="utf-8")
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     source = Docstrings(num_classes=2, test_fraction=0.5, seed=1)
-    assert source.load()[1:] == (None, 0.5, 1, None)
+    assert source.load()[1:] == (None, 0.5, 1, None, None, None)
     train, test = read(source)
     assert fingerprint(read(source).train) == fingerprint(train)
     assert sorted((row["text"], row["label"], row["file"]) for part in (train, test) for row in part) == [
@@ -355,6 +355,7 @@ def test_the_table_and_the_union_agree() -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(AnySource)
     needed = {
         "docstrings": {},
+        "docstring_questions": {},
         "files": {"train": "a.csv"},
         "hub": {"path": "owner/name"},
         "image_folder": {"path": "pictures"},

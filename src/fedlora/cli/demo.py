@@ -29,7 +29,7 @@ class Demo(NamedTuple):
 CLASSIFIER = Demo(
     methods=("lora", "flasc", "federa", "slora"),
     about="Model all-MiniLM-L6-v2 (22.7 M parameters); data: docstrings of this Python's standard library, 20 packages "
-    "to tell apart; 100 clients with skewed labels.",
+    "to classify; 100 clients with skewed labels.",
     question="Parse a MIME message from a file.",
     document={
         "task": {"kind": "text_classification", "max_length": 64},
@@ -44,7 +44,7 @@ LLM = Demo(
     methods=("lora", "flasc", "federa"),
     about="Model SmolLM2-135M-Instruct (134.5 M parameters); data: which package of this Python's standard library has "
     "a docstring, as questions and answers; 20 clients, with answers skewed.",
-    question="Which package says: Parse a MIME message from a file.",
+    question="Which package says: Parse XML document from sequence of string fragments.",
     document={
         "model": {"path": "smollm2"},
         "task": {"kind": "instruction", "max_length": 48, "generate": 48, "max_new_tokens": 5},

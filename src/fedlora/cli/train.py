@@ -95,6 +95,9 @@ def demo(
     rows = comparison([as_dict(result) for result in results])
     show(format_, rows, comparison_table(rows))
     if format_ is Format.table:
+        for label, result in zip(experiments, results, strict=True):
+            if llm:
+                OUT.print(f"{label}: loss {result.before['loss']:.3f} before, {result.after['loss']:.3f} after")
         OUT.print("runs: " + "  ".join(str(result.folder) for result in results), soft_wrap=True, highlight=False)
         OUT.print(f'try:  fedlora predict {results[0].folder} "{chosen.question}"', soft_wrap=True, highlight=False)
 

@@ -15,7 +15,7 @@ from fedlora.config.explain import explain
 from fedlora.config.handed_over import dealt_as_handed
 from fedlora.config.method_table import build_method
 from fedlora.config.stop import Stop
-from fedlora.config.track import Track, as_tracks
+from fedlora.config.track import Tracks
 from fedlora.config.upgrade import upgraded
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
 from fedlora.core.devices import DeviceName
@@ -107,9 +107,7 @@ class Experiment:
     clients: Clients = Clients()
     evaluate: Evaluate = Evaluate()
     stop: Stop | None = None
-    track: Annotated[
-        tuple[Track, ...], BeforeValidator(as_tracks, json_schema_input_type=Track | tuple[Track, ...])
-    ] = ()
+    track: Tracks = ()
     init_from: str | None = None
     root: str | None = None
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(),)

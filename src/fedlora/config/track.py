@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from fedlora.core.component import MODEL_CONFIG, Field, dataclass
 
@@ -28,3 +30,7 @@ class Track:
 def as_tracks(value: Any) -> Any:
     """A single tracker as a sequence of one; anything else unchanged."""
     return (value,) if isinstance(value, Track | Mapping) else value
+
+
+Tracks = Annotated[tuple[Track, ...], BeforeValidator(as_tracks, json_schema_input_type=Track | tuple[Track, ...])]
+"""Several trackers, or a single one."""

@@ -21,6 +21,7 @@ __all__ = [
     "seqeval",
     "sklearn",
     "transformers",
+    "wandb",
 ]
 
 
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     import transformers.modeling_layers
     import transformers.modeling_outputs
     import transformers.pytorch_utils
+    import wandb
 else:
     accelerate = Later("accelerate")
     datasets = Later("datasets")
@@ -71,3 +73,4 @@ else:
     seqeval = Later("seqeval")
     sklearn = Later("sklearn")
     transformers = Later("transformers")
+    wandb = Later("wandb")

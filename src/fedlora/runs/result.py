@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.core.byte_counts import ByteCounts
 from fedlora.rounds.ledger import RoundRecord
+from fedlora.runs.tables import evaluations, frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,7 @@ class Result:
     def figures(self) -> dict[str, Any]:
         """The result as JSON values, without the ledger and the paths."""
         return {name: value for name, value in vars(self).items() if name not in ("folder", "rows", "adapter")}
+
+    def frame(self) -> DataFrame:
+        """A table with one row per evaluation; columns as for ``fedlora.load_results``."""
+        return frame(evaluations(self.label, self.seed, self.folder, self.rows))

@@ -16,7 +16,7 @@ from fedlora.config import Experiment, resolved
 from fedlora.config.federated_data import FederatedData
 from fedlora.config.track import Track
 from fedlora.core.errors import ConfigError
-from fedlora.core.later import accelerate
+from fedlora.core.later import accelerate, wandb
 from fedlora.recipe.modes import MODES
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
@@ -130,8 +130,6 @@ class WandB(Service):
         return str(self._tracker.tracker.id)
 
     def _keep(self, adapter: Path) -> None:
-        import wandb
-
         kept = wandb.Artifact(f"adapter-{self._tracker.tracker.id}", type="model")
         kept.add_dir(str(adapter))
         self._tracker.tracker.log_artifact(kept)

@@ -16,11 +16,13 @@ from rich.table import Column, Table
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData
 from fedlora.core.network import Network
+from fedlora.core.slots import kind_of
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.cost import PhaseCost
 from fedlora.runs.result import Result
 from fedlora.runs.search import Trial
+from fedlora.tasks.scores import ONE_CLASS
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -53,6 +55,7 @@ class Live(Callback):
         self._clock = 0.0
         self._spent: list[float] = []
         self._metric = ""
+        self._warned: set[str] = set()
 
     def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
         self.close()
@@ -61,6 +64,10 @@ class Live(Callback):
         self._done = rows[-1].round if rows else 0
         self._sent = sum(sum(row.down_bytes.values()) + sum(row.up_bytes.values()) for row in rows)
         self._metric = ""
+        # phases are named where there are several
+        tunings = [kind_of(phase.recipe.tuning) for phase in experiment.phases]
+        self._phases = [f"phase {number} {name}  " for number, name in enumerate(tunings)] if tunings[1:] else [""]
+        self._warned = {warning for row in rows for warning in row.warnings}
         sizes = data.population.sizes()
         self._console.print(
             f"[bold]{escape(experiment.label)}[/bold]: {len(data.population)} clients with {sizes.min()} to "
@@ -92,12 +99,23 @@ class Live(Callback):
         recent = self._spent[1:][-10:] or self._spent
         left = mean(recent) * (self._rounds - self._done)
         text = f"{self._metric}  sent {human_bytes(self._sent)}  left {human_seconds(left)}"
+        phase = self._phases[row.phase]
         if self._progress:
-            self._progress.update(self._progress.task_ids[0], completed=self._done, description=text)
-        elif row.metrics:
-            self._console.print(f"  round {self._done}/{self._rounds}  loss {row.loss:.3f}  {text}")
-        for warning in row.warnings:
+            self._progress.update(self._progress.task_ids[0], completed=self._done, description=phase + text)
+        if row.metrics:
+            # printed above the bar, where there is one
+            self._console.print(
+                f"  round {self._done}/{self._rounds}  {escape(phase)}loss {row.loss:.3f}  {text}", soft_wrap=True
+            )
+        # an untrained model that predicts one class only is no finding
+        fresh = [one for one in row.warnings if one not in self._warned and (row.round or ONE_CLASS not in one)]
+        self._warned.update(fresh)
+        for warning in fresh:
             self._console.print(f"  round {row.round}: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+    def run_finished(self, result: Result) -> None:
+        if result.stopped:
+            self._console.print(f"  ended after round {result.rounds}: {result.stopped}", markup=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._progress:

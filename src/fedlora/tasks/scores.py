@@ -22,6 +22,8 @@ MAIN_METRIC: dict[Problem, tuple[str, bool]] = {
     "regression": ("rmse", False),
 }
 """The main metric of each problem, and whether more of it is better."""
+ONE_CLASS = "the model predicts one class only"
+"""The beginning of a warning, which is to be expected of a model that is not trained yet."""
 
 
 def loss(logits: Tensor, labels: Tensor, problem: Problem) -> Tensor:
@@ -92,7 +94,7 @@ def score(logits: Tensor, labels: Tensor, problem: Problem, names: list[str]) ->
     }
     if len(torch.unique(predicted)) == 1 and len(torch.unique(labels)) > 1:
         name = names[int(predicted[0])]
-        return Evaluation(metrics, (f"the model predicts one class only, {name!r}: it has learnt nothing useful",))
+        return Evaluation(metrics, (f"{ONE_CLASS}, {name!r}: it has learnt nothing useful",))
     return Evaluation(metrics, ())
 
 

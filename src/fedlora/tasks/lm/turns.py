@@ -83,8 +83,8 @@ def _entries(turn: Mapping[str, Any], where: str) -> tuple[str, str]:
         if isinstance(turn.get(names[0]), str):
             return names
     raise DataError(
-        f"{where} has no role as text, only {', '.join(turn) or 'nothing'}: a conversation should be {_FORM}, so mend "
-        "or remove the row"
+        f"{where} has no role as text, only {', '.join(turn) or 'nothing'}: a conversation should be {_FORM}, so "
+        "correct or remove the row"
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import secrets
 import shutil
+import struct
 from pathlib import Path
 
 import torch
@@ -73,12 +76,13 @@ def as_folder(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    place, name = str(file.parent), file.name
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32
-        )
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+        # the progress bar of the conversion has no switch
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, struct.error) as error:
         raise ConfigError(
             f"the GGUF file {str(file)!r} cannot be read ({first_line(error)}): give one of a causal language model of "
             "a family that transformers reads, with its tokenizer in it"

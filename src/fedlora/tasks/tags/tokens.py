@@ -22,6 +22,7 @@ from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
 from fedlora.tasks.models.loading import class_settings, load_pretrained
 from fedlora.tasks.models.staged import LEARNT, learnt_places
+from fedlora.tasks.scores import ONE_CLASS
 from fedlora.tasks.tags.schemes import FORM, OUTSIDE, entity_tag, is_tag, mixed, scheme_of
 from fedlora.tasks.tags.words import Windows, cut
 
@@ -337,7 +338,7 @@ class PreparedTokens(PreparedTokenized):
         sentences = []
         if len(np.unique(found[places])) == 1 and (wanted[places] != found[places]).any():
             sentences.append(
-                f"the model predicts one class only, {self._names[int(found[places[0]])]!r}, for all {len(places)} "
+                f"{ONE_CLASS}, {self._names[int(found[places[0]])]!r}, for all {len(places)} "
                 f"words, but {int((wanted[words] > 0).sum())} are of entities: it has learnt nothing useful"
             )
         lost = int((wanted[np.setdiff1d(words, places)] > 0).sum())
