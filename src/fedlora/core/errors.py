@@ -60,10 +60,6 @@ class TrainingError(FedloraError):
     """Training that would have failed silently: NaN, an adapter that did not change, all labels masked."""
 
 
-class UnlabelledError(TrainingError):
-    """A batch of which nothing can be learnt; under example-level noise its loss is zero, as a stop discloses it."""
-
-
 class DivergedError(FedloraError):
     """A round after which the model cannot be trained or evaluated any more.
 

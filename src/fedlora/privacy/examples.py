@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.component import MODEL_CONFIG, Fraction, NonNegative, Positive, Whole, dataclass
-from fedlora.core.errors import UnlabelledError
+from fedlora.core.errors import TrainingError
 from fedlora.core.schema import Schema
 from fedlora.core.state import generator, named_seed
 from fedlora.core.tree import Tree
@@ -82,7 +82,7 @@ class ExampleNoise:
         for part in self.passes(chosen):
             try:
                 loss = loss_of(part)
-            except UnlabelledError:
+            except TrainingError:  # nothing can be learnt of this example; a stop would disclose it
                 losses.append(torch.zeros((), device=values[0].device))
                 continue
             # an unlabelled example may have no gradient

@@ -87,8 +87,7 @@ def search(
         experiment: LoRA in one phase; its rounds are those of a trial. The density is applied to ``top_k`` links.
         folder: the folder of the trials, of ``search.json`` (the table) and of ``best.toml``.
         bounds: start and limits of the search.
-        holdout: the share of the training rows, or of the clients where these are natural, that trials are compared
-            on; with 0 on the test rows, whose figures are then no longer those of unseen data.
+        holdout: share of the training rows, or natural clients, to compare trials on; with 0, on the test rows.
         callbacks: called during each trial.
 
     Returns:
@@ -99,12 +98,10 @@ def search(
     """
     _check_start(bounds)
     configured(experiment, bounds.rank, bounds.density)  # rejects invalid configurations before data are read
-    trained = _held_out(experiment, holdout)
-    data = prepare(trained)
+    data = prepare(trained := _held_out(experiment, holdout))
     tried = functools.partial(_try, trained, data, folder, callbacks)
     sizes = _Sizes(trained, data, bounds)
-    # the estimate is not exact
-    _check(bounds, sizes.of(bounds.rank, bounds.density), "about ", 1.5)
+    _check(bounds, sizes.of(bounds.rank, bounds.density), "about ", 1.5)  # the estimate is not exact
     best = tried(0, bounds.rank, bounds.density)
     if best.metric is None:
         raise ConfigError(f"the first trial (rank {best.rank}, density {best.density:g}) did not train: {best.failure}")

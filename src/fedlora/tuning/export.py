@@ -75,7 +75,6 @@ def save_lora(
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(folder))
     _sort_sets(folder, settings)
     tensors = {name: value.contiguous() for name, value in to_peft(factors | head, installed.model).items()}

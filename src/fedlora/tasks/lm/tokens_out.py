@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fedlora.core.errors import UnlabelledError
+from fedlora.core.errors import TrainingError
 from fedlora.tasks.base import Batch, Positions
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, ranges
 from fedlora.tasks.models.staged import LEARNT, learnt_places
@@ -122,7 +122,7 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
         batch: of ``input_ids``, ``attention_mask`` and ``labels``.
 
     Raises:
-        UnlabelledError: no token of the batch is learnt.
+        TrainingError: no token of the batch is learnt.
     """
     sums, count = [], 0
     for part in by_length(batch):
@@ -130,7 +130,7 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
         sums.append(summed_cross_entropy(logits, targets))
         count += len(targets)
     if not count:
-        raise UnlabelledError("no token of a batch is to be learnt: give examples with answers, or a larger max_length")
+        raise TrainingError("no token of a batch is to be learnt: give examples with answers, or a larger max_length")
     return torch.stack(sums).sum() / count
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Whole, dataclass
-from fedlora.core.errors import ConfigError, DataError, TrainingError, UnlabelledError, shown
+from fedlora.core.errors import ConfigError, DataError, TrainingError, shown
 from fedlora.core.later import datasets, seqeval
 from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import Source, Splits, check_rows, class_names, fingerprint, split, values_of
@@ -236,7 +236,7 @@ class PreparedTokens(PreparedTokenized):
         On a CPU the windows go through the model in groups of like length.
         """
         if not (len(batch[LEARNT]) if LEARNT in batch else bool((batch["labels"] != MASKED).any())):
-            raise UnlabelledError(_UNLABELLED)
+            raise TrainingError(_UNLABELLED)
         logits, labels = [], []
         for part in by_length(batch):
             places = learnt_places(part, part["labels"].shape[1])
