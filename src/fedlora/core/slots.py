@@ -14,7 +14,7 @@ import importlib
 import importlib.metadata
 import inspect
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
@@ -119,6 +119,16 @@ def named(document: Any) -> set[str]:
         document: untrusted TOML or JSON values.
     """
     found: set[str] = set()
+    for table in tables_in(document):
+        kind = table.get("kind")
+        if isinstance(kind, str):
+            # where a name stands for different classes in different slots, all of them count
+            found |= {kind} if ":" in kind else {_installed(s)[kind] for s in OPEN if kind in _installed(s)}
+    return found
+
+
+def tables_in(document: Any) -> Iterator[Mapping[str, Any]]:
+    """All tables of untrusted TOML or JSON values, at any depth."""
     left = [document]
     while left:  # no recursion: the depth is whatever a peer sent
         value = left.pop()
@@ -126,11 +136,7 @@ def named(document: Any) -> set[str]:
             left += value
         elif isinstance(value, Mapping):
             left += value.values()
-            kind = value.get("kind")
-            if isinstance(kind, str):
-                # where a name stands for different classes in different slots, all of them count
-                found |= {kind} if ":" in kind else {_installed(s)[kind] for s in OPEN if kind in _installed(s)}
-    return found
+            yield value
 
 
 def kind_of(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedlora.core.errors import shown
 from fedlora.core.later import peft
+from fedlora.core.slots import tables_in
 from fedlora.tuning.targets import is_pattern
 
 PEFT_TYPES = (
@@ -43,16 +44,7 @@ def objection(document: Any) -> str:
     Args:
         document: untrusted JSON values, of any depth.
     """
-    left = [document]
-    while left:  # no recursion: the depth is whatever a peer sent
-        value = left.pop()
-        if isinstance(value, list):
-            left += value
-        elif isinstance(value, Mapping):
-            left += value.values()
-            if why := next(_objections(value), ""):
-                return why
-    return ""
+    return next((why for table in tables_in(document) for why in _objections(table) if why), "")
 
 
 def _objections(table: Mapping[str, Any]) -> Iterator[str]:

@@ -116,7 +116,7 @@ class _Column:
         kinds = {type(value) for value in values if value is not None}
         try:
             return pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
+        except pyarrow.ArrowException:
             if kinds <= {list, dict}:
                 return _as_json(values)
             raise self._unfit() from None
