@@ -54,13 +54,20 @@ def notebook_page(path: Path) -> str:
     return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in texts) + "\n"
 
 
+def with_api(entries: list[Any]) -> list[Any]:
+    """The navigation with the API pages in place of ``api/``."""
+    made: list[Any] = []
+    for entry in entries:
+        if isinstance(entry, dict):
+            made.append({title: with_api(below) if isinstance(below, list) else below for title, below in entry.items()})
+        else:
+            made += list(api_pages()) if entry == "api/" else [entry]
+    return made
+
+
 def on_config(config: Any) -> Any:
-    """Puts the API pages into the navigation, where it says ``api/``."""
-    for section in config.nav:
-        for title, entries in section.items() if isinstance(section, dict) else ():
-            if "api/" in entries:
-                place = entries.index("api/")
-                section[title] = [*entries[:place], {"API": list(api_pages())}, *entries[place + 1 :]]
+    """Puts the API pages into the navigation."""
+    config.nav = with_api(config.nav)
     return config
 
 
