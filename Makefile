@@ -31,8 +31,9 @@ demo-llm: $(STAMP)  ## instruction tuning of SmolLM2-135M-Instruct with three me
 test: $(STAMP)  ## run the tests, offline; make slow runs those that take minutes
 	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m "not slow" $(MEASURED)
 
-docs: $(STAMP)  ## the tests of the documentation alone: links, and files and names that pages mention
-	$(BIN)/python -m pytest tests/test_docs.py
+docs: $(STAMP)  ## build the documentation as a site in build/site, and test it: links, code, notebooks, names
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_code.py tests/test_docs_run.py tests/test_site.py
 
 coverage: MEASURED := --cov
 coverage: test  ## make test, and which lines of src/ it runs: 92 % of them or more; takes half as long again
@@ -79,4 +80,4 @@ fuzz: $(STAMP)  ## search for messages that decoding does not refuse as it shoul
 		-artifact_prefix=tests/fuzz/corpus/ -max_total_time=$(SECONDS) -max_len=2048 -timeout=10
 
 clean:  ## remove what these commands made, runs excepted
-	rm -rf .venv $(FLOWER) .pytest_cache .mypy_cache .ruff_cache benchmarks/out build/fuzz
+	rm -rf .venv $(FLOWER) .pytest_cache .mypy_cache .ruff_cache benchmarks/out build/fuzz build/site

@@ -1,4 +1,4 @@
-"""What ``mkdocs.yml`` adds to the pages of docs/: API pages, notebooks, and links to files elsewhere in the repository."""
+"""What ``mkdocs.yml`` adds to docs/: API pages, notebooks, and links to files elsewhere in the repository."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def with_api(entries: list[Any]) -> list[Any]:
     made: list[Any] = []
     for entry in entries:
         if isinstance(entry, dict):
-            made.append({title: with_api(below) if isinstance(below, list) else below for title, below in entry.items()})
+            made.append(
+                {title: with_api(below) if isinstance(below, list) else below for title, below in entry.items()}
+            )
         else:
             made += list(api_pages()) if entry == "api/" else [entry]
     return made

@@ -28,7 +28,7 @@ TOP = ("src", "tests", "docs", "benchmarks", "examples", "studies", "scripts", "
 """Folders of the repository: a path that begins with one is a path from its root."""
 ELSEWHERE = {"train_sparse_lora_het.py", "train_sparse_lora_dp.py"}
 """Files of other projects."""
-MADE = {"fedlora.schema.json", ".venv", ".venv-flower", "benchmarks/out", "results.json"}
+MADE = {"fedlora.schema.json", ".venv", ".venv-flower", "benchmarks/out", "build/site", "results.json"}
 """What commands make, so that a clean checkout lacks it."""
 TARGETS = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
@@ -182,12 +182,33 @@ def test_every_make_target_that_a_page_names_exists(path: Path) -> None:
     assert named - TARGETS == set()
 
 
-def test_the_readme_has_a_line_for_each_folder() -> None:
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The source")[1].split("```")[1]
+def test_the_source_page_has_a_line_for_each_folder() -> None:
+    tree = (ROOT / "docs" / "concepts" / "source.md").read_text(encoding="utf-8").split("```")[1]
     inner = re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)
     outer = re.findall(r"^(\w+)/ ", tree, re.MULTILINE)
     assert sorted(inner) == sorted(one.parent.name for one in SOURCE.glob("*/__init__.py"))
     assert set(outer) == {one for one in TOP if not one.startswith(".")} - {"src"}
+
+
+def test_the_readme_is_short_and_its_links_work_on_a_package_index() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    url = project["project"]["urls"]["Repository"]
+    assert all(one.startswith(url) for one in project["project"]["urls"].values())
+    for rule in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", text)
+    assert len(links) > 20
+    for picture, target in links:
+        kind, _, path = target.removeprefix(f"{url}/").partition("/main/")
+        assert (kind, (ROOT / path).exists()) == ("raw" if picture else "blob", True), target
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *ROOT.glob("docs/**/*.md")], ids=name_of)
+def test_no_cell_of_a_table_is_long(path: Path) -> None:
+    lines = [line for line in prose(path).splitlines() if line.lstrip().startswith("|")]
+    assert [cell for line in lines for cell in re.split(r"(?<!\\)\|", line) if len(cell.strip()) > 120] == []
 
 
 # -- CONTRIBUTING ----------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from test_docs import PAGES, name_of
 
 from fedlora.cli.main import app
 from fedlora.config import parse
-from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig
 from fedlora.config.reading import override
 from fedlora.core.errors import FedloraError
+from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig
 from fedlora.study.plan import parse_study
 
 COMMANDS = typer.main.get_command(app)
@@ -38,6 +38,8 @@ def read(document: dict[str, Any]) -> None:
     elif "rules" in document:
         ServerPolicy(**document["rules"])
     else:
+        if "method" in document:  # a part of [method] is one of any method
+            document["method"] = {"kind": "fedavg", **document["method"]}
         parse(document)
 
 

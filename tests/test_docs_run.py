@@ -58,7 +58,9 @@ def reader(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def run_python(text: str, models: Path, space: dict[str, Any]) -> None:
     """Runs a page's code, or stores it as the module that its first line names."""
-    text = re.sub(r"rounds=\d+", "rounds=2", text).replace("sentence-transformers/all-MiniLM-L6-v2", str(models / "bert"))
+    text = re.sub(r"rounds=\d+", "rounds=2", text).replace(
+        "sentence-transformers/all-MiniLM-L6-v2", str(models / "bert")
+    )
     text = text.replace("model=fedlora.Model(),", "")
     if named := re.match(r"# (\w+\.py)\n", text):
         Path(named[1]).write_text(text)
