@@ -63,6 +63,7 @@ def test_quiet_prints_the_result_alone_and_verbose_every_round(config: Path, tmp
     assert rounds(logged)[:4] == ["0", "1", "2", "3"]
     assert "reading the data and the model" in logged
     # a file is appended to, and has what is printed and the stages that only a terminal shows
+    log.set_up(verbose=False, quiet=False, file=None)
     printed = [line for line in verbose.stderr.splitlines() if line]
     assert printed
     assert set(printed) <= set(logged.splitlines())

@@ -61,6 +61,8 @@ def set_up(verbose: bool, quiet: bool, file: Path | None) -> None:
     level = logging.DEBUG if verbose else logging.INFO
     terminal = Printing(ERR)
     terminal.setLevel(logging.WARNING if quiet else level)
+    for one in LOG.handlers:
+        one.close()
     LOG.handlers[:] = [terminal]
     LOG.setLevel(level)
     if file is not None:
