@@ -23,8 +23,6 @@ PAGES = [
     *(one for one in sorted((ROOT / "examples").rglob("*")) if one.suffix in (".py", ".toml", ".md")),
 ]
 PAGE = (ROOT / "docs" / "api-stability.md").read_text(encoding="utf-8")
-INSIDE: dict[str, str] = {"docs/methods.md": "computes a threshold that no public name gives, and says so"}
-"""Pages that look into private modules, each with its reason."""
 
 
 def rows(title: str) -> dict[str, list[str]]:
@@ -95,7 +93,7 @@ def test_pages_and_examples_import_what_is_public(path: Path) -> None:
         for module, name in imports(path)
         if not (module == "fedlora" and name in ("", *fedlora.__all__)) and name not in MODULES.get(module, [])
     ]
-    assert bool(private) == (path.relative_to(ROOT).as_posix() in INSIDE), private
+    assert private == []
 
 
 def test_imports_are_found(tmp_path: Path) -> None:
