@@ -30,6 +30,10 @@ ELSEWHERE = {"train_sparse_lora_het.py", "train_sparse_lora_dp.py"}
 """Files of other projects."""
 MADE = {"fedlora.schema.json", ".venv", ".venv-flower", "benchmarks/out", "results.json"}
 """What commands make, so that a clean checkout lacks it."""
+CELL = 120
+"""Characters that a cell of a table may have."""
+WIDE = {f"docs/{name}.md" for name in ("configuration", "results", "studies", "tunings", "wire-format")}
+"""Pages with longer cells that are yet to be rewritten."""
 TARGETS = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -128,6 +132,13 @@ def resolves(dotted: str) -> bool:
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_every_link_and_every_anchor_resolves(path: Path) -> None:
     assert broken_links(path) == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/**/*.md")), ids=name_of)
+def test_no_cell_of_a_table_is_long(path: Path) -> None:
+    rows = [line.strip("|").split("|") for line in prose(path).splitlines() if line.startswith("|")]
+    long = [cell.strip() for row in rows for cell in row if len(cell.strip()) > CELL]
+    assert name_of(path) in WIDE or long == []
 
 
 def test_broken_links_are_found(tmp_path: Path) -> None:
