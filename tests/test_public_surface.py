@@ -26,10 +26,18 @@ PAGE = (ROOT / "docs" / "api-stability.md").read_text(encoding="utf-8")
 
 
 def rows(title: str) -> dict[str, list[str]]:
-    """The rows of the table in a section of the page: the first cell -> the names in the second."""
+    """The rows of the table in a section of the page: the first cell -> the names in the second.
+
+    A row whose first cell is empty continues the one above.
+    """
     section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    cells = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][2:]
-    return {first.strip().strip("`"): re.findall(r"`(\w+)`", second) for first, second in cells}
+    found: dict[str, list[str]] = {}
+    key = ""
+    for line in [line for line in section.splitlines() if line.startswith("| ")][2:]:
+        first, second = line.strip("|").split("|")
+        key = first.strip().strip("`") or key
+        found.setdefault(key, []).extend(re.findall(r"`(\w+)`", second))
+    return found
 
 
 MODULES = rows("Modules")
