@@ -33,17 +33,19 @@ class Fields(griffe.Extension):
 
 
 def api_pages() -> dict[str, str]:
-    """A page for each row of the tables of docs/api-stability.md, by path: one group of names, or one module."""
+    """A page for each group of names in the tables of docs/api-stability.md, by path."""
     text = (ROOT / "docs" / "api-stability.md").read_text(encoding="utf-8")
-    pages = {}
+    pages: dict[str, str] = {}
     for title, module in (("`fedlora`", "fedlora"), ("Modules", "")):
         section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
-        for first, names in re.findall(r"^\| ([^|]+) \| (`[^|]+) \|$", section, re.MULTILINE):
-            home = module or first.strip("`")
-            blocks = [f"::: {home}.{name}" for name in re.findall(r"`(\w+)`", names)]
-            slug = re.sub(r"\W+", "-", first.strip("`").lower())
-            heading = f"fedlora: {first}" if module else first
-            pages[f"api/{slug}.md"] = "\n\n".join([f"# {heading}", *blocks]) + "\n"
+        path = ""
+        for first, names in re.findall(r"^\| (?:([^|]+) )?\| (`[^|]+) \|$", section, re.MULTILINE):
+            if first:  # a row without a first cell continues the one above
+                group = first.strip("`")
+                path = f"api/{re.sub(r'[^a-z]+', '-', group.lower())}.md"
+                pages[path] = f"# {module}: {group}\n" if module else f"# {group}\n"
+            home = module or group
+            pages[path] += "".join(f"\n::: {home}.{name}\n" for name in re.findall(r"`(\w+)`", names))
     return pages
 
 

@@ -6,7 +6,6 @@ import functools
 import json
 import re
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def reader(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def reader(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a reader with files of their own, where every experiment has the tiny model."""
     rows = pandas.DataFrame(make_rows(600, 0)).rename(columns={"text": "body", "label": "stars", "user": "author"})
     for name in ("reviews.csv", "more.csv"):
@@ -53,7 +52,7 @@ def reader(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(library))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
+    return tmp_path
 
 
 def run_python(text: str, models: Path, space: dict[str, Any]) -> None:

@@ -47,8 +47,8 @@ def test_a_page_fetches_nothing_from_elsewhere(site: Path) -> None:
 
 
 def test_sources_are_found() -> None:
-    text = '<script src="https://a.org/x.js"></script><link rel="canonical" href="https://b.org"><link href="//c.org/y.css">'
-    assert list(sources(text + "<style>a { src: url('https://d.org/z.woff') }</style>")) == [
+    text = '<script src="https://a.org/x.js"></script><link rel="canonical" href="https://b.org">'
+    assert list(sources(text + "<link href=//c.org/y.css><style>a { src: url('https://d.org/z.woff') }</style>")) == [
         "https://a.org/x.js",
         "//c.org/y.css",
         "https://d.org/z.woff",

@@ -133,7 +133,7 @@ def test_the_file_that_the_documentation_shows_is_a_study(tmp_path: Path) -> Non
     found = parse_study(tomllib.loads(text.split("```toml\n")[1].split("```")[0]))
     assert found.labels[-3:] == ["head_only", "centralised_lora", "centralised_full"]
     left = Runner(found, tmp_path / "study").left()
-    assert left["final"] == {"runs": 63, "rounds": 3 * 3 * (5 * 40 + 2 * 10)}
+    assert left["final"] == {"runs": 54, "rounds": 3 * 3 * (4 * 40 + 2 * 10)}
 
 
 def test_the_example_is_a_study(tmp_path: Path) -> None:

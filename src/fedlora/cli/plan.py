@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedlora.cli.common import OUT, AsFormat, ConfigPath, Format, LinkText, Overrides, experiment_of, write_page
 from fedlora.cli.common import show as show_result
+from fedlora.cli.log import bar
 from fedlora.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def partition(
     from fedlora.show.run_report import partition_section
 
     experiment, _ = experiment_of(config, set_, None)
-    data = prepare(in_mode(experiment))
+    with bar("partitioning"):
+        data = prepare(in_mode(experiment))
     labels, names = data.classes
     summary = data.summary().as_dict()
     if html is not None:
@@ -127,5 +129,8 @@ def cost(
     if step_seconds is not None and not networks:
         raise ConfigError("--step-seconds is for the time over a network; name one with --link or clients.network")
     effective = in_mode(experiment)
-    values, table = cost_table(costs(effective, prepare(effective)), networks, step_seconds)
+    data = prepare(effective)
+    with bar("first rounds"):
+        phases = costs(effective, data)
+    values, table = cost_table(phases, networks, step_seconds)
     show_result(format_, values, table)
