@@ -30,13 +30,15 @@ def blocks(path: Path) -> list[tuple[str, str]]:
 
 
 def read(document: dict[str, Any]) -> None:
-    """Reads a TOML document as a study, a site, a server's rules or a configuration, whichever its keys are of."""
+    """Reads a TOML document as a study, a site, a server's rules, a link or a configuration, as its keys say."""
     if "base" in document:
         parse_study(document)
     elif {"limits", "rows"} & document.keys():
         SiteConfig(**{"name": "site", "rows": "rows.jsonl", **document})
     elif "rules" in document:
         ServerPolicy(**document["rules"])
+    elif "stages" in document:
+        parse({"method": {"kind": "fedavg", "down": document}})
     else:
         if "method" in document:  # a part of [method] is one of any method
             document["method"] = {"kind": "fedavg", **document["method"]}
