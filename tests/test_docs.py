@@ -283,7 +283,7 @@ def test_every_path_and_name_in_contributing_exists() -> None:
             known = True
         elif "/" in span or span.startswith("."):
             known = exists(span, ROOT, SOURCE, ROOT / "tests")
-        elif re.search(r"\.(py|toml|txt|json)$", span):
+        elif re.search(r"\.(py|toml|txt|json|yml)$", span):
             known = exists(span, ROOT, SOURCE)
         else:
             known = set(re.findall(r"\w+", span)) <= words()

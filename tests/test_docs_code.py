@@ -71,11 +71,13 @@ def refused(words: list[str]) -> str:
         return f"there is no command {error}"
     except Exception as error:
         return f"{error}"
-    for assignment in context.params.get("overrides") or ():
-        try:
-            override({}, assignment)
-        except FedloraError as error:
-            return str(error)
+    document: dict[str, Any] = {"method": {"kind": "flasc"}}
+    try:
+        for assignment in context.params.get("set_") or ():
+            override(document, assignment)
+        parse(document)
+    except FedloraError as error:
+        return str(error)
     return ""
 
 
@@ -90,3 +92,15 @@ def test_toml_on_a_page_is_read(path: Path) -> None:
 def test_calls_on_a_page_are_accepted(path: Path) -> None:
     shell = [text for language, text in blocks(path) if language in ("", "sh", "bash", "shell", "console")]
     assert [(words, why) for text in shell for words in calls(text) if (why := refused(words))] == []
+
+
+def test_code_that_does_not_work_is_found() -> None:
+    good = "make demo\nfedlora show run.toml | tail -3\nfedlora run run.toml -s seed=1 --out runs/a   # trains\n"
+    assert calls(good) == [["show", "run.toml"], ["run", "run.toml", "-s", "seed=1", "--out", "runs/a"]]
+    assert calls("$ fedlora list\nfedlora is output\n") == [["list"]]
+    assert [refused(words) for words in calls(good)] == ["", ""]
+    bad = "fedlora runs x\nfedlora run x.toml --no\nfedlora run\nfedlora run x.toml -s sed=1\nfedlora federation x\n"
+    assert all(refused(words) for words in calls(bad))
+    for text in ("kind = 1", "[method]\nkind = 'flask'", "[clients]\nnumber = 3", "[limits]\nmax_rows = 3"):
+        with pytest.raises((FedloraError, ValueError)):
+            read(tomllib.loads(text))
