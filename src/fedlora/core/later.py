@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     import transformers.modeling_layers
     import transformers.modeling_outputs
     import transformers.pytorch_utils
+    import transformers.trainer_pt_utils
     import wandb
 else:
     accelerate = Later("accelerate")
