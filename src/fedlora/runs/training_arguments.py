@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from typing import Any
 
 from fedlora.core.errors import ConfigError
@@ -37,10 +36,10 @@ _WITHOUT_EFFECT = frozenset(
     torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps tf32 use_cache full_determinism
     activation_checkpointing_kwargs gradient_checkpointing_kwargs average_tokens_across_devices
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
-    local_rank length_column_name
+    local_rank length_column_name accelerator_config
     model_init_kwargs trust_remote_code chat_template_path dataset_text_field dataset_kwargs dataset_num_proc eos_token
     pad_token max_length truncation_mode shuffle_dataset pad_to_multiple_of completion_only_loss assistant_only_loss
-    packing_strategy
+    packing_strategy activation_offloading
     """.split()
 )
 """Arguments that concern logs, files and speed; or, with TRL, how its trainer has made the rows and the collator."""
@@ -58,14 +57,14 @@ def check_arguments(args: Any) -> None:
     Raises:
         ConfigError: naming the argument and its value.
     """
-    default = _default(args)
+    # a second object of this class would reset what `accelerate` holds for the first
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if field.name in _CARRIED | _WITHOUT_EFFECT or value == getattr(default, field.name):
+        value, default = getattr(args, field.name), _default(field)
+        if field.name in _CARRIED | _WITHOUT_EFFECT or (value or None) == (default or None):
             continue
         raise ConfigError(
             f"args.{field.name} = {_shown(value)} changes what the Trainer learns, and local training has no setting "
-            f"for it: leave it at {_shown(getattr(default, field.name))}"
+            f"for it: leave it at {_shown(default)}"
         )
     if args.world_size > 1:
         raise ConfigError(
@@ -143,11 +142,11 @@ def _schedule(args: Any, num_rows: int) -> Schedule:
     return Schedule(shape=_SCHEDULES[name], warmup=warm)  # type: ignore[arg-type]
 
 
-def _default(args: Any) -> Any:
-    """The same class of arguments with all values at their defaults, as its own checks complete them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of arguments that a later version renames
-        return type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16, optim=args.optim)
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The default of an argument; None without one."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _name(value: Any) -> str:

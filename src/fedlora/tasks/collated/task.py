@@ -89,10 +89,10 @@ class Collated(Task):
             )
 
     def prepare(self, model: Model, source: Source) -> Prepared:
-        raw = source.raw()
+        family, raw = _family(model), source.raw()
         for rows, which in raw.sides:
             check_rows(rows, self.columns or (), which)
-        family, names = _family(model), self.columns or tuple(raw.train.column_names)
+        names = self.columns or tuple(raw.train.column_names)
         splits = split(raw, family.content if family.content in names else names[0])
         return PreparedCollated(self, model, family.classes, {"train": splits.train, "test": splits.test})
 
@@ -184,7 +184,7 @@ class PreparedCollated(Prepared):
         settings, total, kept = self.settings, 0.0, None
         computes = settings.metrics and settings.metrics.here("task.metrics")
         # a collator may draw, such as which tokens are masked
-        with torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(named_seed(0, "evaluate"))
             for chosen in chunks(rows, settings.eval_batch_size):
                 batch = self.batch(chosen, device, split)
