@@ -157,8 +157,8 @@ _NAMES = {
     "server.optimizers": "ServerOptimizer",
     "server.pruning": "Prune",
     "study": "tune",
-    "tasks": "CausalLM Collated DocstringQuestions Docstrings Files Hub ImageClassification ImageFolder Instruction Model "
-    "QuestionAnswering Rows Sites Source Task TextClassification TokenClassification",
+    "tasks": "CausalLM Collated DocstringQuestions Docstrings Files Hub ImageClassification ImageFolder Instruction "
+    "Model QuestionAnswering Rows Sites Source Task TextClassification TokenClassification",
     "transport": "BFloat16 Dense Float16 Float32 Link Precision Quota RandomK RankSlice Sparsifier Stage "
     "Threshold TopK Uniform",
     "tuning": "BitFit Bottleneck Full HeadOnly Kaiming LoRA LoRAInit Orthogonal Peft SparseMask "

@@ -29,8 +29,8 @@ from fedlora.server.optimizers import Sgd
 from fedlora.tasks.models.loading import quiet_transformers
 from fedlora.testing import tiny_model
 
-# peft reads a name that transformers 5 changed
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+# peft and trl use names that transformers 5 changed
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted({row["label"] for row in make_rows(72, 0)})
 
@@ -262,7 +262,9 @@ def test_noise_for_examples_reads_them_one_by_one(world: Path, tmp_path: Path) -
 
 
 class Scaled(transformers.Trainer):
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -355,13 +357,13 @@ def test_a_fault_in_what_the_task_is_given_is_one_sentence(
 
 
 def test_settings_of_the_task_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match="task.main_metric = 'f1' is computed by no function"):
+    with pytest.raises(ConfigError, match=r"task.main_metric = 'f1' is computed by no function"):
         fedlora.Collated(collator=accuracy, main_metric="f1")
-    with pytest.raises(ConfigError, match="task.label_smoothing = 0.1 changes the model's own loss"):
+    with pytest.raises(ConfigError, match=r"task.label_smoothing = 0.1 changes the model's own loss"):
         fedlora.Collated(collator=accuracy, label_smoothing=0.1, loss_function=half_loss)
-    with pytest.raises(ConfigError, match="task.collator is of type int"):
+    with pytest.raises(ConfigError, match=r"task.collator is of type int"):
         fedlora.Collated(collator=3)
-    with pytest.raises(ConfigError, match="task.kind = 'collated' reads rows that are encoded for a model in memory"):
+    with pytest.raises(ConfigError, match=r"task.kind = 'collated' reads rows that are encoded for a model in memory"):
         fedlora.prepare(fedlora.Experiment(task=fedlora.Collated(collator=accuracy)))
 
 
@@ -386,7 +388,9 @@ def test_rows_and_texts_are_predicted(world: Path, tmp_path: Path) -> None:
     model, _ = data.task.load_model(0, "fp32", torch.device("cpu"))
     model.eval()
     row = encoded(world, 1, 5).select_columns(["input_ids", "attention_mask"])
-    by_row, by_text = data.task.predict(model, [*data.task.inputs_of(row, "rows"), make_rows(1, 5)[0]["text"]], data.device)
+    by_row, by_text = data.task.predict(
+        model, [*data.task.inputs_of(row, "rows"), make_rows(1, 5)[0]["text"]], data.device
+    )
     assert by_row == by_text
     assert set(by_row) == {"LABEL_0", "LABEL_1", "LABEL_2"} or len(by_row) == len(NAMES)
     write_rows(tmp_path / "rows.jsonl", list(encoded(world, 12, 3)))

@@ -31,9 +31,7 @@ TEST_CLIENTS = 0.2
 """The share of natural clients that is held out where the trainer has no rows to evaluate on."""
 
 
-def from_trainer(
-    trainer: Any, *, clients: int | str | Clients, method: str | Sequence[Phase] = "flasc"
-) -> Experiment:
+def from_trainer(trainer: Any, *, clients: int | str | Clients, method: str | Sequence[Phase] = "flasc") -> Experiment:
     """The experiment that trains a ``Trainer``'s model on its rows, split among clients.
 
     The model, the tokenizer, the rows, the collator, the loss, the metrics and the arguments are the trainer's. The
@@ -78,9 +76,7 @@ def from_trainer(
         phases=tuple(
             dataclasses.replace(
                 phase,
-                recipe=dataclasses.replace(
-                    phase.recipe, local=local_training(args, len(rows), phase.recipe.local)
-                ),
+                recipe=dataclasses.replace(phase.recipe, local=local_training(args, len(rows), phase.recipe.local)),
             )
             for phase in phases
         ),

@@ -10,18 +10,15 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.rates import Schedule
 from fedlora.recipe.local import AdamW, ClientOptimizer, Local, Sgd
 
-_CARRIED = frozenset(
-    """
+_CARRIED = """
     per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate lr_scheduler_type
     warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor bf16 seed
     use_cpu gradient_checkpointing activation_checkpointing per_device_eval_batch_size metric_for_best_model
     greater_is_better remove_unused_columns label_names
-    """.split()
-)
-"""Arguments with a setting of an experiment for each."""
+"""
+"""The arguments with a setting of an experiment for each."""
 
-_WITHOUT_EFFECT = frozenset(
-    """
+_WITHOUT_EFFECT = """
     output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id report_to debug
     logging_strategy logging_steps logging_first_step logging_dir log_on_each_node logging_nan_inf_filter
     include_num_input_tokens_seen log_level log_level_replica disable_tqdm skip_memory_metrics
@@ -40,8 +37,7 @@ _WITHOUT_EFFECT = frozenset(
     model_init_kwargs trust_remote_code chat_template_path dataset_text_field dataset_kwargs dataset_num_proc eos_token
     pad_token max_length truncation_mode shuffle_dataset pad_to_multiple_of completion_only_loss assistant_only_loss
     packing_strategy activation_offloading
-    """.split()
-)
+"""
 """Arguments that concern logs, files and speed; or, with TRL, how its trainer has made the rows and the collator."""
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
@@ -57,10 +53,11 @@ def check_arguments(args: Any) -> None:
     Raises:
         ConfigError: naming the argument and its value.
     """
+    known = {*_CARRIED.split(), *_WITHOUT_EFFECT.split()}
     # a second object of this class would reset what `accelerate` holds for the first
     for field in dataclasses.fields(args):
         value, default = getattr(args, field.name), _default(field)
-        if field.name in _CARRIED | _WITHOUT_EFFECT or (value or None) == (default or None):
+        if field.name in known or (value or None) == (default or None):
             continue
         raise ConfigError(
             f"args.{field.name} = {_shown(value)} changes what the Trainer learns, and local training has no setting "
@@ -129,9 +126,7 @@ def _optimizer(args: Any) -> ClientOptimizer:
 def _schedule(args: Any, num_rows: int) -> Schedule:
     name = _name(args.lr_scheduler_type)
     if name not in _SCHEDULES:
-        raise ConfigError(
-            f"args.lr_scheduler_type = {name!r} is no schedule here: use one of {', '.join(_SCHEDULES)}"
-        )
+        raise ConfigError(f"args.lr_scheduler_type = {name!r} is no schedule here: use one of {', '.join(_SCHEDULES)}")
     steps = max(1, math.ceil(passes(args, num_rows) * _steps_of_a_pass(args, num_rows)))
     # `constant` ignores a warm-up
     warm = 0.0 if name == "constant" else args.get_warmup_steps(steps) / steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -13,9 +14,10 @@ from fedlora.core.later import peft
 from fedlora.tuning.base import Tuning
 from fedlora.tuning.lora import PEFT_PREFIX, LoRA
 
-_TAKEN = frozenset("r lora_alpha lora_dropout target_modules use_rslora modules_to_save".split())
-_RECORDS = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config fan_in_fan_out".split()
+_TAKEN = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save")
+_RECORDS = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "runtime_config", "fan_in_fan_out"),
 )
 """Settings that say what a configuration is for, and change nothing that is learnt."""
 
@@ -41,12 +43,12 @@ def lora_of(model: Any) -> LoRA:
             f"the model has adapters of {kinds}, but one of LoraConfig was expected: pass the plain model, and "
             "name a method"
         )
-    default = peft.LoraConfig().to_dict()
-    for name, value in config.to_dict().items():
-        if name not in _TAKEN | _RECORDS and (value or None) != (default[name] or None):
+    default = dataclasses.asdict(peft.LoraConfig())
+    for name, value in dataclasses.asdict(config).items():
+        if name not in (*_TAKEN, *_RECORDS) and (value or None) != (default[name] or None):
             raise ConfigError(
-                f"LoraConfig.{name} = {str(value)[:60]!r} has no counterpart in fedlora.LoRA: leave it out, or pass the "
-                "plain model and method=fedlora.fedavg(tuning=fedlora.Peft.of(config))"
+                f"LoraConfig.{name} = {str(value)[:60]!r} has no counterpart in fedlora.LoRA: leave it out, or pass "
+                "the plain model and method=fedlora.fedavg(tuning=fedlora.Peft.of(config))"
             )
     if any(bool(value.any()) for name, value in model.named_parameters() if ".lora_B." in name):
         raise ConfigError(
@@ -57,7 +59,7 @@ def lora_of(model: Any) -> LoRA:
     return LoRA(
         rank=config.r,
         alpha=config.lora_alpha * math.sqrt(config.r) if config.use_rslora else config.lora_alpha,
-        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets or ())),
         dropout=config.lora_dropout,
     )
 

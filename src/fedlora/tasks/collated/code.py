@@ -63,7 +63,7 @@ def _facts(given: Any, depth: int) -> Iterator[str]:
         yield from _inside([cell.cell_contents for cell in getattr(given, "__closure__", None) or ()], depth)
     elif callable(given) or depth:
         yield _source(type(given))
-        yield from _facts({name: one for name, one in getattr(given, "__dict__", {}).items()}, depth + 1)
+        yield from _facts(dict(getattr(given, "__dict__", {})), depth + 1)
 
 
 def _inside(values: Any, depth: int) -> Iterator[str]:

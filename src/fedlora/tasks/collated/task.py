@@ -159,7 +159,9 @@ class PreparedCollated(Prepared):
         read = labels[..., 1:] if labels is not None and shifts else labels
         count = None if read is None or read.is_floating_point() else read.ne(IGNORED).sum()
         if count is not None and not int(count):
-            raise TrainingError(f"every label of a batch is {IGNORED}, so nothing can be learnt of it: correct the data")
+            raise TrainingError(
+                f"every label of a batch is {IGNORED}, so nothing can be learnt of it: correct the data"
+            )
         if settings.loss_function is None and not settings.label_smoothing:
             outputs = model(**batch)
             if outputs.get("loss") is None:
@@ -196,7 +198,7 @@ class PreparedCollated(Prepared):
 
     def _kept(self, before: Any, model: nn.Module, batch: Batch, outputs: Any) -> Any:
         """The predictions and labels so far and those of a batch, each padded to the longest, on the CPU."""
-        utils = transformers.trainer_pt_utils
+        utils: Any = transformers.trainer_pt_utils
         ignored = {"loss", *getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"])}
         logits = _alone([value for name, value in outputs.items() if name not in ignored])
         labels = _alone([batch[name] for name in self.settings.labels if name in batch])
@@ -304,4 +306,3 @@ def _family(model: Model) -> Family:
 def _alone(values: Sequence[Any]) -> Any:
     """The one value that there is; several as a tuple, and None without any."""
     return tuple(values) if len(values) > 1 else next(iter(values), None)
-
