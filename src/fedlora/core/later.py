@@ -22,6 +22,7 @@ __all__ = [
     "sklearn",
     "transformers",
     "wandb",
+    "yaml",
 ]
 
 
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     import transformers.pytorch_utils
     import transformers.trainer_pt_utils
     import wandb
+    import yaml  # type: ignore[import-untyped]
 else:
     accelerate = Later("accelerate")
     datasets = Later("datasets")
@@ -75,3 +77,4 @@ else:
     sklearn = Later("sklearn")
     transformers = Later("transformers")
     wandb = Later("wandb")
+    yaml = Later("yaml")
