@@ -399,6 +399,39 @@ def test_rows_and_texts_are_predicted(world: Path, tmp_path: Path) -> None:
     assert set(again.evaluate(model, torch.arange(12).numpy(), "test", data.device).metrics) == {"loss", "accuracy"}
 
 
+def test_the_model_of_a_run_is_exported_without_the_functions(world: Path, tmp_path: Path) -> None:
+    trainer = make(world, num_train_epochs=1)
+    fedlora.run(fedlora.from_trainer(trainer, clients=3), tmp_path / "run")
+    trained = fedlora.load_run(tmp_path / "run", (trainer.model, trainer.processing_class))
+    trained.export(tmp_path / "model", merge=True)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "model"))
+    assert loaded.config.num_labels == len(NAMES)
+    with pytest.raises(ConfigError, match=r"task\.collator was passed from Python.*, task=\.\.\.\), FOLDER"):
+        trained.predict(["w1 red"])
+
+
+def test_sft_trains_the_loss_of_the_model_alone(world: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    rows = datasets.Dataset.from_list([{"prompt": f"w{n}", "completion": f" w{n}", "user": n % 3} for n in range(24)])
+
+    def trainer(**settings: Any) -> Any:
+        own = {"use_cpu": True, "bf16": False, "report_to": [], "num_train_epochs": 1, **settings}
+        args = trl.SFTConfig(str(tmp_path / "out"), **own)
+        adapter = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        test = rows.remove_columns("user")
+        return trl.SFTTrainer(str(world / "llama"), args, train_dataset=rows, eval_dataset=test, peft_config=adapter)
+
+    one = trainer()
+    experiment = fedlora.from_trainer(one, clients="user", method="lora")
+    assert experiment.phases[0].recipe.tuning == fedlora.LoRA(rank=2, alpha=8, targets=("q_proj",))
+    result = fedlora.run(experiment, tmp_path / "run")
+    # its figures pass through a rounding for the log
+    assert float(one.evaluate()["eval_loss"]) == pytest.approx(result.before["loss"], rel=1e-3)
+    for settings in ({"loss_type": "dft"}, {"packing": True}):
+        with pytest.raises(ConfigError, match=rf"args\.{next(iter(settings))} = .* changes what the Trainer learns"):
+            fedlora.from_trainer(trainer(**settings), clients=3)
+
+
 # ---- the examples
 
 

@@ -12,9 +12,9 @@ from fedlora.recipe.local import AdamW, ClientOptimizer, Local, Sgd
 
 _CARRIED = """
     per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate lr_scheduler_type
-    warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor bf16 seed
-    use_cpu gradient_checkpointing activation_checkpointing per_device_eval_batch_size metric_for_best_model
-    greater_is_better remove_unused_columns label_names
+    warmup_steps warmup_ratio optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    label_smoothing_factor bf16 seed use_cpu gradient_checkpointing activation_checkpointing
+    per_device_eval_batch_size metric_for_best_model greater_is_better remove_unused_columns label_names
 """
 """The arguments with a setting of an experiment for each."""
 
