@@ -1,4 +1,4 @@
-"""Code on pages: TOML is read as what it configures, Python compiles, and calls of ``fedlora`` are ones it accepts."""
+"""Code on pages: configurations are read as what they configure, and calls of ``fedlora`` are ones it accepts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from test_docs import PAGES, name_of
 
 from fedlora.cli.main import app
@@ -30,7 +31,7 @@ def blocks(path: Path) -> list[tuple[str, str]]:
 
 
 def read(document: dict[str, Any]) -> None:
-    """Reads a TOML document as a study, a site, a server's rules, a link or a configuration, as its keys say."""
+    """Reads a document as a study, a site, a server's rules, a link or a configuration, as its keys say."""
     if "base" in document:
         parse_study(document)
     elif {"limits", "rows"} & document.keys():
@@ -82,10 +83,12 @@ def refused(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_toml_on_a_page_is_read(path: Path) -> None:
+def test_a_configuration_on_a_page_is_read(path: Path) -> None:
     for language, text in blocks(path):
         if language == "toml":
             read(tomllib.loads(text))
+        elif language == "yaml":
+            read(yaml.safe_load(text))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

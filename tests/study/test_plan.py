@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fedlora import config
+from fedlora.config.files import merged
 from fedlora.core.errors import ConfigError
 from fedlora.study import parse_study
-from fedlora.study.plan import merged
 from fedlora.study.runner import Runner, setting_names
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "study.toml"

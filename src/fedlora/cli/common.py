@@ -32,7 +32,7 @@ class Format(StrEnum):
     json = "json"
 
 
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, or the folder of a run.")]
+ConfigPath = Annotated[Path, typer.Argument(help="A TOML or YAML file, or the folder of a run.")]
 RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
 RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; resumes if it holds a checkpoint.")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value; overrides the file.")]
@@ -62,7 +62,7 @@ def experiment_of(path: Path, overrides: list[str] | None, out: Path | None) -> 
     from fedlora.config import load
 
     if path.is_dir() and not (path / "config.toml").exists():
-        raise ConfigError(f"{path} is a folder without config.toml; name a TOML file or the folder of a run")
+        raise ConfigError(f"{path} is a folder without config.toml; name a file or the folder of a run")
     experiment = load(path, overrides or [])
     if experiment.root and path.is_file() and Path(experiment.root) != path.parent.absolute():
         LOG.warning("note: relative paths start from the working folder, since there are none such beside %s", path)

@@ -38,13 +38,15 @@ def show(
 
     import tomli_w
 
-    from fedlora.config import document_of, resolved, to_toml
+    from fedlora.config import resolved, to_toml
     from fedlora.config.essential import essential
     from fedlora.config.federated_data import in_mode, prepare
+    from fedlora.config.reading import read_configuration
     from fedlora.show.describe import phase_facts
 
     experiment, _ = experiment_of(config, set_, None)
-    differs = essential(document_of(config, set_ or []))
+    document = read_configuration(config, set_ or [])
+    differs = essential(document.values)
     differs.pop("root", None)
     facts = phase_facts(experiment, prepare(in_mode(experiment)).task)
     if format_ is Format.json:
@@ -56,6 +58,8 @@ def show(
     else:
         print("# settings that differ from their defaults; all settings: --full")
         print(tomli_w.dumps(differs))
+    for file in dict.fromkeys(document.origins.values()):
+        print(f"# {file}: {', '.join(key for key, place in document.origins.items() if place == file)}")
     for number, fact in enumerate(facts):
         _print_phase(number, fact, full)
 

@@ -61,12 +61,12 @@ def tune(
 ) -> None:
     """Find the best learning rates, or any settings, by successive halving on held-out training data."""
     from fedlora import study
-    from fedlora.config import document_of, parse
+    from fedlora.config import document_of, load
     from fedlora.study.space import parse_vary
     from fedlora.study.tuning import seconds_of
 
     document = document_of(config, set_ or [])
-    folder = out or Path("runs") / f"tune-{parse(document).label}"
+    folder = out or Path("runs") / f"tune-{load(config, set_ or []).label}"
     found = study.tune(
         document,
         parse_vary(vary),
@@ -88,7 +88,7 @@ def tune(
 
 
 def study(
-    file: Annotated[Path, typer.Argument(help="A study in TOML; or a results.json, to print its tables.")],
+    file: Annotated[Path, typer.Argument(help="A study in TOML or YAML; or a results.json, to print its tables.")],
     jobs: Jobs = None,
     budget: Budget = None,
     stage: Annotated[Stage | None, typer.Option(help="Run this stage only; table runs nothing.")] = None,
