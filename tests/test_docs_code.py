@@ -32,6 +32,7 @@ def blocks(path: Path) -> list[tuple[str, str]]:
 
 def read(document: dict[str, Any]) -> None:
     """Reads a document as a study, a site, a server's rules, a link or a configuration, as its keys say."""
+    document.pop("extends", None)  # a file that is not on the page
     if "base" in document:
         parse_study(document)
     elif {"limits", "rows"} & document.keys():
