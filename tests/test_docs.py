@@ -210,6 +210,14 @@ def test_the_source_page_has_a_line_for_each_folder() -> None:
     assert set(outer) == {one for one in TOP if not one.startswith(".")} - {"src"}
 
 
+def test_the_index_has_every_page() -> None:
+    folder = ROOT / "docs"
+    text = (folder / "index.md").read_text(encoding="utf-8")
+    pages = [one for pattern in ("*.md", "howto/*.md", "concepts/*.md") for one in folder.glob(pattern)]
+    missing = [one for page in pages if f"]({(one := page.relative_to(folder).as_posix())})" not in text]
+    assert missing == ["index.md"]
+
+
 def test_the_readme_is_short_and_its_links_work_on_a_package_index() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
