@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from fedlora.runs.callbacks import Callback
     from fedlora.runs.experiment import Stopped, run
     from fedlora.runs.inference import TrainedRun, load_run
+    from fedlora.runs.push import push
     from fedlora.runs.result import Result
     from fedlora.runs.tables import load_results
     from fedlora.runs.trackers import TensorBoard
@@ -146,6 +147,7 @@ _NAMES = {
     "runs.callbacks": "Callback",
     "runs.experiment": "Stopped run",
     "runs.inference": "TrainedRun load_run",
+    "runs.push": "push",
     "runs.result": "Result",
     "runs.tables": "load_results",
     "runs.trackers": "TensorBoard",
@@ -282,6 +284,7 @@ __all__ = [
     "parse",
     "prepare",
     "primed_lora",
+    "push",
     "rolora",
     "run",
     "slora",

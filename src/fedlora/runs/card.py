@@ -6,7 +6,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config.places import located, located_model
@@ -35,11 +34,11 @@ def model_card(trained: TrainedRun, merged: bool) -> str:
         trained: the run.
         merged: whether the folder holds a whole model.
     """
-    base = public_name(located_model(trained.experiment))
+    base, federated = public_name(located_model(trained.experiment)), MODES[trained.experiment.mode].sends
     text = f"""---
 {_metadata(trained, base, merged).to_yaml()}
 ---
-# {base.id or "A base model without a name"}, fine-tuned by federated learning
+# {base.id or "A model"}, fine-tuned{" by federated learning" if federated else ""}
 
 {_training(trained)}{_computed(trained)}{_base(trained.experiment.model, base, trained.task.fingerprints)}
 
@@ -91,7 +90,7 @@ def _metadata(trained: TrainedRun, base: PublicName, merged: bool) -> Any:
         license=license_of(located_model(experiment)),
         model_name=f"{base.id}-{experiment.label}",
         pipeline_tag=None if ":" in kind else task,
-        tags=["fedlora", "federated-learning", experiment.label],
+        tags=["fedlora", *["federated-learning"] * MODES[experiment.mode].sends, experiment.label],
     )
 
 
@@ -145,8 +144,8 @@ def _base(model: Model, base: PublicName, fingerprints: Mapping[str, str]) -> st
     """What is to be known of a base model that no hub id identifies, or whose weights are not exactly those."""
     if model.path == "smollm2":
         return (
-            f"\n\nThe weights of the base model were those of {base.id} rounded to 4 bits (a GGUF file). On the original "
-            "weights predictions differ slightly."
+            f"\n\nThe weights of the base model were those of {base.id} rounded to 4 bits (a GGUF file). On the original"
+            " weights predictions differ slightly."
         )
     named = (
         f"`{base.id}` is the name of a local folder or file, not a hub id: load the base model from a copy of it"
@@ -156,8 +155,8 @@ def _base(model: Model, base: PublicName, fingerprints: Mapping[str, str]) -> st
     if model.object:
         known = "" if base.on_hub else f"; {named}"
         return (
-            f"\n\nThe base model was passed from Python: class and fingerprint `{model.object.fingerprint}`{known}. The "
-            "trained values belong to these weights; keep both if the weights were changed after loading."
+            f"\n\nThe base model was passed from Python: class and fingerprint `{model.object.fingerprint}`{known}. "
+            "The trained values belong to these weights; keep both if the weights were changed after loading."
         )
     return "" if base.on_hub else f"\n\n{named}. The fingerprint of its weights is `{fingerprints['model']}`."
 
@@ -213,8 +212,8 @@ def _loading(trained: TrainedRun, base: PublicName, merged: bool) -> str:
     lines = ["from peft import PeftModel", f"from transformers import {auto_class}", ""]
     if "=names" in task.load_arguments:
         lines = ["import json", "from pathlib import Path", "", *lines]
-        read = f'json.loads(Path("THIS FOLDER", "{CLASSES}").read_text(encoding="utf-8"))'
-        lines += [f"names = {{int(number): name for number, name in {read}.items()}}"]
+        read = f'json.loads(Path("THIS FOLDER", "{CLASSES}").read_text("utf-8"))'
+        lines += [f"names = {{int(n): name for n, name in {read}.items()}}"]
     lines += [
         f'base = {auto_class}.from_pretrained("{base.id or "BASE_MODEL"}"{revision}{task.load_arguments})',
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")',

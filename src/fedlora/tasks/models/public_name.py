@@ -34,8 +34,8 @@ class PublicName(NamedTuple):
 def public_name(model: Model) -> PublicName:
     """The public name of a base model.
 
-    The ``_name_or_path`` in a folder's ``config.json`` is not used: it names what the folder's model was made from, whose
-    weights may be others.
+    The ``_name_or_path`` in a folder's ``config.json`` is not used: it names what the folder's model was made from,
+    whose weights may be others.
 
     Args:
         model: the model, with a path that is valid in the working folder.
