@@ -196,15 +196,3 @@ def test_a_merged_model_has_the_number_format_of_the_base_and_the_mode_of_its_fo
         modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
         assert modes == {folder.stat().st_mode & 0o666}
     assert "trained and evaluated with" not in (run / "adapter" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("merge", [False, True])
-def test_the_model_card_names_base_method_and_figures(world: Path, tmp_path: Path, merge: bool) -> None:
-    run = run_of(world, "bert", "federa")
-    fedlora.load_run(run).export(tmp_path / "out", merge=merge)
-    card = (tmp_path / "out" / "README.md").read_text()
-    accuracy = json.loads((run / "result.json").read_text())["after"]["accuracy"]
-    assert card.startswith(f"---\nbase_model: {world / 'bert'}\n")
-    assert f"| accuracy | {accuracy:.4f} |" in card
-    assert "Method `federa`, tuning `lora`, 3 rounds" in card
-    assert ("PeftModel.from_pretrained" in card) != merge

@@ -144,8 +144,8 @@ def _base(model: Model, base: PublicName, fingerprints: Mapping[str, str]) -> st
     """What is to be known of a base model that no hub id identifies, or whose weights are not exactly those."""
     if model.path == "smollm2":
         return (
-            f"\n\nThe weights of the base model were those of {base.id} rounded to 4 bits (a GGUF file). On the original"
-            " weights predictions differ slightly."
+            f"\n\nThe weights of the base model were those of {base.id} rounded to 4 bits (a GGUF file). On the "
+            "original weights predictions differ slightly."
         )
     named = (
         f"`{base.id}` is the name of a local folder or file, not a hub id: load the base model from a copy of it"
