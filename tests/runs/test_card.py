@@ -119,7 +119,7 @@ def test_a_hub_id_is_no_part_of_the_digest_and_may_be_added_later(world: Path, t
 
 
 def test_a_private_run_states_its_budget(world: Path, tmp_path: Path) -> None:
-    noise = "method.privacy={kind='central_gaussian', clip_norm=1.0, noise_multiplier=1.0}"
+    noise = "method.privacy={kind='central_gaussian', clip_norm=1.0, noise_multiplier=1.0, delta=0.01}"
     fedlora.run(experiment(world, "lora", noise, rounds=1), tmp_path / "run")
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     delta = json.loads((tmp_path / "run" / "manifest.json").read_text())["privacy"]["delta"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedlora import config
 from fedlora.core.errors import ConfigError
 from fedlora.tasks import Model
 from fedlora.tasks.models.public_name import PublicName, license_of, public_name
@@ -61,8 +62,6 @@ def test_names_of_objects(origin: str, expected: PublicName) -> None:
 
 def test_a_hub_id_is_no_path() -> None:
     with pytest.raises(ConfigError, match="hub_id"):
-        from fedlora import config
-
         config.parse({"model": {"path": "llama", "hub_id": "/srv/models/llama"}})
 
 
