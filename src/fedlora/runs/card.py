@@ -56,42 +56,47 @@ def model_card(trained: TrainedRun, merged: bool) -> str:
 
 
 def _metadata(trained: TrainedRun, base: PublicName, merged: bool) -> Any:
-    experiment, kind = trained.experiment, kind_of(trained.experiment.task)
-    if kind_of(trained.recipe.tuning) == "bottleneck" and not merged:
-        library = "fedlora"
-    elif merged:
-        library = "sentence-transformers" if trained.task.backbone_only else "transformers"
-    else:
-        library = "peft"
-    data = _hub_data(trained)
-    name, split = (data.path, data.test_split or data.train_split) if data else (f"the test rows of a {kind} run", None)
+    experiment, kind, data = trained.experiment, kind_of(trained.experiment.task), _hub_data(trained)
     task = _PIPELINES.get(kind, kind.replace("_", "-"))
-    results = [
-        huggingface_hub.EvalResult(
-            task_type=task,
-            dataset_type=data.path if data else kind_of(experiment.data),
-            dataset_name=name,
-            dataset_config=data.name if data else None,
-            dataset_split=split,
-            dataset_revision=data.revision if data else None,
-            metric_type=metric,
-            metric_name=metric,
-            metric_value=value,
-        )
-        for metric, value in trained.metrics.items()
-        if math.isfinite(value)
-    ]
+    relation = "finetune" if merged else "adapter"
     return huggingface_hub.ModelCardData(
         base_model=base.id if base.on_hub else None,
-        base_model_relation=("finetune" if merged else "adapter") if base.on_hub else None,
+        base_model_relation=relation if base.on_hub else None,
         datasets=[data.path] if data else None,
-        eval_results=results or None,
-        library_name=library,
+        eval_results=_results(trained, task, data) or None,
+        library_name=_library(trained, merged),
         license=license_of(located_model(experiment)),
         model_name=f"{base.id}-{experiment.label}",
         pipeline_tag=None if ":" in kind else task,
         tags=["fedlora", *["federated-learning"] * MODES[experiment.mode].sends, experiment.label],
     )
+
+
+def _library(trained: TrainedRun, merged: bool) -> str:
+    """The library that loads the exported folder."""
+    if merged:
+        return "sentence-transformers" if trained.task.backbone_only else "transformers"
+    return "fedlora" if kind_of(trained.recipe.tuning) == "bottleneck" else "peft"
+
+
+def _results(trained: TrainedRun, task: str, data: Hub | None) -> list[Any]:
+    """The metrics on all test examples, with the data set if others can find it."""
+    if data:
+        source: dict[str, Any] = {
+            "dataset_type": data.path,
+            "dataset_name": data.path,
+            "dataset_config": data.name,
+            "dataset_split": data.test_split or data.train_split,
+            "dataset_revision": data.revision,
+        }
+    else:
+        kind = kind_of(trained.experiment.data)
+        source = {"dataset_type": kind, "dataset_name": f"the run's own test rows ({kind})"}
+    return [
+        huggingface_hub.EvalResult(task_type=task, metric_type=name, metric_name=name, metric_value=value, **source)
+        for name, value in trained.metrics.items()
+        if math.isfinite(value)
+    ]
 
 
 def _hub_data(trained: TrainedRun) -> Hub | None:

@@ -84,12 +84,21 @@ def _write(temporary: Path, trained: TrainedRun, merge: bool) -> None:
         )
     if task.backbone_only and not alone:
         task.save_head(temporary, _head(installed, state.params))
-    if task.label_names and not merge:  # a `config.json` here would make `transformers` take the adapter for a model
-        names = dict(enumerate(task.label_names))
-        (temporary / CLASSES).write_text(json.dumps(names, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not merge:
+        _save_names(temporary, task.label_names)
     task.save_pretrained(temporary)  # a model is unusable without its tokenizer or image processor
     card = model_card(trained, merge) + (task.usage if not alone else "")
     (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save_names(folder: Path, names: list[str]) -> None:
+    """Writes the classes' names, if there are classes.
+
+    A ``config.json`` beside an adapter would make ``transformers`` take the folder for that of a whole model.
+    """
+    if names:
+        content = json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False)
+        (folder / CLASSES).write_text(content + "\n", encoding="utf-8")
 
 
 def _save_merged(folder: Path, trained: TrainedRun) -> None:
