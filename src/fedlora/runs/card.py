@@ -140,8 +140,8 @@ def _computed(trained: TrainedRun) -> str:
     if compute == "fp32":
         return ""
     return (
-        f'\n\nIt was trained and evaluated with `compute = "{compute}"`: float32 weights under autocast. Without '
-        "autocast, or with weights in another format, predictions differ by rounding."
+        f'\n\nIt was trained and evaluated with `compute = "{compute}"`: frozen weights in bfloat16 and trained ones in '
+        "float32, under autocast to bfloat16. Computed in another format, predictions differ by rounding."
     )
 
 
