@@ -140,7 +140,7 @@ def _computed(trained: TrainedRun) -> str:
     if compute == "fp32":
         return ""
     return (
-        f'\n\nIt was trained and evaluated with `compute = "{compute}"`: frozen weights in bfloat16 and trained ones in '
+        f'\n\nIt was trained and evaluated with `compute = "{compute}"`: frozen weights in bfloat16, trained ones in '
         "float32, under autocast to bfloat16. Computed in another format, predictions differ by rounding."
     )
 
