@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,10 @@ def test_an_unfinished_run_says_so(world: Path, tmp_path: Path) -> None:
     card = card_of(tmp_path / "out")
     assert card.data.eval_results is None
     assert "The run is unfinished: 2 rounds were planned." in card.text
+
+
+def test_a_folder_without_its_ledger_is_exported_all_the_same(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "ledger.jsonl").unlink()
+    fedlora.load_run(tmp_path / "run").export(tmp_path / "out")
+    assert "its bytes and its privacy budget are unknown" in card_of(tmp_path / "out").text

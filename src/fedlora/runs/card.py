@@ -108,7 +108,8 @@ def _hub_data(trained: TrainedRun) -> Hub | None:
 
 def _training(trained: TrainedRun) -> str:
     experiment, clients = trained.experiment, trained.experiment.clients
-    found = RunFolder(trained.folder).read_json("manifest.json")["partition"]["num_clients"]
+    summary = RunFolder(trained.folder).read_json("manifest.json").get("partition", {})
+    found = summary.get("num_clients", clients.num)
     mode = MODES[experiment.mode]
     if not mode.sends:
         who = "one client held all training rows" if mode.pools else "one client trained alone on its own rows"
@@ -173,6 +174,8 @@ def _table(trained: TrainedRun) -> str:
 def _costs(trained: TrainedRun) -> str:
     """What was sent, and what it discloses."""
     rows = RunFolder(trained.folder).rows(trained.state.round)
+    if not rows:
+        return "The ledger of the run was missing, so its bytes and its privacy budget are unknown."
     lines = [f"- {line}" for line in (*_bytes(trained, rows), *_privacy(trained, rows[-1]))]
     if trained.state.round < trained.experiment.rounds and not rows[-1].stopped:
         lines.append(f"- The run is unfinished: {trained.experiment.rounds} rounds were planned.")
