@@ -27,7 +27,7 @@ from fedlora import config
 from fedlora.cli.main import app
 from fedlora.config import Experiment
 from fedlora.config.federated_data import prepare
-from fedlora.config.reading import read_toml
+from fedlora.config.files import read
 from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.population.partitions import Natural
 from fedlora.study.tuning import tune
@@ -92,7 +92,7 @@ def test_rows_in_every_form_train_as_a_file_does(form: str, world: Path, referen
         assert manifest["data_fingerprint"] == told["data_fingerprint"]
     assert manifest["handed_over"]["data.train"]["fingerprint"] == experiment.data.train.fingerprint
     assert "handed_over" not in told
-    kept = read_toml(result.folder / "config.toml")["data"]
+    kept = read(result.folder / "config.toml").values["data"]
     assert kept["kind"] == "rows"
     assert kept["train"] == experiment.data.train.fingerprint
 

@@ -10,8 +10,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.cli.common import ERR, OUT, AsFormat, Format, RunPath, run_of, show
+from fedlora.cli.common import OUT, AsFormat, Format, RunPath, run_of, show
+from fedlora.cli.log import bar
 from fedlora.core.errors import ConfigError
+from fedlora.core.progress import LOG
 
 if TYPE_CHECKING:
     from fedlora.runs.inference import TrainedRun
@@ -52,7 +54,8 @@ def predict(
     names = _names(column)
     trained = run_of(run)
     inputs = read_inputs(text, trained.task, names, _reading(trained, delimiter, encoding))
-    found = trained.predict(inputs)
+    with bar("predicting"):
+        found = trained.predict(inputs)
     table = Table("input", "answer", "", "next")
     for one, answer in zip(inputs, found, strict=True):
         first, *rest = [
@@ -92,13 +95,14 @@ def evaluate(
         raise ConfigError("--tasks-from and --limit are for --harness; leave them out with --data")
     names = _names(column)
     trained = run_of(run)
-    found = trained.evaluate(data, names, _reading(trained, delimiter, encoding))
+    with bar("evaluating"):
+        found = trained.evaluate(data, names, _reading(trained, delimiter, encoding))
     table = Table("metric", "value")
     for name, value in found.metrics.items():
         table.add_row(name, f"{value:.4f}")
     show(format_, {**found.metrics, "warnings": list(found.warnings)}, table)
     for warning in found.warnings:
-        ERR.print(warning, style="yellow", markup=False)
+        LOG.warning("warning: %s", warning)
 
 
 def _on_harness(run: Path, tasks: str, folder: Path | None, limit: int | None, format_: Format) -> None:

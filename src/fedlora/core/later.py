@@ -23,6 +23,7 @@ __all__ = [
     "sklearn",
     "transformers",
     "wandb",
+    "yaml",
 ]
 
 
@@ -64,7 +65,9 @@ if TYPE_CHECKING:
     import transformers.modeling_layers
     import transformers.modeling_outputs
     import transformers.pytorch_utils
+    import transformers.trainer_pt_utils
     import wandb
+    import yaml  # type: ignore[import-untyped]
 else:
     accelerate = Later("accelerate")
     datasets = Later("datasets")
@@ -77,3 +80,4 @@ else:
     sklearn = Later("sklearn")
     transformers = Later("transformers")
     wandb = Later("wandb")
+    yaml = Later("yaml")
