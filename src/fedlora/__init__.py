@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from fedlora.runs.experiment import Stopped, run
     from fedlora.runs.from_trainer import from_trainer
     from fedlora.runs.inference import TrainedRun, load_run
+    from fedlora.runs.push import push
     from fedlora.runs.result import Result
     from fedlora.runs.tables import load_results
     from fedlora.runs.trackers import TensorBoard
@@ -149,6 +150,7 @@ _NAMES = {
     "runs.experiment": "Stopped run",
     "runs.from_trainer": "from_trainer",
     "runs.inference": "TrainedRun load_run",
+    "runs.push": "push",
     "runs.result": "Result",
     "runs.tables": "load_results",
     "runs.trackers": "TensorBoard",
@@ -287,6 +289,7 @@ __all__ = [
     "parse",
     "prepare",
     "primed_lora",
+    "push",
     "rolora",
     "run",
     "slora",

@@ -37,6 +37,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel=GROUP)(predict)
     app.command(rich_help_panel=GROUP)(evaluate)
     app.command(rich_help_panel=GROUP)(export)
+    app.command(rich_help_panel=GROUP)(push)
 
 
 def predict(
@@ -123,6 +124,23 @@ def export(
     """Export a run's adapter for `peft`, or the merged model."""
     run_of(run).export(out, merge)
     OUT.print(f"written to {out}", markup=False, soft_wrap=True, highlight=False)
+
+
+def push(
+    run: RunPath,
+    name: Annotated[str, typer.Argument(help="The repository on the Hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, created if it does not exist; else main.")] = None,
+) -> None:
+    """Upload a finished run's adapter or model to the Hugging Face Hub; HF_TOKEN holds the access token."""
+    from fedlora.runs.push import send, to_upload
+
+    upload = to_upload(run)
+    where = name + (f" (branch {revision})" if revision else "") + (", private" if private else "")
+    print(f"{upload.folder} -> {where}")
+    for path, size in upload.sizes.items():
+        print(f"{size:>15,}  {path}")
+    OUT.print(f"uploaded as {send(upload, name, private, revision)}", markup=False, soft_wrap=True, highlight=False)
 
 
 def _names(column: list[str] | None) -> dict[str, str]:

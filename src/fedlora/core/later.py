@@ -14,6 +14,7 @@ __all__ = [
     "Later",
     "accelerate",
     "datasets",
+    "huggingface_hub",
     "pandas",
     "peft",
     "pyarrow",
@@ -46,6 +47,7 @@ class Later(ModuleType):
 if TYPE_CHECKING:
     import accelerate.tracking
     import datasets
+    import huggingface_hub
     import pandas
     import peft.tuners.tuners_utils
     import pyarrow.ipc  # type: ignore[import-untyped]
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
 else:
     accelerate = Later("accelerate")
     datasets = Later("datasets")
+    huggingface_hub = Later("huggingface_hub")
     pandas = Later("pandas")
     peft = Later("peft")
     pyarrow = Later("pyarrow")
