@@ -137,11 +137,12 @@ PHASES: dict[str, dict[str, Any]] = {
     "lora": {"tuning": LoRA(rank=3, targets="all-linear", dropout=0.2)},
     "alternate": {"tuning": LoRA(rank=3, init=Orthogonal(), train="alternate")},
     "svd": {"tuning": LoRA(rank=3, init=SvdOfWeight())},
-    "dora": {"tuning": LoRA(rank=3, init=SvdOfWeight(), dora=True, dropout=0.2, rank_pattern={"value": 2})},
+    "dora": {"tuning": LoRA(rank=3, init=SvdOfWeight(), dora=True, dropout=0.2)},
+    "ranks": {"tuning": LoRA(rank=3, rank_pattern={"value": 2}, alpha_pattern={"query": 8.0}, rslora=True)},
     "rest": {"tuning": LoRA(rank=3, init=SvdOfDelta(fold="rest"))},
     "fedex": {"tuning": LORA, "aggregator": ProductExact()},
     "flora": {"tuning": LORA, "aggregator": Stack()},
-    "ranks": {"tuning": LORA, "aggregator": SparsityWeighted(), "shrink": RankPruning(keep=0.5)},
+    "shrunk": {"tuning": LORA, "aggregator": SparsityWeighted(), "shrink": RankPruning(keep=0.5)},
     "parts": {"tuning": LORA, "local": {"accumulate": 3}},
     "pruned": {"tuning": LORA, "prune": Prune(density=0.5)},
     "bottleneck": {"tuning": Bottleneck(width=2)},
@@ -183,11 +184,8 @@ def phase(device: torch.device, family: str, settings: dict[str, Any]) -> tuple[
     ("name", "family"),
     [
         *((name, "bert") for name in PHASES),
-        ("lora", "gpt2"),
-        ("dora", "gpt2"),
-        ("sparse_mask", "gpt2"),
-        ("lora", "vit"),
-        ("full", "vit"),
+        *((name, "gpt2") for name in ("lora", "dora", "sparse_mask")),
+        *((name, "vit") for name in ("lora", "full")),
     ],
 )
 def test_a_phase_on_a_device_is_that_on_the_cpu(name: str, family: str) -> None:

@@ -47,7 +47,11 @@ class TierOf(NamedTuple):
 
 RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     "sparse_downlink_of_pretrained": Refusal(
-        lambda r: r.down.drops_entries and r.down.reference == "zero" and not r.tuning.zero_is_neutral,
+        lambda r: (
+            r.down.drops_entries
+            and r.down.reference == "zero"
+            and not (r.tuning.lost_ranks_are_neutral if r.down.slices_ranks else r.tuning.zero_is_neutral)
+        ),
         "a sparse downlink would set weights to zero that carry pre-trained knowledge; set down.reference = 'init' so "
         "that only the difference from the public start is sparsified",
     ),

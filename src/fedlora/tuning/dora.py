@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -60,7 +62,12 @@ class DoRALinear(LoRALinear):
 
     def _edited(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """``W + scale * B A`` and the norms of its rows, without gradients, in float32 under autocast too."""
-        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+        kind = a.device.type
+        # not every kind of device has it
+        exact = (
+            torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+        )
+        with torch.no_grad(), exact:
             edited = torch.addmm(self.as_matrix(self.frozen[0]).float(), b.float(), a.float(), alpha=self.scale)
             return edited, torch.linalg.vector_norm(edited, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
