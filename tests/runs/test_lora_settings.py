@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fixtures.tiny import experiment, ledger, tiny_world
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_export import original, ours, probabilities, with_peft
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 import fedlora
 from fedlora.config.federated_data import prepare
@@ -53,6 +55,24 @@ def test_peft_and_a_merged_model_say_what_the_run_says(world: Path, tmp_path: Pa
     fedlora.load_run(run).export(tmp_path / "merged", merge=True)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(probabilities(merged, world / "bert"), says, atol=1e-4, rtol=0)
+
+
+def test_patterns_of_an_adapter_on_a_backbone_have_the_names_there(world: Path, tmp_path: Path) -> None:
+    pooled = 'task={kind="text_classification", pooling="mean"}'
+    fedlora.run(experiment(world, "federa", pooled, DORA, *RANKS, rounds=1), tmp_path)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    keys = {key for name in ("rank_pattern", "alpha_pattern") for key in settings[name]}
+    assert {key.removeprefix("^").replace("\\.", ".") for key in keys} == set(settings["target_modules"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(world / "bert"), str(tmp_path / "adapter"))
+    ids = torch.tensor([[2, 7, 9, 30, 3]])
+    with torch.no_grad():
+        says = loaded.eval()(ids).last_hidden_state.mean(1)
+    model = fedlora.load_run(tmp_path).workspace.model.eval()
+    with torch.no_grad():
+        (inner,) = [module for name, module in model.named_modules() if name == "bert"]
+        torch.testing.assert_close(inner(ids).last_hidden_state.mean(1), says, atol=1e-4, rtol=0)
 
 
 def test_a_module_of_the_head_is_a_saved_module_of_peft(world: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -46,8 +47,8 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Backward:
-    """Plain gradients of batches, in passes over all examples.
+class Passes(ABC):
+    """Plain gradients of batches, which are drawn in passes over all examples.
 
     Args:
         shuffle: whether each pass takes the examples in a new order.
@@ -73,10 +74,11 @@ class Backward:
             batches += [passed[first : first + batch_size] for first in range(0, len(rows), batch_size)]
         return batches[:num_steps]
 
+    @abstractmethod
     def passes(self, chosen: Positions) -> list[Positions]:
         """The examples of each forward pass of a step over ``chosen``, in their order."""
-        return [chosen]
 
+    @abstractmethod
     def gradients(
         self,
         loss_of: Losses,
@@ -99,9 +101,6 @@ class Backward:
         Returns:
             The mean loss, without the penalty.
         """
-        loss = loss_of(chosen)
-        torch.autograd.backward(loss + penalty())
-        return loss.detach()
 
     def kept(self, start: Tree, schema: Schema) -> Tree:
         """Masks of the trainable entries by parameter name, broadcast to their shapes; empty if all are trainable."""
@@ -109,7 +108,28 @@ class Backward:
 
 
 @dataclass(frozen=True)
-class Accumulated(Backward):
+class Backward(Passes):
+    """The gradient of a whole batch at once."""
+
+    def passes(self, chosen: Positions) -> list[Positions]:
+        return [chosen]
+
+    def gradients(
+        self,
+        loss_of: Losses,
+        values: list[nn.Parameter],
+        chosen: Positions,
+        batch_size: int,
+        draws: torch.Generator | None,
+        penalty: Callable[[], Tensor | float] = float,
+    ) -> Tensor:
+        loss = loss_of(chosen)
+        torch.autograd.backward(loss + penalty())
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Accumulated(Passes):
     """Gradients of batches in several passes, each over a part of the batch, whose activations alone are in memory.
 
     The sum of a part's losses is differentiated, and the gradients of all parts are divided by the number of terms of
@@ -136,7 +156,7 @@ class Accumulated(Backward):
         draws: torch.Generator | None,
         penalty: Callable[[], Tensor | float] = float,
     ) -> Tensor:
-        """See ``Backward.gradients``.
+        """See ``Passes.gradients``.
 
         Raises:
             TrainingError: every label of the batch is masked.
@@ -164,8 +184,8 @@ class Accumulated(Backward):
         return torch.stack(sums).sum() / terms
 
 
-GradientSource = Backward | ExampleNoise
-"""Draws the batches of a client's turn and stores the gradient of each in the parameters; see ``Backward``."""
+GradientSource = Passes | ExampleNoise
+"""Draws the batches of a client's turn and stores the gradient of each in the parameters; see ``Passes``."""
 
 
 class Proximal(NamedTuple):

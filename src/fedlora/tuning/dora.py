@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.core.errors import ConfigError
-from fedlora.tuning.lora_layer import LoRALinear
+from fedlora.tuning.lora_layer import LoRALayer
 from fedlora.tuning.matrices import is_linear, is_plain, is_quantized
 
 MAGNITUDE = "lora_magnitude_vector"
 """The parameter with the rows' lengths, under the name that ``peft`` gives it."""
 
 
-class DoRALinear(LoRALinear):
+class DoRALinear(LoRALayer):
     """A linear layer with ``diag(m / ||V||) V``, ``V = W + scale * B A``, in place of ``W`` (arXiv 2402.09353, Eq. 5).
 
     ``m`` has one trained entry per row, and the norms are those of rows. As in ``peft``, gradients treat the norms as
@@ -46,7 +46,8 @@ class DoRALinear(LoRALinear):
         Args:
             edit: ``(out, in)``, on the CPU.
         """
-        return torch.linalg.vector_norm(self.matrix().detach().to("cpu", torch.float32) + edit, dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(self.matrix().detach().to("cpu", torch.float32) + edit, dim=1)
+        return lengths
 
     def rescaling(self, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
         """What the magnitudes change beyond ``scale * B A``, ``(out, in)`` float32 on the CPU.

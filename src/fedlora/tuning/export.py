@@ -18,7 +18,7 @@ from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed
 from fedlora.tuning.dora import MAGNITUDE, DoRALinear
 from fedlora.tuning.lora import LoRA, lora_layers
-from fedlora.tuning.lora_layer import LoRAConv, LoRALayer, LoRALinear
+from fedlora.tuning.lora_layer import LoRAConv, LoRAEmbedding, LoRALayer
 from fedlora.tuning.peft_names import PEFT_PREFIX, to_peft
 from fedlora.tuning.targets import saved_modules
 
@@ -61,15 +61,7 @@ def save_lora(
             f"{name} is a dilated convolution, beside which `peft` has no adapter; write the whole model with "
             "--merge, or choose other targets"
         )
-    factors: Tree = {}
-    for name, layer in layers.items():
-        a, b = params[f"{name}.lora_A"], params[f"{name}.lora_B"]
-        if tuning.residual:
-            a = torch.cat([a, init[f"{name}.lora_A"]], dim=0)
-            b = torch.cat([b, -init[f"{name}.lora_B"]], dim=1)
-        factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a, b
-        if isinstance(layer, DoRALinear):
-            factors[f"{name}.{MAGNITUDE}"] = params[f"{name}.{MAGNITUDE}"]
+    factors = _factors(tuning, layers, init, params)
     head = {name: value for name, value in installed.head_values(params).items() if name.startswith(root)}
     scales = _scales(tuning, {name.removeprefix(root): layer for name, layer in layers.items()})
     settings = peft.LoraConfig(
@@ -80,7 +72,7 @@ def save_lora(
         lora_dropout=tuning.dropout,
         target_modules=sorted(name.removeprefix(root) for name in layers),
         modules_to_save=_saved(installed, head, root) or None,
-        fan_in_fan_out=any(isinstance(layer, LoRALinear) and layer.transposed for layer in layers.values()),
+        fan_in_fan_out=any(layer.transposed and not isinstance(layer, LoRAEmbedding) for layer in layers.values()),
         task_type=task_type,
         base_model_name_or_path=base,
         inference_mode=True,
@@ -89,6 +81,20 @@ def save_lora(
     _sort_sets(folder, settings)
     tensors = {name: value.contiguous() for name, value in to_peft(factors | head, installed.model).items()}
     save_file(_on_backbone(tensors, root), folder / _FILE, metadata={"format": "pt"})
+
+
+def _factors(tuning: LoRA, layers: Mapping[str, LoRALayer], init: Tree, params: Tree) -> Tree:
+    """The parameters of the adapter on the original base."""
+    found: Tree = {}
+    for name, layer in layers.items():
+        a, b = params[f"{name}.lora_A"], params[f"{name}.lora_B"]
+        if tuning.residual:
+            a = torch.cat([a, init[f"{name}.lora_A"]], dim=0)
+            b = torch.cat([b, -init[f"{name}.lora_B"]], dim=1)
+        found[f"{name}.lora_A"], found[f"{name}.lora_B"] = a, b
+        if isinstance(layer, DoRALinear):
+            found[f"{name}.{MAGNITUDE}"] = params[f"{name}.{MAGNITUDE}"]
+    return found
 
 
 def _scales(tuning: LoRA, layers: Mapping[str, LoRALayer]) -> dict[str, Any]:
