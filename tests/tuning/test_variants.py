@@ -304,6 +304,10 @@ def test_configurations_without_the_settings_keep_their_digest() -> None:
     assert "accumulate" not in resolved(spelled)["phases"][0]["recipe"]["local"]
 
 
+def test_a_value_with_patterns_can_be_a_key() -> None:
+    assert len({LoRA(rank_pattern={"query": 2}), LoRA(rank_pattern={"query": 2}), LoRA(rank_pattern={"query": 3})}) == 2
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"rslora": True}, {"dora": True}, RANKS, {"layers_to_transform": [0, 2]}, {"strict_rank": True}],

@@ -43,6 +43,8 @@ _LATER = ("rslora", "dora", "rank_pattern", "alpha_pattern", "layers_to_transfor
 class LoRA(Tuning):
     """Low-rank adapters on selected matrices, and the head.
 
+    Further modules that are trained whole, ``modules_to_save`` in ``peft``, are ``Model.head``.
+
     Args:
         rank: rank of every adapter.
         alpha: ``scale = alpha / rank``, with the rank that the layer has.
@@ -73,8 +75,8 @@ class LoRA(Tuning):
     train: Literal["both", "B", "alternate"] = "both"
     rslora: bool = False
     dora: bool = False
-    rank_pattern: dict[str, Count] = field(default_factory=dict)
-    alpha_pattern: dict[str, Positive] = field(default_factory=dict)
+    rank_pattern: dict[str, Count] = field(default_factory=dict, hash=False)
+    alpha_pattern: dict[str, Positive] = field(default_factory=dict, hash=False)
     layers_to_transform: tuple[Whole, ...] = ()
     strict_rank: bool = False
     has_factors: ClassVar[bool] = True
