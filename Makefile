@@ -8,7 +8,7 @@ OLDER := typer|rich|protobuf
 # threads that spin while they wait starve each other on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo demo-llm test docs coverage slow check flower format bench gpu fuzz clean
+.PHONY: help demo demo-llm test docs coverage slow check flower format bench dist gpu fuzz clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -65,6 +65,13 @@ format: $(STAMP)  ## put the formatting right
 
 bench: $(STAMP)  ## measure speed and memory against plain references
 	$(BIN)/python -m benchmarks.run --out benchmarks/out
+
+PYTHONS ?= $(PYTHON)
+dist: $(STAMP)  ## build the wheel and the source archive, and use both in empty environments; PYTHONS="python3.11 python3.13" names Pythons
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build -c constraints.txt
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist .
+	for python in $(PYTHONS); do for archive in build/dist/*; do scripts/try-dist "$$archive" "$$python" || exit 1; done; done
 
 GPU_PYTHON ?= $(BIN)/python
 gpu:  ## on a machine with a GPU: the tests of the mark gpu, and benchmarks/gpu.py in under eight minutes; GPU_PYTHON=python3 names the Python

@@ -30,6 +30,8 @@ ELSEWHERE = {"train_sparse_lora_het.py", "train_sparse_lora_dp.py"}
 """Files of other projects."""
 MADE = {"fedlora.schema.json", ".venv", ".venv-flower", "benchmarks/out", "results.json"}
 """What commands make, so that a clean checkout lacks it."""
+WIDE = {"results.md"}
+"""Pages that still have table cells over 120 characters."""
 TARGETS = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -41,6 +43,13 @@ def name_of(path: Path) -> str:
 def prose(path: Path) -> str:
     """A page without its fenced code."""
     return re.sub(r"^( *)```.*?^\1```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def tables(path: Path) -> list[list[list[str]]]:
+    """The cells of a page's tables, by row."""
+    blocks = re.findall(r"(?:^ *\|.*\n?)+", prose(path), re.MULTILINE)
+    rows = [[line.strip().removeprefix("|").removesuffix("|") for line in block.splitlines()] for block in blocks]
+    return [[[cell.strip() for cell in re.split(r"(?<!\\)\|", row)] for row in table] for table in rows]
 
 
 def spans(path: Path) -> list[str]:
@@ -174,6 +183,21 @@ def test_every_file_that_the_code_names_exists() -> None:
             if not (exists(file, ROOT) or exists(f"**/{file}", SOURCE, ROOT / "tests")):
                 missing.append(f"{name_of(path)}: {file}")
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if "docs" in path.parts and path.name not in WIDE], ids=name_of
+)
+def test_tables_have_short_cells_and_full_rows(path: Path) -> None:
+    for table in tables(path):
+        assert [cell for row in table for cell in row if len(cell) > 120] == []
+        assert [row for row in table if len(row) != len(table[0])] == []
+
+
+def test_the_cells_of_tables_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Top\na | b\n\n| x | y |\n| --- | --- |\n| `a \\| b` | |\n\n| z |\n```\n| code |\n```\n")
+    assert tables(page) == [[["x", "y"], ["---", "---"], ["`a \\| b`", ""]], [["z"]]]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

@@ -68,6 +68,7 @@ NEEDED = {
     "files": {"train"},
     "hub": {"path"},
     "rows": {"train"},
+    "collated": {"collator"},
     "image_folder": {"path"},
     "peft": {"config"},
     "central_gaussian": {"clip_norm"},

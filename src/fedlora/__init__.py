@@ -55,7 +55,9 @@ if TYPE_CHECKING:
     from fedlora.recipe.rank_pruning import RankPruning
     from fedlora.runs.callbacks import Callback
     from fedlora.runs.experiment import Stopped, run
+    from fedlora.runs.from_trainer import from_trainer
     from fedlora.runs.inference import TrainedRun, load_run
+    from fedlora.runs.push import push
     from fedlora.runs.result import Result
     from fedlora.runs.tables import load_results
     from fedlora.runs.trackers import TensorBoard
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from fedlora.study import tune
     from fedlora.tasks import (
         CausalLM,
+        Collated,
         DocstringQuestions,
         Docstrings,
         Files,
@@ -145,7 +148,9 @@ _NAMES = {
     "recipe.rank_pruning": "RankPruning",
     "runs.callbacks": "Callback",
     "runs.experiment": "Stopped run",
+    "runs.from_trainer": "from_trainer",
     "runs.inference": "TrainedRun load_run",
+    "runs.push": "push",
     "runs.result": "Result",
     "runs.tables": "load_results",
     "runs.trackers": "TensorBoard",
@@ -154,8 +159,8 @@ _NAMES = {
     "server.optimizers": "ServerOptimizer",
     "server.pruning": "Prune",
     "study": "tune",
-    "tasks": "CausalLM DocstringQuestions Docstrings Files Hub ImageClassification ImageFolder Instruction Model "
-    "QuestionAnswering Rows Sites Source Task TextClassification TokenClassification",
+    "tasks": "CausalLM Collated DocstringQuestions Docstrings Files Hub ImageClassification ImageFolder Instruction "
+    "Model QuestionAnswering Rows Sites Source Task TextClassification TokenClassification",
     "transport": "BFloat16 Dense Float16 Float32 Link Precision Quota RandomK RankSlice Sparsifier Stage "
     "Threshold TopK Uniform",
     "tuning": "BitFit Bottleneck Full HeadOnly Kaiming LoRA LoRAInit Orthogonal Peft SparseMask "
@@ -178,6 +183,7 @@ __all__ = [
     "ClientOptimizer",
     "Clients",
     "Clusters",
+    "Collated",
     "Column",
     "ConfigError",
     "CoordinateMedian",
@@ -274,6 +280,7 @@ __all__ = [
     "flasc",
     "flexlora",
     "flora",
+    "from_trainer",
     "full",
     "het_lora",
     "load",
@@ -282,6 +289,7 @@ __all__ = [
     "parse",
     "prepare",
     "primed_lora",
+    "push",
     "rolora",
     "run",
     "slora",

@@ -176,6 +176,7 @@ def test_a_file_that_is_no_configuration(
         (("evaluate", "{tmp}", "--data", "{toml}"), "is not a run's folder"),
         (("evaluate", "{tmp}", "--data", "{toml}", "-c", "text"), "--column 'text' is not of the form use=name"),
         (("export", "{tmp}", "{tmp}/out"), "is not a run's folder"),
+        (("push", "{tmp}", "owner/name"), "is not the folder of a finished run"),
         (("list", "flavour"), "there is no slot 'flavour'; there are: method, tuning"),
         (("new", "flask"), "there is no method 'flask', did you mean 'flasc'"),
         (("partition", "{toml}", "--html", "{tmp}/no/where.html"), "cannot be written"),

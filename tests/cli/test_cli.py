@@ -345,6 +345,7 @@ def test_help_imports_nothing_heavy() -> None:
         "partition",
         "compare",
         "export",
+        "push",
         "predict",
         "evaluate",
         "env",

@@ -34,6 +34,7 @@ STATED: dict[str, dict[str, Any]] = {
     "hub": {"path": "owner/name", "revision": "abc", "test_split": ""},
     "image_folder": {"path": "pictures"},
     "rows": {"train": "rows:0f"},
+    "collated": {"collator": "code:0f"},
     "sites": {"test": "test.jsonl"},
     "validation": {"source": {"kind": "docstrings"}},
     "column": {"name": "user"},

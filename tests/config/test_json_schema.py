@@ -51,7 +51,7 @@ def test_every_reference_is_defined_and_every_definition_is_used(schema: dict[st
 
 
 def test_the_top_has_every_key_and_the_method_every_argument(schema: dict[str, Any]) -> None:
-    assert [*schema["properties"]] == [*fields_of(config.Experiment), "method"]
+    assert [*schema["properties"]] == ["extends", *fields_of(config.Experiment), "method"]
     forms = {name for one in schema["properties"]["method"]["oneOf"] for name in one.values()}
     assert forms == {f"#/$defs/method.{kind}" for kind in METHODS}
     for kind, function in METHODS.items():

@@ -16,7 +16,7 @@ from fixtures.fake_transport import Post, shared_sites
 from fixtures.malformed_replies import reply_of
 from fixtures.tiny import experiment, tiny_world
 
-from fedlora.config.reading import read_toml
+from fedlora.config.files import read
 from fedlora.core.errors import CheckpointError, ConfigError, QuorumError, WireError
 from fedlora.federation.deploy.federate import federate
 from fedlora.federation.deploy.file_templates import SITE
@@ -141,7 +141,7 @@ def test_a_turn_ends_at_the_site_s_own_time_limit(world: Path, tmp_path: Path) -
 
 def test_the_site_file_that_init_writes_has_limits_switched_on(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text(SITE.format(name="clinic"))
-    limits = parse_as(SiteConfig, read_toml(tmp_path / "site.toml"), tmp_path).limits
+    limits = parse_as(SiteConfig, read(tmp_path / "site.toml").values, tmp_path).limits
     on = (limits.tunings, limits.max_megabytes, limits.max_steps, limits.max_seconds, limits.min_cohort)
     assert None not in (*on, limits.max_runs, limits.max_rounds, limits.max_megabytes_per_day)
 

@@ -25,6 +25,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 world = pytest.fixture(scope="module")(tiny_world)
 
 
+@pytest.fixture(autouse=True)
+def _beside_the_bases(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters name a base in a local folder by the folder's name, which is found from its parent."""
+    monkeypatch.chdir(world)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _models(world: Path) -> None:
     """Checkpoints without a classifier, so that one that is not carried along shows."""

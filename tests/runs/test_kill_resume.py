@@ -471,7 +471,7 @@ def test_a_disk_that_really_is_full_exits_with_2_and_room_mends_it(
     arguments = ["fedlora", "run", str(file), "--out", str(small_disk / "run")]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
-        patch.setattr(report, "Live", lambda console: Deed(2, fill))
+        patch.setattr(report, "Live", lambda console, bar: Deed(2, fill))
         with pytest.raises(SystemExit) as exit:
             cli.main()
     assert exit.value.code == 2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from fixtures.tiny import experiment, tiny_world
 from rich.console import Console
 
 import fedlora
+from fedlora.cli.log import Printing
 from fedlora.core.errors import ConfigError
+from fedlora.core.progress import LOG
 from fedlora.population.clients import Population
 from fedlora.runs.partition import label_counts
 from fedlora.runs.result import Result
@@ -47,6 +51,18 @@ def result(label: str, seed: int, after: float, down: int = 100, up: int = 50) -
         "folder": f"runs/{label}-{seed}",
         "adapter": None,
     }
+
+
+@pytest.fixture
+def printing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Console], Console]:
+    """Has what is logged printed on a console."""
+
+    def on(console: Console) -> Console:
+        monkeypatch.setattr(LOG, "handlers", [Printing(console)])
+        monkeypatch.setattr(LOG, "level", logging.INFO)
+        return console
+
+    return on
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +168,10 @@ def test_the_table_of_a_run_splits_its_bytes(done: Result) -> None:
     assert f"adapter {human_bytes(done.up_bytes['adapter'])}" in text
 
 
-def test_without_a_terminal_evaluations_are_lines(world: Path, tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=200)
+def test_without_a_terminal_evaluations_are_lines(
+    world: Path, tmp_path: Path, printing: Callable[[Console], Console]
+) -> None:
+    console = printing(Console(file=io.StringIO(), width=200))
     found = fedlora.run(experiment(world, "lora", "label='[x]'"), tmp_path / "run", callbacks=[Live(console)])
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("[x]: 9 clients with 8 to 8 examples, 3 per round, 3 rounds on cpu\n")
@@ -162,8 +180,10 @@ def test_without_a_terminal_evaluations_are_lines(world: Path, tmp_path: Path) -
     assert f"accuracy {found.after['accuracy']:.3f}  sent {human_bytes(total)}  left 0 s" in text
 
 
-def test_on_a_terminal_there_is_a_bar_that_goes_away(world: Path, tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+def test_on_a_terminal_there_is_a_bar_that_goes_away(
+    world: Path, tmp_path: Path, printing: Callable[[Console], Console]
+) -> None:
+    console = printing(Console(file=io.StringIO(), width=120, force_terminal=True))
     live = Live(console)
     fedlora.run(experiment(world), tmp_path / "run", callbacks=[live])
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -174,8 +194,10 @@ def test_on_a_terminal_there_is_a_bar_that_goes_away(world: Path, tmp_path: Path
     live.close()
 
 
-def test_a_warning_is_shown_once_and_phases_are_named(world: Path, tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=200)
+def test_a_warning_is_shown_once_and_phases_are_named(
+    world: Path, tmp_path: Path, printing: Callable[[Console], Console]
+) -> None:
+    console = printing(Console(file=io.StringIO(), width=200))
     live = Live(console)
     found = fedlora.run(experiment(world, "slora", rounds=2), tmp_path / "run", callbacks=[live])
     text = console.file.getvalue()  # type: ignore[attr-defined]

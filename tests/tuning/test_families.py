@@ -376,7 +376,7 @@ def test_peft_s_own_lora_trains_and_comes_back(family: str, tmp_path: Path) -> N
     names = sorted(find(make_task(family).make_model(), "default", frozenset({"classifier.weight"})))
     config = {"peft_type": "LORA", "r": 3, "target_modules": names, "fan_in_fan_out": family == "gpt2"}
     workspace, _, says = trained(family, Peft(config=config))
-    save_peft(workspace.installed, tmp_path)
+    save_peft(workspace.installed, "base", tmp_path)
     assert changed(family, says)
     torch.testing.assert_close(loaded(family, tmp_path), says, atol=1e-4, rtol=0)
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
+from fedlora.cli.log import ERR, shows_progress
 from fedlora.core.errors import ConfigError
+from fedlora.core.progress import LOG, stage
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from fedlora.runs.inference import TrainedRun
 
 OUT = Console()
-ERR = Console(stderr=True)
 
 
 class Format(StrEnum):
@@ -31,7 +32,7 @@ class Format(StrEnum):
     json = "json"
 
 
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, or the folder of a run.")]
+ConfigPath = Annotated[Path, typer.Argument(help="A TOML or YAML file, or the folder of a run.")]
 RunPath = Annotated[Path, typer.Argument(help="The folder of a run.")]
 RunOut = Annotated[Path | None, typer.Option("--out", help="Folder of the run; resumes if it holds a checkpoint.")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="key.key=value; overrides the file.")]
@@ -45,17 +46,11 @@ AsFormat = Annotated[Format, typer.Option("--format", help="A table for people, 
 
 def import_settings() -> None:
     """Imports the configuration modules, with a notice on a terminal, and exempts them from garbage collection."""
-    waiting("PyTorch")
+    stage("loading PyTorch")
     gc.disable()
     importlib.import_module("fedlora.config")
     gc.freeze()
     gc.enable()
-
-
-def waiting(what: str) -> None:
-    """Reports on a terminal what a command is loading."""
-    if ERR.is_terminal:
-        ERR.print(f"loading {what} ...", style="dim", highlight=False)
 
 
 def experiment_of(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Experiment, Path | None]:
@@ -67,14 +62,11 @@ def experiment_of(path: Path, overrides: list[str] | None, out: Path | None) -> 
     from fedlora.config import load
 
     if path.is_dir() and not (path / "config.toml").exists():
-        raise ConfigError(f"{path} is a folder without config.toml; name a TOML file or the folder of a run")
+        raise ConfigError(f"{path} is a folder without config.toml; name a file or the folder of a run")
     experiment = load(path, overrides or [])
     if experiment.root and path.is_file() and Path(experiment.root) != path.parent.absolute():
-        ERR.print(
-            f"note: relative paths start from the working folder, since there are none such beside {path}",
-            style="yellow", markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
-    waiting("the model and the data")
+        LOG.warning("note: relative paths start from the working folder, since there are none such beside %s", path)
+    stage("loading the libraries of models and data")
     return experiment, out or (path if path.is_dir() else None)
 
 
@@ -84,12 +76,12 @@ def run_of(folder: Path) -> TrainedRun:
     Raises:
         ConfigError: there is none.
     """
-    waiting("the model")
+    stage("loading the model")
     from fedlora.runs.inference import load_run
 
     run = load_run(folder)
     for note in run.notes:
-        ERR.print(f"warning: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        LOG.warning("warning: %s", note)
     return run
 
 
@@ -126,7 +118,7 @@ def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:
     from fedlora.runs.trackers import make_tracker
     from fedlora.show.report import Live
 
-    return [Live(ERR), *(make_tracker(Track(kind=name), folder) for name in tracks or [])]
+    return [Live(ERR, bar=shows_progress()), *(make_tracker(Track(kind=name), folder) for name in tracks or [])]
 
 
 def other_class(slot: str, base: type, name: str, known: Collection[str]) -> Any:

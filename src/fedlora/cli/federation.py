@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from fedlora.cli.common import (
-    ERR,
     OUT,
     AsFormat,
     ConfigPath,
@@ -23,6 +22,7 @@ from fedlora.cli.common import (
     show,
 )
 from fedlora.core.errors import ConfigError
+from fedlora.core.progress import LOG
 from fedlora.runs.callbacks import Callback
 
 GROUP = "Federation"
@@ -42,7 +42,7 @@ class Messages(Callback):
     """Prints events of sites alongside the progress."""
 
     def message(self, text: str) -> None:
-        ERR.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
+        LOG.info("%s", text)
 
 
 @federation.command("init")

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import fedlora
 from fedlora.cli import begin, compare, federation, plan, study, train, use
-from fedlora.cli.common import ERR, import_settings
+from fedlora.cli.common import import_settings
+from fedlora.cli.log import set_up
 from fedlora.cli.streams import failure_of, open_streams
 from fedlora.core.errors import FedloraError
 from fedlora.core.interrupts import sigterm_as_ctrl_c
+from fedlora.core.progress import LOG
 
+_FLAGS = {"--debug", "-v", "--verbose", "-q", "--quiet"}
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Federated fine-tuning of Hugging Face models with low-rank adapters, in as few bytes as possible.",
+    help="Federated fine-tuning of Hugging Face models with low-rank adapters, in as few bytes as possible. "
+    "The options below work before or after a command.",
 )
 
 
@@ -33,11 +40,17 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print every round, and other details.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the result, warnings and errors alone.")] = False,
+    log_file: Annotated[
+        Path | None, typer.Option(help="Append what is printed beside the result to this file, with times.")
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
+    set_up(verbose, quiet, log_file)
     if "--help" not in sys.argv:
         import_settings()
 
@@ -65,19 +78,35 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _print_any_text()
     streams = open_streams()
+    set_up(verbose=False, quiet=False, file=None)
     with sigterm_as_ctrl_c():
         code, text = _run("--debug" in sys.argv)
     code, text = failure_of(streams) or (code, text)
     if text:
         with suppress(OSError):
-            ERR.print(text, style="red" if code != 130 else None, markup=False, soft_wrap=True, highlight=False)
+            LOG.log(logging.INFO if code == 130 else logging.ERROR, "%s", text)
     sys.exit(code)
+
+
+def common_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the options that all commands have moved to the front, where the parser reads them."""
+    common, others, rest = [], [], list(arguments)
+    while rest and rest[0] != "--":
+        argument = rest.pop(0)
+        if argument in _FLAGS or argument.startswith("--log-file="):
+            common.append(argument)
+        elif argument == "--log-file":
+            common += [argument, *rest[:1]]
+            del rest[:1]
+        else:
+            others.append(argument)
+    return [*common, *others, *rest]
 
 
 def _run(debug: bool) -> tuple[int, str]:
     """Runs the command; its exit code, and what is left to print."""
     try:
-        app(args=[argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="fedlora")
+        app(args=common_first(sys.argv[1:]), prog_name="fedlora")
     except SystemExit as end:
         return (end.code if isinstance(end.code, int) else int(bool(end.code))), ""
     except FedloraError as error:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedlora.cli.common import OUT, AsFormat, ConfigPath, Format, LinkText, Overrides, experiment_of, write_page
 from fedlora.cli.common import show as show_result
+from fedlora.cli.log import bar
 from fedlora.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ def show(
 
     import tomli_w
 
-    from fedlora.config import document_of, resolved, to_toml
+    from fedlora.config import resolved, to_toml
     from fedlora.config.essential import essential
     from fedlora.config.federated_data import in_mode, prepare
+    from fedlora.config.reading import read_configuration
     from fedlora.show.describe import phase_facts
 
     experiment, _ = experiment_of(config, set_, None)
-    differs = essential(document_of(config, set_ or []))
+    document = read_configuration(config, set_ or [])
+    differs = essential(document.values)
     differs.pop("root", None)
     facts = phase_facts(experiment, prepare(in_mode(experiment)).task)
     if format_ is Format.json:
@@ -55,6 +58,8 @@ def show(
     else:
         print("# settings that differ from their defaults; all settings: --full")
         print(tomli_w.dumps(differs))
+    for file in dict.fromkeys(document.origins.values()):
+        print(f"# {file}: {', '.join(key for key, place in document.origins.items() if place == file)}")
     for number, fact in enumerate(facts):
         _print_phase(number, fact, full)
 
@@ -90,7 +95,8 @@ def partition(
     from fedlora.show.run_report import partition_section
 
     experiment, _ = experiment_of(config, set_, None)
-    data = prepare(in_mode(experiment))
+    with bar("partitioning"):
+        data = prepare(in_mode(experiment))
     labels, names = data.classes
     summary = data.summary().as_dict()
     if html is not None:
@@ -127,5 +133,8 @@ def cost(
     if step_seconds is not None and not networks:
         raise ConfigError("--step-seconds is for the time over a network; name one with --link or clients.network")
     effective = in_mode(experiment)
-    values, table = cost_table(costs(effective, prepare(effective)), networks, step_seconds)
+    data = prepare(effective)
+    with bar("first rounds"):
+        phases = costs(effective, data)
+    values, table = cost_table(phases, networks, step_seconds)
     show_result(format_, values, table)

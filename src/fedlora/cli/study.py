@@ -11,9 +11,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.cli.common import ERR, OUT, AsFormat, ConfigPath, Format, Overrides, show
+from fedlora.cli.common import OUT, AsFormat, ConfigPath, Format, Overrides, show
 from fedlora.cli.compare import GROUP
 from fedlora.core.errors import ConfigError
+from fedlora.core.progress import LOG
 
 if TYPE_CHECKING:
     from fedlora.study import Tuned
@@ -44,11 +45,6 @@ def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel=GROUP)(study)
 
 
-def progress(text: str) -> None:
-    """Prints a progress line, separately from the results."""
-    ERR.print(text, markup=False, highlight=False, soft_wrap=True, style="dim")
-
-
 def tune(
     config: ConfigPath,
     vary: Annotated[
@@ -65,12 +61,12 @@ def tune(
 ) -> None:
     """Find the best learning rates, or any settings, by successive halving on held-out training data."""
     from fedlora import study
-    from fedlora.config import document_of, parse
+    from fedlora.config import document_of, load
     from fedlora.study.space import parse_vary
     from fedlora.study.tuning import seconds_of
 
     document = document_of(config, set_ or [])
-    folder = out or Path("runs") / f"tune-{parse(document).label}"
+    folder = out or Path("runs") / f"tune-{load(config, set_ or []).label}"
     found = study.tune(
         document,
         parse_vary(vary),
@@ -80,11 +76,11 @@ def tune(
         seed=seed,
         jobs=jobs,
         budget=seconds_of(budget),
-        log=progress,
+        log=LOG.info,
     )
     show(format_, found.as_dict(), _trials_table(found))
     for warning in found.warnings:
-        ERR.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        LOG.warning("warning: %s", warning)
     if found.best is None:
         raise ConfigError(f"no trial has a result; the first one: {found.trials[0].failure or 'never started'}")
     if format_ is Format.table:
@@ -92,7 +88,7 @@ def tune(
 
 
 def study(
-    file: Annotated[Path, typer.Argument(help="A study in TOML; or a results.json, to print its tables.")],
+    file: Annotated[Path, typer.Argument(help="A study in TOML or YAML; or a results.json, to print its tables.")],
     jobs: Jobs = None,
     budget: Budget = None,
     stage: Annotated[Stage | None, typer.Option(help="Run this stage only; table runs nothing.")] = None,
@@ -123,12 +119,12 @@ def study(
         _print_left(Runner(chosen, folder, methods).left(), jobs)
         return
     part = stage.value if stage else None
-    found = run_study(chosen, folder, stage=part, only=methods, jobs=jobs, budget=seconds_of(budget), log=progress)
+    found = run_study(chosen, folder, stage=part, only=methods, jobs=jobs, budget=seconds_of(budget), log=LOG.info)
     _write_figures(found, figures)
     print(FORMATS[table.value](found))
     for sentence in found["broken_gates"]:
-        ERR.print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    ERR.print(f"all results: {folder / 'results.json'}", markup=False, highlight=False, soft_wrap=True)
+        LOG.warning("warning: %s", sentence)
+    LOG.info("all results: %s", folder / "results.json")
 
 
 def _write_figures(results: Mapping[str, Any], folder: Path | None) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.cli.common import (
-    ERR,
     OUT,
     AsFormat,
     ConfigPath,
@@ -26,6 +25,7 @@ from fedlora.cli.common import (
 )
 from fedlora.cli.federation import Messages
 from fedlora.core.errors import ConfigError
+from fedlora.core.progress import LOG
 
 if TYPE_CHECKING:
     from fedlora.config import Experiment
@@ -87,7 +87,7 @@ def demo(
 
     chosen = LLM if llm else CLASSIFIER
     out = out or Path("runs/demo-llm" if llm else "runs/demo")
-    ERR.print(chosen.about, highlight=False)
+    LOG.info("%s", chosen.about)
     # invalid configurations are rejected before anything is trained
     experiments = {method: parse(configuration(chosen, method, set_ or [])) for method in chosen.methods}
     data = prepare(experiments["lora"])

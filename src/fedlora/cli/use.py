@@ -10,8 +10,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.cli.common import ERR, OUT, AsFormat, Format, RunPath, run_of, show
+from fedlora.cli.common import OUT, AsFormat, Format, RunPath, run_of, show
+from fedlora.cli.log import bar
 from fedlora.core.errors import ConfigError
+from fedlora.core.progress import LOG
 
 if TYPE_CHECKING:
     from fedlora.runs.inference import TrainedRun
@@ -35,6 +37,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(rich_help_panel=GROUP)(predict)
     app.command(rich_help_panel=GROUP)(evaluate)
     app.command(rich_help_panel=GROUP)(export)
+    app.command(rich_help_panel=GROUP)(push)
 
 
 def predict(
@@ -51,7 +54,8 @@ def predict(
     names = _names(column)
     trained = run_of(run)
     inputs = read_inputs(text, trained.task, names, _reading(trained, delimiter, encoding))
-    found = trained.predict(inputs)
+    with bar("predicting"):
+        found = trained.predict(inputs)
     table = Table("input", "answer", "", "next")
     for one, answer in zip(inputs, found, strict=True):
         first, *rest = [
@@ -91,13 +95,14 @@ def evaluate(
         raise ConfigError("--tasks-from and --limit are for --harness; leave them out with --data")
     names = _names(column)
     trained = run_of(run)
-    found = trained.evaluate(data, names, _reading(trained, delimiter, encoding))
+    with bar("evaluating"):
+        found = trained.evaluate(data, names, _reading(trained, delimiter, encoding))
     table = Table("metric", "value")
     for name, value in found.metrics.items():
         table.add_row(name, f"{value:.4f}")
     show(format_, {**found.metrics, "warnings": list(found.warnings)}, table)
     for warning in found.warnings:
-        ERR.print(warning, style="yellow", markup=False)
+        LOG.warning("warning: %s", warning)
 
 
 def _on_harness(run: Path, tasks: str, folder: Path | None, limit: int | None, format_: Format) -> None:
@@ -119,6 +124,23 @@ def export(
     """Export a run's adapter for `peft`, or the merged model."""
     run_of(run).export(out, merge)
     OUT.print(f"written to {out}", markup=False, soft_wrap=True, highlight=False)
+
+
+def push(
+    run: RunPath,
+    name: Annotated[str, typer.Argument(help="The repository on the Hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, created if it does not exist; else main.")] = None,
+) -> None:
+    """Upload a finished run's adapter or model to the Hugging Face Hub; HF_TOKEN holds the access token."""
+    from fedlora.runs.push import send, to_upload
+
+    upload = to_upload(run)
+    where = name + (f" (branch {revision})" if revision else "") + (", private" if private else "")
+    print(f"{upload.folder} -> {where}")
+    for path, size in upload.sizes.items():
+        print(f"{size:>15,}  {path}")
+    OUT.print(f"uploaded as {send(upload, name, private, revision)}", markup=False, soft_wrap=True, highlight=False)
 
 
 def _names(column: list[str] | None) -> dict[str, str]:

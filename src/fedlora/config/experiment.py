@@ -169,6 +169,7 @@ def digest(experiment: Experiment) -> str:
     del values["checkpoint_every"]
     for name in ("root", "track"):
         values.pop(name, None)
+    values["model"].pop("hub_id", None)
     if experiment.deterministic:  # versions without the key had no other kernels on a CPU
         del values["deterministic"]
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -20,6 +20,7 @@ from fedlora.config.handed_over import check_here, handed_over
 from fedlora.config.places import located_data, located_model
 from fedlora.core.devices import compute_on, pick_device
 from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.progress import stage
 from fedlora.core.slots import kind_of
 from fedlora.core.state import named_seed
 from fedlora.population.clients import (
@@ -115,7 +116,9 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
             f"evaluate.clients = '{experiment.evaluate.clients}' tests each client on rows of its own, but "
             "clients.holdout = 0 keeps none: set clients.holdout to 0.2, or evaluate.clients to never"
         )
+    stage("reading the data and the model")
     task = experiment.task.prepare(located_model(experiment), located_data(experiment.data, experiment.root))
+    stage("partitioning the data")
     device = pick_device(experiment.device)
     classes = clients.skew.classes(task, named_seed(experiment.seed, "skew"), device)
     mode = MODES[experiment.mode]

@@ -9,7 +9,8 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.handed import Handed, absent
 from fedlora.population.clients import Clients
 from fedlora.population.partitions import Natural
-from fedlora.tasks import Rows, Source, Validation
+from fedlora.tasks import Collated, Rows, Source, Validation
+from fedlora.tasks.collated.task import CODE
 from fedlora.tasks.data.rows import CLIENT
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def handed_over(experiment: Experiment) -> dict[str, Handed]:
     found = {"model.object": experiment.model.object, "model.tokenizer": experiment.model.tokenizer}
     if isinstance(data, Rows):
         found |= {"data.train": data.train, "data.test": data.test}
+    if isinstance(task := experiment.task, Collated):
+        found |= {f"task.{name}": getattr(task, name) for name in CODE}
     return {name: held for name, held in found.items() if held is not None}
 
 

@@ -23,6 +23,10 @@ _ANY_CLASS: dict[str, Any] = {
     "properties": {"kind": {"type": "string", "pattern": "^[\\w.]+:[\\w.]+$"}},
     "description": "A class of your own, as package.module:Class.",
 }
+_EXTENDS: dict[str, Any] = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    "description": "A file that this one extends, relative to it; or several, of which later ones have precedence.",
+}
 _PREFIX = "#/$defs/"
 _PARTIAL = ".partial"
 """Suffix of the definitions of tables that override a method's own settings key by key."""
@@ -88,7 +92,7 @@ def json_schema() -> dict[str, Any]:
         "$schema": DIALECT,
         **root,
         "title": "fedlora configuration",
-        "properties": {**root["properties"], "method": table},
+        "properties": {"extends": _EXTENDS, **root["properties"], "method": table},
         "not": {"required": ["method", "phases"]},
     }
     return {**whole, "$defs": _used(whole, plain | partial | methods)}

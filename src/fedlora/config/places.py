@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +25,29 @@ def root_of(document: Mapping[str, Any], folder: Path) -> str | None:
         document: the configuration as TOML values.
         folder: the folder of its file; the working folder is the second choice.
     """
-    paths = [path for path in map(_relative, _paths(document)) if path]
+    paths = [path for path in (_relative(table.get(name)) for table, name in _places(document)) if path]
     for root in (folder.absolute(), Path.cwd()):
         if any((root / path).exists() for path in paths):
             return str(root)
     return None
+
+
+def carried(document: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """A configuration for a file in another folder: relative paths that exist beside the old file lead there still.
+
+    Args:
+        document: the configuration as TOML values.
+        source: the folder of the old file.
+        target: the folder of the new one.
+    """
+    found = copy.deepcopy(document)
+    if source.resolve() == target.resolve():
+        return found
+    for table, name in _places(found):
+        path = _relative(table.get(name))
+        if path and (source / path).exists():
+            table[name] = Path(os.path.relpath(source / path, target)).as_posix()
+    return found
 
 
 def rooted(experiment: Experiment, document: Mapping[str, Any]) -> Experiment:
@@ -78,12 +98,14 @@ def located_data(data: Any, root: str | None) -> Any:
     return dataclasses.replace(data, **changed) if changed else data
 
 
-def _paths(document: Mapping[str, Any]) -> Iterator[Any]:
+def _places(document: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+    """The tables and keys of a configuration that may have a path."""
     model, data = document.get("model"), document.get("data")
-    yield model.get("path") if isinstance(model, Mapping) else None
-    yield document.get("init_from")
+    if isinstance(model, Mapping):
+        yield model, "path"
+    yield document, "init_from"
     while isinstance(data, Mapping):
-        yield from (data.get(name) for name in _DATA)
+        yield from ((data, name) for name in _DATA)
         data = data.get("source")
 
 

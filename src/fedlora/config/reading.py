@@ -4,80 +4,58 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedlora.config.experiment import Experiment, parse
+from fedlora.config.files import Document, naming, read
 from fedlora.config.keys import TOP, check_key
-from fedlora.config.places import root_of
+from fedlora.config.places import carried, root_of
 from fedlora.core.errors import ConfigError
 
 _DEFAULT = Experiment()
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads an experiment from a TOML file.
+    """Reads an experiment from a file.
 
     Args:
-        path: the file, or a run folder with a ``config.toml``.
+        path: a TOML file; a YAML file, by its ending ``.yaml`` or ``.yml``; or a run folder with a ``config.toml``. The
+            key ``extends`` names files that the file extends, see ``config.files.read``.
         overrides: ``key.key=value`` each; the value is parsed as TOML, or taken as plain text if that fails.
 
     Raises:
-        ConfigError: there is no such file, it is not valid TOML, or it names something that does not exist.
+        ConfigError: there is no such file, it is not valid, or it names something that does not exist.
     """
-    return parse(document_of(path, overrides))
+    document = read_configuration(path, overrides)
+    with naming(document):
+        return parse(document.values)
 
 
 def document_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of a TOML file, or of a run folder's, with overrides applied; arguments as for ``load``.
+    """The content of a file, or of a run folder's, with overrides applied; arguments as for ``load``.
 
     Raises:
-        ConfigError: there is no such file, it is not valid TOML, or an override is malformed.
+        ConfigError: there is no such file, it is not valid, or an override is malformed.
     """
+    return read_configuration(path, overrides).values
+
+
+def read_configuration(path: Path | str, overrides: Sequence[str] = ()) -> Document:
+    """``document_of``, with the files that its keys are from."""
     file = Path(path)
     file = file / "config.toml" if file.is_dir() else file
     if not file.exists():
         raise ConfigError(f"there is no file {file}; `fedlora new flasc > run.toml` writes one to start from")
-    document = read_toml(file)
+    found = read(file, carried)
+    document = found.values
     if "root" not in document and (root := root_of(document, file.parent)):
         document["root"] = root
     for assignment in overrides:
         override(document, assignment)
-    return document
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises:
-        ConfigError: there is no such file, or it is not valid TOML.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        return tomllib.loads(text)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: it is no UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}{_backslash(text, error)}") from error
-    except RecursionError as error:
-        raise ConfigError(
-            f"{path} is not TOML that can be read: its lists or tables lie too deep in each other"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name an existing TOML file") from error
-
-
-def _backslash(text: str, error: tomllib.TOMLDecodeError) -> str:
-    """How to write a path with backslashes, if the line of an error may have one."""
-    found = re.search(r"at line (\d+)", str(error))
-    line = text.splitlines()[int(found[1]) - 1] if found and int(found[1]) <= len(text.splitlines()) else ""
-    path = re.search(r'"([^"]*\\[^"]*)"', line)
-    if not path:
-        return ""
-    return f"; in double quotes a backslash begins an escape: write '{path[1]}' in single quotes, or / for \\"
+    return found
 
 
 def override(document: dict[str, Any], assignment: str) -> None:

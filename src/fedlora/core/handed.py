@@ -47,10 +47,11 @@ HandedField = Annotated[Any, PlainSerializer(lambda held: held.fingerprint, retu
 
 def absent(names: list[str]) -> str:
     """The error message for settings of which only the fingerprints are known."""
+    task = ", task=..." if any(name.startswith("task.") for name in names) else ""
     return (
         f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'} passed from Python, and the configuration "
         "keeps only a fingerprint: pass the same again, by running the same script, or by "
-        "fedlora.run(dataclasses.replace(fedlora.load(FOLDER), data=..., model=...), FOLDER)"
+        f"fedlora.run(dataclasses.replace(fedlora.load(FOLDER), data=..., model=...{task}), FOLDER)"
     )
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "Later",
     "accelerate",
     "datasets",
+    "huggingface_hub",
     "pandas",
     "peft",
     "pyarrow",
@@ -22,6 +23,7 @@ __all__ = [
     "sklearn",
     "transformers",
     "wandb",
+    "yaml",
 ]
 
 
@@ -45,6 +47,7 @@ class Later(ModuleType):
 if TYPE_CHECKING:
     import accelerate.tracking
     import datasets
+    import huggingface_hub
     import pandas
     import peft.tuners.tuners_utils
     import pyarrow.ipc  # type: ignore[import-untyped]
@@ -62,10 +65,13 @@ if TYPE_CHECKING:
     import transformers.modeling_layers
     import transformers.modeling_outputs
     import transformers.pytorch_utils
+    import transformers.trainer_pt_utils
     import wandb
+    import yaml  # type: ignore[import-untyped]
 else:
     accelerate = Later("accelerate")
     datasets = Later("datasets")
+    huggingface_hub = Later("huggingface_hub")
     pandas = Later("pandas")
     peft = Later("peft")
     pyarrow = Later("pyarrow")
@@ -74,3 +80,4 @@ else:
     sklearn = Later("sklearn")
     transformers = Later("transformers")
     wandb = Later("wandb")
+    yaml = Later("yaml")

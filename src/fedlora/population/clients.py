@@ -164,10 +164,15 @@ def build_population(
 def hold_out_clients(deal: Assignment, share: float, rng: np.random.Generator) -> tuple[Assignment, Rows]:
     """Removes a share of the clients, at least one and not all; also returns their rows ((rows,) int64, ascending)."""
     num = len(deal.groups)
-    held = set(rng.permutation(num)[: min(max(round(share * num), 1), num - 1)].tolist())
+    held = set(rng.permutation(num)[: num_held_out(num, share)].tolist())
     rows = np.sort(np.concatenate([deal.groups[client] for client in sorted(held)]))
     kept = [client for client in range(num) if client not in held]
     return Assignment([deal.groups[client] for client in kept], [deal.names[client] for client in kept]), rows
+
+
+def num_held_out(num: int, share: float) -> int:
+    """How many of ``num`` clients a share of them is: at least one and not all; none of the share 0."""
+    return min(max(round(share * num), 1), num - 1) if share else 0
 
 
 def hold_out(population: Population, share: float, seed: int) -> tuple[Population, dict[int, Rows]]:

@@ -34,7 +34,10 @@ class Position(NamedTuple):
 
 def changed_keys(held: Experiment, experiment: Experiment) -> list[str]:
     """The keys in which two configurations differ, each with both values."""
-    left, right = ({**resolved(one), "root": None, "track": None} for one in (held, experiment))
+    left, right = (
+        {**values, "root": None, "track": None, "model": {**values["model"], "hub_id": None}}
+        for values in map(resolved, (held, experiment))
+    )
     return differences(left, right)
 
 

@@ -17,6 +17,7 @@ from fedlora.config.federated_data import FederatedData
 from fedlora.core import tree
 from fedlora.core.byte_counts import ByteCounts, add_up, mean, rounded, scaled
 from fedlora.core.network import Network
+from fedlora.core.progress import counted
 from fedlora.core.slots import kind_of
 from fedlora.core.state import Folds, ServerState, named_seed
 from fedlora.core.store import EMPTY, Memory
@@ -192,7 +193,7 @@ class _Costs:
         engine = Serial(self._workspace, data.population)
         cohort = tuple(client for members in self._probed.values() for client in members)
         change: Tree = {}
-        for turn in range(min(phase.rounds, PROBED_ROUNDS)):
+        for turn in counted(range(min(phase.rounds, PROBED_ROUNDS))):
             self._measure(turn, dict.fromkeys(tiers, state), tiers)
             before = state
             state, row = run_round(

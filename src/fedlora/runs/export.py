@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fedlora.config.places import located_model
 from fedlora.core.errors import ConfigError
 from fedlora.core.files import new_folder
 from fedlora.core.slots import kind_of
@@ -18,9 +20,11 @@ from fedlora.core.state import named_seed
 from fedlora.core.tree import Tree
 from fedlora.rounds.downlink import view
 from fedlora.rounds.phases import close_phase
+from fedlora.runs.card import CLASSES, model_card
 from fedlora.runs.folder import cannot_write
 from fedlora.tasks import Model
 from fedlora.tasks.models.loading import config_of, pooled, quiet_transformers
+from fedlora.tasks.models.public_name import public_name
 from fedlora.tuning import Bottleneck, Installed, LoRA, Peft
 from fedlora.tuning.export import dilated, save_lora, save_peft
 from fedlora.tuning.peft_names import PEFT_PREFIX
@@ -63,15 +67,14 @@ def _write(temporary: Path, trained: TrainedRun, merge: bool) -> None:
     tuning = trained.recipe.tuning
     root = f"{getattr(installed.model, 'base_model_prefix', '')}." if task.backbone_only else ""
     alone = isinstance(tuning, Bottleneck) and not merge  # a format that only fedlora loads
+    base = public_name(located_model(trained.experiment))
     if merge:
         _save_merged(temporary, trained)
     elif isinstance(tuning, LoRA) and not (installed.folded or state.folds.version):
-        model = trained.experiment.model
-        base = model.name if model.object else model.resolve()
-        save_lora(tuning, installed, state.init, state.params, base, temporary, task.peft_task, root)
+        save_lora(tuning, installed, state.init, state.params, base.id, temporary, task.peft_task, root, base.revision)
     elif isinstance(tuning, Peft):
         installed.load(state.params)
-        save_peft(installed, temporary, task.peft_task, root)
+        save_peft(installed, base.id, temporary, task.peft_task, root, base.revision)
     elif isinstance(tuning, Bottleneck):
         save_file(state.params | installed.head_values(state.params), temporary / "params.safetensors")
     else:
@@ -81,9 +84,21 @@ def _write(temporary: Path, trained: TrainedRun, merge: bool) -> None:
         )
     if task.backbone_only and not alone:
         task.save_head(temporary, _head(installed, state.params))
+    if not merge:
+        _save_names(temporary, task.label_names)
     task.save_pretrained(temporary)  # a model is unusable without its tokenizer or image processor
     card = model_card(trained, merge) + (task.usage if not alone else "")
     (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save_names(folder: Path, names: list[str]) -> None:
+    """Writes the classes' names, if there are classes.
+
+    A ``config.json`` beside an adapter would make ``transformers`` take the folder for that of a whole model.
+    """
+    if names:
+        content = json.dumps(dict(enumerate(names)), indent=1, ensure_ascii=False)
+        (folder / CLASSES).write_text(content + "\n", encoding="utf-8")
 
 
 def _save_merged(folder: Path, trained: TrainedRun) -> None:
@@ -122,64 +137,3 @@ def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:
     # `peft` keeps the head of a model it has wrapped in a module of its own
     head = {name.replace(".modules_to_save.", "."): value for name, value in installed.head_values(params).items()}
     return values | head
-
-
-def model_card(trained: TrainedRun, merged: bool) -> str:
-    """The README of an exported folder."""
-    experiment, task, tuning = trained.experiment, trained.task, kind_of(trained.recipe.tuning)
-    base = experiment.model.name or "BASE_MODEL"
-    auto_class = task.auto_class
-    found = "\n".join(f"| {name} | {value:.4f} |" for name, value in trained.metrics.items())
-    if merged:
-        load = f'model = {auto_class}.from_pretrained("THIS FOLDER")'
-    elif tuning == "bottleneck":
-        load = '# bottleneck adapters are not a PEFT type: fedlora predict RUN "a text"'
-    else:
-        load = (
-            f'base = {auto_class}.from_pretrained("{base}"{task.load_arguments})\n'
-            'model = PeftModel.from_pretrained(base, "THIS FOLDER")'
-        )
-    header = "" if merged else "library_name: peft\n"
-    return f"""---
-base_model: {base}
-{header}tags: [fedlora, federated-learning, {experiment.label}]
----
-# {base}, fine-tuned by federated learning
-
-Method `{experiment.label}`, tuning `{tuning}`, {trained.state.round} rounds, {experiment.clients.per_round} clients per
-round, partition `{kind_of(experiment.clients.partition)}`, seed {experiment.seed}. Training data never left the
-clients; the run's `ledger.jsonl` lists all communication.{_computed(trained)}{_handed(experiment.model)}
-
-| metric on all test examples | value |
-|---|---|
-{found}
-
-```python
-from peft import PeftModel
-from transformers import {auto_class}
-
-{load}
-```
-"""
-
-
-def _computed(trained: TrainedRun) -> str:
-    """The card's note on the number format of training, where another one predicts slightly differently."""
-    compute = trained.recipe.local.compute
-    if compute == "fp32":
-        return ""
-    return (
-        f'\n\nIt was trained and evaluated with `compute = "{compute}"`: float32 weights under autocast. Without '
-        "autocast, or with weights in another format, predictions differ by rounding."
-    )
-
-
-def _handed(model: Model) -> str:
-    """The card's note on a base model that no path identifies reliably."""
-    if model.object is None:
-        return ""
-    whence = f", where it was loaded from {model.name}" if model.name else ""
-    return (
-        f"\n\nThe base model was passed from Python{whence}: class and fingerprint `{model.object.fingerprint}`. "
-        "The trained values belong to these weights; keep both if the weights were changed after loading."
-    )

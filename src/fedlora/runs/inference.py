@@ -39,6 +39,7 @@ class TrainedRun:
         state: the latest checkpoint, with its parameters as a client would receive them.
         workspace: the model with the checkpoint's parameters loaded.
         metrics: metrics at the end of the run; empty if it has not finished.
+        folder: the run's folder.
         notes: sentences about what has changed since it was trained.
     """
 
@@ -47,6 +48,7 @@ class TrainedRun:
     state: ServerState
     workspace: Workspace
     metrics: dict[str, float]
+    folder: Path
     notes: tuple[str, ...] = ()
 
     @property
@@ -138,4 +140,4 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
         f"now: put the old {name} back ({base.path})"
         for name in changed(manifest.get("fingerprints", {}), task.fingerprints)
     )
-    return TrainedRun(experiment, recipe, state, workspace, metrics, notes)
+    return TrainedRun(experiment, recipe, state, workspace, metrics, path, notes)

@@ -344,7 +344,7 @@ class Session:
             after, adapter = self._after(), None
             seconds = _seconds(self.rows) + time.perf_counter() - clock
         if adapter is None:
-            trained = TrainedRun(self.experiment, self._recipe(state), state, self.workspace, after)
+            trained = TrainedRun(self.experiment, self._recipe(state), state, self.workspace, after, files.path)
             adapter = export_run(files.path, trained)
         result = self._result(self.rows, after, seconds, adapter)
         if not held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -16,6 +17,7 @@ from rich.table import Column, Table
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData
 from fedlora.core.network import Network
+from fedlora.core.progress import LOG
 from fedlora.core.slots import kind_of
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.callbacks import Callback
@@ -42,14 +44,17 @@ def human_seconds(seconds: float) -> str:
 
 
 class Live(Callback):
-    """A progress bar with the latest metric, bytes so far and remaining time; plain lines without a terminal.
+    """Logs a line for each evaluation, and shows a bar with the latest metric, bytes so far and remaining time.
+
+    Rounds without an evaluation are logged as details (``DEBUG``), warnings once each.
 
     Args:
-        console: the console to print to.
+        console: where the bar is shown, if it is a terminal.
+        bar: whether to show it.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, bar: bool = True) -> None:
+        self._console, self._bar = console, bar and console.is_terminal
         self._progress: Progress | None = None
         self._rounds = self._done = self._sent = 0
         self._clock = 0.0
@@ -69,13 +74,12 @@ class Live(Callback):
         self._phases = [f"phase {number} {name}  " for number, name in enumerate(tunings)] if tunings[1:] else [""]
         self._warned = {warning for row in rows for warning in row.warnings}
         sizes = data.population.sizes()
-        self._console.print(
-            f"[bold]{escape(experiment.label)}[/bold]: {len(data.population)} clients with {sizes.min()} to "
-            f"{sizes.max()} examples, {experiment.clients.per_round} per round, {experiment.rounds} rounds on "
-            f"{data.device}" + (f"; resuming after round {self._done}" if rows else ""),
-            soft_wrap=True,
+        LOG.info(
+            f"{experiment.label}: {len(data.population)} clients with {sizes.min()} to {sizes.max()} examples, "
+            f"{experiment.clients.per_round} per round, {experiment.rounds} rounds on {data.device}"
+            + (f"; resuming after round {self._done}" if rows else "")
         )
-        if self._console.is_terminal:
+        if self._bar:
             self._progress = Progress(
                 TextColumn("round"),
                 MofNCompleteColumn(),
@@ -102,20 +106,17 @@ class Live(Callback):
         phase = self._phases[row.phase]
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=self._done, description=phase + text)
-        if row.metrics:
-            # printed above the bar, where there is one
-            self._console.print(
-                f"  round {self._done}/{self._rounds}  {escape(phase)}loss {row.loss:.3f}  {text}", soft_wrap=True
-            )
+        level = logging.INFO if row.metrics else logging.DEBUG
+        LOG.log(level, f"  round {self._done}/{self._rounds}  {phase}loss {row.loss:.3f}  {text}")
         # an untrained model that predicts one class only is no finding
         fresh = [one for one in row.warnings if one not in self._warned and (row.round or ONE_CLASS not in one)]
         self._warned.update(fresh)
         for warning in fresh:
-            self._console.print(f"  round {row.round}: {warning}", style="yellow", markup=False, soft_wrap=True)
+            LOG.warning(f"  round {row.round}: {warning}")
 
     def run_finished(self, result: Result) -> None:
         if result.stopped:
-            self._console.print(f"  ended after round {result.rounds}: {result.stopped}", markup=False, soft_wrap=True)
+            LOG.info(f"  ended after round {result.rounds}: {result.stopped}")
 
     def close(self) -> None:
         if self._progress:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 
 from fedlora.config.explain import explain
-from fedlora.config.reading import read_toml
+from fedlora.config.files import merged, naming, read
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Fraction, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.recipe.modes import MODES
@@ -221,12 +221,14 @@ _ADAPTER = TypeAdapter(Study)
 
 
 def load_study(path: Path) -> Study:
-    """Reads a study from a TOML file.
+    """Reads a study from a TOML or YAML file, which may extend others.
 
     Raises:
         ConfigError: there is no such file, or it names something that does not exist.
     """
-    return parse_study(read_toml(path))
+    document = read(path)
+    with naming(document):
+        return parse_study(document.values)
 
 
 def parse_study(document: Mapping[str, Any]) -> Study:
@@ -239,19 +241,6 @@ def parse_study(document: Mapping[str, Any]) -> Study:
         return _ADAPTER.validate_python(document)
     except ValidationError as error:
         raise ConfigError(explain(error, Study, "")) from error
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
-    """``base`` overridden by ``over``; tables are merged recursively, unless that of ``over`` has a different kind."""
-    found = dict(base)
-    for key, value in over.items():
-        held = found.get(key)
-        if isinstance(value, Mapping) and isinstance(held, Mapping):
-            alike = value.get("kind", held.get("kind")) == held.get("kind")
-            found[key] = merged(held, value) if alike else dict(value)
-        else:
-            found[key] = value
-    return found
 
 
 def _line(given: bool | tuple[str, ...] | Line) -> Line | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from fedlora.core.component import by_kind
 from fedlora.core.slots import Slot
 from fedlora.tasks.base import Evaluation, Model, Prepared, Task
+from fedlora.tasks.collated.task import Collated
 from fedlora.tasks.data.columns import Source
 from fedlora.tasks.data.rows import Rows
 from fedlora.tasks.data.sources import (
@@ -34,7 +35,13 @@ if TYPE_CHECKING:
     AnyTask = Task
 else:
     AnyTask = Annotated[
-        CausalLM | ImageClassification | Instruction | QuestionAnswering | TextClassification | TokenClassification,
+        CausalLM
+        | Collated
+        | ImageClassification
+        | Instruction
+        | QuestionAnswering
+        | TextClassification
+        | TokenClassification,
         Slot("task", Task),
     ]
 """Any task, discriminated by ``kind``."""
@@ -48,6 +55,7 @@ __all__ = [
     "AnySource",
     "AnyTask",
     "CausalLM",
+    "Collated",
     "DocstringQuestions",
     "Docstrings",
     "Evaluation",

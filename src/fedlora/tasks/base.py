@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from fedlora.core.component import MODEL_CONFIG, dataclass
+from fedlora.core.component import MODEL_CONFIG, Field, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.handed import HandedField, with_keywords
 from fedlora.tasks.data.columns import Source, check_column, check_rows, check_texts, fingerprint, typed, values_of
@@ -24,7 +24,7 @@ from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.fingerprints import base_digest
 from fedlora.tasks.models.gguf import as_folder, smollm2
-from fedlora.tasks.models.objects import converted, origin_of
+from fedlora.tasks.models.objects import converted
 
 if TYPE_CHECKING:
     import datasets
@@ -68,6 +68,8 @@ class Model:
             file of a causal language model; ``embedded`` for the all-MiniLM-L6-v2 that the extra ``demo`` installs; or
             ``smollm2`` for the SmolLM2-135M-Instruct of the extra ``llm``.
         revision: a hub revision.
+        hub_id: the hub id of a model that is read from a local folder, for exports and their model cards; no part of
+            the run's digest.
         trust_remote_code: whether code shipped with a model may run.
         attention: the attention kernel; ``auto`` uses fedlora's own on a CPU (see ``tasks.cpu.attend``), otherwise the
             default of ``transformers``.
@@ -87,6 +89,7 @@ class Model:
 
     path: str = "embedded"
     revision: str | None = None
+    hub_id: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
     trust_remote_code: bool = False
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     load: Literal["full", "8bit", "4bit", "4bit_double"] = "full"
@@ -100,13 +103,6 @@ class Model:
     @classmethod
     def _converted(cls, given: Any) -> Any:
         return with_keywords(given, converted)
-
-    @property
-    def name(self) -> str:
-        """The hub id or folder from which the same model can be loaded; empty if unknown."""
-        if self.object:
-            return origin_of(self.object)
-        return HUB_IDS.get(self.path, self.path)
 
     def resolve(self) -> str:
         """The path or hub id to load from.
@@ -308,8 +304,10 @@ class Prepared(ABC):
     @property
     def load_arguments(self) -> str:
         """The arguments besides a path that ``from_pretrained`` needs for the base model, as source text, for model
-        cards."""
-        return ", num_labels=NUM_LABELS" if self.auto_class.endswith("Classification") else ""
+        cards; ``names`` are the classes by number."""
+        if not self.auto_class.endswith("Classification"):
+            return ""
+        return ", id2label=names, label2id={name: n for n, name in names.items()}" if self._names else ", num_labels=1"
 
     @property
     def fingerprint(self) -> str:

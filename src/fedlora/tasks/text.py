@@ -193,8 +193,8 @@ class PreparedText(PreparedTokenized):
         An input is a text, or a pair of texts as JSON: ``["a text", "another"]``.
         """
         results: list[dict[str, Any]] = []
-        for first in range(0, len(inputs), self.settings.eval_batch_size):
-            part = [_text_or_pair(one) for one in inputs[first : first + self.settings.eval_batch_size]]
+        for chosen in chunks(np.arange(len(inputs)), self.settings.eval_batch_size):
+            part = [_text_or_pair(inputs[number]) for number in chosen]
             batch = self.tokenizer(
                 part, truncation=True, max_length=self.settings.max_length, padding=True, return_tensors="pt"
             )

@@ -34,6 +34,7 @@ def save_lora(
     folder: Path,
     task_type: str | None = "SEQ_CLS",
     root: str = "",
+    revision: str | None = None,
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -45,12 +46,13 @@ def save_lora(
         installed: the model it is installed in.
         init: the parameters before training.
         params: the parameters after training.
-        base: name or path of the base model.
+        base: the name of the base model, preferably its hub id.
         folder: where to write.
         task_type: ``SEQ_CLS``, ``TOKEN_CLS``, ``QUESTION_ANS``, ``CAUSAL_LM``, or None if ``peft`` has no name for the
             task, as for images.
         root: the prefix of the backbone's names, such as ``bert.``, for an adapter on the backbone alone; everything
             outside the backbone is then left out.
+        revision: the hub revision of the base model.
 
     Raises:
         ConfigError: no ``peft`` adapter computes the same function.
@@ -74,11 +76,10 @@ def save_lora(
         modules_to_save=_saved(installed, head, root) or None,
         fan_in_fan_out=any(layer.transposed and not isinstance(layer, LoRAEmbedding) for layer in layers.values()),
         task_type=task_type,
-        base_model_name_or_path=base,
         inference_mode=True,
     )
     settings.save_pretrained(str(folder))
-    _sort_sets(folder, settings)
+    _complete(folder, settings, base, revision)
     tensors = {name: value.contiguous() for name, value in to_peft(factors | head, installed.model).items()}
     save_file(_on_backbone(tensors, root), folder / _FILE, metadata={"format": "pt"})
 
@@ -138,19 +139,28 @@ def dilated(installed: Installed) -> list[str]:
     return [name for name, layer in layers.items() if isinstance(layer, LoRAConv) and max(layer.dilation) > 1]
 
 
-def save_peft(installed: Installed, folder: Path, task_type: str | None = None, root: str = "") -> None:
+def save_peft(
+    installed: Installed,
+    base: str,
+    folder: Path,
+    task_type: str | None = None,
+    root: str = "",
+    revision: str | None = None,
+) -> None:
     """Writes the adapter that ``peft`` itself installed, with the values currently in the model.
 
     Args:
         installed: the model.
+        base: the name of the base model, preferably its hub id.
         folder: where to write.
         task_type: with ``root``, the task named in the configuration.
         root: see ``save_lora``.
+        revision: the hub revision of the base model.
     """
     model = installed.model
     assert isinstance(model, peft.PeftModel)
     model.save_pretrained(str(folder))
-    _sort_sets(folder, model.peft_config[model.active_adapter])
+    _complete(folder, model.peft_config[model.active_adapter], base, revision)
     if not root:
         return
     save_file(_on_backbone(load_file(folder / _FILE), root), folder / _FILE, metadata={"format": "pt"})
@@ -166,9 +176,10 @@ def save_peft(installed: Installed, folder: Path, task_type: str | None = None, 
     file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _sort_sets(folder: Path, settings: peft.PeftConfig) -> None:
-    """Sorts the entries that ``peft`` keeps as sets, whose order differs from process to process."""
+def _complete(folder: Path, settings: peft.PeftConfig, base: str, revision: str | None) -> None:
+    """Names the base model, and sorts the entries that ``peft`` keeps as sets, whose order differs by process."""
     file = folder / _SETTINGS
     values = json.loads(file.read_text(encoding="utf-8"))
+    values |= {"base_model_name_or_path": base, "revision": revision}
     values |= {name: sorted(value) for name, value in vars(settings).items() if isinstance(value, set)}
     file.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")

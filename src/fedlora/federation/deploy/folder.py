@@ -8,7 +8,7 @@ from typing import Annotated, Self
 
 import tomli_w
 
-from fedlora.config.reading import read_toml
+from fedlora.config.files import naming, read
 from fedlora.core.component import MODEL_CONFIG, Field, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy.file_templates import PROXY, README, SITE, SITE_README
@@ -50,7 +50,9 @@ class ServerConfig:
                 f"{file} does not exist; `fedlora federation init DIR --sites N` writes a federation, and "
                 "--federation DIR/server names its server's folder"
             )
-        return parse_as(cls, read_toml(file), file)
+        document = read(file)
+        with naming(document):
+            return parse_as(cls, document.values, file)
 
 
 def public_keys(folder: Path, config: ServerConfig) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedlora.config.reading import read_toml
+from fedlora.config.files import naming, read
 from fedlora.core.component import MODEL_CONFIG, Count, Field, NonNegative, Positive, Whole, dataclass
 from fedlora.core.devices import DeviceName
 from fedlora.core.errors import ConfigError
@@ -176,16 +177,18 @@ class SiteConfig:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads a site's TOML file; paths in it are relative to its folder.
+        """Reads a site's TOML or YAML file; paths in it are relative to its folder.
 
         Raises:
             ConfigError: it cannot be read, or contains unknown keys or values.
         """
-        values = read_toml(path)
+        document = read(path, _carried)
+        values = document.values
         for key in ("rows", "state"):
             if key in values or key == "state":
                 values[key] = str(path.parent / Path(str(values.get(key, "state"))).expanduser())
-        return parse_as(cls, values, path)
+        with naming(document):
+            return parse_as(cls, values, path)
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -213,6 +216,14 @@ class ServerPolicy:
     attempts: Count = 3
     max_weight: Annotated[float, Field(ge=1)] = 2.0
     max_examples: Count | None = None
+
+
+def _carried(values: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """A site's settings for a file in another folder: its rows stay where they are."""
+    rows = values.get("rows")
+    if not isinstance(rows, str) or not (source / rows).exists():
+        return values
+    return {**values, "rows": os.path.relpath(source / rows, target)}
 
 
 def parse_as(kind: type[T], values: dict[str, Any], path: Path) -> T:

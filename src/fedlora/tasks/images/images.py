@@ -170,8 +170,8 @@ class PreparedImages(Prepared):
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: paths of pictures; each class's probability, the likeliest first."""
         results: list[dict[str, Any]] = []
-        for first in range(0, len(inputs), self.settings.eval_batch_size):
-            paths = inputs[first : first + self.settings.eval_batch_size]
+        for chosen in chunks(np.arange(len(inputs)), self.settings.eval_batch_size):
+            paths = [inputs[number] for number in chosen]
             pixels = [self.processor.resize(decode(read_picture(path, f"'{path}'"), f"'{path}'")) for path in paths]
             batch = self.processor.normalise(torch.from_numpy(np.stack(pixels)).to(device))
             results += scores.said(model(pixel_values=batch).logits, self.settings.problem, self._names)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.later import transformers
+from fedlora.core.progress import counted
 from fedlora.tasks.models.loading import positions, quiet_transformers
 
 
@@ -68,8 +69,7 @@ def generate(
     )
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     result: list[list[int]] = [[] for _ in prompts]
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
+    for chosen in counted([order[first : first + batch_size] for first in range(0, len(order), batch_size)]):
         width = len(prompts[chosen[-1]])
         gaps = [width - len(prompts[number]) for number in chosen]
         inputs = [[tokenizer.pad_token_id] * gap + list(prompts[n]) for gap, n in zip(gaps, chosen, strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from fedlora.core.files import new_file
 from fedlora.core.later import transformers
+from fedlora.core.progress import LOG, counted, stage
 from fedlora.tasks.models.objects import forget_last_call
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def ranges(offsets: NDArray[np.int64], rows: Positions) -> Positions:
 
 
 def chunks(values: Positions, size: int) -> Iterator[Positions]:
-    """``size`` of ``values`` at a time."""
-    return (values[first : first + size] for first in range(0, len(values), size))
+    """``size`` of ``values`` at a time, with progress reported."""
+    return counted([values[first : first + size] for first in range(0, len(values), size)])
 
 
 def width_of(longest: int, limit: int, pad_to: int | None) -> int:
@@ -162,6 +162,7 @@ def cached(tokenizer: Any, content: str, settings: Mapping[str, Any], make: Call
         pass
     except (OSError, ValueError, SafetensorError):
         made_anew(path)
+    stage("tokenising the texts")
     result = make()
     # failing to write the cache only costs time
     with contextlib.suppress(OSError), new_file(path) as temporary:
@@ -171,7 +172,7 @@ def cached(tokenizer: Any, content: str, settings: Mapping[str, Any], make: Call
 
 def made_anew(path: Path) -> None:
     """Reports that a cached file is damaged, and is made anew."""
-    logging.getLogger("fedlora").warning("the cached file %s is damaged, and is made anew", path)
+    LOG.warning("the cached file %s is damaged, and is made anew", path)
 
 
 def _read(path: Path) -> Arrays:
