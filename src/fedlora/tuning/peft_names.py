@@ -18,6 +18,11 @@ PEFT_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.*)\.lora_(?:embedding_)?(?P<side>[AB]|magnitude_vector)(?:\.default)?(?:\.weight)?")
 
 
+def ending_of(key: str) -> str:
+    """A key of a ``rank_pattern`` or ``alpha_pattern`` of ``peft`` as the end of a name, if it is no more than that."""
+    return key.removeprefix("^").replace("\\.", ".")
+
+
 def from_peft(state: Mapping[str, Tensor]) -> Tree:
     """Converts a PEFT LoRA state dict to fedlora's names, with every factor as a matrix.
 

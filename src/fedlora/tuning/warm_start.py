@@ -18,7 +18,7 @@ from fedlora.core.errors import ConfigError, first_line
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
 from fedlora.tuning.lora import LoRA
-from fedlora.tuning.peft_names import from_peft
+from fedlora.tuning.peft_names import ending_of, from_peft
 from fedlora.tuning.targets import check_endings, of_ending
 
 _SETTINGS, _TENSORS, _HEAD = "adapter_config.json", "adapter_model.safetensors", Path("2_Dense", "model.safetensors")
@@ -89,7 +89,7 @@ def _settings(folder: Path, tuning: LoRA) -> Mapping[str, Any]:
         settings = dict(json.loads((folder / _SETTINGS).read_text("utf-8")))
         kind, dora = settings.get("peft_type"), bool(settings.get("use_dora"))
         alphas = (settings.get("alpha_pattern") or {}).items()
-        settings["alpha_pattern"] = {_ending(key): float(value) for key, value in alphas}
+        settings["alpha_pattern"] = {ending_of(key): float(value) for key, value in alphas}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder / _SETTINGS} cannot be read ({first_line(error)}): fetch it again") from error
     if kind != "LORA":
@@ -104,11 +104,6 @@ def _settings(folder: Path, tuning: LoRA) -> Mapping[str, Any]:
         )
     check_endings(f"alpha_pattern of {folder / _SETTINGS}", settings["alpha_pattern"])
     return settings
-
-
-def _ending(key: str) -> str:
-    """A key of ``peft``'s patterns as the end of a name, if it is no more than that."""
-    return key.removeprefix("^").replace("\\.", ".")
 
 
 def _tensors(folder: Path) -> Tree:
