@@ -50,18 +50,7 @@ def lora_of(model: Any) -> LoRA:
             f"the model has adapters of {kinds}, but one of LoraConfig was expected: pass the plain model, and "
             "name a method"
         )
-    default = dataclasses.asdict(peft.LoraConfig())
-    for name, value in dataclasses.asdict(config).items():
-        if name not in (*_TAKEN, *_RECORDS) and (value or None) != (default[name] or None):
-            raise ConfigError(
-                f"LoraConfig.{name} = {str(value)[:60]!r} has no counterpart in fedlora.LoRA: leave it out, or pass "
-                "the plain model and method=fedlora.fedavg(tuning=fedlora.Peft.of(config))"
-            )
-    if any(bool(value.any()) for name, value in model.named_parameters() if ".lora_B." in name):
-        raise ConfigError(
-            "the adapter of the model is trained already, but each run starts from fresh ones: save it with "
-            "save_pretrained, pass a Trainer with a fresh one, and set init_from to that folder"
-        )
+    _check_taken(model, config)
     targets, layers = config.target_modules, config.layers_to_transform
     tuning = LoRA(
         rank=config.r,
@@ -78,16 +67,32 @@ def lora_of(model: Any) -> LoRA:
     return tuning
 
 
+def _check_taken(model: Any, config: peft.LoraConfig) -> None:
+    """Refuses settings that ``LoRA`` has not, and an adapter that is trained."""
+    default = dataclasses.asdict(peft.LoraConfig())
+    for name, value in dataclasses.asdict(config).items():
+        if name not in (*_TAKEN, *_RECORDS) and (value or None) != (default[name] or None):
+            raise ConfigError(
+                f"LoraConfig.{name} = {str(value)[:60]!r} has no counterpart in fedlora.LoRA: leave it out, or pass "
+                "the plain model and method=fedlora.fedavg(tuning=fedlora.Peft.of(config))"
+            )
+    if any(bool(value.any()) for name, value in model.named_parameters() if ".lora_B." in name):
+        raise ConfigError(
+            "the adapter of the model is trained already, but each run starts from fresh ones: save it with "
+            "save_pretrained, pass a Trainer with a fresh one, and set init_from to that folder"
+        )
+
+
 def _check_ranks(model: Any, tuning: LoRA) -> None:
     """Refuses patterns that ``peft`` reads in another way: it takes the first key that fits, not the longest."""
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
-            module_name = name.removeprefix(PEFT_PREFIX)
-            rank = of_ending(module_name, tuning.rank_pattern, tuning.rank)
+            short = name.removeprefix(PEFT_PREFIX)
+            rank = of_ending(short, tuning.rank_pattern, tuning.rank)
             (own,), (scale,) = module.r.values(), module.scaling.values()
-            if own != rank or not math.isclose(scale, tuning.scale_of(module_name, rank)):
+            if own != rank or not math.isclose(scale, tuning.scale_of(short, rank)):
                 raise ConfigError(
-                    f"LoraConfig gives {module_name} the rank {own} and the scale {scale:g}, but the longest key of "
+                    f"LoraConfig gives {short} the rank {own} and the scale {scale:g}, but the longest key of "
                     "its patterns that fits gives others: leave only that key for it"
                 )
 
