@@ -21,7 +21,7 @@ from fedlora.recipe.local import AdamW, Local
 from fedlora.rounds.round import run_round
 from fedlora.tasks import Model
 from fedlora.tuning import LoRA
-from fedlora.tuning.lora import to_peft
+from fedlora.tuning.peft_names import to_peft
 
 LENGTH, RANK, BATCH, RATE = 128, 16, 16, 3e-3
 NUM_CLIENTS = 20

@@ -78,6 +78,10 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "orthogonal": {"tuning": LoRA(rank=4, init=Orthogonal())},
         "svd_of_weight": {"tuning": LoRA(rank=4, init=SvdOfWeight())},
         "svd_of_delta": {"tuning": LoRA(rank=4, init=SvdOfDelta())},
+        "rslora": {"tuning": LoRA(rank=4, alpha=8.0, rslora=True)},
+        "dora": {"tuning": LoRA(rank=4, dora=True)},
+        "ranks by module": {"tuning": LoRA(rank=4, rank_pattern={"value": 2}, alpha_pattern={"query": 8.0})},
+        "one layer": {"tuning": LoRA(rank=4, layers_to_transform=(1,))},
         "train B": {"tuning": LoRA(rank=4, train="B")},
         "train alternate": {"tuning": LoRA(rank=4, train="alternate")},
     },
@@ -132,6 +136,7 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
     "local": {
         "client sgd": {"local": {"optimizer": ClientSgd(lr=0.05)}},
         "keep_optimizer": {"local": {"keep_optimizer": True}},
+        "accumulate": {"local": {"accumulate": 3}},
         "proximal": {"local": {"proximal": 0.01}},
         "clip_norm": {"local": {"clip_norm": 1.0}},
         "bf16": {"local": {"compute": "bf16"}},

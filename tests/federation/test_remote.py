@@ -45,6 +45,12 @@ OTHERS = {
     ),
     "optimizer": ("full", *FEDAVG, "method.local.keep_optimizer=true"),
     "folds remembered": ("full", *FEDAVG, "method.aggregator.kind='product_exact'"),
+    "folds of unequal ranks": (
+        "flora",
+        "method.tuning.rank_pattern={value=2}",
+        "method.tuning.alpha_pattern={query=8.0}",
+    ),
+    "dora": ("flasc", "method.tuning.dora=true", "method.memory='last_round'"),
     "tiers": ("lora", "clients.tiers=[{name='weak', share=0.5, rank=1}, {name='strong', share=0.5}]"),
     "private": (
         "full",

@@ -31,6 +31,7 @@ from fedlora.server.aggregate import SvdRedistribute
 from fedlora.testing import schema_of, toy_task
 from fedlora.transport import Link, Quota, RankSlice, TopK, Uniform
 from fedlora.tuning import LoRA, SvdOfWeight
+from fedlora.tuning.dora import MAGNITUDE
 
 world = pytest.fixture(scope="module")(tiny_world)
 NAMES = [f"c{i}" for i in range(7)]
@@ -153,8 +154,13 @@ def test_the_bytes_of_tiers_are_told_before(world: Path, tmp_path: Path) -> None
     assert phase.all_bytes == pytest.approx(sent, rel=0.1)  # six clients a round are not quite half and half
 
 
-def test_a_client_of_a_lower_rank_gets_it_trains_it_and_sends_it() -> None:
-    (phase,) = fedavg(rounds=3, tuning=LoRA(rank=4), local=LOCAL)
+@pytest.mark.parametrize(
+    ("tuning", "share"),
+    [(LoRA(rank=4), 0.3), (LoRA(rank=4, rank_pattern={"value": 1}), 0.5), (LoRA(rank=4, dora=True, rslora=True), 0.5)],
+    ids=["lora", "unequal ranks", "dora"],
+)
+def test_a_client_of_a_lower_rank_gets_it_trains_it_and_sends_it(tuning: LoRA, share: float) -> None:
+    (phase,) = fedavg(rounds=3, tuning=tuning, local=LOCAL)
     federation = Federation((phase,))
     state = federation.go_on(federation.start(), 1)
     tier = Tier(name="small", rank=1, share=1.0)
@@ -171,8 +177,11 @@ def test_a_client_of_a_lower_rank_gets_it_trains_it_and_sends_it() -> None:
             assert not start[name][:, 1:].any()
             assert not moved[:, 1:].any()
             assert moved[:, :1].any()
+        elif name.endswith(MAGNITUDE):
+            assert start[name].all()
+            assert moved.any()
     whole = federation.rows[0].up_bytes["adapter"] / 3
-    assert row.up_bytes["adapter"] < 0.3 * whole  # the rest is not even told to be zero
+    assert row.up_bytes["adapter"] < share * whole  # the rest is not even told to be zero
     assert row.tiers["small"]["clients"] == {"num": 1}
 
 

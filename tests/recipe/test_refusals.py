@@ -78,6 +78,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "example_noise_with_shrink": {"local": EXAMPLES, "shrink": RankPruning()},
     "noise_without_uniform_mean": {"privacy": NOISE, "aggregator": Mean(weighting="examples")},
     "products_without_factors": {"tuning": Full(), "aggregator": SparsityWeighted()},
+    "products_of_dora": {"tuning": LoRA(dora=True), "aggregator": ProductExact()},
     "factors_rebuilt_and_stepped": {"aggregator": SvdRedistribute(), "server": Sgd(lr=0.5)},
     "both_factors_rebuilt": {"tuning": FROZEN_A, "aggregator": SvdRedistribute()},
     "reinitialised_without_seed": {"tuning": LoRA(init=Orthogonal()), "aggregator": Stack()},

@@ -129,7 +129,8 @@ def test_the_arguments_are_those_of_local_training(world: Path) -> None:
     experiment = fedlora.from_trainer(trainer, clients=18)
     local = experiment.phases[0].recipe.local
     assert local.optimizer == AdamW(lr=1e-2, beta2=0.95, weight_decay=0.1)
-    assert (local.batch_size, local.clip_norm, local.dropout, local.compute) == (8, 0.5, True, "bf16")
+    assert (local.batch_size, local.accumulate, local.clip_norm, local.dropout) == (8, 2, 0.5, True)
+    assert local.compute == "bf16"
     # 9 of the 4 * 72 / 8 steps
     assert local.schedule == fedlora.Schedule(shape="cosine", warmup=0.25)
     assert (experiment.seed, experiment.device, experiment.label) == (7, "cpu", "flasc")
@@ -206,6 +207,25 @@ def test_an_adapter_of_peft_is_the_tuning(world: Path, tmp_path: Path) -> None:
         fedlora.from_trainer(trainer, clients=3, method="full")
 
 
+def test_further_settings_of_an_adapter_are_those_of_the_tuning(world: Path, tmp_path: Path) -> None:
+    patterns: dict[str, Any] = {
+        "rank_pattern": {"value": 2},
+        "alpha_pattern": {r"^bert\.encoder.layer.1.attention.self.query": 3},
+    }
+    further: dict[str, Any] = {"use_rslora": True, "use_dora": True, "layers_to_transform": 1, **patterns}
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=["query", "value"], **further)
+    trainer = make(world, model=peft.get_peft_model(bert(world), config), num_train_epochs=1)
+    experiment = fedlora.from_trainer(trainer, clients=3, method="lora")
+    assert experiment.phases[0].recipe.tuning == fedlora.LoRA(
+        rank=4, alpha=6, targets=("query", "value"), rslora=True, dora=True, layers_to_transform=(1,),
+        rank_pattern={"value": 2}, alpha_pattern={"bert.encoder.layer.1.attention.self.query": 3},
+    )  # fmt: skip
+    result = fedlora.run(experiment, tmp_path / "run")
+    assert result.adapter
+    settings = peft.PeftConfig.from_pretrained(str(result.adapter))
+    assert (settings.use_rslora, settings.use_dora, settings.layers_to_transform) == (True, True, [1])
+
+
 def test_a_head_that_peft_leaves_frozen_stays_frozen(world: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["query"])
     trainer = make(world, model=peft.get_peft_model(bert(world), config))
@@ -215,7 +235,9 @@ def test_a_head_that_peft_leaves_frozen_stays_frozen(world: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, r"LoraConfig\.use_dora = 'True' has no counterpart"),
+        ({"exclude_modules": ["key"]}, r"LoraConfig\.exclude_modules = .* has no counterpart"),
+        ({"rank_pattern": {"quer.": 2}}, r"rank_pattern has 'quer\.', which is no name"),
+        ({"rank_pattern": {"query": 2, "0.attention.self.query": 3}}, "the rank 2 and the scale 4, but"),
         ({"bias": "all"}, r"LoraConfig\.bias = 'all' has no counterpart"),
         ({"modules_to_save": ["pooler"]}, r"modules_to_save trains .*, but not all of the head"),
     ],

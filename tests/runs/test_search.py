@@ -211,6 +211,7 @@ def test_a_search_that_was_stopped_goes_on_and_says_the_same(
         ("full", (), BOUNDS, "varies the rank of LoRA"),
         ("slora", (), BOUNDS, "in one phase"),
         ("flasc", ("mode='centralised'",), BOUNDS, "only a federation sends"),
+        ("flasc", ("method.tuning.rank_pattern={query=2}",), BOUNDS, "the same rank of all adapters"),
         ("flasc", (), BOUNDS._replace(client_bytes=100.0), "above the budget of 100"),
         ("flasc", (), BOUNDS._replace(density=0.0), "above 0 and at most 1"),
         ("flasc", (), BOUNDS._replace(rank=8), "above --max-rank 4"),

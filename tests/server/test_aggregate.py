@@ -176,6 +176,33 @@ def test_stack_leaves_out_ranks_that_a_client_does_not_have() -> None:
     torch.testing.assert_close(folded(change), mean_product(updates, "uniform"), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind, rule in AGGREGATORS.items() if rule.needs_factors])
+def test_modules_may_have_unequal_ranks(kind: str) -> None:
+    wide, narrow = (
+        cohort(4),
+        (params_of(10, 2), [Update(params_of(10, 2), params_of(11 + k, 2), 1.0) for k in range(4)]),
+    )
+
+    def both(one: Tree, other: Tree) -> Tree:
+        return one | {name.replace("m.", "n."): value for name, value in other.items() if name.startswith("m.")}
+
+    updates = [
+        Update(both(one.start, two.start), both(one.delta, two.delta), 1.0)
+        for one, two in zip(wide[1], narrow[1], strict=True)
+    ]
+    change = combined(VALUES[kind], updates, both(wide[0], narrow[0]))
+    assert len({len(a) for _, a in change.fold.factors.values()}) <= 1  # one rank is announced for all modules
+    for module, (params, own) in {"m.": wide, "n.": narrow}.items():
+        alone = combined(VALUES[kind], [one._replace(weight=1.0) for one in own], params)
+        found = {f"m.{name.removeprefix(module)}": v for name, v in change.delta.items() if name.startswith(module)}
+        fold = change.fold.factors.get(module.rstrip("."), (torch.zeros(5, 1), torch.zeros(1, 7)))
+        if kind != "sparsity_weighted":  # whose weights are of all modules together
+            for name, value in found.items():
+                torch.testing.assert_close(value, alone.delta[name], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(fold[0].double() @ fold[1].double(), folded(alone), rtol=1e-5, atol=1e-5)
+        assert {name: value.shape for name, value in found.items()} == {n: params[n].shape for n in found}
+
+
 @pytest.mark.parametrize("case", ["no energy", "one rank", "equal values"])
 def test_svd_redistribute_is_stable_where_singular_values_vanish_or_repeat(case: str) -> None:
     params = {"m.lora_A": torch.eye(3, 7), "m.lora_B": torch.zeros(5, 3)}

@@ -30,6 +30,7 @@ from fedlora.tasks.models.loading import head_names
 from fedlora.testing import equal_population, tiny_model, toy_task
 from fedlora.tuning import Bottleneck, Full, LoRA, Orthogonal, Peft, SparseMask, SvdOfDelta, SvdOfWeight, Tuning
 from fedlora.tuning.bottleneck import BottleneckLinear
+from fedlora.tuning.dora import DoRALinear
 from fedlora.tuning.lora_layer import lora_layer
 
 # peft reads a name that transformers 5 has changed
@@ -106,6 +107,9 @@ def test_an_adapter_computes_where_its_matrix_is(kind: str) -> None:
         layer = lora_layer(old, 2, 0.5, 0.1).train()
         assert (layer.lora_A.dtype, layer.lora_B.dtype) == (torch.float32, torch.float32)
         assert layer(inputs).device.type == "cuda"
+        if kind in ("linear", "transposed"):
+            dora = DoRALinear(old, 2, 0.5, 0.1).train()
+            assert dora.lora_magnitude_vector.device.type == dora(inputs).device.type == "cuda"
 
 
 @pytest.mark.parametrize("kind", ["linear", "transposed", "quantised"])
@@ -133,10 +137,13 @@ PHASES: dict[str, dict[str, Any]] = {
     "lora": {"tuning": LoRA(rank=3, targets="all-linear", dropout=0.2)},
     "alternate": {"tuning": LoRA(rank=3, init=Orthogonal(), train="alternate")},
     "svd": {"tuning": LoRA(rank=3, init=SvdOfWeight())},
+    "dora": {"tuning": LoRA(rank=3, init=SvdOfWeight(), dora=True, dropout=0.2)},
+    "ranks": {"tuning": LoRA(rank=3, rank_pattern={"value": 2}, alpha_pattern={"query": 8.0}, rslora=True)},
     "rest": {"tuning": LoRA(rank=3, init=SvdOfDelta(fold="rest"))},
     "fedex": {"tuning": LORA, "aggregator": ProductExact()},
     "flora": {"tuning": LORA, "aggregator": Stack()},
-    "ranks": {"tuning": LORA, "aggregator": SparsityWeighted(), "shrink": RankPruning(keep=0.5)},
+    "shrunk": {"tuning": LORA, "aggregator": SparsityWeighted(), "shrink": RankPruning(keep=0.5)},
+    "parts": {"tuning": LORA, "local": {"accumulate": 3}},
     "pruned": {"tuning": LORA, "prune": Prune(density=0.5)},
     "bottleneck": {"tuning": Bottleneck(width=2)},
     "full": {"tuning": Full()},
@@ -175,7 +182,11 @@ def phase(device: torch.device, family: str, settings: dict[str, Any]) -> tuple[
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [*((name, "bert") for name in PHASES), ("lora", "gpt2"), ("sparse_mask", "gpt2"), ("lora", "vit"), ("full", "vit")],
+    [
+        *((name, "bert") for name in PHASES),
+        *((name, "gpt2") for name in ("lora", "dora", "sparse_mask")),
+        *((name, "vit") for name in ("lora", "full")),
+    ],
 )
 def test_a_phase_on_a_device_is_that_on_the_cpu(name: str, family: str) -> None:
     params, metrics = phase(CPU, family, PHASES[name])

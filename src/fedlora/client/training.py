@@ -20,8 +20,8 @@ from fedlora.core.errors import TrainingError
 from fedlora.core.schema import Schema
 from fedlora.core.state import Folds, named_seed
 from fedlora.core.tree import Tree
-from fedlora.recipe.gradients import GradientSource, Proximal
-from fedlora.tasks.base import Positions
+from fedlora.recipe.gradients import GradientSource, Losses, Proximal
+from fedlora.tasks.base import Batch, Positions
 from fedlora.tasks.models.checkpointing import checkpointing_without_dropout
 from fedlora.tuning import Installed
 from fedlora.tuning.lora import lora_layers
@@ -122,13 +122,13 @@ def _take_steps(
     masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
     penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
 
+    def loss(batch: Batch) -> Tensor:
+        with workspace.autocast(local.compute):
+            return task.loss(model, batch)
+
     # in the order in which `gradients` passes them
     ahead = task.batches([part for chosen in batches for part in source.passes(chosen)], device)
-
-    def loss_of(chosen: Positions) -> Tensor:
-        with workspace.autocast(local.compute):
-            return task.loss(model, next(ahead))
-
+    loss_of = Losses(loss, task.num_terms, ahead)
     losses = []
     with workspace.kernels(), torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
         # torch.manual_seed() formats a stack trace for each kind of accelerator that is absent

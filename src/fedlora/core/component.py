@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Any, get_args
 
 from pydantic import ConfigDict, Field
@@ -19,6 +21,7 @@ __all__ = [
     "Whole",
     "by_kind",
     "dataclass",
+    "without_defaults",
 ]
 
 MODEL_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -43,3 +46,24 @@ Part = Annotated[float, Field(ge=0, lt=1)]
 def by_kind(union: Any) -> dict[str, Any]:
     """The classes of ``Annotated[A | B, Slot(...)]`` by their ``kind``, in its order."""
     return {cls.kind: cls for cls in get_args(get_args(union)[0])}
+
+
+def without_defaults(value: Any, write: Callable[[Any], dict[str, Any]], later: tuple[str, ...]) -> dict[str, Any]:
+    """A component as TOML values, without the keys of ``later`` that have their defaults.
+
+    Versions without these keys wrote the same, so that configurations keep their digests. For a component's wrapping
+    ``model_serializer``.
+
+    Args:
+        value: the component.
+        write: pydantic's own serializer.
+        later: keys that were added after the component was first released.
+    """
+    written = write(value)
+    fields = {field.name: field for field in dataclasses.fields(value)}
+    for name in later:
+        field = fields[name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if getattr(value, name) == default:
+            written.pop(name, None)
+    return written

@@ -48,11 +48,11 @@ class ExampleNoise:
 
     @property
     def repeatable(self) -> bool:
-        """See ``Backward.repeatable``."""
+        """See ``Passes.repeatable``."""
         return self.seed is not None
 
     def draws(self, turn: int) -> torch.Generator | None:
-        """See ``Backward.draws``."""
+        """See ``Passes.draws``."""
         return None if self.seed is None else generator(named_seed(self.seed, "examples", turn))
 
     def batches(
@@ -63,7 +63,7 @@ class ExampleNoise:
         return [rows[uniform(len(rows), draws) < chance] for _ in range(num_steps)]
 
     def passes(self, chosen: Positions) -> list[Positions]:
-        """See ``Backward.passes``: one example each."""
+        """See ``Passes.passes``: one example each."""
         return [np.array([row]) for row in chosen]
 
     def gradients(
@@ -75,7 +75,7 @@ class ExampleNoise:
         draws: torch.Generator | None,
         penalty: Callable[[], Tensor | float] = float,
     ) -> Tensor:
-        """See ``Backward.gradients``; the loss stays on the client."""
+        """See ``Passes.gradients``; the loss stays on the client."""
         moving = [value for value in values if value.requires_grad]
         sums = [torch.zeros_like(value) for value in moving]
         losses = []
@@ -102,7 +102,7 @@ class ExampleNoise:
         return torch.stack(losses).mean() if losses else torch.zeros((), device=values[0].device)
 
     def kept(self, start: Tree, schema: Schema) -> Tree:
-        """See ``Backward.kept``: ranks of which the client received neither factor have no gradient, only noise."""
+        """See ``Passes.kept``: ranks of which the client received neither factor have no gradient, only noise."""
         masks = {name: torch.ones((), dtype=torch.bool) for name in start}
         for a, b, _ in schema.pairs:
             sent = start[a].any(1) | start[b].any(0)

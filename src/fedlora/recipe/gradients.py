@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fedlora.core.errors import TrainingError
 from fedlora.core.schema import Schema
 from fedlora.core.state import generator, named_seed
 from fedlora.core.tree import Tree
 from fedlora.privacy.examples import ExampleNoise
 
 if TYPE_CHECKING:
-    from fedlora.tasks.base import Positions
+    from fedlora.tasks.base import Batch, Positions
+
+
+class Losses:
+    """Computes the mean losses of successive batches.
+
+    Args:
+        loss: the mean loss of a batch.
+        num_terms: the number of terms of that mean.
+        batches: the batches, in the order in which a gradient source passes them.
+    """
+
+    def __init__(
+        self, loss: Callable[[Batch], Tensor], num_terms: Callable[[Batch], int], batches: Iterator[Batch]
+    ) -> None:
+        self._loss, self._num_terms, self._batches = loss, num_terms, batches
+        self._latest: Batch = {}
+
+    @property
+    def terms(self) -> int:
+        """The number of terms of the latest mean."""
+        return self._num_terms(self._latest)
+
+    def __call__(self, chosen: Positions) -> Tensor:
+        """The mean loss of the next batch, that of the examples ``chosen``."""
+        self._latest = next(self._batches)
+        return self._loss(self._latest)
 
 
 @dataclass(frozen=True)
-class Backward:
-    """Plain gradients of batches, in passes over all examples.
+class Passes(ABC):
+    """Plain gradients of batches, which are drawn in passes over all examples.
 
     Args:
         shuffle: whether each pass takes the examples in a new order.
@@ -46,13 +74,14 @@ class Backward:
             batches += [passed[first : first + batch_size] for first in range(0, len(rows), batch_size)]
         return batches[:num_steps]
 
+    @abstractmethod
     def passes(self, chosen: Positions) -> list[Positions]:
         """The examples of each forward pass of a step over ``chosen``, in their order."""
-        return [chosen]
 
+    @abstractmethod
     def gradients(
         self,
-        loss_of: Callable[[Positions], Tensor],
+        loss_of: Losses,
         values: list[nn.Parameter],
         chosen: Positions,
         batch_size: int,
@@ -72,17 +101,91 @@ class Backward:
         Returns:
             The mean loss, without the penalty.
         """
-        loss = loss_of(chosen)
-        torch.autograd.backward(loss + penalty())
-        return loss.detach()
 
     def kept(self, start: Tree, schema: Schema) -> Tree:
         """Masks of the trainable entries by parameter name, broadcast to their shapes; empty if all are trainable."""
         return {}
 
 
-GradientSource = Backward | ExampleNoise
-"""Draws the batches of a client's turn and stores the gradient of each in the parameters; see ``Backward``."""
+@dataclass(frozen=True)
+class Backward(Passes):
+    """The gradient of a whole batch at once."""
+
+    def passes(self, chosen: Positions) -> list[Positions]:
+        return [chosen]
+
+    def gradients(
+        self,
+        loss_of: Losses,
+        values: list[nn.Parameter],
+        chosen: Positions,
+        batch_size: int,
+        draws: torch.Generator | None,
+        penalty: Callable[[], Tensor | float] = float,
+    ) -> Tensor:
+        loss = loss_of(chosen)
+        torch.autograd.backward(loss + penalty())
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Accumulated(Passes):
+    """Gradients of batches in several passes, each over a part of the batch, whose activations alone are in memory.
+
+    The sum of a part's losses is differentiated, and the gradients of all parts are divided by the number of terms of
+    the whole batch (examples, tokens), so that they are those of its mean loss whatever the parts' sizes.
+
+    Args:
+        parts: the number of passes over a batch of ``size`` examples.
+        size: the batch size in the configuration.
+    """
+
+    parts: int = 1
+    size: int = 1
+
+    def passes(self, chosen: Positions) -> list[Positions]:
+        most = -(-self.size // self.parts)
+        return [chosen[first : first + most] for first in range(0, len(chosen), most)]
+
+    def gradients(
+        self,
+        loss_of: Losses,
+        values: list[nn.Parameter],
+        chosen: Positions,
+        batch_size: int,
+        draws: torch.Generator | None,
+        penalty: Callable[[], Tensor | float] = float,
+    ) -> Tensor:
+        """See ``Passes.gradients``.
+
+        Raises:
+            TrainingError: every label of the batch is masked.
+        """
+        sums: list[Tensor] = []
+        terms, masked = 0, None
+        for part in self.passes(chosen):
+            try:
+                loss = loss_of(part)
+            except TrainingError as error:  # every label of this part is masked, perhaps none of another
+                masked = error
+                continue
+            count = loss_of.terms
+            torch.autograd.backward(loss * count)
+            sums.append(loss.detach() * count)
+            terms += count
+        if masked and not terms:
+            raise masked
+        for value in values:
+            if value.grad is not None:
+                value.grad.div_(terms)
+        added = penalty()
+        if isinstance(added, Tensor):
+            torch.autograd.backward(added)
+        return torch.stack(sums).sum() / terms
+
+
+GradientSource = Passes | ExampleNoise
+"""Draws the batches of a client's turn and stores the gradient of each in the parameters; see ``Passes``."""
 
 
 class Proximal(NamedTuple):

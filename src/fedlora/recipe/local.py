@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
-from fedlora.core.component import MODEL_CONFIG, Count, NonNegative, Part, Whole, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, NonNegative, Part, Whole, dataclass, without_defaults
 from fedlora.core.rates import LrScale, Rate, Schedule
 from fedlora.core.slots import Slot
 from fedlora.privacy.examples import ExampleNoise
-from fedlora.recipe.gradients import Backward, GradientSource
+from fedlora.recipe.gradients import Accumulated, Backward, GradientSource
 
 
 class ClientOptimizer(ABC):
@@ -116,6 +117,8 @@ class Local:
         max_steps: maximum number of optimiser steps in a round; 0 trains nothing and sends zeros.
         shuffle: whether each pass takes the examples in a new order.
         batch_size: examples per step; the last batch of a pass may be smaller and is kept.
+        accumulate: number of passes in which a step's gradient is computed, each over ``batch_size / accumulate``
+            examples: the same step with less memory. Under ``example_privacy`` each example has a pass of its own.
         clip_norm: largest Euclidean norm of a step's gradient.
         proximal: FedProx's mu (arXiv 1812.06127, Eq. 2): adds ``mu / 2 ||x - x_start||^2`` to the loss.
         dropout: whether the pre-trained model's own dropout is active; a client takes only a few steps, which do not
@@ -135,6 +138,7 @@ class Local:
     max_steps: Whole | None = None
     shuffle: bool = True
     batch_size: Count = 16
+    accumulate: Count = 1
     clip_norm: Rate | None = None
     proximal: NonNegative = 0.0
     dropout: bool = False
@@ -143,10 +147,18 @@ class Local:
     keep_optimizer: bool = False
     example_privacy: ExampleNoise | None = None
 
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, write, ("accumulate",))
+
     @property
     def gradient_source(self) -> GradientSource:
         """The source of its gradients."""
-        return self.example_privacy or Backward(self.shuffle)
+        if self.example_privacy is not None:
+            return self.example_privacy
+        if self.accumulate > 1:
+            return Accumulated(self.shuffle, self.accumulate, self.batch_size)
+        return Backward(self.shuffle)
 
     @property
     def base(self) -> Literal["fp32", "bf16"]:

@@ -47,14 +47,18 @@ class TierOf(NamedTuple):
 
 RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     "sparse_downlink_of_pretrained": Refusal(
-        lambda r: r.down.drops_entries and r.down.reference == "zero" and not r.tuning.zero_is_neutral,
+        lambda r: (
+            r.down.drops_entries
+            and r.down.reference == "zero"
+            and not (r.tuning.lost_ranks_are_neutral if r.down.slices_ranks else r.tuning.zero_is_neutral)
+        ),
         "a sparse downlink would set weights to zero that carry pre-trained knowledge; set down.reference = 'init' so "
         "that only the difference from the public start is sparsified",
     ),
     "prune_pretrained": Refusal(
         lambda r: r.prune is not None and not r.tuning.zero_is_neutral,
-        "pruning sets trained weights to zero, and these carry pre-trained knowledge; use tuning 'lora' with a kaiming "
-        "or orthogonal init, or leave prune out",
+        "pruning sets trained weights to zero, and these carry pre-trained knowledge; use tuning 'lora' without dora, "
+        "with a kaiming or orthogonal init, or leave prune out",
     ),
     "prune_under_noise": Refusal(
         lambda r: r.prune is not None and not r.privacy.is_none,
@@ -74,8 +78,8 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
         lambda r: (
             r.tuning.adapter_rank > 0 and not r.tuning.zero_is_neutral and (r.local.optimizer.decays or r.server.decays)
         ),
-        "weight decay pulls factors to zero, and after an SVD start they carry knowledge; set weight_decay = 0 in "
-        "local.optimizer and in server",
+        "weight decay pulls factors to zero, which carry knowledge after an SVD start, and DoRA's magnitudes, which "
+        "always do; set weight_decay = 0 in local.optimizer and in server",
     ),
     "server_decay_of_frozen_factor": Refusal(
         lambda r: r.tuning.moving != "both" and r.server.decays,
@@ -177,6 +181,11 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
         lambda r: r.aggregator.needs_factors and not r.tuning.adapter_rank,
         "aggregator {aggregator} works on products B A; use it with tuning 'lora'",
     ),
+    "products_of_dora": Refusal(
+        lambda r: r.aggregator.needs == "factors" and not r.tuning.sums_products,
+        "{aggregator} works on sums of products B A, and DoRA scales each row of W + B A to a trained length, so that "
+        "a mean of products is no mean of weights; use aggregator 'mean', or set tuning.dora to false",
+    ),
     "factors_rebuilt_and_stepped": Refusal(
         lambda r: r.aggregator.needs == "factors" and not r.server.adds_unscaled,
         "{aggregator} recomputes both factors, so a server step that adds up changes has no meaning for them; "
@@ -204,7 +213,7 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     "shrink_without_ranks": Refusal(
         lambda r: (
             r.shrink is not None
-            and not (r.tuning.adapter_rank and r.tuning.moving == "both" and r.tuning.zero_is_neutral)
+            and not (r.tuning.adapter_rank and r.tuning.moving == "both" and r.tuning.lost_ranks_are_neutral)
         ),
         "shrink works on ranks that are trained from zero; use tuning 'lora' with train 'both'",
     ),
@@ -232,7 +241,7 @@ TIER_REFUSALS: dict[str, Refusal[TierOf]] = {
         "tier {tier} has rank {rank}, above the recipe's {whole}; set it to {whole} or less",
     ),
     "tier_rank_of_pretrained": Refusal(
-        lambda t: t.slices and not (t.recipe.tuning.zero_is_neutral and t.recipe.tuning.moving == "both"),
+        lambda t: t.slices and not (t.recipe.tuning.lost_ranks_are_neutral and t.recipe.tuning.moving == "both"),
         "tier {tier} has a rank, and ranks that a client lacks are zero in both factors: with this method that "
         "would remove pre-trained knowledge, or change a frozen factor; leave out the tier's rank, and give it "
         "a density or fewer steps",

@@ -130,7 +130,7 @@ def record(
         tiers=tiers,
         density_down=_density((sum(order.message.packet.kept.values()) for order in orders), entries, len(orders)),
         density_up=_density((answer.kept for answer in counted), entries, len(counted)) if told else 0.0,
-        update_norm=math.hypot(tree.norm(change.delta), recipe.tuning.size_of(change.fold)),
+        update_norm=math.hypot(tree.norm(change.delta), recipe.tuning.size_of(change.fold, after.params)),
         update_norms=_norms_by_layer(after.schema, change.delta),
         ranks=tuple(order.job.recipe.rank for order in orders if recipe.rank_pruning.reports),
         clip_norm=recipe.privacy.bound,

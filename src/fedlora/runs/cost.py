@@ -267,7 +267,8 @@ def _folds(recipe: Recipe, state: ServerState, ranks: Sequence[int]) -> Folds:
     """Folds of the sizes that full cohorts would have produced by now; their values do not matter."""
     pairs = state.schema.pairs
     moving = recipe.tuning.train if isinstance(recipe.tuning, LoRA) else "both"
-    rank = recipe.aggregator.fold_rank(ranks, moving) if pairs else 0
+    most = max((len(state.params[a]) for a, _, _ in pairs), default=0)
+    rank = recipe.aggregator.fold_rank([min(rank, most) for rank in ranks], moving) if pairs else 0
     if not rank:
         return Folds()
     fold: Tree = {}

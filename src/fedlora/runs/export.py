@@ -27,7 +27,7 @@ from fedlora.tasks.models.loading import config_of, pooled, quiet_transformers
 from fedlora.tasks.models.public_name import public_name
 from fedlora.tuning import Bottleneck, Installed, LoRA, Peft
 from fedlora.tuning.export import dilated, save_lora, save_peft
-from fedlora.tuning.lora import PEFT_PREFIX
+from fedlora.tuning.peft_names import PEFT_PREFIX
 
 if TYPE_CHECKING:
     from fedlora.runs.inference import TrainedRun

@@ -19,7 +19,7 @@ from fedlora.tasks import Collated, Model, Rows
 from fedlora.tasks.collated.models import family_of
 from fedlora.tasks.models.loading import head_names
 from fedlora.tuning import LoRA
-from fedlora.tuning.adapted import is_adapted, lora_of, matches, trained_beside, without_adapters
+from fedlora.tuning.adapted import FURTHER, is_adapted, lora_of, matches, trained_beside, without_adapters
 
 _TRAINERS = ("Trainer", "Seq2SeqTrainer", "SFTTrainer")
 """Trainers whose loss is that of the model."""
@@ -46,7 +46,7 @@ def from_trainer(trainer: Any, *, clients: int | str | Clients, method: str | Se
             held out to test on.
         method: the name of a method, which runs for as many rounds as give each row ``num_train_epochs`` passes on
             average (or as many as ``max_steps`` steps are); or the phases of a method, with rounds of their own. Where
-            ``peft`` has put a fresh LoRA into the model, that gives rank, alpha, targets and dropout.
+            ``peft`` has put a fresh LoRA into the model, that gives the settings of the tuning.
 
     Returns:
         The experiment, for ``fedlora.run``. To resume a run, make it again in the same way.
@@ -221,14 +221,15 @@ def _phases(method: str | Sequence[Phase], lora: LoRA | None, rounds: int) -> tu
                 "model, or choose another method"
             )
     phases = METHODS[method](**given)
-    return tuple(_with_dropout(phase, lora) for phase in phases) if lora else phases
+    return tuple(_with_further(phase, lora) for phase in phases) if lora else phases
 
 
-def _with_dropout(phase: Phase, lora: LoRA) -> Phase:
+def _with_further(phase: Phase, lora: LoRA) -> Phase:
     tuning = phase.recipe.tuning
     if not isinstance(tuning, LoRA):
         return phase
-    recipe = dataclasses.replace(phase.recipe, tuning=dataclasses.replace(tuning, dropout=lora.dropout))
+    further = {name: getattr(lora, name) for name in FURTHER}
+    recipe = dataclasses.replace(phase.recipe, tuning=dataclasses.replace(tuning, **further))
     return dataclasses.replace(phase, recipe=recipe)
 
 

@@ -245,6 +245,9 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
         raise ConfigError("a search varies the rank of LoRA in one phase; use a method such as flasc")
     phase = experiment.phases[0]
     recipe = phase.recipe
+    tuning = experiment.phases[0].recipe.tuning
+    if tuning.rank_pattern:
+        raise ConfigError("a search varies the same rank of all adapters; leave tuning.rank_pattern out")
     if not any(isinstance(link.sparsify, TopK) and not link.stages for link in (recipe.down, recipe.up)):
         raise ConfigError(
             "a search varies the density of links that are top_k and have no stages, and there is none; use method "
@@ -260,7 +263,7 @@ def configured(experiment: Experiment, rank: int, density: float) -> Experiment:
             f"tier {own[0]!r} has a rank or links of its own, and a search varies the same for all clients; leave them "
             "out"
         )
-    tuning = dataclasses.replace(experiment.phases[0].recipe.tuning, rank=rank)
+    tuning = dataclasses.replace(tuning, rank=rank)
     down, up = _thinned(recipe.down, density), _thinned(recipe.up, density)
     changed = dataclasses.replace(recipe, tuning=tuning, down=down, up=up)
     label = f"{experiment.label}-rank-{rank}-density-{density:g}"

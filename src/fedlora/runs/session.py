@@ -158,7 +158,7 @@ class Session:
             row = RoundRecord(
                 round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
                 density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts,
-                warnings=self.data.notes + warnings,
+                warnings=self.data.notes + self.workspace.installed.notes + warnings,
                 seconds={"evaluate": seconds},
             )  # fmt: skip
             self._record(state, row)
@@ -230,9 +230,10 @@ class Session:
 
     def _next_phase(self) -> tuple[ServerState, dict[str, float]]:
         carry, number = close_phase(self.workspace, self._recipe(self.state), self.state), self.state.phase + 1
-        return open_phase(
-            self.workspace, number, self.phases[number].recipe, self.experiment.seed, self.state.round, carry
-        )
+        recipe = self.phases[number].recipe
+        opened = open_phase(self.workspace, number, recipe, self.experiment.seed, self.state.round, carry)
+        self._notes += self.workspace.installed.notes
+        return opened
 
     def _round(self, state: ServerState) -> tuple[ServerState, RoundRecord]:
         """Runs one round; if too few clients reply, it is retried and nothing of the failed attempt is used."""

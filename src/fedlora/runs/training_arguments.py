@@ -86,6 +86,7 @@ def local_training(args: Any, num_rows: int, local: Local) -> Local:
         optimizer=_optimizer(args),
         schedule=_schedule(args, num_rows),
         batch_size=_batch_size(args),
+        accumulate=args.gradient_accumulation_steps,
         clip_norm=args.max_grad_norm or None,
         dropout=True,
         compute="bf16" if args.bf16 else "fp32",

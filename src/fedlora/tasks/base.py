@@ -229,6 +229,13 @@ class Prepared(ABC):
             TrainingError: every label of the batch is masked.
         """
 
+    def num_terms(self, batch: Batch) -> int:
+        """The number of terms whose mean ``loss`` is, by which losses of parts of a batch are weighted.
+
+        Those of a batch of examples, by default; a task whose mean is over tokens counts these.
+        """
+        return len(next(iter(batch.values())))
+
     @abstractmethod
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """Metrics of ``model``, in evaluation mode, on the examples ``rows`` of ``split``."""

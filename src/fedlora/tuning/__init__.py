@@ -11,9 +11,10 @@ from fedlora.core.component import by_kind
 from fedlora.core.slots import Slot
 from fedlora.tuning.base import InitialParams, Installed, Tuning
 from fedlora.tuning.bottleneck import Bottleneck
-from fedlora.tuning.lora import LoRA, from_peft, to_peft
+from fedlora.tuning.lora import LoRA
 from fedlora.tuning.lora_init import LORA_INITS, Kaiming, LoRAInit, Orthogonal, SvdOfDelta, SvdOfWeight
 from fedlora.tuning.peft import Peft
+from fedlora.tuning.peft_names import from_peft, to_peft
 from fedlora.tuning.subset import BitFit, Full, HeadOnly, SparseMask
 
 if TYPE_CHECKING:

@@ -12,9 +12,16 @@ from torch import nn
 from fedlora.core.errors import ConfigError
 from fedlora.core.later import peft
 from fedlora.tuning.base import Tuning
-from fedlora.tuning.lora import PEFT_PREFIX, LoRA
+from fedlora.tuning.lora import LoRA
+from fedlora.tuning.peft_names import PEFT_PREFIX, ending_of
+from fedlora.tuning.targets import of_ending
 
-_TAKEN = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save")
+_TAKEN = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "modules_to_save", "use_dora"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform"),
+)
+FURTHER = ("dropout", "rslora", "dora", "rank_pattern", "alpha_pattern", "layers_to_transform")
+"""The settings of ``LoRA`` that methods have no arguments for, or few have."""
 _RECORDS = (
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "fan_in_fan_out"),
@@ -43,6 +50,25 @@ def lora_of(model: Any) -> LoRA:
             f"the model has adapters of {kinds}, but one of LoraConfig was expected: pass the plain model, and "
             "name a method"
         )
+    _check_taken(model, config)
+    targets, layers = config.target_modules, config.layers_to_transform
+    tuning = LoRA(
+        rank=config.r,
+        alpha=config.lora_alpha,
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets or ())),
+        dropout=config.lora_dropout,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+        rank_pattern={ending_of(key): rank for key, rank in (config.rank_pattern or {}).items()},
+        alpha_pattern={ending_of(key): alpha for key, alpha in (config.alpha_pattern or {}).items()},
+        layers_to_transform=(layers,) if isinstance(layers, int) else tuple(layers or ()),
+    )
+    _check_ranks(model, tuning)
+    return tuning
+
+
+def _check_taken(model: Any, config: peft.LoraConfig) -> None:
+    """Refuses settings that ``LoRA`` has not, and an adapter that is trained."""
     default = dataclasses.asdict(peft.LoraConfig())
     for name, value in dataclasses.asdict(config).items():
         if name not in (*_TAKEN, *_RECORDS) and (value or None) != (default[name] or None):
@@ -55,13 +81,20 @@ def lora_of(model: Any) -> LoRA:
             "the adapter of the model is trained already, but each run starts from fresh ones: save it with "
             "save_pretrained, pass a Trainer with a fresh one, and set init_from to that folder"
         )
-    targets = config.target_modules
-    return LoRA(
-        rank=config.r,
-        alpha=config.lora_alpha * math.sqrt(config.r) if config.use_rslora else config.lora_alpha,
-        targets=targets if isinstance(targets, str) else tuple(sorted(targets or ())),
-        dropout=config.lora_dropout,
-    )
+
+
+def _check_ranks(model: Any, tuning: LoRA) -> None:
+    """Refuses patterns that ``peft`` reads in another way: it takes the first key that fits, not the longest."""
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            short = name.removeprefix(PEFT_PREFIX)
+            rank = of_ending(short, tuning.rank_pattern, tuning.rank)
+            (own,), (scale,) = module.r.values(), module.scaling.values()
+            if own != rank or not math.isclose(scale, tuning.scale_of(short, rank)):
+                raise ConfigError(
+                    f"LoraConfig gives {short} the rank {own} and the scale {scale:g}, but the longest key of "
+                    "its patterns that fits gives others: leave only that key for it"
+                )
 
 
 def without_adapters(model: Any) -> Any:
@@ -81,5 +114,5 @@ def trained_beside(model: Any) -> frozenset[str]:
 def matches(tuning: Tuning, lora: LoRA) -> bool:
     """Whether a tuning adapts the same matrices with the same rank and scale."""
     return isinstance(tuning, LoRA) and all(
-        getattr(tuning, name) == getattr(lora, name) for name in ("rank", "alpha", "targets", "dropout")
+        getattr(tuning, name) == getattr(lora, name) for name in ("rank", "alpha", "targets", *FURTHER)
     )

@@ -53,6 +53,7 @@ class Installed:
         seed: the seed from which random parts were redrawn, if the setup contained one.
         frozen_head: the head's parameters if it is not trained, by name; exports include their values.
         refresh: copies ``parameters`` into the weights that the forward pass reads, if those are different tensors.
+        notes: sentences about settings that the model does not allow as they are; they are warnings of the ledger.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Installed:
     seed: int = 0
     frozen_head: dict[str, nn.Parameter] = field(default_factory=dict)
     refresh: Callable[[], None] = field(default=_nothing)
+    notes: tuple[str, ...] = ()
 
     def freeze_head(self) -> None:
         """Excludes the head from training: it keeps its values and is not sent."""
@@ -104,8 +106,18 @@ class Tuning(ABC):
         return False
 
     @property
+    def lost_ranks_are_neutral(self) -> bool:
+        """Whether ranks of adapters received as zero in both factors leave the pre-trained function unchanged."""
+        return self.zero_is_neutral
+
+    @property
+    def sums_products(self) -> bool:
+        """Whether a weight changes by the product of its factors alone, so that means of products are of weights."""
+        return True
+
+    @property
     def adapter_rank(self) -> int:
-        """The rank of low-rank adapters that aggregators and links can work on; 0 if there are none."""
+        """The largest rank of low-rank adapters that aggregators and links can work on; 0 if there are none."""
         return 0
 
     @property
@@ -218,8 +230,13 @@ class Tuning(ABC):
         if folds.version:
             raise ConfigError(f"{type(self).__name__} has no matrices for base updates")
 
-    def size_of(self, fold: Fold) -> float:
-        """Euclidean norm of what ``fold`` changes."""
+    def size_of(self, fold: Fold, params: Tree) -> float:
+        """Euclidean norm of what ``fold`` changes.
+
+        Args:
+            fold: the edit.
+            params: the trained parameters, for the ranks of adapters.
+        """
         return 0.0
 
     def redraw_init(self, schema: Schema, init: Tree, seed: int) -> Tree:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.later import peft
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed
-from fedlora.tuning.lora import PEFT_PREFIX, LoRA, lora_layers, to_peft
-from fedlora.tuning.lora_layer import LoRAConv, LoRALinear
+from fedlora.tuning.dora import MAGNITUDE, DoRALinear
+from fedlora.tuning.lora import LoRA, lora_layers
+from fedlora.tuning.lora_layer import LoRAConv, LoRAEmbedding, LoRALayer
+from fedlora.tuning.peft_names import PEFT_PREFIX, to_peft
 from fedlora.tuning.targets import saved_modules
 
 _SETTINGS, _FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -58,21 +63,18 @@ def save_lora(
             f"{name} is a dilated convolution, beside which `peft` has no adapter; write the whole model with "
             "--merge, or choose other targets"
         )
-    factors: Tree = {}
-    for name in layers:
-        a, b = params[f"{name}.lora_A"], params[f"{name}.lora_B"]
-        if tuning.residual:
-            a = torch.cat([a, init[f"{name}.lora_A"]], dim=0)
-            b = torch.cat([b, -init[f"{name}.lora_B"]], dim=1)
-        factors[f"{name}.lora_A"], factors[f"{name}.lora_B"] = a, b
+    factors = _factors(tuning, layers, init, params)
     head = {name: value for name, value in installed.head_values(params).items() if name.startswith(root)}
+    scales = _scales(tuning, {name.removeprefix(root): layer for name, layer in layers.items()})
     settings = peft.LoraConfig(
-        r=(rank := tuning.rank * (2 if tuning.residual else 1)),
-        lora_alpha=tuning.scale * rank,  # type: ignore[arg-type]
+        **scales,
+        use_rslora=tuning.rslora,
+        use_dora=tuning.dora,
+        layers_to_transform=list(tuning.layers_to_transform) or None,
         lora_dropout=tuning.dropout,
         target_modules=sorted(name.removeprefix(root) for name in layers),
         modules_to_save=_saved(installed, head, root) or None,
-        fan_in_fan_out=any(isinstance(layer, LoRALinear) and layer.transposed for layer in layers.values()),
+        fan_in_fan_out=any(layer.transposed and not isinstance(layer, LoRAEmbedding) for layer in layers.values()),
         task_type=task_type,
         inference_mode=True,
     )
@@ -80,6 +82,45 @@ def save_lora(
     _complete(folder, settings, base, revision)
     tensors = {name: value.contiguous() for name, value in to_peft(factors | head, installed.model).items()}
     save_file(_on_backbone(tensors, root), folder / _FILE, metadata={"format": "pt"})
+
+
+def _factors(tuning: LoRA, layers: Mapping[str, LoRALayer], init: Tree, params: Tree) -> Tree:
+    """The parameters of the adapter on the original base."""
+    found: Tree = {}
+    for name, layer in layers.items():
+        a, b = params[f"{name}.lora_A"], params[f"{name}.lora_B"]
+        if tuning.residual:
+            a = torch.cat([a, init[f"{name}.lora_A"]], dim=0)
+            b = torch.cat([b, -init[f"{name}.lora_B"]], dim=1)
+        found[f"{name}.lora_A"], found[f"{name}.lora_B"] = a, b
+        if isinstance(layer, DoRALinear):
+            found[f"{name}.{MAGNITUDE}"] = params[f"{name}.{MAGNITUDE}"]
+    return found
+
+
+def _scales(tuning: LoRA, layers: Mapping[str, LoRALayer]) -> dict[str, Any]:
+    """The fields of a ``peft`` configuration that give each adapter its rank and its scale.
+
+    Args:
+        tuning: the LoRA.
+        layers: its adapters, by the names that they have in ``peft``'s model.
+    """
+    times = 2 if tuning.residual else 1
+
+    def alpha(scale: float, rank: int) -> float:
+        return scale * (math.sqrt(rank) if tuning.rslora else rank)
+
+    rank = times * tuning.rank
+    usual = alpha(tuning.alpha / (math.sqrt(tuning.rank) if tuning.rslora else tuning.rank), rank)
+    ranks, alphas = {}, {}
+    for name, layer in layers.items():
+        # `peft` reads a key as a regular expression that the end of a name must match
+        key, own = f"^{re.escape(name)}", times * len(layer.lora_A)
+        if own != rank:
+            ranks[key] = own
+        if not math.isclose(alpha(layer.scale, own), usual, rel_tol=1e-9):
+            alphas[key] = alpha(layer.scale, own)
+    return {"r": rank, "lora_alpha": usual, "rank_pattern": ranks, "alpha_pattern": alphas}
 
 
 def _saved(installed: Installed, head: Tree, root: str) -> list[str]:

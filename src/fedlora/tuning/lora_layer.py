@@ -18,7 +18,7 @@ class LoRALayer(nn.Module, ABC):
     Args:
         old: a module that ``tuning.matrices`` treats as a matrix.
         rank: rank of the adapter.
-        scale: ``alpha / rank``.
+        scale: the factor of ``B A``.
         dropout: on the adapter's input.
     """
 

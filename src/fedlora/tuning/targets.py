@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fedlora.tuning.matrices import Matrix
 
 Targets = str | tuple[str, ...]
+Value = TypeVar("Value")
+_NAME = re.compile(r"\w+(\.\w+)*")
 
 _BERT = (r"attention\.output\.dense", r"layer\.\d+\.output\.dense")
 _LLAMA = (r"self_attn\.o_proj", r"mlp\.down_proj")
@@ -129,6 +131,53 @@ def shortest_endings(chosen: Collection[str], names: Sequence[str]) -> tuple[str
             )
         found.append(ending)
     return tuple(found)
+
+
+def in_layers(found: Mapping[str, Matrix], layers: tuple[int, ...]) -> dict[str, Matrix]:
+    """The matrices of some layers.
+
+    Args:
+        found: matrices by name.
+        layers: numbers of layers; all if there are none.
+
+    Raises:
+        ConfigError: no matrix is in one of them.
+    """
+    if not layers:
+        return dict(found)
+    places = {name: next((int(part) for part in name.split(".") if part.isdecimal()), None) for name in found}
+    there = sorted({place for place in places.values() if place is not None})
+    if absent := [layer for layer in layers if layer not in there]:
+        known = f"in the layers {', '.join(map(str, there))} alone" if there else "in no numbered layer"
+        raise ConfigError(f"layers_to_transform has {absent[0]}, but the targets are {known}; name others")
+    return {name: module for name, module in found.items() if places[name] in layers}
+
+
+def of_ending(name: str, pattern: Mapping[str, Value], default: Value) -> Value:
+    """The value of the longest ending in ``pattern`` that fits a module's name; ``default`` if none does."""
+    fitting = [ending for ending in pattern if _chosen([name], (ending,))]
+    return pattern[max(fitting, key=len)] if fitting else default
+
+
+def check_endings(key: str, pattern: Collection[str], names: Collection[str] | None = None) -> None:
+    """Refuses keys of a pattern that are no ends of modules' names.
+
+    Args:
+        key: the setting.
+        pattern: its keys.
+        names: the modules, if they are known.
+
+    Raises:
+        ConfigError: naming the first key that is none.
+    """
+    for ending in pattern:
+        if not _NAME.fullmatch(ending):
+            raise ConfigError(f"{key} has {ending!r}, which is no name: give the end of one, such as 'attn.c_proj'")
+        if names is not None and not _chosen(list(names), (ending,)):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+            raise ConfigError(
+                f"{key} has {ending!r}, in which the name of no adapted module ends; they end in: {', '.join(ends)}"
+            )
 
 
 def _output(model: nn.Module) -> nn.Module | None:

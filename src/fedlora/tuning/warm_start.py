@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from fedlora.core.digests import DIGESTS, damaged
 from fedlora.core.errors import ConfigError, first_line
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
-from fedlora.tuning.lora import LoRA, from_peft
+from fedlora.tuning.lora import LoRA
+from fedlora.tuning.peft_names import ending_of, from_peft
+from fedlora.tuning.targets import check_endings, of_ending
 
 _SETTINGS, _TENSORS, _HEAD = "adapter_config.json", "adapter_model.safetensors", Path("2_Dense", "model.safetensors")
 
@@ -24,7 +27,7 @@ _SETTINGS, _TENSORS, _HEAD = "adapter_config.json", "adapter_model.safetensors",
 def read_adapter(folder: Path, tuning: Tuning, installed: Installed, start: Tree) -> Tree:
     """The initial values of trained parameters from an adapter of LoRA, whose function they compute at the start.
 
-    With another ``alpha / rank`` the factor ``B`` is rescaled. A smaller rank is filled up: further rows of ``A`` start
+    With another scale the factor ``B`` is rescaled. A smaller rank is filled up: further rows of ``A`` start
     as ``init`` draws them, further columns of ``B`` at zero. A head with other outputs is left out.
 
     Args:
@@ -36,13 +39,13 @@ def read_adapter(folder: Path, tuning: Tuning, installed: Installed, start: Tree
     Raises:
         ConfigError: there is no such adapter, or its parameters have no place in the model.
     """
-    if not isinstance(tuning, LoRA) or not tuning.zero_is_neutral:
+    if not isinstance(tuning, LoRA) or not tuning.lost_ranks_are_neutral:
         raise ConfigError(
             "init_from starts LoRA from an adapter, but the first phase trains something else, or starts from an SVD: "
             "use `lora` with init = { kind = 'kaiming' }, or leave init_from out"
         )
     folder = _adapter_folder(folder.expanduser())
-    settings, tensors = _settings(folder), _tensors(folder)
+    settings, tensors = _settings(folder, tuning), _tensors(folder)
     values: Tree = {}
     for key, value in tensors.items():
         name = _place(key, start)
@@ -52,7 +55,9 @@ def read_adapter(folder: Path, tuning: Tuning, installed: Installed, start: Tree
                 "or set model.path to the model that it was trained on"
             )
         if installed.schema[name].factor == "B":
-            value = value * (_scale(settings, value.shape[1]) / tuning.scale)
+            module, ours = name.rpartition(".")[0], len(start[installed.schema[name].pair])
+            given = _scale(settings, key.rpartition(".")[0], value.shape[1])
+            value = value * (given / tuning.scale_of(module, ours))
         values[name] = value
     if not any(installed.schema[name].factor for name in values):
         raise ConfigError(f"{folder} holds no factors of LoRA, so there is nothing to start from: name another adapter")
@@ -79,18 +84,26 @@ def _adapter_folder(folder: Path) -> Path:
     )
 
 
-def _settings(folder: Path) -> Mapping[str, Any]:
+def _settings(folder: Path, tuning: LoRA) -> Mapping[str, Any]:
     try:
-        settings = json.loads((folder / _SETTINGS).read_text("utf-8"))
-        kind, plain = settings.get("peft_type"), not settings.get("use_dora") and not settings.get("alpha_pattern")
-    except (OSError, ValueError, AttributeError) as error:
+        settings = dict(json.loads((folder / _SETTINGS).read_text("utf-8")))
+        kind, dora = settings.get("peft_type"), bool(settings.get("use_dora"))
+        alphas = (settings.get("alpha_pattern") or {}).items()
+        settings["alpha_pattern"] = {ending_of(key): float(value) for key, value in alphas}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder / _SETTINGS} cannot be read ({first_line(error)}): fetch it again") from error
-    if kind != "LORA" or not plain:
+    if kind != "LORA":
         raise ConfigError(
-            f"{folder} holds an adapter of the kind {kind}{'' if plain else ' with DoRA or an alpha_pattern'}, but "
-            "init_from reads plain LoRA: name another adapter"
+            f"{folder} holds an adapter of the kind {kind}, but init_from reads LoRA: name another adapter"
         )
-    return dict(settings)
+    if dora != tuning.dora:
+        held, wanted = ("with", "true") if dora else ("without", "false")
+        raise ConfigError(
+            f"{folder} holds an adapter {held} DoRA, and this run has tuning.dora = {str(tuning.dora).lower()}: set it "
+            f"to {wanted}, or name another adapter"
+        )
+    check_endings(f"alpha_pattern of {folder / _SETTINGS}", settings["alpha_pattern"])
+    return settings
 
 
 def _tensors(folder: Path) -> Tree:
@@ -105,9 +118,9 @@ def _tensors(folder: Path) -> Tree:
     return tensors | {name.replace("linear.", "classifier."): value for name, value in head.items()}
 
 
-def _scale(settings: Mapping[str, Any], rank: int) -> float:
-    alpha = float(settings.get("lora_alpha", 8))
-    return float(alpha / rank**0.5 if settings.get("use_rslora") else alpha / rank)
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = float(of_ending(module, settings["alpha_pattern"], settings.get("lora_alpha", 8)))
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _place(key: str, start: Tree) -> str | None:

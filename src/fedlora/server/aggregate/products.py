@@ -152,11 +152,9 @@ class ProductExact(OfProducts):
                 wide = torch.cat([pair[1] - ours[-1][1] for _, pair in others])
                 if self.rank is not None and self.rank < len(wide):
                     tall, wide = truncated_product(tall, wide, self.rank, "symmetric")
-                    # one rank for all modules; those too small for it are padded with zeros
-                    lacking = self.rank - len(wide)
-                    tall = torch.nn.functional.pad(tall, (0, lacking))
-                    wide = torch.nn.functional.pad(wide, (0, 0, 0, lacking))
                 folded[module] = tall.float(), wide.float()
+        widest = max((len(wide) for _, wide in folded.values()), default=0)
+        folded = {module: _widened(tall, wide, widest) for module, (tall, wide) in folded.items()}
         moved = any(bool(b.any()) and bool(a.any()) for b, a in folded.values())
         return Change(delta, Fold(folded) if moved else Fold())
 
@@ -183,13 +181,15 @@ class Stack(OfProducts):
 
     def of(self, cohort: Factors, delta: Tree) -> Change:
         params = cohort.params
+        widest = max(len(params[a]) for a, _, _ in cohort.pairs)
         stacked: dict[str, tuple[Tensor, Tensor]] = {}
         for a, b, module in cohort.pairs:
             tall = [share * one for share, one in zip(cohort.shares, cohort.of[b], strict=True)]
             wide = cohort.of[a]
             if cohort.same_a:  # if A is frozen, the sum of all B is enough
                 tall, wide = [torch.stack(tall).sum(0)], wide[:1]
-            stacked[module] = torch.cat(tall, dim=1), torch.cat(wide)
+            parts = [_widened(*each, widest) for each in zip(tall, wide, strict=True)]
+            stacked[module] = torch.cat([part for part, _ in parts], dim=1), torch.cat([part for _, part in parts])
             delta[a], delta[b] = torch.zeros_like(params[a]), -params[b]
         used = torch.stack([b.any(0) & a.any(1) for b, a in stacked.values()]).any(0)
         folded = {name: (b[:, used], a[used]) for name, (b, a) in stacked.items()}
@@ -232,6 +232,12 @@ class Factors(Accumulator):
 
     def finish(self) -> Change:
         return self._rule.of(self, self._mean.finish().delta)
+
+
+def _widened(tall: Tensor, wide: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Both factors of a fold with zeros up to ``rank``, as one rank is announced for all modules."""
+    lacking = rank - len(wide)
+    return torch.nn.functional.pad(tall, (0, lacking)), torch.nn.functional.pad(wide, (0, 0, 0, lacking))
 
 
 def truncated_product(tall: Tensor, wide: Tensor, rank: int, split: str) -> tuple[Tensor, Tensor]:

@@ -152,12 +152,26 @@ class PreparedCollated(Prepared):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._losses(model, batch)[0]
 
+    def num_terms(self, batch: Batch) -> int:
+        """See ``Prepared.num_terms``: the labels that are not masked, or the rows if there are no such labels."""
+        count = self._count(batch)
+        return super().num_terms(batch) if count is None else int(count)
+
+    @property
+    def _shifts(self) -> bool:
+        """Whether outputs are compared with the next label."""
+        return self.auto_class == "AutoModelForCausalLM"
+
+    def _count(self, batch: Batch) -> Tensor | None:
+        """The number of labels that are not masked; None without labels that can be."""
+        labels = batch.get("labels")
+        read = labels[..., 1:] if labels is not None and self._shifts else labels
+        return None if read is None or read.is_floating_point() else read.ne(IGNORED).sum()
+
     def _losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         """The mean loss of a batch, computed as ``Trainer.compute_loss`` does, and the model's outputs."""
         settings, labels = self.settings, batch.get("labels")
-        shifts = self.auto_class == "AutoModelForCausalLM"
-        read = labels[..., 1:] if labels is not None and shifts else labels
-        count = None if read is None or read.is_floating_point() else read.ne(IGNORED).sum()
+        count = self._count(batch)
         if count is not None and not int(count):
             raise TrainingError(
                 f"every label of a batch is {IGNORED}, so nothing can be learnt of it: correct the data"
@@ -178,7 +192,7 @@ class PreparedCollated(Prepared):
         outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
         if settings.loss_function is None:
             smoother = transformers.trainer_pt_utils.LabelSmoother(epsilon=settings.label_smoothing)
-            return smoother(outputs, labels, shift_labels=shifts).float(), outputs
+            return smoother(outputs, labels, shift_labels=self._shifts).float(), outputs
         own = settings.loss_function.here("task.loss_function")
         return own(outputs, labels, num_items_in_batch=count).float(), outputs
 

@@ -141,6 +141,10 @@ class PreparedNextToken(PreparedTokenized):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return tokens_out.mean_loss(model, batch)
 
+    def num_terms(self, batch: Batch) -> int:
+        """See ``Prepared.num_terms``: the learnt tokens."""
+        return len(batch[LEARNT]) if LEARNT in batch else int((batch["labels"][:, 1:] != tokens_out.IGNORED).sum())
+
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: token accuracy of the greedy next token, the mean loss per learnt token, and
         ``perplexity = exp(loss)``."""

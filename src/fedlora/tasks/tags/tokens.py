@@ -230,12 +230,16 @@ class PreparedTokens(PreparedTokenized):
         scored = (batch["labels"] != MASKED).flatten().nonzero().flatten()
         return super().for_device(batch) | {LEARNT: scored}
 
+    def num_terms(self, batch: Batch) -> int:
+        """See ``Prepared.num_terms``: the labelled words."""
+        return len(batch[LEARNT]) if LEARNT in batch else int((batch["labels"] != MASKED).sum())
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: the mean cross entropy over all words of the batch.
 
         On a CPU the windows go through the model in groups of like length.
         """
-        if not (len(batch[LEARNT]) if LEARNT in batch else bool((batch["labels"] != MASKED).any())):
+        if not self.num_terms(batch):
             raise TrainingError(_UNLABELLED)
         logits, labels = [], []
         for part in by_length(batch):
