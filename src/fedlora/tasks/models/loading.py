@@ -119,7 +119,7 @@ def config_of(model: Model) -> Any:
 def positions(model: nn.Module) -> int | None:
     """The most tokens that a model reads, where its configuration says so."""
     found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(found, int):
+    if not isinstance(found, int) or found < 1:  # XLNet's -1: any number
         return None
     for name, module in model.named_modules():
         # RoBERTa counts positions from behind the padding's
