@@ -160,7 +160,7 @@ class Session:
             row = RoundRecord(
                 round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
                 density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts,
-                warnings=self.data.notes + warnings,
+                warnings=self.data.notes + self.workspace.notes + warnings,
                 seconds={"evaluate": seconds},
             )  # fmt: skip
             self._record(state, row)

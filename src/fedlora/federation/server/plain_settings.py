@@ -39,7 +39,7 @@ class PlainSettings:
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment as it is sent, without what only the server uses: the pattern of answers, stop, track, paths."""
+        """The experiment as it is sent, without what is for the server alone: answer_pattern, stop, track, paths."""
         phases = tuple(replace(phase, recipe=self.of(phase.recipe)) for phase in self._experiment.phases)
         task = self._experiment.task
         if isinstance(task, Instruction):

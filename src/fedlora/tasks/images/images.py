@@ -118,6 +118,10 @@ class PreparedImages(Prepared):
         self._pictures = dict(pictures)
         self._labels = {name: label_table(part, settings.problem, len(names)) for name, part in data.items()}
 
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        return {**super().fingerprints, "processor": fingerprint_of_tokenizer(self.processor.own)}
+
     @property
     def labels(self) -> Positions:
         """See ``Prepared.labels``; of several classes the first one."""
