@@ -14,7 +14,7 @@ import numpy as np
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import FederatedData, manifest
+from fedlora.config.federated_data import FederatedData, fingerprints, manifest
 from fedlora.config.places import located
 from fedlora.core.byte_counts import add_up
 from fedlora.core.errors import CallbackError, CheckpointError, DivergedError, QuorumError, TrainingError
@@ -79,7 +79,7 @@ class Session:
         self._facts = {
             "config": config.digest(experiment),
             "data": data.task.fingerprint,
-            **data.task.fingerprints,
+            **fingerprints(experiment, data.task),
         }
         self.rows = self._resume()
         clients = experiment.clients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.models.objects import fingerprint_of_tokenizer
 from fedlora.tasks.models.staged import sent
 
 Augmentation = Literal["none", "flip", "crop_flip"]
