@@ -9,7 +9,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pyarrow
@@ -44,6 +44,23 @@ def rows_of(tmp_path: Path, name: str, content: bytes | str, **reading: Any) -> 
 def squad(answers: list[Any]) -> dict[str, Any]:
     asked = [{"id": str(row), "question": "who?", "answers": one} for row, one in enumerate(answers)]
     return {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "Ida in Bern", "qas": asked}]}]}
+
+
+# ---- formats that no ending names
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.data", "a", "a.txt.gz"])
+def test_a_format_is_of_files_whose_ending_names_none(tmp_path: Path, name: str) -> None:
+    content = b"text,label\na,x\n"
+    content = gz(content) if name.endswith(".gz") else content
+    assert rows_of(tmp_path, name, content, format="csv") == [{"text": "a", "label": "x"}]
+    assert rows_of(tmp_path, "a.jsonl", ROW, format="csv") == [{"text": "a", "label": "x"}]
+
+
+def test_an_unknown_ending_names_the_formats_and_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ends in '.data', but .*.csv, .tsv, .*or name the format, as in data.format"):
+        rows_of(tmp_path, "a.data", "text,label\na,x\n")
+    assert {f".{one}" for one in get_args(opening.Format)} == FORMATS.keys()
 
 
 # ---- csv and tsv

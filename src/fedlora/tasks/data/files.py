@@ -91,10 +91,12 @@ def _rows_of(file: Path, reading: Reading, split: str) -> datasets.Dataset:
         rows = _saved(file, split)
     else:
         ending = _ending(file)
+        if reading.format and ending not in FORMATS.keys() - {".txt"}:
+            ending = f".{reading.format}"
         if ending not in FORMATS:
             raise DataError(
                 f"'{file}' ends in '{file.suffix}', but files are read by their ending: use one of "
-                f"{', '.join(FORMATS)}, each also with .gz"
+                f'{", ".join(FORMATS)}, each also with .gz, or name the format, as in data.format = "csv"'
             )
         if not file.stat().st_size:
             raise DataError(f"'{file}' is empty, but rows were to be read from it: fill it or name another file")

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
@@ -65,6 +65,8 @@ Delimiter = Annotated[str, AfterValidator(_delimiter)]
 """The character between two fields of a csv or tsv."""
 Encoding = Annotated[str, AfterValidator(_encoding)]
 """The name of a text encoding."""
+Format = Literal["csv", "tsv", "json", "jsonl", "ndjson", "parquet", "arrow", "txt", "conll"]
+"""The format of a file of rows, by which it usually ends."""
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -75,6 +77,7 @@ class Reading:
         delimiter: the character between two fields of a csv or tsv; by default a comma, in a tsv a tab.
         encoding: of text files, by default UTF-8; a byte order mark has precedence.
         max_unpacked_gb: the most gigabytes that a ``.gz`` may unpack to; by default ``UNPACKED_GB``.
+        format: of files whose ending names none, or which end in ``.txt``.
 
     Raises:
         ConfigError: there is no such encoding, or ``delimiter`` is not one character.
@@ -83,6 +86,7 @@ class Reading:
     delimiter: Delimiter | None = None
     encoding: Encoding | None = None
     max_unpacked_gb: Positive | None = None
+    format: Format | None = None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from fedlora.core.state import named_seed
 from fedlora.tasks.data.columns import Raw, Source, capped, rename, values_of
 from fedlora.tasks.data.files import quiet, read_rows, saved_splits
 from fedlora.tasks.data.folders import picture_folders, read_folder
-from fedlora.tasks.data.opening import Delimiter, Encoding, Reading
+from fedlora.tasks.data.opening import Delimiter, Encoding, Format, Reading
 from fedlora.tasks.data.rows import Rows
 
 MIN_CHARACTERS = 20
@@ -133,6 +133,7 @@ class Files(Source):
         delimiter: the character between two fields of a csv or tsv; if None, a comma, in a tsv a tab.
         encoding: of text files; if None, UTF-8. A byte order mark has precedence.
         max_unpacked_gb: the most gigabytes that a ``.gz`` may unpack to; if None, 2.
+        format: of files whose ending names none of these formats, or which end in ``.txt``, such as ``csv``.
 
     Raises:
         ConfigError: there is no such encoding, or ``delimiter`` is not one character.
@@ -147,6 +148,7 @@ class Files(Source):
     delimiter: Delimiter | None = None
     encoding: Encoding | None = None
     max_unpacked_gb: Positive | None = None
+    format: Format | None = None
 
     def load(self) -> Raw:
         reading, test_path = reading_of(self), self.test
@@ -249,6 +251,7 @@ class Sites(Source):
         delimiter: as for ``Files``.
         encoding: as for ``Files``.
         max_unpacked_gb: as for ``Files``.
+        format: as for ``Files``.
 
     Raises:
         ConfigError: there is no such encoding, or ``delimiter`` is not one character.
@@ -260,6 +263,7 @@ class Sites(Source):
     delimiter: Delimiter | None = None
     encoding: Encoding | None = None
     max_unpacked_gb: Positive | None = None
+    format: Format | None = None
 
     def __post_init__(self) -> None:
         if self.max_train is not None:
@@ -321,7 +325,12 @@ def reading_of(source: Source) -> Reading:
     """How the files of a source are read; as by default where its kind has no such settings."""
     if not isinstance(source, Files | Sites):
         return Reading()
-    return Reading(delimiter=source.delimiter, encoding=source.encoding, max_unpacked_gb=source.max_unpacked_gb)
+    return Reading(
+        delimiter=source.delimiter,
+        encoding=source.encoding,
+        max_unpacked_gb=source.max_unpacked_gb,
+        format=source.format,
+    )
 
 
 SOURCES: dict[str, type[Source]] = by_kind(AnySource)
