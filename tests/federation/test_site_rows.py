@@ -28,7 +28,12 @@ def _no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_site(world: Path, folder: Path, rows: Path, **settings: Any) -> Post:
-    given = {"name": "clinic", "rows": str(rows), "state": str(folder / "state"), "model": {"path": str(world / "bert")}}
+    given = {
+        "name": "clinic",
+        "rows": str(rows),
+        "state": str(folder / "state"),
+        "model": {"path": str(world / "bert")},
+    }
     return Post({"clinic": Site(parse_as(SiteConfig, {**given, **settings}, Path("site.toml")))})
 
 
@@ -66,7 +71,10 @@ def test_rows_that_would_be_refused_here_are_refused_there(
     rows: list[dict[str, Any]] = [dict(row) for row in make_rows(12, 0)]
     rows[3] |= change
     post = one_site(world, tmp_path, write_rows(tmp_path / "rows.jsonl", rows))
-    with caplog.at_level(logging.WARNING), pytest.raises(QuorumError, match="its rows do not fit the task; see its own"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(QuorumError, match="its rows do not fit the task; see its own"),
+    ):
         federate(chosen(world), tmp_path / "run", post, ServerPolicy(round_timeout=0.2), names=["clinic"])
     assert re.search(why, caplog.text), caplog.text
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import datasets
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from fedlora.core.errors import ConfigError, DataError
@@ -427,6 +428,37 @@ def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest
         rows_of(tmp_path, "c.jsonl.gz", gz(one))
     with pytest.raises(DataError, match=r"row 0 of .* has more than 1,000 characters"):
         rows_of(tmp_path, "c.json.gz", gz(b"[" + one + b"]"))
+
+
+@pytest.mark.parametrize("kind", ["compressed", "dictionary", "ipc file", "ipc stream"])
+def test_a_small_file_of_arrow_that_unpacks_to_too_much_is_refused(tmp_path: Path, kind: str) -> None:
+    count, values = (300_000, ["x" * 20, "y"]) if kind == "dictionary" else (3, ["x" * 3_000_000])
+    table = pyarrow.table({"text": [values[row % len(values)] for row in range(count)]})
+    file = tmp_path / ("a.arrow" if "ipc" in kind else "a.parquet")
+    if "ipc" in kind:
+        new = pyarrow.ipc.new_file if kind == "ipc file" else pyarrow.ipc.new_stream
+        with new(str(file), table.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            writer.write_table(table)
+    else:
+        pyarrow.parquet.write_table(table, file, use_dictionary=kind == "dictionary", compression="zstd")
+    assert table.nbytes > 3_000_000 > 20 * file.stat().st_size
+    with pytest.raises(DataError, match=r"unpacks to more than 0.001 GB.*set data.max_unpacked_gb"):
+        read_rows(str(file), Reading(max_unpacked_gb=0.001))
+    assert len(read_rows(str(file), Reading(max_unpacked_gb=0.02))) == count
+
+
+def test_columns_nested_too_deeply_are_a_sentence(tmp_path: Path) -> None:
+    kind, value = pyarrow.string(), "a"
+    for _ in range(100):
+        kind, value = pyarrow.list_(kind), [value]
+    table = pyarrow.table({"text": pyarrow.array([value], kind)})
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        with pytest.raises(pyarrow.ArrowInvalid, match="recursion depth"):
+            writer.write_table(table)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.arrow", "a.parquet"):
+        with pytest.raises(DataError, match="cannot be read as"):
+            read_rows(str(tmp_path / name), Reading())
 
 
 def test_the_library_prints_no_line_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from fedlora.core.errors import DataError, first_line
 from fedlora.core.files import new_file
 from fedlora.core.later import datasets, pyarrow
 from fedlora.tasks.data.columns import class_names
+from fedlora.tasks.data.columnar import check_arrow, check_parquet
 from fedlora.tasks.data.delimited import read_delimited
 from fedlora.tasks.data.json_rows import read_json
 from fedlora.tasks.data.lines import read_conll, read_text_rows
@@ -153,16 +154,19 @@ def _json(by_line: bool) -> Reader:
 
 
 def _parquet(file: Path, reading: Reading) -> datasets.Dataset:
-    # load_dataset() would announce the reader's name to the Hub, and wait for an answer
-    return _by_library(file, "parquet", lambda: datasets.Dataset.from_parquet(str(_unpacked(file, reading))))
+    def read() -> datasets.Dataset:
+        plain = _unpacked(file, reading)
+        check_parquet(plain, file, reading)
+        # load_dataset() would announce the reader's name to the Hub, and wait for an answer
+        return datasets.Dataset.from_parquet(str(plain))
+
+    return _by_library(file, "parquet", read)
 
 
 def _arrow(file: Path, reading: Reading) -> datasets.Dataset:
     def read() -> datasets.Dataset:
         plain = _unpacked(file, reading)
-        with plain.open("rb") as opened:
-            is_feather = opened.read(6) == b"ARROW1"
-        if is_feather:
+        if check_arrow(plain, file, reading):
             return dataset_of(pyarrow.ipc.open_file(pyarrow.memory_map(str(plain))).read_all())
         return datasets.Dataset.from_file(str(plain))
 
@@ -188,6 +192,8 @@ def _by_library(path: Path, form: str, read: Callable[[], Any]) -> Any:
     try:
         with quiet():
             return read()
+    except DataError:
+        raise
     except (
         OSError,
         ValueError,

@@ -76,7 +76,8 @@ class Reading:
     Args:
         delimiter: the character between two fields of a csv or tsv; by default a comma, in a tsv a tab.
         encoding: of text files, by default UTF-8; a byte order mark has precedence.
-        max_unpacked_gb: the most gigabytes that a ``.gz`` may unpack to; by default ``UNPACKED_GB``.
+        max_unpacked_gb: the most gigabytes that a ``.gz``, parquet or arrow file may unpack to; by default
+            ``UNPACKED_GB``.
         format: of files whose ending names none, or which end in ``.txt``.
 
     Raises:
@@ -175,6 +176,14 @@ def _undecodable(name: str, number: int, encoding: str, error: UnicodeError) -> 
     )
 
 
+def too_large(file: Path, gigabytes: float) -> DataError:
+    """The error for a file that unpacks to more than it may."""
+    return DataError(
+        f"'{file}' unpacks to more than {gigabytes:g} GB, which is the most that is read: set data.max_unpacked_gb if "
+        "that is its true size"
+    )
+
+
 class _Unpacked(io.RawIOBase):
     """The content of a packed file, up to a bound."""
 
@@ -201,9 +210,6 @@ class _Unpacked(io.RawIOBase):
             ) from error
         self._left -= len(chunk)
         if self._left < 0:
-            raise DataError(
-                f"'{self._file}' unpacks to more than {self._gigabytes:g} GB, which is the most that is read: set "
-                "data.max_unpacked_gb if that is its true size"
-            )
+            raise too_large(self._file, self._gigabytes)
         buffer[: len(chunk)] = chunk
         return len(chunk)

@@ -132,7 +132,8 @@ class Files(Source):
         columns: name that the task uses -> name in the data, for columns with other names.
         delimiter: the character between two fields of a csv or tsv; if None, a comma, in a tsv a tab.
         encoding: of text files; if None, UTF-8. A byte order mark has precedence.
-        max_unpacked_gb: the most gigabytes that a ``.gz`` may unpack to; if None, 2.
+        max_unpacked_gb: the most gigabytes that a ``.gz``, parquet or arrow file may unpack to; if None, 2. The latter
+            two may unpack to ten times their size, if that is more.
         format: of files whose ending names none of these formats, or which end in ``.txt``, such as ``csv``.
 
     Raises:
