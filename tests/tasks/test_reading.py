@@ -452,13 +452,9 @@ def test_columns_nested_too_deeply_are_a_sentence(tmp_path: Path) -> None:
     for _ in range(100):
         kind, value = pyarrow.list_(kind), [value]
     table = pyarrow.table({"text": pyarrow.array([value], kind)})
-    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
-        with pytest.raises(pyarrow.ArrowInvalid, match="recursion depth"):
-            writer.write_table(table)
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    for name in ("a.arrow", "a.parquet"):
-        with pytest.raises(DataError, match="cannot be read as"):
-            read_rows(str(tmp_path / name), Reading())
+    with pytest.raises(DataError, match="cannot be read as parquet .*too deeply nested"):
+        read_rows(str(tmp_path / "a.parquet"), Reading())
 
 
 def test_the_library_prints_no_line_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

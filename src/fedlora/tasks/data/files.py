@@ -15,8 +15,8 @@ import xxhash
 from fedlora.core.errors import DataError, first_line
 from fedlora.core.files import new_file
 from fedlora.core.later import datasets, pyarrow
-from fedlora.tasks.data.columns import class_names
 from fedlora.tasks.data.columnar import check_arrow, check_parquet
+from fedlora.tasks.data.columns import class_names
 from fedlora.tasks.data.delimited import read_delimited
 from fedlora.tasks.data.json_rows import read_json
 from fedlora.tasks.data.lines import read_conll, read_text_rows
