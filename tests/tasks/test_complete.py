@@ -74,12 +74,17 @@ def test_another_number_of_classes_is_a_fresh_head_and_no_fault(tmp_path: Path) 
     ("settings", "note"),
     [
         ({"change": without("pooler")}, "lack bert.pooler.dense.weight and 1 more, which are not of a new head"),
-        ({"num_hidden_layers": 1}, "and 15 more, for which config.json describes no place: they are not used"),
+        ({"num_hidden_layers": 1}, "and 15 more, layers for which config.json describes no place: they are not used"),
     ],
 )
 def test_what_weights_lack_or_hold_in_vain_is_told(tmp_path: Path, settings: dict[str, Any], note: str) -> None:
     model, _ = loaded(variant(tmp_path, **settings))
     assert note in " ".join(getattr(model, NOTES))
+
+
+def test_a_part_that_a_class_leaves_out_is_no_fault(tmp_path: Path) -> None:
+    model, _ = loaded(variant(tmp_path), "TokenClassification")
+    assert getattr(model, NOTES) == ()
 
 
 def test_a_language_model_without_its_last_matrix_says_so(tmp_path: Path) -> None:

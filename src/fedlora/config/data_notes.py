@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedlora.config.experiment import Experiment
+from fedlora.config.places import located_data
 from fedlora.population.clients import Clients
 from fedlora.population.partitions import Rows
 from fedlora.population.skew import Column
@@ -23,6 +24,7 @@ def data_notes(experiment: Experiment, task: Prepared, train: Rows, test: Rows, 
     """
     known = {*task.reads, *_columns_of(experiment.clients), *experiment.data.adds}
     return (
+        *located_data(experiment.data, experiment.root).notes,
         *task.notes,
         *unread(task.columns("train"), known),
         *shared(_contents(task, test, split), _contents(task, train, "train")),

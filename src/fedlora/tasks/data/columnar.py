@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedlora.core.errors import DataError
 from fedlora.core.later import pyarrow
-from fedlora.tasks.data.opening import UNPACKED_GB, Reading, too_large
+from fedlora.tasks.data.opening import LFS, UNPACKED_GB, Reading, too_large
 
 RATIO = 10
 """How many times its own size such a file may unpack to, if that is more than the bound."""
@@ -27,10 +28,13 @@ def check_parquet(plain: Path, file: Path, reading: Reading) -> None:
         reading: the bound.
 
     Raises:
-        DataError: it is too large.
+        DataError: it is too large, or has no rows.
     """
+    _check_start(plain, file)
     with pyarrow.parquet.ParquetFile(str(plain)) as opened:
         held = opened.metadata
+        if not held.num_rows:  # the reader would ask for batches of no rows
+            raise DataError(f"'{file}' has no rows, but one row at least is needed: fill it or name another file")
         groups = [held.row_group(number) for number in range(held.num_row_groups)]
         columns = [group.column(number) for group in groups for number in range(group.num_columns)]
         _check((column.total_uncompressed_size for column in columns), plain, file, reading)
@@ -48,6 +52,7 @@ def check_arrow(plain: Path, file: Path, reading: Reading) -> bool:
     Returns:
         Whether it is of the file format, and not a stream.
     """
+    _check_start(plain, file)
     with pyarrow.memory_map(str(plain)) as mapped:
         is_file: bool = mapped.read(6) == b"ARROW1"
         mapped.seek(0)
@@ -58,6 +63,12 @@ def check_arrow(plain: Path, file: Path, reading: Reading) -> bool:
             batches = iter(pyarrow.ipc.open_stream(mapped))
         _check((batch.nbytes for batch in batches), plain, file, reading)
     return is_file
+
+
+def _check_start(plain: Path, file: Path) -> None:
+    with plain.open("rb") as opened:
+        if opened.read(len(LFS[0])) == LFS[0]:
+            raise DataError(f"'{file}' {LFS[1]}")
 
 
 def _check(sizes: Iterable[int], plain: Path, file: Path, reading: Reading) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,11 @@ def _matching(path: str) -> list[Path]:
             f"'{path}' is a folder, but not one that save_to_disk wrote: name its files, as in '{path.rstrip('/')}/"
             "*.jsonl'"
         )
+    if os.path.lexists(file):
+        what = (
+            "is a link to a file that is not there" if file.is_symlink() and not file.exists() else "is no plain file"
+        )
+        raise DataError(f"'{path}' {what}, but rows were to be read from it: name a file")
     if any(one in path for one in "*?["):
         found = [Path(one) for one in sorted(glob.glob(str(file), recursive=True))]
         if found := [one for one in found if one.is_file()]:

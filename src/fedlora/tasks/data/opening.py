@@ -29,8 +29,11 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_GZIP = b"\x1f\x8b"
+LFS = (b"version https://git-lfs", "is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
+"""How such a pointer begins, and what is said of it."""
 _NOT_TEXT = (
-    (b"\x1f\x8b", "is packed by gzip: end its name in .gz"),
+    (_GZIP, "is packed by gzip: end its name in .gz"),
     (b"PK\x03\x04", "is a zip archive or an Excel file: unpack it, or save the sheet as csv"),
     (b"BZh", "is packed by bzip2: unpack it"),
     (b"\xfd7zXZ\x00", "is packed by xz: unpack it"),
@@ -39,6 +42,7 @@ _NOT_TEXT = (
     (b"\xd0\xcf\x11\xe0", "is an old Excel file: save the sheet as csv"),
     (b"\x89PNG", "is an image: name a file of rows"),
     (b"\xff\xd8\xff", "is an image: name a file of rows"),
+    LFS,
 )
 
 
@@ -135,10 +139,11 @@ def read_lines(
 
 def _decoded(opened: IO[bytes], name: str, reading: Reading, newline: str | None, longest: int) -> Iterator[str]:
     buffered: Any = opened
-    start = bytes(buffered.peek(8)[:8])
+    start = bytes(buffered.peek(32)[:32])
     for magic, what in _NOT_TEXT:
         if start.startswith(magic):
-            raise DataError(f"'{name}' {what}")
+            twice = "is packed by gzip twice: unpack it once" if name.lower().endswith(".gz") else what
+            raise DataError(f"'{name}' {twice if magic == _GZIP else what}")
     marked = next((encoding for mark, encoding in _BOMS if start.startswith(mark)), None)
     encoding = marked or reading.encoding or "utf-8"
     text = io.TextIOWrapper(buffered, encoding=encoding, newline=newline)

@@ -20,7 +20,7 @@ from fedlora.core.slots import Slot
 from fedlora.core.state import named_seed
 from fedlora.tasks.data.columns import Raw, Source, capped, rename, values_of
 from fedlora.tasks.data.files import quiet, read_rows, saved_splits
-from fedlora.tasks.data.folders import picture_folders, read_folder
+from fedlora.tasks.data.folders import left_out, picture_folders, read_folder
 from fedlora.tasks.data.opening import Delimiter, Encoding, Format, Reading
 from fedlora.tasks.data.rows import Rows
 
@@ -233,6 +233,10 @@ class ImageFolder(Source):
     def adds(self) -> frozenset[str]:
         return frozenset({"file"})
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(left_out(Path(self.path).expanduser()))
+
     def load(self) -> Raw:
         train_folder, test_folder = picture_folders(Path(self.path).expanduser())
         if self.test is not None:
@@ -302,6 +306,10 @@ class Validation(Source):
     @property
     def adds(self) -> frozenset[str]:
         return self.source.adds
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.source.notes
 
     def load(self) -> Raw:
         raw = self.source.raw()

@@ -21,7 +21,7 @@ from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Position
 from fedlora.tasks.data.columns import Source, check_rows, check_texts, rename, split, values_of
 from fedlora.tasks.data.files import is_saved, read_rows
 from fedlora.tasks.data.folders import read_folder
-from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled
+from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled, seldom
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
@@ -189,7 +189,7 @@ class PreparedImages(Prepared):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*super().notes, *given_twice(self.data))
+        return (*super().notes, *given_twice(self.data), *seldom(self.data, self.settings.problem, self._names))
 
     def contents(self, split: Split) -> list[str]:
         return [str(digest) for digest in values_of(self.data[split], "image")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from fedlora.core.errors import ConfigError
 
 NOTES = "notes_on_weights"
 """The attribute of a loaded model that holds sentences for the ledger."""
+_LAYER = re.compile(r"\.\d+\.")
 _MOST_LACKING = 0.5
 """The share of a backbone's parameters above which missing ones mean that the weights are of another model."""
 
@@ -61,11 +63,13 @@ def notes_on(loaded: nn.Module, report: Mapping[str, Any], expected: Collection[
             f"the weights of {path!r} lack {_some(drawn)}, which are not of a new head: they start from random values, "
             "and are trained and sent like the head"
         )
-    prefix = f"{getattr(loaded, 'base_model_prefix', '')}."
-    unused = sorted(name for name in report["unexpected_keys"] if prefix != "." and name.startswith(prefix))
+    # others, such as a pooler or the head of another task, are left out by many classes
+    prefix = f"{getattr(loaded, 'base_model_prefix', None)}."
+    unused = sorted(name for name in report["unexpected_keys"] if name.startswith(prefix) and _LAYER.search(name))
     if unused:
         notes.append(
-            f"the weights of {path!r} have {_some(unused)}, for which config.json describes no place: they are not used"
+            f"the weights of {path!r} have {_some(unused)}, layers for which config.json describes no place: they are "
+            "not used"
         )
     return tuple(notes)
 
