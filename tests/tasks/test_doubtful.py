@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fixtures.tiny import tiny_world, write_rows
+from fixtures.tiny import experiment, make_rows, tiny_world, write_rows
 from fixtures.tiny_language import save_chat_model
 
+from fedlora.config.federated_data import prepare
 from fedlora.core.errors import DataError
 from fedlora.tasks import Files, ImageFolder, Instruction, Model, TextClassification, Validation
 from fedlora.tasks.data.columns import split_by_content
@@ -111,6 +112,13 @@ def test_links_to_nothing_and_pipes_are_named(tmp_path: Path) -> None:
     for name, said in (("dead.csv", "is a link to a file that is not there"), ("pipe.csv", "is no plain file")):
         with pytest.raises(DataError, match=said):
             read_rows(str(tmp_path / name), Reading())
+
+
+def test_equal_rows_of_different_classes_are_said(world: Path, tmp_path: Path) -> None:
+    rows = [{"text": "w1 red", "label": "red"}, *make_rows(30, 0), {"text": "w1 red", "label": "blue"}]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    chosen = experiment(world, "lora", f"data.train='{file}'")
+    assert "2 of 32 training rows have the content of another row but not" in " ".join(prepare(chosen).notes)
 
 
 def test_text_of_polars_is_text(world: Path, tmp_path: Path) -> None:

@@ -111,6 +111,24 @@ def shared(test: Sequence[str], train: Iterable[str]) -> list[str]:
     ]
 
 
+def contradictory(contents: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """A sentence about training examples of equal content and different classes.
+
+    >>> contradictory(["a", "a", "b", "b"], [0, 1, 1, 1])[0].split(" but")[0]
+    '2 of 4 training rows have the content of another row'
+    """
+    known: dict[str, set[int]] = {}
+    for content, label in zip(contents, labels, strict=True):
+        known.setdefault(content, set()).add(label)
+    count = sum(len(known[content]) > 1 for content in contents)
+    if not count:
+        return []
+    return [
+        f"{count} of {len(contents)} training rows have the content of another row but not its class: correct or "
+        "remove them if a content has one class"
+    ]
+
+
 def _key(name: str) -> str:
     # characters of the category Cf, such as a zero-width space, are not seen
     seen = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) != "Cf")
