@@ -85,16 +85,22 @@ def left_out(root: Path) -> list[str]:
         read = {"train", "test"} if test else {"train"}
         beside = [repr(name) for name in class_folders(root) if name not in read and _pictures(root / name)]
         notes += [f"images in {', '.join(beside[:5])} beside 'train' are not read"] if beside else []
-    for folder in (train, test) if test else (train,):
-        stray = sum(_is_picture(entry.name) for entry in folder.iterdir() if entry.is_file())
-        notes += [f"{stray} images beside the folders of classes in '{folder}' are not read"] if stray else []
-        empty = [repr(name) for name in class_folders(folder) if not _pictures(folder / name)]
-        notes += [f"no images are in {', '.join(empty[:5])} of '{folder}', which are no classes"] if empty else []
-        names = [name for one in class_folders(folder) for _, _, files in os.walk(folder / one) for name in files]
-        others = [name for name in names if not _is_picture(name) and not name.startswith(".") and name not in _JUNK]
-        if others:
-            endings = sorted({Path(name).suffix or name for name in others})
-            notes.append(f"{len(others)} files in '{folder}' are no images of a known kind: {', '.join(endings[:5])}")
+    return [*notes, *(note for folder in (train, test) if folder for note in _left_out_of(folder))]
+
+
+def _left_out_of(folder: Path) -> list[str]:
+    """The same about a folder of classes."""
+    notes, classes = [], class_folders(folder)
+    stray = sum(_is_picture(entry.name) for entry in folder.iterdir() if entry.is_file())
+    if stray:
+        notes.append(f"{stray} images beside the folders of classes in '{folder}' are not read")
+    if empty := [repr(name) for name in classes if not _pictures(folder / name)]:
+        notes.append(f"no images are in {', '.join(empty[:5])} of '{folder}', which are no classes")
+    names = [name for one in classes for _, _, files in os.walk(folder / one) for name in files]
+    others = [name for name in names if not (_is_picture(name) or name.startswith(".") or name in _JUNK)]
+    if others:
+        endings = sorted({Path(name).suffix or name for name in others})
+        notes.append(f"{len(others)} files in '{folder}' are no images of a known kind: {', '.join(endings[:5])}")
     return notes
 
 

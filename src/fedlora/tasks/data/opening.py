@@ -32,6 +32,7 @@ _BOMS = (
 _GZIP = b"\x1f\x8b"
 LFS = (b"version https://git-lfs", "is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
 """How such a pointer begins, and what is said of it."""
+_TWICE = "is packed by gzip twice: unpack it once"
 _NOT_TEXT = (
     (_GZIP, "is packed by gzip: end its name in .gz"),
     (b"PK\x03\x04", "is a zip archive or an Excel file: unpack it, or save the sheet as csv"),
@@ -140,10 +141,7 @@ def read_lines(
 def _decoded(opened: IO[bytes], name: str, reading: Reading, newline: str | None, longest: int) -> Iterator[str]:
     buffered: Any = opened
     start = bytes(buffered.peek(32)[:32])
-    for magic, what in _NOT_TEXT:
-        if start.startswith(magic):
-            twice = "is packed by gzip twice: unpack it once" if name.lower().endswith(".gz") else what
-            raise DataError(f"'{name}' {twice if magic == _GZIP else what}")
+    _check_start(start, name)
     marked = next((encoding for mark, encoding in _BOMS if start.startswith(mark)), None)
     encoding = marked or reading.encoding or "utf-8"
     text = io.TextIOWrapper(buffered, encoding=encoding, newline=newline)
@@ -167,6 +165,12 @@ def _decoded(opened: IO[bytes], name: str, reading: Reading, newline: str | None
     finally:
         if not buffered.closed:
             text.detach()
+
+
+def _check_start(start: bytes, name: str) -> None:
+    for magic, what in _NOT_TEXT:
+        if start.startswith(magic):
+            raise DataError(f"'{name}' {_TWICE if magic == _GZIP and name.lower().endswith('.gz') else what}")
 
 
 def _undecodable(name: str, number: int, encoding: str, error: UnicodeError) -> DataError:

@@ -75,8 +75,8 @@ def chat_notes(tokenizer: Any, conversations: Sequence[Conversation]) -> list[st
             f"{given} of {total} rows describe tools, which the chat template leaves out: put them into the turn of "
             "the system"
         )
-    unread = {key for one in conversations for turn in one.messages for key in turn} - _READ
-    if unread := {key for key in unread if key not in str(template)}:
+    turns = [turn for one in conversations for turn in one.messages if turn["role"] != "tool"]  # those have names
+    if unread := {key for turn in turns for key in turn.keys() - _READ if key not in str(template)}:
         notes.append(f"turns have {', '.join(map(repr, sorted(unread)))}, which the chat template leaves out")
     marks = [token for token in tokenizer.all_special_tokens if len(token) > 2]
     marked = sum(any(mark in turn["content"] for turn in one.messages for mark in marks) for one in conversations)
