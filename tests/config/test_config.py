@@ -109,9 +109,10 @@ def test_every_experiment_has_a_digest_of_its_own() -> None:
 def test_reading_is_in_the_digest_only_where_it_is_chosen() -> None:
     plain = Experiment(data=Files(train="a.csv"))
     assert config.resolved(plain)["data"].keys() == {"kind", "train", "test_fraction", "seed", "columns"}
-    chosen = [{"delimiter": ";"}, {"encoding": "latin-1"}, {"max_unpacked_gb": 8.0}, {"train": ["a.csv", "b.csv"]}]
+    chosen = [{"delimiter": ";"}, {"encoding": "latin-1"}, {"max_unpacked_gb": 8.0}, {"format": "csv"}]
+    chosen.append({"train": ["a.csv", "b.csv"]})
     others = [config.parse({"data": {"kind": "files", "train": "a.csv", **one}}) for one in chosen]
-    assert len({config.digest(one) for one in [plain, *others]}) == 5
+    assert len({config.digest(one) for one in [plain, *others]}) == 6
     for one in others:
         assert config.parse(tomllib.loads(config.to_toml(one))) == one
 

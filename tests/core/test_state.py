@@ -90,6 +90,12 @@ def test_seeds_fit_their_bits() -> None:
     assert 2 ** (SEED_BITS - 1) < max(seeds) < 2**SEED_BITS
 
 
+def test_a_generator_uses_32_bits_of_a_seed() -> None:
+    seed = named_seed(0, "noise", 1)
+    drawn = [torch.rand(4, generator=generator(one)) for one in (seed, seed % 2**32, seed + 1, seed + 2**32)]
+    assert [torch.equal(drawn[0], one) for one in drawn] == [True, True, False, True]
+
+
 def test_every_run_purpose_round_and_client_has_a_seed_of_its_own() -> None:
     purposes = ("cohort", "client", "noise", "start", "install", "head")
     seeds = {

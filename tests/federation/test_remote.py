@@ -406,12 +406,15 @@ def test_rows_of_sites_train_as_they_would_here(world: Path, tmp_path: Path) -> 
     )
     fedlora.run(natural, tmp_path / "serial")
     post = Post(own_sites(world, tmp_path))
-    federate(sites_experiment(world), tmp_path / "run", post, ServerPolicy(min_clients=3), names=list(post.homes))
+    chosen = replace(sites_experiment(world), root=str(world))
+    federate(chosen, tmp_path / "run", post, ServerPolicy(min_clients=3), names=list(post.homes))
     assert without_notes(tmp_path / "run") == without_notes(tmp_path / "serial")
     left, right = params(tmp_path / "run"), params(tmp_path / "serial")
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
     # no row of a site is in what it sent or was sent
     assert not any(row["text"].encode() in raw for row in rows for raw in post.sent)
+    # nor where anything lies on the server
+    assert not any(str(world).encode() in raw for raw in post.sent)
 
 
 @pytest.mark.parametrize("head", ["model.train_head=false", "model.head=['pooler']"])

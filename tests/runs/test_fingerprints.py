@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tomllib
@@ -77,6 +78,29 @@ def test_from_python_the_working_folder_is_recorded(
     monkeypatch.chdir(project / "elsewhere")
     run = fedlora.load_run(tmp_path / "run")
     assert (run.experiment.root, run.notes) == (str(project), ())
+
+
+@pytest.mark.parametrize("train", [["t.jsonl", "t.jsonl"], "t*.jsonl", ["t.json[l]"]])
+def test_several_files_and_patterns_are_found_from_elsewhere_too(
+    project: Path, monkeypatch: pytest.MonkeyPatch, train: Any
+) -> None:
+    values = read(project / "run.toml")
+    values["model"]["path"], values["data"]["train"] = "embedded", train
+    (project / "several.toml").write_text(tomli_w.dumps(values))
+    monkeypatch.chdir("/")
+    chosen = fedlora.load(project / "several.toml")
+    assert chosen.root == str(project)
+    found = config.places.located_data(chosen.data, chosen.root)
+    assert len(found.load().train) == 72 * (2 if len(train) == 2 else 1)
+
+
+def test_other_machines_are_sent_names_of_files_alone(world: Path) -> None:
+    data = f"data={{kind='sites', test=['{world / 'test.jsonl'}', '~/b/*.csv']}}"
+    chosen = experiment(world, "lora", data, f"init_from='{world}'")
+    sent = config.places.elsewhere(dataclasses.replace(chosen, root=str(world)))
+    assert (sent.model.path, sent.data.test, sent.root, sent.init_from) == ("bert", ("test.jsonl", "*.csv"), None, None)
+    hub = dataclasses.replace(chosen, model=fedlora.Model(path="google/bert"))
+    assert config.places.elsewhere(hub).model.path == "google/bert"
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -155,3 +155,9 @@ def test_inputs_that_are_refused(tmp_path: Path, name: str, content: bytes | Non
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         inputs(tmp_path / name)
+
+
+def test_the_runs_format_is_that_of_files_whose_ending_names_none(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text,label\na,x\n")
+    assert inputs(tmp_path / "a.txt", format="csv") == ["a"]
+    assert inputs(tmp_path / "a.txt", format="txt") == inputs(tmp_path / "a.txt") == ["text,label", "a,x"]

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import fedlora
-from fedlora.core.errors import ConfigError
+from fedlora.core.errors import CheckpointError, ConfigError
 from fedlora.runs.folder import RunFolder
+from fedlora.tasks.models.fingerprints import adapter_digest
 
 world = pytest.fixture(scope="module")(tiny_world)
 POOLED = 'task={kind="text_classification", pooling="mean"}'
@@ -129,3 +130,19 @@ def test_configurations_without_it_keep_their_digest() -> None:
     from fedlora import config
 
     assert "init_from" not in config.resolved(fedlora.Experiment())
+
+
+def test_another_adapter_in_its_place_is_named(world: Path, tmp_path: Path, trained: Path) -> None:
+    folder = Path(shutil.copytree(trained / "adapter", tmp_path / "adapter"))
+    chosen = experiment(world, "lora", f'init_from="{folder}"', rounds=2)
+    fedlora.run(chosen, tmp_path / "run", until=1)
+    recorded = json.loads((tmp_path / "run" / "manifest.json").read_text())["fingerprints"]["adapter"]
+    assert adapter_digest(folder) == adapter_digest(trained) == {"adapter": recorded}
+    (folder / "digests.json").unlink()
+    file = folder / "adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="the adapter of init_from has changed since the checkpoint"):
+        fedlora.run(chosen, tmp_path / "run")
+    # what a run started from is in its checkpoint
+    shutil.rmtree(folder)
+    assert fedlora.run(chosen, tmp_path / "run").rounds == 2

@@ -206,6 +206,16 @@ def test_a_processor_that_keeps_proportions_is_refused(world: Path, tmp_path: Pa
         load_processor(Model(path=str(tmp_path / "vit")), None)
 
 
+def test_another_processor_is_another_fingerprint(world: Path, tmp_path: Path) -> None:
+    found = []
+    for name, settings in (("one", None), ("two", None), ("three", {"image_mean": [0.0, 0.0, 0.0]})):
+        save_vit(tmp_path / name)
+        file = tmp_path / name / "preprocessor_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **(settings or {})}))
+        found.append(prepare(world, parquet(world), str(tmp_path / name)).fingerprints["processor"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_processor_that_normalises_twice_is_followed(tmp_path: Path) -> None:
     save_vit(tmp_path, {"image_processor_type": "EfficientNetImageProcessor", "rescale_offset": True})
     processor = load_processor(Model(path=str(tmp_path)), None)

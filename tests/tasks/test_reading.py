@@ -9,10 +9,11 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from fedlora.core.errors import ConfigError, DataError
@@ -44,6 +45,23 @@ def rows_of(tmp_path: Path, name: str, content: bytes | str, **reading: Any) -> 
 def squad(answers: list[Any]) -> dict[str, Any]:
     asked = [{"id": str(row), "question": "who?", "answers": one} for row, one in enumerate(answers)]
     return {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "Ida in Bern", "qas": asked}]}]}
+
+
+# ---- formats that no ending names
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.data", "a", "a.txt.gz"])
+def test_a_format_is_of_files_whose_ending_names_none(tmp_path: Path, name: str) -> None:
+    content = b"text,label\na,x\n"
+    content = gz(content) if name.endswith(".gz") else content
+    assert rows_of(tmp_path, name, content, format="csv") == [{"text": "a", "label": "x"}]
+    assert rows_of(tmp_path, "a.jsonl", ROW, format="csv") == [{"text": "a", "label": "x"}]
+
+
+def test_an_unknown_ending_names_the_formats_and_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ends in '.data', but .*.csv, .tsv, .*or name the format, as in data.format"):
+        rows_of(tmp_path, "a.data", "text,label\na,x\n")
+    assert {f".{one}" for one in get_args(opening.Format)} == FORMATS.keys()
 
 
 # ---- csv and tsv
@@ -410,6 +428,33 @@ def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest
         rows_of(tmp_path, "c.jsonl.gz", gz(one))
     with pytest.raises(DataError, match=r"row 0 of .* has more than 1,000 characters"):
         rows_of(tmp_path, "c.json.gz", gz(b"[" + one + b"]"))
+
+
+@pytest.mark.parametrize("kind", ["compressed", "dictionary", "ipc file", "ipc stream"])
+def test_a_small_file_of_arrow_that_unpacks_to_too_much_is_refused(tmp_path: Path, kind: str) -> None:
+    count, values = (300_000, ["x" * 20, "y"]) if kind == "dictionary" else (3, ["x" * 3_000_000])
+    table = pyarrow.table({"text": [values[row % len(values)] for row in range(count)]})
+    file = tmp_path / ("a.arrow" if "ipc" in kind else "a.parquet")
+    if "ipc" in kind:
+        new = pyarrow.ipc.new_file if kind == "ipc file" else pyarrow.ipc.new_stream
+        with new(str(file), table.schema, options=pyarrow.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            writer.write_table(table)
+    else:
+        pyarrow.parquet.write_table(table, file, use_dictionary=kind == "dictionary", compression="zstd")
+    assert table.nbytes > 3_000_000 > 20 * file.stat().st_size
+    with pytest.raises(DataError, match=r"unpacks to more than 0.001 GB.*set data.max_unpacked_gb"):
+        read_rows(str(file), Reading(max_unpacked_gb=0.001))
+    assert len(read_rows(str(file), Reading(max_unpacked_gb=0.02))) == count
+
+
+def test_columns_nested_too_deeply_are_a_sentence(tmp_path: Path) -> None:
+    kind, value = pyarrow.string(), "a"
+    for _ in range(100):
+        kind, value = pyarrow.list_(kind), [value]
+    table = pyarrow.table({"text": pyarrow.array([value], kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"cannot be read as parquet .*too deeply nested"):
+        read_rows(str(tmp_path / "a.parquet"), Reading())
 
 
 def test_the_library_prints_no_line_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

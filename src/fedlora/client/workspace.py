@@ -15,6 +15,7 @@ from fedlora.core.state import Fold, Folds, named_seed
 from fedlora.core.tree import Tree
 from fedlora.recipe import Recipe
 from fedlora.tasks.base import Compute, Evaluation, Positions, Prepared, Split
+from fedlora.tasks.models.complete import NOTES
 from fedlora.transport import wire
 from fedlora.transport.base_updates import FoldMessage, received
 from fedlora.tuning import InitialParams, Installed
@@ -24,6 +25,8 @@ from fedlora.tuning.lora_layer import LoRALayer
 
 class Workspace:
     """A model, the tuning installed in it, and the setup applied to its frozen part.
+
+    ``notes`` are sentences about the model for the ledger.
 
     Args:
         task: the task of the model.
@@ -44,6 +47,7 @@ class Workspace:
         self._folds: tuple[tuple[bytes, int], Folds] | None = None
         self.init: Tree = {}
         self.personal: Tree = {}
+        self.notes: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -79,6 +83,7 @@ class Workspace:
         """
         self._installed = self._decoded = self._folds = None  # free the old model first
         model, head = self.task.load_model(named_seed(self._seed, "head"), _as_loaded(recipe), self.device)
+        self.notes = getattr(model, NOTES, ())
         self._installed = recipe.tuning.install(model, head, named_seed(self._seed, "install", phase))
         if not self.task.train_head:
             self._installed.freeze_head()

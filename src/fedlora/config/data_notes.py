@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fedlora.config.experiment import Experiment
+from fedlora.config.places import located_data
 from fedlora.population.clients import Clients
 from fedlora.population.partitions import Rows
 from fedlora.population.skew import Column
 from fedlora.tasks import Prepared
 from fedlora.tasks.base import Split
-from fedlora.tasks.data.notes import shared, unread
+from fedlora.tasks.data.notes import contradictory, shared, unread
 
 
 def data_notes(experiment: Experiment, task: Prepared, train: Rows, test: Rows, split: Split) -> tuple[str, ...]:
@@ -22,10 +23,13 @@ def data_notes(experiment: Experiment, task: Prepared, train: Rows, test: Rows, 
         split: the split that has those.
     """
     known = {*task.reads, *_columns_of(experiment.clients), *experiment.data.adds}
+    learnt = _contents(task, train, "train")
     return (
+        *located_data(experiment.data, experiment.root).notes,
         *task.notes,
         *unread(task.columns("train"), known),
-        *shared(_contents(task, test, split), _contents(task, train, "train")),
+        *shared(_contents(task, test, split), learnt),
+        *(contradictory(learnt, task.labels[train].tolist()) if learnt else ()),
     )
 
 

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from fedlora.config import experiment as config
 from fedlora.config.data_notes import data_notes
 from fedlora.config.experiment import Experiment
 from fedlora.config.handed_over import check_here, handed_over
-from fedlora.config.places import located_data, located_model
+from fedlora.config.places import located, located_data, located_model
 from fedlora.core.devices import compute_on, pick_device
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.progress import stage
@@ -49,6 +50,7 @@ from fedlora.server.optimizers import Sgd
 from fedlora.tasks import Prepared, Sites, Validation
 from fedlora.tasks.base import Split
 from fedlora.tasks.data.rows import CLIENT
+from fedlora.tasks.models.fingerprints import adapter_digest
 from fedlora.tasks.models.objects import origin_of
 from fedlora.transport import Link
 
@@ -268,6 +270,13 @@ def _with_compute(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, phases=tuple(map(settled, experiment.phases)))
 
 
+def fingerprints(experiment: Experiment, task: Prepared) -> dict[str, str]:
+    """Digests of what a run depends on beside its configuration and data, by name."""
+    given = experiment.init_from
+    adapter = adapter_digest(Path(located(given, experiment.root)).expanduser()) if given else {}
+    return {**task.fingerprints, **adapter}
+
+
 def manifest(
     experiment: Experiment, data: FederatedData, budget: PrivacyBudget | None = None, phases: Sequence[Phase] = ()
 ) -> dict[str, Any]:
@@ -283,7 +292,7 @@ def manifest(
         "seed": experiment.seed,
         "config_digest": config.digest(experiment),
         "data_fingerprint": data.task.fingerprint,
-        "fingerprints": data.task.fingerprints,
+        "fingerprints": fingerprints(experiment, data.task),
         **_handed_over(experiment),
         "label_names": data.task.label_names,
         "num_test": len(data.test_rows),

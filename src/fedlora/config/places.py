@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import glob
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fedlora.config.experiment import Experiment
 
 _DATA = ("train", "test", "path")
+"""The settings of data sources that name files or folders: a path, a pattern, or several of them in a list."""
 
 
 def root_of(document: Mapping[str, Any], folder: Path) -> str | None:
@@ -25,9 +27,9 @@ def root_of(document: Mapping[str, Any], folder: Path) -> str | None:
         document: the configuration as TOML values.
         folder: the folder of its file; the working folder is the second choice.
     """
-    paths = [path for path in (_relative(table.get(name)) for table, name in _places(document)) if path]
+    paths = [path for path in (_relative(table[name]) for table, name in _places(document)) if path]
     for root in (folder.absolute(), Path.cwd()):
-        if any((root / path).exists() for path in paths):
+        if any(_stands_for_any(root, path) for path in paths):
             return str(root)
     return None
 
@@ -44,8 +46,8 @@ def carried(document: dict[str, Any], source: Path, target: Path) -> dict[str, A
     if source.resolve() == target.resolve():
         return found
     for table, name in _places(found):
-        path = _relative(table.get(name))
-        if path and (source / path).exists():
+        path = _relative(table[name])
+        if path and _stands_for_any(source, path):
             table[name] = Path(os.path.relpath(source / path, target)).as_posix()
     return found
 
@@ -63,7 +65,7 @@ def rooted(experiment: Experiment, document: Mapping[str, Any]) -> Experiment:
 
 
 def located(path: str, root: str | None) -> str:
-    """A path of a configuration, absolute if it exists; a hub id, and a path that does not exist, as it is.
+    """A path or pattern of a configuration, absolute if there is such a file; a hub id, and any other, as it is.
 
     Args:
         path: as the configuration has it.
@@ -71,7 +73,7 @@ def located(path: str, root: str | None) -> str:
     """
     relative = _relative(path)
     for start in ([Path(root)] if root else []) + [Path.cwd()]:
-        if relative is not None and (start / relative).exists():
+        if relative is not None and _stands_for_any(start, relative):
             return str(start / relative)
     return path
 
@@ -91,22 +93,56 @@ def located_data(data: Any, root: str | None) -> Any:
         root: see ``located``.
     """
     values = {field.name: getattr(data, field.name) for field in dataclasses.fields(data) if field.init}
-    found = {name: located(value, root) for name, value in values.items() if name in _DATA and isinstance(value, str)}
+    found: dict[str, Any] = {}
+    for name in _DATA:
+        if isinstance(given := values.get(name), str):
+            found[name] = located(given, root)
+        elif isinstance(given, list | tuple):
+            found[name] = type(given)(located(one, root) for one in given)
     if dataclasses.is_dataclass(values.get("source")):
         found["source"] = located_data(values["source"], root)
     changed = {name: value for name, value in found.items() if value != values[name]}
     return dataclasses.replace(data, **changed) if changed else data
 
 
-def _places(document: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
-    """The tables and keys of a configuration that may have a path."""
+def elsewhere(experiment: Experiment) -> Experiment:
+    """The experiment for machines that have files of their own: with names of files in place of this machine's paths.
+
+    Args:
+        experiment: the experiment, whose data are ``Sites``.
+    """
+
+    def named(path: str) -> str:
+        found = Path(located(path, experiment.root)).expanduser()
+        return found.name if found.is_absolute() else path
+
+    data: Any = experiment.data
+    test = data.test
+    data = dataclasses.replace(data, test=named(test) if isinstance(test, str) else type(test)(map(named, test)))
+    model = dataclasses.replace(experiment.model, path=named(experiment.model.path))
+    return dataclasses.replace(experiment, root=None, init_from=None, data=data, model=model)
+
+
+def _places(document: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """The tables and lists of a configuration that may have paths, each with the key or position of one."""
     model, data = document.get("model"), document.get("data")
-    if isinstance(model, Mapping):
-        yield model, "path"
-    yield document, "init_from"
+    tables = [(model, "path"), (document, "init_from")]
     while isinstance(data, Mapping):
-        yield from ((data, name) for name in _DATA)
+        tables += [(data, name) for name in _DATA]
         data = data.get("source")
+    for table, name in tables:
+        given = table.get(name) if isinstance(table, Mapping) else None
+        if isinstance(given, list | tuple):
+            yield from ((given, number) for number in range(len(given)))
+        elif given is not None:
+            yield table, name
+
+
+def _stands_for_any(start: Path, path: Path) -> bool:
+    """Whether there is such a file or folder, or one that the pattern stands for."""
+    if (start / path).exists():
+        return True
+    return any(one in str(path) for one in "*?[") and any(glob.iglob(str(path), root_dir=start, recursive=True))
 
 
 def _relative(path: Any) -> Path | None:

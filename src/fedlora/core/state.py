@@ -20,6 +20,8 @@ SEED_BITS = 48
 def named_seed(run_seed: int, purpose: str, *numbers: int) -> int:
     """A separate seed for every purpose, so that an additional draw for one does not affect the draws for another.
 
+    A generator of PyTorch uses the lower 32 bits (see ``generator``), one of NumPy all 48.
+
     Args:
         run_seed: the seed of the run.
         purpose: what the draw is for (``"cohort"``, ``"client"``, ``"noise"``).
@@ -33,7 +35,11 @@ def named_seed(run_seed: int, purpose: str, *numbers: int) -> int:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A CPU generator that starts at ``seed``."""
+    """A CPU generator that starts at the lower 32 bits of ``seed``: PyTorch's Mersenne Twister ignores the others.
+
+    So two of a run's draws coincide with a probability of ``2 ** -32``. Noise that is to protect data comes from the
+    system's secure source, unless a seed is set for tests.
+    """
     return torch.Generator().manual_seed(seed)
 
 

@@ -118,7 +118,8 @@ def example_epsilon(
 
     Args:
         phases: the phases of the run.
-        cohorts: the cohorts of all rounds so far; an empty one is secret, so every client may have taken part.
+        cohorts: the cohorts of all attempts at rounds so far; an empty one is secret, so every client may have taken
+            part.
         turns: the number of each client's examples, and its local training, which depends on its tier if it has one.
 
     Returns:
@@ -199,13 +200,15 @@ class PrivacyBudget(NamedTuple):
     accountant: str
     max_epsilon: float | None
 
-    def spent(self, phases: Sequence[Phase], rounds: int) -> float:
-        """Epsilon after ``rounds`` rounds of the run."""
-        used, left = [], rounds
+    def spent(self, phases: Sequence[Phase], rounds: int, repeated: Sequence[int] = ()) -> float:
+        """Epsilon after ``rounds`` rounds of the run, and further attempts at the rounds ``repeated``, from 1."""
+        used, before = [], 0
         for phase in phases:
             multiplier = getattr(phase.recipe.privacy, "noise_multiplier", None) or 0.0
-            used.append((multiplier, min(left, phase.rounds)))
-            left -= used[-1][1]
+            after = before + phase.rounds
+            again = sum(before < round <= after for round in repeated)
+            used.append((multiplier, max(0, min(rounds, after) - before) + again))
+            before = after
         return epsilon(tuple(used), self.sampled, self.delta, self.accountant)
 
     def used(self, phases: Sequence[Phase]) -> str:
@@ -213,9 +216,9 @@ class PrivacyBudget(NamedTuple):
         multipliers = [getattr(phase.recipe.privacy, "noise_multiplier", None) or 0.0 for phase in phases]
         return chosen(multipliers, self.sampled, self.accountant)
 
-    def exhausted(self, phases: Sequence[Phase], rounds: int) -> bool:
-        """Whether one more round would exceed the budget."""
-        return self.max_epsilon is not None and self.spent(phases, rounds + 1) > self.max_epsilon
+    def exhausted(self, phases: Sequence[Phase], rounds: int, repeated: Sequence[int] = ()) -> bool:
+        """Whether one more round would exceed the budget; see ``spent``."""
+        return self.max_epsilon is not None and self.spent(phases, rounds + 1, repeated) > self.max_epsilon
 
 
 def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[PrivacyBudget | None, tuple[Phase, ...]]:

@@ -35,7 +35,7 @@ def read_inputs(given: str, task: Prepared, columns: Mapping[str, str], reading:
         inputs = _standard_input(task, columns, reading)
     elif (file := _file(given)) is None:
         inputs = [_text(given)] if given.strip() else []
-    elif is_data_file(file):
+    elif is_data_file(file) or reading.format not in (None, "txt"):
         inputs = task.inputs_of(rename(read_rows(str(file), reading, "test"), columns, given), given)
     else:
         inputs = read_texts(file, reading)

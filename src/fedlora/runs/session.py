@@ -14,7 +14,7 @@ import numpy as np
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
-from fedlora.config.federated_data import FederatedData, manifest
+from fedlora.config.federated_data import FederatedData, fingerprints, manifest
 from fedlora.config.places import located
 from fedlora.core.byte_counts import add_up
 from fedlora.core.errors import CallbackError, CheckpointError, DivergedError, QuorumError, TrainingError
@@ -30,6 +30,7 @@ from fedlora.rounds.ledger import RoundRecord
 from fedlora.rounds.phases import close_phase, open_phase
 from fedlora.rounds.round import run_round
 from fedlora.runs import mending
+from fedlora.runs.attempts import Attempts
 from fedlora.runs.callbacks import CallbackList
 from fedlora.runs.evaluation import evaluate, tested_clients, uses_all_rows
 from fedlora.runs.export import export_run
@@ -78,13 +79,14 @@ class Session:
         self._facts = {
             "config": config.digest(experiment),
             "data": data.task.fingerprint,
-            **data.task.fingerprints,
+            **fingerprints(experiment, data.task),
         }
         self.rows = self._resume()
         clients = experiment.clients
         sampled = SamplingScheme(len(data.population), clients.per_round, clients.sampling)
         self.budget, self.phases = open_account(experiment.phases, sampled)
         self._turns = data.turns(self.phases[self.state.phase if self.rows else 0].recipe)
+        self._attempts = Attempts(files.path, self.phases)
         disclosed = [disclosure_of(phase.recipe) for phase in self.phases]
         # amplification by sampling holds only as long as cohort membership is secret
         self._secret = not all(each.cohort for each in disclosed)
@@ -158,12 +160,15 @@ class Session:
             row = RoundRecord(
                 round=0, phase=0, cohort=(), examples=0, steps=0, loss=0.0, down_bytes={}, up_bytes={},
                 density_down=0.0, density_up=0.0, update_norm=0.0, metrics=metrics, facts=facts,
-                warnings=self.data.notes + self.workspace.installed.notes + warnings,
+                warnings=self.data.notes + self.workspace.notes + self.workspace.installed.notes + warnings,
                 seconds={"evaluate": seconds},
             )  # fmt: skip
             self._record(state, row)
             self.callback.report(row)
         self._saved = self.state.round if self.files.checkpoints else 0
+        for note in self._attempts.note(self.state.round):
+            self.callback.message(note)
+            self._notes += (note,)
 
     def _go_back(self, error: DivergedError) -> None:
         """Repeats the round that caused a divergence, without the client whose update explains it."""
@@ -183,17 +188,19 @@ class Session:
         if state.steps == self.phases[state.phase].rounds:
             state, facts = self._next_phase()
         state, row = self._round(state)
+        self._attempts.noised(state.round)
         last = state.round == experiment.rounds or self._exhausted(state)
         due = last or state.round == until or state.round % experiment.evaluate.every == 0
         metrics, warnings, seconds = self._evaluate_round(state, last) if due else ({}, (), 0.0)
         row = self._redacted(self._counted(row))
-        cohorts = [*(one.cohort for one in self.rows[1:]), row.cohort]
+        cohorts = [*(one.cohort for one in self.rows[1:]), row.cohort, *self._attempts.cohorts(state.round)]
+        again = self._attempts.rounds(state.round)
         row = dataclasses.replace(
             row,
             metrics=metrics,
             warnings=self._notes + self._changes(state.round - 1) + row.warnings + warnings,
             facts=facts,
-            epsilon=self.budget.spent(self.phases, state.round) if self.budget else None,
+            epsilon=self.budget.spent(self.phases, state.round, again) if self.budget else None,
             example_epsilon=example_epsilon(self.phases, cohorts, self._turns),
             seconds={**row.seconds, "evaluate": seconds},
         )
@@ -245,6 +252,7 @@ class Session:
         while True:
             engine.wait()
             cohort = self._cohort(recipe, seed)
+            self._attempts.asked(state.round + 1, () if self._secret else cohort)
             try:
                 after, row = run_round(
                     recipe, state, cohort, engine, experiment.seed, experiment.rounds, data.tiers, expected,
@@ -310,7 +318,9 @@ class Session:
 
     def _exhausted(self, state: ServerState) -> bool:
         """Whether the privacy budget permits no further round."""
-        return self.budget is not None and self.budget.exhausted(self.phases, state.round)
+        return self.budget is not None and self.budget.exhausted(
+            self.phases, state.round, self._attempts.rounds(state.round)
+        )
 
     def _changes(self, round: int) -> tuple[str, ...]:
         """The changes of the configuration that were made after a round."""
@@ -356,7 +366,8 @@ class Session:
         """Metrics on all test examples, and those over clients, all of which were evaluated after the last round."""
         metrics = self.rows[-1].metrics
         own = {name: value for name, value in metrics.items() if name.startswith("client_")}
-        if not uses_all_rows(self.experiment, self.data):
+        # the last row has none if attempts that were interrupted have spent the rest of the budget
+        if not metrics or not uses_all_rows(self.experiment, self.data):
             metrics, _ = evaluate(self.experiment, self.data, self.workspace, self._recipe(self.state), self.state)
         return {name: value for name, value in metrics.items() if name not in own} | own
 

@@ -19,7 +19,7 @@ from fedlora.core.component import MODEL_CONFIG, Field, dataclass
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.handed import HandedField, with_keywords
 from fedlora.tasks.data.columns import Source, check_column, check_rows, check_texts, fingerprint, typed, values_of
-from fedlora.tasks.data.notes import near_equal
+from fedlora.tasks.data.notes import doubtful, near_equal
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.fingerprints import base_digest
@@ -179,7 +179,7 @@ class Prepared(ABC):
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about data and model that a user should read before training; they are the first warnings."""
-        return tuple(near_equal(self.label_names))
+        return (*near_equal(self.label_names), *doubtful(self.label_names))
 
     def contents(self, split: Split) -> list[str]:
         """The content of each example, by which equal ones are found; an empty list if they are not compared."""

@@ -17,7 +17,7 @@ from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import scores
 from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.columns import Source, Splits, check_rows, check_texts, fingerprint, split, values_of
-from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled
+from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled, seldom
 from fedlora.tasks.data.notes import blank
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks
@@ -128,7 +128,7 @@ class PreparedText(PreparedTokenized):
     @property
     def notes(self) -> tuple[str, ...]:
         empty = (note for name, rows in self.data.items() for note in blank(values_of(rows, "text"), name, "text"))
-        return (*super().notes, *empty, *given_twice(self.data))
+        return (*super().notes, *empty, *given_twice(self.data), *seldom(self.data, self.settings.problem, self._names))
 
     def texts(self, split: Split) -> list[str]:
         parts = [values_of(self._data[split], name) for name in _texts(self._data[split])]

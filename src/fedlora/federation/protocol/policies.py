@@ -19,7 +19,7 @@ from fedlora.privacy import CentralGaussian
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
 from fedlora.tasks import Model
-from fedlora.tasks.data.opening import Delimiter, Encoding, Reading
+from fedlora.tasks.data.opening import Delimiter, Encoding, Format, Reading
 from fedlora.tuning.accepted import objection
 
 T = TypeVar("T")
@@ -140,6 +140,7 @@ class SiteConfig:
         delimiter: as for ``Files``.
         encoding: as for ``Files``.
         max_unpacked_gb: as for ``Files``.
+        format: as for ``Files``.
         share: share of the data of the server's configuration, for trials on one machine.
         tier: kind of this site, for ``clients.tiers`` by ``values``.
         model: location of the pre-trained model on this site; by default the server's, if that is ``embedded``.
@@ -158,6 +159,7 @@ class SiteConfig:
     delimiter: Delimiter | None = None
     encoding: Encoding | None = None
     max_unpacked_gb: Positive | None = None
+    format: Format | None = None
     share: Share | None = None
     tier: str = ""
     model: Model | None = None
@@ -173,7 +175,9 @@ class SiteConfig:
     @property
     def reading(self) -> Reading:
         """How the rows are read."""
-        return Reading(delimiter=self.delimiter, encoding=self.encoding, max_unpacked_gb=self.max_unpacked_gb)
+        return Reading(
+            delimiter=self.delimiter, encoding=self.encoding, max_unpacked_gb=self.max_unpacked_gb, format=self.format
+        )
 
     @classmethod
     def load(cls, path: Path) -> Self:

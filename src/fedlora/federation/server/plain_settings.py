@@ -1,4 +1,4 @@
-"""The settings that a server sends: regular expressions are resolved here, since no site accepts them."""
+"""The settings that a server sends: no site accepts regular expressions, or needs to know this machine's paths."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 
 from fedlora.config import Experiment
+from fedlora.config.places import elsewhere
 from fedlora.core.state import named_seed
 from fedlora.recipe import Recipe
-from fedlora.tasks import Instruction
+from fedlora.tasks import Instruction, Sites
 from fedlora.tasks.base import Prepared
 from fedlora.tuning import Tuning
 
@@ -38,9 +39,10 @@ class PlainSettings:
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment as it is sent, without what only the server uses: the pattern of answers, stop, track."""
+        """The experiment as it is sent, without what is for the server alone: answer_pattern, stop, track, paths."""
         phases = tuple(replace(phase, recipe=self.of(phase.recipe)) for phase in self._experiment.phases)
         task = self._experiment.task
         if isinstance(task, Instruction):
             task = replace(task, answer_pattern="exact")
-        return replace(self._experiment, phases=phases, task=task, stop=None, track=())
+        sent = replace(self._experiment, phases=phases, task=task, stop=None, track=())
+        return elsewhere(sent) if isinstance(sent.data, Sites) else sent

@@ -33,6 +33,7 @@ from fedlora.federation.site.watchdog import time_limit
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.tasks import Model
 from fedlora.tasks.base import Positions, Prepared
+from fedlora.tasks.data.notes import unread
 from fedlora.tasks.models.fingerprints import base_digest
 
 
@@ -108,6 +109,11 @@ class Site:
         text = "its rows do not fit the task; see its own log" if isinstance(error, DataError) else error
         return f"{self.settings.name}: {text}"
 
+    def _log_notes(self, task: Prepared) -> None:
+        """Logs here what a run of the site's owner would have in its ledger; it quotes the data, and is not sent."""
+        for note in (*task.notes, *unread(task.columns("train"), task.reads)) if self.settings.rows else ():
+            logging.getLogger("fedlora").warning("%s: %s", self.settings.rows, note)
+
     def _open(self, envelope: Envelope) -> bytes:
         head = envelope.head
         opened: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
@@ -118,6 +124,7 @@ class Site:
                 run = self._prepared(head)
             run.memory.open(json.dumps(head))
             self._run = run
+            self._log_notes(run.workspace.task)
             opened["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
         except FedloraError as error:
             opened["refused"] = self._said(error)

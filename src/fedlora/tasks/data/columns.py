@@ -77,6 +77,11 @@ class Source(ABC):
         """The columns that are there whether or not a task reads them."""
         return frozenset()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what lies there and is not read."""
+        return ()
+
     @abstractmethod
     def load(self) -> Raw:
         """Read the rows.
@@ -168,7 +173,7 @@ def check_texts(rows: datasets.Dataset, names: Sequence[str], which: str) -> Non
     """
     for name in names:
         found = _arrow(rows, name).type
-        if str(found) not in ("string", "large_string"):
+        if str(found) not in ("string", "large_string", "string_view"):
             raise DataError(f"column '{name}' of the {which} rows holds {found}, not text: name a column of text")
 
 
@@ -188,14 +193,17 @@ def split_by_content(rows: datasets.Dataset, key: str, test_fraction: float, see
         DataError: if a side is left without rows.
     """
     limit = test_fraction * 2.0**64
-    values = (value if isinstance(value, str) else json.dumps(value, default=repr) for value in values_of(rows, key))
+    values = [value if isinstance(value, str) else json.dumps(value, default=repr) for value in values_of(rows, key)]
     is_test = [xxhash.xxh3_64_intdigest(f"{seed}:{value}".encode()) < limit for value in values]
     train = [row for row, held_out in enumerate(is_test) if not held_out]
     test = [row for row, held_out in enumerate(is_test) if held_out]
     if not train or not test:
+        different = len(set(values))
+        equal = f" of {different} different contents, which each stay on one side," if different < len(rows) else ""
         raise DataError(
-            f"holding out {test_fraction:g} of {len(rows)} rows leaves {len(train)} for training and {len(test)} "
-            "for testing, but both need one at least: give more rows, another test_fraction, or test rows of their own"
+            f"holding out {test_fraction:g} of {len(rows)} rows{equal} leaves {len(train)} for training and "
+            f"{len(test)} for testing, but both need one at least: give more rows, another test_fraction, or test rows "
+            "of their own"
         )
     return Splits(rows.select(train), rows.select(test))
 

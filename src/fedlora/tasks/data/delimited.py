@@ -18,6 +18,7 @@ from fedlora.tasks.data.tables import of_fields
 _END = "\0end of file\0"
 _OTHERS = {";": ";", "\t": "\\t", "|": "|", ",": ","}
 _UNNAMED = "Unnamed: "
+_WEB_PAGE = re.compile(r"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 _EXCEL = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 
 
@@ -43,6 +44,8 @@ def read_delimited(file: Path, reading: Reading, delimiter: str) -> datasets.Dat
         delimiter, skipped = reading.delimiter or delimiter, 0
     if not first:
         return of_fields([], [])
+    if _WEB_PAGE.match(first):
+        raise DataError(f"'{file}' is a web page, as a failed download leaves it: fetch the file again")
     rows = _fields(first, lines, delimiter, file, skipped)
     _, header = next(rows, (1, []))
     names = _names(header, file, delimiter, reading.delimiter is not None)
@@ -57,7 +60,7 @@ def _fields(
     # the last line becomes part of a field if a quote is open
     ended = itertools.chain([first], lines, [_END])
     blank = any(name.startswith(" ") for name in first.split(delimiter)[1:])
-    reader = csv.reader(ended, delimiter=delimiter, skipinitialspace=blank)
+    reader = csv.reader(ended, delimiter=delimiter, skipinitialspace=blank, strict=True)
     number, row = 1 + skipped, [""]
     with _long_fields():
         try:
@@ -68,7 +71,8 @@ def _fields(
                     yield number, row
                 number = reader.line_num + 1 + skipped
         except csv.Error as error:
-            raise _open_quote(number, file) from error
+            of = _quoted_wrongly if "expected after" in str(error) else _open_quote
+            raise of(number, file) from error
 
 
 @contextmanager
@@ -85,6 +89,13 @@ def _open_quote(number: int, file: Path) -> DataError:
     return DataError(
         f"line {number} of '{file}' has a quote that is not closed: close it, or write a quote inside a field twice "
         "and the whole field in quotes"
+    )
+
+
+def _quoted_wrongly(number: int, file: Path) -> DataError:
+    return DataError(
+        f"line {number} of '{file}' has text after the quote that closes a field: write a quote inside a field twice "
+        '(""), not as \\", and nothing between the closing quote and the next field'
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import xxhash
 from fedlora.core.errors import DataError, first_line
 from fedlora.core.files import new_file
 from fedlora.core.later import datasets, pyarrow
+from fedlora.tasks.data.columnar import check_arrow, check_parquet
 from fedlora.tasks.data.columns import class_names
 from fedlora.tasks.data.delimited import read_delimited
 from fedlora.tasks.data.json_rows import read_json
@@ -71,6 +73,11 @@ def _matching(path: str) -> list[Path]:
             f"'{path}' is a folder, but not one that save_to_disk wrote: name its files, as in '{path.rstrip('/')}/"
             "*.jsonl'"
         )
+    if os.path.lexists(file):
+        what = (
+            "is a link to a file that is not there" if file.is_symlink() and not file.exists() else "is no plain file"
+        )
+        raise DataError(f"'{path}' {what}, but rows were to be read from it: name a file")
     if any(one in path for one in "*?["):
         found = [Path(one) for one in sorted(glob.glob(str(file), recursive=True))]
         if found := [one for one in found if one.is_file()]:
@@ -91,10 +98,12 @@ def _rows_of(file: Path, reading: Reading, split: str) -> datasets.Dataset:
         rows = _saved(file, split)
     else:
         ending = _ending(file)
+        if reading.format and ending not in FORMATS.keys() - {".txt"}:
+            ending = f".{reading.format}"
         if ending not in FORMATS:
             raise DataError(
                 f"'{file}' ends in '{file.suffix}', but files are read by their ending: use one of "
-                f"{', '.join(FORMATS)}, each also with .gz"
+                f'{", ".join(FORMATS)}, each also with .gz, or name the format, as in data.format = "csv"'
             )
         if not file.stat().st_size:
             raise DataError(f"'{file}' is empty, but rows were to be read from it: fill it or name another file")
@@ -151,16 +160,19 @@ def _json(by_line: bool) -> Reader:
 
 
 def _parquet(file: Path, reading: Reading) -> datasets.Dataset:
-    # load_dataset() would announce the reader's name to the Hub, and wait for an answer
-    return _by_library(file, "parquet", lambda: datasets.Dataset.from_parquet(str(_unpacked(file, reading))))
+    def read() -> datasets.Dataset:
+        plain = _unpacked(file, reading)
+        check_parquet(plain, file, reading)
+        # load_dataset() would announce the reader's name to the Hub, and wait for an answer
+        return datasets.Dataset.from_parquet(str(plain))
+
+    return _by_library(file, "parquet", read)
 
 
 def _arrow(file: Path, reading: Reading) -> datasets.Dataset:
     def read() -> datasets.Dataset:
         plain = _unpacked(file, reading)
-        with plain.open("rb") as opened:
-            is_feather = opened.read(6) == b"ARROW1"
-        if is_feather:
+        if check_arrow(plain, file, reading):
             return dataset_of(pyarrow.ipc.open_file(pyarrow.memory_map(str(plain))).read_all())
         return datasets.Dataset.from_file(str(plain))
 
@@ -186,6 +198,8 @@ def _by_library(path: Path, form: str, read: Callable[[], Any]) -> Any:
     try:
         with quiet():
             return read()
+    except DataError:
+        raise
     except (
         OSError,
         ValueError,

@@ -12,6 +12,8 @@ from fedlora.core.later import datasets
 PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Endings of the files that count as pictures, in small letters or large."""
 
+_JUNK = frozenset({"Thumbs.db", "desktop.ini"})
+
 
 def picture_folders(root: Path) -> tuple[Path, Path | None]:
     """Where the training pictures lie, and where those for testing, None if they are to be held out.
@@ -75,10 +77,36 @@ def read_folder(root: Path, names: Sequence[str] | None = None) -> datasets.Data
     return datasets.Dataset.from_dict(columns, features=features)
 
 
+def left_out(root: Path) -> list[str]:
+    """Sentences about what a folder of classes, or of ``train`` and ``test``, holds beside what is read."""
+    train, test = picture_folders(root)
+    notes = []
+    if train != root:
+        read = {"train", "test"} if test else {"train"}
+        beside = [repr(name) for name in class_folders(root) if name not in read and _pictures(root / name)]
+        notes += [f"images in {', '.join(beside[:5])} beside 'train' are not read"] if beside else []
+    return [*notes, *(note for folder in (train, test) if folder for note in _left_out_of(folder))]
+
+
+def _left_out_of(folder: Path) -> list[str]:
+    """The same about a folder of classes."""
+    notes, classes = [], class_folders(folder)
+    stray = sum(_is_picture(entry.name) for entry in folder.iterdir() if entry.is_file())
+    if stray:
+        notes.append(f"{stray} images beside the folders of classes in '{folder}' are not read")
+    if empty := [repr(name) for name in classes if not _pictures(folder / name)]:
+        notes.append(f"no images are in {', '.join(empty[:5])} of '{folder}', which are no classes")
+    names = [name for one in classes for _, _, files in os.walk(folder / one) for name in files]
+    others = [name for name in names if not (_is_picture(name) or name.startswith(".") or name in _JUNK)]
+    if others:
+        endings = sorted({Path(name).suffix or name for name in others})
+        notes.append(f"{len(others)} files in '{folder}' are no images of a known kind: {', '.join(endings[:5])}")
+    return notes
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).suffix.lower() in PICTURES and not name.startswith(".")
+
+
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(
-        Path(inside, name)
-        for inside, _, files in os.walk(folder)
-        for name in files
-        if Path(name).suffix.lower() in PICTURES and not name.startswith(".")
-    )
+    return sorted(Path(inside, name) for inside, _, files in os.walk(folder) for name in files if _is_picture(name))

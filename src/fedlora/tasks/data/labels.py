@@ -20,7 +20,11 @@ from fedlora.tasks.data.classes import (
     with_classes,
 )
 from fedlora.tasks.data.columns import Raw, class_names, is_field, typed, values_of
+from fedlora.tasks.data.notes import rare
 from fedlora.tasks.scores import Problem
+
+LARGEST = 1e18
+"""The largest number that is learnt: its square has to be far from the end of float32."""
 
 
 def labelled(raw: Raw, problem: Problem) -> tuple[Raw, list[str]]:
@@ -168,6 +172,24 @@ def given_twice(data: Mapping[Any, datasets.Dataset]) -> list[str]:
     ]
 
 
+def seldom(data: Mapping[Any, datasets.Dataset], problem: Problem, names: Sequence[str]) -> list[str]:
+    """Sentences about classes that few training rows have, or none.
+
+    Args:
+        data: rows with class numbers, by split.
+        problem: what labels are.
+        names: the classes.
+    """
+    if "train" not in data:
+        return []
+    values = values_of(data["train"], "label")
+    if problem == "regression":
+        return (
+            [f"all training rows have the label {values[0]}: there is nothing to learn"] if len({*values}) == 1 else []
+        )
+    return rare((one for value in values for one in (value if isinstance(value, list) else [value])), names)
+
+
 def class_table(rows: datasets.Dataset, label: str, num_classes: int) -> NDArray[np.float32]:
     """Lists of class numbers as ``(rows, num_classes)`` zeros and ones, float32."""
     table = np.zeros((len(rows), num_classes), dtype=np.float32)
@@ -177,18 +199,28 @@ def class_table(rows: datasets.Dataset, label: str, num_classes: int) -> NDArray
 
 
 def _numbers(rows: datasets.Dataset, which: str) -> datasets.Dataset:
-    """``rows`` with ``label`` as finite numbers."""
+    """``rows`` with ``label`` as numbers."""
     values = typed(rows, "label")
     if is_field(rows, "label"):
         with contextlib.suppress(ValueError):
             values = [value if isinstance(value, int) else float(value) for value in values]
             rows = rows.remove_columns("label").add_column("label", values)
-    if not all(isinstance(value, int | float) and np.isfinite(value) for value in values):
+    wrong = [value for value in values if not _is_learnable(value, is_field(rows, "label"))]
+    if wrong:
         raise DataError(
-            f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs: "
-            'correct the column, or set task.problem = "single"'
+            f"column 'label' of the {which} rows is not all finite numbers, which problem = \"regression\" needs (up "
+            f'to {LARGEST:g}), but has {shown(wrong[0])}: correct the column, or set task.problem = "single"'
         )
     return rows
+
+
+def _is_learnable(value: Any, is_text: bool) -> bool:
+    if is_text and isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return False
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def _lists(rows: datasets.Dataset, label: str, which: str) -> list[list[Any]]:

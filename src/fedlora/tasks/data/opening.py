@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import AfterValidator
 
@@ -29,8 +29,12 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_GZIP = b"\x1f\x8b"
+LFS = (b"version https://git-lfs", "is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
+"""How such a pointer begins, and what is said of it."""
+_TWICE = "is packed by gzip twice: unpack it once"
 _NOT_TEXT = (
-    (b"\x1f\x8b", "is packed by gzip: end its name in .gz"),
+    (_GZIP, "is packed by gzip: end its name in .gz"),
     (b"PK\x03\x04", "is a zip archive or an Excel file: unpack it, or save the sheet as csv"),
     (b"BZh", "is packed by bzip2: unpack it"),
     (b"\xfd7zXZ\x00", "is packed by xz: unpack it"),
@@ -39,6 +43,7 @@ _NOT_TEXT = (
     (b"\xd0\xcf\x11\xe0", "is an old Excel file: save the sheet as csv"),
     (b"\x89PNG", "is an image: name a file of rows"),
     (b"\xff\xd8\xff", "is an image: name a file of rows"),
+    LFS,
 )
 
 
@@ -65,6 +70,8 @@ Delimiter = Annotated[str, AfterValidator(_delimiter)]
 """The character between two fields of a csv or tsv."""
 Encoding = Annotated[str, AfterValidator(_encoding)]
 """The name of a text encoding."""
+Format = Literal["csv", "tsv", "json", "jsonl", "ndjson", "parquet", "arrow", "txt", "conll"]
+"""The format of a file of rows, by which it usually ends."""
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -74,7 +81,9 @@ class Reading:
     Args:
         delimiter: the character between two fields of a csv or tsv; by default a comma, in a tsv a tab.
         encoding: of text files, by default UTF-8; a byte order mark has precedence.
-        max_unpacked_gb: the most gigabytes that a ``.gz`` may unpack to; by default ``UNPACKED_GB``.
+        max_unpacked_gb: the most gigabytes that a ``.gz``, parquet or arrow file may unpack to; by default
+            ``UNPACKED_GB``.
+        format: of files whose ending names none, or which end in ``.txt``.
 
     Raises:
         ConfigError: there is no such encoding, or ``delimiter`` is not one character.
@@ -83,6 +92,7 @@ class Reading:
     delimiter: Delimiter | None = None
     encoding: Encoding | None = None
     max_unpacked_gb: Positive | None = None
+    format: Format | None = None
 
 
 @contextmanager
@@ -130,10 +140,8 @@ def read_lines(
 
 def _decoded(opened: IO[bytes], name: str, reading: Reading, newline: str | None, longest: int) -> Iterator[str]:
     buffered: Any = opened
-    start = bytes(buffered.peek(8)[:8])
-    for magic, what in _NOT_TEXT:
-        if start.startswith(magic):
-            raise DataError(f"'{name}' {what}")
+    start = bytes(buffered.peek(32)[:32])
+    _check_start(start, name)
     marked = next((encoding for mark, encoding in _BOMS if start.startswith(mark)), None)
     encoding = marked or reading.encoding or "utf-8"
     text = io.TextIOWrapper(buffered, encoding=encoding, newline=newline)
@@ -159,6 +167,12 @@ def _decoded(opened: IO[bytes], name: str, reading: Reading, newline: str | None
             text.detach()
 
 
+def _check_start(start: bytes, name: str) -> None:
+    for magic, what in _NOT_TEXT:
+        if start.startswith(magic):
+            raise DataError(f"'{name}' {_TWICE if magic == _GZIP and name.lower().endswith('.gz') else what}")
+
+
 def _undecodable(name: str, number: int, encoding: str, error: UnicodeError) -> DataError:
     """The error for bytes that are no text, after ``number`` lines that are."""
     found = ""
@@ -168,6 +182,14 @@ def _undecodable(name: str, number: int, encoding: str, error: UnicodeError) -> 
     return DataError(
         f"line {number + 1} of '{name}' is no {encoding.upper().removesuffix('-SIG')} text{found}: name the encoding "
         'that the file has, as in data.encoding = "latin-1", or save it as UTF-8'
+    )
+
+
+def too_large(file: Path, gigabytes: float) -> DataError:
+    """The error for a file that unpacks to more than it may."""
+    return DataError(
+        f"'{file}' unpacks to more than {gigabytes:g} GB, which is the most that is read: set data.max_unpacked_gb if "
+        "that is its true size"
     )
 
 
@@ -197,9 +219,6 @@ class _Unpacked(io.RawIOBase):
             ) from error
         self._left -= len(chunk)
         if self._left < 0:
-            raise DataError(
-                f"'{self._file}' unpacks to more than {self._gigabytes:g} GB, which is the most that is read: set "
-                "data.max_unpacked_gb if that is its true size"
-            )
+            raise too_large(self._file, self._gigabytes)
         buffer[: len(chunk)] = chunk
         return len(chunk)

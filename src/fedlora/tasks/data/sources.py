@@ -20,8 +20,8 @@ from fedlora.core.slots import Slot
 from fedlora.core.state import named_seed
 from fedlora.tasks.data.columns import Raw, Source, capped, rename, values_of
 from fedlora.tasks.data.files import quiet, read_rows, saved_splits
-from fedlora.tasks.data.folders import picture_folders, read_folder
-from fedlora.tasks.data.opening import Delimiter, Encoding, Reading
+from fedlora.tasks.data.folders import left_out, picture_folders, read_folder
+from fedlora.tasks.data.opening import Delimiter, Encoding, Format, Reading
 from fedlora.tasks.data.rows import Rows
 
 MIN_CHARACTERS = 20
@@ -132,7 +132,9 @@ class Files(Source):
         columns: name that the task uses -> name in the data, for columns with other names.
         delimiter: the character between two fields of a csv or tsv; if None, a comma, in a tsv a tab.
         encoding: of text files; if None, UTF-8. A byte order mark has precedence.
-        max_unpacked_gb: the most gigabytes that a ``.gz`` may unpack to; if None, 2.
+        max_unpacked_gb: the most gigabytes that a ``.gz``, parquet or arrow file may unpack to; if None, 2. The latter
+            two may unpack to ten times their size, if that is more.
+        format: of files whose ending names none of these formats, or which end in ``.txt``, such as ``csv``.
 
     Raises:
         ConfigError: there is no such encoding, or ``delimiter`` is not one character.
@@ -147,6 +149,7 @@ class Files(Source):
     delimiter: Delimiter | None = None
     encoding: Encoding | None = None
     max_unpacked_gb: Positive | None = None
+    format: Format | None = None
 
     def load(self) -> Raw:
         reading, test_path = reading_of(self), self.test
@@ -230,6 +233,10 @@ class ImageFolder(Source):
     def adds(self) -> frozenset[str]:
         return frozenset({"file"})
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(left_out(Path(self.path).expanduser()))
+
     def load(self) -> Raw:
         train_folder, test_folder = picture_folders(Path(self.path).expanduser())
         if self.test is not None:
@@ -249,6 +256,7 @@ class Sites(Source):
         delimiter: as for ``Files``.
         encoding: as for ``Files``.
         max_unpacked_gb: as for ``Files``.
+        format: as for ``Files``.
 
     Raises:
         ConfigError: there is no such encoding, or ``delimiter`` is not one character.
@@ -260,6 +268,7 @@ class Sites(Source):
     delimiter: Delimiter | None = None
     encoding: Encoding | None = None
     max_unpacked_gb: Positive | None = None
+    format: Format | None = None
 
     def __post_init__(self) -> None:
         if self.max_train is not None:
@@ -298,6 +307,10 @@ class Validation(Source):
     def adds(self) -> frozenset[str]:
         return self.source.adds
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.source.notes
+
     def load(self) -> Raw:
         raw = self.source.raw()
         if self.hold_out == "clients":  # they are known only once the rows are dealt
@@ -321,7 +334,12 @@ def reading_of(source: Source) -> Reading:
     """How the files of a source are read; as by default where its kind has no such settings."""
     if not isinstance(source, Files | Sites):
         return Reading()
-    return Reading(delimiter=source.delimiter, encoding=source.encoding, max_unpacked_gb=source.max_unpacked_gb)
+    return Reading(
+        delimiter=source.delimiter,
+        encoding=source.encoding,
+        max_unpacked_gb=source.max_unpacked_gb,
+        format=source.format,
+    )
 
 
 SOURCES: dict[str, type[Source]] = by_kind(AnySource)

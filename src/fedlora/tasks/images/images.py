@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,12 @@ from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Position
 from fedlora.tasks.data.columns import Source, check_rows, check_texts, rename, split, values_of
 from fedlora.tasks.data.files import is_saved, read_rows
 from fedlora.tasks.data.folders import read_folder
-from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled
+from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled, seldom
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.models.objects import fingerprint_of_tokenizer
 from fedlora.tasks.models.staged import sent
 
 Augmentation = Literal["none", "flip", "crop_flip"]
@@ -118,6 +120,10 @@ class PreparedImages(Prepared):
         self._pictures = dict(pictures)
         self._labels = {name: label_table(part, settings.problem, len(names)) for name, part in data.items()}
 
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        return {**super().fingerprints, "processor": fingerprint_of_tokenizer(self.processor.own)}
+
     @property
     def labels(self) -> Positions:
         """See ``Prepared.labels``; of several classes the first one."""
@@ -183,7 +189,7 @@ class PreparedImages(Prepared):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*super().notes, *given_twice(self.data))
+        return (*super().notes, *given_twice(self.data), *seldom(self.data, self.settings.problem, self._names))
 
     def contents(self, split: Split) -> list[str]:
         return [str(digest) for digest in values_of(self.data[split], "image")]

@@ -146,7 +146,10 @@ def read_picture(path: str, which: str) -> bytes:
         DataError: it cannot be read.
     """
     try:
-        return Path(path).expanduser().read_bytes()
+        file = Path(path).expanduser()
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise DataError(f"{which} is no plain file, but an image was to be read from it: name a file")
+        return file.read_bytes()
     except OSError as error:
         raise DataError(f"{which} cannot be read ({error.strerror or error}): correct the path") from error
 

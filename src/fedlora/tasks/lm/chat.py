@@ -50,6 +50,9 @@ class Conversation(NamedTuple):
     tools: Sequence[Any] | None = None
 
 
+_READ = {"role", "content", "tool_calls", "tool_call_id", "id", LEARNT}
+
+
 def chat_notes(tokenizer: Any, conversations: Sequence[Conversation]) -> list[str]:
     """Sentences about what a chat template has no place for, and how it is written instead."""
     template, total = tokenizer.chat_template, len(conversations)
@@ -71,6 +74,16 @@ def chat_notes(tokenizer: Any, conversations: Sequence[Conversation]) -> list[st
         notes.append(
             f"{given} of {total} rows describe tools, which the chat template leaves out: put them into the turn of "
             "the system"
+        )
+    turns = [turn for one in conversations for turn in one.messages if turn["role"] != "tool"]  # those have names
+    if unread := {key for turn in turns for key in turn.keys() - _READ if key not in str(template)}:
+        notes.append(f"turns have {', '.join(map(repr, sorted(unread)))}, which the chat template leaves out")
+    marks = [token for token in tokenizer.all_special_tokens if len(token) > 2]
+    marked = sum(any(mark in turn["content"] for turn in one.messages for mark in marks) for one in conversations)
+    if marked:
+        notes.append(
+            f"{marked} of {total} rows have special tokens of the tokenizer in the text of a turn, which the model "
+            "reads as such: remove them if they are text"
         )
     return notes
 

@@ -36,15 +36,21 @@ def speed_up(model: nn.Module, attention: bool) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             replace_module(model, name, Dropout(module.p).train(module.training))
-    # the flag of models whose attention calls the interface with nothing hidden
-    if (
-        attention
-        and isinstance(model, transformers.PreTrainedModel)
-        and getattr(model, "_supports_attention_backend", False)
-    ):
+    if attention and isinstance(model, transformers.PreTrainedModel) and _is_plain(model):
         transformers.AttentionInterface.register(ATTENTION, attend)
         transformers.AttentionMaskInterface.register(ATTENTION, transformers.masking_utils.eager_mask)
         model.set_attn_implementation(ATTENTION)
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Whether softmax of masked products is all that a model's attention is.
+
+    Families with caps on the scores (Gemma-2) or sinks (GPT-OSS), which PyTorch's kernel lacks, declare that they do
+    not support it and keep the attention of their class.
+    """
+    flags = ("_supports_attention_backend", "_supports_sdpa")
+    parts = [part for part in model.modules() if isinstance(part, transformers.PreTrainedModel)]
+    return all(getattr(part, flag, False) for part in parts for flag in flags)
 
 
 def _configure_memory() -> None:

@@ -1,8 +1,8 @@
-"""Fingerprints of what a run depends on: the base model and its tokenizer."""
+"""Fingerprints of what a run depends on: the base model, its tokenizer or image processor, an adapter to start from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,14 @@ import xxhash
 if TYPE_CHECKING:
     from fedlora.tasks.base import Model
 
-NAMES = {"data": "the data have", "model": "the base model has", "tokenizer": "the tokenizer has"}
+_WEIGHTS = (".safetensors", ".bin")
+NAMES = {
+    "data": "the data have",
+    "model": "the base model has",
+    "tokenizer": "the tokenizer has",
+    "processor": "the image processor has",
+    "adapter": "the adapter of init_from has",
+}
 """What a run depends on, as the subject of a sentence."""
 
 
@@ -22,13 +29,25 @@ def base_digest(model: Model) -> str:
     path = Path(model.resolve())
     if not path.is_dir():
         return f"{model.path}@{model.revision or 'main'}"
+    return _of_files(file for file in path.iterdir() if file.name == "config.json" or file.suffix in _WEIGHTS)
+
+
+def adapter_digest(folder: Path) -> dict[str, str]:
+    """Identifies an adapter of PEFT or of a finished run, as ``adapter``; empty if there is none in the folder."""
+    for one in (folder, folder / "adapter"):
+        if (one / "adapter_config.json").is_file():
+            files = (file for file in one.rglob("*") if file.name == "adapter_config.json" or file.suffix in _WEIGHTS)
+            return {"adapter": _of_files(files)}
+    return {}
+
+
+def _of_files(files: Iterable[Path]) -> str:
     digest = xxhash.xxh3_128()
-    for file in sorted(path.iterdir()):
-        if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
-            digest.update(file.name.encode())
-            with file.open("rb") as opened:
-                while chunk := opened.read(1 << 22):
-                    digest.update(chunk)
+    for file in sorted(files):
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            while chunk := opened.read(1 << 22):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from fedlora.core.errors import ConfigError, FedloraError, first_line
 from fedlora.core.later import Later, transformers
 from fedlora.tasks.models import cpu
+from fedlora.tasks.models.complete import NOTES, check_complete, notes_on
 from fedlora.tasks.models.damage import check_digests, check_finite, damage, no_model
 from fedlora.tasks.models.heads import parameters_of
 from fedlora.tasks.models.objects import copy_of_tokenizer, forget_last_call, fresh_copy
@@ -68,8 +69,8 @@ def load_pretrained(
         The model, and the names of the head's parameters.
 
     Raises:
-        ConfigError: there is no such model, or not in the form asked for, or its weights are damaged or not finite, or
-            it reads fewer tokens, or it lacks a module that ``model.head`` names.
+        ConfigError: there is no such model, or not in the form asked for, or its weights are damaged, not finite or
+            not those of its configuration, or it reads fewer tokens, or it lacks a module that ``model.head`` names.
     """
     if not model.object:
         check_digests(Path(model.resolve()))
@@ -92,6 +93,9 @@ def load_pretrained(
     if pooling != "model":
         with quiet_transformers():
             loaded = pooled.PooledClassifier(loaded, pooling, seed)
+    usual = head_names(loaded, set(), fresh_head)
+    check_complete(loaded, report, usual, model.path)
+    setattr(loaded, NOTES, notes_on(loaded, report, usual, model.path))
     head = head_names(loaded, missing, fresh_head) | parameters_of(loaded, model.head)
     return loaded if model.load in FEW_BITS else loaded.to(device), head
 
@@ -119,7 +123,7 @@ def config_of(model: Model) -> Any:
 def positions(model: nn.Module) -> int | None:
     """The most tokens that a model reads, where its configuration says so."""
     found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(found, int):
+    if not isinstance(found, int) or found < 1:  # XLNet's -1: any number
         return None
     for name, module in model.named_modules():
         # RoBERTa counts positions from behind the padding's
