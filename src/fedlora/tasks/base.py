@@ -25,6 +25,7 @@ from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.fingerprints import base_digest
 from fedlora.tasks.models.gguf import as_folder, smollm2
 from fedlora.tasks.models.objects import converted, origin_of
+from fedlora.tasks.models.shares import Shares
 
 if TYPE_CHECKING:
     import datasets
@@ -232,6 +233,17 @@ class Prepared(ABC):
         Raises:
             TrainingError: every label of the batch is masked.
         """
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares | None:
+        """How the loss of ``batch(rows)`` divides among the examples ``rows``; None where it does not, or is not known.
+
+        With it the gradients of single examples are computed in one pass over the batch; without it, one by one.
+
+        Args:
+            rows: training examples.
+            device: the model's device.
+        """
+        return None
 
     @abstractmethod
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:

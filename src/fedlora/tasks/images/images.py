@@ -25,6 +25,7 @@ from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.models.shares import Shares, equal_shares
 from fedlora.tasks.models.staged import sent
 
 Augmentation = Literal["none", "flip", "crop_flip"]
@@ -143,6 +144,9 @@ class PreparedImages(Prepared):
         if torch.is_grad_enabled():
             pixels = augment(pixels, self.settings.augmentation)
         return scores.loss(model(pixel_values=pixels).logits, batch["labels"], self.settings.problem)
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares:
+        return equal_shares(len(rows))
 
     def logits(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Tensor:
         """The outputs for examples, ``(rows, classes)`` float32, in the order of ``rows``."""

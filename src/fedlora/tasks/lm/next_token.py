@@ -20,6 +20,7 @@ from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.encoded import Ragged, chunks
 from fedlora.tasks.models.loading import load_pretrained
 from fedlora.tasks.models.rounded import mixed
+from fedlora.tasks.models.shares import Shares, shares_of
 from fedlora.tasks.models.staged import LEARNT, staged
 
 
@@ -140,6 +141,16 @@ class PreparedNextToken(PreparedTokenized):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return tokens_out.mean_loss(model, batch)
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares | None:
+        """See ``Prepared.shares``; None with packing, where examples share a row."""
+        if self._packing:
+            return None
+        examples = self._examples["train"]
+        chosen = examples.sequences(rows)
+        return shares_of(
+            np.diff(examples.offsets)[rows], examples.num_learnt(chosen), examples.tokens.lengths(chosen), device
+        )
 
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: token accuracy of the greedy next token, the mean loss per learnt token, and
