@@ -23,8 +23,8 @@ from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained, pooling_of
 from fedlora.tasks.models.pooling import Pooling
-from fedlora.tasks.models.shares import Shares, shares_of
 from fedlora.tasks.models.sentence import save_modules, usage
+from fedlora.tasks.models.shares import Shares, shares_of
 
 PROBLEM_TYPES: dict[scores.Problem, str] = {
     "single": "single_label_classification",
