@@ -61,7 +61,9 @@ class RowGradients(TorchFunctionMode):
         """
         if any(value.grad is not None for value in self._parameters):
             raise NoRule("a trained parameter has a gradient that no rule computed")
-        return [torch.cat([self._of(number, *each) for each in self._passes]) for number in range(len(self._numbers))]
+        if not self._passes:
+            raise NoRule("the loss calls parts of the model")
+        return [self._joined([self._of(number, *each) for each in self._passes]) for number in self._numbers.values()]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -86,6 +88,10 @@ class RowGradients(TorchFunctionMode):
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self._passes.append((len(first), {}))
+
+    @staticmethod
+    def _joined(parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _of(self, number: int, rows: int, found: Rows) -> Tensor:
         value = self._parameters[number]

@@ -145,8 +145,9 @@ class PreparedImages(Prepared):
             pixels = augment(pixels, self.settings.augmentation)
         return scores.loss(model(pixel_values=pixels).logits, batch["labels"], self.settings.problem)
 
-    def shares(self, rows: Positions, device: torch.device) -> Shares:
-        return equal_shares(len(rows))
+    def shares(self, rows: Positions, device: torch.device) -> Shares | None:
+        """See ``Prepared.shares``; None with augmentation, whose draws make no two passes equal."""
+        return equal_shares(len(rows)) if self.settings.augmentation == "none" else None
 
     def logits(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Tensor:
         """The outputs for examples, ``(rows, classes)`` float32, in the order of ``rows``."""
