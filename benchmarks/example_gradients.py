@@ -23,7 +23,7 @@ NOISE = ExampleNoise(clip_norm=1.0, noise_multiplier=0.0, seed=0)
 
 
 def measure(settings: Settings) -> list[Figure]:
-    """A DP-SGD step on 16 texts, one example at a time over all in one pass; the longer the texts, the less it saves."""
+    """A DP-SGD step on 16 texts, one example at a time over all in one pass; with long texts it saves less."""
     formats: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     return [each for compute in formats for each in _one(settings, compute)]
 
