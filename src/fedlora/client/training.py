@@ -89,14 +89,19 @@ def _train(workspace: Workspace, ready: Ready, clock: float) -> LocalResult:
     optimizer = _optimizer(installed, job)
     try:
         losses = _take_steps(workspace, ready, source, draws, batches, optimizer)
+        kept = _state_of(optimizer, installed.parameters) if local.keep_optimizer else {}
     except TimeoutError:
         return LocalResult(None, 0.0, 0, 0, {}, time.perf_counter() - clock)
+    finally:
+        # an optimiser is in a cycle of references, and its moments would stay until a collection
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
     return LocalResult(
         delta=installed.delta_from(ready.start),
         loss=float(torch.stack(losses).mean()),
         steps=len(batches),
         examples=sum(map(len, batches)),
-        optimizer=_state_of(optimizer, installed.parameters) if local.keep_optimizer else {},
+        optimizer=kept,
         seconds=time.perf_counter() - clock,
     )
 
