@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks import example_gradients, local_work, memory, naive, overhead, rate, startup, wire
+from benchmarks import example_gradients, large_shapes, local_work, memory, naive, overhead, rate, startup, wire
 from benchmarks.common import Figure, Settings
 
 Measure = Callable[[Settings], list[Figure]]
@@ -27,6 +27,7 @@ PARTS: dict[str, Measure] = {
     "memory": memory.measure,
     "wire": wire.measure,
     "startup": startup.measure,
+    "large_shapes": large_shapes.measure,
 }
 
 

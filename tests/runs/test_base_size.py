@@ -23,9 +23,10 @@ def test_a_large_base_update_is_refused_before_training(world: Path, tmp_path: P
 
 
 def test_it_is_never_larger_than_the_matrices_that_it_edits(world: Path, tmp_path: Path) -> None:
-    # nine clients of rank 16 would make 144 x 64 entries for each matrix of 32 x 32
-    chosen = experiment(world, "flora", "method.rank=16", "clients.per_round=9", rounds=1)
-    assert fedlora.run(chosen, tmp_path / "run").down_bytes["fold"] == 0
+    # nine clients of rank 16 make 144 x 64 entries for each of four matrices of 32 x 32, sent in the second round
+    chosen = experiment(world, "flora", "method.rank=16", "clients.per_round=9", rounds=2)
+    found = fedlora.run(chosen, tmp_path / "run").down_bytes["fold"]
+    assert found == pytest.approx(9 * 4 * 32 * 32 * 4, rel=0.02)
     with pytest.raises(ConfigError, match="rank 144 with 9 clients of rank 16"):
         fedlora.run(experiment(world, "flora", "method.rank=16", "clients.per_round=9", "method.max_base_share=0.1"))
 
