@@ -23,7 +23,7 @@ MODELS: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {
 
 
 def measure(settings: Settings) -> list[Figure]:
-    """SVD starts, FlexLoRA's rule and SLoRA's mask and hand-over at rank 16 on query and value; one layer is measured."""
+    """SVD starts, FlexLoRA's rule and SLoRA's mask and hand-over at rank 16 on query and value, of one layer."""
     figures = []
     for model, (layers, shapes) in MODELS.items():
         for name, work in _works(shapes).items():
