@@ -14,18 +14,20 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks import local_work, memory, naive, overhead, rate, startup, wire
+from benchmarks import example_gradients, large_shapes, local_work, memory, naive, overhead, rate, startup, wire
 from benchmarks.common import Figure, Settings
 
 Measure = Callable[[Settings], list[Figure]]
 PARTS: dict[str, Measure] = {
     "overhead": overhead.measure,
     "local_work": local_work.measure,
+    "example_gradients": example_gradients.measure,
     "rate": rate.measure,
     "naive": naive.measure,
     "memory": memory.measure,
     "wire": wire.measure,
     "startup": startup.measure,
+    "large_shapes": large_shapes.measure,
 }
 
 

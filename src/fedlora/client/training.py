@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedlora.client.jobs import Job
+from fedlora.client.together import together
 from fedlora.client.workspace import Workspace
 from fedlora.core import tree
 from fedlora.core.errors import TrainingError
@@ -88,14 +89,19 @@ def _train(workspace: Workspace, ready: Ready, clock: float) -> LocalResult:
     optimizer = _optimizer(installed, job)
     try:
         losses = _take_steps(workspace, ready, source, draws, batches, optimizer)
+        kept = _state_of(optimizer, installed.parameters) if local.keep_optimizer else {}
     except TimeoutError:
         return LocalResult(None, 0.0, 0, 0, {}, time.perf_counter() - clock)
+    finally:
+        # an optimiser is in a cycle of references, and its moments would stay until a collection
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
     return LocalResult(
         delta=installed.delta_from(ready.start),
         loss=float(torch.stack(losses).mean()),
         steps=len(batches),
         examples=sum(map(len, batches)),
-        optimizer=_state_of(optimizer, installed.parameters) if local.keep_optimizer else {},
+        optimizer=kept,
         seconds=time.perf_counter() - clock,
     )
 
@@ -116,9 +122,10 @@ def _take_steps(
     job, recipe, local = ready.job, ready.job.recipe, ready.job.recipe.local
     task, model, device, parameters = workspace.task, workspace.model, workspace.device, workspace.installed.parameters
     values = list(parameters.values())
+    one_pass = together(workspace, source, ready.rows, local)
     proximal = Proximal(local.proximal, [ready.start[name].to(device) for name in parameters if local.proximal])
     # pruned entries are zero, and so are ranks that were not sent
-    kept = recipe.pruning.kept(ready.start, job.round) or source.kept(ready.start, ready.schema)
+    kept = recipe.pruning.kept(ready.start, job.round) or one_pass.kept(ready.start, ready.schema)
     masks = [(parameters[name], mask.to(device)) for name, mask in kept.items()]
     penalty = partial(recipe.rank_pruning.penalty, parameters, ready.schema, recipe.rank)
 
@@ -127,7 +134,7 @@ def _take_steps(
             return task.loss(model, batch)
 
     # in the order in which `gradients` passes them
-    ahead = task.batches([part for chosen in batches for part in source.passes(chosen)], device)
+    ahead = task.batches([part for chosen in batches for part in one_pass.passes(chosen)], device)
     loss_of = Losses(loss, task.num_terms, ahead)
     losses = []
     with workspace.kernels(), torch.random.fork_rng(devices=[]), training_mode(model, local.dropout):
@@ -137,7 +144,7 @@ def _take_steps(
         for chosen in batches:
             if time.perf_counter() > ready.deadline:
                 raise TimeoutError
-            losses.append(source.gradients(loss_of, values, chosen, local.batch_size, draws, penalty))
+            losses.append(one_pass.gradients(loss_of, values, chosen, local.batch_size, draws, penalty))
             proximal.add_to(values)
             for value, mask in masks:
                 if value.grad is not None:

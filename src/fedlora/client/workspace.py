@@ -48,6 +48,8 @@ class Workspace:
         self.init: Tree = {}
         self.personal: Tree = {}
         self.notes: tuple[str, ...] = ()
+        self.batches_examples: dict[frozenset[str], bool] = {}
+        """Whether a batch gives the gradients of single examples, by the names of the trained parameters."""
 
     @property
     def seed(self) -> int:
@@ -101,7 +103,7 @@ class Workspace:
                         f"aggregator {kind_of(recipe.aggregator)!r} edits the values of {name}, which are stored "
                         "quantised; load the model unquantised, or use another aggregator"
                     )
-        self._phase, self._setup, self.init = phase, None, {}
+        self._phase, self._setup, self.init, self.batches_examples = phase, None, {}, {}
         return self._installed
 
     def apply_setup(self, phase: int, recipe: Recipe, setup: bytes | None) -> None:

@@ -43,6 +43,18 @@ def add_(left: Tree, right: Mapping[str, Tensor], scale: float = 1.0) -> None:
         torch._foreach_add_(list(left.values()), _align(left, right), alpha=scale)
 
 
+def scale_(tree: Tree, factor: float) -> None:
+    """``tree *= factor`` in place."""
+    if tree:
+        torch._foreach_mul_(list(tree.values()), factor)
+
+
+def have_same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two float32 trees are equal bit for bit; a negative zero differs from a positive one."""
+    pairs = zip(left.values(), _align(left, right), strict=True)
+    return all(torch.equal(one.view(torch.int32), other.view(torch.int32)) for one, other in pairs)
+
+
 def num_entries(tree: Mapping[str, Tensor]) -> int:
     """The number of entries in the tree."""
     return sum(value.numel() for value in tree.values())

@@ -38,6 +38,8 @@ _OWN = {
     "adapter_lth.keep": "the share of the remaining entries kept at each pruning.",
     "fed_select.keep": "factor on the density of both links at each step of the decay.",
     "fedex.fold_rank": "how many ranks of each round's correction are kept; all of them if absent.",
+    "fedex.max_base_share": "the largest base update of a round, as a share of the model; a half if absent.",
+    "flora.max_base_share": "the largest base update of a round, as a share of the model; a half if absent.",
     "het_lora.padding": "the values of ranks that a client lacks: zero, as published, or keep, the server's own.",
 }
 

@@ -137,6 +137,7 @@ def fedex(
     precision: AnyPrecision = Float32(),
     local: Local = PLAIN,
     memory: Memory = "none",
+    max_base_share: Share | None = None,
 ) -> Phases:
     """FedEx-LoRA (arXiv 2410.09432): factors are averaged, and the residual of the mean product goes into frozen
     weights.
@@ -145,7 +146,7 @@ def fedex(
     ``fold_rank`` truncates each fold to that rank, as in the paper's inexact variant.
     """
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
-    rule = ProductExact(rank=fold_rank, weighting=weighting)
+    rule = ProductExact(rank=fold_rank, weighting=weighting, max_base_share=max_base_share)
     return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, local=local, memory=memory)
 
 
@@ -160,13 +161,17 @@ def flora(
     local: Local = PLAIN,
     memory: Memory = "none",
     reference: Literal["zero", "init"] = "init",
+    max_base_share: Share | None = None,
 ) -> Phases:
     """FLoRA (arXiv 2409.05976): clients' factors are stacked into frozen weights; adapters are redrawn each round.
 
     The downlink carries the fold and the head: clients draw the new ``A`` from its seed. With ``reference = "zero"``,
     ``A`` is sent, with the number of ranks of the client's tier.
     """
-    tuning, rule = LoRA(rank=rank, alpha=alpha, targets=targets), Stack(weighting=weighting)
+    tuning, rule = (
+        LoRA(rank=rank, alpha=alpha, targets=targets),
+        Stack(weighting=weighting, max_base_share=max_base_share),
+    )
     down, up = Link(precision=precision, reference=reference), Link(precision=precision)
     return fedavg(rounds=rounds, tuning=tuning, down=down, up=up, aggregator=rule, local=local, memory=memory)
 

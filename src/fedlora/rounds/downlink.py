@@ -97,4 +97,8 @@ class Downlink:
         arrived = self._schema.join(packet.trees)
         if link.feedback:
             self.lost = tree.subtract(tree_sent, arrived)
-        return Message(packet._replace(trees={}), reference, tree.add(base, arrived) if base else arrived)
+        if base:
+            arrived = tree.add(base, arrived)
+        elif not lost and not link.lossy and tree.have_same_bits(self._sent, arrived):
+            arrived = self._sent  # one copy less in memory
+        return Message(packet._replace(trees={}), reference, arrived)

@@ -92,6 +92,7 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
     accumulator = recipe.aggregator.begin(params, schema, store)
     for update in uplink.updates(params):
         accumulator.add(update)
+        del update  # it would stay in memory while the next client trains
     check_state(state, uplink)
     uplink.check_quorum()
     uplink.check_moved()

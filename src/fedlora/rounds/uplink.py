@@ -81,21 +81,26 @@ class Uplink:
         """
         orders, engine = self._plan.orders, self._engine
         like = self._schema.split(params) | {"report": empty_report(self._recipe)}
-        replies = engine.run([order.job for order in orders])
-        for place, (order, reply) in enumerate(zip(orders, replies, strict=True)):
+        replies = iter(engine.run([order.job for order in orders]))
+        for place, order in enumerate(orders):
             most = engine.most_examples(order.job.client)
-            answer, delta = read_reply(order.job, reply, like, self._schema, engine.trusted, most)
+            answer, delta = read_reply(order.job, next(replies), like, self._schema, engine.trusted, most)
             self.answers.append(answer)
-            if delta is not None:
-                yield from self._admitted(self.outliers.offer(place, self._update(order, answer, delta)))
+            update = None if delta is None else self._update(order, answer, delta)
+            del delta  # while the next client trains, nothing here may hold the update of this one
+            if update is not None:
+                verdicts = self.outliers.offer(place, update)
+                del update
+                yield from self._admitted(verdicts)
+        assert next(replies, None) is None  # the engine ends its work
         yield from self._admitted(self.outliers.rest())
 
     def _admitted(self, verdicts: Iterator[Verdict]) -> Iterator[Update]:
-        for place, update, why in verdicts:
-            if why:
-                self.answers[place] = _refused(self.answers[place], why)
+        for verdict in verdicts:
+            if verdict.why:
+                self.answers[verdict.place] = _refused(self.answers[verdict.place], verdict.why)
             else:
-                yield update
+                yield verdict.update
 
     def check_quorum(self) -> None:
         """Rejects a round with too few replies, unless these are noised: they have been disclosed, so they count.

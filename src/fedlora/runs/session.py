@@ -25,6 +25,7 @@ from fedlora.privacy.accountant import SamplingScheme, example_epsilon, open_acc
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.recipe import Recipe
 from fedlora.recipe.modes import MODES
+from fedlora.rounds.base_size import check_base_update
 from fedlora.rounds.checkpoint import can_go_on
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.rounds.phases import close_phase, open_phase
@@ -154,6 +155,7 @@ class Session:
             recipe, seed, given = self.phases[0].recipe, self.experiment.seed, self.experiment.init_from
             adapter = located(given, self.experiment.root) if given else None
             state, facts = open_phase(self.workspace, 0, recipe, seed, 0, None, adapter)
+            check_base_update(recipe, state, self.workspace.model, self.experiment.clients.per_round)
             metrics, warnings, seconds = self._evaluate(state, last=False)
             if self.experiment.stop:
                 check_stop(self.experiment.stop, metrics, self.data.task.main_metric, self._accounted)
@@ -238,9 +240,10 @@ class Session:
     def _next_phase(self) -> tuple[ServerState, dict[str, float]]:
         carry, number = close_phase(self.workspace, self._recipe(self.state), self.state), self.state.phase + 1
         recipe = self.phases[number].recipe
-        opened = open_phase(self.workspace, number, recipe, self.experiment.seed, self.state.round, carry)
+        state, facts = open_phase(self.workspace, number, recipe, self.experiment.seed, self.state.round, carry)
+        check_base_update(recipe, state, self.workspace.model, self.experiment.clients.per_round)
         self._notes += self.workspace.installed.notes
-        return opened
+        return state, facts
 
     def _round(self, state: ServerState) -> tuple[ServerState, RoundRecord]:
         """Runs one round; if too few clients reply, it is retried and nothing of the failed attempt is used."""

@@ -25,6 +25,7 @@ from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.fingerprints import base_digest
 from fedlora.tasks.models.gguf import as_folder, smollm2
 from fedlora.tasks.models.objects import converted
+from fedlora.tasks.models.shares import Shares
 
 if TYPE_CHECKING:
     import datasets
@@ -235,6 +236,17 @@ class Prepared(ABC):
         Those of a batch of examples, by default; a task whose mean is over tokens counts these.
         """
         return len(next(iter(batch.values())))
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares | None:
+        """How the loss of ``batch(rows)`` divides among the examples ``rows``; None where it does not, or is not known.
+
+        With it the gradients of single examples are computed in one pass over the batch; without it, one by one.
+
+        Args:
+            rows: training examples.
+            device: the model's device.
+        """
+        return None
 
     @abstractmethod
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:

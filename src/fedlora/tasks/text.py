@@ -24,6 +24,7 @@ from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chun
 from fedlora.tasks.models.loading import class_settings, load_pretrained, pooling_of
 from fedlora.tasks.models.pooling import Pooling
 from fedlora.tasks.models.sentence import save_modules, usage
+from fedlora.tasks.models.shares import Shares, shares_of
 
 PROBLEM_TYPES: dict[scores.Problem, str] = {
     "single": "single_label_classification",
@@ -172,6 +173,11 @@ class PreparedText(PreparedTokenized):
             labels.append(part["labels"])
             logits.append(model(**{name: value for name, value in part.items() if name != "labels"}).logits.float())
         return scores.loss(torch.cat(logits), torch.cat(labels), self.settings.problem)
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares:
+        ones = np.ones(len(rows), np.int64)
+        lengths = self._tokens["train"].lengths(rows) if self.settings.pad_to == "longest" else ones[:0]
+        return shares_of(ones, ones, lengths, device)
 
     def logits(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Tensor:
         """The outputs for examples, ``(rows, outputs)`` float32, in the order of ``rows``."""

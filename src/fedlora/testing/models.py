@@ -18,6 +18,7 @@ from fedlora.population.clients import Population
 from fedlora.tasks.base import Batch, Compute, Evaluation, Model, Positions, Prepared, Split
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.models.loading import head_names
+from fedlora.tasks.models.shares import Shares, equal_shares
 
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -200,6 +201,9 @@ class TensorTask(Prepared):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return functional.cross_entropy(self.logits(model, batch), batch["labels"])
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares:
+        return equal_shares(len(rows))
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """The outputs of ``model`` for each example, ``(examples, classes)`` float32."""

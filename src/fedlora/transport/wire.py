@@ -206,8 +206,9 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
         raise WireError(f"Tensor {wrong[0]!r} of part {part!r} is {tree[wrong[0]].dtype}; convert it to float32.")
     values: NDArray[np.float32] = form.precision.nonzero(as_vector(tree).cpu().numpy())
     stored = write_layout(values != 0, tree, form.precision.value_bits, form.draw)
-    with np.errstate(invalid="ignore"):  # NaN is refused in `write`
-        chosen = (values if stored.where is None else values[stored.where]) + np.float32(0)  # -0.0 + 0.0 is 0.0
+    chosen = values if stored.where is None else values[stored.where]
+    if stored.where is None and not values.all():
+        chosen = chosen + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
         written = form.precision.write(chosen, stored.runs, form.seed)
     except WireError as error:

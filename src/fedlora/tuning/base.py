@@ -86,9 +86,12 @@ class Installed:
         return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.parameters.items()}
 
     def delta_from(self, start: Mapping[str, Tensor]) -> Tree:
-        """The current trained parameters minus ``start``; float32 on the CPU, in newly allocated memory."""
+        """The current trained parameters minus ``start``; float32 on the CPU, views of one new vector."""
         now = {name: value.detach().to("cpu", torch.float32) for name, value in self.parameters.items()}
-        return tree.subtract(now, start)
+        delta = tree.unflatten(torch.empty(tree.num_entries(now)), now)
+        for name, value in delta.items():
+            torch.sub(now[name], start[name], out=value)
+        return delta
 
     def load(self, params: Mapping[str, Tensor]) -> None:
         """Writes ``params`` into the model in place."""

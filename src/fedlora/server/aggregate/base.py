@@ -139,7 +139,9 @@ class WeightedMean(Accumulator):
             raise TrainingError(
                 "the total aggregation weight is zero: no client reported examples, or all adapters are zero"
             )
-        return Change(tree.scale(self._total, 1.0 / self._weights), Fold())
+        total, self._total = self._total, None
+        tree.scale_(total, 1.0 / self._weights)
+        return Change(total, Fold())
 
 
 class Comparing(Aggregator):

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedlora.core.component import MODEL_CONFIG, Count, dataclass
+from fedlora.core.component import MODEL_CONFIG, Count, Share, dataclass
 from fedlora.core.schema import Pair, Schema
 from fedlora.core.state import Change, Fold, Update
 from fedlora.core.store import Store
@@ -123,11 +123,14 @@ class ProductExact(OfProducts):
     Args:
         weighting: as for ``mean``.
         rank: rank of the approximation of the fold that is applied and sent; by default, the fold is exact.
+        max_base_share: largest size of a round's fold, as a share of the model's parameters, above which a run is
+            refused before training; a half if absent.
     """
 
     kind: Literal["product_exact"] = "product_exact"
     weighting: Literal["uniform", "examples"] = "uniform"
     rank: Count | None = None
+    max_base_share: Share | None = None
     exact_for_products: ClassVar[bool] = True
     edits_base: ClassVar[bool] = True
 
@@ -168,10 +171,12 @@ class Stack(OfProducts):
 
     Args:
         weighting: as for ``mean``; the paper uses ``examples``.
+        max_base_share: as for ``product_exact``.
     """
 
     kind: Literal["stack"] = "stack"
     weighting: Literal["uniform", "examples"] = "uniform"
+    max_base_share: Share | None = None
     exact_for_products: ClassVar[bool] = True
     edits_base: ClassVar[bool] = True
     reinitialises: ClassVar[bool] = True

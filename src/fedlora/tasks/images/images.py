@@ -27,6 +27,7 @@ from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictur
 from fedlora.tasks.models.encoded import chunks
 from fedlora.tasks.models.loading import class_settings, load_pretrained
 from fedlora.tasks.models.objects import fingerprint_of_tokenizer
+from fedlora.tasks.models.shares import Shares, equal_shares
 from fedlora.tasks.models.staged import sent
 
 Augmentation = Literal["none", "flip", "crop_flip"]
@@ -149,6 +150,10 @@ class PreparedImages(Prepared):
         if torch.is_grad_enabled():
             pixels = augment(pixels, self.settings.augmentation)
         return scores.loss(model(pixel_values=pixels).logits, batch["labels"], self.settings.problem)
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares | None:
+        """See ``Prepared.shares``; None with augmentation, whose draws make no two passes equal."""
+        return equal_shares(len(rows)) if self.settings.augmentation == "none" else None
 
     def logits(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Tensor:
         """The outputs for examples, ``(rows, classes)`` float32, in the order of ``rows``."""

@@ -20,6 +20,7 @@ from fedlora.tasks.models.embeddings import embed
 from fedlora.tasks.models.encoded import Ragged, chunks
 from fedlora.tasks.models.loading import load_pretrained
 from fedlora.tasks.models.rounded import mixed
+from fedlora.tasks.models.shares import Shares, shares_of
 from fedlora.tasks.models.staged import LEARNT, staged
 
 
@@ -144,6 +145,16 @@ class PreparedNextToken(PreparedTokenized):
     def num_terms(self, batch: Batch) -> int:
         """See ``Prepared.num_terms``: the learnt tokens."""
         return len(batch[LEARNT]) if LEARNT in batch else int((batch["labels"][:, 1:] != tokens_out.IGNORED).sum())
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares | None:
+        """See ``Prepared.shares``; None with packing, where examples share a row."""
+        if self._packing:
+            return None
+        examples = self._examples["train"]
+        chosen = examples.sequences(rows)
+        return shares_of(
+            np.diff(examples.offsets)[rows], examples.num_learnt(chosen), examples.tokens.lengths(chosen), device
+        )
 
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: token accuracy of the greedy next token, the mean loss per learnt token, and

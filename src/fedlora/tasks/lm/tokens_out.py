@@ -78,6 +78,11 @@ class Examples(NamedTuple):
         """The sequences of the examples ``rows``, in their order."""
         return ranges(self.offsets, rows)
 
+    def num_learnt(self, sequences: Positions) -> Positions:
+        """How many tokens of each of ``sequences`` are learnt."""
+        parts = (self.learnt.values[slice(*self.learnt.offsets[one : one + 2])] for one in sequences)
+        return np.asarray([int(part.sum()) for part in parts], dtype=np.int64)
+
 
 def pack(lengths: Positions, limit: int) -> list[list[int]]:
     """Packs sequences into blocks by first-fit decreasing.

@@ -20,6 +20,7 @@ from fedlora.tasks.data.columns import check_rows, check_texts, fingerprint, val
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Ragged, by_length, cached, chunks
 from fedlora.tasks.models.loading import config_of, load_pretrained
+from fedlora.tasks.models.shares import Shares, shares_of
 from fedlora.tasks.qa import spans
 from fedlora.tasks.qa.passages import Passages, check_stride, encode
 
@@ -154,6 +155,11 @@ class PreparedQuestions(PreparedTokenized):
             start, end = _outputs(model, part)
             losses.append(span_losses(start, end, part.get("attention_mask"), *(part[name] for name in POSITIONS)))
         return torch.cat(losses).mean()
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares:
+        passages = self._passages["train"]
+        chosen = passages.rows(rows)
+        return shares_of(passages.counts(rows), np.ones(len(chosen), np.int64), passages.tokens.lengths(chosen), device)
 
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: the metrics of ``spans.score``; the loss is a mean over windows."""

@@ -21,6 +21,7 @@ from fedlora.tasks.data.columns import Source, Splits, check_rows, class_names, 
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks, ranges
 from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.models.shares import Shares, shares_of
 from fedlora.tasks.models.staged import LEARNT, learnt_places
 from fedlora.tasks.scores import ONE_CLASS
 from fedlora.tasks.tags.schemes import FORM, OUTSIDE, entity_tag, is_tag, mixed, scheme_of
@@ -249,6 +250,12 @@ class PreparedTokens(PreparedTokenized):
             logits.append(found[kept].float())
             labels.append(part["labels"][kept])
         return functional.cross_entropy(torch.cat(logits), torch.cat(labels))
+
+    def shares(self, rows: Positions, device: torch.device) -> Shares:
+        windows = self._windows["train"]
+        chosen = windows.of(rows)
+        counts = np.diff(windows.examples)[rows]
+        return shares_of(counts, windows.num_scored(chosen), windows.tokens.lengths(chosen), device)
 
     def evaluate(self, model: nn.Module, rows: Positions, split: Split, device: torch.device) -> Evaluation:
         """See ``Prepared.evaluate``: F1, precision and recall over entities, accuracy over words, and the loss.

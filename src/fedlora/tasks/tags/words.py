@@ -40,6 +40,11 @@ class Windows(NamedTuple):
         """The sequences of the examples ``rows``, in order."""
         return ranges(self.examples, rows)
 
+    def num_scored(self, sequences: Positions) -> Positions:
+        """How many words are scored in each of ``sequences``."""
+        places, offsets = self.places
+        return np.asarray([int((places[offsets[one] : offsets[one + 1]] >= 0).sum()) for one in sequences], np.int64)
+
 
 def cut(examples: Sequence[Sequence[str]], tokenizer: Any, max_length: int, stride: int) -> Arrays:
     """Words as pieces, in windows of at most ``max_length``; of each word the first piece is scored, in one window.
