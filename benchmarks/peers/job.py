@@ -79,6 +79,8 @@ class Job:
     def model(self) -> peft.PeftModel:
         """The pre-trained model with stock ``peft`` at the job's start, its dropout off."""
         plan = self.plan
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         base = transformers.AutoModelForSequenceClassification.from_pretrained(plan.model, num_labels=plan.num_labels)
         config = peft.LoraConfig(
             task_type="SEQ_CLS", r=plan.rank, lora_alpha=plan.rank, lora_dropout=0.0, target_modules=["query", "value"]

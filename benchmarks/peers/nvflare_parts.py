@@ -42,5 +42,3 @@ class Clock(Widget):
         first = event_type == AppEventType.ROUND_STARTED and not (Path(self.out) / "rounds.txt").exists()
         if first or event_type == AppEventType.AFTER_AGGREGATION:
             Work(Path(self.job), Path(self.out)).round_ended()
-
-

@@ -113,6 +113,7 @@ def document(folder: Path, size: Size, noop: bool) -> dict[str, Any]:
     local = {"batch_size": BATCH, "optimizer": {"kind": "adamw", "lr": LR}} | ({"max_steps": 0} if noop else {})
     return {
         "label": "peers",
+        "checkpoint_every": size.rounds,  # the peers are not asked to save either
         "task": {"kind": "text_classification", "max_length": size.max_length, "pooling": "model"},
         "data": {"kind": "files", "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")},
         "clients": {"num": size.clients, "per_round": size.per_round, "partition": {"kind": "iid"}},
