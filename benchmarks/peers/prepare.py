@@ -55,7 +55,7 @@ def prepare(folder: Path, size: Size) -> Job:
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_rows(folder, size)
-    experiment = config.parse(document(folder, size, noop=False))
+    experiment = config.parse(document(folder, size, "test.jsonl", noop=False))
     data = federated(experiment)
     task, population = data.task, data.population
     assert isinstance(task, PreparedText)
@@ -85,17 +85,19 @@ def prepare(folder: Path, size: Size) -> Job:
     )
     Job.write(folder, plan, arrays, dict(to_peft(state.params)))
     for noop in (False, True):
-        (folder / experiment_file(noop)).write_text(json.dumps(document(folder, size, noop), indent=1) + "\n")
+        text = json.dumps(document(folder, size, "one.jsonl", noop), indent=1)
+        (folder / experiment_file(noop)).write_text(text + "\n")
     return Job(folder)
 
 
 def _write_rows(folder: Path, size: Size) -> None:
-    """Writes ``train.jsonl`` and ``test.jsonl``: docstrings in an order drawn at random."""
+    """Writes ``train.jsonl``, ``test.jsonl`` and its first row: docstrings in an order drawn at random."""
     rows = Docstrings(num_classes=size.classes).load().train
     names = rows.features["label"].names
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     num_train = size.clients * size.rows
-    for name, chosen in (("train", order[:num_train]), ("test", order[num_train : num_train + size.test_rows])):
+    test = order[num_train : num_train + size.test_rows]
+    for name, chosen in (("train", order[:num_train]), ("test", test), ("one", test[:1])):
         part = rows.select(chosen)
         lines = [
             json.dumps({"text": text, "label": names[label]})
@@ -108,16 +110,20 @@ def experiment_file(noop: bool) -> str:
     return "noop.json" if noop else "train.json"
 
 
-def document(folder: Path, size: Size, noop: bool) -> dict[str, Any]:
-    """The configuration of fedlora for the job: dense float32 both ways, and FedAvg by examples."""
+def document(folder: Path, size: Size, test: str, noop: bool) -> dict[str, Any]:
+    """The configuration of fedlora for the job: dense float32 both ways, and FedAvg by examples.
+
+    fedlora always evaluates at the start and at the end; what is measured has one row to evaluate, as the peers have
+    none.
+    """
     local = {"batch_size": BATCH, "optimizer": {"kind": "adamw", "lr": LR}} | ({"max_steps": 0} if noop else {})
     return {
         "label": "peers",
         "checkpoint_every": size.rounds,  # the peers are not asked to save either
         "task": {"kind": "text_classification", "max_length": size.max_length, "pooling": "model"},
-        "data": {"kind": "files", "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")},
+        "data": {"kind": "files", "train": str(folder / "train.jsonl"), "test": str(folder / test)},
         "clients": {"num": size.clients, "per_round": size.per_round, "partition": {"kind": "iid"}},
-        "evaluate": {"every": size.rounds, "num_examples": 1},
+        "evaluate": {"every": size.rounds},
         "method": {
             "kind": "fedavg",
             "rounds": size.rounds,
