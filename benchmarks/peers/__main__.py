@@ -11,7 +11,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -20,70 +19,12 @@ import fedlora
 from benchmarks.peers.environments import Environment, environment, own
 from benchmarks.peers.job import Job, Work
 from benchmarks.peers.prepare import Size, prepare
+from benchmarks.peers.report import SYSTEMS, Row, System, line_of, report
 from benchmarks.peers.watch import Watched, watch
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 900.0
 """Seconds that a run may take."""
-
-
-@dataclass(frozen=True)
-class System:
-    """A row of the tables.
-
-    Args:
-        title: its name there.
-        module: the worker's module.
-        peer: the peer whose environment it runs in; empty for fedlora.
-        workers: processes that train at the same time, where the system has such a setting.
-        against: the row of fedlora to compare with.
-    """
-
-    title: str
-    module: str
-    peer: str = ""
-    workers: int = 1
-    against: str = ""
-
-
-SYSTEMS: dict[str, System] = {
-    "fedlora": System("fedlora", "on_fedlora"),
-    "fedlora-2": System("fedlora, 2 processes", "on_fedlora", workers=2),
-    "pfl": System("pfl-research", "on_pfl", "pfl", against="fedlora"),
-    "flower": System("Flower, 2 Ray actors", "on_flower", "flower", workers=2, against="fedlora-2"),
-    "nvflare": System("NVFlare, a process per site", "on_nvflare", "nvflare", against="fedlora-2"),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of a system.
-
-    Args:
-        system: its key in ``SYSTEMS``.
-        release: its version.
-        round_seconds: wall clock of a round, the first one left out.
-        round_processor: processor seconds of a round, of all processes.
-        run_seconds: wall clock of the whole run, from the start of the interpreter.
-        run_processor: processor seconds of the whole run.
-        memory: peak of the proportional set size of all processes, in bytes.
-        resident: the same of the resident set size, which counts shared pages once for each process.
-        accuracy: of the final weights on the test rows.
-        turn_seconds: wall clock of a round without training, by its number of clients.
-        missing: why there are no figures.
-    """
-
-    system: str
-    release: str
-    round_seconds: float = 0.0
-    round_processor: float = 0.0
-    run_seconds: float = 0.0
-    run_processor: float = 0.0
-    memory: float = 0.0
-    resident: float = 0.0
-    accuracy: float = 0.0
-    turn_seconds: float = 0.0
-    missing: str = ""
 
 
 class RunError(Exception):
@@ -112,9 +53,14 @@ def main() -> None:
     for _ in range(given.repeats):
         for name in names:
             found[name].append(measured(name, places[name], jobs, work / "runs" / name))
-            print(f"{SYSTEMS[name].title}: {found[name][-1].missing or 'done'}", flush=True)
+            print(line_of(found[name][-1]), flush=True)
     rows = {name: _median(each) for name, each in found.items()}
-    text = report(rows, size, given.repeats, time.monotonic() - began)
+    head = (
+        f"{size.rounds} rounds, the first of which warms up, of {size.per_round} of {size.clients} clients with "
+        f"{size.rows} rows each; {given.repeats} run(s) of each system; {os.cpu_count()} processors, load "
+        f"{os.getloadavg()[2]:.1f}. Took {time.monotonic() - began:.0f} s."
+    )
+    text = report(rows, head)
     print(text)
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
@@ -192,58 +138,6 @@ def _median(rows: Sequence[Row]) -> Row:
     return dataclasses.replace(
         rows[0], **{name: statistics.median(getattr(row, name) for row in rows) for name in names}
     )
-
-
-FIGURES = {
-    "time of a round": ("round_seconds", "{:.2f} s", 1.0),
-    "processor time of a round": ("round_processor", "{:.2f} s", 1.0),
-    "time of the run": ("run_seconds", "{:.1f} s", 1.0),
-    "processor time of the run": ("run_processor", "{:.1f} s", 1.0),
-    "peak memory": ("memory", "{:,.0f} MB", 1e-6),
-    "no-op client": ("turn_seconds", "{:.1f} ms", 1e3),
-}
-"""Of each figure where less is better: the field of ``Row``, its format, and its unit."""
-
-
-def report(rows: Mapping[str, Row], size: Size, repeats: int, seconds: float) -> str:
-    """The figures, what they are as multiples of fedlora's, and where fedlora is not ahead."""
-    lines = [
-        "# Peers",
-        "",
-        f"{size.rounds} rounds, the first of which warms up, of {size.per_round} of {size.clients} clients with "
-        f"{size.rows} rows each; {repeats} run(s) of each system; {os.cpu_count()} processors, load "
-        f"{os.getloadavg()[2]:.1f}. Took {seconds:.0f} s.",
-        "",
-        f"| system | version | {' | '.join(FIGURES)} | accuracy |",
-        "| --- | --- |" + " ---: |" * (len(FIGURES) + 1),
-    ]
-    for name, row in rows.items():
-        head = f"| {SYSTEMS[name].title} | {row.release} |"
-        if row.missing:
-            lines.append(f"{head} {row.missing} |" + " |" * len(FIGURES))
-            continue
-        values = [form.format(getattr(row, field) * unit) for field, form, unit in FIGURES.values()]
-        lines.append(f"{head} {' | '.join(values)} | {row.accuracy:.3f} |")
-    lines += ["", "As multiples of fedlora with as many processes:", ""]
-    lines += [f"| system | against | {' | '.join(FIGURES)} | accuracy |", "| --- | --- |" + " ---: |" * 7]
-    behind = []
-    for name, row in rows.items():
-        ours = rows.get(SYSTEMS[name].against)
-        if ours is None or ours.missing or row.missing:
-            continue
-        ratios = {label: getattr(row, field) / getattr(ours, field) for label, (field, _, _) in FIGURES.items()}
-        gap = row.accuracy - ours.accuracy
-        values = [f"{ratio:.2f} x" for ratio in ratios.values()]
-        titles = f"| {SYSTEMS[name].title} | {SYSTEMS[SYSTEMS[name].against].title} |"
-        lines.append(f"{titles} {' | '.join(values)} | {gap:+.3f} |")
-        lost = [f"{label} ({ratio:.2f} x)" for label, ratio in ratios.items() if ratio < 1]
-        behind += (
-            [f"{SYSTEMS[name].title}: {', '.join(lost + [f'accuracy ({gap:+.3f})'] * (gap > 0))}"]
-            if (lost or gap > 0)
-            else []
-        )
-    lines += ["", "fedlora is not ahead of: " + ("; ".join(behind) or "none, in nothing") + ".", ""]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

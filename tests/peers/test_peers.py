@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.peers import on_fedlora
-from benchmarks.peers.__main__ import Row, report
 from benchmarks.peers.environments import Environment, environment
 from benchmarks.peers.job import Job, State, Work
 from benchmarks.peers.prepare import Size, prepare
+from benchmarks.peers.report import Row, report
 from benchmarks.peers.watch import watch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft, about the model's name
@@ -117,13 +117,14 @@ def test_the_report_names_what_fedlora_is_not_ahead_in_and_what_is_not_installed
     ours = Row("fedlora", "0.2", **figures, accuracy=0.5)
     theirs = dataclasses.replace(ours, system="pfl", round_seconds=3.0, memory=1.0, accuracy=0.6)
     away = Row("nvflare", "", missing="not installed: no such release")
-    text = report({"fedlora": ours, "pfl": theirs, "nvflare": away}, SIZE, 1, 1.0)
+    text = report({"fedlora": ours, "pfl": theirs, "nvflare": away}, "a run")
     last = text.strip().splitlines()[-1]
-    assert last == "fedlora is not ahead of: pfl-research: peak memory (0.50 x), accuracy (+0.100)."
+    assert last == "fedlora is not ahead of pfl-research in peak memory (0.50 x), accuracy (+0.100)."
     assert "| 1.50 x |" in text
     assert "not installed: no such release" in text
-    even = report({"fedlora": ours, "pfl": dataclasses.replace(ours, system="pfl")}, SIZE, 1, 1.0)
-    assert "fedlora is not ahead of: none" in even
+    even = report({"fedlora": ours, "pfl": dataclasses.replace(ours, system="pfl")}, "a run")
+    assert even.endswith("fedlora is ahead in everything.\n")
+    assert "ahead" not in report({"fedlora": ours, "nvflare": away}, "a run")
 
 
 def test_a_peer_that_cannot_be_installed_has_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
