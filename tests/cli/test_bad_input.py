@@ -43,7 +43,10 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no override": (("rounds",), "-s 'rounds' is not of the form key.key=value"),
     "override of a value": (("label.x=3",), "'label' is a value, not a table"),
     "phases and method": (("phases=[]",), "either [method] or [[phases]], not both"),
-    "rank": (("method.rank=33",), "rank = 33 is above the smaller side of bert.encoder.layer.0"),
+    "rank": (
+        ("method.rank=33", "method.tuning.strict_rank=true"),
+        "rank = 33 is above the smaller side of bert.encoder.layer.0",
+    ),
     "targets": (("method.targets='nothing'",), "targets = 'nothing' matches nothing in BertForSequenceClassification"),
     "pattern": (("method.targets='('",), "is not a regular expression"),
     "padding": (
@@ -249,6 +252,4 @@ def test_a_real_process_exits_with_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedlora", "run", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr == f"error: {tmp_path} is a folder without config.toml; name a TOML file or the folder of a run\n"
-    )
+    assert done.stderr == f"error: {tmp_path} is a folder without config.toml; name a file or the folder of a run\n"

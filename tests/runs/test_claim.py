@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         "clients.per_round",
     ),
     "targets": (("method.targets='nothing'",), "matches nothing"),
-    "rank": (("method.rank=33",), "is above the smaller side"),
+    "rank": (("method.rank=33", "method.tuning.strict_rank=true"), "is above the smaller side"),
     "task": (("task={kind='causal_lm'}", "data.columns={text='text'}"), "sees the tokens"),
     "device": (("device='cuda'",), "sees no GPU"),
     "tier": (("clients.tiers=[{name='a', values=['x']}]", "clients.tier_column='user'"), "tier"),

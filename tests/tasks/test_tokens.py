@@ -218,6 +218,7 @@ def test_a_decoder_without_special_tokens_trains_and_predicts(world: Path, gpt2:
 
     noise.gradients(loss_of, values, np.array([0]), 1, noise.draws(0))
     alone = [value.grad.clone() for value in values if value.grad is not None]
+    model.zero_grad()
     noise.gradients(loss_of, values, np.array([0, 1]), 1, noise.draws(0))
     assert all(torch.equal(value.grad, one) for value, one in zip(values, alone, strict=True) if value.grad is not None)
 
