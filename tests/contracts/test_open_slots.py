@@ -67,7 +67,15 @@ STRANGERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("slot", "kind"), [(slot, kind) for slot, (_, table) in CHECKS.items() for kind in table])
+@pytest.mark.parametrize(
+    ("slot", "kind"),
+    # other tests train with every value: the checks are shown here on two of each slot
+    [
+        pytest.param(slot, kind, marks=[pytest.mark.slow] if number > 1 else [])
+        for slot, (_, table) in CHECKS.items()
+        for number, kind in enumerate(table)
+    ],
+)
 def test_what_comes_with_fedlora_passes_the_checks(slot: str, kind: str) -> None:
     check, table = CHECKS[slot]
     # adaptive optimisers of the server, and SGD on clients, take more than four rounds with their defaults
