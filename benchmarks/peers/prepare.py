@@ -19,7 +19,7 @@ from fedlora.population.clients import draw_cohort
 from fedlora.tasks import Model
 from fedlora.tasks.data.sources import Docstrings
 from fedlora.tasks.text import PreparedText
-from fedlora.tuning.lora import to_peft
+from fedlora.tuning import to_peft
 
 
 @dataclass(frozen=True)

@@ -207,8 +207,8 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     values: NDArray[np.float32] = form.precision.nonzero(as_vector(tree).cpu().numpy())
     stored = write_layout(values != 0, tree, form.precision.value_bits, form.draw)
     chosen = values if stored.where is None else values[stored.where]
-    if not chosen.all():
-        with np.errstate(invalid="ignore"):  # NaN is refused in `write`
+    with np.errstate(invalid="ignore"):  # NaN is refused in `write`
+        if not chosen.all():
             chosen = chosen + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
         written = form.precision.write(chosen, stored.runs, form.seed)
