@@ -191,11 +191,11 @@ class Opened:
 
     def __init__(self, bench: Bench, values: dict[str, Any]) -> None:
         experiment = in_mode(config.parse(values))
-        self.setting: FederatedData = prepare(experiment)
+        self.federated: FederatedData = prepare(experiment)
         self.recipe: Recipe = experiment.phases[0].recipe
-        self.workspace = Workspace(self.setting.task, 0, self.setting.device, experiment.deterministic)
+        self.workspace = Workspace(self.federated.task, 0, self.federated.device, experiment.deterministic)
         self.state: ServerState = open_phase(self.workspace, 0, self.recipe, 0, 0, None)[0]
-        self.engine = Serial(self.workspace, self.setting.population)
+        self.engine = Serial(self.workspace, self.federated.population)
 
     def round(self, clients: tuple[int, ...] = (0,)) -> None:
         self.state, self.row = run_round(self.recipe, self.state, clients, self.engine, seed=0, rounds=1)
@@ -238,7 +238,7 @@ def turn(bench: Bench, which: tuple[Size, Path] | None = None) -> dict[str, Any]
 def ours_and_plain(bench: Bench, size: Size, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """A turn, with and without deterministic kernels, and a plain loop."""
     opened = Opened(bench, document(bench, size, folder, {"kind": "lora"}))
-    rows, task, workspace = opened.setting.population.rows_of(0), opened.setting.task, opened.workspace
+    rows, task, workspace = opened.federated.population.rows_of(0), opened.federated.task, opened.workspace
     values = list(workspace.installed.parameters.values())
 
     def plain() -> None:
@@ -257,8 +257,8 @@ def ours_and_plain(bench: Bench, size: Size, folder: Path) -> tuple[dict[str, An
 
 def peft_loop(bench: Bench, size: Size, folder: Path) -> float:
     """Seconds of the plain loop over peft's modules."""
-    setting = prepare(config.parse(document(bench, size, folder, {"kind": "lora"})))
-    task, rows = setting.task, setting.population.rows_of(0)
+    federated = prepare(config.parse(document(bench, size, folder, {"kind": "lora"})))
+    task, rows = federated.task, federated.population.rows_of(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(bench.device).train()
     settings = peft.LoraConfig(r=size.rank, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with warnings.catch_warnings():  # peft reads a name that transformers 5 changed

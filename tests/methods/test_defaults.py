@@ -39,22 +39,22 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def setting(cut: Path) -> FederatedData:
+def federated(cut: Path) -> FederatedData:
     return prepare(parse(document(cut, {"kind": "lora"})))
 
 
-def accuracy(cut: Path, setting: FederatedData, method: dict[str, Any], folder: Path) -> float:
-    return run(parse(document(cut, method)), folder, data=setting).after["accuracy"]
+def accuracy(cut: Path, federated: FederatedData, method: dict[str, Any], folder: Path) -> float:
+    return run(parse(document(cut, method)), folder, data=federated).after["accuracy"]
 
 
 @pytest.fixture(scope="module")
-def head_alone(cut: Path, setting: FederatedData, tmp_path_factory: pytest.TempPathFactory) -> float:
+def head_alone(cut: Path, federated: FederatedData, tmp_path_factory: pytest.TempPathFactory) -> float:
     method = {"kind": "fedavg", "tuning": {"kind": "head_only"}}
-    return accuracy(cut, setting, method, tmp_path_factory.mktemp("head"))
+    return accuracy(cut, federated, method, tmp_path_factory.mktemp("head"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_not_behind_the_head_alone(
-    method: str, cut: Path, setting: FederatedData, head_alone: float, tmp_path: Path
+    method: str, cut: Path, federated: FederatedData, head_alone: float, tmp_path: Path
 ) -> None:
-    assert accuracy(cut, setting, {"kind": method}, tmp_path) > head_alone - 0.02
+    assert accuracy(cut, federated, {"kind": method}, tmp_path) > head_alone - 0.02

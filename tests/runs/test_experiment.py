@@ -307,10 +307,10 @@ def test_local_training_goes_on_where_it_stopped(world: Path, tmp_path: Path) ->
 
 
 def test_natural_clients_are_the_values_of_a_column(world: Path) -> None:
-    setting = prepare(experiment(world, "lora", "clients.partition={kind='natural', column='user'}"))
-    assert setting.population.names == tuple(f"u{number}" for number in range(9))
-    users = setting.task.column("user", "train")
-    assert all(len(set(users[setting.population.rows_of(client)])) == 1 for client in range(9))
+    federated = prepare(experiment(world, "lora", "clients.partition={kind='natural', column='user'}"))
+    assert federated.population.names == tuple(f"u{number}" for number in range(9))
+    users = federated.task.column("user", "train")
+    assert all(len(set(users[federated.population.rows_of(client)])) == 1 for client in range(9))
 
 
 def test_users_in_both_splits_are_refused(world: Path) -> None:
@@ -321,12 +321,12 @@ def test_users_in_both_splits_are_refused(world: Path) -> None:
 
 def test_test_clients_are_held_out_whole(world: Path) -> None:
     overrides = ("clients.partition={kind='natural', column='user'}", "clients.test_clients=0.34")
-    setting = prepare(experiment(world, "lora", *overrides))
-    users = setting.task.column("user", "train")
-    held_out = set(users[setting.test_rows])
+    federated = prepare(experiment(world, "lora", *overrides))
+    users = federated.task.column("user", "train")
+    held_out = set(users[federated.test_rows])
     assert len(held_out) == 3
-    assert setting.split == "train"
-    assert not held_out & set(users[setting.population.rows])
+    assert federated.split == "train"
+    assert not held_out & set(users[federated.population.rows])
 
 
 def test_a_foreign_partitioner_deals_the_rows(world: Path, tmp_path: Path) -> None:

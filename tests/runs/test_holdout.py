@@ -44,9 +44,9 @@ def tested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]
     return seen
 
 
-def own_rows(seen: list[tuple[str, tuple[int, ...]]], setting: FederatedData) -> list[int]:
+def own_rows(seen: list[tuple[str, tuple[int, ...]]], federated: FederatedData) -> list[int]:
     """Whose rows were evaluated, in order; -1 is the global test set."""
-    client = {tuple(rows.tolist()): number for number, rows in setting.holdout.items()}
+    client = {tuple(rows.tolist()): number for number, rows in federated.holdout.items()}
     return [client[rows] if split == "train" else -1 for split, rows in seen]
 
 
@@ -55,11 +55,11 @@ def own_rows(seen: list[tuple[str, tuple[int, ...]]], setting: FederatedData) ->
 
 def test_held_out_rows_are_trained_by_nobody(world: Path, tmp_path: Path) -> None:
     chosen = experiment(world, "lora", HOLDOUT)
-    setting = prepare(chosen)
-    assert {client: len(rows) for client, rows in setting.holdout.items()} == dict.fromkeys(range(9), 2)
-    away = set(np.concatenate(list(setting.holdout.values())).tolist())
-    assert sorted([*away, *setting.population.rows.tolist()]) == list(range(72))
-    assert (setting.split, len(setting.test_rows)) == ("test", 24)
+    federated = prepare(chosen)
+    assert {client: len(rows) for client, rows in federated.holdout.items()} == dict.fromkeys(range(9), 2)
+    away = set(np.concatenate(list(federated.holdout.values())).tolist())
+    assert sorted([*away, *federated.population.rows.tolist()]) == list(range(72))
+    assert (federated.split, len(federated.test_rows)) == ("test", 24)
     result = fedlora.run(chosen, tmp_path / "run")
     assert [row.examples for row in result.rows[1:]] == [18] * 3
     partition = json.loads((result.folder / "manifest.json").read_text())["partition"]
@@ -76,13 +76,15 @@ def test_clients_keep_rows_of_what_they_would_have_held(world: Path) -> None:
 
 
 def test_natural_clients_keep_their_own_beside_whole_test_clients(world: Path) -> None:
-    setting = prepare(experiment(world, "lora", NATURAL, "clients.test_clients=0.34", HOLDOUT))
-    users = setting.task.column("user", "train")
-    assert len(set(users[setting.test_rows])) == 3
-    assert sorted(setting.holdout) == list(range(6))
-    for client, rows in setting.holdout.items():
-        assert set(users[rows]) == set(users[setting.population.rows_of(client)]) == {setting.population.names[client]}
-    everything = [setting.test_rows, setting.population.rows, *setting.holdout.values()]
+    federated = prepare(experiment(world, "lora", NATURAL, "clients.test_clients=0.34", HOLDOUT))
+    users = federated.task.column("user", "train")
+    assert len(set(users[federated.test_rows])) == 3
+    assert sorted(federated.holdout) == list(range(6))
+    for client, rows in federated.holdout.items():
+        assert (
+            set(users[rows]) == set(users[federated.population.rows_of(client)]) == {federated.population.names[client]}
+        )
+    everything = [federated.test_rows, federated.population.rows, *federated.holdout.values()]
     assert sorted(np.concatenate(everything).tolist()) == list(range(72))
 
 
@@ -111,8 +113,8 @@ def test_centralised_training_leaves_out_what_the_clients_would_keep(world: Path
 def test_centralised_training_does_not_depend_on_how_rows_are_dealt(world: Path) -> None:
     # 70 clients with this skew would stay empty
     skewed = ("clients.num=70", "clients.partition={kind='dirichlet', alpha=1.0}")
-    setting = prepare(in_mode(experiment(world, "lora", *skewed, 'mode="centralised"')))
-    assert setting.population.rows.tolist() == list(range(72))
+    federated = prepare(in_mode(experiment(world, "lora", *skewed, 'mode="centralised"')))
+    assert federated.population.rows.tolist() == list(range(72))
 
 
 # ---- evaluation by client
@@ -130,14 +132,14 @@ def test_the_end_is_evaluated_on_every_clients_own_rows(world: Path, tmp_path: P
     # by hand: the model that clients receive, on each client's rows
     held = RunFolder(result.folder).latest()
     assert held is not None
-    state, recipe, setting = held[0], chosen.phases[0].recipe, prepare(chosen)
-    workspace = Workspace(setting.task, 0, torch.device("cpu"))
+    state, recipe, federated = held[0], chosen.phases[0].recipe, prepare(chosen)
+    workspace = Workspace(federated.task, 0, torch.device("cpu"))
     workspace.apply_setup(0, recipe, state.setup)
     received = view(recipe, state, chosen.seed)
     assert tree.norm(tree.subtract(received, state.params)) > 0
     workspace.installed.load(received)
     own = sorted(
-        workspace.evaluate(setting.holdout[client], "train", "fp32").metrics["accuracy"] for client in range(9)
+        workspace.evaluate(federated.holdout[client], "train", "fp32").metrics["accuracy"] for client in range(9)
     )
     mean = sum(own) / 9
     assert result.after["client_mean_accuracy"] == pytest.approx(mean)
@@ -266,9 +268,9 @@ def test_a_foreign_partitioners_clients_bound_a_round_too(world: Path) -> None:
 
     with pytest.raises(ConfigError, match="per_round = 3 exceeds the 2 clients"):
         prepare(experiment(world), Halves())
-    setting = prepare(experiment(world, "lora", "clients.per_round=2", HOLDOUT), Halves())
-    assert setting.population.sizes().tolist() == [2, 1]
-    assert sorted([*setting.population.rows_of(1).tolist(), *setting.holdout[1].tolist()]) == [0, 5]
+    federated = prepare(experiment(world, "lora", "clients.per_round=2", HOLDOUT), Halves())
+    assert federated.population.sizes().tolist() == [2, 1]
+    assert sorted([*federated.population.rows_of(1).tolist(), *federated.holdout[1].tolist()]) == [0, 5]
     pooled = prepare(in_mode(experiment(world, "lora", 'mode="centralised"')), Halves())
     assert len(pooled.population.rows) == 72
     hands.append([])
@@ -283,9 +285,9 @@ def test_a_foreign_partitioners_clients_bound_a_round_too(world: Path) -> None:
 DIRICHLET = "clients.partition={kind='dirichlet', scheme='fednlp', alpha=0.1}"
 
 
-def mixed(setting: FederatedData, values: Any) -> float:
+def mixed(federated: FederatedData, values: Any) -> float:
     """How many values of ``values`` a client sees, on average."""
-    population = setting.population
+    population = federated.population
     return float(np.mean([len(set(values[population.rows_of(client)])) for client in range(len(population))]))
 
 
@@ -308,15 +310,15 @@ def test_a_column_is_skewed_instead_of_the_labels(world: Path) -> None:
 def test_clusters_are_skewed_and_the_manifest_tells_their_skew(world: Path, tmp_path: Path, features: str) -> None:
     skew = f"clients.skew={{kind='clusters', num=4, features='{features}'}}"
     chosen = experiment(world, "lora", DIRICHLET, skew, rounds=1)
-    setting = prepare(chosen)
-    assert setting.classes.names == [f"cluster {number}" for number in range(4)]
-    assert set(setting.classes.numbers.tolist()) == set(range(4))
-    assert mixed(setting, setting.classes.numbers) < 2
+    federated = prepare(chosen)
+    assert federated.classes.names == [f"cluster {number}" for number in range(4)]
+    assert set(federated.classes.numbers.tolist()) == set(range(4))
+    assert mixed(federated, federated.classes.numbers) < 2
     again = prepare(chosen)
-    assert again.classes.numbers.tolist() == setting.classes.numbers.tolist()
+    assert again.classes.numbers.tolist() == federated.classes.numbers.tolist()
     result = fedlora.run(chosen, tmp_path / "run")
     partition = json.loads((result.folder / "manifest.json").read_text())["partition"]
-    assert partition == setting.summary().as_dict()
+    assert partition == federated.summary().as_dict()
     assert partition["effective_classes"] < 2
 
 

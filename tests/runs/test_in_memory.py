@@ -179,10 +179,10 @@ def test_rows_by_client_without_test_rows_are_held_out_by_content(world: Path, t
     values = document(world, "flasc", rounds=2)
     del values["clients"]["partition"]
     experiment = config.parse({**values, "data": mapping(TRAIN, list)})
-    setting = prepare(experiment)
-    assert setting.population.names == tuple(f"u{number}" for number in range(9))
-    assert 0 < len(setting.test_rows) < len(TRAIN) / 2
-    assert len(setting.test_rows) + len(setting.population.rows) == len(TRAIN)
+    federated = prepare(experiment)
+    assert federated.population.names == tuple(f"u{number}" for number in range(9))
+    assert 0 < len(federated.test_rows) < len(TRAIN) / 2
+    assert len(federated.test_rows) + len(federated.population.rows) == len(TRAIN)
 
 
 def test_a_run_goes_on_with_the_same_objects_alone(world: Path, tmp_path: Path) -> None:

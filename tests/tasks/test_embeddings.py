@@ -67,6 +67,6 @@ def test_the_head_and_its_seed_do_not_matter(world: Path, monkeypatch: pytest.Mo
 def test_clients_may_be_skewed_by_clusters_of_like_texts(world: Path, features: str) -> None:
     skew = f"clients.skew={{kind='clusters', features='{features}', num=3}}"
     partition = "clients.partition={kind='dirichlet', alpha=0.1}"
-    setting = prepare_setting(experiment(world, "lora", skew, partition, "clients.num=4"))
-    assert len(set(setting.classes.numbers.tolist())) == 3
-    assert len(setting.population) == 4
+    federated = prepare_setting(experiment(world, "lora", skew, partition, "clients.num=4"))
+    assert len(set(federated.classes.numbers.tolist())) == 3
+    assert len(federated.population) == 4

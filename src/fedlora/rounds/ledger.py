@@ -109,7 +109,7 @@ def record(
         seconds: durations of its parts on the server.
         networks: the network of each tier by name; under an empty name, that of clients without a tier.
     """
-    told = disclosure_of(recipe).failures
+    disclosed = disclosure_of(recipe).failures
     orders, answers, counted = plan.orders, uplink.answers, uplink.counted
     both = list(zip(orders, answers, strict=True))
     entries = tree.num_entries({name: after.params[name] for name in after.schema.sent()})
@@ -129,7 +129,7 @@ def record(
         references=add_up({order.message.reference: 1} for order in orders),
         tiers=tiers,
         density_down=_density((sum(order.message.packet.kept.values()) for order in orders), entries, len(orders)),
-        density_up=_density((answer.kept for answer in counted), entries, len(counted)) if told else 0.0,
+        density_up=_density((answer.kept for answer in counted), entries, len(counted)) if disclosed else 0.0,
         update_norm=math.hypot(tree.norm(change.delta), recipe.tuning.size_of(change.fold, after.params)),
         update_norms=_norms_by_layer(after.schema, change.delta),
         ranks=tuple(order.job.recipe.rank for order in orders if recipe.rank_pruning.reports),

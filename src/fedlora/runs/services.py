@@ -54,7 +54,7 @@ class Service(Callback, ABC):
         self._down = self._up = 0
 
     def run_started(self, experiment: Experiment, data: FederatedData, rows: Sequence[RoundRecord]) -> None:
-        """See ``Callback.run_started``: a run that is resumed goes on with the same steps."""
+        """See ``Callback.run_started``: a resumed run continues with the same steps."""
         self.close()
         if MODES[experiment.mode].separate or (self._folder.path / "result.json").exists():
             return

@@ -48,7 +48,7 @@ def labelled(raw: Raw, problem: Problem) -> tuple[Raw, list[str]]:
 
 
 def known_labels(rows: datasets.Dataset, problem: Problem, names: Sequence[str], which: str) -> datasets.Dataset:
-    """``rows`` with ``label`` as the classes that the model knows, given by name or number.
+    """``rows`` with ``label`` as classes of the model, given by name or number.
 
     Raises:
         DataError: labels are not what the problem needs, or of other classes.

@@ -104,7 +104,7 @@ def decode(raw: bytes, which: str) -> Image.Image:
         which: what it is, for messages.
 
     Raises:
-        DataError: it is no picture, has more than ``MOST_PIXELS``, or numbers whose range nobody knows.
+        DataError: it is no picture, has more than ``MOST_PIXELS``, or numbers of unknown range.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -1,4 +1,4 @@
-"""The schemes in which tags mark entities, told apart by the prefixes and their order."""
+"""The schemes in which tags mark entities, recognised by the prefixes and their order."""
 
 from __future__ import annotations
 

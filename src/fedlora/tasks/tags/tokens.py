@@ -46,7 +46,7 @@ class TokenClassification(TokenizedTask):
 
     Args:
         scheme: ``iob2``: ``B-type`` begins an entity, ``I-type`` continues it, ``O`` is outside. Tags of IOB1, IOE,
-            BIOES, BMES and BILOU are told apart by their prefixes and scored as whole entities too. ``plain``: each
+            BIOES, BMES and BILOU are recognised by their prefixes and scored as whole entities too. ``plain``: each
             word with a tag other than ``O`` is an entity of its own.
         tag_names: all tags; if the data have numbers, in the order of these.
         max_length: number of tokens in a window, including special ones.
