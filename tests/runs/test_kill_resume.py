@@ -360,7 +360,7 @@ def test_a_damaged_result_is_named_where_it_is_read_and_computed_again(
     hears, file = Hears(), tmp_path / "run" / "result.json"
     shutil.copytree(whole.folder, tmp_path / "run")
     file.write_text(file.read_text().replace('"rounds": 12', '"rounds": 13'))
-    with pytest.raises(ConfigError, match=r"its result.json is damaged; run the same command again"):
+    with pytest.raises(ConfigError, match=r"its result.json is damaged; write it anew with: fedlora run"):
         RunFolder(tmp_path / "run").read_json("result.json")
     again = fedlora.run(experiment(world, "slora", *PHASES, rounds=12), tmp_path / "run", callbacks=[hears])
     assert (again.after, again.rounds) == (whole.after, 12)

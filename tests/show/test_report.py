@@ -127,7 +127,7 @@ def test_runs_of_one_name_that_are_no_seeds_of_each_other_are_refused(world: Pat
     [
         ([], "there is no such folder"),
         (["config.toml"], "finish it with: fedlora run"),
-        (["config.toml", "result.json"], "run the same command again, which writes it anew"),
+        (["config.toml", "result.json"], "its result.json is damaged; write it anew with: fedlora run"),
         (["notes.txt"], "there is no result.json in it"),
     ],
 )

@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 
 from fedlora.cli.log import ERR, shows_progress
 from fedlora.core.errors import ConfigError
+from fedlora.core.files import write_atomically
 from fedlora.core.progress import LOG, stage
 
 if TYPE_CHECKING:
@@ -99,9 +100,12 @@ def write_page(file: Path, page: str) -> None:
         ConfigError: the file cannot be written.
     """
     try:
-        file.write_text(page, encoding="utf-8")
+        if file.exists() and not file.is_file():  # such as /dev/stdout
+            file.write_text(page, encoding="utf-8")
+        else:
+            write_atomically(file.resolve(), page.encode())
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written ({error.strerror}); name a file in an existing folder") from error
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); make room, or name another file") from error
 
 
 def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:

@@ -86,7 +86,7 @@ def load_state(folder: Path) -> tuple[ServerState, dict[str, Any]]:
     except (OSError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {folder} cannot be read ({type(error).__name__}: {error}); "
-            "run the same command again to resume from the one before it, if there is one"
+            f"resume from the one before it, if there is one, with: fedlora run {folder.parent.parent}"
         ) from error
     return state, document["facts"]
 

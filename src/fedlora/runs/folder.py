@@ -164,12 +164,46 @@ class RunFolder:
             if not self.path.is_dir():
                 mend = "there is no such folder"
             elif (self.path / name).exists():
-                mend = f"its {name} is damaged; run the same command again, which writes it anew"
+                mend = f"its {name} is damaged; write it anew with: fedlora run {self.path}"
             elif (self.path / "config.toml").exists():
                 mend = f"it has no {name} yet; finish it with: fedlora run {self.path}"
             else:
                 mend = f"there is no {name} in it"
             raise ConfigError(f"{self.path} is not the folder of a finished run: {mend}") from error
+
+    def settings(self) -> dict[str, Any]:
+        """The content of ``config.toml``; empty if there is none.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        file = self.path / "config.toml"
+        return config.document_of(file) if file.exists() else {}
+
+    def began_with(self, facts: Mapping[str, Any], experiment: Experiment) -> bool:
+        """Whether the run of a checkpoint had this configuration, or was changed to it.
+
+        Args:
+            facts: what was saved with the checkpoint.
+            experiment: the experiment of ``config.toml``.
+        """
+        return facts.get("config") in {config.digest(experiment), *(change["config"] for change in self.changes())}
+
+    def finished(self) -> tuple[dict[str, Any], list[RoundRecord]]:
+        """The result and the ledger of a finished run; of clients that trained alone, the latter is empty.
+
+        Raises:
+            ConfigError: it is not finished.
+            CheckpointError: the ledger is damaged, or has not all rounds of the result.
+        """
+        result, rows = self.read_json("result.json"), self.rows()
+        alone = not rows and (self.path / "clients").exists()
+        if not alone and [row.round for row in rows] != list(range(result["rounds"] + 1)):
+            raise CheckpointError(
+                f"{self.path / 'ledger.jsonl'} lacks some of the {result['rounds']} rounds of result.json; restore the "
+                "original file"
+            )
+        return result, rows
 
     def rows(self, until: int | None = None) -> list[RoundRecord]:
         """The ledger; an incomplete last line, as left by a killed process, is ignored.

@@ -19,6 +19,7 @@ from fedlora.core.devices import pick_device
 from fedlora.core.errors import ConfigError
 from fedlora.core.state import ServerState
 from fedlora.recipe import Recipe
+from fedlora.rounds.checkpoint import can_go_on
 from fedlora.rounds.downlink import view
 from fedlora.runs.base_model import base_model
 from fedlora.runs.export import export
@@ -99,6 +100,9 @@ class TrainedRun:
         export(folder, self, merge)
 
 
+_EDITED = "restore the original file unless it was edited on purpose"
+
+
 def load_run(path: Path | str, model: Any = None) -> TrainedRun:
     """Loads the model of a run from its latest checkpoint.
 
@@ -123,19 +127,26 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
             )
         raise ConfigError(f"the run in {path} has no checkpoint yet; resume with: fedlora run {path}")
     experiment = in_mode(config.load(path))
-    state, _ = latest
-    recipe = experiment.phases[state.phase].recipe
+    state, facts = latest
+    same = files.began_with(facts, experiment) or not can_go_on(files.checkpoints[-1])
     manifest = files.read_json("manifest.json")
     names = list(manifest["label_names"])
     base = base_model(located_model(experiment), model, manifest.get("handed_over", {}), path)
     experiment = dataclasses.replace(experiment, model=base)
     task = experiment.task.restore(experiment.model, names)
-    workspace = Workspace(task, experiment.seed, pick_device(experiment.device), experiment.deterministic)
-    workspace.apply_setup(state.phase, recipe, state.setup)
-    state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
-    workspace.load(recipe, state.params, state.folds)
+    try:
+        recipe = experiment.phases[state.phase].recipe
+        workspace = Workspace(task, experiment.seed, pick_device(experiment.device), experiment.deterministic)
+        workspace.apply_setup(state.phase, recipe, state.setup)
+        state = dataclasses.replace(state, params=view(recipe, state, experiment.seed))
+        workspace.load(recipe, state.params, state.folds)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        if same:
+            raise
+        raise ConfigError(f"{path / 'config.toml'} describes another model than the checkpoint; {_EDITED}") from error
     metrics = files.read_json("result.json")["after"] if (path / "result.json").exists() else {}
-    notes = tuple(
+    edited = () if same else (f"{path / 'config.toml'} is not the one that the run was trained with; {_EDITED}",)
+    notes = edited + tuple(
         f"{NAMES[name]} changed since the run in {path} was trained, so its figures do not hold for what is computed "
         f"now: put the old {name} back ({base.path})"
         for name in changed(manifest.get("fingerprints", {}), task.fingerprints)

@@ -118,7 +118,7 @@ class Session:
         if held is None:
             return files.rewind(-1)
         self.state, kept = held
-        if kept["config"] not in {self._facts["config"], *(change["config"] for change in files.changes())}:
+        if not files.began_with(kept, self.experiment):
             raise CheckpointError(f"the checkpoint in {files.path} belongs to another configuration; use another --out")
         if wrong := changed(kept, self._facts):
             raise CheckpointError(

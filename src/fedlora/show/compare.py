@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -144,13 +143,12 @@ def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _configuration(result: Mapping[str, Any]) -> dict[str, Any]:
-    file = Path(result["folder"]) / "config.toml"
-    return tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return RunFolder(Path(result["folder"])).settings()
 
 
 def _seconds_to(folder: Path, metric: str, network: Network | None, target: float) -> float | None:
-    higher = bool(RunFolder(folder).read_json("result.json").get("higher_is_better", True))
-    return seconds_to(RunFolder(folder).rows(), network, metric, target, higher)
+    result, rows = RunFolder(folder).finished()
+    return seconds_to(rows, network, metric, target, bool(result.get("higher_is_better", True)))
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Group:

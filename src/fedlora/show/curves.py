@@ -52,7 +52,7 @@ def read_run(folder: Path) -> Run:
         CheckpointError: its ledger is damaged.
     """
     files = RunFolder(folder)
-    result, rows = files.read_json("result.json"), files.rows()
+    result, rows = files.finished()
     sent, seconds = [0.0], [0.0]
     for row in rows:
         sent.append(sent[-1] + (sum(row.down_bytes.values()) + sum(row.up_bytes.values())) / 1e6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlora.runs.folder import RunFolder
 from fedlora.show import figures
 from fedlora.show.compare import comparison, load_result
 from fedlora.show.curves import Run, by_label, final_points, metric_of, over_seeds, read_run, trained
@@ -85,7 +85,7 @@ def _spread(values: Sequence[float]) -> str:
 
 def _differences(groups: Groups) -> Section:
     """The keys of the configurations in which the methods differ."""
-    flat = {label: _flat(_toml(runs[0].folder / "config.toml")) for label, runs in groups.items()}
+    flat = {label: _flat(RunFolder(runs[0].folder).settings()) for label, runs in groups.items()}
     keys = sorted({key for keys in flat.values() for key in keys} - {"label", "seed"})
     rows = []
     for key in keys:
@@ -94,10 +94,6 @@ def _differences(groups: Groups) -> Section:
             rows.append([key, *values])
     tables = [Table(["key", *flat], rows)] if rows else []
     return Section("What differs", "Keys of the configuration that are not equal in all methods.", tables)
-
-
-def _toml(file: Path) -> dict[str, Any]:
-    return tomllib.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -242,10 +238,10 @@ def _partitions(groups: Groups) -> Section:
     """The partition of each method's first seed; equal ones once."""
     found: dict[str, dict[str, Any]] = {}
     for runs in groups.values():
-        file = runs[0].folder / "partition.json"
-        if file.exists():
-            text = file.read_text(encoding="utf-8")
-            found.setdefault(text, json.loads(text))
+        files = RunFolder(runs[0].folder)
+        if (files.path / "partition.json").exists():
+            held = files.read_json("partition.json")
+            found.setdefault(json.dumps(held), held)
     return partition_section(list(found.values()))
 
 
