@@ -58,6 +58,7 @@ class Outliers:
         self._norms: list[float] = []
         self._admitted: dict[int, float] = {}
         self._reach = 0.0
+        self.refused = 0
         self._held: list[tuple[int, Update, float]] = []
 
     def offer(self, place: int, update: Update) -> Iterator[Verdict]:
@@ -84,6 +85,7 @@ class Outliers:
             place, update, norm = held.pop(0)
             if not (why := self._why(update, norm)):
                 self._admitted[place] = norm
+            self.refused += bool(why)
             yield Verdict(place, update, why)
 
     def _why(self, update: Update, norm: float) -> str:

@@ -93,6 +93,7 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
     for update in uplink.updates(params):
         accumulator.add(update)
         del update  # it would stay in memory while the next client trains
+    accumulator.refused = uplink.outliers.refused
     check_state(state, uplink)
     uplink.check_quorum()
     uplink.check_moved()

@@ -109,8 +109,9 @@ class Uplink:
             QuorumError: fewer clients replied than the engine requires.
         """
         num = len(self.answers)
-        # without this, refusals alone would leave an aggregator without updates
-        least = max(self._engine.min_clients, any(answer.reply.refused for answer in self.answers))
+        # without this, refusals alone would leave an aggregator without enough updates
+        needed = self._recipe.aggregator.without(self.outliers.refused).min_updates
+        least = max(self._engine.min_clients, needed if any(answer.reply.refused for answer in self.answers) else 0)
         if len(self.counted) >= min(least, num) or not disclosure_of(self._recipe).attempts:
             return
         silent = [answer for answer in self.answers if not answer.counts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ Needs = Literal["sum", "update", "factors", "cohort"]
 
 class Accumulator(ABC):
     """Takes the updates of a cohort one by one, in job order."""
+
+    refused: int = 0
+    """Number of updates of the round that were refused for their length, which is set before ``finish``."""
 
     @abstractmethod
     def add(self, update: Update) -> None:
@@ -73,6 +76,14 @@ class Aggregator(ABC):
     def min_updates(self) -> int:
         """The minimum number of updates it needs."""
         return 1
+
+    def without(self, refused: int) -> Self:
+        """The same rule where so many updates of a round were refused for their length, and are not among those added.
+
+        Args:
+            refused: their number.
+        """
+        return self
 
     def fold_rank(self, ranks: Sequence[int], moving: str) -> int:
         """The rank of a round's fold.
@@ -175,7 +186,7 @@ class Collected(Accumulator):
         if not self._deltas:
             raise TrainingError(NO_UPDATES)
         rows = torch.stack([tree.flatten(delta) for delta in self._deltas])
-        return Change(tree.unflatten(self._rule.of(rows), self._deltas[0]), Fold())
+        return Change(tree.unflatten(self._rule.without(self.refused).of(rows), self._deltas[0]), Fold())
 
 
 def weight_by(weighting: str) -> Callable[[Update], float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ class Krum(Selecting):
     Args:
         faulty: number of faulty clients to tolerate.
         select: number of best-scored updates to average; above 1 this is multi-Krum. A cohort must have at least
-            ``2 * faulty + 2 + select`` clients.
+            ``2 * faulty + 2 + select`` clients. An update that is refused for its length counts as one of the faulty.
         measure: ``product`` measures distances on the products ``B A`` of low-rank adapters; by default, they are those
             of all entries.
     """
@@ -101,6 +102,9 @@ class Krum(Selecting):
     @property
     def min_updates(self) -> int:
         return 2 * self.faulty + 2 + self.select
+
+    def without(self, refused: int) -> Self:
+        return replace(self, faulty=max(0, self.faulty - refused))
 
     def begin(self, params: Tree, schema: Schema, store: Store) -> Accumulator:
         return CollectedProducts(self, schema.pairs) if self.measure else Collected(self)

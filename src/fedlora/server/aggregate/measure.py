@@ -90,4 +90,6 @@ class CollectedProducts(Accumulator):
         own = inner.diagonal()
         squared = (own[:, None] + own[None] - 2 * inner).clamp(min=0)
         rows = torch.stack([tree.flatten(update.delta) for update in self._updates])
-        return Change(tree.unflatten(self._rule.closest(rows, squared), self._updates[0].delta), Fold())
+        return Change(
+            tree.unflatten(self._rule.without(self.refused).closest(rows, squared), self._updates[0].delta), Fold()
+        )
