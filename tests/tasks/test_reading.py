@@ -19,7 +19,7 @@ import pytest
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import QuestionAnswering, TextClassification, TokenClassification
 from fedlora.tasks.data import delimited, opening, tables
-from fedlora.tasks.data.columns import rename, typed
+from fedlora.tasks.data.columns import check_rows, check_texts, rename, typed
 from fedlora.tasks.data.files import FORMATS, read_rows
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.data.sources import Files, Hub, Sites
@@ -445,6 +445,44 @@ def test_a_small_file_of_arrow_that_unpacks_to_too_much_is_refused(tmp_path: Pat
     with pytest.raises(DataError, match=r"unpacks to more than 0.001 GB.*set data.max_unpacked_gb"):
         read_rows(str(file), Reading(max_unpacked_gb=0.001))
     assert len(read_rows(str(file), Reading(max_unpacked_gb=0.02))) == count
+
+
+@pytest.mark.parametrize("packed", ["zstd", "lz4"])
+@pytest.mark.parametrize("form", ["file", "stream"])
+@pytest.mark.parametrize("words", [False, True], ids=["text", "dictionary"])
+def test_a_batch_that_unpacks_to_too_much_is_not_unpacked(tmp_path: Path, packed: str, form: str, words: bool) -> None:
+    values = pyarrow.array(["x" * 64_000_000, "y"])
+    table = pyarrow.table({"n": [1, 2], "text": values.dictionary_encode() if words else values})
+    file = tmp_path / "a.arrow"
+    new = pyarrow.ipc.new_file if form == "file" else pyarrow.ipc.new_stream
+    with new(str(file), table.schema, options=pyarrow.ipc.IpcWriteOptions(compression=packed)) as writer:
+        writer.write_table(table)
+    assert file.stat().st_size < 1_000_000
+    pool, before = pyarrow.default_memory_pool(), pyarrow.proxy_memory_pool(pyarrow.default_memory_pool())
+    pyarrow.set_memory_pool(before)
+    try:
+        with pytest.raises(DataError, match=r"unpacks to more than 0.01 GB.*set data.max_unpacked_gb"):
+            read_rows(str(file), Reading(max_unpacked_gb=0.01))
+    finally:
+        pyarrow.set_memory_pool(pool)
+    assert before.max_memory() < 32_000_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"text": ["a", "b"], "label": ["x", "y"]},
+        {"text": {"0": "a", "1": "b"}, "label": {"0": "x", "1": "y"}},
+        {str(row): {"text": "a", "label": "x"} for row in range(300)},
+        {"columns": ["text", "label"], "index": [0, 1], "data": [["a", "x"], ["b", "y"]]},
+    ],
+)
+def test_json_by_columns_names_the_cure(tmp_path: Path, content: dict[str, Any]) -> None:
+    rows = datasets.Dataset.from_list(rows_of(tmp_path, "a.json", json.dumps(content)))
+    check = check_texts if "text" in rows.column_names else check_rows
+    with pytest.raises(DataError, match=r"write a list of rows, as pandas does with orient='records'") as found:
+        check(rows, ["text"], "training")
+    assert len(str(found.value)) < 400
 
 
 def test_columns_nested_too_deeply_are_a_sentence(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ def check_arrow(plain: Path, file: Path, reading: Reading) -> bool:
     _check_start(plain, file)
     with pyarrow.memory_map(str(plain)) as mapped:
         is_file: bool = mapped.read(6) == b"ARROW1"
+        mapped.seek(8 if is_file else 0)
+        _check(_declared(mapped), plain, file, reading)
         mapped.seek(0)
         if is_file:
             opened: Any = pyarrow.ipc.open_file(mapped)
@@ -63,6 +67,54 @@ def check_arrow(plain: Path, file: Path, reading: Reading) -> bool:
             batches = iter(pyarrow.ipc.open_stream(mapped))
         _check((batch.nbytes for batch in batches), plain, file, reading)
     return is_file
+
+
+def _declared(mapped: Any) -> Iterator[int]:
+    """The sizes of batches, as their compressed buffers give them: nothing is unpacked.
+
+    A message is a FlatBuffers table (https://arrow.apache.org/docs/format/Columnar.html#ipc-recordbatch-message), each
+    compressed buffer begins with its size when unpacked, and one that is not compressed with -1.
+    """
+    for message in _messages(mapped):
+        with suppress(struct.error):  # reading has a sentence for what is damaged
+            yield from _unpacked(message)
+
+
+def _unpacked(message: Any) -> Iterator[int]:
+    held, body = message.metadata.to_pybytes(), memoryview(message.body)
+    table = _table(held, _at(held, _table(held, 0), 2))  # the header of the message
+    if message.type == "dictionary":
+        table = _table(held, _at(held, table, 1))
+    buffers, packed = _at(held, table, 2), _at(held, table, 3)
+    if not buffers or not packed:
+        return
+    first = _table(held, buffers)
+    (count,) = struct.unpack_from("<I", held, first)
+    for start, size in struct.iter_unpack("<qq", held[first + 4 : first + 4 + 16 * count]):
+        if size >= 8:
+            yield max(0, struct.unpack_from("<q", body, start)[0])
+
+
+def _messages(mapped: Any) -> Iterator[Any]:
+    """The batches of a stream up to its end, or to what cannot be read, for which reading has a sentence."""
+    with suppress(ValueError, OSError):
+        for message in pyarrow.ipc.MessageReader.open_stream(mapped):
+            if message.body is not None and message.type in ("record batch", "dictionary"):
+                yield message
+
+
+def _table(held: bytes, place: int) -> int:
+    """Where a FlatBuffers table is that the offset at ``place`` leads to."""
+    return place + int(struct.unpack_from("<I", held, place)[0])
+
+
+def _at(held: bytes, table: int, field: int) -> int:
+    """Where a field of a FlatBuffers table is; 0 where it is absent."""
+    fields = table - struct.unpack_from("<i", held, table)[0]
+    (size,) = struct.unpack_from("<H", held, fields)
+    within = 4 + 2 * field
+    offset = struct.unpack_from("<H", held, fields + within)[0] if within < size else 0
+    return table + offset if offset else 0
 
 
 def _check_start(plain: Path, file: Path) -> None:

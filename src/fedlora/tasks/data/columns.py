@@ -18,6 +18,8 @@ from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.later import datasets
 from fedlora.core.state import named_seed
 
+_SHOWN = 20
+"""The most names that a message lists."""
 _WHOLE = re.compile(r"\s*(?:0|-?[1-9][0-9]{0,17})\s*")
 
 
@@ -144,7 +146,13 @@ def check_column(rows: datasets.Dataset, name: str, which: str, use: str = "") -
         use = use or name
         other = f'data.columns = {{ {use} = "..." }}, or `-c {use}=...` of evaluate and predict, names another'
         hint = f"did you mean '{near[0]}'?" if near else other
-        raise DataError(f"the {which} rows have no column '{name}', only {', '.join(rows.column_names)}: {hint}")
+        names = ", ".join(rows.column_names[:_SHOWN]) + ", ..." * (len(rows.column_names) > _SHOWN)
+        raise DataError(f"the {which} rows have no column '{name}', only {names}: {hint}{_by_columns(rows)}")
+
+
+def _by_columns(rows: datasets.Dataset) -> str:
+    """A hint for a table of one row, which JSON gives that holds columns and not rows."""
+    return "; of JSON by columns, write a list of rows, as pandas does with orient='records'" if len(rows) == 1 else ""
 
 
 def check_rows(rows: datasets.Dataset, needed: Sequence[str], which: str) -> None:
@@ -174,7 +182,9 @@ def check_texts(rows: datasets.Dataset, names: Sequence[str], which: str) -> Non
     for name in names:
         found = _arrow(rows, name).type
         if str(found) not in ("string", "large_string", "string_view"):
-            raise DataError(f"column '{name}' of the {which} rows holds {found}, not text: name a column of text")
+            raise DataError(
+                f"column '{name}' of the {which} rows holds {found}, not text: name a column of text{_by_columns(rows)}"
+            )
 
 
 def split_by_content(rows: datasets.Dataset, key: str, test_fraction: float, seed: int) -> Splits:
