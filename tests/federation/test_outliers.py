@@ -26,7 +26,7 @@ from fedlora.recipe import Recipe
 from fedlora.rounds.outliers import FACTOR, Outliers
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
-from fedlora.server.aggregate import Mean
+from fedlora.server.aggregate import Krum, Mean
 
 world = pytest.fixture(scope="module")(tiny_world)
 ANY = ServerPolicy()
@@ -186,3 +186,18 @@ def test_under_client_level_noise_the_clip_is_the_rule_and_nothing_is_stored() -
     outliers = Outliers(noised)
     assert judged(outliers, [0.1, 0.1, 3e38]) == {}
     assert not outliers.store([0, 1, 2])
+
+
+def test_krum_counts_a_refused_update_among_its_faulty(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    five = ("clients.num=5", "clients.per_round=5", "method.aggregator={kind='krum', faulty=1}")
+    poison(monkeypatch, 1e6)
+    result = fedlora.run(experiment(world, "lora", *five), tmp_path / "run")
+    assert [list(row.refused) for row in result.rows[1:]] == [["1"]] * 3
+    assert Krum(faulty=2).without(1) == Krum(faulty=1)
+    assert Krum(faulty=1).without(3) == Krum(faulty=0)
+    # where none may be faulty, updates are lacking: the client is named
+    three = ("clients.num=3", "clients.per_round=3", "method.aggregator={kind='krum', faulty=0}")
+    with pytest.raises(QuorumError, match=r"2 of 3 clients answered, but 3 are required \(client 1: its update"):
+        fedlora.run(experiment(world, "lora", *three), tmp_path / "other")
