@@ -229,6 +229,17 @@ def test_a_gpu_that_is_not_there(
     assert "sees no GPU; use 'cpu' or 'auto'" in sentence(capsys)
 
 
+def test_a_full_disk_is_no_fault_of_ours_wherever_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device", "x.key")
+
+    monkeypatch.setattr(describe, "environment", full)
+    assert fedlora(monkeypatch, "env") == 2
+    assert "x.key cannot be written (No space left on device); make room, or choose another" in sentence(capsys)
+
+
 def test_a_fault_of_ours_exits_with_1_and_asks_for_a_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

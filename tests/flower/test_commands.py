@@ -17,6 +17,7 @@ from fedlora.cli import main as cli
 from fedlora.config import parse
 from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy import flower_versions as versions
+from fedlora.federation.deploy import folder
 from fedlora.federation.deploy.simulate import simulate
 
 from .conftest import needs_ray, processes_of
@@ -87,6 +88,19 @@ def test_serve_and_join_say_what_is_missing(root: Path, tmp_path: Path) -> None:
     done = fedlora_said("federation", "init", str(tmp_path / "fed"))
     assert done.returncode == 2
     assert "--sites 3" in done.stderr
+
+
+def test_a_federation_is_written_as_a_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write_secret", full)
+        with pytest.raises(ConfigError, match=r"fed cannot be written \(No space left on device\); make room"):
+            folder.init(tmp_path / "fed", ["a"], "localhost")
+    assert not (tmp_path / "fed").exists()
+    folder.init(tmp_path / "fed", ["a"], "localhost")
+    assert (tmp_path / "fed" / "authority" / "ca.key").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("version", ["1.28.0", "1.42.0", "2.0.0"])

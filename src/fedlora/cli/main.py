@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import logging
 import os
@@ -24,6 +25,8 @@ from fedlora.core.interrupts import sigterm_as_ctrl_c
 from fedlora.core.progress import LOG
 
 _FLAGS = {"--debug", "-v", "--verbose", "-q", "--quiet"}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Errors of writing that only the user can correct, wherever they arise."""
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -117,6 +120,9 @@ def _run(debug: bool) -> tuple[int, str]:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            place = error.filename or "a file"
+            return 2, f"error: {place} cannot be written ({error.strerror}); make room, or choose another place"
         return 1, (
             f"fedlora failed because of a bug in fedlora ({type(error).__name__}: {error}); run the command "
             "again with --debug and report its output"

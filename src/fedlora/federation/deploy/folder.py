@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import tomli_w
 
@@ -83,11 +85,9 @@ def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port
         proxy_port: port of the proxy in front of it.
 
     Raises:
-        ConfigError: the folder is not empty, or a name is invalid.
+        ConfigError: the folder is not empty or cannot be written, or a name is invalid.
     """
     check_flower(PRIVATE)
-    from fedlora.federation.deploy import keys
-
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; name a new folder, since keys are never overwritten")
     if len(set(names)) != len(names):
@@ -100,6 +100,18 @@ def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port
         "rules": {"min_available": len(names)},
     }
     parse_as(ServerConfig, server, folder / "server" / SERVER_FILE)
+    try:
+        _write(folder, server)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}); make room, or name another one") from error
+
+
+def _write(folder: Path, server: Mapping[str, Any]) -> None:
+    """Writes the folder's files with new keys."""
+    from fedlora.federation.deploy import keys
+
+    names, host, port, proxy_port = (server[key] for key in ("sites", "host", "port", "proxy_port"))
     (folder / "server" / "sites").mkdir(parents=True, mode=0o700)
     (folder / "authority").mkdir(mode=0o700)
     authority = keys.make_authority()
