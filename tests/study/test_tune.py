@@ -122,7 +122,7 @@ def test_what_was_stopped_goes_on(world: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(pool, "run", stopping)
     arguments = (document(world, rounds=3), {"local.optimizer.lr": "1e-3..1e-1"})
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped, match="Run the same command to resume"):
         tune(*arguments, tmp_path / "stopped", trials=3, holdout=0.3)
     stopped = tune(*arguments, tmp_path / "stopped", trials=3, holdout=0.3)
     assert calls == 6

@@ -249,6 +249,10 @@ def flat(mode: str, value: Any) -> Image.Image:
         (as_bytes(flat("LA", (9, 255))), (9, 9, 9)),
         (as_bytes(flat("RGB", (5, 6, 7)), "GIF"), (5, 6, 7)),
         (as_bytes(Image.fromarray(np.full((2, 4), 0x0A00 + 77, np.uint16))), (10, 10, 10)),
+        (as_bytes(flat("CMYK", (0, 255, 255, 0)), "JPEG"), (254, 0, 0)),
+        (as_bytes(flat("RGB", (5, 6, 7)).quantize(2), transparency=0), (255, 255, 255)),
+        (as_bytes(flat("RGB", (5, 6, 7)), "GIF", save_all=True, append_images=[flat("RGB", (200, 0, 0))]), (5, 6, 7)),
+        (as_bytes(flat("RGB", (1, 2, 3)), "JPEG", exif=b"Exif\0\0no such block"), (1, 2, 3)),
     ],
 )
 def test_every_mode_becomes_red_green_and_blue(raw: bytes, expected: tuple[int, int, int]) -> None:
@@ -270,9 +274,15 @@ def test_pixels_without_a_range_are_refused() -> None:
 
 
 GOOD = as_bytes(picture("red", 0))
+BOMB = zlib.compress(bytes(1 << 22))
+TEXT = len(b"k\0\0" + BOMB).to_bytes(4) + b"zTXtk\0\0" + BOMB + zlib.crc32(b"zTXtk\0\0" + BOMB).to_bytes(4)
+PHOTO = as_bytes(picture("red", 0), "JPEG")
 
 
-@pytest.mark.parametrize("raw", [b"", b"not a picture", GOOD[:60], GOOD[:-400], GOOD[:40] + bytes(40) + GOOD[80:]])
+@pytest.mark.parametrize("raw", [
+    b"", b"not a picture", GOOD[:60], GOOD[:-400], GOOD[:40] + bytes(40) + GOOD[80:], PHOTO[: len(PHOTO) // 2],
+    GOOD[:33] + TEXT + GOOD[33:], b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+])  # fmt: skip
 def test_garbage_names_its_row(world: Path, tmp_path: Path, raw: bytes) -> None:
     rows = rows_of(2)
     rows[4]["image"]["bytes"] = raw

@@ -187,6 +187,8 @@ def execute(
             log(_line(job, outcome))
             source.record(job, outcome)
         return not queue.late
+    except (KeyboardInterrupt, Stopped):  # one run's own sentence would resume that run alone
+        raise Stopped("stopped; every finished round is saved. Run the same command to resume") from None
     finally:
         _LAST.clear()  # files may change before the next time
 
@@ -254,7 +256,7 @@ def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> 
             for child in multiprocessing.active_children():
                 child.terminate()  # which they take as Ctrl-C
             pool.shutdown(cancel_futures=True)
-            raise Stopped("stopped; every finished round is saved. Run the same command to resume") from None
+            raise
 
 
 def _begin() -> None:
