@@ -94,6 +94,9 @@ def test_the_ledger_of_a_whole_run_is_read(whole: Result) -> None:
 
 def test_a_page_replaces_the_old_one_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "new" / "page.html"
+    with pytest.raises(ConfigError, match="name a file in an existing folder"):
+        write_page(page, "one")
+    page.parent.mkdir()
     write_page(page, "one")
     write_page(Path("/dev/null"), "one")  # no file to replace
 

@@ -103,9 +103,12 @@ def write_page(file: Path, page: str) -> None:
         if file.exists() and not file.is_file():  # such as /dev/stdout
             file.write_text(page, encoding="utf-8")
         else:
+            file.resolve().parent.stat()  # no folder is made for a name that may be wrong
             write_atomically(file.resolve(), page.encode())
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written ({error.strerror}); make room, or name another file") from error
+        raise ConfigError(
+            f"{file} cannot be written ({error.strerror}); make room, or name a file in an existing folder"
+        ) from error
 
 
 def callbacks_of(folder: Path, tracks: list[str] | None) -> list[Callback]:
