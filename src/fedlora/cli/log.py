@@ -70,7 +70,7 @@ def set_up(verbose: bool, quiet: bool, file: Path | None) -> None:
             written = logging.FileHandler(file.expanduser(), encoding="utf-8")
         except OSError as error:
             raise ConfigError(
-                f"--log-file {file} cannot be written ({error.strerror}); make room, or name a file in an existing folder"
+                f"--log-file {file} cannot be written ({error.strerror}); name a file in an existing folder"
             ) from error
         line = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
         formatter = logging.Formatter(line, "%Y-%m-%dT%H:%M:%S")
