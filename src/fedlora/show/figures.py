@@ -214,6 +214,29 @@ def ranges(
     return _figure(draw, 2, height=0.9 + 0.25 * len(labels))
 
 
+def timeline(labels: Sequence[str], events: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
+    """Marks by round, a row for each run and a sign for each kind of event.
+
+    Args:
+        labels: the runs, from top to bottom.
+        events: of each kind the round and the run's number of every event.
+    """
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for number, (kind, places) in enumerate(events.items()):
+            look = _look(number) | {"linestyle": ""}
+            # kinds side by side, so that none hides another
+            axes.plot([at for at, _ in places], [row + 0.2 * (number - 1) for _, row in places], label=kind, **look)
+        axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("round")
+
+    return _figure(draw, 2, height=0.9 + 0.22 * len(labels))
+
+
 def heat_map(counts: npt.NDArray[Any], clients: Sequence[str], classes: Sequence[str], title: str) -> Figure:
     """Examples of each client (from left to right) by class, on a logarithmic scale of grey.
 

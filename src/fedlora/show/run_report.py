@@ -227,18 +227,31 @@ def _layer_norms(groups: Groups) -> dict[str, Any]:
 
 
 def _events(runs: Sequence[Run]) -> Section:
-    """Refusals, late clients and warnings; equal ones of a run are listed once, with their rounds."""
+    """Refusals, late clients and warnings by round; equal ones of a run are listed once, with their rounds."""
+    names = [f"{run.label}, seed {run.seed}" for run in runs]
     found: dict[tuple[str, str], list[int]] = {}
-    for run in runs:
-        name = f"{run.label}, seed {run.seed}"
+    marks: dict[str, list[tuple[int, int]]] = {}
+    for place, run in enumerate(runs):
         for row in run.rows:
-            texts = [f"refused client {client}: {why}" for client, why in row.refused.items()]
-            texts += [f"client {client} timed out" for client in row.late] + list(row.warnings)
-            for text in texts:
-                found.setdefault((name, text), []).append(row.round)
+            kinds = {
+                "refused": [f"refused client {client}: {why}" for client, why in row.refused.items()],
+                "timed out": [f"client {client} timed out" for client in row.late],
+                "warning": row.warnings,
+            }
+            for kind, texts in kinds.items():
+                marks.setdefault(kind, []).extend([(row.round, place)] if texts else [])
+                for text in texts:
+                    found.setdefault((names[place], text), []).append(row.round)
+    if not found:
+        return Section("Refusals and warnings")
     rows = [[name, _rounds(rounds), text] for (name, text), rounds in found.items()]
-    tables = [Table(["run", "rounds", "event"], rows, text=True)] if rows else []
-    return Section("Refusals and warnings", tables=tables)
+    figure = figures.timeline(names, {kind: places for kind, places in marks.items() if places})
+    return Section(
+        "Refusals and warnings",
+        tables=[Table(["run", "rounds", "event"], rows, text=True)],
+        figures={"events": figure},
+        captions={"events": "Rounds with refused clients, late clients and warnings."},
+    )
 
 
 def _rounds(rounds: Sequence[int]) -> str:
