@@ -34,8 +34,11 @@ thead th { border-bottom: 2px solid #555; }
 @media print {
   body { max-width: none; font-size: 10pt; }
   .wide { overflow: visible; }
-  figure { max-width: 48%; min-width: 0; }
-  figure.large { max-width: 100%; }
+  h2 { break-after: avoid; }
+  tr { break-inside: avoid; }
+  .row { display: block; }
+  figure { display: inline-block; vertical-align: top; width: 48%; min-width: 0; }
+  figure.large { width: 80%; }
 }
 """
 
