@@ -29,25 +29,29 @@ def encode(symbols: Symbols, bits: int) -> list[bytes | memoryview]:
     """
     largest = largest_of(bits)
     mode = _RAW
-    chunks: list[bytes | memoryview] = [_to_raw(symbols, bits).data] if bits > 1 else []
+    chunks: list[bytes | memoryview] = []
     if largest == 1 and symbols.all():
-        mode, chunks = _SIGNS, [pack_bits(symbols < 0)]
-        if abs(int(symbols.sum(dtype=np.int64))) <= len(symbols) // 8:  # they cost a bit each in any coding
+        negative = symbols < 0
+        mode, chunks = _SIGNS, [pack_bits(negative)]
+        if abs(len(symbols) - 2 * np.count_nonzero(negative)) <= len(symbols) // 8:  # they cost a bit in any coding
             return [bytes([mode]), *chunks]
-    other, coded = _encode_entropy(symbols, bits, largest)
+    width = max(bits, 2)  # a sign or zero takes two
+    raw = _to_raw(symbols, width)
+    if mode == _RAW and bits > 1:
+        chunks = [raw.data]
+    other, coded = _encode_entropy(symbols, raw, width)
     if not chunks or sum(map(len, coded)) < sum(map(len, chunks)):
         mode, chunks = other, coded
     return [bytes([mode]), *chunks]
 
 
-def _encode_entropy(symbols: Symbols, bits: int, largest: int) -> tuple[int, list[bytes | memoryview]]:
-    """A coding that takes fewer bits for more frequent symbols, and its bytes."""
-    width = max(bits, 2)  # a sign or zero takes two
+def _encode_entropy(symbols: Symbols, raw: NDArray[np.uint8], width: int) -> tuple[int, list[bytes | memoryview]]:
+    """A coding that takes fewer bits for more frequent symbols, and its bytes; ``raw`` are ``width`` bits of each."""
     if width * len(symbols) >= 8 * _FEWEST:
         if width == 8 and _low_is_random(symbols):  # half of the bytes take half of the time
             return _HALVES, [deflate(_to_raw(symbols >> 4, 4)), _to_raw(symbols, 4).data]
-        return _HUFFMAN, [deflate(_to_raw(symbols, width))]
-    wide = symbols.astype(np.int32)
+        return _HUFFMAN, [deflate(raw)]
+    largest, wide = largest_of(width), symbols.astype(np.int32)
     if len(symbols) >= _PER_SYMBOL * (2 * largest + 1):
         return _COUNTED, [_encode_counted(wide, largest)]
     return _CLASSES, [_encode_classes(wide, largest)]
@@ -99,22 +103,24 @@ def _entropy(counts: NDArray[np.float64]) -> float:
 
 def _decode_halves(reader: Reader, total: int) -> Symbols:
     size = -(-total // 2)
-    upper = _from_raw(inflate(reader, size), 4, total)
-    lower = _from_raw(np.frombuffer(reader.take(size), np.uint8), 4, total)
-    return (upper << 4) + (lower & 15)
+    upper = _apart(inflate(reader, size), 4, total)
+    upper <<= np.int8(4)
+    upper |= _apart(np.frombuffer(reader.take(size), np.uint8), 4, total) & np.int8(15)
+    return upper
 
 
 def _to_raw(symbols: Symbols, width: int) -> NDArray[np.uint8]:
     """The lowest ``width`` bits of each symbol, packed into bytes from the lowest bit on."""
+    raw = symbols.view(np.uint8)
     if width == 8:
-        return symbols.view(np.uint8)
-    each = 8 // width
-    padded = symbols if len(symbols) % each == 0 else np.append(symbols, np.zeros(-len(symbols) % each, np.int8))
-    words = padded.view("<u2" if each == 2 else "<u4")  # symbols side by side
-    raw = words & (1 << width) - 1
-    for i in range(1, each):
-        raw |= words >> (8 - width) * i & ((1 << width) - 1 << width * i)
-    return raw.astype(np.uint8)
+        return raw
+    raw = np.append(raw, np.zeros(-len(raw) % (8 // width), np.uint8)) if len(raw) * width % 8 else raw
+    raw = raw & np.uint8((1 << width) - 1)
+    while width < 8:  # two neighbours in one
+        pairs = raw.view("<u2")
+        raw = (pairs | pairs >> (8 - width)).astype(np.uint8)
+        width *= 2
+    return raw
 
 
 def _from_raw(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
@@ -123,25 +129,27 @@ def _from_raw(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
     Raises:
         WireError: there are other than as many bytes as they take, or bits are left that are not zero.
     """
+    if width == 8:
+        return _apart(raw, width, total)
+    symbols = _apart(raw, width, total)
+    symbols <<= np.int8(8 - width)
+    symbols >>= np.int8(8 - width)
+    return symbols
+
+
+def _apart(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
+    """``_from_raw`` with other bits above the lowest ``width`` of each symbol."""
     used = width * total % 8
     if len(raw) != -(-width * total // 8):
         raise WireError(f"{len(raw)} bytes instead of {-(-width * total // 8)} for {total} symbols")
     if used and raw[-1] >> used:
         raise WireError("bits after the last that are not zero")
-    if width == 8:
-        return raw.view(np.int8)
-    symbols: Symbols = _UNPACKED[width][raw].view(np.int8)[:total]
-    return symbols
-
-
-def _unpacked(width: int) -> NDArray[np.unsignedinteger]:
-    """For each byte, its symbols side by side in one word."""
-    shifts = np.arange(0, 8, width, dtype=np.int8)
-    up = (np.arange(256, dtype=np.uint8)[:, None] >> shifts.view(np.uint8)).view(np.int8) << np.int8(8 - width)
-    return (up >> np.int8(8 - width)).view("<u2" if width == 4 else "<u4").reshape(-1)
-
-
-_UNPACKED = {width: _unpacked(width) for width in (2, 4)}
+    half = 4
+    while half >= width:  # a byte and its upper half, side by side
+        pairs = raw.astype("<u2")
+        pairs |= pairs << np.uint16(8 - half)
+        raw, half = pairs.view(np.uint8), half // 2
+    return raw.view(np.int8)[:total]
 
 
 class _Classes(NamedTuple):
