@@ -17,6 +17,7 @@ Symbols = NDArray[np.int8]
 _RAW, _CLASSES, _COUNTED, _HUFFMAN, _HALVES, _SIGNS = range(6)  # ways to write symbols
 _PER_SYMBOL = 64  # values per possible symbol above which counting symbols beats counting classes
 _FEWEST = 16 << 10  # bytes of raw symbols from which a Huffman code's table costs little
+_PLACES = np.array([1, 2, 4, 8], np.int32)  # of the bits of a symbol
 _SAMPLE, _LOSS = 1 << 15, 1.008  # of all symbols, how many are looked at; the bits that half the time may cost
 
 
@@ -104,7 +105,7 @@ def _entropy(counts: NDArray[np.float64]) -> float:
 def _decode_halves(reader: Reader, total: int) -> Symbols:
     size = -(-total // 2)
     upper = _apart(inflate(reader, size), 4, total)
-    upper <<= np.int8(4)
+    upper *= np.int8(16)
     upper |= _apart(np.frombuffer(reader.take(size), np.uint8), 4, total) & np.int8(15)
     return upper
 
@@ -132,7 +133,7 @@ def _from_raw(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
     if width == 8:
         return _apart(raw, width, total)
     symbols = _apart(raw, width, total)
-    symbols <<= np.int8(8 - width)
+    symbols *= np.int8(1 << 8 - width)  # NumPy is slow to shift bytes to the left
     symbols >>= np.int8(8 - width)
     return symbols
 
@@ -199,7 +200,7 @@ def _encode_classes(symbols: NDArray[np.int32], largest: int) -> bytes:
     bits = [symbols[symbols != 0] < 0]
     if largest > 15:
         low = _TABLE.low_bits[classes]
-        bits += [_to_bits(magnitudes[low == width], width).astype(np.bool_) for width in (2, 3, 4)]
+        bits += [_to_bits(magnitudes[np.flatnonzero(low == width)], width) for width in (2, 3, 4)]
     return b"".join([*map(varint, counts.tolist()), varint(len(words) // 4), words, pack_bits(np.concatenate(bits))])
 
 
@@ -214,18 +215,18 @@ def _decode_classes(reader: Reader, largest: int, total: int) -> NDArray[np.int3
         at, low = nonzero, _TABLE.low_bits[classes]
         for width, count in widths.items():
             if count:
-                magnitudes[low == width] += _unsigned(bits[at : at + width * count], width)
+                magnitudes[np.flatnonzero(low == width)] += _unsigned(bits[at : at + width * count], width)
             at += width * count
     negative = np.flatnonzero(magnitudes)[bits[:nonzero].view(np.bool_)]
     magnitudes[negative] *= -1
     return magnitudes
 
 
-def _to_bits(symbols: NDArray[np.int32], width: int) -> NDArray[np.uint8]:
+def _to_bits(symbols: NDArray[np.int32], width: int) -> NDArray[np.bool_]:
     """The lowest ``width`` bits of each symbol, lowest first."""
-    low = symbols.astype(np.uint8)[:, None]
-    return np.unpackbits(low, axis=1, count=width, bitorder="little").reshape(-1)
+    bits: NDArray[np.bool_] = symbols[:, None] & _PLACES[:width] != 0
+    return bits.reshape(-1)
 
 
 def _unsigned(bits: NDArray[np.uint8], width: int) -> NDArray[np.int32]:
-    return np.packbits(bits.reshape(-1, width), axis=1, bitorder="little").reshape(-1).astype(np.int32)
+    return bits.reshape(-1, width) @ _PLACES[:width]
