@@ -99,6 +99,8 @@ class Sparsifier(ABC):
             KeyError: the head has a quota and ``schema`` lacks a name of ``tree``.
         """
         masks = self.choose(tree, schema, round, seed)
+        if not masks:
+            return dict(tree)
         chosen = {name: tree[name].detach() for name in masks}
         for name, kept in masks.items():
             if (gain := self.gain(kept)) != 1:
@@ -106,9 +108,8 @@ class Sparsifier(ABC):
         # bits, not a product: -1 * 0 is a negative zero, inf * 0 is NaN; one vector, which `pack` takes as it is
         vector = flatten(chosen)
         bits = vector.view(torch.int32)
-        bits &= as_vector(masks).to(bits.device, torch.int32).neg_()
-        thinned = dict(tree) | unflatten(vector, chosen)
-        return thinned
+        bits *= as_vector(masks).to(bits.device)
+        return dict(tree) | unflatten(vector, chosen)
 
 
 @final
