@@ -54,8 +54,8 @@ class Stored(NamedTuple):
 class _Part:
     """The entries of a part that must be stored, and where its tensors lie."""
 
-    def __init__(self, nonzero: Bools, sizes: Sequence[int]) -> None:
-        self.whole = run_of(nonzero)
+    def __init__(self, whole: Run, sizes: Sequence[int]) -> None:
+        self.whole = whole
         self.sizes = sizes
         ends = np.cumsum(sizes)
         self._ends: list[int] = ends.tolist()
@@ -104,12 +104,12 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
     """
     sizes = [value.numel() for value in like.values()]
     total = len(nonzero)
-    kept = int(np.count_nonzero(nonzero))
-    if kept == total:
+    if nonzero.all():
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
-    if kept == 0:
-        return Stored(_table([EMPTY] * len(sizes)), np.zeros(0, np.intp), [0] * len(sizes))
-    part = _Part(nonzero, sizes)
+    whole = run_of(nonzero)
+    if not len(whole.where):
+        return Stored(_table([EMPTY] * len(sizes)), whole.where, [0] * len(sizes))
+    part = _Part(whole, sizes)
     shapes = [value.shape for value in like.values()]
     drawn = _drawn(part, list(like), draw) if draw else {}
     boxes = _boxes(part, shapes)
@@ -119,7 +119,8 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
     plans = [_cheapest(table, left) for left in without]
     plans += [[POOLED if layout == CODED else layout for layout in plan] for plan in plans]
     plans.append([POOLED] * len(sizes))
-    costs = [_cost(plan, table, part, value_bits) for plan in plans]
+    rows: list[list[float]] = table.tolist()  # numbers one by one are quicker from a list
+    costs = [_cost(plan, rows, part, value_bits) for plan in plans]
     plan = plans[int(np.argmin(costs))]
     if value_bits >= _PLAIN_BITS and min(costs) >= 8.0 + value_bits * total:
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
@@ -258,13 +259,13 @@ def _cheapest(table: Costs, left: Sequence[int]) -> list[int]:
     return layouts
 
 
-def _cost(plan: Sequence[int], table: Costs, part: _Part, value_bits: float) -> float:
-    bits = 8.0 * len(_table(plan)) + sum(table[layout, i] for i, layout in enumerate(plan) if layout != POOLED)
+def _cost(plan: Sequence[int], table: Sequence[Sequence[float]], part: _Part, value_bits: float) -> float:
+    bits = 8.0 * len(_table(plan)) + sum(table[layout][i] for i, layout in enumerate(plan) if layout != POOLED)
     bits += 64.0 * (SEEDED in plan) + _WORD_BITS * (CODED in plan or POOLED in plan)
     if POOLED in plan:
         pool = part.pooled(plan)
         bits += 8.0 * (len(varint(pool.kept)) + 1) + pool.entropy + value_bits * pool.kept
-    return float(bits)
+    return bits
 
 
 def _write(

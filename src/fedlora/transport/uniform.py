@@ -180,9 +180,9 @@ class Uniform(Precision):
             q = (magnitude > 0).astype(np.float32)
         product = q.astype(np.float64)
         product *= magnitude.astype(np.float64)
-        # sums of squares of small integers are exact in float32 up to 2 ** 24
-        exact = np.float32 if int(group.lengths.max()) * self.largest**2 < 2**24 else np.float64
         squares = np.multiply(q, q, out=q)
+        # sums of squares of small integers are exact in float32 up to 2 ** 24
+        exact = np.float32 if len(q) * self.largest**2 < 2**24 else np.float64
         return np.add.reduceat(product, group.starts), np.add.reduceat(squares, group.starts, dtype=exact)
 
     def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats | Symbols:
