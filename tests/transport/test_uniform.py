@@ -239,11 +239,12 @@ def test_subnormal_and_huge_values(value, precision):
 def test_an_outlier_arrives_and_values_without_one_have_the_scale_of_one_start(bits):
     values = normal(4096, 3)
     precision = Uniform(bits=bits)
-    group = next(iter(_groups(np.array([4096], np.intp))))
+    blocks = np.array([4096], np.intp)
+    groups = list(_groups(blocks))
     top = np.abs(values).max(keepdims=True) / np.float32(precision.largest)
     power = np.square(values, dtype=np.float64).mean()
-    alone, _ = precision._refined(np.abs(values), group, np.float32([{2: 1.22, 4: 0.35}[bits] * np.sqrt(power)]))
-    assert precision._least_squares(np.abs(values), group, top) == np.minimum(alone, top)
+    alone, _ = precision._refined(np.abs(values), groups, np.float32([{2: 1.22, 4: 0.35}[bits] * np.sqrt(power)]))
+    assert precision._least_squares(np.abs(values), blocks, groups, top) == np.minimum(alone, top)
     values[100] = 1000.0
     arrived = sent(values, precision)
     assert arrived[100] == pytest.approx(1000.0, rel=0.01)

@@ -189,15 +189,17 @@ class Uniform(Precision):
         """The ``q`` of every value."""
         q: Floats = values / scales
         if draws is None:
-            if self.bits == 1:  # `sign` takes branches
-                return (q > 0).view(np.int8) - (q < 0).view(np.int8)
+            if self.bits == 1:
+                signs: Symbols = (q > 0).view(np.int8) - (q < 0).view(np.int8)  # `sign` takes branches
+                return signs
             np.rint(q, out=q)
             if self.bits == 8:  # the scale is that of the largest value
                 return q
         else:
             parts = (draws >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
             if self.bits == 1:  # to -1 or 1, and 0 where the value is 0
-                return np.where(parts < (1 + q) / 2, np.int8(1), np.int8(-1)) * (q != 0)
+                signs = np.where(parts < (1 + q) / 2, np.int8(1), np.int8(-1)) * (q != 0)
+                return signs
             np.floor(np.add(q, parts, out=q), out=q)
         return q.clip(np.float32(-self.largest), np.float32(self.largest), out=q)
 
