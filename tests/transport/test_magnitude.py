@@ -37,6 +37,30 @@ def test_they_are_those_of_a_stable_sort(kind, piece, monkeypatch):
         assert torch.nonzero(kept).reshape(-1).tolist() == sorted(order[:k].tolist())
 
 
+def test_a_sample_bounds_what_is_looked_at_again():
+    values = VALUES["normal"].astype(np.float32)
+    assert magnitude._by_sample(values.view(np.int32), SIZE // 4) is not None
+    assert magnitude._by_sample(VALUES["mostly zeros"].astype(np.float32).view(np.int32), SIZE // 2) is None
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_a_sample_that_misleads_changes_nothing(factor, monkeypatch):
+    monkeypatch.setattr(magnitude, "_SAMPLE", 100)
+    values = VALUES["normal"].astype(np.float32)
+    values[:: SIZE // 100 | 1] *= np.float32(factor)  # the sample, and nothing else
+    assert magnitude._by_sample(values.view(np.int32), SIZE // 4) is None
+    order = np.argsort(-np.abs(values), kind="stable")
+    assert torch.nonzero(largest(torch.from_numpy(values), SIZE // 4)).reshape(-1).tolist() == sorted(
+        order[: SIZE // 4]
+    )
+
+
+def test_histograms_find_the_same(monkeypatch):
+    monkeypatch.setattr(magnitude, "_by_sample", lambda bits, k: None)  # as on other devices
+    for kind, piece in (("normal", 1000), ("ties", 7), ("infinite and NaN", 1 << 18)):
+        test_they_are_those_of_a_stable_sort(kind, piece, monkeypatch)
+
+
 def test_other_devices_find_the_same_places(monkeypatch):
     # what a device other than the CPU does, on the CPU
     places = magnitude._where(torch.tensor([3, 1, 3, 2]), 3)
