@@ -29,7 +29,7 @@ def largest(vector: Tensor, k: int) -> Tensor:
 
     The bits of a float without its sign are ordered by magnitude, with NaN at the top. On the CPU, a sample gives two
     bounds of the smallest that is kept, and only what lies between them is looked at again. On other devices, and where
-    a sample says little because many are equal, histograms find it.
+    a sample misleads, histograms find it.
 
     Args:
         vector: float32, of one dimension.
@@ -42,7 +42,7 @@ def largest(vector: Tensor, k: int) -> Tensor:
 
 
 def _by_sample(bits: NDArray[np.int32], k: int) -> NDArray[np.bool_] | None:
-    """``largest``; None where more than a few lie between the bounds, or the smallest that is kept does not."""
+    """``largest``; None where many unequal ones lie between the bounds, or the smallest that is kept does not."""
     sample = bits[:: len(bits) // _SAMPLE | 1] & _NO_SIGN
     share = k / len(bits)
     at, margin = len(sample) * (1 - share), 1 + 4 * math.sqrt(len(sample) * share * (1 - share))
@@ -55,9 +55,11 @@ def _by_sample(bits: NDArray[np.int32], k: int) -> NDArray[np.bool_] | None:
         between.append(np.flatnonzero((magnitude >= low) ^ above) + start)
     places = np.concatenate(between)
     missing = k - np.count_nonzero(kept)
-    if not 0 <= missing <= len(places) <= len(bits) // 8:
+    if not 0 <= missing <= len(places) or (low < high and len(places) > len(bits) // 8):
         return None
-    if missing:
+    if low == high:  # so are all between them
+        kept[places[:missing]] = True
+    elif missing:
         magnitude = bits[places] & _NO_SIGN
         threshold = np.partition(magnitude, -missing)[-missing]
         above = magnitude > threshold
