@@ -176,6 +176,7 @@ def test_without_a_terminal_evaluations_are_lines(
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("[x]: 9 clients with 8 to 8 examples, 3 per round, 3 rounds on cpu\n")
     assert [line.split()[1] for line in text.splitlines() if " loss " in line] == ["0/3", "2/3", "3/3"]
+    assert ["left" in line for line in text.splitlines() if " loss " in line] == [False, True, True]
     total = sum(found.down_bytes.values()) + sum(found.up_bytes.values())
     assert f"accuracy {found.after['accuracy']:.3f}  sent {human_bytes(total)}  left 0 s" in text
 

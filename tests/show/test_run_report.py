@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,7 +20,7 @@ from fedlora.population.clients import Population
 from fedlora.runs.result import Result
 from fedlora.show.curves import by_label, over_seeds, read_run, study_figures
 from fedlora.show.figures import Line, Point, curves, frontier, pareto_front, save, svg
-from fedlora.show.run_report import _rounds, partition_section, report
+from fedlora.show.run_report import _events, _rounds, partition_section, report
 
 pytest.importorskip("matplotlib")
 world = pytest.fixture(scope="module")(tiny_world)
@@ -149,6 +150,21 @@ def test_a_method_that_sends_nothing_is_left_out_of_the_frontier() -> None:
     drawing = svg(frontier([Point("alone", 0, 0.9), Point("lora", 2, 0.8)], "accuracy", True), "x")
     assert "lora" in drawing
     assert "alone" not in drawing
+
+
+def test_refusals_late_clients_and_warnings_are_listed_and_drawn_by_round(runs: list[Result]) -> None:
+    run = read_run(runs[0].folder)
+    changes = ({}, {"refused": {"3": "a loss of NaN"}, "warnings": ["slow"]}, {"late": ["4"], "warnings": ["slow"]})
+    rows = [replace(row, **{"warnings": []} | change) for row, change in zip(run.rows, changes, strict=True)]
+    section = _events([replace(run, rows=rows), replace(run, seed=1, rows=rows[:1])])
+    assert list(section.tables[0].rows) == [
+        ["lora, seed 0", "1", "refused client 3: a loss of NaN"],
+        ["lora, seed 0", "1-2", "slow"],
+        ["lora, seed 0", "2", "client 4 timed out"],
+    ]
+    drawn = {line.get_label(): [*line.get_xdata()] for line in section.figures["events"].axes[0].lines}
+    assert drawn == {"refused": [1], "warning": [1, 2], "timed out": [2]}
+    assert _events([replace(run, rows=rows[:1])]).figures == {}
 
 
 def test_rounds_become_spans() -> None:

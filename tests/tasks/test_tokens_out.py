@@ -62,9 +62,13 @@ def custom(name: str, **settings: Any) -> transformers.PreTrainedModel:
     return made
 
 
+@pytest.mark.parametrize("chunk", [2**24, 64 * 7])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "softcap", "scaled"])
-def test_loss_and_gradients_are_those_of_transformers(world: Path, kind: str) -> None:
-    """Whatever a family does to its logits afterwards."""
+def test_loss_and_gradients_are_those_of_transformers(
+    world: Path, kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a family does to its logits afterwards, and if the last matrix is applied in chunks."""
+    monkeypatch.setattr(tokens_out, "CHUNK_ENTRIES", chunk)
     made = {
         "softcap": lambda: custom("Gemma2Config", final_logit_softcapping=2.0, head_dim=8),
         "scaled": lambda: custom("CohereConfig", logit_scale=0.5),
@@ -103,6 +107,18 @@ def test_the_last_matrix_is_applied_where_a_token_is_learnt_alone(world: Path) -
     task.loss(model, batch)
     assert sum(shape[1] for shape in seen) == len(targets(batch)) == 19
     assert model(batch["input_ids"]).logits.shape == (4, 16, 64), "and as ever afterwards"
+
+
+@pytest.mark.parametrize("kind", ["llama", "softcap"])
+def test_with_many_logits_few_are_held_at_a_time(world: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = prepare(world)
+    model = custom("Gemma2Config", final_logit_softcapping=2.0, head_dim=8) if kind == "softcap" else model_of(task)
+    batch = task.batch(np.arange(4), CPU)
+    tokens: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, __, out: tokens.append(out.numel() // 64))  # type: ignore[union-attr]
+    monkeypatch.setattr(tokens_out, "CHUNK_ENTRIES", 64 * 7)
+    task.loss(model, batch).backward()
+    assert max(tokens) == (19 if kind == "softcap" else 7), "a cap after the matrix needs its whole result"
 
 
 def test_a_model_whose_last_matrix_is_hidden_gives_the_same(world: Path) -> None:

@@ -48,7 +48,6 @@ def test_a_head_with_a_quota_of_one_is_kept_whole_and_not_counted():
     # 6 entries besides the head, k = int(6 * 3/8) = 2: -8, 4
     kept = TopK(density=3 / 8, quota=HEAD_WHOLE)(TREE, GROUPS, round=0)
     assert lists(kept) == {"a": [[0.0, -8.0], [0.0, 0.0]], "b": [0.0, 4.0], "head": [7.0, -6.0]}
-    assert kept["head"] is TREE["head"]
 
 
 def test_top_k_per_tensor():
@@ -170,7 +169,7 @@ def test_density_decays_in_steps():
 )
 def test_everything_is_kept_at_density_one(sparsify):
     kept = sparsify(TREE, GROUPS, round=0)
-    assert all(kept[name] is TREE[name] for name in TREE)
+    assert lists(kept) == lists(TREE)
     assert kept is not TREE
     assert all(
         bool(mask.all()) and mask.shape == TREE[name].shape for name, mask in sparsify.mask(TREE, GROUPS, 0).items()
@@ -272,11 +271,11 @@ def test_ranks_by_hand():
     kept = RankSlice(rank=2)(b, schema, round=0)
     assert kept["m.lora_B.default"].tolist() == [[1.0, 1.0, 0.0]] * 2
     assert kept["conv.lora_A.x"].reshape(3, 2).tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
-    assert kept["lora_Ab"] is b["lora_Ab"]
+    assert torch.equal(kept["lora_Ab"], b["lora_Ab"])
     assert all(torch.equal(RankSlice(rank=3)(b, schema, 0)[name], b[name]) for name in b)
     vector = {"m.lora_A": torch.ones(3), "m.lora_B": torch.ones(())}  # these are no matrices
     factors = {"m.lora_A": factor_leaf("A"), "m.lora_B": factor_leaf("B")}
-    assert all(RankSlice(rank=1)(vector, factors, 0)[name] is vector[name] for name in vector)
+    assert lists(RankSlice(rank=1)(vector, factors, 0)) == lists(vector)
 
 
 # at random

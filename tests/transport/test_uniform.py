@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from messages import body, digits, one, packed, same
+from xxhash import xxh3_64_hexdigest
 
 from fedlora.core.errors import WireError
 from fedlora.transport import Uniform, unpack
+from fedlora.transport.coder import splitmix
 from fedlora.transport.uniform import _groups
 
 BITS = [1, 2, 4, 8]
@@ -88,6 +90,25 @@ def test_blocks_have_scales_of_their_own_and_end_with_the_tensor(block):
 def test_one_scale_a_tensor_without_blocks_and_none_for_empty_ones():
     tree = {"a": torch.tensor([127.0, 1.0]), "none": torch.zeros(0, 3), "b": torch.tensor([254.0])}
     assert body({"p": tree}, Uniform()) == bytes.fromhex("04 08 00 01  803f 0040  00 7f017f")
+
+
+DIGESTS = {1: "125f9b9e5d028d61", 2: "d69d2f2d821c0eaa", 4: "a936c2266c52e62d", 8: "680d3d5545d24ad2"}
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bytes_are_the_same_in_every_version(bits):
+    # sums of four draws, with zeros, an outlier, subnormal numbers and ties; too few for zlib, whose versions differ
+    draws = (splitmix(7, 4 * 9000) >> np.uint64(40)).astype(np.float64).reshape(4, -1)
+    values = (draws.sum(axis=0) / 2.0**25 - 1).astype(np.float32)
+    values[1000:1100], values[2000] = 0, 300
+    values[3000:3064] *= np.float32(2.0**-130)
+    values[4000:5000] = np.round(values[4000:5000] * 8) / 8
+    content = b""
+    for block in (None, 64):
+        for rounding in ROUNDINGS:
+            written = Uniform(bits=bits, block=block, rounding=rounding).write(values, [5000, 0, 3, 3997], 5)
+            content += b"".join(written.chunks) + written.values.tobytes()
+    assert xxh3_64_hexdigest(content) == DIGESTS[bits]
 
 
 # what arrives
@@ -239,11 +260,12 @@ def test_subnormal_and_huge_values(value, precision):
 def test_an_outlier_arrives_and_values_without_one_have_the_scale_of_one_start(bits):
     values = normal(4096, 3)
     precision = Uniform(bits=bits)
-    group = next(iter(_groups(np.array([4096], np.intp))))
+    blocks = np.array([4096], np.intp)
+    groups = list(_groups(blocks))
     top = np.abs(values).max(keepdims=True) / np.float32(precision.largest)
     power = np.square(values, dtype=np.float64).mean()
-    alone, _ = precision._refined(np.abs(values), group, np.float32([{2: 1.22, 4: 0.35}[bits] * np.sqrt(power)]))
-    assert precision._least_squares(np.abs(values), group, top) == np.minimum(alone, top)
+    alone, _ = precision._refined(np.abs(values), groups, np.float32([{2: 1.22, 4: 0.35}[bits] * np.sqrt(power)]))
+    assert precision._least_squares(np.abs(values), blocks, groups, top) == np.minimum(alone, top)
     values[100] = 1000.0
     arrived = sent(values, precision)
     assert arrived[100] == pytest.approx(1000.0, rel=0.01)

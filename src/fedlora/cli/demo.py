@@ -34,7 +34,7 @@ CLASSIFIER = Demo(
     document={
         "task": {"kind": "text_classification", "max_length": 64},
         "clients": {"num": 100, "per_round": 10, "partition": {"kind": "dirichlet", "alpha": 1.0}},
-        "evaluate": {"every": 4, "dense": False},
+        "evaluate": {"every": 4, "num_examples": 256, "dense": False},  # the first step soon; the end uses all
     },
     method={"rounds": 16},
 )

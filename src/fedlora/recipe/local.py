@@ -118,7 +118,7 @@ class Local:
         shuffle: whether each pass takes the examples in a new order.
         batch_size: examples per step; the last batch of a pass may be smaller and is kept.
         accumulate: number of passes in which a step's gradient is computed, each over ``batch_size / accumulate``
-            examples: the same step with less memory. Under ``example_privacy`` each example has a pass of its own.
+            examples: the same step with less memory.
         clip_norm: largest Euclidean norm of a step's gradient.
         proximal: FedProx's mu (arXiv 1812.06127, Eq. 2): adds ``mu / 2 ||x - x_start||^2`` to the loss.
         dropout: whether the pre-trained model's own dropout is active; a client takes only a few steps, which do not

@@ -19,6 +19,7 @@ from fedlora.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
@@ -106,6 +107,8 @@ def curves(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = Fals
     """
 
     def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         for number, line in enumerate(lines):
             kept = [place for place, x in enumerate(line.x) if x > 0 or not log_x]
             x, y, low, high = (
@@ -119,9 +122,13 @@ def curves(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = Fals
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if log_x:
-            _logarithmic(axes)
+            axes.set_xscale("log")
+            _logarithmic(axes.xaxis)
+        elif all(float(x).is_integer() for line in lines for x in line.x):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         if log_y:
             axes.set_yscale("log")
+            _logarithmic(axes.yaxis)
 
     return _figure(draw, len(lines))
 
@@ -149,7 +156,8 @@ def frontier(points: Sequence[Point], y_label: str, higher_is_better: bool) -> F
                 [point.x], [point.y], yerr=bar, fmt=look["marker"], color=look["color"], capsize=2, label=point.label,
                 zorder=3,
             )  # fmt: skip
-        _logarithmic(axes)
+        axes.set_xscale("log")
+        _logarithmic(axes.xaxis)
         axes.set_xlabel("MB sent, both directions")
         axes.set_ylabel(y_label)
 
@@ -206,26 +214,49 @@ def ranges(
     return _figure(draw, 2, height=0.9 + 0.25 * len(labels))
 
 
-def heat_map(counts: npt.NDArray[Any], rows: Sequence[str], columns: Sequence[str], title: str) -> Figure:
-    """Examples of each client by class, on a logarithmic scale of grey.
+def timeline(labels: Sequence[str], events: Mapping[str, Sequence[tuple[int, int]]]) -> Figure:
+    """Marks by round, a row for each run and a sign for each kind of event.
+
+    Args:
+        labels: the runs, from top to bottom.
+        events: of each kind the round and the run's number of every event.
+    """
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for number, (kind, places) in enumerate(events.items()):
+            look = _look(number) | {"linestyle": ""}
+            # kinds side by side, so that none hides another
+            axes.plot([at for at, _ in places], [row + 0.2 * (number - 1) for _, row in places], label=kind, **look)
+        axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("round")
+
+    return _figure(draw, 2, height=0.9 + 0.22 * len(labels))
+
+
+def heat_map(counts: npt.NDArray[Any], clients: Sequence[str], classes: Sequence[str], title: str) -> Figure:
+    """Examples of each client (from left to right) by class, on a logarithmic scale of grey.
 
     Args:
         counts: ``(clients, classes)`` integers.
-        rows: the clients' names.
-        columns: the classes' names.
+        clients: the clients' names.
+        classes: the classes' names.
         title: how the data were partitioned.
     """
 
     def draw(axes: Axes) -> None:
-        shown = np.log10(1 + np.asarray(counts, float))
+        shown = np.log10(1 + np.asarray(counts, float).T)
         image = axes.imshow(shown, aspect="auto", cmap="Greys", interpolation="nearest", vmin=0)
         axes.grid(False)
-        for ticks, names, most in ((axes.set_yticks, rows, 30), (axes.set_xticks, columns, 24)):
-            step = max(1, -(-len(names) // most))
-            ticks(range(0, len(names), step), [_short(name, 16) for name in names[::step]], fontsize=5)
+        for ticks, names in ((axes.set_xticks, clients), (axes.set_yticks, classes)):
+            step = max(1, -(-len(names) // 24))
+            ticks(range(0, len(names), step), [_short(name, 16) for name in names[::step]], fontsize=6)
         axes.tick_params(axis="x", rotation=90)
-        axes.set_xlabel("class")
-        axes.set_ylabel("client")
+        axes.set_xlabel("client")
+        axes.set_ylabel("class")
         axes.set_title(title, fontsize=7)
         top = int(np.asarray(counts).max(initial=1))
         marks = sorted({0, 1, *(10**power for power in range(1, 7) if 10**power < top), top})
@@ -233,7 +264,7 @@ def heat_map(counts: npt.NDArray[Any], rows: Sequence[str], columns: Sequence[st
         bar.ax.set_yticklabels([f"{mark:,}" for mark in marks], fontsize=6)
         bar.set_label("examples", fontsize=7)
 
-    return _figure(draw, 0, height=min(8.0, 1.4 + 0.09 * max(10, min(len(rows), 60))))
+    return _figure(draw, 0, height=1.2 + 0.1 * max(10, min(len(classes), 24)))
 
 
 def svg(figure: Figure, name: str) -> str:
@@ -292,10 +323,15 @@ def _figure(draw: Callable[[Axes], None], entries: int, height: float = SIZE[1])
     return figure
 
 
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic horizontal axis, labelled 1, 10, 100."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:,g}")
+def _logarithmic(axis: Axis) -> None:
+    """Labels the logarithmic axis of what was drawn with plain numbers that have room."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps) if high > 5 * low else MaxNLocator(5))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _look(number: int) -> dict[str, Any]:

@@ -19,12 +19,13 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; 
 h1 { font-size: 1.5rem; margin: .2rem 0; }
 h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; border-bottom: 1px solid #bbb; }
 p { margin: .3rem 0; max-width: 46rem; color: #333; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem;
-  align-items: start; }
-figure { margin: 0; break-inside: avoid; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
+figure { margin: 0; break-inside: avoid; flex: 1 1 21rem; min-width: min(100%, 21rem); max-width: 24rem; }
+figure.large { max-width: 38rem; }
+image { image-rendering: pixelated; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #333; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, .text td { text-align: left; }
@@ -33,7 +34,11 @@ thead th { border-bottom: 2px solid #555; }
 @media print {
   body { max-width: none; font-size: 10pt; }
   .wide { overflow: visible; }
-  .grid { grid-template-columns: 1fr 1fr; }
+  h2 { break-after: avoid; }
+  tr { break-inside: avoid; }
+  .row { display: block; }
+  figure { display: inline-block; vertical-align: top; width: 48%; min-width: 0; }
+  figure.large { width: 80%; }
 }
 """
 
@@ -70,6 +75,7 @@ class Section:
         tables: its tables.
         figures: its figures by name; the names are those of the files that ``save`` writes.
         captions: a caption for each figure, by name.
+        large: whether its figures may be as wide as the page.
     """
 
     title: str
@@ -77,21 +83,23 @@ class Section:
     tables: Sequence[Table] = ()
     figures: dict[str, Figure] = field(default_factory=dict)
     captions: dict[str, str] = field(default_factory=dict)
+    large: bool = False
 
     def html(self) -> str:
         """The section as elements."""
         parts = [f"<h2>{escape(self.title)}</h2>"]
         parts += [f"<p>{escape(self.note)}</p>"] if self.note else []
-        parts += [table.html() for table in self.tables]
-        drawn = [self._figure(name, figure) for name, figure in self.figures.items()]
-        parts += [f"<div class=grid>{''.join(drawn)}</div>"] if drawn else []
+        shown = [table.html() for table in self.tables]
+        shown += [self._figure(name, figure) for name, figure in self.figures.items()]
+        parts += [f"<div class=row>{''.join(shown)}</div>"]
         return "<section>" + "".join(parts) + "</section>"
 
     def _figure(self, name: str, figure: Figure) -> str:
         caption = self.captions.get(name, "")
         label = f' role="img" aria-label="{escape(caption or name)}"'
         drawing = svg(figure, name).replace("<svg ", f"<svg{label} ", 1)
-        return f'<figure id="{escape(name)}">{drawing}<figcaption>{escape(caption)}</figcaption></figure>'
+        size = " class=large" if self.large else ""
+        return f'<figure id="{escape(name)}"{size}>{drawing}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:

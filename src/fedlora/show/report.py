@@ -95,14 +95,15 @@ class Live(Callback):
 
     def row_recorded(self, row: RoundRecord) -> None:
         now = time.monotonic()
-        self._spent.append(now - self._clock)
+        if row.round:  # the start is evaluated, not trained
+            self._spent.append(now - self._clock)
         self._clock, self._done = now, row.round
         self._sent += sum(row.down_bytes.values()) + sum(row.up_bytes.values())
         if self._main in row.metrics:
             self._metric = f"{self._main} {row.metrics[self._main]:.3f}"
-        recent = self._spent[1:][-10:] or self._spent
-        left = mean(recent) * (self._rounds - self._done)
-        text = f"{self._metric}  sent {human_bytes(self._sent)}  left {human_seconds(left)}"
+        text = f"{self._metric}  sent {human_bytes(self._sent)}"
+        if recent := self._spent[1:][-10:] or self._spent:
+            text += f"  left {human_seconds(mean(recent) * (self._rounds - self._done))}"
         phase = self._phases[row.phase]
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=self._done, description=phase + text)

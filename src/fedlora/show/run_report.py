@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fedlora.config.essential import essential
+from fedlora.core.errors import ConfigError
 from fedlora.runs.folder import RunFolder
 from fedlora.show import figures
 from fedlora.show.compare import comparison, load_result
@@ -49,7 +51,8 @@ def report(folders: Sequence[Path]) -> tuple[str, list[Section]]:
     metric = str(runs[0].result["main_metric"])
     seeds = sorted({run.seed for run in runs})
     title = " / ".join(groups) if len(groups) < 5 else f"{len(groups)} methods"
-    subtitle = f"{len(runs)} runs, seeds {', '.join(map(str, seeds))}; main metric {metric}"
+    subtitle = f"{_counted(len(runs), 'run')}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}; "
+    subtitle += f"main metric {metric}"
     return page(f"fedlora: {title}", subtitle, sections), sections
 
 
@@ -84,16 +87,26 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _differences(groups: Groups) -> Section:
-    """The keys of the configurations in which the methods differ."""
-    flat = {label: _flat(RunFolder(runs[0].folder).settings()) for label, runs in groups.items()}
-    keys = sorted({key for keys in flat.values() for key in keys} - {"label", "seed"})
+    """The keys in which the methods differ, without those that have their default wherever they exist."""
+    documents = {label: RunFolder(runs[0].folder).settings() for label, runs in groups.items()}
+    flat = {label: _flat(document) for label, document in documents.items()}
+    keys = sorted({key for document in documents.values() for key in _flat(_essential(document))} - {"label", "seed"})
     rows = []
     for key in keys:
         values = [json.dumps(found[key], ensure_ascii=False) if key in found else "" for found in flat.values()]
         if len(set(values)) > 1:
             rows.append([key, *values])
     tables = [Table(["key", *flat], rows)] if rows else []
-    return Section("What differs", "Keys of the configuration that are not equal in all methods.", tables)
+    note = "Keys of the configuration that are not equal in all methods, and not their defaults in all."
+    return Section("What differs", note, tables)
+
+
+def _essential(document: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not their defaults; all of them if this version cannot read the configuration."""
+    try:
+        return essential(document)
+    except ConfigError:
+        return document
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -112,11 +125,12 @@ def _curves(groups: Groups) -> Section:
         "seconds": ("modelled seconds", False),
     }
     drawn, captions = {}, {}
+    seeds = "; bands span the seeds" if any(len(runs) > 1 for runs in groups.values()) else ""
     for axis, (label, log) in axes.items():
         lines = over_seeds(groups, metric_of(main), axis)
         if lines and any(any(x > 0 for x in line.x) for line in lines):
             drawn[f"metric_by_{axis}"] = figures.curves(lines, label, main, log_x=log)
-            captions[f"metric_by_{axis}"] = f"{main} by {label}; bands span the seeds."
+            captions[f"metric_by_{axis}"] = _sentence(f"{main} by {label}", seeds)
     return Section("Curves", figures=drawn, captions=captions)
 
 
@@ -163,7 +177,7 @@ def _clients(groups: Groups) -> Section:
     means, worst, spread = zip(*found.values(), strict=True)
     figure = figures.ranges(list(found), means, worst, spread, f"{main} over clients")
     return Section(
-        "Clients", figures={"clients": figure}, captions={"clients": f"{main} on clients' own held-out data."}
+        "Clients", figures={"clients": figure}, captions={"clients": _sentence(f"{main} on clients' own held-out data")}
     )
 
 
@@ -182,7 +196,7 @@ def _training(groups: Groups) -> Section:
             lines = [line for line in lines if all(y > 0 for y in line.low)]
         if lines:
             drawn[name] = figures.curves(lines, "round", label, log_y=log)
-            captions[name] = f"{label} by round."
+            captions[name] = _sentence(f"{label} by round")
     layers = _layer_norms(groups)
     drawn |= layers
     captions |= {
@@ -209,18 +223,31 @@ def _layer_norms(groups: Groups) -> dict[str, Any]:
 
 
 def _events(runs: Sequence[Run]) -> Section:
-    """Refusals, late clients and warnings; equal ones of a run are listed once, with their rounds."""
+    """Refusals, late clients and warnings by round; equal ones of a run are listed once, with their rounds."""
+    names = [f"{run.label}, seed {run.seed}" for run in runs]
     found: dict[tuple[str, str], list[int]] = {}
-    for run in runs:
-        name = f"{run.label}, seed {run.seed}"
+    marks: dict[str, list[tuple[int, int]]] = {}
+    for place, run in enumerate(runs):
         for row in run.rows:
-            texts = [f"refused client {client}: {why}" for client, why in row.refused.items()]
-            texts += [f"client {client} timed out" for client in row.late] + list(row.warnings)
-            for text in texts:
-                found.setdefault((name, text), []).append(row.round)
+            kinds = {
+                "refused": [f"refused client {client}: {why}" for client, why in row.refused.items()],
+                "timed out": [f"client {client} timed out" for client in row.late],
+                "warning": row.warnings,
+            }
+            for kind, texts in kinds.items():
+                marks.setdefault(kind, []).extend([(row.round, place)] if texts else [])
+                for text in texts:
+                    found.setdefault((names[place], text), []).append(row.round)
+    if not found:
+        return Section("Refusals and warnings")
     rows = [[name, _rounds(rounds), text] for (name, text), rounds in found.items()]
-    tables = [Table(["run", "rounds", "event"], rows, text=True)] if rows else []
-    return Section("Refusals and warnings", tables=tables)
+    figure = figures.timeline(names, {kind: places for kind, places in marks.items() if places})
+    return Section(
+        "Refusals and warnings",
+        tables=[Table(["run", "rounds", "event"], rows, text=True)],
+        figures={"events": figure},
+        captions={"events": "Rounds with refused clients, late clients and warnings."},
+    )
 
 
 def _rounds(rounds: Sequence[int]) -> str:
@@ -253,4 +280,13 @@ def partition_section(records: Sequence[Mapping[str, Any]]) -> Section:
         drawn[name] = figures.heat_map(np.array(held["counts"]), held["clients"], held["classes"], held["scheme"])
         of = f"{len(held['clients'])} of {held['num_clients']} clients"
         captions[name] = f"Examples by client and class, {of}: {held['scheme']}."
-    return Section("Partition", figures=drawn, captions=captions)
+    return Section("Partition", figures=drawn, captions=captions, large=True)
+
+
+def _sentence(text: str, rest: str = "") -> str:
+    """A caption: a capital first, a full stop last."""
+    return f"{text[:1].upper()}{text[1:]}{rest}."
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -30,6 +30,7 @@ such tensors together, at their common density; positions drawn from a seed; the
 
 _MIXED = 255
 _PLAIN_BITS = 16  # below this, values are entropy coded, and zeros among them cost as much as their positions would
+_DIGITS = 2.0 ** (7 * np.arange(1, 9))  # the smallest numbers of 2, 3, ... digits as a varint
 _WORD_BITS = 64.0  # the overhead of a range coder beyond the entropy
 Bools = NDArray[np.bool_]
 Costs = NDArray[np.float64]
@@ -53,13 +54,15 @@ class Stored(NamedTuple):
 class _Part:
     """The entries of a part that must be stored, and where its tensors lie."""
 
-    def __init__(self, nonzero: Bools, sizes: Sequence[int]) -> None:
-        self.whole = run_of(nonzero)
+    def __init__(self, whole: Run, sizes: Sequence[int]) -> None:
+        self.whole = whole
         self.sizes = sizes
         ends = np.cumsum(sizes)
         self._ends: list[int] = ends.tolist()
-        self._at: list[int] = np.searchsorted(self.whole.where, ends).tolist()
-        self.counts: list[int] = np.diff(self._at, prepend=0).tolist()
+        at = np.searchsorted(self.whole.where, ends)
+        self._at: list[int] = at.tolist()
+        self._last: list[int] = self.whole.where[at - 1].tolist()
+        self.counts: list[int] = np.diff(at, prepend=0).tolist()
 
     def slice(self, i: int) -> slice:
         """Where the entries of one tensor lie."""
@@ -67,13 +70,16 @@ class _Part:
 
     def last(self, i: int) -> int:
         """The position of the last entry of one tensor."""
-        return int(self.whole.where[self._at[i] - 1])
+        return self._last[i]
+
+    def where(self, i: int) -> NDArray[np.intp]:
+        """The positions in the part of the entries of one tensor."""
+        return self.whole.where[self._at[i] - self.counts[i] : self._at[i]]
 
     def run(self, i: int) -> Run:
         """The entries of one tensor."""
         chosen = self.slice(i)
-        where = self.whole.where[self._at[i] - self.counts[i] : self._at[i]]
-        return Run(self.whole.kept[chosen], where - chosen.start)
+        return Run(self.whole.kept[chosen], self.where(i) - chosen.start)
 
     def pool(self, plan: Sequence[int]) -> Run:
         """The entries of the pooled tensors."""
@@ -98,12 +104,12 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
     """
     sizes = [value.numel() for value in like.values()]
     total = len(nonzero)
-    kept = int(np.count_nonzero(nonzero))
-    if kept == total:
+    if nonzero.all():
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
-    if kept == 0:
-        return Stored(_table([EMPTY] * len(sizes)), np.zeros(0, np.intp), [0] * len(sizes))
-    part = _Part(nonzero, sizes)
+    whole = run_of(nonzero)
+    if not len(whole.where):
+        return Stored(_table([EMPTY] * len(sizes)), whole.where, [0] * len(sizes))
+    part = _Part(whole, sizes)
     shapes = [value.shape for value in like.values()]
     drawn = _drawn(part, list(like), draw) if draw else {}
     boxes = _boxes(part, shapes)
@@ -113,7 +119,8 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
     plans = [_cheapest(table, left) for left in without]
     plans += [[POOLED if layout == CODED else layout for layout in plan] for plan in plans]
     plans.append([POOLED] * len(sizes))
-    costs = [_cost(plan, table, part, value_bits) for plan in plans]
+    rows: list[list[float]] = table.tolist()  # numbers one by one are quicker from a list
+    costs = [_cost(plan, rows, part, value_bits) for plan in plans]
     plan = plans[int(np.argmin(costs))]
     if value_bits >= _PLAIN_BITS and min(costs) >= 8.0 + value_bits * total:
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
@@ -210,11 +217,9 @@ def _boxes(part: _Part, shapes: Sequence[Sequence[int]]) -> dict[int, tuple[int,
         if len(shape) < 2 or not 0 < count < size:
             continue
         chosen, width = part.slice(i), size // shape[0]
-        last = chosen.start + (shape[0] - 1) * width  # the first entry of the last row
-        in_last_column = part.whole.kept[chosen.start + width - 1 : chosen.stop : width]
-        if part.last(i) < last or not in_last_column.any():
-            where = part.run(i).where
-            boxes[i] = int(where[-1]) // width + 1, int((where % width).max()) + 1
+        rows = (part.last(i) - chosen.start) // width + 1
+        if rows < shape[0] or not np.count_nonzero(part.whole.kept[chosen.start + width - 1 : chosen.stop : width]):
+            boxes[i] = rows, int(((part.where(i) - chosen.start) % width).max()) + 1
     return boxes
 
 
@@ -225,7 +230,7 @@ def _costs(
     table = np.full((BOX + 1, len(part.sizes)), np.inf)
     size, count = np.array(part.sizes, np.float64), np.array(part.counts, np.float64)
     none, all_, values = count == 0, count == size, value_bits * count
-    digits = 1.0 + sum(count >= 1 << 7 * i for i in range(1, 9))  # of the count as a varint
+    digits = 1.0 + np.searchsorted(_DIGITS, count, side="right")  # of the count as a varint
     with np.errstate(divide="ignore", invalid="ignore"):  # where there is nothing to choose
         entropy = -(count * np.log2(count / size) + (size - count) * np.log2(1 - count / size))
     table[EMPTY, none] = 0.0
@@ -238,9 +243,10 @@ def _costs(
         table[SEEDED, i] = 8 * len(varint(len(places))) + value_bits * len(places)
     for i, (rows, columns) in boxes.items():
         area, kept = rows * columns, part.counts[i]
-        # as symbols, zeros cost bits and a table
-        zeros = Segment(area, kept).entropy + 2 * _WORD_BITS if area > kept else 0.0
-        inside = value_bits * area if value_bits >= _PLAIN_BITS else value_bits * kept + zeros
+        if value_bits >= _PLAIN_BITS or area == kept:
+            inside = value_bits * area
+        else:  # as symbols, zeros cost bits and a table
+            inside = value_bits * kept + (Segment(area, kept).entropy + 2 * _WORD_BITS)
         table[BOX, i] = 8 * (len(varint(rows)) + len(varint(columns))) + inside
     return table
 
@@ -253,13 +259,13 @@ def _cheapest(table: Costs, left: Sequence[int]) -> list[int]:
     return layouts
 
 
-def _cost(plan: Sequence[int], table: Costs, part: _Part, value_bits: float) -> float:
-    bits = 8.0 * len(_table(plan)) + sum(table[layout, i] for i, layout in enumerate(plan) if layout != POOLED)
+def _cost(plan: Sequence[int], table: Sequence[Sequence[float]], part: _Part, value_bits: float) -> float:
+    bits = 8.0 * len(_table(plan)) + sum(table[layout][i] for i, layout in enumerate(plan) if layout != POOLED)
     bits += 64.0 * (SEEDED in plan) + _WORD_BITS * (CODED in plan or POOLED in plan)
     if POOLED in plan:
         pool = part.pooled(plan)
         bits += 8.0 * (len(varint(pool.kept)) + 1) + pool.entropy + value_bits * pool.kept
-    return float(bits)
+    return bits
 
 
 def _write(

@@ -98,16 +98,14 @@ class Sparsifier(ABC):
         Raises:
             KeyError: the head has a quota and ``schema`` lacks a name of ``tree``.
         """
-        masks = self.choose(tree, schema, round, seed)
-        chosen = {name: tree[name].detach() for name in masks}
-        for name, kept in masks.items():
+        if not self.facts.drops:
+            return dict(tree)
+        thinned = unflatten(flatten(tree).detach(), tree)  # one vector, which `choose` and `pack` take as it is
+        for name, kept in self.choose(thinned, schema, round, seed).items():
             if (gain := self.gain(kept)) != 1:
-                chosen[name] = chosen[name] * gain
-        # bits, not a product: -1 * 0 is a negative zero, inf * 0 is NaN; one vector, which `pack` takes as it is
-        vector = flatten(chosen)
-        bits = vector.view(torch.int32)
-        bits &= as_vector(masks).to(bits.device, torch.int32).neg_()
-        thinned = dict(tree) | unflatten(vector, chosen)
+                thinned[name] *= gain
+            bits = thinned[name].view(torch.int32)  # not the floats: -1 * 0 is a negative zero, inf * 0 is NaN
+            bits *= kept.to(bits.device)
         return thinned
 
 

@@ -17,6 +17,7 @@ Symbols = NDArray[np.int8]
 _RAW, _CLASSES, _COUNTED, _HUFFMAN, _HALVES, _SIGNS = range(6)  # ways to write symbols
 _PER_SYMBOL = 64  # values per possible symbol above which counting symbols beats counting classes
 _FEWEST = 16 << 10  # bytes of raw symbols from which a Huffman code's table costs little
+_PLACES = np.array([1, 2, 4, 8], np.int32)  # of the bits of a symbol
 _SAMPLE, _LOSS = 1 << 15, 1.008  # of all symbols, how many are looked at; the bits that half the time may cost
 
 
@@ -29,25 +30,29 @@ def encode(symbols: Symbols, bits: int) -> list[bytes | memoryview]:
     """
     largest = largest_of(bits)
     mode = _RAW
-    chunks: list[bytes | memoryview] = [_to_raw(symbols, bits).data] if bits > 1 else []
+    chunks: list[bytes | memoryview] = []
     if largest == 1 and symbols.all():
-        mode, chunks = _SIGNS, [pack_bits(symbols < 0)]
-        if abs(int(symbols.sum(dtype=np.int64))) <= len(symbols) // 8:  # they cost a bit each in any coding
+        negative = symbols < 0
+        mode, chunks = _SIGNS, [pack_bits(negative)]
+        if abs(len(symbols) - 2 * np.count_nonzero(negative)) <= len(symbols) // 8:  # they cost a bit in any coding
             return [bytes([mode]), *chunks]
-    other, coded = _encode_entropy(symbols, bits, largest)
+    width = max(bits, 2)  # a sign or zero takes two
+    raw = _to_raw(symbols, width)
+    if mode == _RAW and bits > 1:
+        chunks = [raw.data]
+    other, coded = _encode_entropy(symbols, raw, width)
     if not chunks or sum(map(len, coded)) < sum(map(len, chunks)):
         mode, chunks = other, coded
     return [bytes([mode]), *chunks]
 
 
-def _encode_entropy(symbols: Symbols, bits: int, largest: int) -> tuple[int, list[bytes | memoryview]]:
-    """A coding that takes fewer bits for more frequent symbols, and its bytes."""
-    width = max(bits, 2)  # a sign or zero takes two
+def _encode_entropy(symbols: Symbols, raw: NDArray[np.uint8], width: int) -> tuple[int, list[bytes | memoryview]]:
+    """A coding that takes fewer bits for more frequent symbols, and its bytes; ``raw`` are ``width`` bits of each."""
     if width * len(symbols) >= 8 * _FEWEST:
         if width == 8 and _low_is_random(symbols):  # half of the bytes take half of the time
             return _HALVES, [deflate(_to_raw(symbols >> 4, 4)), _to_raw(symbols, 4).data]
-        return _HUFFMAN, [deflate(_to_raw(symbols, width))]
-    wide = symbols.astype(np.int32)
+        return _HUFFMAN, [deflate(raw)]
+    largest, wide = largest_of(width), symbols.astype(np.int32)
     if len(symbols) >= _PER_SYMBOL * (2 * largest + 1):
         return _COUNTED, [_encode_counted(wide, largest)]
     return _CLASSES, [_encode_classes(wide, largest)]
@@ -99,22 +104,24 @@ def _entropy(counts: NDArray[np.float64]) -> float:
 
 def _decode_halves(reader: Reader, total: int) -> Symbols:
     size = -(-total // 2)
-    upper = _from_raw(inflate(reader, size), 4, total)
-    lower = _from_raw(np.frombuffer(reader.take(size), np.uint8), 4, total)
-    return (upper << 4) + (lower & 15)
+    upper = _apart(inflate(reader, size), 4, total)
+    upper *= np.int8(16)
+    upper |= _apart(np.frombuffer(reader.take(size), np.uint8), 4, total) & np.int8(15)
+    return upper
 
 
 def _to_raw(symbols: Symbols, width: int) -> NDArray[np.uint8]:
     """The lowest ``width`` bits of each symbol, packed into bytes from the lowest bit on."""
+    raw = symbols.view(np.uint8)
     if width == 8:
-        return symbols.view(np.uint8)
-    each = 8 // width
-    padded = symbols if len(symbols) % each == 0 else np.append(symbols, np.zeros(-len(symbols) % each, np.int8))
-    words = padded.view("<u2" if each == 2 else "<u4")  # symbols side by side
-    raw = words & (1 << width) - 1
-    for i in range(1, each):
-        raw |= words >> (8 - width) * i & ((1 << width) - 1 << width * i)
-    return raw.astype(np.uint8)
+        return raw
+    raw = np.append(raw, np.zeros(-len(raw) % (8 // width), np.uint8)) if len(raw) * width % 8 else raw
+    raw = raw & np.uint8((1 << width) - 1)
+    while width < 8:  # two neighbours in one
+        pairs = raw.view("<u2")
+        raw = (pairs | pairs >> (8 - width)).astype(np.uint8)
+        width *= 2
+    return raw
 
 
 def _from_raw(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
@@ -123,25 +130,27 @@ def _from_raw(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
     Raises:
         WireError: there are other than as many bytes as they take, or bits are left that are not zero.
     """
+    if width == 8:
+        return _apart(raw, width, total)
+    symbols = _apart(raw, width, total)
+    symbols *= np.int8(1 << 8 - width)  # NumPy is slow to shift bytes to the left
+    symbols >>= np.int8(8 - width)
+    return symbols
+
+
+def _apart(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
+    """``_from_raw`` with other bits above the lowest ``width`` of each symbol."""
     used = width * total % 8
     if len(raw) != -(-width * total // 8):
         raise WireError(f"{len(raw)} bytes instead of {-(-width * total // 8)} for {total} symbols")
     if used and raw[-1] >> used:
         raise WireError("bits after the last that are not zero")
-    if width == 8:
-        return raw.view(np.int8)
-    symbols: Symbols = _UNPACKED[width][raw].view(np.int8)[:total]
-    return symbols
-
-
-def _unpacked(width: int) -> NDArray[np.unsignedinteger]:
-    """For each byte, its symbols side by side in one word."""
-    shifts = np.arange(0, 8, width, dtype=np.int8)
-    up = (np.arange(256, dtype=np.uint8)[:, None] >> shifts.view(np.uint8)).view(np.int8) << np.int8(8 - width)
-    return (up >> np.int8(8 - width)).view("<u2" if width == 4 else "<u4").reshape(-1)
-
-
-_UNPACKED = {width: _unpacked(width) for width in (2, 4)}
+    half = 4
+    while half >= width:  # a byte and its upper half, side by side
+        pairs = raw.astype("<u2")
+        pairs |= pairs << np.uint16(8 - half)
+        raw, half = pairs.view(np.uint8), half // 2
+    return raw.view(np.int8)[:total]
 
 
 class _Classes(NamedTuple):
@@ -191,7 +200,7 @@ def _encode_classes(symbols: NDArray[np.int32], largest: int) -> bytes:
     bits = [symbols[symbols != 0] < 0]
     if largest > 15:
         low = _TABLE.low_bits[classes]
-        bits += [_to_bits(magnitudes[low == width], width).astype(np.bool_) for width in (2, 3, 4)]
+        bits += [_to_bits(magnitudes[np.flatnonzero(low == width)], width) for width in (2, 3, 4)]
     return b"".join([*map(varint, counts.tolist()), varint(len(words) // 4), words, pack_bits(np.concatenate(bits))])
 
 
@@ -206,18 +215,18 @@ def _decode_classes(reader: Reader, largest: int, total: int) -> NDArray[np.int3
         at, low = nonzero, _TABLE.low_bits[classes]
         for width, count in widths.items():
             if count:
-                magnitudes[low == width] += _unsigned(bits[at : at + width * count], width)
+                magnitudes[np.flatnonzero(low == width)] += _unsigned(bits[at : at + width * count], width)
             at += width * count
     negative = np.flatnonzero(magnitudes)[bits[:nonzero].view(np.bool_)]
     magnitudes[negative] *= -1
     return magnitudes
 
 
-def _to_bits(symbols: NDArray[np.int32], width: int) -> NDArray[np.uint8]:
+def _to_bits(symbols: NDArray[np.int32], width: int) -> NDArray[np.bool_]:
     """The lowest ``width`` bits of each symbol, lowest first."""
-    low = symbols.astype(np.uint8)[:, None]
-    return np.unpackbits(low, axis=1, count=width, bitorder="little").reshape(-1)
+    bits: NDArray[np.bool_] = symbols[:, None] & _PLACES[:width] != 0
+    return bits.reshape(-1)
 
 
 def _unsigned(bits: NDArray[np.uint8], width: int) -> NDArray[np.int32]:
-    return np.packbits(bits.reshape(-1, width), axis=1, bitorder="little").reshape(-1).astype(np.int32)
+    return bits.reshape(-1, width) @ _PLACES[:width]

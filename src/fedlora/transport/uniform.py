@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple, final
 
@@ -86,19 +87,18 @@ class Uniform(Precision):
 
     def write(self, values: Floats, runs: Sequence[int], seed: int) -> Written:
         """Writes the scales, then the symbols, raw or entropy coded."""
-        if not np.isfinite(values).all():
-            raise WireError("NaN or infinite")
         blocks = self._blocks(runs)
-        scales = np.zeros(len(blocks), np.float32)
-        symbols = np.zeros(len(values), np.int8)
+        groups = list(_groups(blocks))
+        scales = self._scales(np.abs(values), blocks, groups)
+        symbols, arrived = np.empty(len(values), np.int8), np.empty(len(values), np.float32)
         draws = splitmix(seed, len(values)) if self.rounding == "stochastic" else None
-        for group in _groups(blocks):
-            chosen = values[group.values]
-            scales[group.blocks] = self._scales(np.abs(chosen), group)
+        for group in groups:
+            spread = group.spread(np.maximum(scales[group.blocks], _SMALLEST))  # where a scale is 0, so are the values
             drawn = None if draws is None else draws[group.values]
-            symbols[group.values] = self._symbols(chosen, group.spread(scales[group.blocks]), drawn)
+            symbols[group.values] = self._symbols(values[group.values], spread, drawn)
+            np.multiply(symbols[group.values], spread, out=arrived[group.values])
         chunks = [(scales.view(np.uint32) >> np.uint32(16)).astype("<u2").tobytes()]
-        return Written([*chunks, *coding.encode(symbols, self.bits)], _multiply(symbols, scales, blocks))
+        return Written([*chunks, *coding.encode(symbols, self.bits)], arrived)
 
     def read(self, reader: Reader, runs: Sequence[int]) -> Floats:
         blocks = self._blocks(runs)
@@ -121,12 +121,14 @@ class Uniform(Precision):
         whole = [[self.block] * (run // self.block) + [run % self.block] * (run % self.block > 0) for run in runs]
         return np.array([length for lengths in whole for length in lengths], np.intp)
 
-    def _scales(self, magnitude: Floats, group: _Group) -> Floats:
+    def _scales(self, magnitude: Floats, blocks: NDArray[np.intp], groups: Sequence[_Group]) -> Floats:
         """One bfloat16 scale per block, rounded up so that the largest value stays in range."""
-        top: Floats = np.maximum.reduceat(magnitude, group.starts)
+        top: Floats = np.maximum.reduceat(magnitude, np.cumsum(blocks) - blocks) if len(blocks) else magnitude
+        if not np.isfinite(top).all():
+            raise WireError("NaN or infinite")
         scales: Floats = top / np.float32(self.largest)
         if self.rounding == "nearest" and self.bits < 8:
-            scales = self._least_squares(magnitude, group, scales)
+            scales = self._least_squares(magnitude, blocks, groups, scales)
         scales[top > 0] = np.maximum(scales[top > 0], _SMALLEST)
         upper = (scales.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16) << np.uint32(16)
         scales = upper.view(np.float32)
@@ -135,52 +137,71 @@ class Uniform(Precision):
                 raise WireError("NaN or infinite")
         return scales
 
-    def _least_squares(self, magnitude: Floats, group: _Group, top: Floats) -> Floats:
+    def _least_squares(
+        self, magnitude: Floats, blocks: NDArray[np.intp], groups: Sequence[_Group], top: Floats
+    ) -> Floats:
         """The scales that (nearly) minimise the squared error; never larger than ``top``.
 
         Where clipping the largest value is most of the error, ``top`` is tried as the start too, and the better kept.
         """
-        power = np.add.reduceat(np.square(magnitude, dtype=np.float64), group.starts)
-        start = np.minimum(top, (_STEP[self.bits] * np.sqrt(power / group.lengths)).astype(np.float32))
-        scales, explained = self._refined(magnitude, group, start)
-        cut = np.square(self.largest * (top - scales), dtype=np.float64)
-        if self.bits > 1 and (outlier := cut > (power - explained) / 2).any():
-            others, more = self._refined(magnitude, group, top)
+        if self.bits == 1:
+            return np.minimum(self._refined(magnitude, groups, top)[0], top)
+        power = np.zeros(len(top))
+        for group in groups:
+            squares = np.square(magnitude[group.values], dtype=np.float64)
+            power[group.blocks] = np.add.reduceat(squares, group.starts)
+        start = np.minimum(top, (_STEP[self.bits] * np.sqrt(power / blocks)).astype(np.float32))
+        scales, explained = self._refined(magnitude, groups, start)
+        outlier = np.square(self.largest * (top - scales), dtype=np.float64) > (power - explained) / 2
+        if outlier.any():
+            others, more = self._refined(magnitude, [group for group in groups if outlier[group.blocks].any()], top)
             scales = np.where(outlier & (more > explained), others, scales)
         return np.minimum(scales, top)
 
-    def _refined(self, magnitude: Floats, group: _Group, scales: Floats) -> tuple[Floats, NDArray[np.float64]]:
+    def _refined(
+        self, magnitude: Floats, groups: Sequence[_Group], scales: Floats
+    ) -> tuple[Floats, NDArray[np.float64]]:
         """The scales after alternating steps from a start, and the part of the sum of squares that they explain."""
-        wide, product = magnitude.astype(np.float64), np.empty(len(magnitude))
-        # sums of squares of small integers are exact in float32 up to 2 ** 24
-        exact = np.float32 if int(group.lengths.max()) * self.largest**2 < 2**24 else np.float64
-        q = np.empty_like(magnitude)
+        above, below = np.zeros((2, len(scales)))
         for _ in range(_REFINEMENTS if self.bits > 1 else 1):
-            if self.bits > 1:
-                np.divide(magnitude, group.spread(np.where(scales > 0, scales, np.float32(1))), out=q)
-                np.clip(np.rint(q, out=q), 0, self.largest, out=q)
-            else:
-                q[:] = magnitude > 0
-            product[:] = q
-            above = np.add.reduceat(np.multiply(wide, product, out=product), group.starts)
-            below = np.add.reduceat(np.multiply(q, q, out=q), group.starts, dtype=exact)
+            divisors = np.where(scales > 0, scales, np.float32(1))
+            for group in groups:
+                sums = self._sums(magnitude[group.values], group, divisors[group.blocks])
+                above[group.blocks], below[group.blocks] = sums
             scales = np.where(below > 0, above / np.maximum(below, 1), scales).astype(np.float32)
         return scales, np.square(above) / np.maximum(below, 1)
 
-    def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats:
-        """The ``q`` of every value; 0 where the scale is 0."""
-        ratios: Floats = np.divide(values, np.where(scales > 0, scales, np.float32(np.inf)), dtype=np.float32)
-        rounded: Floats
+    def _sums(self, magnitude: Floats, group: _Group, scales: Floats) -> tuple[NDArray[np.float64], Floats]:
+        """``sum |v| |q|`` and ``sum q^2`` of each block."""
+        if self.bits > 1:
+            q = magnitude / group.spread(scales)
+            np.rint(q, out=q).clip(np.float32(0), np.float32(self.largest), out=q)
+        else:
+            q = (magnitude > 0).astype(np.float32)
+        product = q.astype(np.float64)
+        product *= magnitude.astype(np.float64)
+        squares = np.multiply(q, q, out=q)
+        # sums of squares of small integers are exact in float32 up to 2 ** 24
+        exact = np.float32 if len(q) * self.largest**2 < 2**24 else np.float64
+        return np.add.reduceat(product, group.starts), np.add.reduceat(squares, group.starts, dtype=exact)
+
+    def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats | Symbols:
+        """The ``q`` of every value."""
+        q: Floats = values / scales
         if draws is None:
-            rounded = (np.sign if self.bits == 1 else np.rint)(ratios)
+            if self.bits == 1:
+                signs: Symbols = (q > 0).view(np.int8) - (q < 0).view(np.int8)  # `sign` takes branches
+                return signs
+            np.rint(q, out=q)
+            if self.bits == 8:  # the scale is that of the largest value
+                return q
         else:
             parts = (draws >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-            if self.bits == 1:  # to -1 or 1, and 0 where the scale is 0
-                signs = np.where(parts < (1 + ratios) / 2, np.float32(1), np.float32(-1))
-                rounded = np.where(ratios == 0, np.float32(0), signs)
-            else:
-                rounded = np.floor(ratios + parts)
-        return np.clip(rounded, -self.largest, self.largest, out=rounded)
+            if self.bits == 1:  # to -1 or 1, and 0 where the value is 0
+                signs = np.where(parts < (1 + q) / 2, np.int8(1), np.int8(-1)) * (q != 0)
+                return signs
+            np.floor(np.add(q, parts, out=q), out=q)
+        return q.clip(np.float32(-self.largest), np.float32(self.largest), out=q)
 
 
 class _Group(NamedTuple):
@@ -198,17 +219,17 @@ class _Group(NamedTuple):
 
 def _groups(blocks: NDArray[np.intp]) -> Iterator[_Group]:
     """All blocks in order, as many at a time as hold ``_TOGETHER`` values, and one at least."""
-    ends, at, start = np.cumsum(blocks), 0, 0
-    while at < len(blocks):
-        end = max(at + 1, int(np.searchsorted(ends, start + _TOGETHER, side="right")))
-        lengths, stop = blocks[at:end], int(ends[end - 1])
-        yield _Group(slice(at, end), slice(start, stop), ends[at:end] - lengths - start, lengths)
-        at, start = end, stop
+    ends = np.cumsum(blocks)
+    starts, stops = ends - blocks, ends.tolist()
+    at = start = 0
+    while at < len(stops):
+        end = max(at + 1, bisect_right(stops, start + _TOGETHER, at))
+        yield _Group(slice(at, end), slice(start, stops[end - 1]), starts[at:end] - start, blocks[at:end])
+        at, start = end, stops[end - 1]
 
 
 def _multiply(symbols: Symbols, scales: Floats, blocks: NDArray[np.intp]) -> Floats:
     values = np.empty(len(symbols), np.float32)
     for group in _groups(blocks):
-        values[group.values] = symbols[group.values]
-        values[group.values] *= group.spread(scales[group.blocks])
+        np.multiply(symbols[group.values], group.spread(scales[group.blocks]), out=values[group.values])
     return values

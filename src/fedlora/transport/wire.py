@@ -208,7 +208,7 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     stored = write_layout(values != 0, tree, form.precision.value_bits, form.draw)
     chosen = values if stored.where is None else values[stored.where]
     with np.errstate(invalid="ignore"):  # NaN is refused in `write`
-        if not chosen.all():
+        if (chosen == 0).any():  # `all` on the floats is slow
             chosen = chosen + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
         written = form.precision.write(chosen, stored.runs, form.seed)

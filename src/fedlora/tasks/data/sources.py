@@ -7,7 +7,7 @@ import inspect
 import os
 import sysconfig
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
@@ -362,9 +362,20 @@ def _docstrings(source: bytes) -> Iterator[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
             # a lone surrogate is no text that a file or a tokenizer can hold
             if len(text) >= MIN_CHARACTERS and text == text.encode("utf-8", "ignore").decode():
                 yield text
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """``ast.walk``, in its order, without expressions, which hold no docstrings and are most of the nodes."""
+    nodes = deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            if isinstance(inside := getattr(node, part, ()), list):
+                nodes.extend(inside)
+        yield node

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -120,7 +120,8 @@ def joined(ragged: Ragged, bins: Sequence[Positions]) -> Ragged:
 def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The cross entropy ``-log p(token | tokens before it)``, the mean over all learnt tokens of the batch, in float32.
 
-    On a CPU the sequences are processed in groups of similar length.
+    On a CPU the sequences are processed in groups of similar length. Where logits are many, the last matrix is applied
+    in chunks of ``CHUNK_ENTRIES`` logits, which are computed again in the backward pass, so that no more are held.
 
     Args:
         model: gives ``logits``.
@@ -131,9 +132,9 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     sums, count = [], 0
     for part in by_length(batch):
-        logits, targets = target_logits(model, part)
-        sums.append(summed_cross_entropy(logits, targets))
-        count += len(targets)
+        places = _places(part)
+        sums.append(_summed_loss(model, part, places))
+        count += len(places.targets)
     if not count:
         raise TrainingError("no token of a batch is to be learnt: give examples with answers, or a larger max_length")
     return torch.stack(sums).sum() / count
@@ -151,33 +152,89 @@ def target_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         Logits ``(learnt, vocabulary)`` in the model's number format, and the tokens ``(learnt,)`` int64.
     """
+    places = _places(batch)
+    return _logits(model, batch, places.choose), places.targets
+
+
+class _Places(NamedTuple):
+    """Where a batch's learnt tokens are predicted, and the tokens; ``width`` is that of the batch."""
+
+    row: Tensor
+    place: Tensor
+    targets: Tensor
+    width: int
+
+    def choose(self, values: Tensor) -> Tensor:
+        """The values at these places; tokens prepended by a tuning are not part of the batch."""
+        return values[:, values.shape[1] - self.width :][self.row, self.place]
+
+
+def _places(batch: Batch) -> _Places:
     labels = batch["labels"]
     listed = learnt_places(batch, labels.shape[1] - 1)
     row, place = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True) if listed is None else listed
+    return _Places(row, place, labels[row, place + 1], labels.shape[1])
+
+
+def _logits(model: nn.Module, batch: Batch, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """The logits of what ``choose`` takes of the last hidden states."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", LEARNT)}
-
-    def choose(values: Tensor) -> Tensor:
-        # tokens prepended by a tuning are not part of the batch
-        return values[:, values.shape[1] - labels.shape[1] :][row, place]
-
-    with _last_matrix_sees(model, choose) as chosen:
-        logits = model(**inputs, use_cache=False).logits
-    return logits.squeeze(0) if chosen else choose(logits), labels[row, place + 1]
-
-
-@contextmanager
-def _last_matrix_sees(model: nn.Module, choose: Callable[[Tensor], Tensor]) -> Iterator[bool]:
-    """Within the block, the model's last matrix gets ``choose(hidden)`` as one sequence; yields False if not found."""
-    find = getattr(model, "get_output_embeddings", None)
-    last = find() if find is not None else None
+    last = _last_matrix(model)
     if last is None:
-        yield False
-        return
-    handle = last.register_forward_pre_hook(lambda _, inputs: (choose(inputs[0]).unsqueeze(0), *inputs[1:]))
+        return choose(model(**inputs, use_cache=False).logits)
+    handle = last.register_forward_pre_hook(lambda _, given: (choose(given[0]).unsqueeze(0), *given[1:]))
     try:
-        yield True
+        found: Tensor = model(**inputs, use_cache=False).logits.squeeze(0)
+        return found
     finally:
         handle.remove()
+
+
+def _last_matrix(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if find is not None else None
+
+
+def _summed_loss(model: nn.Module, batch: Batch, places: _Places) -> Tensor:
+    last = _last_matrix(model)
+    vocabulary = getattr(last, "out_features", 0)
+    if last is None or len(places.targets) * vocabulary <= CHUNK_ENTRIES or not _ends_with(model, last, batch, places):
+        return summed_cross_entropy(_logits(model, batch, places.choose), places.targets)
+    hidden, _ = _hidden(model, batch, places)
+
+    def loss(part: Tensor, targets: Tensor) -> Tensor:
+        return _cross_entropy(last(part), targets)
+
+    return _in_chunks(loss, hidden, places.targets, vocabulary)
+
+
+_ENDS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _ends_with(model: nn.Module, last: nn.Module, batch: Batch, places: _Places) -> bool:
+    """Whether the model returns what its last matrix does, neither capped nor scaled; tried once for each model.
+
+    A matrix with an adapter does not count: its dropout would differ when it is computed again.
+    """
+    if not {name for name, _ in last.named_parameters()} <= {"weight", "bias"}:
+        return False
+    if model not in _ENDS:
+        with torch.no_grad():
+            hidden, logits = _hidden(model, batch, places)
+            _ENDS[model] = torch.equal(last(hidden[None, :1]), logits[None])
+    return _ENDS[model]
+
+
+def _hidden(model: nn.Module, batch: Batch, places: _Places) -> tuple[Tensor, Tensor]:
+    """The last hidden states at the places, and the logits at the first of them."""
+    found: list[Tensor] = []
+
+    def first(values: Tensor) -> Tensor:
+        found.append(places.choose(values))
+        return found[0][:1]
+
+    logits = _logits(model, batch, first)
+    return found[0], logits
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -187,12 +244,17 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         logits: ``(tokens, vocabulary)``.
         targets: ``(tokens,)`` int64.
     """
-    size = max(1, CHUNK_ENTRIES // logits.shape[-1])
-    if len(logits) <= size:
+    if logits.numel() <= CHUNK_ENTRIES:
         return _cross_entropy(logits, targets)
+    return _in_chunks(_cross_entropy, logits, targets, logits.shape[-1])
+
+
+def _in_chunks(loss: Callable[[Tensor, Tensor], Tensor], values: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """The sum of ``loss`` over chunks of rows, computed again in the backward pass."""
+    size = max(1, CHUNK_ENTRIES // vocabulary)
     parts = [
-        checkpoint(_cross_entropy, part, wanted, use_reentrant=False, preserve_rng_state=False)
-        for part, wanted in zip(torch.split(logits, size), torch.split(targets, size), strict=True)
+        checkpoint(loss, part, wanted, use_reentrant=False, preserve_rng_state=False)
+        for part, wanted in zip(torch.split(values, size), torch.split(targets, size), strict=True)
     ]
     return torch.stack(parts).sum()
 
