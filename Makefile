@@ -7,6 +7,8 @@ FLOWER := .venv-flower
 OLDER := typer|rich|protobuf
 # threads that spin while they wait starve each other on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
+# each worker of the tests would compile all of them again
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo demo-llm test docs coverage slow check flower format bench dist gpu fuzz clean
 
