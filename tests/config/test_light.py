@@ -15,7 +15,7 @@ from fedlora.core.later import Later
 
 HEAVY = ("transformers", "peft", "datasets", "sklearn", "scipy", "pandas", "pyarrow", "seqeval", "flwr")
 READ = """
-import json, sys
+import json, sys, tomllib
 from fedlora.cli import main
 found = {}
 for words in json.loads(sys.argv[1]):
@@ -27,6 +27,18 @@ for words in json.loads(sys.argv[1]):
         code = stop.code or 0
     found[words] = [code, [name for name in NAMES if name in sys.modules]]
 print(json.dumps(found))
+
+from fedlora.config import digest, parse, to_toml
+from fedlora.config.template import template
+from fedlora.federation.protocol.policies import SiteConfig
+from fedlora.methods import METHODS
+for name in METHODS:
+    experiment = parse(tomllib.loads(template(name)))
+    digest(experiment), to_toml(experiment)
+model = {"object": "BertModel:1f", "tokenizer": "tokenizer:2e"}
+handed = parse({"model": model, "data": {"kind": "rows", "train": "rows:3d"}})
+digest(handed), to_toml(handed)
+print(json.dumps([name for name in NAMES if name in sys.modules]))
 """
 COMMANDS = {
     "show wrong.toml": 2,
@@ -43,40 +55,32 @@ COMMANDS = {
 """Commands that only read settings, with their exit codes."""
 
 
-def test_commands_that_read_settings_load_no_models_library(tmp_path: Path) -> None:
-    (tmp_path / "wrong.toml").write_text('[method]\nkind = "flasc"\nranks = 4\n')
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """Both in one process, which loads PyTorch for seconds; its streams are no terminals."""
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "wrong.toml").write_text('[method]\nkind = "flasc"\nranks = 4\n')
     command = [sys.executable, "-c", READ.replace("NAMES", repr(HEAVY)), json.dumps([*COMMANDS])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert json.loads(done.stdout.splitlines()[-1]) == {words: [code, []] for words, code in COMMANDS.items()}
+    env = {**os.environ, "FORCE_COLOR": "", "NO_COLOR": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
 
 
-def test_every_kind_of_configuration_is_read_and_printed_without_them() -> None:
-    code = f"""
-import sys
-from fedlora.config import digest, parse, to_toml
-from fedlora.config.template import template
-from fedlora.federation.protocol.policies import SiteConfig
-from fedlora.methods import METHODS
-import tomllib
-for name in METHODS:
-    experiment = parse(tomllib.loads(template(name)))
-    digest(experiment), to_toml(experiment)
-model = {{"object": "BertModel:1f", "tokenizer": "tokenizer:2e"}}
-handed = parse({{"model": model, "data": {{"kind": "rows", "train": "rows:3d"}}}})
-digest(handed), to_toml(handed)
-sys.exit([name for name in {HEAVY!r} if name in sys.modules] or 0)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_commands_that_read_settings_load_no_models_library(done: subprocess.CompletedProcess[str]) -> None:
+    assert json.loads(done.stdout.splitlines()[-2]) == {words: [code, []] for words, code in COMMANDS.items()}
+
+
+def test_every_kind_of_configuration_is_read_and_printed_without_them(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
-def test_a_terminal_is_told_what_is_loaded(tmp_path: Path) -> None:
+def test_a_terminal_is_told_what_is_loaded(done: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedlora", "show", str(tmp_path / "none.toml")]
-    for terminal in ("1", ""):
-        env = {**os.environ, "FORCE_COLOR": terminal, "NO_COLOR": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        assert ("loading PyTorch ..." in done.stderr) == bool(terminal)
-        assert done.returncode == 2
+    env = {**os.environ, "FORCE_COLOR": "1", "NO_COLOR": "1"}
+    there = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert "loading PyTorch ..." in there.stderr
+    assert there.returncode == 2
+    assert "loading PyTorch ..." not in done.stderr
 
 
 def test_a_module_is_imported_when_something_of_it_is_used() -> None:

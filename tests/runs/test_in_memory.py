@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -347,23 +344,6 @@ def test_a_categorical_label_keeps_its_order_and_a_gap_is_found() -> None:
     gap = fedlora.Rows(train=frame.assign(label=pandas.Categorical(["a", None, "b"]), text=frame["body"]))
     with pytest.raises(DataError, match=r"column 'label' has no value in 1 of 3 training rows .first: row 1"):
         fedlora.TextClassification().read(gap)
-
-
-def test_fingerprints_are_the_same_in_every_process(world: Path) -> None:
-    rows = [{"text": "w1", "label": 3}]
-    assert fedlora.Rows(train=rows).train.fingerprint == "rows:7374b7efef5d01a2b8613c672466244c"
-    own = fedlora.Experiment(data=rows, model=loaded(world))
-    code = f"""
-import fedlora, transformers
-folder = {str(world / "bert")!r}
-autos = transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer
-pair = tuple(auto.from_pretrained(folder) for auto in autos)
-from fedlora import config
-print(config.digest(fedlora.Experiment(data={rows!r}, model=pair)))
-"""
-    env = {**os.environ, "PYTHONHASHSEED": "7"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    assert done.stdout.split() == [config.digest(own)]
 
 
 def test_rows_that_lack_a_key_have_a_gap() -> None:

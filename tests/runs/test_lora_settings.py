@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures.more import some_of
 from fixtures.tiny import experiment, ledger, tiny_world
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -117,7 +118,7 @@ BYTES: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize("name", some_of(BYTES, ("dora", "fedex")))
 def test_the_bytes_told_are_the_bytes_sent(world: Path, tmp_path: Path, name: str) -> None:
     method, *settings = BYTES[name]
     chosen = experiment(world, method, "method.local.batch_size=2", *settings, rounds=8)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ def run(world: Path) -> Path:
     return world / "run"
 
 
-def pushed(hub: StandIn, *words: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+def pushed(hub: StandIn, *words: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as the address of the Hub is read once."""
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     # large files by git-lfs: the stand-in does not speak the protocol of Xet
     environment = {**os.environ, **settings, "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "fedlora", "push", *words, "--debug"]
@@ -67,12 +68,21 @@ def test_the_files_of_the_adapter_arrive_in_one_commit_and_load_with_peft(world:
     torch.testing.assert_close(found, torch.tensor([ours[names[n]] for n in range(3)]), atol=1e-4, rtol=0)
 
 
-def test_a_refused_token_is_reported_without_it(run: Path) -> None:
+def test_a_refused_token_is_reported_without_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub_client = pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_TOKEN", "hf_another_secret")
     with stand_in() as hub:
-        done = pushed(hub, str(run), "me/colours", token="hf_another_secret")
+        monkeypatch.setattr(hub_client.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(hub_client.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_client.constants, "HF_HUB_DISABLE_XET", True)
+        with pytest.raises(DataError, match=r"the upload to me/colours failed \(") as failed:
+            fedlora.push(run, "me/colours")
     assert hub.commits == []
-    assert "the upload to me/colours failed (" in done.stderr
-    assert "hf_another_secret" not in done.stdout + done.stderr
+    said = "".join([*traceback.format_exception(failed.value), *capfd.readouterr()])  # as --debug prints it
+    assert "the upload to me/colours failed (" in said
+    assert "hf_another_secret" not in said
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")

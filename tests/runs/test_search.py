@@ -133,7 +133,7 @@ def test_a_trial_that_fails_has_lost(world: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("rank", "density", "factor"), [(2, 0.25, 2), pytest.param(1, 0.1, 4, marks=pytest.mark.slow)])
 def test_the_two_of_a_pair_cost_the_same(world: Path, tmp_path: Path, rank: int, density: float, factor: int) -> None:
-    bounds = Bounds(rank, density, factor, client_bytes=30_000.0, max_rank=16)
+    bounds = Bounds(rank, density, factor, client_bytes=4_000.0, max_rank=16)
     trials = search(experiment(world, "flasc", rounds=6), tmp_path / "search", bounds)
     one, other = (trial for trial in trials if trial.step == 1)
     assert (one.rank, other.density) == (rank, density)
@@ -146,7 +146,7 @@ def test_a_pair_costs_the_same_where_a_factor_keeps_still(world: Path, tmp_path:
         world, "full", "method.kind='fedavg'", "method.tuning={kind='lora', rank=2, train='B'}",
         f"method.down={{{sparse}, reference='init'}}", f"method.up={{{sparse}}}", rounds=6,
     )  # fmt: skip
-    trials = search(chosen, tmp_path / "search", Bounds(2, 0.25, 2, client_bytes=30_000.0, max_rank=16))
+    trials = search(chosen, tmp_path / "search", Bounds(2, 0.25, 2, client_bytes=4_000.0, max_rank=16))
     one, other = (trial for trial in trials if trial.step == 1)
     assert one.client_bytes == pytest.approx(other.client_bytes, rel=0.08)
 

@@ -59,8 +59,13 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_well_formed_and_loads_nothing(runs: list[Result]) -> None:
-    page, sections = report([run.folder for run in runs])
+@pytest.fixture(scope="module")
+def page(runs: list[Result]) -> str:
+    return report([run.folder for run in runs])[0]
+
+
+def test_the_page_is_well_formed_and_loads_nothing(runs: list[Result], page: str) -> None:
+    again, sections = report([run.folder for run in runs])
     tags = Tags()
     tags.feed(page)
     assert tags.open == []
@@ -70,11 +75,10 @@ def test_the_page_is_well_formed_and_loads_nothing(runs: list[Result]) -> None:
     assert {"metric_by_round", "metric_by_megabytes", "metric_by_seconds", "metric_by_bytes_final"} <= set(names)
     assert {"bytes", "clients", "training_loss", "update_norm", "density_up", "layers_lora", "partition"} <= set(names)
     assert tags.count["svg"] == tags.count["figure"] == len(names)
-    assert page == report([run.folder for run in runs])[0]
+    assert page == again
 
 
-def test_the_page_says_what_differs_and_what_resulted(runs: list[Result]) -> None:
-    page, _ = report([run.folder for run in runs])
+def test_the_page_says_what_differs_and_what_resulted(runs: list[Result], page: str) -> None:
     mean = np.mean([run.after["accuracy"] for run in runs[:2]])
     spread = np.std([run.after["accuracy"] for run in runs[:2]], ddof=1)
     assert f"<td>{mean:.4f} ± {spread:.4f}</td>" in page

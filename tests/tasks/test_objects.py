@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from fixtures.more import some_of
 from fixtures.tiny import save_model
 
 from fedlora.core.errors import ConfigError
@@ -41,8 +43,14 @@ def check(by_path: Any, by_object: Any) -> None:
     assert one.config.id2label == other.config.id2label
 
 
-@pytest.mark.parametrize("loaded_as", ["its own head", "AutoModel"])
-@pytest.mark.parametrize("family", [*FAMILIES, *IMAGE_FAMILIES])
+LOADED_AS = ("its own head", "AutoModel")
+EVERY = (*FAMILIES, *IMAGE_FAMILIES)
+
+
+# each family in one of both ways, and in the other with the slow tests
+@pytest.mark.parametrize(
+    ("family", "loaded_as"), some_of(product(EVERY, LOADED_AS), {(f, LOADED_AS[i % 2]) for i, f in enumerate(EVERY)})
+)
 def test_a_copy_is_what_the_folder_gives(family: str, loaded_as: str, tmp_path: Path) -> None:
     auto_class = f"AutoModelFor{default_head(family)}"
     save_model(tmp_path, family)

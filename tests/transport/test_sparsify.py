@@ -340,8 +340,9 @@ def test_facts_are_true(sparsify, unbiased):
     groups = schema_of(dict.fromkeys(tree, "adapter"))
     draws = 2000
     assert sparsify.facts.unbiased is unbiased
+    sent = [sparsify(tree, groups, 0, seed) for seed in range(draws)]
     for name, value in tree.items():
-        outs = torch.stack([sparsify(tree, groups, 0, seed)[name] for seed in range(draws)]).double()
+        outs = torch.stack([one[name] for one in sent]).double()
         standard = outs.std(dim=0) / draws**0.5
         near = (outs.mean(dim=0) - value).abs() <= 5 * standard + 1e-6
         assert bool(near.all()) is unbiased
