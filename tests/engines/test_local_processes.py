@@ -42,6 +42,7 @@ def test_forked_workers_give_the_bits_of_serial(world: Path, tmp_path: Path, met
     assert all(serial[name] == several[name] for name in weights)
 
 
+@pytest.mark.slow  # each process loads PyTorch
 def test_spawned_workers_give_the_bits_of_serial(world: Path, tmp_path: Path) -> None:
     chosen = experiment(world, "slora", rounds=4)
     fedlora.run(chosen, tmp_path / "serial")

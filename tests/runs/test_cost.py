@@ -72,7 +72,7 @@ def sent(result: Result) -> tuple[int, int]:
 
 MORE = ("slora", "bitfit", "flasc, remembered", "flasc, 4 bits", "lora, 1 bit", "fed_select", "sparse_adapter", "fedex")
 MORE += ("flora", "fedex, remembered", "federa", "full", "federa, remembered", "flasc from the start", "lora, 8 bits")
-MORE += ("flasc", "head_only")
+MORE += ("flasc", "head_only", "adapter_lth", "fedex of rank 2")
 """What differs little from another one; with the slow tests."""
 
 

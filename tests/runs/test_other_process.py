@@ -16,6 +16,7 @@ from fedlora import config
 from fedlora.tasks.models.loading import quiet_transformers
 
 world = pytest.fixture(scope="module")(tiny_world)
+pytestmark = pytest.mark.slow  # each process loads PyTorch
 ROWS = [{"text": "w1", "label": 3}]
 THERE = """
 import sys
