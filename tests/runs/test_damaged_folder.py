@@ -45,6 +45,8 @@ def damaged(whole: Result, tmp_path: Path, name: str, damage: Damage) -> Path:
     [
         ("compare", "config.toml", lambda text: text[:90], "config.toml is not TOML"),
         ("report", "config.toml", lambda text: text[:90], "config.toml is not TOML"),
+        ("compare", "config.toml", lambda text: "", "config.toml is empty"),
+        ("report", "config.toml", lambda text: "\n", "config.toml is empty"),
         ("predict", "config.toml", lambda text: "", "config.toml describes another model than the checkpoint"),
         (
             "predict",

@@ -181,6 +181,18 @@ def test_without_a_terminal_evaluations_are_lines(
     assert f"accuracy {found.after['accuracy']:.3f}  sent {human_bytes(total)}  left 0 s" in text
 
 
+@pytest.mark.parametrize(("number", "said"), [(10, "on 10 examples"), (24, "accuracy")])
+def test_a_metric_of_a_part_of_the_test_data_says_so(
+    world: Path, tmp_path: Path, printing: Callable[[Console], Console], number: int, said: str
+) -> None:
+    console = printing(Console(file=io.StringIO(), width=200))
+    chosen = experiment(world, "lora", f"evaluate.num_examples={number}", rounds=1)
+    fedlora.run(chosen, tmp_path / "run", callbacks=[Live(console)])
+    lines = [line for line in console.file.getvalue().splitlines() if " loss " in line]  # type: ignore[attr-defined]
+    assert len(lines) == 2
+    assert all(said in line and ("examples" in line) == (number < 24) for line in lines)
+
+
 def test_on_a_terminal_there_is_a_bar_that_goes_away(
     world: Path, tmp_path: Path, printing: Callable[[Console], Console]
 ) -> None:

@@ -178,7 +178,11 @@ class RunFolder:
             ConfigError: it is damaged.
         """
         file = self.path / "config.toml"
-        return config.document_of(file) if file.exists() else {}
+        if not file.exists():
+            return {}
+        if not file.read_bytes().strip():
+            raise ConfigError(f"{file} is empty, but a run writes all of its settings there; restore the original file")
+        return config.document_of(file)
 
     def began_with(self, facts: Mapping[str, Any], experiment: Experiment) -> bool:
         """Whether the run of a checkpoint had this configuration, or was changed to it.

@@ -66,6 +66,8 @@ class Live(Callback):
         self.close()
         self._rounds, self._spent = experiment.rounds, []
         self._main = data.task.main_metric
+        part = experiment.evaluate.num_examples
+        self._part = f" on {part:,} examples" if part and part < data.task.num_examples("test") else ""
         self._done = rows[-1].round if rows else 0
         self._sent = sum(sum(row.down_bytes.values()) + sum(row.up_bytes.values()) for row in rows)
         self._metric = ""
@@ -100,7 +102,7 @@ class Live(Callback):
         self._clock, self._done = now, row.round
         self._sent += sum(row.down_bytes.values()) + sum(row.up_bytes.values())
         if self._main in row.metrics:
-            self._metric = f"{self._main} {row.metrics[self._main]:.3f}"
+            self._metric = f"{self._main} {row.metrics[self._main]:.3f}{self._part}"
         text = f"{self._metric}  sent {human_bytes(self._sent)}"
         if recent := self._spent[1:][-10:] or self._spent:
             text += f"  left {human_seconds(mean(recent) * (self._rounds - self._done))}"
