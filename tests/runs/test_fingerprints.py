@@ -107,13 +107,15 @@ def read(file: Path) -> dict[str, Any]:
     return tomllib.loads(file.read_text())
 
 
-def test_the_working_folder_still_counts_with_a_note(project: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_working_folder_still_counts_with_a_note(
+    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "configurations").mkdir()
     file = tmp_path / "configurations" / "run.toml"
     (project / "run.toml").rename(file)
     chosen, _ = experiment_of(file, None, None)
     assert chosen.root == str(project)
-    assert "note: relative paths start from the working folder" in capsys.readouterr().err
+    assert "note: relative paths start from the working folder" in caplog.text
     # where things lie does not name a run
     assert config.digest(chosen) == config.digest(config.parse(read(file)))
     fedlora.run(chosen, tmp_path / "run")
