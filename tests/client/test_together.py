@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedlora.client.together import Together, together
+from fedlora.client.training import training_mode
 from fedlora.client.workspace import Workspace
 from fedlora.core.state import generator
 from fedlora.privacy.examples import ExampleNoise
@@ -202,3 +203,14 @@ def test_packed_values_learn_under_noise() -> None:
         assert value.grad is not None
         assert value.grad.any()
         torch.testing.assert_close(found[name], value.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_comparison_leaves_no_trace() -> None:
+    """Neither in the modes of modules nor in what dropout draws later, so that a resumed run compares again unseen."""
+    workspace = opened(toy_task(), LoRA(rank=2, dropout=0.5))
+    with training_mode(workspace.model, dropout=False):
+        modes, state = [module.training for module in workspace.model.modules()], torch.get_rng_state()
+        assert len(set(modes)) == 2
+        assert isinstance(together(workspace, NOISE, np.arange(6), LOCAL), Together)
+        assert [module.training for module in workspace.model.modules()] == modes
+        assert torch.equal(torch.get_rng_state(), state)

@@ -121,6 +121,22 @@ def test_with_many_logits_few_are_held_at_a_time(world: Path, kind: str, monkeyp
     assert max(tokens) == (19 if kind == "softcap" else 7), "a cap after the matrix needs its whole result"
 
 
+def test_trying_how_a_model_ends_leaves_no_trace(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run tries it again, at another place."""
+    monkeypatch.setattr(tokens_out, "CHUNK_ENTRIES", 64 * 7)
+    task = prepare(world)
+    model = custom("LlamaConfig", attention_dropout=0.5).train()
+    batch = task.batch(np.arange(4), CPU)
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(float(task.loss(model, batch).detach()))
+    assert model in tokens_out._ENDS
+    assert losses[0] == losses[1]
+    torch.manual_seed(1)
+    assert float(task.loss(model, batch).detach()) != losses[0], "dropout is active"
+
+
 def test_a_model_whose_last_matrix_is_hidden_gives_the_same(world: Path) -> None:
     class Hidden(nn.Module):
         def __init__(self, inner: nn.Module) -> None:

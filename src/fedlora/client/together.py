@@ -19,6 +19,7 @@ from fedlora.privacy.rows import NoRule, RowGradients
 from fedlora.recipe.gradients import GradientSource
 from fedlora.recipe.local import Local
 from fedlora.tasks.base import Positions
+from fedlora.tasks.models.modes import evaluation_mode
 
 AT_ONCE = 32
 """The most examples in one pass, if the batch size is larger."""
@@ -156,10 +157,9 @@ def _agrees(source: Together, moving: Mapping[str, nn.Parameter], probed: Positi
     """Whether a batch gives the gradients of single examples, at moved parameters: at zero many gradients are zero."""
     values, model = list(moving.values()), source.workspace.model
     before = [value.detach().clone() for value in values]
-    draws, was_training = generator(named_seed(0, "probe")), model.training
-    model.eval()
+    draws = generator(named_seed(0, "probe"))
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), evaluation_mode(model):
             for value in values:
                 value.data.add_(0.02 * torch.randn(value.shape, generator=draws).to(value.device))
             source.workspace.installed.refresh()
@@ -170,7 +170,6 @@ def _agrees(source: Together, moving: Mapping[str, nn.Parameter], probed: Positi
     finally:
         torch._foreach_copy_([value.data for value in values], before)
         source.workspace.installed.refresh()
-        model.train(was_training)
     whole = torch.stack([torch.cat([each[row].flatten() for each in found]) for row in range(len(probed))]).double()
     expected = torch.stack(single).double()
     apart = (whole - expected).nan_to_num(0.0, 0.0, 0.0)  # one that is infinite is infinite in both

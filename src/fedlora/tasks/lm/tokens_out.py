@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fedlora.core.errors import TrainingError
 from fedlora.tasks.base import Batch, Positions
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, ranges
+from fedlora.tasks.models.modes import evaluation_mode
 from fedlora.tasks.models.staged import LEARNT, learnt_places
 
 IGNORED = -100
@@ -219,7 +220,7 @@ def _ends_with(model: nn.Module, last: nn.Module, batch: Batch, places: _Places)
     if not {name for name, _ in last.named_parameters()} <= {"weight", "bias"}:
         return False
     if model not in _ENDS:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             hidden, logits = _hidden(model, batch, places)
             _ENDS[model] = torch.equal(last(hidden[None, :1]), logits[None])
     return _ENDS[model]
