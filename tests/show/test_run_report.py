@@ -19,7 +19,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.population.clients import Population
 from fedlora.runs.result import Result
 from fedlora.show.curves import by_label, over_seeds, read_run, study_figures
-from fedlora.show.figures import Line, Point, curves, frontier, pareto_front, save, svg
+from fedlora.show.figures import Line, Point, curves, frontier, heat_map, pareto_front, save, svg
 from fedlora.show.run_report import _events, _rounds, partition_section, report
 
 pytest.importorskip("matplotlib")
@@ -110,6 +110,13 @@ def test_a_partition_is_recorded_and_drawn(runs: list[Result]) -> None:
     assert all(len(row) == len(held["classes"]) for row in held["counts"])
     assert "seed 0" in held["scheme"]
     assert list(partition_section([held, held]).figures) == ["partition", "partition_1"]
+
+
+@pytest.mark.parametrize(("top", "marks"), [(1, "0 1"), (12, "0 1 12"), (30, "0 1 10 30"), (101, "0 1 10 101")])
+def test_the_scale_of_a_heat_map_has_no_labels_on_top_of_one_another(top: int, marks: str) -> None:
+    counts = np.array([[0, 1], [top, 0]])
+    _, bar = heat_map(counts, ["a", "b"], ["x", "y"], "iid").axes
+    assert [label.get_text() for label in bar.get_yticklabels()] == marks.split()
 
 
 def test_of_many_clients_some_are_recorded(world: Path) -> None:

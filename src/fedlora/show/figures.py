@@ -259,7 +259,8 @@ def heat_map(counts: npt.NDArray[Any], clients: Sequence[str], classes: Sequence
         axes.set_ylabel("class")
         axes.set_title(title, fontsize=7)
         top = int(np.asarray(counts).max(initial=1))
-        marks = sorted({0, 1, *(10**power for power in range(1, 7) if 10**power < top), top})
+        # no power of ten whose label would lie on that of the largest number
+        marks = sorted({0, 1, *(10**power for power in range(1, 7) if 10**power < 0.7 * top), top})
         bar = axes.figure.colorbar(image, ax=axes, ticks=[float(np.log10(1 + mark)) for mark in marks])
         bar.ax.set_yticklabels([f"{mark:,}" for mark in marks], fontsize=6)
         bar.set_label("examples", fontsize=7)
