@@ -107,8 +107,6 @@ def curves(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = Fals
     """
 
     def draw(axes: Axes) -> None:
-        from matplotlib.ticker import MaxNLocator
-
         for number, line in enumerate(lines):
             kept = [place for place, x in enumerate(line.x) if x > 0 or not log_x]
             x, y, low, high = (
@@ -125,7 +123,7 @@ def curves(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = Fals
             axes.set_xscale("log")
             _logarithmic(axes.xaxis)
         elif all(float(x).is_integer() for line in lines for x in line.x):
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+            _whole(axes.xaxis)
         if log_y:
             axes.set_yscale("log")
             _logarithmic(axes.yaxis)
@@ -223,15 +221,13 @@ def timeline(labels: Sequence[str], events: Mapping[str, Sequence[tuple[int, int
     """
 
     def draw(axes: Axes) -> None:
-        from matplotlib.ticker import MaxNLocator
-
         for number, (kind, places) in enumerate(events.items()):
             look = _look(number) | {"linestyle": ""}
             # kinds side by side, so that none hides another
             axes.plot([at for at, _ in places], [row + 0.2 * (number - 1) for _, row in places], label=kind, **look)
         axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        _whole(axes.xaxis)
         axes.set_xlabel("round")
 
     return _figure(draw, 2, height=0.9 + 0.22 * len(labels))
@@ -322,6 +318,13 @@ def _figure(draw: Callable[[Axes], None], entries: int, height: float = SIZE[1])
         if legend_rows:
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def _whole(axis: Axis) -> None:
+    """Labels an axis with whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
 
 
 def _logarithmic(axis: Axis) -> None:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fedlora.core.errors import ConfigError
 from fedlora.core.state import generator, named_seed
 from fedlora.tasks.models.cpu import Dropout
+from fedlora.tasks.models.modes import evaluation_mode
 from fedlora.tasks.models.pooling import Pooling
 from fedlora.tasks.models.rounded import mixed
 
@@ -122,10 +123,8 @@ def _hidden_size(stock: PreTrainedModel, backbone: nn.Module, pooling: Pooling) 
     """The size of a token's state, from two texts that differ in their last token alone."""
     device = next(backbone.parameters()).device
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]], device=device)
-    training = backbone.training
-    with torch.no_grad(), mixed(backbone, device):
-        found = backbone.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
-    backbone.train(training)
+    with torch.no_grad(), mixed(backbone, device), evaluation_mode(backbone):
+        found = backbone(input_ids=ids, attention_mask=torch.ones_like(ids))
     states = getattr(found, "last_hidden_state", None)
     if states is None or states.shape[:2] != ids.shape:
         raise _refusal(stock, pooling, "gives no last hidden state for each token")
