@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from fedlora.client.jobs import Job, Reply, empty_report
+from fedlora.core import tree
 from fedlora.core.errors import QuorumError, TrainingError, WireError, plain
 from fedlora.core.schema import Schema
 from fedlora.core.state import ClientState, Update
@@ -81,10 +82,11 @@ class Uplink:
         """
         orders, engine = self._plan.orders, self._engine
         like = self._schema.split(params) | {"report": empty_report(self._recipe)}
+        largest = 4096 + sum(64 * len(part) + 4 * tree.num_entries(part) for part in like.values())
         replies = iter(engine.run([order.job for order in orders]))
         for place, order in enumerate(orders):
             most = engine.most_examples(order.job.client)
-            answer, delta = read_reply(order.job, next(replies), like, self._schema, engine.trusted, most)
+            answer, delta = read_reply(order.job, next(replies), like, self._schema, engine.trusted, largest, most)
             self.answers.append(answer)
             update = None if delta is None else self._update(order, answer, delta)
             del delta  # while the next client trains, nothing here may hold the update of this one
@@ -174,7 +176,13 @@ class Uplink:
 
 
 def read_reply(
-    job: Job, reply: Reply, like: Mapping[str, Tree], schema: Schema, trusted: bool, examples: int | None = None
+    job: Job,
+    reply: Reply,
+    like: Mapping[str, Tree],
+    schema: Schema,
+    trusted: bool,
+    largest: int,
+    examples: int | None = None,
 ) -> tuple[ClientResult, Tree | None]:
     """A reply's figures, and its update if it counts.
 
@@ -183,6 +191,7 @@ def read_reply(
         reply: the reply received.
         like: the expected parts, for names and shapes.
         schema: the transmitted parameters.
+        largest: the most bytes that a message of these parts can have.
         trusted: whether an unreadable reply is an internal error; otherwise it is rejected, with the reason recorded.
         examples: the number of examples the client reported when it connected.
 
@@ -193,7 +202,6 @@ def read_reply(
         sizes = {"refused": reply.size} if reply.size else {}
         return ClientResult(job.client, reply, {}, sizes, 0, counts=False), None
     try:
-        largest = 4096 + sum(64 + 4 * value.numel() for part in like.values() for value in part.values())
         if len(reply.raw) > largest:
             raise WireError(f"{len(reply.raw):,} bytes, larger than any message of these parts ({largest:,})")
         packet = wire.receive(reply.raw, like, job.recipe.up.precisions)
