@@ -111,12 +111,14 @@ class Uplink:
             QuorumError: fewer clients replied than the engine requires.
         """
         num = len(self.answers)
-        # without this, refusals alone would leave an aggregator without enough updates
+        # without this, refused and late clients would leave an aggregator without enough updates
         needed = self._recipe.aggregator.without(self.outliers.refused).min_updates
-        least = max(self._engine.min_clients, needed if any(answer.reply.refused for answer in self.answers) else 0)
+        silent = [answer for answer in self.answers if not answer.counts]
+        # if all are late, the aggregator says what to change
+        lacking = bool(silent) and not all(answer.late for answer in self.answers)
+        least = max(self._engine.min_clients, needed if lacking else 0)
         if len(self.counted) >= min(least, num) or not disclosure_of(self._recipe).attempts:
             return
-        silent = [answer for answer in self.answers if not answer.counts]
         why = "; ".join(f"client {answer.client}: {answer.reply.refused or 'out of time'}" for answer in silent[:3])
         raise QuorumError(
             f"{num - len(silent)} of {num} clients answered, but {least} are required ({why})",
