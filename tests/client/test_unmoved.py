@@ -37,6 +37,18 @@ def test_the_remedies_named_are_remedies(world: Path, tmp_path: Path) -> None:
     assert fedlora.run(experiment(world, "flasc", *PLAIN, ONE_STEP, kept, rounds=1), tmp_path / "kept").rounds == 1
 
 
+def test_an_adapter_that_moved_before_and_is_left_out_later_is_a_warning(world: Path, tmp_path: Path) -> None:
+    links = ("method.reference='zero'", "method.down=1.0", "method.decay=1e-9", "method.quota={head=1.0}")
+    rows = fedlora.run(experiment(world, "flasc", *links, ONE_STEP, rounds=2), tmp_path).rows
+    assert not any("did not move" in text for text in rows[1].warnings)
+    told = [text for text in rows[2].warnings if "did not move" in text]
+    assert told == [
+        "all 3 clients of a round took steps and their adapter did not move: the downlink's top-k left the whole adapter "
+        "out, and no gradient passes through factors of zeros; raise the density of down.sparsify, or set quota.B (of "
+        "down.sparsify)"
+    ]
+
+
 def test_another_reason(world: Path, tmp_path: Path) -> None:
     still = "method.local.optimizer={kind='sgd', lr=1e-45}"
     with pytest.raises(TrainingError, match=r"all 3 clients .* did not move.*: check the targets, the learning rate"):

@@ -96,7 +96,7 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
     accumulator.refused = uplink.outliers.refused
     check_state(state, uplink)
     uplink.check_quorum()
-    uplink.check_moved()
+    uplink.check_moved(params, state.init)
     if uplink.counted or (uplink.answers and disclosure_of(recipe).absence):
         return accumulator.finish()
     return Change(tree.zeros_like(params), Fold(), store)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
+
 from fedlora.client.jobs import Job, Reply, empty_report
 from fedlora.core import tree
 from fedlora.core.errors import QuorumError, TrainingError, WireError, plain
@@ -136,27 +138,42 @@ class Uplink:
         found = self.outliers.longest
         return (self.answers[found[0]].client, found[1]) if found else None
 
-    def check_moved(self) -> None:
-        """Rejects a round in which training changed a group of parameters on no client.
+    def check_moved(self, params: Tree, init: Tree) -> None:
+        """Rejects a round in which training changed a group of parameters on no client; warns if earlier rounds did.
+
+        Args:
+            params: the server's parameters.
+            init: their values at the start of the phase.
 
         Raises:
             TrainingError: naming the group, the likely reason and its remedy.
         """
         unmoved = [{*answer.reply.unmoved} for answer in self.counted if answer.report.get("steps", 1.0) > 0]
         for group in sorted(set.intersection(*unmoved)) if unmoved else ():
-            head = self._schema.names("head")
-            starts = [order.message.start for order in self._plan.orders]
-            if group == "adapter" and head and not any(bool(start[name].any()) for start in starts for name in head):
-                why = (
-                    "the downlink's top-k left the whole head out, and no gradient passes through a head of zeros; set "
-                    "quota.head = 1.0 (of down.sparsify) to keep it, or take several local steps"
-                )
-            else:
-                why = "check the targets, the learning rate and the number of labelled examples"
-            raise TrainingError(
-                f"all {len(unmoved)} clients of a round took steps and their {group} did not move, so nothing would be "
-                f"learnt: {why}"
+            still = f"all {len(unmoved)} clients of a round took steps and their {group} did not move"
+            if all(torch.equal(params[name], init[name]) for name in self._schema.names(group)):
+                raise TrainingError(f"{still}, so nothing would be learnt: {self._why_unmoved(group)}")
+            self.warnings.append(f"{still}: {self._why_unmoved(group)}")
+
+    def _why_unmoved(self, group: str) -> str:
+        """The likely reason and its remedy."""
+        starts = [order.message.start for order in self._plan.orders]
+
+        def left_out(part: str) -> bool:
+            names = self._schema.names(part)
+            return bool(names) and not any(bool(start[name].any()) for start in starts for name in names)
+
+        if group == "adapter" and left_out("head"):
+            return (
+                "the downlink's top-k left the whole head out, and no gradient passes through a head of zeros; set "
+                "quota.head = 1.0 (of down.sparsify) to keep it, or take several local steps"
             )
+        if group == "adapter" and left_out("adapter"):
+            return (
+                "the downlink's top-k left the whole adapter out, and no gradient passes through factors of zeros; "
+                "raise the density of down.sparsify, or set quota.B (of down.sparsify)"
+            )
+        return "check the targets, the learning rate and the number of labelled examples"
 
     def _update(self, order: Order, answer: ClientResult, delta: Tree) -> Update:
         delta = self._recipe.privacy.clip(delta)  # quantization or an untrusted client may have exceeded the bound
