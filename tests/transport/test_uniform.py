@@ -19,7 +19,7 @@ from xxhash import xxh3_64_hexdigest
 from fedlora.core.errors import WireError
 from fedlora.transport import Uniform, unpack
 from fedlora.transport.coder import splitmix
-from fedlora.transport.uniform import _groups
+from fedlora.transport.scales import _refined, groups_of, least_squares
 
 BITS = [1, 2, 4, 8]
 ROUNDINGS = ["nearest", "stochastic"]
@@ -266,12 +266,12 @@ def test_subnormal_and_huge_values(value, precision):
 def test_an_outlier_arrives_and_values_without_one_have_the_scale_of_one_start(bits):
     values = normal(4096, 3)
     precision = Uniform(bits=bits)
-    blocks = np.array([4096], np.intp)
-    groups = list(_groups(blocks))
+    groups = list(groups_of(np.array([4096], np.intp)))
     top = np.abs(values).max(keepdims=True) / np.float32(precision.largest)
     power = np.square(values, dtype=np.float64).mean()
-    alone, _ = precision._refined(np.abs(values), groups, np.float32([{2: 1.22, 4: 0.35}[bits] * np.sqrt(power)]))
-    assert precision._least_squares(np.abs(values), blocks, groups, top) == np.minimum(alone, top)
+    start = np.float32([{2: 1.22, 4: 0.35}[bits] * np.sqrt(power)])
+    alone, _ = _refined(np.abs(values), groups[0], start, precision.largest)
+    assert least_squares(np.abs(values), groups, top, precision.largest) == np.minimum(alone, top)
     values[100] = 1000.0
     arrived = sent(values, precision)
     assert arrived[100] == pytest.approx(1000.0, rel=0.01)
