@@ -100,12 +100,19 @@ class Sparsifier(ABC):
         """
         if not self.facts.drops:
             return dict(tree)
-        thinned = unflatten(flatten(tree).detach(), tree)  # one vector, which `choose` and `pack` take as it is
-        for name, kept in self.choose(thinned, schema, round, seed).items():
+        vector = flatten(tree).detach()
+        thinned = unflatten(vector, tree)  # one vector, which `choose` and `pack` take as it is
+        masks = self.choose(thinned, schema, round, seed)
+        for name, kept in masks.items():
             if (gain := self.gain(kept)) != 1:
                 thinned[name] *= gain
-            bits = thinned[name].view(torch.int32)  # not the floats: -1 * 0 is a negative zero, inf * 0 is NaN
-            bits *= kept.to(bits.device)
+        bits = vector.view(torch.int32)  # not the floats: -1 * 0 is a negative zero, inf * 0 is NaN
+        if masks and masks.keys() == tree.keys():
+            bits *= as_vector({name: masks[name] for name in tree}).to(bits.device)
+        else:
+            parts = unflatten(bits, tree)
+            for name, kept in masks.items():
+                parts[name] *= kept.to(bits.device)
         return thinned
 
 
