@@ -40,7 +40,8 @@ def groups_of(blocks: NDArray[np.intp]) -> Iterator[Group]:
     at = start = 0
     while at < len(stops):
         end = max(at + 1, bisect_right(stops, start + _TOGETHER, at))
-        yield Group(slice(at, end), slice(start, stops[end - 1]), starts[at:end] - start, blocks[at:end])
+        first = starts[at:end] - start if end - at > 1 else _FIRST
+        yield Group(slice(at, end), slice(start, stops[end - 1]), first, blocks[at:end])
         at, start = end, stops[end - 1]
 
 
@@ -127,19 +128,27 @@ class _LoneBlock:
         self._q, self._most = np.empty(size, np.float32), np.full(size, largest, np.float32)
         self._one = np.empty(size, np.bool_)
         pieces = [slice(at, at + _PIECE) for at in range(0, size, _PIECE)]
-        self._pieces = [(self._wide[piece], self._wide_q[piece], self._q[piece]) for piece in pieces]
+        self._wide_pieces = [(self._wide[piece], self._wide_q[piece]) for piece in pieces]
+        self._pieces = [self._q[piece] for piece in pieces]
 
     def scale(self, magnitude: Floats, top: float) -> float | None:
-        """The scale; None where sums may not be exact."""
+        """The scale; None where sums may not be exact, or their last places matter."""
         np.copyto(self._wide, magnitude)
-        np.multiply(self._wide, self._wide, out=self._wide_q)
-        power = float(np.add.reduceat(self._wide_q, _FIRST)[0])
-        start = min(top, _float32(_STEP[self._largest] * math.sqrt(power / self.size)))
+        power = sum(float(wide.dot(wide)) for wide, _ in self._wide_pieces)
+        slack = 2.0**-51 * self.size * power  # more than two ways to sum may differ
+        step, size = _STEP[self._largest], self.size
+        start = _float32(step * math.sqrt((power + slack) / size))
+        if start != _float32(step * math.sqrt((power - slack) / size)):
+            return None
+        start = min(top, start)
         # `m / q` is at least half a scale, so the last of three scales is at least a quarter of the first
-        if start < _LEAST or self._largest**2 * self.size * top > 2.0**25 * start:
+        if start < _LEAST or self._largest**2 * size * top > 2.0**25 * start:
             return None
         scale, explained = self._refined(magnitude, start)
-        if _float32(self._largest * _float32(top - scale)) ** 2 > (power - explained) / 2:
+        clipped = _float32(self._largest * _float32(top - scale)) ** 2 - (power - explained) / 2
+        if abs(clipped) <= slack:
+            return None
+        if clipped > 0:
             other, more = self._refined(magnitude, top)
             scale = other if more > explained else scale
         return min(scale, top)
@@ -148,21 +157,29 @@ class _LoneBlock:
         """``_refined`` of one block."""
         above = below = 0.0
         for _ in range(_REFINEMENTS):
-            above = below = 0.0
-            if self._largest > 1:
-                np.divide(magnitude, scale, out=self._q)
-                np.rint(self._q, out=self._q)
-                np.minimum(self._q, self._most, out=self._q)  # `clip` takes longer, as does a number
-            else:
-                np.greater(magnitude, scale / 2, out=self._one)  # half a scale is rounded down
-                np.copyto(self._q, self._one)
-            np.copyto(self._wide_q, self._q)
-            for wide, wide_q, q in self._pieces:
+            below = self._multiples(magnitude, scale)
+            above = 0.0
+            for wide, wide_q in self._wide_pieces:
                 above += float(wide.dot(wide_q))
-                below += float(q.dot(q))
             if below:
                 scale = _float32(above / below)
         return scale, above * above / max(below, 1.0)
+
+    def _multiples(self, magnitude: Floats, scale: float) -> float:
+        """Computes the ``q``, and returns the sum of their squares."""
+        if self._largest == 1:
+            np.greater(magnitude, scale / 2, out=self._one)  # half a scale is rounded down
+            np.copyto(self._wide_q, self._one)
+            return float(np.count_nonzero(self._one))
+        q = self._q
+        np.divide(magnitude, scale, out=q)
+        np.rint(q, out=q)
+        np.minimum(q, self._most, out=q)  # `clip` takes longer, as does a number
+        np.copyto(self._wide_q, q)
+        below = 0.0
+        for piece in self._pieces:
+            below += float(piece.dot(piece))
+        return below
 
 
 def _float32(value: float) -> float:

@@ -89,11 +89,11 @@ class Uniform(Precision):
         scales = self._scales(np.abs(values), blocks, groups)
         symbols, arrived = np.empty(len(values), np.int8), np.empty(len(values), np.float32)
         draws = splitmix(seed, len(values)) if self.rounding == "stochastic" else None
+        nonzero = np.maximum(scales, _SMALLEST)  # where a scale is 0, so are the values
         for group in groups:
-            spread = group.spread(np.maximum(scales[group.blocks], _SMALLEST))  # where a scale is 0, so are the values
-            drawn = None if draws is None else draws[group.values]
-            symbols[group.values] = self._symbols(values[group.values], spread, drawn)
-            np.multiply(symbols[group.values], spread, out=arrived[group.values])
+            spread, part = group.spread(nonzero[group.blocks]), symbols[group.values]
+            part[:] = self._symbols(values[group.values], spread, None if draws is None else draws[group.values])
+            np.multiply(part, spread, out=arrived[group.values])
         chunks = [(scales.view(np.uint32) >> np.uint32(16)).astype("<u2").tobytes()]
         return Written([*chunks, *coding.encode(symbols, self.bits)], arrived)
 
@@ -140,11 +140,12 @@ class Uniform(Precision):
 
     def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats | Symbols:
         """The ``q`` of every value."""
+        if draws is None and self.bits == 2:
+            return _signs(values, scales / 2)  # half a scale is rounded to zero
         q: Floats = values / scales
         if draws is None:
             if self.bits == 1:
-                signs: Symbols = (q > 0).view(np.int8) - (q < 0).view(np.int8)  # `sign` takes branches
-                return signs
+                return _signs(q, np.zeros(1, np.float32))
             np.rint(q, out=q)
             if self.bits == 8:  # the scale is that of the largest value
                 return q
@@ -155,6 +156,12 @@ class Uniform(Precision):
                 return signs
             np.floor(np.add(q, parts, out=q), out=q)
         return q.clip(np.float32(-self.largest), np.float32(self.largest), out=q)
+
+
+def _signs(values: Floats, least: Floats) -> Symbols:
+    """The signs of values beyond ``least``, and 0 for the others; ``sign`` takes branches."""
+    signs: Symbols = (values > least).view(np.int8) - (values < -least).view(np.int8)
+    return signs
 
 
 def _multiply(symbols: Symbols, scales: Floats, blocks: NDArray[np.intp]) -> Floats:
