@@ -63,7 +63,7 @@ class _Part:
         at = np.searchsorted(self.whole.where, ends)
         self._at: list[int] = at.tolist()
         self.last: list[int] = self.whole.where[at - 1].tolist()
-        self.counts: list[int] = np.diff(at, prepend=0).tolist()
+        self.counts = _steps(self._at)
 
     def slice(self, i: int) -> slice:
         """Where the entries of one tensor lie."""
@@ -195,8 +195,12 @@ def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) 
 
 def _counts(where: NDArray[np.intp], sizes: Sequence[int]) -> list[int]:
     """The number of positions in each tensor."""
-    counts: list[int] = np.diff(np.searchsorted(where, np.cumsum(sizes)), prepend=0).tolist()
-    return counts
+    return _steps(np.searchsorted(where, np.cumsum(sizes)).tolist())
+
+
+def _steps(ends: Sequence[int]) -> list[int]:
+    """The lengths of what ends there, one after the other."""
+    return [end - start for end, start in zip(ends, [0, *ends], strict=False)]
 
 
 def _drawn(part: _Part, names: Sequence[str], draw: Draw) -> dict[int, NDArray[np.intp]]:
@@ -257,13 +261,15 @@ def _costs(
 
 def _digits(count: Costs) -> Costs:
     """Bytes of counts as varints."""
-    return 1.0 + np.searchsorted(_DIGITS, count, side="right")
+    digits = np.searchsorted(_DIGITS, count, side="right") + 1
+    return digits.astype(np.float64)
 
 
 def _entropy(count: Costs, size: Costs) -> Costs:
     """Bits of the positions of so many entries, by Shannon's formula; NaN where there is nothing to choose."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return -(count * np.log2(count / size) + (size - count) * np.log2(1 - count / size))
+        bits: Costs = -(count * np.log2(count / size) + (size - count) * np.log2(1 - count / size))
+    return bits
 
 
 def _cheapest(table: Costs, left: Sequence[int]) -> list[int]:

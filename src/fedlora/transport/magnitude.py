@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _PIECE = 1 << 18  # entries whose magnitudes are looked at together, so that a large vector is not copied as a whole
-_CACHED = 1 << 16  # the same on the CPU with a sample, so that they stay in the cache
+_CACHED = 1 << 17  # the same on the CPU with a sample, so that they stay in the cache
 _HALF = 1 << 16
 _NO_SIGN = 0x7FFFFFFF
 _SAMPLE = 1 << 14  # entries of which the quantiles bound those of all

@@ -141,7 +141,7 @@ class Uniform(Precision):
     def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats | Symbols:
         """The ``q`` of every value."""
         if draws is None and self.bits == 2:
-            return _signs(values, scales / 2)  # half a scale is rounded to zero
+            return _signs(values, scales * np.float32(0.5))  # half a scale is rounded to zero
         q: Floats = values / scales
         if draws is None:
             if self.bits == 1:
@@ -152,7 +152,7 @@ class Uniform(Precision):
         else:
             parts = (draws >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
             if self.bits == 1:  # to -1 or 1, and 0 where the value is 0
-                signs = np.where(parts < (1 + q) / 2, np.int8(1), np.int8(-1)) * (q != 0)
+                signs: Symbols = np.where(parts < (1 + q) / 2, np.int8(1), np.int8(-1)) * (q != 0)
                 return signs
             np.floor(np.add(q, parts, out=q), out=q)
         return q.clip(np.float32(-self.largest), np.float32(self.largest), out=q)
