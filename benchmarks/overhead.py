@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
 from benchmarks.common import Figure, Settings, docstrings, figure, opened, ratios, side_by_side, spread_rows
 from fedlora.core import tree
@@ -47,17 +50,45 @@ def measure(settings: Settings) -> list[Figure]:
         for _ in range(COHORT):
             nudge()
 
-    times = side_by_side(settings, {"plain": plain, "nudges": nudges, **rounds}, 5 if settings.quick else 25)
+    def kernels() -> None:
+        for _ in range(COHORT):
+            _least(params, sums)
+
+    functions = {"plain": plain, "kernels": kernels, "nudges": nudges, **rounds}
+    times = side_by_side(settings, functions, 5 if settings.quick else 25)
     for name in rounds:
         times[name] = [value - own for value, own in zip(times[name], times["nudges"], strict=True)]
     each = {name: [1e3 * value / COHORT for value in values] for name, values in times.items()}
     size = f"{tree.num_entries(params):,} float32 in {len(params)} tensors, {COHORT} clients a round"
     figures = [figure("NumPy copy and sum of the same arrays", each["plain"], "ms/client", note=size)]
+    figures.append(figure("the least kernels of a turn, without their callers", each["kernels"], "ms/client"))
     for name in links:
         goal = "<= 1" if name == "dense float32" else ""
         figures.append(figure(f"no-op client, {name}", each[name], "ms/client", goal))
         figures.append(figure(f"no-op client, {name} / NumPy", ratios(times[name], times["plain"]), "x"))
+    figures.append(
+        figure("no-op client, dense float32 / kernels", ratios(times["dense float32"], times["kernels"]), "x")
+    )
     return figures
+
+
+def _least(params: tree.Tree, sums: list[NDArray[np.float32]]) -> None:
+    """What a dense turn cannot do without, on both sides: load, subtract, check, pack, hash, unpack, measure, add."""
+    here = {name: torch.empty_like(value) for name, value in params.items()}
+    torch._foreach_copy_(list(here.values()), list(params.values()))
+    delta = tree.flatten(here)
+    torch._foreach_sub_(list(tree.unflatten(delta, here).values()), list(params.values()))
+    vector = delta.numpy()
+    assert np.isfinite(vector).all()
+    np.count_nonzero(vector != 0)
+    raw = b"".join([b"", vector.data])
+    assert xxh3_64_intdigest(vector.data) == xxh3_64_intdigest(raw)
+    read = np.frombuffer(raw, np.float32).copy()
+    assert np.isfinite(read).all()
+    np.count_nonzero(read != 0)
+    update = tree.unflatten(torch.from_numpy(read), here)
+    assert tree.norm(update) >= 0
+    torch._foreach_add_([torch.from_numpy(total) for total in sums], list(update.values()))
 
 
 def _round(recipe: Recipe) -> tuple[Callable[[], object], tree.Tree, Callable[[], None]]:

@@ -17,7 +17,7 @@ from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.config.federated_data import prepare
 from fedlora.core import tree
-from fedlora.core.errors import ConfigError, DataError, TrainingError
+from fedlora.core.errors import ConfigError, DataError, QuorumError, TrainingError
 from fedlora.methods import fedavg, ffa, flora
 from fedlora.population.clients import Clients
 from fedlora.population.tiers import Tier, assign_tiers, check_tiers
@@ -27,7 +27,7 @@ from fedlora.recipe import Recipe
 from fedlora.rounds.downlink import Downlink, view
 from fedlora.rounds.round import run_round
 from fedlora.runs.cost import costs
-from fedlora.server.aggregate import SvdRedistribute
+from fedlora.server.aggregate import Krum, SvdRedistribute
 from fedlora.testing import schema_of, toy_task
 from fedlora.transport import Link, Quota, RankSlice, TopK, Uniform
 from fedlora.tuning import LoRA, SvdOfWeight
@@ -343,6 +343,15 @@ def test_a_client_that_runs_out_of_time_is_named_and_the_round_goes_on(monkeypat
     # it was sent to all and came back from two
     assert federation.rows[0].up_bytes == others.rows[0].up_bytes
     assert sum(federation.rows[0].down_bytes.values()) == 1.5 * sum(others.rows[0].down_bytes.values())
+
+
+def test_a_round_with_too_few_clients_in_time_for_its_aggregator_is_one_to_try_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    federation = late_federation(aggregator=Krum(faulty=0))
+    slow(federation, 0, monkeypatch)
+    with pytest.raises(QuorumError, match=r"2 of 3 clients answered, but 3 are required \(client 0: out of time\)"):
+        federation.go_on(federation.start(), 1)
 
 
 def test_a_late_client_keeps_what_it_remembers(monkeypatch: pytest.MonkeyPatch) -> None:

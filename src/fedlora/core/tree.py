@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
@@ -57,17 +58,18 @@ def have_same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> b
 
 def num_entries(tree: Mapping[str, Tensor]) -> int:
     """The number of entries in the tree."""
-    return sum(value.numel() for value in tree.values())
+    return sum(map(Tensor.numel, tree.values()))
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:
     """Euclidean norm of all entries together, summed in float64."""
-    return math.sqrt(sum(float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in tree.values()))
+    norms = torch._foreach_norm(list(tree.values()), 2, dtype=torch.float64) if tree else ()
+    return math.sqrt(sum(float(value) ** 2 for value in norms))
 
 
 def is_finite(tree: Mapping[str, Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
-    return all(bool(torch.isfinite(value).all()) for value in tree.values())
+    return all(bool(np.isfinite(value.numpy()).all()) for value in tree.values())  # far faster than torch's
 
 
 def flatten(tree: Mapping[str, Tensor]) -> Tensor:

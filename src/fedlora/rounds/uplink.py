@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from fedlora.client.jobs import Job, Reply, empty_report
+from fedlora.core import tree
 from fedlora.core.errors import QuorumError, TrainingError, WireError, plain
 from fedlora.core.schema import Schema
 from fedlora.core.state import ClientState, Update
@@ -81,10 +82,11 @@ class Uplink:
         """
         orders, engine = self._plan.orders, self._engine
         like = self._schema.split(params) | {"report": empty_report(self._recipe)}
+        largest = 4096 + sum(64 * len(part) + 4 * tree.num_entries(part) for part in like.values())
         replies = iter(engine.run([order.job for order in orders]))
         for place, order in enumerate(orders):
             most = engine.most_examples(order.job.client)
-            answer, delta = read_reply(order.job, next(replies), like, self._schema, engine.trusted, most)
+            answer, delta = read_reply(order.job, next(replies), like, self._schema, engine.trusted, largest, most)
             self.answers.append(answer)
             update = None if delta is None else self._update(order, answer, delta)
             del delta  # while the next client trains, nothing here may hold the update of this one
@@ -109,12 +111,14 @@ class Uplink:
             QuorumError: fewer clients replied than the engine requires.
         """
         num = len(self.answers)
-        # without this, refusals alone would leave an aggregator without enough updates
+        # without this, refused and late clients would leave an aggregator without enough updates
         needed = self._recipe.aggregator.without(self.outliers.refused).min_updates
-        least = max(self._engine.min_clients, needed if any(answer.reply.refused for answer in self.answers) else 0)
+        silent = [answer for answer in self.answers if not answer.counts]
+        # if all are late, the aggregator says what to change
+        lacking = bool(silent) and not all(answer.late for answer in self.answers)
+        least = max(self._engine.min_clients, needed if lacking else 0)
         if len(self.counted) >= min(least, num) or not disclosure_of(self._recipe).attempts:
             return
-        silent = [answer for answer in self.answers if not answer.counts]
         why = "; ".join(f"client {answer.client}: {answer.reply.refused or 'out of time'}" for answer in silent[:3])
         raise QuorumError(
             f"{num - len(silent)} of {num} clients answered, but {least} are required ({why})",
@@ -174,7 +178,13 @@ class Uplink:
 
 
 def read_reply(
-    job: Job, reply: Reply, like: Mapping[str, Tree], schema: Schema, trusted: bool, examples: int | None = None
+    job: Job,
+    reply: Reply,
+    like: Mapping[str, Tree],
+    schema: Schema,
+    trusted: bool,
+    largest: int,
+    examples: int | None = None,
 ) -> tuple[ClientResult, Tree | None]:
     """A reply's figures, and its update if it counts.
 
@@ -183,6 +193,7 @@ def read_reply(
         reply: the reply received.
         like: the expected parts, for names and shapes.
         schema: the transmitted parameters.
+        largest: the most bytes that a message of these parts can have.
         trusted: whether an unreadable reply is an internal error; otherwise it is rejected, with the reason recorded.
         examples: the number of examples the client reported when it connected.
 
@@ -193,7 +204,6 @@ def read_reply(
         sizes = {"refused": reply.size} if reply.size else {}
         return ClientResult(job.client, reply, {}, sizes, 0, counts=False), None
     try:
-        largest = 4096 + sum(64 + 4 * value.numel() for part in like.values() for value in part.values())
         if len(reply.raw) > largest:
             raise WireError(f"{len(reply.raw):,} bytes, larger than any message of these parts ({largest:,})")
         packet = wire.receive(reply.raw, like, job.recipe.up.precisions)
