@@ -304,8 +304,8 @@ def test_a_lone_block_has_the_scale_of_sums_in_order(kind, size, bits):
     quick = _LoneBlock(size, largest).scale(magnitude, float(top[0]))
     if kind in ("normal", "outlier") and size > 1:
         assert quick == in_order[0]
-    if kind in ("tiny", "of every size") and size > 1:
-        assert quick is None  # where sums are not exact
+    if kind == "tiny":
+        assert quick is None  # it leaves scales next to zero to others
 
 
 @pytest.mark.parametrize("scale", ["807f", "c07f", "80ff", "ffff", "0080", "80bf"])
