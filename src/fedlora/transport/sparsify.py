@@ -16,6 +16,8 @@ from fedlora.core.tree import Tree, as_vector, flatten, unflatten
 from fedlora.transport.magnitude import largest
 from fedlora.transport.positions import random_positions
 
+_PIECE = 1 << 16  # entries that are dropped together, so that they stay in the cache
+
 
 @final
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -108,7 +110,9 @@ class Sparsifier(ABC):
                 thinned[name] *= gain
         bits = vector.view(torch.int32)  # not the floats: -1 * 0 is a negative zero, inf * 0 is NaN
         if masks and masks.keys() == tree.keys():
-            bits *= as_vector({name: masks[name] for name in tree}).to(bits.device)
+            together = as_vector({name: masks[name] for name in tree}).to(bits.device)
+            for part, kept in zip(bits.split(_PIECE), together.split(_PIECE), strict=True):
+                part *= kept  # the processor copies a mask to integers first
         else:
             parts = unflatten(bits, tree)
             for name, kept in masks.items():
