@@ -111,7 +111,7 @@ class Sparsifier(ABC):
         bits = vector.view(torch.int32)  # not the floats: -1 * 0 is a negative zero, inf * 0 is NaN
         if masks and masks.keys() == tree.keys():
             together = as_vector({name: masks[name] for name in tree}).to(bits.device)
-            for part, kept in zip(bits.split(_PIECE), together.split(_PIECE), strict=True):
+            for part, kept in zip(torch.split(bits, _PIECE), torch.split(together, _PIECE), strict=True):
                 part *= kept  # the processor copies a mask to integers first
         else:
             parts = unflatten(bits, tree)
