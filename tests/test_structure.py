@@ -42,6 +42,7 @@ DOORS = {
     "cryptography": ("federation/deploy/keys.py", "federation/flower/runtime.py"),
     "typer": ("cli/",),
     "constriction": ("transport/",),
+    "zlib_ng": ("transport/",),
 }
 FLOORS = (
     ("core",),

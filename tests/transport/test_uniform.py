@@ -19,7 +19,7 @@ from xxhash import xxh3_64_hexdigest
 from fedlora.core.errors import WireError
 from fedlora.transport import Uniform, unpack
 from fedlora.transport.coder import splitmix
-from fedlora.transport.uniform import _groups
+from fedlora.transport.scales import _LoneBlock, _refined, _scales, groups_of, least_squares
 
 BITS = [1, 2, 4, 8]
 ROUNDINGS = ["nearest", "stochastic"]
@@ -266,12 +266,12 @@ def test_subnormal_and_huge_values(value, precision):
 def test_an_outlier_arrives_and_values_without_one_have_the_scale_of_one_start(bits):
     values = normal(4096, 3)
     precision = Uniform(bits=bits)
-    blocks = np.array([4096], np.intp)
-    groups = list(_groups(blocks))
+    groups = list(groups_of(np.array([4096], np.intp)))
     top = np.abs(values).max(keepdims=True) / np.float32(precision.largest)
     power = np.square(values, dtype=np.float64).mean()
-    alone, _ = precision._refined(np.abs(values), groups, np.float32([{2: 1.22, 4: 0.35}[bits] * np.sqrt(power)]))
-    assert precision._least_squares(np.abs(values), blocks, groups, top) == np.minimum(alone, top)
+    start = np.float32([{2: 1.22, 4: 0.35}[bits] * np.sqrt(power)])
+    alone, _ = _refined(np.abs(values), groups[0], start, precision.largest)
+    assert least_squares(np.abs(values), groups, top, precision.largest) == np.minimum(alone, top)
     values[100] = 1000.0
     arrived = sent(values, precision)
     assert arrived[100] == pytest.approx(1000.0, rel=0.01)
@@ -280,6 +280,32 @@ def test_an_outlier_arrives_and_values_without_one_have_the_scale_of_one_start(b
     calm = np.r_[0:64, 128:4096]  # the other blocks are as without it
     values[100] = 1.0
     assert np.array_equal(blocks[calm], sent(values, Uniform(bits=bits, block=64))[calm])
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("size", [1, 200, 9000, 20_000])
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "ties", "outlier", "zeros", "tiny", "of every size"])
+def test_a_lone_block_has_the_scale_of_sums_in_order(kind, size, bits):
+    rng = np.random.default_rng(size)
+    values = {
+        "normal": rng.standard_normal(size),
+        "heavy tails": rng.standard_t(2, size),
+        "ties": np.rint(rng.standard_normal(size) * 3) / 4,
+        "outlier": np.where(np.arange(size) == size // 2, 40, rng.standard_normal(size)),
+        "zeros": rng.standard_normal(size) * (rng.random(size) < 0.05),
+        "tiny": rng.standard_normal(size) * 1e-40,
+        "of every size": rng.standard_normal(size) * 10.0 ** rng.integers(-30, 30, size),
+    }[kind]
+    magnitude, largest = np.abs(values).astype(np.float32), Uniform(bits=bits).largest
+    (group,) = groups_of(np.array([size], np.intp))
+    top = magnitude.max(keepdims=True) / np.float32(largest)
+    in_order = _scales(magnitude, group, top, largest)
+    assert least_squares(magnitude, [group], top, largest).tobytes() == in_order.tobytes()
+    quick = _LoneBlock(size, largest).scale(magnitude, float(top[0]))
+    if kind in ("normal", "outlier") and size > 1:
+        assert quick == in_order[0]
+    if kind == "tiny":
+        assert quick is None  # it leaves scales next to zero to others
 
 
 @pytest.mark.parametrize("scale", ["807f", "c07f", "80ff", "ffff", "0080", "80bf"])

@@ -23,6 +23,8 @@ from slow_reader import gap_weights, slow_unpack
 
 from fedlora.core.errors import WireError
 from fedlora.transport import PRECISIONS, BFloat16, Float16, Float32, Form, Uniform, pack, unpack
+from fedlora.transport.coder import splitmix
+from fedlora.transport.deflate import deflate
 from fedlora.transport.framing import varint
 from fedlora.transport.wire import REFERENCES, reference_of
 
@@ -295,6 +297,23 @@ def deflated(raw, *more, strategy=zlib.Z_HUFFMAN_ONLY):
     coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
     stream = coder.compress(raw) + coder.flush() + b"".join(more)
     return varint(len(stream)) + stream
+
+
+def test_streams_are_the_same_in_every_version():
+    draws = splitmix(3, 250_000) >> np.uint64(32)
+    streams = {
+        "short": np.zeros(3, np.uint8),
+        "of gaps": np.minimum(np.uint64(1 << 32) // (draws + np.uint64(1 << 24)), 255).astype(np.uint8),
+        "random": draws.astype(np.uint8),
+        "bits": np.packbits(draws < np.uint64(1 << 30)),
+    }
+    digests = {name: xxhash.xxh3_64_hexdigest(deflate(raw)) for name, raw in streams.items()}
+    assert digests == {
+        "short": "bd59e10a128d66c5",
+        "of gaps": "1704226a0b173bc3",
+        "random": "d92598feaa010846",
+        "bits": "5ee1a859f901f631",
+    }
 
 
 def test_wrong_streams_are_named():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from fedlora.core.errors import WireError
 from fedlora.transport.framing import Reader, varint
@@ -15,7 +14,7 @@ _WINDOW, _MEMORY = -15, 9  # a stream without header and checksum; blocks of 2 *
 
 def deflate(raw: NDArray[np.uint8]) -> bytes:
     """The length of a deflate stream, and the stream: literals only, as there is nothing to find in random bytes."""
-    coder = zlib.compressobj(1, zlib.DEFLATED, _WINDOW, _MEMORY, zlib.Z_HUFFMAN_ONLY)
+    coder = zlib_ng.compressobj(1, zlib_ng.DEFLATED, _WINDOW, _MEMORY, zlib_ng.Z_HUFFMAN_ONLY)
     stream = coder.compress(raw.data) + coder.flush()
     return varint(len(stream)) + stream
 
@@ -36,10 +35,10 @@ def inflate(reader: Reader, size: int) -> NDArray[np.uint8]:
         WireError: it is no such stream, holds more, or ends before or after its last block.
     """
     stream = reader.take(reader.varint(longest(size)))
-    decoder = zlib.decompressobj(_WINDOW)
+    decoder = zlib_ng.decompressobj(_WINDOW)
     try:
         raw = decoder.decompress(stream, size + 1)
-    except zlib.error as error:
+    except zlib_ng.error as error:  # type: ignore[misc]  # its stubs take the class for an instance
         raise WireError("bytes that are not a deflate stream") from error
     if len(raw) > size or not decoder.eof or decoder.unused_data:
         raise WireError(f"a deflate stream of other than {size} bytes, or of other than its own length")

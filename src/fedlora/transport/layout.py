@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import getitem
 from typing import NamedTuple
 
 import numpy as np
@@ -58,19 +59,15 @@ class _Part:
         self.whole = whole
         self.sizes = sizes
         ends = np.cumsum(sizes)
-        self._ends: list[int] = ends.tolist()
+        self.ends: list[int] = ends.tolist()
         at = np.searchsorted(self.whole.where, ends)
         self._at: list[int] = at.tolist()
-        self._last: list[int] = self.whole.where[at - 1].tolist()
-        self.counts: list[int] = np.diff(at, prepend=0).tolist()
+        self.last: list[int] = self.whole.where[at - 1].tolist()
+        self.counts = _steps(self._at)
 
     def slice(self, i: int) -> slice:
         """Where the entries of one tensor lie."""
-        return slice(self._ends[i] - self.sizes[i], self._ends[i])
-
-    def last(self, i: int) -> int:
-        """The position of the last entry of one tensor."""
-        return self._last[i]
+        return slice(self.ends[i] - self.sizes[i], self.ends[i])
 
     def where(self, i: int) -> NDArray[np.intp]:
         """The positions in the part of the entries of one tensor."""
@@ -89,6 +86,8 @@ class _Part:
 
     def pooled(self, plan: Sequence[int]) -> Segment:
         """The size and count of the pooled tensors together."""
+        if set(plan) == {POOLED}:
+            return self.whole.segment
         chosen = [i for i, layout in enumerate(plan) if layout == POOLED]
         return Segment(sum(self.sizes[i] for i in chosen), sum(self.counts[i] for i in chosen))
 
@@ -119,10 +118,11 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
     plans = [_cheapest(table, left) for left in without]
     plans += [[POOLED if layout == CODED else layout for layout in plan] for plan in plans]
     plans.append([POOLED] * len(sizes))
-    rows: list[list[float]] = table.tolist()  # numbers one by one are quicker from a list
-    costs = [_cost(plan, rows, part, value_bits) for plan in plans]
-    plan = plans[int(np.argmin(costs))]
-    if value_bits >= _PLAIN_BITS and min(costs) >= 8.0 + value_bits * total:
+    table[POOLED] = 0.0  # these cost something together
+    columns: list[list[float]] = table.T.tolist()  # numbers one by one are quicker from a list
+    costs = {plan: _cost(plan, columns, part, value_bits) for plan in dict.fromkeys(map(tuple, plans))}
+    plan = min(costs, key=costs.__getitem__)
+    if value_bits >= _PLAIN_BITS and costs[plan] >= 8.0 + value_bits * total:
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
     return _write(plan, part, shapes, drawn, boxes, draw)
 
@@ -195,8 +195,12 @@ def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) 
 
 def _counts(where: NDArray[np.intp], sizes: Sequence[int]) -> list[int]:
     """The number of positions in each tensor."""
-    counts: list[int] = np.diff(np.searchsorted(where, np.cumsum(sizes)), prepend=0).tolist()
-    return counts
+    return _steps(np.searchsorted(where, np.cumsum(sizes)).tolist())
+
+
+def _steps(ends: Sequence[int]) -> list[int]:
+    """The lengths of what ends there, one after the other."""
+    return [end - start for end, start in zip(ends, [0, *ends], strict=False)]
 
 
 def _drawn(part: _Part, names: Sequence[str], draw: Draw) -> dict[int, NDArray[np.intp]]:
@@ -212,15 +216,22 @@ def _drawn(part: _Part, names: Sequence[str], draw: Draw) -> dict[int, NDArray[n
 
 def _boxes(part: _Part, shapes: Sequence[Sequence[int]]) -> dict[int, tuple[int, int]]:
     """The rows and columns that hold entries, of the tensors where these are not all."""
-    boxes = {}
+    found: list[tuple[int, int, int]] = []
     for i, (shape, size, count) in enumerate(zip(shapes, part.sizes, part.counts, strict=True)):
         if len(shape) < 2 or not 0 < count < size:
             continue
-        chosen, width = part.slice(i), size // shape[0]
-        rows = (part.last(i) - chosen.start) // width + 1
-        if rows < shape[0] or not np.count_nonzero(part.whole.kept[chosen.start + width - 1 : chosen.stop : width]):
-            boxes[i] = rows, int(((part.where(i) - chosen.start) % width).max()) + 1
-    return boxes
+        end, width = part.ends[i], size // shape[0]
+        rows = shape[0] - (end - 1 - part.last[i]) // width
+        if rows < shape[0] or not np.count_nonzero(part.whole.kept[end - size + width - 1 : end : width]):
+            found.append((i, rows, width))
+    if not found:
+        return {}
+    counts = [part.counts[i] for i, _, _ in found]
+    places = np.concatenate([part.where(i) for i, _, _ in found])
+    places -= np.repeat([part.ends[i] - part.sizes[i] for i, _, _ in found], counts)
+    places %= np.repeat([width for _, _, width in found], counts)
+    columns = np.maximum.reduceat(places, np.cumsum([0, *counts[:-1]]))
+    return {i: (rows, last + 1) for (i, rows, _), last in zip(found, columns.tolist(), strict=True)}
 
 
 def _costs(
@@ -230,25 +241,35 @@ def _costs(
     table = np.full((BOX + 1, len(part.sizes)), np.inf)
     size, count = np.array(part.sizes, np.float64), np.array(part.counts, np.float64)
     none, all_, values = count == 0, count == size, value_bits * count
-    digits = 1.0 + np.searchsorted(_DIGITS, count, side="right")  # of the count as a varint
-    with np.errstate(divide="ignore", invalid="ignore"):  # where there is nothing to choose
-        entropy = -(count * np.log2(count / size) + (size - count) * np.log2(1 - count / size))
     table[EMPTY, none] = 0.0
     dense = ~none if value_bits >= _PLAIN_BITS else all_ & ~none
     table[DENSE, dense] = value_bits * size[dense]
     some = ~none & ~all_
     table[BITMAP, some] = (8 * np.ceil(size / 8) + values)[some]
-    table[CODED, some] = (8 * digits + entropy + values)[some]
+    table[CODED, some] = (8 * _digits(count) + _entropy(count, size) + values)[some]
     for i, places in drawn.items():
         table[SEEDED, i] = 8 * len(varint(len(places))) + value_bits * len(places)
-    for i, (rows, columns) in boxes.items():
-        area, kept = rows * columns, part.counts[i]
-        if value_bits >= _PLAIN_BITS or area == kept:
-            inside = value_bits * area
-        else:  # as symbols, zeros cost bits and a table
-            inside = value_bits * kept + (Segment(area, kept).entropy + 2 * _WORD_BITS)
-        table[BOX, i] = 8 * (len(varint(rows)) + len(varint(columns))) + inside
+    if boxes:
+        at, (rows, columns) = list(boxes), np.array(list(boxes.values()), np.float64).T
+        area, kept = rows * columns, count[at]
+        # as symbols, zeros cost bits and a table
+        inside = value_bits * kept + (_entropy(kept, area) + 2 * _WORD_BITS)
+        inside = np.where((area == kept) | (value_bits >= _PLAIN_BITS), value_bits * area, inside)
+        table[BOX, at] = 8 * (_digits(rows) + _digits(columns)) + inside
     return table
+
+
+def _digits(count: Costs) -> Costs:
+    """Bytes of counts as varints."""
+    digits = np.searchsorted(_DIGITS, count, side="right") + 1
+    return digits.astype(np.float64)
+
+
+def _entropy(count: Costs, size: Costs) -> Costs:
+    """Bits of the positions of so many entries, by Shannon's formula; NaN where there is nothing to choose."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bits: Costs = -(count * np.log2(count / size) + (size - count) * np.log2(1 - count / size))
+    return bits
 
 
 def _cheapest(table: Costs, left: Sequence[int]) -> list[int]:
@@ -259,8 +280,9 @@ def _cheapest(table: Costs, left: Sequence[int]) -> list[int]:
     return layouts
 
 
-def _cost(plan: Sequence[int], table: Sequence[Sequence[float]], part: _Part, value_bits: float) -> float:
-    bits = 8.0 * len(_table(plan)) + sum(table[layout][i] for i, layout in enumerate(plan) if layout != POOLED)
+def _cost(plan: Sequence[int], columns: Sequence[Sequence[float]], part: _Part, value_bits: float) -> float:
+    """Bits of a plan, from the bits of every layout for each tensor."""
+    bits = 8.0 * len(_table(plan)) + sum(map(getitem, columns, plan))
     bits += 64.0 * (SEEDED in plan) + _WORD_BITS * (CODED in plan or POOLED in plan)
     if POOLED in plan:
         pool = part.pooled(plan)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _PIECE = 1 << 18  # entries whose magnitudes are looked at together, so that a large vector is not copied as a whole
+_CACHED = 1 << 17  # the same on the CPU with a sample, so that they stay in the cache
 _HALF = 1 << 16
 _NO_SIGN = 0x7FFFFFFF
 _SAMPLE = 1 << 14  # entries of which the quantiles bound those of all
@@ -49,9 +50,9 @@ def _by_sample(bits: NDArray[np.int32], k: int) -> NDArray[np.bool_] | None:
     bounds = max(0, int(at - margin)), min(len(sample) - 1, int(at + margin))
     low, high = np.partition(sample, bounds)[list(bounds)]
     kept, between = np.empty(len(bits), np.bool_), []
-    for start in range(0, len(bits), _PIECE):
-        magnitude = bits[start : start + _PIECE] & _NO_SIGN
-        above = np.greater(magnitude, high, out=kept[start : start + _PIECE])
+    for start in range(0, len(bits), _CACHED):
+        magnitude = bits[start : start + _CACHED] & _NO_SIGN
+        above = np.greater(magnitude, high, out=kept[start : start + _CACHED])
         between.append(np.flatnonzero((magnitude >= low) ^ above) + start)
     places = np.concatenate(between)
     missing = k - np.count_nonzero(kept)

@@ -62,7 +62,8 @@ class Segment(NamedTuple):
         Raises:
             WireError: a position is behind the last entry.
         """
-        places = np.cumsum(gaps + 1) - 1
+        places = np.cumsum(gaps + 1)
+        places -= 1
         if len(places) and places[-1] >= self.size:
             raise WireError("a position behind the last entry")
         if self.kept == self.rare:
@@ -156,12 +157,12 @@ def decode_positions(reader: Reader, segments: Sequence[Segment]) -> list[NDArra
     high = [_without_escapes(decoder, segment) for segment in segments]
     decoder.close()
     widths = [segment.low_bits for segment in segments]
-    ends = np.cumsum([segment.rare * width for segment, width in zip(segments, widths, strict=True)])
-    bits = np.split(take_bits(reader, int(ends[-1])), ends[:-1])
-    return [
-        segment.places(_with_low(gaps, low, width))
-        for segment, gaps, low, width in zip(segments, high, bits, widths, strict=True)
-    ]
+    counts = [segment.rare * width for segment, width in zip(segments, widths, strict=True)]
+    bits, places, at = take_bits(reader, sum(counts)), [], 0
+    for segment, gaps, width, count in zip(segments, high, widths, counts, strict=True):
+        places.append(segment.places(_with_low(gaps, bits[at : at + count], width)))
+        at += count
+    return places
 
 
 def random_positions(seed: int, name: str, size: int, count: int) -> NDArray[np.intp]:
@@ -189,9 +190,13 @@ def _weights(segment: Segment) -> NDArray[np.float64]:
     q = 1.0 - segment.rare / segment.size
     for _ in range(segment.low_bits):
         q *= q
-    powers = np.multiply.accumulate(np.concatenate([[1.0], np.full(_ESCAPE, q)]))
-    weights: NDArray[np.float64] = np.floor(powers * (np.append(np.full(_ESCAPE, 1.0 - q), 1.0) * _UNIT))
-    return weights
+    weights = np.full(_ESCAPE + 1, q)
+    weights[0] = 1.0
+    np.multiply.accumulate(weights, out=weights)
+    weights[:_ESCAPE] *= (1.0 - q) * _UNIT
+    weights[_ESCAPE] *= _UNIT
+    floored: NDArray[np.float64] = np.floor(weights)
+    return floored
 
 
 def _low(gaps: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
@@ -239,6 +244,8 @@ def _without_escapes(decoder: Decoder, segment: Segment) -> NDArray[np.int64]:
         escapes += missing
         if escapes * (_ESCAPE << segment.low_bits) > segment.size:
             raise WireError("a position behind the last entry")
+    if not escapes:
+        return pieces[0].astype(np.int64)
     symbols = np.concatenate(pieces)
     ends = np.flatnonzero(symbols != _ESCAPE)
     high: NDArray[np.int64] = symbols[ends].astype(np.int64) + _ESCAPE * (np.diff(ends, prepend=-1) - 1)

@@ -16,6 +16,8 @@ from fedlora.core.tree import Tree, as_vector, flatten, unflatten
 from fedlora.transport.magnitude import largest
 from fedlora.transport.positions import random_positions
 
+_PIECE = 1 << 16  # entries that are dropped together, so that they stay in the cache
+
 
 @final
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
@@ -100,12 +102,21 @@ class Sparsifier(ABC):
         """
         if not self.facts.drops:
             return dict(tree)
-        thinned = unflatten(flatten(tree).detach(), tree)  # one vector, which `choose` and `pack` take as it is
-        for name, kept in self.choose(thinned, schema, round, seed).items():
+        vector = flatten(tree).detach()
+        thinned = unflatten(vector, tree)  # one vector, which `choose` and `pack` take as it is
+        masks = self.choose(thinned, schema, round, seed)
+        for name, kept in masks.items():
             if (gain := self.gain(kept)) != 1:
                 thinned[name] *= gain
-            bits = thinned[name].view(torch.int32)  # not the floats: -1 * 0 is a negative zero, inf * 0 is NaN
-            bits *= kept.to(bits.device)
+        bits = vector.view(torch.int32)  # not the floats: -1 * 0 is a negative zero, inf * 0 is NaN
+        if masks and masks.keys() == tree.keys():
+            together = as_vector({name: masks[name] for name in tree}).to(bits.device)
+            for part, kept in zip(torch.split(bits, _PIECE), torch.split(together, _PIECE), strict=True):
+                part *= kept  # the processor copies a mask to integers first
+        else:
+            parts = unflatten(bits, tree)
+            for name, kept in masks.items():
+                parts[name] *= kept.to(bits.device)
         return thinned
 
 

@@ -224,7 +224,9 @@ def _decode_classes(reader: Reader, largest: int, total: int) -> NDArray[np.int3
 
 def _to_bits(symbols: NDArray[np.int32], width: int) -> NDArray[np.bool_]:
     """The lowest ``width`` bits of each symbol, lowest first."""
-    bits: NDArray[np.bool_] = symbols[:, None] & _PLACES[:width] != 0
+    bits = np.empty((len(symbols), width), np.bool_)
+    for bit in range(width):
+        np.not_equal(symbols & (1 << bit), 0, out=bits[:, bit])
     return bits.reshape(-1)
 
 

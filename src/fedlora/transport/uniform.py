@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, NamedTuple, final
+from collections.abc import Sequence
+from typing import ClassVar, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +14,12 @@ from fedlora.transport import symbols as coding
 from fedlora.transport.coder import splitmix
 from fedlora.transport.framing import Reader
 from fedlora.transport.precision import Floats, Precision, Written
+from fedlora.transport.scales import Group, groups_of, least_squares, mean_magnitudes
 from fedlora.transport.symbols import Symbols
 
 Bits = Literal[1, 2, 4, 8]
 Block = Literal[64, 128, 256]
 
-_TOGETHER = 1 << 14  # values that are quantised at a time, so that they stay in the cache
-_STEP = {1: 0.8, 2: 1.22, 4: 0.35}  # the best scale for normally distributed values, in units of their root mean square
-_REFINEMENTS = 3
 _BITS: dict[int, Bits] = {1: 1, 2: 2, 4: 4, 8: 8}
 _BLOCKS: dict[int, Block | None] = {0: None, 6: 64, 7: 128, 8: 256}  # by base-2 logarithm
 _SMALLEST = np.float32(2.0**-126)  # smallest normal number: products with subnormal ones depend on the processor's mode
@@ -88,15 +85,15 @@ class Uniform(Precision):
     def write(self, values: Floats, runs: Sequence[int], seed: int) -> Written:
         """Writes the scales, then the symbols, raw or entropy coded."""
         blocks = self._blocks(runs)
-        groups = list(_groups(blocks))
+        groups = list(groups_of(blocks))
         scales = self._scales(np.abs(values), blocks, groups)
         symbols, arrived = np.empty(len(values), np.int8), np.empty(len(values), np.float32)
         draws = splitmix(seed, len(values)) if self.rounding == "stochastic" else None
+        nonzero = np.maximum(scales, _SMALLEST)  # where a scale is 0, so are the values
         for group in groups:
-            spread = group.spread(np.maximum(scales[group.blocks], _SMALLEST))  # where a scale is 0, so are the values
-            drawn = None if draws is None else draws[group.values]
-            symbols[group.values] = self._symbols(values[group.values], spread, drawn)
-            np.multiply(symbols[group.values], spread, out=arrived[group.values])
+            spread, part = group.spread(nonzero[group.blocks]), symbols[group.values]
+            part[:] = self._symbols(values[group.values], spread, None if draws is None else draws[group.values])
+            np.multiply(part, spread, out=arrived[group.values])
         chunks = [(scales.view(np.uint32) >> np.uint32(16)).astype("<u2").tobytes()]
         return Written([*chunks, *coding.encode(symbols, self.bits)], arrived)
 
@@ -121,14 +118,18 @@ class Uniform(Precision):
         whole = [[self.block] * (run // self.block) + [run % self.block] * (run % self.block > 0) for run in runs]
         return np.array([length for lengths in whole for length in lengths], np.intp)
 
-    def _scales(self, magnitude: Floats, blocks: NDArray[np.intp], groups: Sequence[_Group]) -> Floats:
+    def _scales(self, magnitude: Floats, blocks: NDArray[np.intp], groups: Sequence[Group]) -> Floats:
         """One bfloat16 scale per block, rounded up so that the largest value stays in range."""
         top: Floats = np.maximum.reduceat(magnitude, np.cumsum(blocks) - blocks) if len(blocks) else magnitude
         if not np.isfinite(top).all():
             raise WireError("NaN or infinite")
         scales: Floats = top / np.float32(self.largest)
         if self.rounding == "nearest" and self.bits < 8:
-            scales = self._least_squares(magnitude, blocks, groups, scales)
+            scales = (
+                mean_magnitudes(magnitude, groups, scales)
+                if self.bits == 1
+                else least_squares(magnitude, groups, scales, self.largest)
+            )
         scales[top > 0] = np.maximum(scales[top > 0], _SMALLEST)
         upper = (scales.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16) << np.uint32(16)
         scales = upper.view(np.float32)
@@ -137,99 +138,34 @@ class Uniform(Precision):
                 raise WireError("NaN or infinite")
         return scales
 
-    def _least_squares(
-        self, magnitude: Floats, blocks: NDArray[np.intp], groups: Sequence[_Group], top: Floats
-    ) -> Floats:
-        """The scales that (nearly) minimise the squared error; never larger than ``top``.
-
-        Where clipping the largest value is most of the error, ``top`` is tried as the start too, and the better kept.
-        """
-        if self.bits == 1:
-            return np.minimum(self._refined(magnitude, groups, top)[0], top)
-        power = np.zeros(len(top))
-        for group in groups:
-            squares = np.square(magnitude[group.values], dtype=np.float64)
-            power[group.blocks] = np.add.reduceat(squares, group.starts)
-        start = np.minimum(top, (_STEP[self.bits] * np.sqrt(power / blocks)).astype(np.float32))
-        scales, explained = self._refined(magnitude, groups, start)
-        outlier = np.square(self.largest * (top - scales), dtype=np.float64) > (power - explained) / 2
-        if outlier.any():
-            others, more = self._refined(magnitude, [group for group in groups if outlier[group.blocks].any()], top)
-            scales = np.where(outlier & (more > explained), others, scales)
-        return np.minimum(scales, top)
-
-    def _refined(
-        self, magnitude: Floats, groups: Sequence[_Group], scales: Floats
-    ) -> tuple[Floats, NDArray[np.float64]]:
-        """The scales after alternating steps from a start, and the part of the sum of squares that they explain."""
-        above, below = np.zeros((2, len(scales)))
-        for _ in range(_REFINEMENTS if self.bits > 1 else 1):
-            divisors = np.where(scales > 0, scales, np.float32(1))
-            for group in groups:
-                sums = self._sums(magnitude[group.values], group, divisors[group.blocks])
-                above[group.blocks], below[group.blocks] = sums
-            scales = np.where(below > 0, above / np.maximum(below, 1), scales).astype(np.float32)
-        return scales, np.square(above) / np.maximum(below, 1)
-
-    def _sums(self, magnitude: Floats, group: _Group, scales: Floats) -> tuple[NDArray[np.float64], Floats]:
-        """``sum |v| |q|`` and ``sum q^2`` of each block."""
-        if self.bits > 1:
-            q = magnitude / group.spread(scales)
-            np.rint(q, out=q).clip(np.float32(0), np.float32(self.largest), out=q)
-        else:
-            q = (magnitude > 0).astype(np.float32)
-        product = q.astype(np.float64)
-        product *= magnitude.astype(np.float64)
-        squares = np.multiply(q, q, out=q)
-        # sums of squares of small integers are exact in float32 up to 2 ** 24
-        exact = np.float32 if len(q) * self.largest**2 < 2**24 else np.float64
-        return np.add.reduceat(product, group.starts), np.add.reduceat(squares, group.starts, dtype=exact)
-
     def _symbols(self, values: Floats, scales: Floats, draws: NDArray[np.uint64] | None) -> Floats | Symbols:
         """The ``q`` of every value."""
+        if draws is None and self.bits == 2:
+            return _signs(values, scales * np.float32(0.5))  # half a scale is rounded to zero
         q: Floats = values / scales
         if draws is None:
             if self.bits == 1:
-                signs: Symbols = (q > 0).view(np.int8) - (q < 0).view(np.int8)  # `sign` takes branches
-                return signs
+                return _signs(q, np.zeros(1, np.float32))
             np.rint(q, out=q)
             if self.bits == 8:  # the scale is that of the largest value
                 return q
         else:
             parts = (draws >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
             if self.bits == 1:  # to -1 or 1, and 0 where the value is 0
-                signs = np.where(parts < (1 + q) / 2, np.int8(1), np.int8(-1)) * (q != 0)
+                signs: Symbols = np.where(parts < (1 + q) / 2, np.int8(1), np.int8(-1)) * (q != 0)
                 return signs
             np.floor(np.add(q, parts, out=q), out=q)
         return q.clip(np.float32(-self.largest), np.float32(self.largest), out=q)
 
 
-class _Group(NamedTuple):
-    """Consecutive blocks of values: their slices, the first value of each block, and the number of its values."""
-
-    blocks: slice
-    values: slice
-    starts: NDArray[np.intp]
-    lengths: NDArray[np.intp]
-
-    def spread(self, scales: Floats) -> Floats:
-        """Each block's scale for all of its values; a lone one fits them all as it is."""
-        return scales if len(scales) == 1 else np.repeat(scales, self.lengths)
-
-
-def _groups(blocks: NDArray[np.intp]) -> Iterator[_Group]:
-    """All blocks in order, as many at a time as hold ``_TOGETHER`` values, and one at least."""
-    ends = np.cumsum(blocks)
-    starts, stops = ends - blocks, ends.tolist()
-    at = start = 0
-    while at < len(stops):
-        end = max(at + 1, bisect_right(stops, start + _TOGETHER, at))
-        yield _Group(slice(at, end), slice(start, stops[end - 1]), starts[at:end] - start, blocks[at:end])
-        at, start = end, stops[end - 1]
+def _signs(values: Floats, least: Floats) -> Symbols:
+    """The signs of values beyond ``least``, and 0 for the others; ``sign`` takes branches."""
+    signs: Symbols = (values > least).view(np.int8) - (values < -least).view(np.int8)
+    return signs
 
 
 def _multiply(symbols: Symbols, scales: Floats, blocks: NDArray[np.intp]) -> Floats:
     values = np.empty(len(symbols), np.float32)
-    for group in _groups(blocks):
+    for group in groups_of(blocks):
         np.multiply(symbols[group.values], group.spread(scales[group.blocks]), out=values[group.values])
     return values

@@ -205,10 +205,11 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     if wrong := [name for name, value in tree.items() if value.dtype != torch.float32]:
         raise WireError(f"Tensor {wrong[0]!r} of part {part!r} is {tree[wrong[0]].dtype}; convert it to float32.")
     values: NDArray[np.float32] = form.precision.nonzero(as_vector(tree).cpu().numpy())
-    stored = write_layout(values != 0, tree, form.precision.value_bits, form.draw)
+    nonzero = values != 0
+    stored = write_layout(nonzero, tree, form.precision.value_bits, form.draw)
     chosen = values if stored.where is None else values[stored.where]
-    with np.errstate(invalid="ignore"):  # NaN is refused in `write`
-        if (chosen == 0).any():  # `all` on the floats is slow
+    if np.count_nonzero(nonzero) < len(chosen):
+        with np.errstate(invalid="ignore"):  # NaN is refused in `write`
             chosen = chosen + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
         written = form.precision.write(chosen, stored.runs, form.seed)
