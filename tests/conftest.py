@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gc
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
+from fixtures.copies import copied_tiny_models
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -20,6 +22,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)  # what tests leave behind is small
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _copied_tiny_models() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        copied_tiny_models(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)
