@@ -12,10 +12,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-import torch
-from fixtures.copies import copied_tiny_models
 
-torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -25,7 +22,12 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _copied_tiny_models() -> Iterator[None]:
+def _one_thread_and_copied_models() -> Iterator[None]:
+    # the process that hands out tests to others needs neither
+    import torch
+    from fixtures.copies import copied_tiny_models
+
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         copied_tiny_models(patch)
         yield
