@@ -22,14 +22,15 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread_and_copied_models() -> Iterator[None]:
+def _one_thread_and_nothing_made_twice() -> Iterator[None]:
     # the process that hands out tests to others needs neither
     import torch
-    from fixtures.copies import copied_tiny_models
+    from fixtures.copies import copied_tiny_models, kept_costs
 
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         copied_tiny_models(patch)
+        kept_costs(patch)
         yield
 
 
