@@ -155,6 +155,7 @@ def written_as(value: Any) -> dict[str, Any]:
     return {**fields, "kind": name_of(type(value)), "source": digest_of(type(value))}
 
 
+@functools.cache
 def digest_of(cls: type[Any]) -> str:
     """A digest of the source of a class and its bases, excluding fedlora's own.
 
