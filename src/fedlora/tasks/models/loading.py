@@ -227,6 +227,9 @@ def quiet_transformers() -> Iterator[None]:
     """Suppresses messages and progress bars of ``transformers``, and restores its settings afterwards."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
+    if level == transformers.logging.ERROR and not bars:  # within another such block
+        yield
+        return
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
