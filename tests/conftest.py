@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import gc
 import signal
+from collections.abc import Iterator
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)  # what tests leave behind is small
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_and_nothing_made_twice() -> Iterator[None]:
+    # the process that hands out tests to others needs neither
+    import torch
+    from fixtures.copies import copied_tiny_models, kept_costs
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        copied_tiny_models(patch)
+        kept_costs(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -206,7 +207,8 @@ def covering() -> list[tuple[str, ...]]:
     while left:
         chosen = list(min(left))
         free = [slot for slot, values in CHOICES.items() if not set(values) & set(chosen)]
-        for slot in sorted(free, key=lambda slot: -sum(name in CHOICES[slot] for pair in left for name in pair)):
+        open_pairs = Counter(name for pair in left for name in pair)
+        for slot in sorted(free, key=lambda slot: -sum(open_pairs[name] for name in CHOICES[slot])):
             gains = {name: sum(_ordered(name, one) in left for one in chosen) for name in CHOICES[slot]}
             fit = (name for name in sorted(gains, key=lambda name: -gains[name]) if gains[name])
             chosen += [name for name in fit if not refusal(*chosen, name)][:1]

@@ -31,7 +31,10 @@ def run(world: Path) -> Path:
 
 
 def card_of(folder: Path) -> ModelCard:
-    return ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(text)
+    assert str(card) == text
+    return card
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[str, list[str], int, list[str], int, str]] = {
     "a phase that is over": ("slora", [], 2, ["method.warm_rounds=2"], 3, "phase 0 is over: leave its settings"),
     "calibrated noise": (
         "lora",
-        [f"method.privacy={{{NOISE}}}"],
+        [f"method.privacy={{{NOISE}}}", "clients.sampling='poisson'"],
         1,
         [],
         2,

@@ -165,12 +165,17 @@ def digest_of(cls: type[Any]) -> str:
     for one in cls.__mro__[:-1]:
         if one.__module__.split(".")[0] not in ("fedlora", "abc", "typing"):
             try:
-                whole.update(textwrap.dedent(inspect.getsource(one)).encode())
+                whole.update(_source(one).encode())
             except (OSError, TypeError) as error:
                 raise ConfigError(
                     f"the source of {name_of(one)} cannot be read ({error}); put the class into a file"
                 ) from error
     return whole.hexdigest()
+
+
+@functools.cache  # finding it takes as long as a round of a tiny model
+def _source(cls: type) -> str:
+    return textwrap.dedent(inspect.getsource(cls))
 
 
 def _checked(value: Any) -> Any:

@@ -35,7 +35,7 @@ def model_card(trained: TrainedRun, merged: bool) -> str:
         merged: whether the folder holds a whole model.
     """
     base, federated = public_name(located_model(trained.experiment)), MODES[trained.experiment.mode].sends
-    text = f"""---
+    return f"""---
 {_metadata(trained, base, merged).to_yaml()}
 ---
 # {base.id or "A model"}, fine-tuned{" by federated learning" if federated else ""}
@@ -52,7 +52,6 @@ def model_card(trained: TrainedRun, merged: bool) -> str:
 {_loading(trained, base, merged)}
 ```
 """
-    return str(huggingface_hub.ModelCard(text))
 
 
 def _metadata(trained: TrainedRun, base: PublicName, merged: bool) -> Any:

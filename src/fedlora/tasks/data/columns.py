@@ -126,7 +126,8 @@ def rename(rows: datasets.Dataset, columns: Mapping[str, str], which: str) -> da
                 f"column '{given}' is to become '{use}', but the {which} rows have another column of that name: "
                 "rename one of them"
             )
-    return rows.rename_columns({given: use for use, given in columns.items() if use != given})
+    new_names = {given: use for use, given in columns.items() if use != given}
+    return rows.rename_columns(new_names) if new_names else rows
 
 
 def check_column(rows: datasets.Dataset, name: str, which: str, use: str = "") -> None:

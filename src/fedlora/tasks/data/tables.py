@@ -68,7 +68,9 @@ def of_objects(rows: Iterable[tuple[str, Any]], name: str) -> datasets.Dataset:
 
 def dataset_of(table: Any) -> datasets.Dataset:
     """A ``pyarrow.Table`` in memory as a ``datasets.Dataset``."""
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
+    # else its fingerprint, which names files that nothing here writes, would be a hash of all rows
+    fingerprint = datasets.fingerprint.generate_random_fingerprint()
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=fingerprint)
 
 
 def _extend(columns: dict[str, _Column], rows: Sequence[dict[str, Any]], before: int, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -227,6 +228,9 @@ def quiet_transformers() -> Iterator[None]:
     """Suppresses messages and progress bars of ``transformers``, and restores its settings afterwards."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
+    if level == logging.ERROR and not bars:  # within another such block
+        yield
+        return
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
