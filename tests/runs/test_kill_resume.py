@@ -77,7 +77,7 @@ def start(arguments: list[str], output: Path) -> BaseProcess:
         [
             *("fedlora.cli.main", "fedlora.show.describe", "fedlora.runs.inference", "fedlora.show.report"),
             # what runs import when they first need it
-            *("transformers.models.bert.modeling_bert", "peft", "datasets"),
+            *("transformers.models.bert.modeling_bert", "peft", "datasets", "sklearn.metrics"),
         ]
     )
     process = context.Process(target=command, args=(arguments, str(output)))

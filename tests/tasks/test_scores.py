@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor
 
 from fedlora.tasks import scores
@@ -84,19 +83,6 @@ def test_the_same_classes_for_everything(row: list[float], said: str) -> None:
 def test_one_row_of_several_classes() -> None:
     found = scores.score(torch.tensor([[1.0, -1.0, 1.0]]), SETS[:1], "multi", NAMES)
     assert (found.metrics["micro_f1"], found.metrics["accuracy"], found.warnings) == (1.0, 1.0, ())
-
-
-def test_f1_has_the_bits_of_sklearn() -> None:
-    draw = torch.Generator().manual_seed(0)
-    for row in range(100):
-        logits = torch.randn((1 + row % 20, 5), generator=draw) - row % 3
-        classes = torch.randint(0, 1 + row % 5, (len(logits),), generator=draw)
-        sets = torch.rand(logits.shape, generator=draw) < 0.4
-        several = scores.score(logits, sets.long(), "multi", list("abcde")).metrics
-        for average in ("micro", "macro"):
-            assert several[f"{average}_f1"] == f1_score(sets, logits > 0, average=average, zero_division=0.0)
-        one = scores.score(logits, classes, "single", list("abcde")).metrics
-        assert one["macro_f1"] == f1_score(classes, logits.argmax(1), average="macro", zero_division=0.0)
 
 
 # ---- a number

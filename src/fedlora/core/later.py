@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     import sklearn.decomposition
     import sklearn.exceptions
     import sklearn.feature_extraction.text
+    import sklearn.metrics
     import sklearn.preprocessing
     import transformers
     import transformers.integrations.sdpa_attention

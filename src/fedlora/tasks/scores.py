@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fedlora.core.later import sklearn
 from fedlora.tasks.base import Evaluation
 
 Problem = Literal["single", "multi", "regression"]
@@ -72,37 +73,29 @@ def score(logits: Tensor, labels: Tensor, problem: Problem, names: list[str]) ->
         return Evaluation({"rmse": error, "pearson": _pearson(found, wanted), **last}, warnings)
     if problem == "multi":
         chosen = logits > 0
-        right = (chosen & labels.bool()).sum(0).numpy()
-        both = (chosen.sum(0) + labels.bool().sum(0)).numpy()
         metrics = {
-            "micro_f1": float(_f1(right.sum(keepdims=True), both.sum(keepdims=True))[0]),
-            "macro_f1": float(_f1(right, both).mean()),
-            "accuracy": float((chosen == labels.bool()).all(1).float().mean()),
-            **last,
+            f"{average}_f1": float(
+                sklearn.metrics.f1_score(labels.numpy(), chosen.numpy(), average=average, zero_division=0.0)
+            )
+            for average in ("micro", "macro")
         }
+        metrics |= {"accuracy": float((chosen == labels.bool()).all(1).float().mean()), **last}
         if len(torch.unique(chosen, dim=0)) == 1 and len(torch.unique(labels, dim=0)) > 1:
             same = ", ".join(names[number] for number in chosen[0].nonzero().flatten()) or "none"
             return Evaluation(metrics, (f"the model predicts the same classes for everything ({same})",))
         return Evaluation(metrics, ())
     predicted = logits.argmax(1)
-    counts = (labels[predicted == labels], labels, predicted)
-    right, wanted, found = (torch.bincount(one, minlength=logits.shape[1]).numpy() for one in counts)
-    both = wanted + found
     metrics = {
         "accuracy": float((predicted == labels).float().mean()),
-        "macro_f1": float(_f1(right, both)[both > 0].mean()),
+        "macro_f1": float(
+            sklearn.metrics.f1_score(labels.numpy(), predicted.numpy(), average="macro", zero_division=0.0)
+        ),
         **last,
     }
     if len(torch.unique(predicted)) == 1 and len(torch.unique(labels)) > 1:
         name = names[int(predicted[0])]
         return Evaluation(metrics, (f"{ONE_CLASS}, {name!r}: it has learnt nothing useful",))
     return Evaluation(metrics, ())
-
-
-def _f1(right: NDArray[np.int64], both: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The F1 of each class by its true positives, and by how often it is wanted or found; 0 if it never is."""
-    f1: NDArray[np.float64] = np.divide(2.0 * right, both, out=np.zeros(len(both)), where=both > 0)
-    return f1
 
 
 def _pearson(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
