@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+LOADS = pytest.mark.slow  # a process of its own loads PyTorch
 FEDLORA = f"{sys.executable} -m fedlora"
 
 
@@ -27,7 +28,7 @@ def test_a_full_standard_output_is_one_sentence_and_exit_code_2() -> None:
     )
 
 
-@pytest.mark.parametrize("arguments", ["--help", "list --format json"])
+@pytest.mark.parametrize("arguments", ["--help", pytest.param("list --format json", marks=LOADS)])
 def test_a_reader_that_has_gone_ends_a_command_silently(arguments: str) -> None:
     # the reader ends before the command begins to print
     done = shell(f"(sleep 0.2; exec {FEDLORA} {arguments}) | true")
@@ -44,7 +45,10 @@ def test_closed_and_full_streams_change_no_exit_code_of_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("environment", "command", "said"),
-    [({"LC_ALL": "C"}, "--help", b"in as few"), ({"PYTHONIOENCODING": "ascii"}, "list", b"flasc")],
+    [
+        ({"LC_ALL": "C"}, "--help", b"in as few"),
+        pytest.param({"PYTHONIOENCODING": "ascii"}, "list", b"flasc", marks=LOADS),
+    ],
 )
 def test_a_poor_locale_prints_everything(environment: dict[str, str], command: str, said: bytes) -> None:
     done = shell(f"{FEDLORA} {command}", **environment)

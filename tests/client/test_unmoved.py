@@ -43,9 +43,9 @@ def test_an_adapter_that_moved_before_and_is_left_out_later_is_a_warning(world: 
     assert not any("did not move" in text for text in rows[1].warnings)
     told = [text for text in rows[2].warnings if "did not move" in text]
     assert told == [
-        "all 3 clients of a round took steps and their adapter did not move: the downlink's top-k left the whole adapter "
-        "out, and no gradient passes through factors of zeros; raise the density of down.sparsify, or set quota.B (of "
-        "down.sparsify)"
+        "all 3 clients of a round took steps and their adapter did not move: the downlink's top-k left the whole "
+        "adapter out, and no gradient passes through factors of zeros; raise the density of down.sparsify, or set "
+        "quota.B (of down.sparsify)"
     ]
 
 

@@ -207,7 +207,7 @@ def test_a_site_takes_no_part_in_what_it_does_not_accept(
     world: Path, tmp_path: Path, limits: SitePolicy, why: str
 ) -> None:
     with pytest.raises(QuorumError, match=why):
-        tried(experiment(world), tmp_path, limits=limits, rules=ServerPolicy(round_timeout=0.5))
+        tried(experiment(world), tmp_path, limits=limits, rules=ServerPolicy(round_timeout=0.2))
 
 
 def test_a_job_beyond_a_site_s_limits_is_refused(world: Path, tmp_path: Path) -> None:
@@ -316,11 +316,11 @@ def test_a_site_that_is_there_and_takes_no_letters_is_given_up(world: Path, tmp_
             shut = address == 0 and envelopes.read(raw).head["kind"] == "job"
             return None if shut else super().send(address, raw, seconds)
 
-    chosen = experiment(world, "lora", "clients.per_round=9")
+    chosen = experiment(world, "lora", "clients.per_round=9", rounds=1)
     result = federate(
         chosen, tmp_path / "run", Closed(shared_sites(tmp_path / "sites", 3)), ServerPolicy(rejoin_timeout=0.5)
     )
-    assert [set(row.refused) for row in result.rows[1:]] == [{"0", "3", "6"}] * 3
+    assert [set(row.refused) for row in result.rows[1:]] == [{"0", "3", "6"}]
 
 
 @pytest.mark.usefixtures("_seldom")
@@ -331,9 +331,9 @@ def test_who_answers_late_is_dropped_and_told_so(world: Path, tmp_path: Path) ->
         head = envelopes.read(envelope).head
         return None if head["kind"] == "job" and head["client"] == 1 else answer
 
-    chosen = experiment(world, "lora", *FEW, rounds=2)
+    chosen = experiment(world, "lora", *FEW, rounds=1)
     result, _ = tried(chosen, tmp_path, slow, ServerPolicy(round_timeout=1.5), callbacks=[told])
-    assert [row.late for row in result.rows[1:]] == [(1,), (1,)]
+    assert [row.late for row in result.rows[1:]] == [(1,)]
     assert any("client 1 (site-1) is late" in line for line in told.messages)
 
 
@@ -372,7 +372,7 @@ def test_a_run_ends_with_a_sentence_where_nobody_answers(world: Path, tmp_path: 
 def test_a_deadline_travels_with_a_job(world: Path, tmp_path: Path) -> None:
     chosen = experiment(world, "lora", "clients.per_round=1", "method.local.epochs=100000", rounds=1)
     with pytest.raises(QuorumError, match="out of time"):
-        tried(chosen, tmp_path, rules=ServerPolicy(round_timeout=1.0, attempts=1))
+        tried(chosen, tmp_path, rules=ServerPolicy(round_timeout=0.5, attempts=1))
 
 
 # ---- rows of sites' own

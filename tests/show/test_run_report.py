@@ -194,7 +194,7 @@ def test_the_command_writes_page_and_figures(runs: list[Result], tmp_path: Path)
     assert made.exit_code == 0, made.output
     page = (tmp_path / "r.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert page == report([runs[0].folder])[0]
+    assert page.count("<svg") == page.count("<figure") > 0
     written = sorted(path.name for path in (tmp_path / "f").iterdir())
     assert {"metric_by_round.svg", "metric_by_round.pdf", "partition.svg"} <= set(written)
     assert len(written) % 2 == 0

@@ -338,7 +338,7 @@ def test_facts_are_true(sparsify, unbiased):
     generator = torch.Generator().manual_seed(0)
     tree = {"m.lora_A": torch.randn(4, 8, generator=generator), "m.lora_B": torch.randn(6, 4, generator=generator)}
     groups = schema_of(dict.fromkeys(tree, "adapter"))
-    draws = 2000
+    draws = 2000 if isinstance(sparsify, RandomK) else 2
     assert sparsify.facts.unbiased is unbiased
     sent = [sparsify(tree, groups, 0, seed) for seed in range(draws)]
     for name, value in tree.items():
