@@ -18,7 +18,7 @@ from fedlora.cli import log
 from fedlora.cli.log import Printing
 from fedlora.cli.main import app, common_first
 from fedlora.core.errors import ConfigError
-from fedlora.core.progress import counted, listening
+from fedlora.core.progress import LOG, counted, listening
 
 world = pytest.fixture(scope="module")(tiny_world)
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (DEBUG|INFO|WARNING|ERROR) (.*)")
@@ -90,6 +90,19 @@ def test_stages_are_for_terminals_and_colours_go_without(monkeypatch: pytest.Mon
     assert "\x1b[33m[odd]" in printed(True)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[33m" not in printed(True)
+
+
+def test_a_line_is_printed_once_where_a_library_logs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, library = Console(file=io.StringIO()), io.StringIO()
+    monkeypatch.setattr(log, "ERR", console)
+    handler = logging.StreamHandler(library)
+    logging.getLogger().addHandler(handler)
+    try:
+        log.set_up(verbose=False, quiet=False, file=None)
+        LOG.info("a line")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert (console.file.getvalue(), library.getvalue()) == ("a line\n", "")  # type: ignore[attr-defined]
 
 
 def test_parts_are_counted_for_a_listener_alone(world: Path, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def set_up(verbose: bool, quiet: bool, file: Path | None) -> None:
     for one in LOG.handlers:
         one.close()
     LOG.handlers[:] = [terminal]
+    LOG.propagate = False  # a library may give the root logger a handler, which would print everything again
     LOG.setLevel(level)
     if file is not None:
         try:
