@@ -9,30 +9,29 @@ import pytest
 import transformers
 from fixtures.shared import shared
 
-from fedlora.config import parse
+from fedlora.config import Experiment, parse
 from fedlora.config.federated_data import FederatedData, prepare
 from fedlora.methods import METHODS
 from fedlora.runs.experiment import run
 from fedlora.tasks import Model
 
-ROUNDS = {"docstrings": 8, "banking77": 16, "20news": 16}
+CLIENTS = {"kind": "sgd", "lr": 0.05}
+ROUNDS = {"docstrings": 12, "banking77": 16, "20news": 16}
 pytestmark = pytest.mark.slow
 
 
 class Setting(NamedTuple):
-    """One data set, its partition, and the accuracy of a head trained alone on it."""
+    """One data set, its partition, and the accuracy of a head trained alone on it, by the kind of the server."""
 
     document: dict[str, Any]
     federated: FederatedData
-    head_alone: float
+    head_alone: dict[str, float]
 
     def accuracy(self, method: dict[str, Any], folder: Path) -> float:
-        return _accuracy(self.document, self.federated, method, folder)
+        return run(self.parsed(method), folder, data=self.federated).after["accuracy"]
 
-
-def _accuracy(document: dict[str, Any], federated: FederatedData, method: dict[str, Any], folder: Path) -> float:
-    chosen = parse({**document, "method": {**document["method"], **method}})
-    return run(chosen, folder, data=federated).after["accuracy"]
+    def parsed(self, method: dict[str, Any]) -> Experiment:
+        return parse({**self.document, "method": {**self.document["method"], **method}})
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +58,17 @@ def setting(request: pytest.FixtureRequest, cut: Path, tmp_path_factory: pytest.
         "method": {"rounds": ROUNDS[name]},
     }
     federated = prepare(parse({**document, "method": {"kind": "lora", **document["method"]}}))
-    head = {"kind": "fedavg", "tuning": {"kind": "head_only"}}
-    return Setting(document, federated, _accuracy(document, federated, head, tmp_path_factory.mktemp("head")))
+    made, head = Setting(document, federated, {}), {"kind": "fedavg", "tuning": {"kind": "head_only"}}
+    # as studies train it; the server of methods that need the mean as it is takes more rounds for all of them
+    adaptive = {"server": {"kind": "adamw", "lr": 3e-2, "weight_decay": 0.0}, "local": {"optimizer": CLIENTS}}
+    for server, more in (("AdamW", adaptive), ("Sgd", {})):
+        made.head_alone[server] = made.accuracy({**head, **more}, tmp_path_factory.mktemp("head"))
+    return made
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_not_behind_the_head_alone(method: str, setting: Setting, tmp_path: Path) -> None:
-    accuracy = setting.accuracy({"kind": method}, tmp_path)
-    print(f"{method}: {accuracy:.3f}, the head alone {setting.head_alone:.3f}")  # pytest -s
-    assert accuracy > setting.head_alone - 0.02
+    server = type(setting.parsed({"kind": method}).phases[0].recipe.server).__name__
+    accuracy, head_alone = setting.accuracy({"kind": method}, tmp_path), setting.head_alone[server]
+    print(f"{method}: {accuracy:.3f}, the head alone {head_alone:.3f}")  # pytest -s
+    assert accuracy > head_alone - 0.02

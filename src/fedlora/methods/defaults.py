@@ -1,4 +1,4 @@
-"""The methods' default optimisers; `benchmarks/defaults.py` measures them, `docs/results.md` has the figures."""
+"""The methods' default optimisers; `tests/methods/test_defaults.py` holds each against the head alone."""
 
 from __future__ import annotations
 
