@@ -29,7 +29,7 @@ from fedlora.tasks.base import Positions
 world = pytest.fixture(scope="module")(tiny_world)
 
 
-@pytest.mark.parametrize("method", ["slora", "flasc", "fedex"])
+@pytest.mark.parametrize("method", ["slora", "flasc", pytest.param("fedex", marks=pytest.mark.slow)])
 def test_forked_workers_give_the_bits_of_serial(world: Path, tmp_path: Path, method: str) -> None:
     state = ("method.memory=init", "method.feedback=true") if method == "flasc" else ()
     chosen = experiment(world, method, *state, rounds=4)
