@@ -58,6 +58,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rates_without_factors": {"tuning": Full(), "local": Local(lr_scale=LrScale(B=2.0))},
     "local_rate_of_frozen_factor": {"tuning": FROZEN_A, "local": Local(lr_scale=LrScale(A=2.0))},
     "server_rate_of_frozen_factor": {"tuning": FROZEN_A, "server": Sgd(lr_scale=LrScale(A=2.0))},
+    "head_rate_of_two_servers": {"server": Sgd(lr_scale=LrScale(head=2.0)), "server_head": Sgd()},
     "feedback_without_memory": {"up": Link(feedback=True)},
     "feedback_after_clip": {"up": Link(feedback=True), "memory": "init", "privacy": NOISE},
     "ranks_by_norm_of_difference": {

@@ -11,7 +11,7 @@ from fixtures.toy import LOCAL, Federation, num_nonzero
 
 from fedlora.core import tree
 from fedlora.core.errors import ConfigError
-from fedlora.methods import adapter_lth, dense_lora, fed_select, sparse_adapter
+from fedlora.methods import Phases, adapter_lth, dense_lora, fed_select, sparse_adapter
 from fedlora.privacy import CentralGaussian
 from fedlora.recipe import Recipe
 from fedlora.server.aggregate import SvdRedistribute
@@ -47,13 +47,16 @@ def test_densities_by_round() -> None:
     assert [again.density_after(steps) for steps in range(7)] == [None, None, 0.5, None, 0.25, None, 0.125]
 
 
-def density(params: tree.Tree) -> float:
-    return num_nonzero(params) / tree.num_entries(params)
+def density(params: tree.Tree, part: str = "") -> float:
+    some = {name: value for name, value in params.items() if part in name}
+    return num_nonzero(some) / tree.num_entries(some)
 
 
 @pytest.mark.parametrize("server", [Sgd(), Adam(lr=0.01)])
 def test_sparse_adapter_keeps_one_mask_after_its_first_round(server: Any) -> None:
-    federation = Federation(sparse_adapter(rounds=4, rank=4, local=LOCAL, density=0.25, server=server))
+    federation = Federation(
+        sparse_adapter(rounds=4, rank=4, local=LOCAL, density=0.25, whole_head=False, server=server)
+    )
     first = federation.go_on(federation.start(), 1)
     assert density(first.params) == pytest.approx(0.25, abs=0.001)
     last = federation.go_on(first, 4)
@@ -67,12 +70,22 @@ def test_sparse_adapter_keeps_one_mask_after_its_first_round(server: Any) -> Non
 
 
 def test_adapter_lth_keeps_less_and_less() -> None:
-    federation = Federation(adapter_lth(rounds=4, rank=4, local=LOCAL, keep=0.5))
+    federation = Federation(adapter_lth(rounds=4, rank=4, local=LOCAL, keep=0.5, whole_head=False))
     state, found = federation.start(), []
     for rounds in range(1, 5):
         state = federation.go_on(state, rounds)
         found.append(density(state.params))
     assert found == pytest.approx([0.5, 0.25, 0.125, 0.0625], abs=0.002)
+
+
+@pytest.mark.parametrize(
+    "method", [sparse_adapter(rounds=2, rank=4, local=LOCAL), adapter_lth(rounds=2, rank=4, local=LOCAL)]
+)
+def test_the_head_is_whole_by_default(method: Phases) -> None:
+    federation = Federation(method)
+    pruned = federation.go_on(federation.start(), 1).params
+    assert density(pruned, "lora") == pytest.approx(method[0].recipe.prune.density, abs=0.002)
+    assert density(pruned, "classifier") == 1.0
 
 
 def test_federated_select_sends_less_and_keeps_everything() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.core.rates import LrScale, Schedule
 from fedlora.core.tree import Tree
 from fedlora.server.optimizers import (
     SERVER_OPTIMIZERS,
@@ -19,7 +20,9 @@ from fedlora.server.optimizers import (
     ServerOptimizer,
     Sgd,
     Slots,
+    take_step,
 )
+from fedlora.testing import schema_of
 
 STEPS = 5
 ALL: list[ServerOptimizer] = [*(cls() for cls in SERVER_OPTIMIZERS.values()), Sgd(momentum=0.5)]
@@ -173,3 +176,28 @@ def test_what_it_declares_is_true(optimizer: ServerOptimizer) -> None:
     assert optimizer.adds_unscaled == all(torch.equal(twice[n], params[n] + first[n] + second[n]) for n in params)
     at_rest, _ = optimizer.step(params, {name: torch.zeros_like(value) for name, value in first.items()}, {}, 0)
     assert optimizer.decays == any(bool((at_rest[name].abs() < params[name].abs()).any()) for name in params)
+
+
+@pytest.mark.parametrize("head", [*ALL, AdamW(schedule=Schedule(shape="linear"))], ids=str)
+@pytest.mark.parametrize("server", [Sgd(), Sgd(momentum=0.5, lr_scale=LrScale(adapter=0.5)), AdamW()], ids=str)
+def test_the_head_may_have_a_server_optimiser_of_its_own(server: ServerOptimizer, head: ServerOptimizer) -> None:
+    """Each steps its own part exactly as if there were no other."""
+    schema = schema_of({"b": "adapter", "a": "head"})
+    both, slots = tensors(0), {}
+    apart: dict[str, tuple[Tree, Slots]] = {name: ({name: both[name]}, {}) for name in both}
+    for steps, delta in enumerate(DELTAS):
+        both, slots = take_step((server, head), both, delta, slots, steps, schema, (steps, STEPS))
+        for name, one in (("b", server), ("a", head)):
+            params, state = apart[name]
+            rates = one.rates(schema, (steps, STEPS))
+            apart[name] = one.step(params, {name: delta[name]}, state, steps, rates)
+            assert torch.equal(both[name], apart[name][0][name])
+    assert list(both) == ["b", "a"]
+
+
+def test_without_one_the_server_steps_the_head_too() -> None:
+    schema, optimizer = schema_of({"b": "adapter", "a": "head"}), AdamW(lr_scale=LrScale(head=10.0))
+    found, state = take_step((optimizer, None), tensors(0), DELTAS[0], {}, 0, schema, (0, 1))
+    expected, slots = optimizer.step(tensors(0), DELTAS[0], {}, 0, {"b": 1.0, "a": 10.0})
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert state.keys() == slots.keys()

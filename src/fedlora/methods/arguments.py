@@ -20,6 +20,7 @@ _SHARED = {
     "fold": "updates added to the base between the phases: none, the trained biases, or all that LoRA leaves out.",
     "every": "rounds between two steps of the decay.",
     "scope": "one threshold for all tensors, or one for each.",
+    "whole_head": "whether the task head is left out of pruning and of sparse messages.",
 }
 _OWN = {
     "flasc.down": "the share of entries that is sent to clients.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedlora.core.component import Count, Share
-from fedlora.methods.defaults import ADAPTIVE, PLAIN
+from fedlora.methods.defaults import ADAPTIVE, HEAD, PLAIN
 from fedlora.methods.papers import Memory, Phases, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.recipe.local import Local
@@ -14,7 +14,7 @@ from fedlora.server.aggregate import ProductExact, SparsityWeighted, Stack, SvdR
 from fedlora.server.optimizers import AnyServerOptimizer
 from fedlora.server.optimizers import Sgd as ServerSgd
 from fedlora.server.pruning import Prune
-from fedlora.transport import AnyPrecision, Float32, Link, TopK
+from fedlora.transport import AnyPrecision, Float32, Link, Quota, TopK
 from fedlora.tuning import LoRA
 
 Weighting = Literal["uniform", "examples"]
@@ -52,6 +52,7 @@ def rolora(
     targets: str | tuple[str, ...] = "default",
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ServerSgd(),
+    server_head: AnyServerOptimizer = HEAD,
     local: Local = PLAIN,
     memory: Memory = "none",
 ) -> Phases:
@@ -62,7 +63,16 @@ def rolora(
     """
     tuning = LoRA(rank=rank, alpha=alpha, targets=targets, train="alternate")
     link = Link(precision=precision)
-    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, memory=memory)
+    return fedavg(
+        rounds=rounds,
+        tuning=tuning,
+        down=link,
+        up=link,
+        server=server,
+        server_head=server_head,
+        local=local,
+        memory=memory,
+    )
 
 
 def sparse_adapter(
@@ -73,17 +83,19 @@ def sparse_adapter(
     targets: str | tuple[str, ...] = "default",
     density: Share = 0.25,
     scope: Literal["global", "tensor"] = "tensor",
+    whole_head: bool = True,
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
     """SparseAdapter (arXiv 2210.04284) as in the FLASC paper's comparison: one dense round, then a fixed mask.
 
-    Clients train and send only the remaining entries. FLASC's code uses one threshold for all tensors
+    Clients train and send only the remaining entries, and the whole head; ``whole_head = false`` prunes it too, as
+    FLASC's code does, which leaves little of a head of many classes. That code also uses one threshold for all tensors
     (``scope="global"``); after one round that prunes all of ``B``, and the run stops because nothing would be learnt.
     """
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
-    prune = Prune(density=density, scope=scope)
+    prune = Prune(density=density, scope=scope, quota=_quota(whole_head))
     return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, prune=prune)
 
 
@@ -95,16 +107,18 @@ def adapter_lth(
     targets: str | tuple[str, ...] = "default",
     keep: Share = 0.9,
     every: Count = 1,
+    whole_head: bool = True,
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
     """Adapter-LTH (FLASC, arXiv 2406.05233): every ``every`` rounds, a share ``keep`` of the remaining entries is kept.
 
-    Iterative magnitude pruning without rewinding; clients train and send only the remaining entries.
+    Iterative magnitude pruning without rewinding; clients train and send only the remaining entries, and the whole head
+    (``whole_head = false`` prunes it too).
     """
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
-    prune = Prune(density=keep, first=every, every=every, decay=keep)
+    prune = Prune(density=keep, first=every, every=every, decay=keep, quota=_quota(whole_head))
     return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local, prune=prune)
 
 
@@ -116,13 +130,19 @@ def fed_select(
     targets: str | tuple[str, ...] = "default",
     keep: Share = 0.9,
     every: Count = 1,
+    whole_head: bool = True,
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ADAPTIVE,
     local: Local = Local(),
 ) -> Phases:
-    """Federated Select (FLASC, arXiv 2406.05233): the density of both links decays; clients train everything."""
+    """Federated Select (FLASC, arXiv 2406.05233): the density of both links decays; clients train everything.
+
+    The whole head is sent (``whole_head = false`` makes it compete with the adapters).
+    """
     tuning = LoRA(rank=rank, alpha=alpha, targets=targets)
-    link = Link(sparsify=TopK(density=1.0, decay=keep, decay_every=every), precision=precision)
+    link = Link(
+        sparsify=TopK(density=1.0, quota=_quota(whole_head), decay=keep, decay_every=every), precision=precision
+    )
     return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, server=server, local=local)
 
 
@@ -135,6 +155,7 @@ def fedex(
     fold_rank: Count | None = None,
     weighting: Weighting = "uniform",
     precision: AnyPrecision = Float32(),
+    server_head: AnyServerOptimizer = HEAD,
     local: Local = PLAIN,
     memory: Memory = "none",
     max_base_share: Share | None = None,
@@ -147,7 +168,16 @@ def fedex(
     """
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
     rule = ProductExact(rank=fold_rank, weighting=weighting, max_base_share=max_base_share)
-    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, local=local, memory=memory)
+    return fedavg(
+        rounds=rounds,
+        tuning=tuning,
+        down=link,
+        up=link,
+        aggregator=rule,
+        server_head=server_head,
+        local=local,
+        memory=memory,
+    )
 
 
 def flora(
@@ -158,6 +188,7 @@ def flora(
     targets: str | tuple[str, ...] = "default",
     weighting: Weighting = "uniform",
     precision: AnyPrecision = Float32(),
+    server_head: AnyServerOptimizer = HEAD,
     local: Local = PLAIN,
     memory: Memory = "none",
     reference: Literal["zero", "init"] = "init",
@@ -173,7 +204,16 @@ def flora(
         Stack(weighting=weighting, max_base_share=max_base_share),
     )
     down, up = Link(precision=precision, reference=reference), Link(precision=precision)
-    return fedavg(rounds=rounds, tuning=tuning, down=down, up=up, aggregator=rule, local=local, memory=memory)
+    return fedavg(
+        rounds=rounds,
+        tuning=tuning,
+        down=down,
+        up=up,
+        aggregator=rule,
+        server_head=server_head,
+        local=local,
+        memory=memory,
+    )
 
 
 def flexlora(
@@ -185,13 +225,23 @@ def flexlora(
     weighting: Weighting = "uniform",
     split: Literal["left", "symmetric"] = "left",
     precision: AnyPrecision = Float32(),
+    server_head: AnyServerOptimizer = HEAD,
     local: Local = PLAIN,
     memory: Memory = "none",
 ) -> Phases:
     """FlexLoRA (arXiv 2402.11505): the mean of the products, truncated to the rank by an SVD in each round."""
     tuning, link = LoRA(rank=rank, alpha=alpha, targets=targets), Link(precision=precision)
     rule = SvdRedistribute(weighting=weighting, split=split)
-    return fedavg(rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, local=local, memory=memory)
+    return fedavg(
+        rounds=rounds,
+        tuning=tuning,
+        down=link,
+        up=link,
+        aggregator=rule,
+        server_head=server_head,
+        local=local,
+        memory=memory,
+    )
 
 
 def het_lora(
@@ -216,3 +266,7 @@ def het_lora(
     return fedavg(
         rounds=rounds, tuning=tuning, down=link, up=link, aggregator=rule, server=server, local=local, shrink=shrink
     )
+
+
+def _quota(whole_head: bool) -> Quota:
+    return Quota(head=1.0) if whole_head else Quota()

@@ -15,5 +15,8 @@ AdamW on the server compensates for how unequal they are. A fresh head needs a h
 ADAPTIVE_FULL = AdamW(lr=1e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
 """The same for methods that train the pre-trained weights themselves."""
 
+HEAD = AdamW(lr=5e-2, weight_decay=0.0)
+"""The server optimiser of the head in methods whose adapters need the mean as it is: no product is taken of a head."""
+
 PLAIN = Local(optimizer=Sgd(lr=0.2))
 """The client optimiser of methods whose server applies the mean as it is: it alone sets the size of a round's step."""

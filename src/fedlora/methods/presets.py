@@ -21,15 +21,16 @@ Its server uses ``torch.optim.AdamW`` with PyTorch's decay of 0.01; ``from_pretr
 mode, so that its own dropout is off, while the dropout of PEFT's new layers is on."""
 
 _DROPOUT = {"tuning": {"dropout": 0.1}}
+_HEAD_TOO: dict[str, Any] = {"whole_head": False}
 
 PAPER: dict[str, dict[str, Any]] = {
     "flasc": _FLASC_CODE | {"dropout": 0.1, "reference": "zero"},
     "lora": _FLASC_CODE | _DROPOUT,
     "ffa": _FLASC_CODE | _DROPOUT | {"server": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.0}},
     "full": _FLASC_CODE,
-    "sparse_adapter": _FLASC_CODE | _DROPOUT,
-    "adapter_lth": _FLASC_CODE | _DROPOUT,
-    "fed_select": _FLASC_CODE | _DROPOUT,
+    "sparse_adapter": _FLASC_CODE | _DROPOUT | _HEAD_TOO,
+    "adapter_lth": _FLASC_CODE | _DROPOUT | _HEAD_TOO,
+    "fed_select": _FLASC_CODE | _DROPOUT | _HEAD_TOO,
 }
 """The settings of ``preset = "paper"``, by method: FLASC, and the baselines that FLASC's code has flags for.
 

@@ -31,6 +31,7 @@ class Recipe:
         up: uplink: the same for a client's change.
         aggregator: how a cohort's changes are combined into one.
         server: how that change is applied.
+        server_head: how the change of the task head is applied; as everything else if absent.
         privacy: clip and noise.
         local: a client's local training.
         prune: permanent pruning by the server, if any.
@@ -50,6 +51,7 @@ class Recipe:
     up: Link = Link()
     aggregator: AnyAggregator = Mean()
     server: AnyServerOptimizer = Sgd()
+    server_head: AnyServerOptimizer | None = None
     privacy: AnyPrivacy = NoPrivacy()
     local: Local = Local()
     prune: Prune | None = None

@@ -97,6 +97,11 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
         lambda r: r.tuning.moving == "B" and r.server.lr_scale.A != 1,
         "server.lr_scale.A has no effect where tuning.train = 'B'; leave it out",
     ),
+    "head_rate_of_two_servers": Refusal(
+        lambda r: r.server_head is not None and (r.server.lr_scale.head != 1 or bool(r.server_head.lr_scale.moved)),
+        "server_head steps the head, and nothing else does; set server_head.lr, and leave server.lr_scale.head and "
+        "server_head.lr_scale at 1",
+    ),
     "feedback_without_memory": Refusal(
         lambda r: r.up.feedback and r.memory == "none",
         "up.feedback adds the entries that a client's last message left out to its next one, so clients need a "
@@ -189,7 +194,7 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     "factors_rebuilt_and_stepped": Refusal(
         lambda r: r.aggregator.needs == "factors" and not r.server.adds_unscaled,
         "{aggregator} recomputes both factors, so a server step that adds up changes has no meaning for them; "
-        "leave server at kind = 'sgd' and lr = 1, where lr_scale may name the head",
+        "leave server at kind = 'sgd' and lr = 1, where lr_scale may name the head; server_head may be any",
     ),
     "both_factors_rebuilt": Refusal(
         # without an edit of the base, matching the mean of the products needs both factors

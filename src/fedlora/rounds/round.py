@@ -24,6 +24,7 @@ from fedlora.rounds.ledger import RoundRecord, record
 from fedlora.rounds.outliers import Outliers
 from fedlora.rounds.plan import Plan, make_plan
 from fedlora.rounds.uplink import Uplink
+from fedlora.server.optimizers import take_step
 from fedlora.transport.base_updates import extended
 
 OUTSTANDING = 10.0
@@ -150,8 +151,8 @@ def advance(
         DivergedError: a parameter is not finite.
     """
     shared = {name: state.params[name] for name in change.delta}
-    rates = recipe.server.rates(state.schema, (state.round, rounds))
-    stepped, slots = recipe.server.step(shared, change.delta, state.parts.store("server").trees, state.steps, rates)
+    servers, slots = (recipe.server, recipe.server_head), state.parts.store("server").trees
+    stepped, slots = take_step(servers, shared, change.delta, slots, state.steps, state.schema, (state.round, rounds))
     stepped, slots = recipe.pruning.apply(stepped, slots, state.schema, state.steps + 1)
     folds = extended(state.folds, change.fold) if change.fold else state.folds
     anew = restarted(recipe, state.schema, state.init, named_seed(seed, "start", state.phase), state.steps + 1)

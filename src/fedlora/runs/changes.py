@@ -14,7 +14,7 @@ from fedlora.recipe.modes import MODES
 CHANGES = "changes.json"
 """The file of a run's folder that records its changes."""
 _ROUNDS = re.compile(r"phases\.(\d+)\.rounds")
-_RATE = re.compile(r"phases\.(\d+)\.recipe\.(local\.optimizer|server)\.lr")
+_RATE = re.compile(r"phases\.(\d+)\.recipe\.(local\.optimizer|server|server_head)\.lr")
 _EVALUATE = re.compile(r"evaluate\.\w+")
 
 
@@ -82,9 +82,9 @@ def sentences(held: Experiment, experiment: Experiment, at: Position) -> list[st
     """The changes for the ledger; learning rate schedules that depend on the number of rounds are named."""
     found = [f"from this round on, after {at.round} rounds, {one}" for one in changed_keys(held, experiment)]
     if held.rounds != experiment.rounds:
-        for name in ("local", "server"):
-            settings = getattr(experiment.phases[at.phase].recipe, name)
-            if settings.schedule.shape != "constant" or settings.schedule.warmup:
+        recipe = experiment.phases[at.phase].recipe
+        for name, settings in (("local", recipe.local), ("server", recipe.server), ("server_head", recipe.server_head)):
+            if settings and (settings.schedule.shape != "constant" or settings.schedule.warmup):
                 found.append(f"the schedule of {name}.lr spans {experiment.rounds} rounds from this round on")
     return found
 

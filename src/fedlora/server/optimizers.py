@@ -264,6 +264,49 @@ def _adaptive(
     return result, {"m": first, "v": second}
 
 
+_HEAD = "head."
+
+
+def take_step(
+    servers: tuple[ServerOptimizer, ServerOptimizer | None],
+    params: Tree,
+    delta: Tree,
+    slots: Slots,
+    steps: int,
+    schema: Schema,
+    progress: tuple[int, int],
+) -> tuple[Tree, Slots]:
+    """The server's step of a round, in which the head may have an optimiser of its own.
+
+    Args:
+        servers: the optimiser, and that of the head; if absent, the first one steps everything.
+        params: the parameters, float32.
+        delta: the cohort's aggregated change, with the same names and shapes.
+        slots: the state of both, empty before the first step.
+        steps: number of steps taken before this one.
+        schema: the leaf of each parameter.
+        progress: rounds finished in the whole run, and rounds in the whole run.
+
+    Returns:
+        The new parameters and the new state; the arguments are not modified.
+    """
+    server, head = servers
+    if head is None:
+        return server.step(params, delta, slots, steps, server.rates(schema, progress))
+    stepped: dict[str, Tensor] = {}
+    state: dict[str, Tree] = {}
+    for optimizer, prefix in ((server, ""), (head, _HEAD)):
+        names = [name for name in params if (schema[name].group == "head") == bool(prefix)]
+        own = {
+            slot.removeprefix(prefix): value for slot, value in slots.items() if slot.startswith(_HEAD) == bool(prefix)
+        }
+        values, changes = ({name: part[name] for name in names} for part in (params, delta))
+        result, after = optimizer.step(values, changes, own, steps, optimizer.rates(schema, progress))
+        stepped |= result
+        state |= {f"{prefix}{slot}": value for slot, value in after.items()}
+    return {name: stepped[name] for name in params}, state
+
+
 if TYPE_CHECKING:
     AnyServerOptimizer = ServerOptimizer
 else:
