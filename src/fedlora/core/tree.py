@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 Tree = dict[str, Tensor]
 
@@ -74,7 +75,10 @@ def is_finite(tree: Mapping[str, Tensor]) -> bool:
 
 def flatten(tree: Mapping[str, Tensor]) -> Tensor:
     """All entries as one vector, in the tree's order."""
-    return torch.cat([value.reshape(-1) for value in tree.values()]) if tree else torch.zeros(0)
+    values = list(tree.values())
+    if len(values) > 1:  # one call into torch; it does not copy one tensor
+        return _flatten_dense_tensors(values)  # type: ignore[no-any-return, no-untyped-call]
+    return values[0].reshape(-1).clone() if values else torch.zeros(0)
 
 
 def as_vector(tree: Mapping[str, Tensor]) -> Tensor:
@@ -82,11 +86,12 @@ def as_vector(tree: Mapping[str, Tensor]) -> Tensor:
     values = [value for value in tree.values() if value.numel()]
     if not values:
         return flatten(tree).detach()
-    first, at = values[0], values[0].data_ptr()
-    for value in values:
-        if value.data_ptr() != at or value.dtype != first.dtype or not value.is_contiguous():
-            return flatten(tree).detach()
-        at += value.numel() * first.itemsize
+    first = values[0]
+    starts = accumulate([value.nbytes for value in values[:-1]], initial=first.data_ptr())
+    if list(starts) != [value.data_ptr() for value in values]:
+        return flatten(tree).detach()
+    if {value.dtype for value in values} != {first.dtype} or not all(map(Tensor.is_contiguous, values)):
+        return flatten(tree).detach()
     # between the first and the last of one memory, there is nothing of another
     if first.untyped_storage().data_ptr() != values[-1].untyped_storage().data_ptr():
         return flatten(tree).detach()

@@ -125,6 +125,20 @@ def splitmix(seed: int, size: int) -> NDArray[np.uint64]:
     return draws
 
 
+def places(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """``np.flatnonzero``, in half the time where few are true: it stalls at each of these, so eight are looked at
+    together."""
+    whole = len(mask) & -8
+    if 10 * np.count_nonzero(mask) > len(mask) or not whole or not mask.flags.c_contiguous:
+        return np.flatnonzero(mask)
+    words = mask[:whole].view(np.uint64)
+    used = np.flatnonzero(words != 0)
+    found = np.flatnonzero(words[used].view(np.bool_))
+    used -= np.arange(len(used))
+    found += 8 * used[found >> 3]
+    return found if whole == len(mask) else np.concatenate([found, np.flatnonzero(mask[whole:]) + whole])
+
+
 def pack_bits(bits: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
     """Bits packed into bytes, lowest bit first."""
     return np.packbits(bits, bitorder="little").tobytes()

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlora.core.component import MODEL_CONFIG, Count, Positive, Share, dataclass
 from fedlora.core.schema import Leaf
 from fedlora.core.tree import Tree, as_vector, flatten, unflatten
-from fedlora.transport.magnitude import largest
+from fedlora.transport.magnitude import FEW, few_largest, largest
 from fedlora.transport.positions import random_positions
 
 _PIECE = 1 << 16  # entries that are dropped together, so that they stay in the cache
@@ -199,6 +199,19 @@ class TopK(Sparsifier):
                     if value.numel()
                 }
         return chosen
+
+    def __call__(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int = 0) -> Tree:
+        """That of every sparsifier, without masks where one threshold leaves few entries of the whole tree."""
+        density = self.density_at(round)
+        if density < FEW and self.scope == "global" and not self.quota.shares():
+            vector = flatten(tree).detach()
+            if (places := few_largest(vector, int(len(vector) * density))) is not None:
+                bits = vector.view(torch.int32).numpy()
+                kept = bits[places]
+                bits.fill(0)
+                bits[places] = kept
+                return unflatten(vector, tree)
+        return super().__call__(tree, schema, round, seed)
 
 
 @final
