@@ -12,6 +12,9 @@ from fedlora.core.errors import WireError
 from fedlora.transport.framing import Reader
 
 
+_MANY = 1 << 15  # entries from which it pays to look at eight at a time
+
+
 class Encoder:
     """A range encoder: symbols to 32-bit words."""
 
@@ -81,10 +84,17 @@ def encode_symbols(symbols: NDArray[np.int32], counts: NDArray[np.int64]) -> byt
     used = np.flatnonzero(counts)
     encoder = Encoder()
     if len(used) > 1:
-        rank = np.zeros(len(counts), np.int32)
-        rank[used] = np.arange(len(used))
-        encoder.encode(rank[symbols], counts[used].astype(np.float64))
+        encoder.encode(_ranks(symbols, used, len(counts)), counts[used].astype(np.float64))
     return encoder.to_bytes()
+
+
+def _ranks(symbols: NDArray[np.int32], used: NDArray[np.intp], size: int) -> NDArray[np.int32]:
+    """The places of the symbols among those in use."""
+    if used[-1] - used[0] == len(used) - 1:
+        return symbols - np.int32(used[0]) if used[0] else symbols
+    ranks = np.zeros(size, np.int32)
+    ranks[used] = np.arange(len(used))
+    return ranks[symbols]
 
 
 def decode_symbols(raw: memoryview, counts: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -125,12 +135,12 @@ def splitmix(seed: int, size: int) -> NDArray[np.uint64]:
     return draws
 
 
-def places(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+def where_true(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
     """``np.flatnonzero``, in half the time where few are true: it stalls at each of these, so eight are looked at
     together."""
-    whole = len(mask) & -8
-    if 10 * np.count_nonzero(mask) > len(mask) or not whole or not mask.flags.c_contiguous:
+    if len(mask) < _MANY or 10 * np.count_nonzero(mask) > len(mask):
         return np.flatnonzero(mask)
+    whole = len(mask) & -8
     words = mask[:whole].view(np.uint64)
     used = np.flatnonzero(words != 0)
     found = np.flatnonzero(words[used].view(np.bool_))

@@ -29,7 +29,10 @@ class Reader:
 
     def byte(self) -> int:
         """The next byte."""
-        return self.take(1)[0]
+        if not self.rest():
+            self.take(1)  # which is refused
+        self._at += 1
+        return self._raw[self._at - 1]
 
     def varint(self, largest: int) -> int:
         """A base-128 count, lowest digit first; refused if it exceeds ``largest`` or is not in its shortest form."""
@@ -52,9 +55,6 @@ class Reader:
 
 def varint(value: int) -> bytes:
     """``value`` in base 128, lowest digit first, with the high bit set on every byte but the last."""
-    digits = bytearray()
-    while value > 127:
-        digits.append(value & 127 | 128)
-        value >>= 7
-    digits.append(value)
-    return bytes(digits)
+    if value < 128:
+        return bytes([value])
+    return bytes([value & 127 | 128]) + varint(value >> 7)

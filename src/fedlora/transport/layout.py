@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from operator import getitem
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import WireError
 from fedlora.core.tree import Tree
-from fedlora.transport.coder import pack_bits, take_bits
+from fedlora.transport.coder import pack_bits, take_bits, where_true
 from fedlora.transport.framing import Reader, varint
 from fedlora.transport.positions import (
     RANGE,
@@ -50,6 +51,7 @@ class Stored(NamedTuple):
     raw: bytes
     where: NDArray[np.intp] | None  # None: all of them
     runs: list[int]
+    zeros: bool = True  # whether entries may be among them that need not be stored
 
 
 class _Part:
@@ -58,9 +60,8 @@ class _Part:
     def __init__(self, whole: Run, sizes: Sequence[int]) -> None:
         self.whole = whole
         self.sizes = sizes
-        ends = np.cumsum(sizes)
-        self.ends: list[int] = ends.tolist()
-        at = np.searchsorted(self.whole.where, ends)
+        self.ends = list(accumulate(sizes))
+        at = np.searchsorted(self.whole.where, self.ends)
         self._at: list[int] = at.tolist()
         self.last: list[int] = self.whole.where[at - 1].tolist()
         self.counts = _steps(self._at)
@@ -104,7 +105,7 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
     sizes = [value.numel() for value in like.values()]
     total = len(nonzero)
     if nonzero.all():
-        return Stored(_table([DENSE] * len(sizes)), None, sizes)
+        return Stored(_table([DENSE] * len(sizes)), None, sizes, zeros=False)
     whole = run_of(nonzero)
     if not len(whole.where):
         return Stored(_table([EMPTY] * len(sizes)), whole.where, [0] * len(sizes))
@@ -142,7 +143,7 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
         (where,) = _read_positions(reader, [], sum(sizes))
         return Stored(b"", where, _counts(where, sizes))
     mask = np.zeros(sum(sizes), np.bool_)
-    runs = np.split(mask, np.cumsum(sizes)[:-1])
+    runs = _split(mask, sizes)
     coded: list[tuple[Bools, Segment]] = []
     for (name, value), layout, run in zip(like.items(), layouts, runs, strict=True):
         if layout == DENSE:
@@ -159,7 +160,7 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
             grid[:rows, :columns] = True
     pool = [run for run, layout in zip(runs, layouts, strict=True) if layout == POOLED]
     _fill(reader, coded, pool)
-    where = np.flatnonzero(mask)
+    where = where_true(mask)
     return Stored(b"", where, _counts(where, sizes))
 
 
@@ -173,13 +174,18 @@ def _fill(reader: Reader, coded: Sequence[tuple[Bools, Segment]], pool: Sequence
         _spread(found[-1], pool)
 
 
-def _spread(places: NDArray[np.intp], pool: Sequence[Bools]) -> None:
-    """Marks the places of a pool in its tensors, which lie one after the other in it."""
-    ends = np.cumsum([len(run) for run in pool])
-    together = np.zeros(ends[-1], np.bool_)
-    together[places] = True
-    for run, part in zip(pool, np.split(together, ends[:-1]), strict=True):
+def _spread(where: NDArray[np.intp], pool: Sequence[Bools]) -> None:
+    """Marks the positions in a pool in its tensors, which lie one after the other in it."""
+    sizes = [len(run) for run in pool]
+    together = np.zeros(sum(sizes), np.bool_)
+    together[where] = True
+    for run, part in zip(pool, _split(together, sizes), strict=True):
         run[:] = part
+
+
+def _split(mask: Bools, sizes: Sequence[int]) -> list[Bools]:
+    """The part of each tensor; ``np.split`` takes ten times as long."""
+    return [mask[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
 
 def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[NDArray[np.intp]]:
@@ -195,7 +201,7 @@ def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) 
 
 def _counts(where: NDArray[np.intp], sizes: Sequence[int]) -> list[int]:
     """The number of positions in each tensor."""
-    return _steps(np.searchsorted(where, np.cumsum(sizes)).tolist())
+    return _steps(np.searchsorted(where, list(accumulate(sizes))).tolist())
 
 
 def _steps(ends: Sequence[int]) -> list[int]:
@@ -216,22 +222,26 @@ def _drawn(part: _Part, names: Sequence[str], draw: Draw) -> dict[int, NDArray[n
 
 def _boxes(part: _Part, shapes: Sequence[Sequence[int]]) -> dict[int, tuple[int, int]]:
     """The rows and columns that hold entries, of the tensors where these are not all."""
-    found: list[tuple[int, int, int]] = []
+    boxes: dict[int, tuple[int, int]] = {}
+    found: list[tuple[int, int]] = []
     for i, (shape, size, count) in enumerate(zip(shapes, part.sizes, part.counts, strict=True)):
         if len(shape) < 2 or not 0 < count < size:
             continue
         end, width = part.ends[i], size // shape[0]
         rows = shape[0] - (end - 1 - part.last[i]) // width
-        if rows < shape[0] or not np.count_nonzero(part.whole.kept[end - size + width - 1 : end : width]):
-            found.append((i, rows, width))
+        if not np.count_nonzero(part.whole.kept[end - size + width - 1 : end : width]):
+            boxes[i] = rows, 0  # how many columns is found below
+            found.append((i, width))
+        elif rows < shape[0]:
+            boxes[i] = rows, width
     if not found:
-        return {}
-    counts = [part.counts[i] for i, _, _ in found]
-    places = np.concatenate([part.where(i) for i, _, _ in found])
-    places -= np.repeat([part.ends[i] - part.sizes[i] for i, _, _ in found], counts)
-    places %= np.repeat([width for _, _, width in found], counts)
+        return boxes
+    counts = [part.counts[i] for i, _ in found]
+    places = np.concatenate([part.where(i) for i, _ in found])
+    places -= np.repeat([part.ends[i] - part.sizes[i] for i, _ in found], counts)
+    places %= np.repeat([width for _, width in found], counts)
     columns = np.maximum.reduceat(places, np.cumsum([0, *counts[:-1]]))
-    return {i: (rows, last + 1) for (i, rows, _), last in zip(found, columns.tolist(), strict=True)}
+    return boxes | {i: (boxes[i][0], last + 1) for (i, _), last in zip(found, columns.tolist(), strict=True)}
 
 
 def _costs(
@@ -239,30 +249,24 @@ def _costs(
 ) -> Costs:
     """Bits of each layout, in rows, for each tensor on its own; infinite if it cannot have that layout."""
     table = np.full((BOX + 1, len(part.sizes)), np.inf)
-    size, count = np.array(part.sizes, np.float64), np.array(part.counts, np.float64)
-    none, all_, values = count == 0, count == size, value_bits * count
-    table[EMPTY, none] = 0.0
-    dense = ~none if value_bits >= _PLAIN_BITS else all_ & ~none
-    table[DENSE, dense] = value_bits * size[dense]
-    some = ~none & ~all_
-    table[BITMAP, some] = (8 * np.ceil(size / 8) + values)[some]
-    table[CODED, some] = (8 * _digits(count) + _entropy(count, size) + values)[some]
+    size, count = np.array([part.sizes, part.counts], np.float64)
+    rows, columns = np.array([boxes.get(i, (0, 0)) for i in range(len(size))], np.float64).T
+    area, values, any_ = rows * columns, value_bits * count, count > 0
+    some, plain = any_ & (count < size), value_bits >= _PLAIN_BITS
+    # all numbers of one kind at a time: there are few, and every call takes longer than they
+    for_count, for_rows, for_columns = 8 * (np.searchsorted(_DIGITS, [count, rows, columns], side="right") + 1)
+    for_places, for_inside = _entropy(count, np.stack([size, area]))
+    table[EMPTY, ~any_] = 0.0
+    np.copyto(table[DENSE], value_bits * size, where=any_ if plain else any_ ^ some)
+    np.copyto(table[BITMAP], 8 * np.ceil(size / 8) + values, where=some)
+    np.copyto(table[CODED], for_count + for_places + values, where=some)
+    if boxes:
+        # as symbols, zeros cost bits and a table
+        inside = np.where((area == count) | plain, value_bits * area, values + (for_inside + 2 * _WORD_BITS))
+        np.copyto(table[BOX], for_rows + for_columns + inside, where=area > 0)
     for i, places in drawn.items():
         table[SEEDED, i] = 8 * len(varint(len(places))) + value_bits * len(places)
-    if boxes:
-        at, (rows, columns) = list(boxes), np.array(list(boxes.values()), np.float64).T
-        area, kept = rows * columns, count[at]
-        # as symbols, zeros cost bits and a table
-        inside = value_bits * kept + (_entropy(kept, area) + 2 * _WORD_BITS)
-        inside = np.where((area == kept) | (value_bits >= _PLAIN_BITS), value_bits * area, inside)
-        table[BOX, at] = 8 * (_digits(rows) + _digits(columns)) + inside
     return table
-
-
-def _digits(count: Costs) -> Costs:
-    """Bytes of counts as varints."""
-    digits = np.searchsorted(_DIGITS, count, side="right") + 1
-    return digits.astype(np.float64)
 
 
 def _entropy(count: Costs, size: Costs) -> Costs:
@@ -282,7 +286,8 @@ def _cheapest(table: Costs, left: Sequence[int]) -> list[int]:
 
 def _cost(plan: Sequence[int], columns: Sequence[Sequence[float]], part: _Part, value_bits: float) -> float:
     """Bits of a plan, from the bits of every layout for each tensor."""
-    bits = 8.0 * len(_table(plan)) + sum(map(getitem, columns, plan))
+    table = 1 if len(set(plan)) < 2 else 1 + -(-len(plan) // 2)
+    bits = 8.0 * table + sum(map(getitem, columns, plan))
     bits += 64.0 * (SEEDED in plan) + _WORD_BITS * (CODED in plan or POOLED in plan)
     if POOLED in plan:
         pool = part.pooled(plan)
@@ -324,8 +329,8 @@ def _write(
             _grid(run, shapes[i])[:rows, :columns] = True
     chunks.append(_write_positions(coded, part.pool(plan) if POOLED in plan else None))
     if whole:
-        return Stored(b"".join(chunks), part.whole.where, part.counts)
-    where = np.flatnonzero(stored)
+        return Stored(b"".join(chunks), part.whole.where, part.counts, zeros=False)
+    where = where_true(stored)
     return Stored(b"".join(chunks), where, _counts(where, sizes))
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.transport.coder import places
+from fedlora.transport.coder import where_true
 
 _PIECE = 1 << 18  # entries whose magnitudes are looked at together, so that a large vector is not copied as a whole
 _CACHED = 1 << 17  # the same on the CPU with a sample, so that they stay in the cache
@@ -59,7 +59,7 @@ def few_largest(vector: Tensor, k: int) -> NDArray[np.intp] | None:
     found, magnitudes, count = [], [], 0
     for start in range(0, len(bits), _CACHED):
         magnitude = bits[start : start + _CACHED] & _NO_SIGN
-        large = places(magnitude >= low)
+        large = where_true(magnitude >= low)
         count += len(large)
         if count > len(bits) // 4:
             return None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from fedlora.core.errors import WireError
-from fedlora.transport.coder import Decoder, Encoder, pack_bits, splitmix, take_bits, unpack_bits
+from fedlora.transport.coder import Decoder, Encoder, pack_bits, splitmix, take_bits, unpack_bits, where_true
 from fedlora.transport.deflate import deflate, inflate
 from fedlora.transport.framing import Reader, varint
 
@@ -97,7 +97,7 @@ class Run(NamedTuple):
 
 def run_of(kept: NDArray[np.bool_]) -> Run:
     """The run of these entries."""
-    return Run(kept, np.flatnonzero(kept))
+    return Run(kept, where_true(kept))
 
 
 def encode_pool(run: Run) -> bytes:
@@ -119,7 +119,7 @@ def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.int
         kept = unpack_bits(inflate(reader, -(-segment.size // 8)), segment.size)
         if np.count_nonzero(kept) != segment.kept:
             raise WireError("a bitmap of other than the stated number of entries")
-        return np.flatnonzero(kept.view(np.bool_))
+        return where_true(kept.view(np.bool_))
     if coding != GAPS:
         raise WireError(f"the unknown coding {coding} of positions")
     width = segment.low_bits

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.errors import WireError
-from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, take_bits
+from fedlora.transport.coder import decode_symbols, encode_symbols, pack_bits, take_bits, unpack_bits
 from fedlora.transport.deflate import deflate, inflate
 from fedlora.transport.framing import Reader, varint
 
@@ -17,7 +15,6 @@ Symbols = NDArray[np.int8]
 _RAW, _CLASSES, _COUNTED, _HUFFMAN, _HALVES, _SIGNS = range(6)  # ways to write symbols
 _PER_SYMBOL = 64  # values per possible symbol above which counting symbols beats counting classes
 _FEWEST = 16 << 10  # bytes of raw symbols from which a Huffman code's table costs little
-_PLACES = np.array([1, 2, 4, 8], np.int32)  # of the bits of a symbol
 _SAMPLE, _LOSS = 1 << 15, 1.008  # of all symbols, how many are looked at; the bits that half the time may cost
 
 
@@ -52,10 +49,10 @@ def _encode_entropy(symbols: Symbols, raw: NDArray[np.uint8], width: int) -> tup
         if width == 8 and _low_is_random(symbols):  # half of the bytes take half of the time
             return _HALVES, [deflate(_to_raw(symbols >> 4, 4)), _to_raw(symbols, 4).data]
         return _HUFFMAN, [deflate(raw)]
-    largest, wide = largest_of(width), symbols.astype(np.int32)
+    largest = largest_of(width)
     if len(symbols) >= _PER_SYMBOL * (2 * largest + 1):
-        return _COUNTED, [_encode_counted(wide, largest)]
-    return _CLASSES, [_encode_classes(wide, largest)]
+        return _COUNTED, [_encode_counted(symbols.astype(np.int32), largest)]
+    return _CLASSES, [_encode_classes(symbols, largest)]
 
 
 def decode(reader: Reader, bits: int, total: int) -> Symbols:
@@ -76,7 +73,7 @@ def decode(reader: Reader, bits: int, total: int) -> Symbols:
     elif mode == _COUNTED:
         symbols = decode_symbols(*_counted(reader, 2 * largest + 1, total)).astype(np.int8) - np.int8(largest)
     elif mode == _CLASSES:
-        symbols = _decode_classes(reader, largest, total).astype(np.int8)
+        symbols = _decode_classes(reader, largest, total)
     else:
         raise WireError(f"the unknown coding {mode} of symbols")
     if total and int(symbols.min()) < -largest:
@@ -153,26 +150,23 @@ def _apart(raw: NDArray[np.uint8], width: int, total: int) -> Symbols:
     return raw.view(np.int8)[:total]
 
 
-class _Classes(NamedTuple):
-    """Magnitudes up to 127 in 28 classes: 0 to 15 one each, then four per octave, with the lowest bits kept apart."""
+def _classes() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The class of every magnitude, and the smallest magnitude of every class.
 
-    of: NDArray[np.int32]  # magnitude to class
-    base: NDArray[np.int32]  # class to its smallest magnitude
-    low_bits: NDArray[np.int32]  # class to the number of bits that distinguish its magnitudes
-
-
-def _classes() -> _Classes:
+    Magnitudes up to 127 are in 28 classes: 0 to 15 one each, then four per octave, with the lowest bits kept apart: two
+    of magnitudes from 16 on, three from 32 on, four from 64 on.
+    """
     magnitudes = np.arange(128)
     octave = np.maximum(np.int32(np.floor(np.log2(np.maximum(magnitudes, 1)))), 4)
-    of = np.where(magnitudes < 16, magnitudes, 16 + 4 * (octave - 4) + (magnitudes >> (octave - 2) & 3)).astype(
-        np.int32
-    )
-    base = np.array([int(np.argmax(of == each)) for each in range(28)], np.int32)
-    low_bits = np.array([0] * 16 + [2] * 4 + [3] * 4 + [4] * 4, np.int32)
-    return _Classes(of, base, low_bits)
+    of = np.where(magnitudes < 16, magnitudes, 16 + 4 * (octave - 4) + (magnitudes >> (octave - 2) & 3))
+    return of.astype(np.uint8), np.searchsorted(of, np.arange(28)).astype(np.uint8)
 
 
-_TABLE = _classes()
+_CLASS, _BASE = _classes()
+_BITS = {
+    width: unpack_bits(np.arange(1 << width, dtype=np.uint8), 8 << width).reshape(-1, 8)[:, :width].copy()
+    for width in (2, 3, 4)
+}
 
 
 def _encode_counted(symbols: NDArray[np.int32], largest: int) -> bytes:
@@ -191,44 +185,48 @@ def _counted(reader: Reader, size: int, total: int) -> tuple[memoryview, NDArray
     return reader.words(total), counts
 
 
-def _encode_classes(symbols: NDArray[np.int32], largest: int) -> bytes:
+def _encode_classes(symbols: Symbols, largest: int) -> bytes:
     """The counts of classes, the coded classes, the signs of nonzero values, and the lowest bits by octave."""
-    magnitudes = np.abs(symbols)
-    classes = _TABLE.of[magnitudes] if largest > 15 else magnitudes
-    counts = np.bincount(classes, minlength=int(_TABLE.of[largest]) + 1)
-    words = encode_symbols(classes, counts)
-    bits = [symbols[symbols != 0] < 0]
+    magnitudes = np.abs(symbols).view(np.uint8)
+    classes = _CLASS[magnitudes] if largest > 15 else magnitudes
+    counts = np.bincount(classes, minlength=int(_CLASS[largest]) + 1)
+    words = encode_symbols(classes.astype(np.int32), counts)
+    bits = [(symbols < 0)[np.flatnonzero(magnitudes != 0)].view(np.uint8)]
     if largest > 15:
-        low = _TABLE.low_bits[classes]
-        bits += [_to_bits(magnitudes[np.flatnonzero(low == width)], width) for width in (2, 3, 4)]
+        bits += [_to_bits(magnitudes[_of_width(magnitudes, width)], width) for width in _BITS]
     return b"".join([*map(varint, counts.tolist()), varint(len(words) // 4), words, pack_bits(np.concatenate(bits))])
 
 
-def _decode_classes(reader: Reader, largest: int, total: int) -> NDArray[np.int32]:
-    words, counts = _counted(reader, int(_TABLE.of[largest]) + 1, total)
-    classes = decode_symbols(words, counts)
-    magnitudes = _TABLE.base[classes]
-    nonzero = total - int(counts[0])
-    widths = {width: int(counts[_TABLE.low_bits[: len(counts)] == width].sum()) for width in (2, 3, 4)}
-    bits = take_bits(reader, nonzero + sum(width * count for width, count in widths.items()))
-    if largest > 15:
-        at, low = nonzero, _TABLE.low_bits[classes]
-        for width, count in widths.items():
-            if count:
-                magnitudes[np.flatnonzero(low == width)] += _unsigned(bits[at : at + width * count], width)
-            at += width * count
-    negative = np.flatnonzero(magnitudes)[bits[:nonzero].view(np.bool_)]
-    magnitudes[negative] *= -1
-    return magnitudes
+def _decode_classes(reader: Reader, largest: int, total: int) -> Symbols:
+    words, counts = _counted(reader, int(_CLASS[largest]) + 1, total)
+    magnitudes = _BASE[decode_symbols(words, counts)]
+    nonzero = np.flatnonzero(magnitudes != 0)
+    octaves = [_of_width(magnitudes, width) for width in _BITS]
+    bits = take_bits(reader, len(nonzero) + sum(width * len(of) for width, of in zip(_BITS, octaves, strict=True)))
+    at = len(nonzero)
+    for width, of in zip(_BITS, octaves, strict=True):
+        magnitudes[of] += _unsigned(bits[at : at + width * len(of)], width)
+        at += width * len(of)
+    signs = np.ones(total, np.int8)
+    signs[nonzero] -= 2 * bits[: len(nonzero)].view(np.int8)
+    signs *= magnitudes.view(np.int8)
+    return signs
 
 
-def _to_bits(symbols: NDArray[np.int32], width: int) -> NDArray[np.bool_]:
-    """The lowest ``width`` bits of each symbol, lowest first."""
-    bits = np.empty((len(symbols), width), np.bool_)
-    for bit in range(width):
-        np.not_equal(symbols & (1 << bit), 0, out=bits[:, bit])
-    return bits.reshape(-1)
+def _of_width(magnitudes: NDArray[np.uint8], width: int) -> NDArray[np.intp]:
+    """Where so many lowest bits are kept apart."""
+    return np.flatnonzero(magnitudes >> np.uint8(width + 2) == 1)
 
 
-def _unsigned(bits: NDArray[np.uint8], width: int) -> NDArray[np.int32]:
-    return bits.reshape(-1, width) @ _PLACES[:width]
+def _to_bits(magnitudes: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """The lowest ``width`` bits of each magnitude, lowest first."""
+    return _BITS[width].take(magnitudes & np.uint8((1 << width) - 1), axis=0).reshape(-1)
+
+
+def _unsigned(bits: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """The inverse of ``_to_bits``."""
+    columns = bits.reshape(-1, width)
+    numbers = columns[:, 0].copy()
+    for bit in range(1, width):
+        numbers += columns[:, bit] * np.uint8(1 << bit)
+    return numbers

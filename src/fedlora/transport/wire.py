@@ -208,7 +208,7 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     nonzero = values != 0
     stored = write_layout(nonzero, tree, form.precision.value_bits, form.draw)
     chosen = values if stored.where is None else values[stored.where]
-    if np.count_nonzero(nonzero) < len(chosen):
+    if stored.zeros:
         with np.errstate(invalid="ignore"):  # NaN is refused in `write`
             chosen = chosen + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
