@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from fedlora.core.errors import WireError
 from fedlora.transport.framing import Reader
 
-
 _MANY = 1 << 15  # entries from which it pays to look at eight at a time
 
 

@@ -77,7 +77,7 @@ class _Part:
     def run(self, i: int) -> Run:
         """The entries of one tensor."""
         chosen = self.slice(i)
-        return Run(self.whole.kept[chosen], self.where(i) - chosen.start)
+        return Run(self.whole.kept[chosen], self.where(i), chosen.start)
 
     def pool(self, plan: Sequence[int]) -> Run:
         """The entries of the pooled tensors."""

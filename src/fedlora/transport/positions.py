@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ RANGE, BITS, GAPS = range(3)
 _FEWEST = {GAPS: 8 << 10, BITS: 24 << 10}  # bytes of positions from which a Huffman code's table costs little
 _LONG = 255  # this byte makes a gap longer by that many units
 _ESCAPE = 128  # this symbol makes a gap longer by that many units
+_TOGETHER = 64  # segments whose weights are computed at a time
 _UNIT = 2.0**40  # weights are whole numbers below this, so that their sums are exact in any order
 
 
@@ -74,10 +75,11 @@ class Segment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The entries of a segment: one bool for each, and the positions of the kept ones."""
+    """The entries of a segment: one bool for each, and the positions of the kept ones, counted from ``start``."""
 
     kept: NDArray[np.bool_]
     where: NDArray[np.intp]
+    start: int = 0
 
     @property
     def segment(self) -> Segment:
@@ -87,11 +89,12 @@ class Run(NamedTuple):
     @property
     def gaps(self) -> NDArray[np.int64]:
         """The numbers of entries between those of the rarer kind."""
-        rarer = self.where if 2 * len(self.where) <= len(self.kept) else np.flatnonzero(~self.kept)
+        few = 2 * len(self.where) <= len(self.kept)
+        rarer, start = (self.where, self.start) if few else (np.flatnonzero(~self.kept), 0)
         gaps = np.empty(len(rarer), np.int64)
-        gaps[:1] = rarer[:1]
+        gaps[:1] = rarer[:1] - (start - 1)
         np.subtract(rarer[1:], rarer[:-1], out=gaps[1:])
-        gaps[1:] -= 1
+        gaps -= 1
         return gaps
 
 
@@ -137,11 +140,11 @@ def encode_positions(runs: Sequence[Run]) -> bytes:
     """Encodes the gaps between positions: high parts range coded under a geometric distribution, low bits raw."""
     encoder = Encoder()
     low: list[NDArray[np.uint8]] = []
-    for run in runs:
-        segment = run.segment
-        if segment.rare:
-            gaps, width = run.gaps, segment.low_bits
-            encoder.encode(_with_escapes(gaps >> width), _weights(segment))
+    runs = [run for run in runs if run.segment.rare]
+    for run, model in zip(runs, _models([run.segment for run in runs]), strict=True):
+        gaps, width = run.gaps, model.width
+        encoder.encode(_with_escapes(gaps >> width), model.weights)
+        if width:
             low.append(_low(gaps, width))
     coded = encoder.to_bytes()
     return varint(len(coded) // 4) + coded + (pack_bits(np.concatenate(low)) if low else b"")
@@ -154,10 +157,12 @@ def decode_positions(reader: Reader, segments: Sequence[Segment]) -> list[NDArra
         WireError: the bytes are not such an encoding.
     """
     decoder = Decoder(reader.words(sum(segment.size for segment in segments)))
-    high = [_without_escapes(decoder, segment) for segment in segments]
+    high, widths = [], []
+    for segment, model in zip(segments, _models(segments), strict=True):
+        high.append(_without_escapes(decoder, segment, model))
+        widths.append(model.width)
     decoder.close()
-    widths = [segment.low_bits for segment in segments]
-    counts = [segment.rare * width for segment, width in zip(segments, widths, strict=True)]
+    counts = [len(gaps) * width for gaps, width in zip(high, widths, strict=True)]
     bits, places, at = take_bits(reader, sum(counts)), [], 0
     for segment, gaps, width, count in zip(segments, high, widths, counts, strict=True):
         places.append(segment.places(_with_low(gaps, bits[at : at + count], width)))
@@ -182,21 +187,34 @@ def random_positions(seed: int, name: str, size: int, count: int) -> NDArray[np.
     return np.sort(np.argpartition(draws, count - 1)[:count])
 
 
-def _weights(segment: Segment) -> NDArray[np.float64]:
+class _Model(NamedTuple):
+    """The bits of a gap that are stored raw, and the weights of its high part."""
+
+    width: int
+    weights: NDArray[np.float64]
+
+
+def _models(segments: Sequence[Segment]) -> Iterator[_Model]:
     """Weights of the high parts 0 to ``_ESCAPE - 1`` and of the escape: ``q ** j (1 - q)`` and ``q ** _ESCAPE``.
 
-    Whole numbers computed by products of doubles alone, so that they are the same on every machine.
+    Whole numbers computed by products of doubles alone, so that they are the same on every machine; of many segments
+    at a time, as NumPy's calls would take most of the time.
     """
-    q = 1.0 - segment.rare / segment.size
-    for _ in range(segment.low_bits):
-        q *= q
-    weights = np.full(_ESCAPE + 1, q)
-    weights[0] = 1.0
-    np.multiply.accumulate(weights, out=weights)
-    weights[:_ESCAPE] *= (1.0 - q) * _UNIT
-    weights[_ESCAPE] *= _UNIT
-    floored: NDArray[np.float64] = np.floor(weights)
-    return floored
+    for start in range(0, len(segments), _TOGETHER):
+        some = segments[start : start + _TOGETHER]
+        widths = [segment.low_bits for segment in some]
+        q = [1.0 - segment.rare / segment.size if segment.rare else 1.0 for segment in some]
+        for i, width in enumerate(widths):
+            for _ in range(width):
+                q[i] *= q[i]
+        weights = np.empty((len(some), _ESCAPE + 1))
+        weights[:] = np.reshape(q, (-1, 1))
+        weights[:, 0] = 1.0
+        np.multiply.accumulate(weights, axis=1, out=weights)
+        weights[:, :_ESCAPE] *= np.reshape([(1.0 - one) * _UNIT for one in q], (-1, 1))
+        weights[:, _ESCAPE] *= _UNIT
+        np.floor(weights, out=weights)
+        yield from map(_Model, widths, weights)
 
 
 def _low(gaps: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
@@ -233,16 +251,15 @@ def _with_escapes(high: NDArray[np.intp]) -> NDArray[np.int32]:
     return symbols
 
 
-def _without_escapes(decoder: Decoder, segment: Segment) -> NDArray[np.int64]:
-    if not segment.rare:
-        return np.zeros(0, np.int64)
-    model: Any = _weights(segment)
+def _without_escapes(decoder: Decoder, segment: Segment, model: _Model) -> NDArray[np.int64]:
     missing, pieces, escapes = segment.rare, [], 0
+    if not missing:
+        return np.zeros(0, np.int64)
     while missing:
-        pieces.append(decoder.decode(model, missing))
+        pieces.append(decoder.decode(model.weights, missing))
         missing = int(np.count_nonzero(pieces[-1] == _ESCAPE))
         escapes += missing
-        if escapes * (_ESCAPE << segment.low_bits) > segment.size:
+        if escapes * (_ESCAPE << model.width) > segment.size:
             raise WireError("a position behind the last entry")
     if not escapes:
         return pieces[0].astype(np.int64)
