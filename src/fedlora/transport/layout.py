@@ -142,50 +142,38 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
     if set(layouts) == {POOLED}:
         (where,) = _read_positions(reader, [], sum(sizes))
         return Stored(b"", where, _counts(where, sizes))
-    mask = np.zeros(sum(sizes), np.bool_)
-    runs = _split(mask, sizes)
-    coded: list[tuple[Bools, Segment]] = []
-    for (name, value), layout, run in zip(like.items(), layouts, runs, strict=True):
+    found = [np.zeros(0, np.intp)] * len(sizes)  # the positions in each tensor
+    coded: dict[int, Segment] = {}
+    for i, ((name, value), layout, size) in enumerate(zip(like.items(), layouts, sizes, strict=True)):
         if layout == DENSE:
-            run[:] = True
+            found[i] = np.arange(size)
         elif layout == CODED:
-            coded.append((run, Segment(len(run), reader.varint(len(run)))))
+            coded[i] = Segment(size, reader.varint(size))
         elif layout == SEEDED:
-            run[random_positions(seed, name, len(run), reader.varint(len(run)))] = True
+            found[i] = random_positions(seed, name, size, reader.varint(size))
         elif layout == BITMAP:
-            run[:] = take_bits(reader, len(run)).view(np.bool_)
+            found[i] = np.flatnonzero(take_bits(reader, size).view(np.bool_))
         elif layout == BOX:
-            grid = _grid(run, value.shape)
-            rows, columns = (reader.varint(side) for side in grid.shape)
-            grid[:rows, :columns] = True
-    pool = [run for run, layout in zip(runs, layouts, strict=True) if layout == POOLED]
-    _fill(reader, coded, pool)
-    where = where_true(mask)
-    return Stored(b"", where, _counts(where, sizes))
-
-
-def _fill(reader: Reader, coded: Sequence[tuple[Bools, Segment]], pool: Sequence[Bools]) -> None:
-    """Reads the positions in the coded tensors, and in those of the pool, and marks them."""
-    segments = [segment for _, segment in coded]
-    found = _read_positions(reader, segments, sum(map(len, pool)) if pool else None)
-    for (run, _), places in zip(coded, found, strict=False):
-        run[places] = True
+            height, width = _sides(value.shape, size)
+            rows, columns = reader.varint(height), reader.varint(width)
+            found[i] = np.add.outer(width * np.arange(rows), np.arange(columns)).reshape(-1)
+    pool = [i for i, layout in enumerate(layouts) if layout == POOLED]
+    in_pool = [sizes[i] for i in pool]
+    places = _read_positions(reader, list(coded.values()), sum(in_pool) if pool else None)
     if pool:
-        _spread(found[-1], pool)
+        places[-1:] = _apart(places[-1], in_pool)
+    for i, where in zip([*coded, *pool], places, strict=True):
+        found[i] = where
+    starts = accumulate(sizes[:-1], initial=0)
+    together = np.concatenate([where + start for where, start in zip(found, starts, strict=True)])
+    return Stored(b"", together, list(map(len, found)))
 
 
-def _spread(where: NDArray[np.intp], pool: Sequence[Bools]) -> None:
-    """Marks the positions in a pool in its tensors, which lie one after the other in it."""
-    sizes = [len(run) for run in pool]
-    together = np.zeros(sum(sizes), np.bool_)
-    together[where] = True
-    for run, part in zip(pool, _split(together, sizes), strict=True):
-        run[:] = part
-
-
-def _split(mask: Bools, sizes: Sequence[int]) -> list[Bools]:
-    """The part of each tensor; ``np.split`` takes ten times as long."""
-    return [mask[end - size : end] for end, size in zip(accumulate(sizes), sizes, strict=True)]
+def _apart(where: NDArray[np.intp], sizes: Sequence[int]) -> list[NDArray[np.intp]]:
+    """The positions in each tensor, from those in all of them together."""
+    ends = list(accumulate(sizes))
+    parts = np.split(where, np.searchsorted(where, ends[:-1]))
+    return [part - (end - size) for part, end, size in zip(parts, ends, sizes, strict=True)]
 
 
 def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[NDArray[np.intp]]:
@@ -326,7 +314,7 @@ def _write(
         elif layout == BOX:
             rows, columns = boxes[i]
             chunks += [varint(rows), varint(columns)]
-            _grid(run, shapes[i])[:rows, :columns] = True
+            run.reshape(_sides(shapes[i], len(run)))[:rows, :columns] = True
     chunks.append(_write_positions(coded, part.pool(plan) if POOLED in plan else None))
     if whole:
         return Stored(b"".join(chunks), part.whole.where, part.counts, zeros=False)
@@ -345,9 +333,9 @@ def _write_positions(coded: list[Run], pool: Run | None) -> bytes:
     return head + encode_pool(pool) + (encode_positions(coded) if coded else b"")
 
 
-def _grid(run: Bools, shape: Sequence[int]) -> Bools:
-    """A view of a tensor as rows and columns: its first axis, and all the others flattened."""
-    return run.reshape(shape[0], -1) if len(shape) and len(run) else run.reshape(1, -1)
+def _sides(shape: Sequence[int], size: int) -> tuple[int, int]:
+    """A tensor as rows and columns: its first axis, and all the others flattened."""
+    return (shape[0], size // shape[0]) if len(shape) and size else (1, size)
 
 
 def _table(layouts: Sequence[int]) -> bytes:
