@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.transport import magnitude
+from fedlora.transport import TopK, magnitude
+from fedlora.transport.coder import where_true
 from fedlora.transport.magnitude import largest
 
 RNG = np.random.default_rng(0)
@@ -84,3 +85,46 @@ def test_of_many_zeros_some_are_kept_by_the_sample_too():
         kept = magnitude._by_sample(vector.view(torch.int32).numpy(), 150_000)
         assert kept is not None
         assert torch.equal(torch.from_numpy(kept), magnitude._by_histogram(vector.view(torch.int32), 150_000))
+
+
+@pytest.mark.parametrize("piece", [7, 1000, 1 << 18])
+@pytest.mark.parametrize("kind", VALUES)
+def test_places_of_few_are_those_of_the_mask(kind, piece, monkeypatch):
+    monkeypatch.setattr(magnitude, "_CACHED", piece)
+    values = torch.from_numpy(VALUES[kind].astype(np.float32))
+    for k in (1, SIZE // 64, SIZE // 20):
+        places = magnitude.few_largest(values, k)
+        assert places is not None or kind == "zeros of either sign"  # all of them are candidates
+        if places is not None:
+            assert places.tolist() == torch.nonzero(largest(values, k)).reshape(-1).tolist()
+    assert magnitude.few_largest(values, 0) is None
+
+
+def test_few_that_a_sample_misses_are_found_otherwise(monkeypatch):
+    monkeypatch.setattr(magnitude, "_SAMPLE", 100)
+    values = VALUES["normal"].astype(np.float32)
+    values[:: SIZE // 100 | 1] *= np.float32(1e6)  # the sample, and nothing else
+    assert magnitude.few_largest(torch.from_numpy(values), SIZE // 25) is None
+    thinned = TopK(density=1 / 25)({"a": torch.from_numpy(values)}, {}, round=0)["a"]
+    assert torch.equal(thinned != 0, largest(torch.from_numpy(values), SIZE // 25))
+
+
+def test_a_tree_thinned_to_few_entries_keeps_their_bits_and_is_a_copy():
+    values = VALUES["infinite and NaN"].astype(np.float32)
+    tree = {"a": torch.from_numpy(values[:3000]).view(30, 100), "b": torch.from_numpy(values[3000:])}
+    before = values.copy()
+    thinned = TopK(density=0.03)(tree, {}, round=0)
+    bits = torch.cat([thinned["a"].reshape(-1), thinned["b"]]).view(torch.int32)
+    kept = largest(torch.from_numpy(values), int(SIZE * 0.03))
+    assert bits.tolist() == (torch.from_numpy(values).view(torch.int32) * kept).tolist()
+    assert np.array_equal(values.view(np.int32), before.view(np.int32))
+    (alone,) = TopK(density=0.03)({"b": tree["b"]}, {}, round=0).values()
+    assert alone.data_ptr() != tree["b"].data_ptr()
+
+
+@pytest.mark.parametrize("density", [0.0, 1e-4, 0.02, 0.09, 0.11, 0.6, 1.0])
+@pytest.mark.parametrize("size", [0, 100, (1 << 15) + 5, 1 << 16])
+def test_the_places_of_a_mask(size, density):
+    mask = RNG.random(size) < density
+    assert where_true(mask).tolist() == np.flatnonzero(mask).tolist()
+    assert where_true(mask[3:]).tolist() == np.flatnonzero(mask[3:]).tolist()

@@ -67,11 +67,12 @@ def few_largest(vector: Tensor, k: int) -> NDArray[np.intp] | None:
         magnitudes.append(magnitude[large])
     magnitude = np.concatenate(magnitudes)
     kept = magnitude > high
-    between, missing = np.flatnonzero(~kept), k - np.count_nonzero(kept)
+    between, missing = np.flatnonzero(~kept), k - int(np.count_nonzero(kept))
     if not 0 <= missing <= len(between):
         return None
     kept[between[_largest_of(magnitude[between], missing)]] = True
-    return np.concatenate(found)[kept]
+    places: NDArray[np.intp] = np.concatenate(found)[kept]
+    return places
 
 
 def _bounds(bits: NDArray[np.int32], k: int) -> NDArray[np.int32]:
@@ -92,7 +93,7 @@ def _by_sample(bits: NDArray[np.int32], k: int) -> NDArray[np.bool_] | None:
         above = np.greater(magnitude, high, out=kept[start : start + _CACHED])
         between.append(np.flatnonzero((magnitude >= low) ^ above) + start)
     where = np.concatenate(between)
-    missing = k - np.count_nonzero(kept)
+    missing = k - int(np.count_nonzero(kept))
     if not 0 <= missing <= len(where) or (low < high and len(where) > len(bits) // 8):
         return None
     # where the bounds are equal, so are all between them
@@ -106,7 +107,7 @@ def _largest_of(magnitude: NDArray[np.int32], k: int) -> NDArray[np.bool_]:
     if not k:
         return np.zeros(len(magnitude), np.bool_)
     threshold = np.partition(magnitude, -k)[-k]
-    kept = magnitude > threshold
+    kept: NDArray[np.bool_] = magnitude > threshold
     kept[np.flatnonzero(magnitude == threshold)[: k - np.count_nonzero(kept)]] = True
     return kept
 

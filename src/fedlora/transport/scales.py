@@ -104,7 +104,7 @@ def _refined(magnitude: Floats, group: Group, scales: Floats, largest: int) -> t
     exact = np.float32 if len(magnitude) * largest**2 < 2**24 else np.float64
     for _ in range(_REFINEMENTS):
         q = magnitude / group.spread(np.where(scales > 0, scales, np.float32(1)))
-        np.rint(q, out=q).clip(np.float32(0), np.float32(largest), out=q)
+        np.minimum(np.rint(q, out=q), np.float32(largest), out=q)
         above = np.add.reduceat(np.multiply(wide, q), group.starts)
         below = np.add.reduceat(np.multiply(q, q, out=q), group.starts, dtype=exact)
         scales = np.where(below > 0, above / np.maximum(below, 1), scales).astype(np.float32)

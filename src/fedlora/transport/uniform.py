@@ -130,7 +130,7 @@ class Uniform(Precision):
                 if self.bits == 1
                 else least_squares(magnitude, groups, scales, self.largest)
             )
-        scales[top > 0] = np.maximum(scales[top > 0], _SMALLEST)
+        np.maximum(scales, _SMALLEST, out=scales, where=top > 0)
         upper = (scales.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16) << np.uint32(16)
         scales = upper.view(np.float32)
         with np.errstate(over="ignore"):
