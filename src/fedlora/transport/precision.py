@@ -59,6 +59,7 @@ class Precision(ABC):
     def nonzero(self, values: Floats) -> Floats:
         """``values`` with zeros where this format would round them to zero, so that no position is stored for them.
 
+        Each value is rounded on its own: a message rounds those that it stores, and all only where some become zero.
         Returns the same array if nothing changes.
         """
 

@@ -17,7 +17,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from fedlora.core.errors import WireError
 from fedlora.core.tree import Tree, as_vector, num_entries, unflatten
 from fedlora.transport.framing import Reader
-from fedlora.transport.layout import Draw, read_layout, write_layout
+from fedlora.transport.layout import Draw, Stored, read_layout, write_layout
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
 from fedlora.transport.uniform import Uniform
 
@@ -204,17 +204,20 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     """One encoded part (number format, layout, values), and what will be decoded from it."""
     if wrong := [name for name, value in tree.items() if value.dtype != torch.float32]:
         raise WireError(f"Tensor {wrong[0]!r} of part {part!r} is {tree[wrong[0]].dtype}; convert it to float32.")
-    values: NDArray[np.float32] = form.precision.nonzero(as_vector(tree).cpu().numpy())
-    nonzero = values != 0
-    stored = write_layout(nonzero, tree, form.precision.value_bits, form.draw)
-    chosen = values if stored.where is None else values[stored.where]
+    values: NDArray[np.float32] = as_vector(tree).cpu().numpy()
+    stored, chosen = _chosen(values, tree, form)
+    rounded = form.precision.nonzero(chosen)
+    zeros = np.count_nonzero(rounded == 0) if rounded is not chosen else 0
+    if zeros and zeros > np.count_nonzero(chosen == 0):
+        # these are zeros in this format alone, and their positions need not be stored
+        stored, rounded = _chosen(form.precision.nonzero(values), tree, form)
     if stored.zeros:
         with np.errstate(invalid="ignore"):  # NaN is refused in `write`
-            chosen = chosen + np.float32(0)  # -0.0 + 0.0 is 0.0
+            rounded = rounded + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
-        written = form.precision.write(chosen, stored.runs, form.seed)
+        written = form.precision.write(rounded, stored.runs, form.seed)
     except WireError as error:
-        named = unflatten(torch.from_numpy(values), tree)
+        named = unflatten(torch.from_numpy(form.precision.nonzero(values)), tree)
         largest = {name: float(value.abs().max()) for name, value in named.items() if value.numel()}
         name = max(largest, key=lambda name: math.inf if math.isnan(largest[name]) else largest[name])
         raise WireError(
@@ -223,6 +226,12 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
         ) from error
     header = bytes([form.precision.code]) + form.precision.settings() + stored.raw
     return [header, *written.chunks], _Sent(written.values, stored.where)
+
+
+def _chosen(values: NDArray[np.float32], like: Tree, form: Form) -> tuple[Stored, NDArray[np.float32]]:
+    """The layout of a part, and the values that it stores."""
+    stored = write_layout(values != 0, like, form.precision.value_bits, form.draw)
+    return stored, values if stored.where is None else values[stored.where]
 
 
 def _unpack_section(reader: Reader, like: Tree, known: Mapping[int, type[Precision]]) -> _Sent:
