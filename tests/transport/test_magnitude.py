@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.transport import TopK, magnitude
+from fedlora.transport import TopK, coder, magnitude
 from fedlora.transport.coder import where_true
 from fedlora.transport.magnitude import largest
 
@@ -124,7 +124,8 @@ def test_a_tree_thinned_to_few_entries_keeps_their_bits_and_is_a_copy():
 
 @pytest.mark.parametrize("density", [0.0, 1e-4, 0.02, 0.09, 0.11, 0.6, 1.0])
 @pytest.mark.parametrize("size", [0, 100, (1 << 15) + 5, 1 << 16])
-def test_the_places_of_a_mask(size, density):
+def test_the_places_of_a_mask(size, density, monkeypatch):
+    monkeypatch.setattr(coder, "_PIECE", 1 << 14)
     mask = RNG.random(size) < density
     assert where_true(mask).tolist() == np.flatnonzero(mask).tolist()
     assert where_true(mask[3:]).tolist() == np.flatnonzero(mask[3:]).tolist()

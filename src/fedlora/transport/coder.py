@@ -12,6 +12,7 @@ from fedlora.core.errors import WireError
 from fedlora.transport.framing import Reader
 
 _MANY = 1 << 15  # entries from which it pays to look at eight at a time
+_PIECE = 1 << 18  # entries that are looked at together, so that what is computed of them takes little memory
 
 
 class Encoder:
@@ -139,13 +140,21 @@ def where_true(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
     together."""
     if len(mask) < _MANY or 10 * np.count_nonzero(mask) > len(mask):
         return np.flatnonzero(mask)
+    found = [_where_few(mask[start : start + _PIECE], start) for start in range(0, len(mask), _PIECE)]
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _where_few(mask: NDArray[np.bool_], start: int) -> NDArray[np.intp]:
+    """``where_true`` of a piece that begins at ``start``."""
     whole = len(mask) & -8
     words = mask[:whole].view(np.uint64)
     used = np.flatnonzero(words != 0)
     found = np.flatnonzero(words[used].view(np.bool_))
     used -= np.arange(len(used))
-    found += 8 * used[found >> 3]
-    return found if whole == len(mask) else np.concatenate([found, np.flatnonzero(mask[whole:]) + whole])
+    used *= 8
+    used += start
+    found += used[found >> 3]
+    return found if whole == len(mask) else np.concatenate([found, np.flatnonzero(mask[whole:]) + (start + whole)])
 
 
 def pack_bits(bits: NDArray[np.uint8] | NDArray[np.bool_]) -> bytes:
