@@ -158,10 +158,7 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
             rows, columns = reader.varint(height), reader.varint(width)
             found[i] = np.add.outer(width * np.arange(rows), np.arange(columns)).reshape(-1)
     pool = [i for i, layout in enumerate(layouts) if layout == POOLED]
-    in_pool = [sizes[i] for i in pool]
-    places = _read_positions(reader, list(coded.values()), sum(in_pool) if pool else None)
-    if pool:
-        places[-1:] = _apart(places[-1], in_pool)
+    places = _read_apart(reader, list(coded.values()), [sizes[i] for i in pool])
     for i, where in zip([*coded, *pool], places, strict=True):
         found[i] = where
     starts = accumulate(sizes[:-1], initial=0)
@@ -169,11 +166,14 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
     return Stored(b"", together, list(map(len, found)))
 
 
-def _apart(where: NDArray[np.intp], sizes: Sequence[int]) -> list[NDArray[np.intp]]:
-    """The positions in each tensor, from those in all of them together."""
-    ends = list(accumulate(sizes))
+def _read_apart(reader: Reader, coded: Sequence[Segment], pool: Sequence[int]) -> list[NDArray[np.intp]]:
+    """The positions in each coded tensor, and in each of a pool, from the sizes of these."""
+    if not pool:
+        return _read_positions(reader, coded, None)
+    *places, where = _read_positions(reader, coded, sum(pool))
+    ends = list(accumulate(pool))
     parts = np.split(where, np.searchsorted(where, ends[:-1]))
-    return [part - (end - size) for part, end, size in zip(parts, ends, sizes, strict=True)]
+    return places + [part - (end - size) for part, end, size in zip(parts, ends, pool, strict=True)]
 
 
 def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[NDArray[np.intp]]:
