@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fixtures.toy import CPU
@@ -16,10 +18,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fedlora.client.workspace import Workspace
 from fedlora.core import tree
 from fedlora.engines import Serial
-from fedlora.recipe import Recipe
+from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.local import AdamW, ClientOptimizer, Local, Sgd
-from fedlora.rounds.phases import open_phase
-from fedlora.rounds.round import run_round
+from fedlora.rounds import round
+from fedlora.rounds.phases import open_phase, without_start
 from fedlora.testing import equal_population
 from fedlora.testing.models import TensorTask
 from fedlora.transport import wire
@@ -42,13 +44,26 @@ class Wide(nn.Module):
         return SequenceClassifierOutput(logits=self.classifier(self.outer(self.inner(states).tanh()).tanh()))
 
 
-def owned() -> int:
-    """Bytes of the tensors that exist, less those of NumPy's memory, which ``tracemalloc`` counts."""
-    found = {}
-    for each in gc.get_objects():
-        if type(each) in (Tensor, nn.Parameter) and each.untyped_storage().resizable():
-            found[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-    return sum(found.values())
+class Memory:
+    """The memory of the tensors that exist, less that of NumPy, which ``tracemalloc`` counts."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._numpy: set[int] = set()
+        self._wrap = torch.from_numpy
+        patch.setattr(torch, "from_numpy", self._wrapped)
+
+    def _wrapped(self, array: np.ndarray[Any, Any]) -> Tensor:
+        self._numpy.add(array.ctypes.data)
+        weakref.finalize(array, self._numpy.discard, array.ctypes.data)
+        return self._wrap(array)
+
+    def owned(self) -> int:
+        """Bytes of PyTorch's own memory."""
+        found = {}
+        for each in gc.get_objects():
+            if type(each) in (Tensor, nn.Parameter) and each.untyped_storage().data_ptr() not in self._numpy:
+                found[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+        return sum(found.values())
 
 
 def most_copies(
@@ -66,31 +81,35 @@ def most_copies(
     one = sum(value.nbytes for value in state.params.values())
     engine, peaks = Serial(workspace, equal_population(24, 3)), {}
 
-    def looking(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def looked(*given: Any, **named: Any) -> Any:
-            tracemalloc.reset_peak()
-            here = owned()
-            result = function(*given, **named)
-            now = (max(here, owned()) + tracemalloc.get_traced_memory()[1]) / one
-            peaks[name] = max(peaks.get(name, 0.0), now)
-            return result
-
-        return looked
-
     with monkeypatch.context() as patch:
+        memory = Memory(patch)
+
+        def looking(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def looked(*given: Any, **named: Any) -> Any:
+                tracemalloc.reset_peak()
+                here = memory.owned()
+                result = function(*given, **named)
+                now = (max(here, memory.owned()) + tracemalloc.get_traced_memory()[1]) / one
+                peaks[name] = max(peaks.get(name, 0.0), now)
+                return result
+
+            return looked
+
         places = (
             (wire, "pack"),
             (wire, "receive"),
             (torch.optim.Optimizer, "zero_grad"),
             (tree, "add_"),
             (tree, "scale_"),
+            (round, "take_step"),
         )
         for place, name in places:
             patch.setattr(place, name, looking(name, getattr(place, name)))
         gc.disable()
         try:
             for _ in range(2):
-                state, _ = run_round(recipe, state, (0, 1, 2), engine, seed=0, rounds=2)
+                state, _ = round.run_round(recipe, state, (0, 1, 2), engine, seed=0, rounds=2)
+                state = without_start(state, [Phase(recipe=recipe, rounds=2)])
         finally:
             gc.enable()
             gc.unfreeze()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from fedlora.client.workspace import Workspace, setup_parts
 from fedlora.core.state import PhaseHandover, ServerState, named_seed
-from fedlora.recipe import Recipe
+from fedlora.recipe import Phase, Recipe
 from fedlora.transport import wire
 from fedlora.transport.precision import Float32
 from fedlora.tuning.warm_start import read_adapter
@@ -58,6 +62,24 @@ def open_phase(
         setup_bytes=packet.sizes,
     )
     return state, start.facts
+
+
+def without_start(state: ServerState, phases: Sequence[Phase]) -> ServerState:
+    """The state without the initial values of its phase, a copy of the model, once nothing reads them any more.
+
+    They are read by links relative to them, by adapters that are redrawn after each round, by exports of low-rank
+    factors, by the next phase, and until every group of parameters has moved.
+
+    Args:
+        state: the state after a round.
+        phases: the phases of the run.
+    """
+    recipe, sent = phases[state.phase].recipe, state.schema.sent()
+    relative = recipe.down.reference == "init" or recipe.aggregator.reinitialises or recipe.tuning.has_factors
+    if relative or state.phase + 1 < len(phases) or not state.init:
+        return state
+    moved = {leaf.group for name, leaf in sent.items() if not torch.equal(state.params[name], state.init[name])}
+    return replace(state, init={}) if moved == {leaf.group for leaf in sent.values()} else state
 
 
 def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> PhaseHandover:

@@ -31,6 +31,7 @@ REFERENCES = ("zero", "init", "last_round")
 """What a message's values are relative to: zero, the start of the phase, or the last message to the receiver."""
 
 _ENVELOPE = struct.Struct("<3sBBIQ")  # magic, version, reference, template, checksum
+_NEGATIVE_ZERO = -(2**31)  # its bits as an integer
 _PRECISIONS: dict[int, type[Precision]] = {cls.code: cls for cls in (Float32, BFloat16, Float16, Uniform)}
 
 
@@ -208,7 +209,7 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     nonzero = values != 0
     stored = write_layout(nonzero, tree, form.precision.value_bits, form.draw)
     chosen = values if stored.where is None else values[stored.where]
-    if np.count_nonzero(nonzero) < len(chosen):
+    if chosen.view(np.int32).min(initial=0) == _NEGATIVE_ZERO:
         with np.errstate(invalid="ignore"):  # NaN is refused in `write`
             chosen = chosen + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
