@@ -59,7 +59,7 @@ def open_turn(job: Job, workspace: Workspace, rows: Positions, deadline: float =
     return Ready(
         job=job,
         rows=rows,
-        start=_with_personal(job, workspace, job.start),
+        start=_with_personal(job, workspace, job.start or {}),
         folds=workspace.folds(job.fold, job.memory.folds),
         schema=workspace.installed.schema,
         deadline=min(deadline, clock + (local.timeout_seconds or math.inf)),
@@ -80,7 +80,7 @@ def decoded(job: Job, workspace: Workspace) -> Job:
     recipe, local = job.recipe, job.recipe.local
     base = recipe if local.compute == job.base else replace(recipe, local=replace(local, compute=job.base))
     workspace.apply_setup(job.phase, base, job.setup)
-    if not job.payload:
+    if not job.payload and job.start is not None:
         return job
     start = workspace.decode(job.payload, job.round, lambda: _received(job, workspace))
     return job._replace(payload=b"", start=start)
@@ -141,7 +141,7 @@ def _remembered(ready: Ready, schema: Schema) -> ClientState:
 
 
 def _received(job: Job, workspace: Workspace) -> Tree:
-    """The parameters in a payload, in the server's own tensors if it is in this process."""
+    """The parameters in a payload; the server's own tensors if it is in this process, since they are the same."""
     found = _read(job, workspace)
     return job.start if job.start and tree.have_same_bits(job.start, found) else found
 
