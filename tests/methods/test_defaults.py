@@ -16,7 +16,7 @@ from fedlora.runs.experiment import run
 from fedlora.server.optimizers import Sgd
 from fedlora.tasks import Model
 
-ROUNDS = 10
+ROUNDS = 8
 HEADS: dict[str, list[dict[str, Any]]] = {
     "adaptive": [
         {
@@ -59,7 +59,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["docstrings", "banking77", "20news"])
 def setting(request: pytest.FixtureRequest, cut: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    name, data = request.param, {"kind": "docstrings"}
+    name, data = request.param, {"kind": "docstrings", "test_fraction": 0.1}
     if name != "docstrings":
         files = {part: str(shared(f"data/{name}.{part}.jsonl.gz")) for part in ("train", "test")}
         data = {"kind": "files", **files, "max_train": 3000, "max_test": 500}
