@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import getitem
+from operator import getitem, sub
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ _PLAIN_BITS = 16  # below this, values are entropy coded, and zeros among them c
 _DIGITS = 2.0 ** (7 * np.arange(1, 9))  # the smallest numbers of 2, 3, ... digits as a varint
 _WORD_BITS = 64.0  # the overhead of a range coder beyond the entropy
 Bools = NDArray[np.bool_]
+Chosen = NDArray[np.intp] | NDArray[np.bool_]
 Costs = NDArray[np.float64]
 
 
@@ -45,10 +46,10 @@ class Draw(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A layout: its bytes, the positions of the stored entries, and the number stored of each tensor."""
+    """A layout: its bytes, the stored entries by position or by one bool for each, and the number of each tensor."""
 
     raw: bytes
-    where: NDArray[np.intp] | None  # None: all of them
+    where: Chosen | None  # None: all of them
     runs: list[int]
 
 
@@ -58,31 +59,47 @@ class _Part:
     def __init__(self, whole: Run, sizes: Sequence[int]) -> None:
         self.whole = whole
         self.sizes = sizes
+        self._is_sparse = whole.is_sparse
         ends = np.cumsum(sizes)
         self.ends: list[int] = ends.tolist()
-        at = np.searchsorted(self.whole.where, ends)
-        self._at: list[int] = at.tolist()
-        self.last: list[int] = self.whole.where[at - 1].tolist()
-        self.counts = _steps(self._at)
+        self._at: list[int] = np.searchsorted(whole.rare, ends).tolist()
+        self._last: list[int] = whole.rare[np.subtract(self._at, 1)].tolist() if self._is_sparse else []
+        self._rare = _steps(self._at)
+        self.counts = self._rare if self._is_sparse else list(map(sub, sizes, self._rare))
 
     def slice(self, i: int) -> slice:
         """Where the entries of one tensor lie."""
         return slice(self.ends[i] - self.sizes[i], self.ends[i])
 
+    def kept(self, i: int) -> Bools:
+        """One bool for each entry of one tensor."""
+        return self.whole.kept[self.slice(i)]
+
     def where(self, i: int) -> NDArray[np.intp]:
-        """The positions in the part of the entries of one tensor."""
-        return self.whole.where[self._at[i] - self.counts[i] : self._at[i]]
+        """The positions in one tensor of its kept entries."""
+        return self._local(i) if self._is_sparse else np.flatnonzero(self.kept(i))
+
+    def last(self, i: int) -> int:
+        """The position in one tensor of its last kept entry."""
+        if self._is_sparse:
+            return self._last[i] - (self.ends[i] - self.sizes[i])
+        return self.sizes[i] - 1 if bool(self.kept(i)[-1]) else int(self.where(i)[-1])
 
     def run(self, i: int) -> Run:
         """The entries of one tensor."""
-        chosen = self.slice(i)
-        return Run(self.whole.kept[chosen], self.where(i) - chosen.start)
+        alike = self._is_sparse == (2 * self.counts[i] <= self.sizes[i])
+        return Run(self.kept(i), self.counts[i], self._local(i)) if alike else run_of(self.kept(i))
+
+    def _local(self, i: int) -> NDArray[np.intp]:
+        """The positions in one tensor of the kind that is rarer in the part."""
+        local: NDArray[np.intp] = self.whole.rare[self._at[i] - self._rare[i] : self._at[i]] - self.slice(i).start
+        return local
 
     def pool(self, plan: Sequence[int]) -> Run:
         """The entries of the pooled tensors."""
         if set(plan) == {POOLED}:
             return self.whole
-        return run_of(np.concatenate([self.run(i).kept for i, layout in enumerate(plan) if layout == POOLED]))
+        return run_of(np.concatenate([self.kept(i) for i, layout in enumerate(plan) if layout == POOLED]))
 
     def pooled(self, plan: Sequence[int]) -> Segment:
         """The size and count of the pooled tensors together."""
@@ -106,8 +123,8 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
     if nonzero.all():
         return Stored(_table([DENSE] * len(sizes)), None, sizes)
     whole = run_of(nonzero)
-    if not len(whole.where):
-        return Stored(_table([EMPTY] * len(sizes)), whole.where, [0] * len(sizes))
+    if not whole.num:
+        return Stored(_table([EMPTY] * len(sizes)), whole.rare, [0] * len(sizes))
     part = _Part(whole, sizes)
     shapes = [value.shape for value in like.values()]
     drawn = _drawn(part, list(like), draw) if draw else {}
@@ -209,7 +226,7 @@ def _drawn(part: _Part, names: Sequence[str], draw: Draw) -> dict[int, NDArray[n
     for i, name in enumerate(names):
         if name in draw.counts and 0 < part.counts[i] < part.sizes[i]:
             places = random_positions(draw.seed, name, part.sizes[i], draw.counts[name])
-            if np.count_nonzero(part.run(i).kept[places]) == part.counts[i]:
+            if np.count_nonzero(part.kept(i)[places]) == part.counts[i]:
                 drawn[i] = places
     return drawn
 
@@ -221,14 +238,13 @@ def _boxes(part: _Part, shapes: Sequence[Sequence[int]]) -> dict[int, tuple[int,
         if len(shape) < 2 or not 0 < count < size:
             continue
         end, width = part.ends[i], size // shape[0]
-        rows = shape[0] - (end - 1 - part.last[i]) // width
+        rows = part.last(i) // width + 1
         if rows < shape[0] or not np.count_nonzero(part.whole.kept[end - size + width - 1 : end : width]):
             found.append((i, rows, width))
     if not found:
         return {}
     counts = [part.counts[i] for i, _, _ in found]
     places = np.concatenate([part.where(i) for i, _, _ in found])
-    places -= np.repeat([part.ends[i] - part.sizes[i] for i, _, _ in found], counts)
     places %= np.repeat([width for _, _, width in found], counts)
     columns = np.maximum.reduceat(places, np.cumsum([0, *counts[:-1]]))
     return {i: (rows, last + 1) for (i, rows, _), last in zip(found, columns.tolist(), strict=True)}
@@ -324,7 +340,7 @@ def _write(
             _grid(run, shapes[i])[:rows, :columns] = True
     chunks.append(_write_positions(coded, part.pool(plan) if POOLED in plan else None))
     if whole:
-        return Stored(b"".join(chunks), part.whole.where, part.counts)
+        return Stored(b"".join(chunks), part.whole.rare if part.whole.is_sparse else stored, part.counts)
     where = np.flatnonzero(stored)
     return Stored(b"".join(chunks), where, _counts(where, sizes))
 
@@ -334,7 +350,7 @@ def _write_positions(coded: list[Run], pool: Run | None) -> bytes:
     if pool is None:
         return encode_positions(coded) if coded else b""
     coding = pool.segment.coding
-    head = varint(len(pool.where)) + bytes([coding])
+    head = varint(pool.num) + bytes([coding])
     if coding == RANGE:
         return head + encode_positions([*coded, pool])
     return head + encode_pool(pool) + (encode_positions(coded) if coded else b"")

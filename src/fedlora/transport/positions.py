@@ -74,30 +74,36 @@ class Segment(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The entries of a segment: one bool for each, and the positions of the kept ones."""
+    """The entries of a segment: one bool for each, the number of the kept ones, and the positions of the rarer kind."""
 
     kept: NDArray[np.bool_]
-    where: NDArray[np.intp]
+    num: int
+    rare: NDArray[np.intp]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the kept ones are the rarer kind."""
+        return 2 * self.num <= len(self.kept)
 
     @property
     def segment(self) -> Segment:
         """Its size and count."""
-        return Segment(len(self.kept), len(self.where))
+        return Segment(len(self.kept), self.num)
 
     @property
     def gaps(self) -> NDArray[np.int64]:
         """The numbers of entries between those of the rarer kind."""
-        rarer = self.where if 2 * len(self.where) <= len(self.kept) else np.flatnonzero(~self.kept)
-        gaps = np.empty(len(rarer), np.int64)
-        gaps[:1] = rarer[:1]
-        np.subtract(rarer[1:], rarer[:-1], out=gaps[1:])
+        gaps = np.empty(len(self.rare), np.int64)
+        gaps[:1] = self.rare[:1]
+        np.subtract(self.rare[1:], self.rare[:-1], out=gaps[1:])
         gaps[1:] -= 1
         return gaps
 
 
 def run_of(kept: NDArray[np.bool_]) -> Run:
     """The run of these entries."""
-    return Run(kept, np.flatnonzero(kept))
+    num = int(np.count_nonzero(kept))
+    return Run(kept, num, np.flatnonzero(kept if 2 * num <= len(kept) else ~kept))
 
 
 def encode_pool(run: Run) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from fedlora.core.errors import WireError
 from fedlora.core.tree import Tree, as_vector, num_entries, unflatten
 from fedlora.transport.framing import Reader
-from fedlora.transport.layout import Draw, read_layout, write_layout
+from fedlora.transport.layout import Chosen, Draw, read_layout, write_layout
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
 from fedlora.transport.uniform import Uniform
 
@@ -32,6 +32,7 @@ REFERENCES = ("zero", "init", "last_round")
 
 _ENVELOPE = struct.Struct("<3sBBIQ")  # magic, version, reference, template, checksum
 _NEGATIVE_ZERO = -(2**31)  # its bits as an integer
+_PIECE = 1 << 20  # entries whose positions, of eight bytes each, are held at a time
 _PRECISIONS: dict[int, type[Precision]] = {cls.code: cls for cls in (Float32, BFloat16, Float16, Uniform)}
 
 
@@ -182,10 +183,10 @@ def _hash(named: tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
 
 
 class _Sent(NamedTuple):
-    """The stored values of a part as its receiver reads them, and their positions; None: all of them."""
+    """The stored values of a part as its receiver reads them, and which entries they are; None: all of them."""
 
     values: NDArray[np.float32]
-    where: NDArray[np.intp] | None
+    where: Chosen | None
 
     @property
     def kept(self) -> int:
@@ -197,8 +198,30 @@ class _Sent(NamedTuple):
         if self.where is None:
             return unflatten(torch.from_numpy(self.values), like)
         vector = np.zeros(num_entries(like), np.float32)
-        vector[self.where] = self.values
+        for found, run in _pieces(self.where):
+            vector[found] = self.values[run]
         return unflatten(torch.from_numpy(vector), like)
+
+
+def _pieces(where: Chosen) -> Iterator[tuple[NDArray[np.intp], slice]]:
+    """The positions of stored entries, and where their values lie; a piece at a time, unless they are known."""
+    if where.dtype != np.bool_:
+        yield where.view(np.intp), slice(None)
+        return
+    done = 0
+    for start in range(0, len(where), _PIECE):
+        found = np.flatnonzero(where[start : start + _PIECE])
+        found += start
+        yield found, slice(done, done + len(found))
+        done += len(found)
+
+
+def _taken(values: NDArray[np.float32], where: Chosen, count: int) -> NDArray[np.float32]:
+    """The stored ones of the values."""
+    taken = np.empty(count, values.dtype)
+    for found, run in _pieces(where):
+        taken[run] = values[found]
+    return taken
 
 
 def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memoryview], _Sent]:
@@ -208,8 +231,8 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     values: NDArray[np.float32] = form.precision.nonzero(as_vector(tree).cpu().numpy())
     nonzero = values != 0
     stored = write_layout(nonzero, tree, form.precision.value_bits, form.draw)
-    chosen = values if stored.where is None else values[stored.where]
-    if chosen.view(np.int32).min(initial=0) == _NEGATIVE_ZERO:
+    chosen = values if stored.where is None else _taken(values, stored.where, sum(stored.runs))
+    if np.count_nonzero(nonzero) < len(chosen) and chosen.view(np.int32).min() == _NEGATIVE_ZERO:
         with np.errstate(invalid="ignore"):  # NaN is refused in `write`
             chosen = chosen + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
