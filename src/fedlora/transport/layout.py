@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from operator import getitem, sub
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from fedlora.transport.coder import pack_bits, take_bits
 from fedlora.transport.framing import Reader, varint
 from fedlora.transport.positions import (
     RANGE,
+    Chosen,
     Run,
     Segment,
     decode_pool,
@@ -34,7 +36,6 @@ _PLAIN_BITS = 16  # below this, values are entropy coded, and zeros among them c
 _DIGITS = 2.0 ** (7 * np.arange(1, 9))  # the smallest numbers of 2, 3, ... digits as a varint
 _WORD_BITS = 64.0  # the overhead of a range coder beyond the entropy
 Bools = NDArray[np.bool_]
-Chosen = NDArray[np.intp] | NDArray[np.bool_]
 Costs = NDArray[np.float64]
 
 
@@ -46,7 +47,7 @@ class Draw(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A layout: its bytes, the stored entries by position or by one bool for each, and the number of each tensor."""
+    """A layout: its bytes, the stored entries, and the number of them of each tensor."""
 
     raw: bytes
     where: Chosen | None  # None: all of them
@@ -156,8 +157,8 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
         return Stored(b"", None, sizes)
     seed = int.from_bytes(reader.take(8), "little") if SEEDED in layouts else 0
     if set(layouts) == {POOLED}:
-        (where,) = _read_positions(reader, [], sum(sizes))
-        return Stored(b"", where, _counts(where, sizes))
+        (places,) = _read_positions(reader, [], sum(sizes))
+        return Stored(b"", places, _counts(places, sizes))
     mask = np.zeros(sum(sizes), np.bool_)
     runs = np.split(mask, np.cumsum(sizes)[:-1])
     coded: list[tuple[Bools, Segment]] = []
@@ -176,8 +177,7 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
             grid[:rows, :columns] = True
     pool = [run for run, layout in zip(runs, layouts, strict=True) if layout == POOLED]
     _fill(reader, coded, pool)
-    where = np.flatnonzero(mask)
-    return Stored(b"", where, _counts(where, sizes))
+    return Stored(b"", mask, _counts(mask, sizes))
 
 
 def _fill(reader: Reader, coded: Sequence[tuple[Bools, Segment]], pool: Sequence[Bools]) -> None:
@@ -190,7 +190,7 @@ def _fill(reader: Reader, coded: Sequence[tuple[Bools, Segment]], pool: Sequence
         _spread(found[-1], pool)
 
 
-def _spread(places: NDArray[np.intp], pool: Sequence[Bools]) -> None:
+def _spread(places: Chosen, pool: Sequence[Bools]) -> None:
     """Marks the places of a pool in its tensors, which lie one after the other in it."""
     ends = np.cumsum([len(run) for run in pool])
     together = np.zeros(ends[-1], np.bool_)
@@ -199,8 +199,8 @@ def _spread(places: NDArray[np.intp], pool: Sequence[Bools]) -> None:
         run[:] = part
 
 
-def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[NDArray[np.intp]]:
-    """The positions in each coded tensor, and last those in a pool of so many entries, if there is one."""
+def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[Chosen]:
+    """The kept entries of each coded tensor, and last those in a pool of so many entries, if there is one."""
     if pool is None:
         return decode_positions(reader, coded) if coded else []
     segment, coding = Segment(pool, reader.varint(pool)), reader.byte()
@@ -210,9 +210,13 @@ def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) 
     return [*(decode_positions(reader, coded) if coded else []), places]
 
 
-def _counts(where: NDArray[np.intp], sizes: Sequence[int]) -> list[int]:
-    """The number of positions in each tensor."""
-    return _steps(np.searchsorted(where, np.cumsum(sizes)).tolist())
+def _counts(kept: Chosen, sizes: Sequence[int]) -> list[int]:
+    """The number of kept entries of each tensor."""
+    if kept.dtype == np.bool_:
+        return [
+            int(np.count_nonzero(kept[end - size : end])) for size, end in zip(sizes, accumulate(sizes), strict=True)
+        ]
+    return _steps(np.searchsorted(kept, np.cumsum(sizes)).tolist())
 
 
 def _steps(ends: Sequence[int]) -> list[int]:
@@ -341,8 +345,7 @@ def _write(
     chunks.append(_write_positions(coded, part.pool(plan) if POOLED in plan else None))
     if whole:
         return Stored(b"".join(chunks), part.whole.rare if part.whole.is_sparse else stored, part.counts)
-    where = np.flatnonzero(stored)
-    return Stored(b"".join(chunks), where, _counts(where, sizes))
+    return Stored(b"".join(chunks), stored, _counts(stored, sizes))
 
 
 def _write_positions(coded: list[Run], pool: Run | None) -> bytes:

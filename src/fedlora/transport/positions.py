@@ -24,6 +24,10 @@ _ESCAPE = 128  # this symbol makes a gap longer by that many units
 _UNIT = 2.0**40  # weights are whole numbers below this, so that their sums are exact in any order
 
 
+Chosen = NDArray[np.intp] | NDArray[np.bool_]
+"""The kept ones of some entries: their positions, or one bool for each entry, which takes less where many are kept."""
+
+
 class Segment(NamedTuple):
     """A run of entries whose positions share one density: the number of entries, and the number kept."""
 
@@ -56,13 +60,13 @@ class Segment(NamedTuple):
         coding = GAPS if 9 * self.rare < 2 * self.size else BITS
         return coding if self.entropy >= 8 * _FEWEST[coding] else RANGE
 
-    def places(self, gaps: NDArray[np.int64]) -> NDArray[np.intp]:
-        """The positions of the kept entries, from the gaps between those of the rarer kind.
+    def places(self, gaps: NDArray[np.int64]) -> Chosen:
+        """The kept entries, from the gaps between those of the rarer kind.
 
         Raises:
             WireError: a position is behind the last entry.
         """
-        places = np.cumsum(gaps + 1)
+        places: NDArray[np.intp] = np.cumsum(gaps + 1)
         places -= 1
         if len(places) and places[-1] >= self.size:
             raise WireError("a position behind the last entry")
@@ -70,7 +74,7 @@ class Segment(NamedTuple):
             return places
         kept = np.ones(self.size, np.bool_)
         kept[places] = False
-        return np.flatnonzero(kept)
+        return kept
 
 
 class Run(NamedTuple):
@@ -115,8 +119,8 @@ def encode_pool(run: Run) -> bytes:
     return deflate(_in_bytes(gaps >> width)) + pack_bits(_low(gaps, width))
 
 
-def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.intp]:
-    """The inverse of ``encode_pool``, for either coding: the positions.
+def decode_pool(reader: Reader, segment: Segment, coding: int) -> Chosen:
+    """The inverse of ``encode_pool``, for either coding: the kept entries.
 
     Raises:
         WireError: the bytes are not such an encoding.
@@ -125,7 +129,7 @@ def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.int
         kept = unpack_bits(inflate(reader, -(-segment.size // 8)), segment.size)
         if np.count_nonzero(kept) != segment.kept:
             raise WireError("a bitmap of other than the stated number of entries")
-        return np.flatnonzero(kept.view(np.bool_))
+        return kept.view(np.bool_)
     if coding != GAPS:
         raise WireError(f"the unknown coding {coding} of positions")
     width = segment.low_bits
@@ -153,8 +157,8 @@ def encode_positions(runs: Sequence[Run]) -> bytes:
     return varint(len(coded) // 4) + coded + (pack_bits(np.concatenate(low)) if low else b"")
 
 
-def decode_positions(reader: Reader, segments: Sequence[Segment]) -> list[NDArray[np.intp]]:
-    """The inverse of ``encode_positions``: the positions in each segment.
+def decode_positions(reader: Reader, segments: Sequence[Segment]) -> list[Chosen]:
+    """The inverse of ``encode_positions``: the kept entries of each segment.
 
     Raises:
         WireError: the bytes are not such an encoding.

@@ -17,7 +17,8 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from fedlora.core.errors import WireError
 from fedlora.core.tree import Tree, as_vector, num_entries, unflatten
 from fedlora.transport.framing import Reader
-from fedlora.transport.layout import Chosen, Draw, read_layout, write_layout
+from fedlora.transport.layout import Draw, read_layout, write_layout
+from fedlora.transport.positions import Chosen
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
 from fedlora.transport.uniform import Uniform
 
@@ -32,7 +33,7 @@ REFERENCES = ("zero", "init", "last_round")
 
 _ENVELOPE = struct.Struct("<3sBBIQ")  # magic, version, reference, template, checksum
 _NEGATIVE_ZERO = -(2**31)  # its bits as an integer
-_PIECE = 1 << 20  # entries whose positions, of eight bytes each, are held at a time
+_PIECE = 1 << 16  # entries whose positions, of eight bytes each, are held at a time
 _PRECISIONS: dict[int, type[Precision]] = {cls.code: cls for cls in (Float32, BFloat16, Float16, Uniform)}
 
 
