@@ -140,7 +140,7 @@ def test_a_round_holds_few_copies_of_the_model(
         (Recipe(tuning=Full()), False, (1,), False),  # a round in which nothing moves is still an error
         (Recipe(tuning=Full()), True, (1, 1), False),  # the next phase starts from the change
         (Recipe(tuning=Full(), down=Link(reference="init")), True, (1,), False),
-        (Recipe(), True, (1,), False),  # an export of an adapter may need its start
+        (Recipe(), True, (1,), False),  # an export of an adapter may read it, and it is small
     ],
     ids=["last phase", "unmoved", "next phase", "reference", "adapter"],
 )

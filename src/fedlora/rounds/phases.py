@@ -13,6 +13,7 @@ from fedlora.core.state import PhaseHandover, ServerState, named_seed
 from fedlora.recipe import Phase, Recipe
 from fedlora.transport import wire
 from fedlora.transport.precision import Float32
+from fedlora.tuning import Full
 from fedlora.tuning.warm_start import read_adapter
 
 
@@ -65,18 +66,17 @@ def open_phase(
 
 
 def without_start(state: ServerState, phases: Sequence[Phase]) -> ServerState:
-    """The state without the initial values of its phase, a copy of the model, once nothing reads them any more.
+    """The state of full fine-tuning without its initial values, a copy of the model, once nothing reads them any more.
 
-    They are read by links relative to them, by adapters that are redrawn after each round, by exports of low-rank
-    factors, by the next phase, and until every group of parameters has moved.
+    They are read by links relative to them, by the next phase, and until every group of parameters has moved. An export
+    reads them again in the base model.
 
     Args:
         state: the state after a round.
         phases: the phases of the run.
     """
     recipe, sent = phases[state.phase].recipe, state.schema.sent()
-    relative = recipe.down.reference == "init" or recipe.aggregator.reinitialises or recipe.tuning.has_factors
-    if relative or state.phase + 1 < len(phases) or not state.init:
+    if not isinstance(recipe.tuning, Full) or len(phases) > 1 or recipe.down.reference == "init" or not state.init:
         return state
     moved = {leaf.group for name, leaf in sent.items() if not torch.equal(state.params[name], state.init[name])}
     return replace(state, init={}) if moved == {leaf.group for leaf in sent.values()} else state
