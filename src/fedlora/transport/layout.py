@@ -344,7 +344,7 @@ def _write(
             _grid(run, shapes[i])[:rows, :columns] = True
     chunks.append(_write_positions(coded, part.pool(plan) if POOLED in plan else None))
     if whole:
-        return Stored(b"".join(chunks), part.whole.rare if part.whole.is_sparse else stored, part.counts)
+        return Stored(b"".join(chunks), part.whole.chosen, part.counts)
     return Stored(b"".join(chunks), stored, _counts(stored, sizes))
 
 

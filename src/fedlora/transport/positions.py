@@ -90,6 +90,11 @@ class Run(NamedTuple):
         return 2 * self.num <= len(self.kept)
 
     @property
+    def chosen(self) -> Chosen:
+        """The kept ones."""
+        return self.rare if self.is_sparse else self.kept
+
+    @property
     def segment(self) -> Segment:
         """Its size and count."""
         return Segment(len(self.kept), self.num)
