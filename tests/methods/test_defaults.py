@@ -16,7 +16,7 @@ from fedlora.runs.experiment import run
 from fedlora.server.optimizers import Sgd
 from fedlora.tasks import Model
 
-ROUNDS = 8
+ROUNDS = 10
 HEADS: dict[str, list[dict[str, Any]]] = {
     "adaptive": [
         {
