@@ -16,7 +16,7 @@ from fedlora.runs.experiment import run
 from fedlora.server.optimizers import Sgd
 from fedlora.tasks import Model
 
-ROUNDS = 8
+ROUNDS = {"docstrings": 10, "banking77": 16, "20news": 16}
 HEADS: dict[str, list[dict[str, Any]]] = {
     "adaptive": [
         {
@@ -57,19 +57,19 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["docstrings", "banking77", "20news"])
+@pytest.fixture(scope="module", params=ROUNDS)
 def setting(request: pytest.FixtureRequest, cut: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     name, data = request.param, {"kind": "docstrings", "test_fraction": 0.1}
     if name != "docstrings":
         files = {part: str(shared(f"data/{name}.{part}.jsonl.gz")) for part in ("train", "test")}
-        data = {"kind": "files", **files, "max_train": 3000, "max_test": 500}
+        data = {"kind": "files", **files, "max_train": 3000, "max_test": 1000}
     document = {
         "model": {"path": str(cut)},
         "task": {"kind": "text_classification", "max_length": 32},
         "data": data,
         "clients": {"num": 60, "per_round": 5, "partition": {"kind": "dirichlet", "alpha": 1.0}},
-        "evaluate": {"every": ROUNDS, "dense": False},
-        "method": {"rounds": ROUNDS},
+        "evaluate": {"every": ROUNDS[name], "dense": False},
+        "method": {"rounds": ROUNDS[name]},
     }
     federated = prepare(parse({**document, "method": {"kind": "lora", **document["method"]}}))
     made, head = Setting(name, document, federated, {}), {"kind": "fedavg", "tuning": {"kind": "head_only"}}

@@ -226,7 +226,7 @@ def flexlora(
     split: Literal["left", "symmetric"] = "left",
     precision: AnyPrecision = Float32(),
     server_head: AnyServerOptimizer = HEAD,
-    local: Local = LARGER,
+    local: Local = Local(),
     memory: Memory = "none",
 ) -> Phases:
     """FlexLoRA (arXiv 2402.11505): the mean of the products, truncated to the rank by an SVD in each round."""

@@ -18,8 +18,8 @@ ADAPTIVE_FULL = ServerAdamW(lr=1e-3, weight_decay=0.0, lr_scale=LrScale(head=10.
 HEAD = ServerAdamW(lr=5e-2, weight_decay=0.0)
 """The server optimiser of the head in methods whose adapters need the mean as it is: no product is taken of a head."""
 
-LARGER = Local(optimizer=Sgd(lr=0.2))
-"""Clients of these methods: nothing on the server enlarges the step of their adapters."""
+LARGER = Local(optimizer=Sgd(lr=0.1))
+"""Clients of these methods: nothing on the server enlarges the step of their adapters, and they diverge above 0.3."""
 
 PLAIN = Local(optimizer=AdamW(lr=1e-2))
 """Clients of plain averaging, where nothing on the server enlarges a step: SGD either learns slowly or diverges."""
