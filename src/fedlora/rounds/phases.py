@@ -10,6 +10,7 @@ import torch
 
 from fedlora.client.workspace import Workspace, setup_parts
 from fedlora.core.state import PhaseHandover, ServerState, named_seed
+from fedlora.core.tree import Tree
 from fedlora.recipe import Phase, Recipe
 from fedlora.transport import wire
 from fedlora.transport.precision import Float32
@@ -83,7 +84,19 @@ def without_start(state: ServerState, phases: Sequence[Phase]) -> ServerState:
 
 
 def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> PhaseHandover:
-    """The handover of a finished phase to the next one."""
-    head = state.schema.split(state.params).get("head", {})
+    """The handover of a finished phase to the next one: the change of all phases so far to the pre-trained weights."""
+    head, init = state.schema.split(state.params).get("head", {}), state.init
     recipe.tuning.fold(workspace.installed, state.folds)
-    return PhaseHandover(recipe.tuning.changes(workspace.installed, state.init, state.params), head)
+    if state.phase or not init:  # a later phase starts from what earlier ones changed
+        init = init | _pretrained(workspace, state)
+    return PhaseHandover(recipe.tuning.changes(workspace.installed, init, state.params), head)
+
+
+def _pretrained(workspace: Workspace, state: ServerState) -> Tree:
+    """The pre-trained values of those parameters that are the model's own or parts of them."""
+    model, _ = workspace.task.load_model(workspace.seed, "fp32", torch.device("cpu"))
+    named, places = dict(model.named_parameters()), workspace.installed.places
+    whole = {name: named[name].detach() for name in state.params if name in named}
+    return {
+        name: value.flatten()[places[name].cpu()] if name in places else value for name, value in whole.items()
+    }

@@ -104,13 +104,11 @@ def _save_names(folder: Path, names: list[str]) -> None:
 def _save_merged(folder: Path, trained: TrainedRun) -> None:
     if isinstance(trained.recipe.tuning, Peft):
         raise ConfigError("a `peft` tuning is merged by peft itself: load the adapter and call merge_and_unload()")
+    learnt = close_phase(trained.workspace, trained.recipe, trained.state)
     # the resident model may hold quantized weights, so the change is applied to a freshly loaded base model
     seed = named_seed(trained.experiment.seed, "head")
     model, _ = trained.task.load_model(seed, "fp32", torch.device("cpu"))
-    named, state = dict(model.named_parameters()), trained.state
-    if not state.init:  # see `without_start`
-        state = dataclasses.replace(state, init={name: named[name].detach() for name in state.params})
-    learnt = close_phase(trained.workspace, trained.recipe, state)
+    named = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in learnt.delta.items():
             named[name].add_(value)
