@@ -14,7 +14,7 @@ from fixtures.toy import LOCAL, Federation
 import fedlora
 from fedlora.client.jobs import Job, Reply
 from fedlora.client.training import train
-from fedlora.client.turn import close_turn, open_turn
+from fedlora.client.turn import close_turn, decoded, open_turn
 from fedlora.client.workspace import Workspace
 from fedlora.core.tree import Tree, flatten
 from fedlora.engines import Serial
@@ -22,6 +22,7 @@ from fedlora.methods import fedavg, het_lora
 from fedlora.recipe import Recipe
 from fedlora.recipe.local import AdamW, Local, Schedule, Sgd
 from fedlora.rounds.phases import open_phase
+from fedlora.rounds.plan import make_plan
 from fedlora.testing import TensorTask, toy_task
 from fedlora.transport import Link, TopK
 from fedlora.tuning import BitFit, Bottleneck, Full, LoRA, SparseMask
@@ -131,3 +132,18 @@ def test_turns_of_a_cohort_can_be_taken_together(phases: Any) -> None:
     found, expected = (each.go_on(each.start(), 3) for each in (other, one))
     assert all(torch.equal(value, expected.params[name]) for name, value in found.params.items())
     assert [row.up_bytes for row in other.rows] == [row.up_bytes for row in one.rows]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_turn_shares_the_parameters_of_its_process_only_if_they_are_what_was_sent(same: bool) -> None:
+    federation = Federation(fedavg(rounds=1, local=LOCAL))
+    state = federation.start()
+    (job,) = make_plan(federation.phases[0].recipe, state, (0,), {}, 0, 1).hand_over()
+    assert job.start is not None
+    if not same:
+        job = job._replace(start={name: value + 1 for name, value in job.start.items()})
+    found = decoded(job, federation.workspace)
+    assert found.payload == b""
+    assert found.start is not None
+    assert all((value is state.params[name]) is same for name, value in found.start.items())
+    assert all(torch.equal(value, state.params[name]) for name, value in found.start.items())

@@ -143,6 +143,7 @@ CHOICES: dict[str, dict[str, dict[str, Any]]] = {
         "bf16": {"local": {"compute": "bf16"}},
         "client lr_scale": {"local": {"lr_scale": LrScale(head=2.0)}},
     },
+    "server_head": {"server_head": {"server_head": AdamW(lr=0.02)}},
     "shrink": {"shrink": {"shrink": RankPruning(keep=0.6)}},
     "prune": {"prune": {"prune": Prune(density=0.6)}},
 }

@@ -114,8 +114,8 @@ def test_a_rate_of_the_server_means_the_same_under_noise() -> None:
 @pytest.mark.parametrize("method", [flexlora, flora])
 def test_rules_about_products_take_a_rate_of_the_head_alone(method: object) -> None:
     phases = method(rounds=1, rank=4, local=LOCAL)  # type: ignore[operator]
-    recipe = phases[0].recipe
-    plain = replace(phases[0], recipe=replace(recipe, server=Sgd()))
+    recipe = replace(phases[0].recipe, server_head=None)
+    plain = replace(phases[0], recipe=recipe)
     scaled = replace(phases[0], recipe=replace(recipe, server=Sgd(lr_scale=LrScale(head=2.0))))
     one, other = round_of(Federation((plain,))), round_of(Federation((scaled,)))
     assert other["head"] == pytest.approx(2 * one["head"], rel=1e-4)

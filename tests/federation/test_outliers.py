@@ -165,11 +165,17 @@ def test_an_honest_run_is_never_refused() -> None:
 
 
 def test_at_most_two_updates_are_held_back_and_none_in_later_rounds() -> None:
-    outliers = Outliers(Recipe())
-    update = Update({}, {"x": torch.ones(4)}, 1.0)
-    assert [len(list(outliers.offer(place, update))) for place in range(5)] == [0, 0, 3, 1, 1]
+    def admitted(outliers: Outliers, sizes: Sequence[float]) -> list[int]:
+        """How many updates are admitted with each of these sizes per entry."""
+        updates = [Update({}, {"x": torch.full((4,), size)}, 1.0) for size in sizes]
+        return [len(list(outliers.offer(place, update))) for place, update in enumerate(updates)]
+
+    assert admitted(Outliers(Recipe()), [2.0, 2.0, 2.0, 2.0, 2.0]) == [0, 0, 3, 1, 1]
+    assert admitted(Outliers(Recipe()), [1.0, 1.0, 1.0]) == [1, 1, 1]  # none of them can be refused for its norm
+    assert admitted(Outliers(Recipe()), [0.1, 2.0, 0.1]) == [1, 0, 2]  # in the order of the cohort
+    assert admitted(Outliers(Recipe(outlier_factor=0.0)), [2.0, 2.0]) == [1, 1]
     later = Outliers(Recipe(), Store(values={"recent": [1.0, 1.0, 1.0]}))
-    assert [len(list(later.offer(place, update))) for place in range(3)] == [1, 1, 1]
+    assert admitted(later, [2.0, 2.0, 2.0]) == [1, 1, 1]
 
 
 def test_a_sum_that_would_not_be_finite_is_refused_with_its_weights() -> None:

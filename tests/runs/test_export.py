@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from fixtures.more import some_of
-from fixtures.tiny import COLOURS, contents, experiment, save_model, tiny_world
+from fixtures.tiny import COLOURS, contents, document, experiment, save_model, tiny_world
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedlora
+from fedlora.config import parse
 from fedlora.core.errors import ConfigError
 
 FAMILIES = ("bert", "gpt2", "distilbert", "albert")
@@ -103,6 +104,28 @@ def test_a_merged_model_says_what_the_run_says(world: Path, tmp_path: Path, fami
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(probabilities(model, tmp_path / "merged"), ours(run), atol=1e-4, rtol=0)
     assert model.config.id2label == dict(enumerate(COLOURS))
+
+
+MASK = {"kind": "sparse_mask", "density": 0.3}
+LORA = {"kind": "lora", "rank": 4, "init": {"kind": "svd_of_delta", "fold": "rest"}}
+LATER: dict[str, list[dict[str, Any]]] = {
+    "full, full": [{"kind": "full"}, {"kind": "full"}],
+    "full, mask": [{"kind": "full"}, MASK],
+    "mask, bitfit, lora": [{**MASK, "biases": True}, {"kind": "bitfit"}, LORA],
+}
+
+
+@pytest.mark.parametrize("tunings", LATER.values(), ids=LATER)
+def test_a_model_of_several_phases_has_the_changes_of_all(world: Path, tmp_path: Path, tunings: Any) -> None:
+    """The values of a later phase start from those of earlier ones, so their change is not the whole change."""
+    whole = document(world, "full")
+    optimisers = {key: whole["method"][key] for key in ("local", "server")}
+    phases = [{"rounds": 2, "recipe": {"tuning": tuning, **optimisers}} for tuning in tunings]
+    chosen = parse({**{key: value for key, value in whole.items() if key != "method"}, "phases": phases})
+    fedlora.run(chosen, tmp_path / "run")
+    fedlora.load_run(tmp_path / "run").export(tmp_path / "merged", merge=True)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(probabilities(model, tmp_path / "merged"), ours(tmp_path / "run"), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("method", "rank"), [("lora", 4), ("flasc", 4), ("slora", 4), ("federa", 8)])

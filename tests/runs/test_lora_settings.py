@@ -133,7 +133,8 @@ def test_rules_on_products_fold_into_modules_of_unequal_ranks(world: Path, tmp_p
     # a client alone is the mean of the cohort, so that its model is that of plain averaging
     alone = ("clients.num=1", "clients.per_round=1", *RANKS, "method.server={kind='sgd'}")
     plain = fedlora.run(experiment(world, "lora", *alone, rounds=1), tmp_path / "plain")
-    result = fedlora.run(experiment(world, method, *alone, rounds=1), tmp_path / "run")
+    averaged = (*alone, "method.server_head={kind='sgd'}")
+    result = fedlora.run(experiment(world, method, *averaged, rounds=1), tmp_path / "run")
     assert result.after["loss"] == pytest.approx(plain.after["loss"], rel=1e-4)
     if method == "flora":
         latest = RunFolder(tmp_path / "run").latest()

@@ -44,10 +44,12 @@ class Job(NamedTuple):
         progress: rounds finished in the whole run, and rounds in the whole run, for the learning rate.
         seed: the seed of this turn's random draws.
         base: the number format of frozen weights, whatever the client's tier computes in.
-        payload: the parameters of this round.
+        payload: the parameters of this round; empty once they are decoded, to ``start``.
         setup: the setup message of the phase; None if the client has it already.
         fold: the edits of frozen weights that the client lacks, if any.
         memory: what the client remembers.
+        start: the parameters that ``payload`` decodes to, if they are known: the server's own tensors, so that a turn
+            in its process needs no copy of them. Read-only, and never sent.
     """
 
     recipe: Recipe
@@ -61,6 +63,7 @@ class Job(NamedTuple):
     setup: bytes | None
     fold: FoldMessage | None
     memory: ClientState
+    start: Tree | None = None
 
 
 class Reply(NamedTuple):

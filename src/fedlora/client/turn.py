@@ -54,20 +54,36 @@ def open_turn(job: Job, workspace: Workspace, rows: Positions, deadline: float =
     Raises:
         WireError: the payload is not what the recipe expects.
     """
-    clock = time.perf_counter()
-    recipe, local = job.recipe, job.recipe.local
-    base = recipe if local.compute == job.base else replace(recipe, local=replace(local, compute=job.base))
-    workspace.apply_setup(job.phase, base, job.setup)
-    shared = workspace.decode(job.payload, job.round, lambda: _received(job, workspace))
+    clock, local = time.perf_counter(), job.recipe.local
+    job = decoded(job, workspace)
     return Ready(
         job=job,
         rows=rows,
-        start=_with_personal(job, workspace, shared),
+        start=_with_personal(job, workspace, job.start or {}),
         folds=workspace.folds(job.fold, job.memory.folds),
         schema=workspace.installed.schema,
         deadline=min(deadline, clock + (local.timeout_seconds or math.inf)),
         seconds=time.perf_counter() - clock,
     )
+
+
+def decoded(job: Job, workspace: Workspace) -> Job:
+    """The job with its parameters decoded and without their bytes, which are a copy of the trained parameters.
+
+    Args:
+        job: the job; one that is decoded already stays as it is.
+        workspace: a resident model, updated to the announced setup; its trained parameters are left unchanged.
+
+    Raises:
+        WireError: the payload is not what the recipe expects.
+    """
+    recipe, local = job.recipe, job.recipe.local
+    base = recipe if local.compute == job.base else replace(recipe, local=replace(local, compute=job.base))
+    workspace.apply_setup(job.phase, base, job.setup)
+    if not job.payload and job.start is not None:
+        return job
+    start = workspace.decode(job.payload, job.round, lambda: _received(job, workspace))
+    return job._replace(payload=b"", start=start)
 
 
 def close_turn(ready: Ready, trained: LocalResult) -> Reply:
@@ -125,6 +141,12 @@ def _remembered(ready: Ready, schema: Schema) -> ClientState:
 
 
 def _received(job: Job, workspace: Workspace) -> Tree:
+    """The parameters in a payload; the server's own tensors if it is in this process, since they are the same."""
+    found = _read(job, workspace)
+    return job.start if job.start and tree.have_same_bits(job.start, found) else found
+
+
+def _read(job: Job, workspace: Workspace) -> Tree:
     """The parameters in a payload, whatever its reference; everything except personal parameters."""
     installed, schema = workspace.installed, workspace.installed.schema.sent()
     like = {name: value.detach() for name, value in installed.parameters.items() if name in schema}

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
+from xxhash import xxh3_128_digest
 
 from fedlora.core.devices import deterministic_kernels
 from fedlora.core.errors import ConfigError, TrainingError
@@ -160,9 +161,10 @@ class Workspace:
         """
         if wire.reference_of(payload) == "last_round":
             return read()
-        if self._decoded is None or self._decoded[0] != (payload, round):
+        key = xxh3_128_digest(payload), round  # the bytes themselves would be one copy more
+        if self._decoded is None or self._decoded[0] != key:
             self._decoded = None  # free the old tree first
-            self._decoded = (payload, round), read()
+            self._decoded = key, read()
         return self._decoded[1]
 
     def folds(self, update: FoldMessage | None, known: Folds) -> Folds:

@@ -161,7 +161,7 @@ class ServerState:
         phase: index of the running phase.
         round: rounds finished in all phases together.
         params: the trained parameters, dense, float32.
-        init: the initial values of this phase; public.
+        init: the initial values of this phase; public. Empty where ``rounds.phases.without_start`` dropped them.
         schema: the leaf of each of them.
         setup: the message that sends a client the frozen part (residual, fold, mask seed).
         setup_bytes: its size by kind.

@@ -83,7 +83,8 @@ class Processes(Engine):
         crew = self._resident[: len(shares)]
         for worker, share in zip(crew, shares, strict=True):
             # the server's own model has the setup, so jobs may lack it; a worker's model may not have it yet
-            worker.send([(number, job._replace(setup=self.workspace.setup), rows) for number, job, rows in share])
+            setup = self.workspace.setup
+            worker.send([(number, job._replace(setup=setup, start=None), rows) for number, job, rows in share])
         return crew
 
 

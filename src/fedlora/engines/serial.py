@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedlora.client.jobs import Job, Reply
-from fedlora.client.turn import run_job
+from fedlora.client.turn import decoded, run_job
 from fedlora.client.workspace import Workspace
 from fedlora.engines.base import Engine
 from fedlora.population.clients import Population
@@ -24,5 +24,6 @@ class Serial(Engine):
         self.population = population
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
+        jobs = [decoded(job, self.workspace) for job in jobs]  # from here on, nothing holds the bytes of the messages
         for job in jobs:
             yield run_job(job, self.workspace, self.population.rows_of(job.client))

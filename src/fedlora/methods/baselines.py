@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedlora.core.component import Count, Share
-from fedlora.methods.defaults import ADAPTIVE, HEAD, PLAIN
+from fedlora.methods.defaults import ADAPTIVE, HEAD, LARGER
 from fedlora.methods.papers import Memory, Phases, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.recipe.local import Local
@@ -53,7 +53,7 @@ def rolora(
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ServerSgd(),
     server_head: AnyServerOptimizer = HEAD,
-    local: Local = PLAIN,
+    local: Local = LARGER,
     memory: Memory = "none",
 ) -> Phases:
     """RoLoRA (arXiv 2409.02346): ``B`` is trained in one round and ``A`` in the next, with the other factor frozen.
@@ -156,7 +156,7 @@ def fedex(
     weighting: Weighting = "uniform",
     precision: AnyPrecision = Float32(),
     server_head: AnyServerOptimizer = HEAD,
-    local: Local = PLAIN,
+    local: Local = LARGER,
     memory: Memory = "none",
     max_base_share: Share | None = None,
 ) -> Phases:
@@ -189,7 +189,7 @@ def flora(
     weighting: Weighting = "uniform",
     precision: AnyPrecision = Float32(),
     server_head: AnyServerOptimizer = HEAD,
-    local: Local = PLAIN,
+    local: Local = LARGER,
     memory: Memory = "none",
     reference: Literal["zero", "init"] = "init",
     max_base_share: Share | None = None,
@@ -226,7 +226,7 @@ def flexlora(
     split: Literal["left", "symmetric"] = "left",
     precision: AnyPrecision = Float32(),
     server_head: AnyServerOptimizer = HEAD,
-    local: Local = PLAIN,
+    local: Local = Local(),
     memory: Memory = "none",
 ) -> Phases:
     """FlexLoRA (arXiv 2402.11505): the mean of the products, truncated to the rank by an SVD in each round."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from fedlora.core.rates import LrScale
-from fedlora.recipe.local import Local, Sgd
-from fedlora.server.optimizers import AdamW
+from fedlora.recipe.local import AdamW, Local, Sgd
+from fedlora.server.optimizers import AdamW as ServerAdamW
 
-ADAPTIVE = AdamW(lr=5e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
+ADAPTIVE = ServerAdamW(lr=5e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
 """The server optimiser of methods that average changes of adapters.
 
 SGD on clients preserves the relative magnitudes of a gradient's entries, by which sparse links and pruning choose;
 AdamW on the server compensates for how unequal they are. A fresh head needs a higher learning rate than adapters do."""
 
-ADAPTIVE_FULL = AdamW(lr=1e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
+ADAPTIVE_FULL = ServerAdamW(lr=1e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
 """The same for methods that train the pre-trained weights themselves."""
 
-HEAD = AdamW(lr=5e-2, weight_decay=0.0)
+HEAD = ServerAdamW(lr=5e-2, weight_decay=0.0)
 """The server optimiser of the head in methods whose adapters need the mean as it is: no product is taken of a head."""
 
-PLAIN = Local(optimizer=Sgd(lr=0.2))
-"""The client optimiser of methods whose server applies the mean as it is: it alone sets the size of a round's step."""
+LARGER = Local(optimizer=Sgd(lr=0.1))
+"""Clients of these methods: nothing on the server enlarges the step of their adapters, and they diverge above 0.3."""
+
+PLAIN = Local(optimizer=AdamW(lr=1e-2))
+"""Clients of plain averaging, where nothing on the server enlarges a step: SGD either learns slowly or diverges."""

@@ -42,6 +42,10 @@ class Message(NamedTuple):
         """Bytes by kind."""
         return add_up((self.packet.sizes, self.fold.sizes if self.fold else {}))
 
+    def without_bytes(self) -> Message:
+        """The same message without the bytes of the parameters."""
+        return self._replace(packet=self.packet._replace(raw=b""))
+
 
 class Downlink:
     """The messages of one round to its cohort; clients that hold the same parameters receive the same message.
@@ -57,7 +61,6 @@ class Downlink:
         self._seed = named_seed(seed, "down", state.round)
         self._schema = state.schema.sent()
         self._sent = {name: state.params[name] for name in self._schema}
-        self._init = {name: state.init[name] for name in self._schema}
         self._made: dict[int, Message] = {}
         self._folds: dict[int, FoldMessage | None] = {}
         self.lost: Tree = state.parts.tree("down", "lost")
@@ -76,9 +79,9 @@ class Downlink:
     def _params(self, held: Tree) -> Message:
         key = id(held) if held else 0
         if key not in self._made:
-            link, init = self._recipe.down, self._init
+            link, init = self._recipe.down, self._state.init
             known = [("last_round", held)] if held else []
-            known += [("init", init)] if link.reference == "init" else []
+            known += [("init", {name: init[name] for name in self._schema})] if link.reference == "init" else []
             if link.lossy:  # the closest reference leaves the smallest error
                 known = known[:1] or [("zero", {})]
                 self._made[key] = self._encode(*known[0])

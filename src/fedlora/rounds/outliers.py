@@ -22,7 +22,7 @@ FLOOR = 1.0
 REMEMBERED = 8
 """Number of earlier rounds whose median norms are compared with."""
 ENOUGH = 3
-"""Number of norms required for a comparison; until they are known, at most ``ENOUGH - 1`` updates are held back."""
+"""Number of norms required for a comparison; until then, updates from the first one above ``FLOOR`` are held back."""
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
@@ -40,7 +40,7 @@ class Outliers:
     Known are the median norms of the last ``REMEMBERED`` rounds of the phase and the norms of the cohort received so
     far, zeros left out. An update is refused if its norm exceeds ``factor`` times the (lower) median and the root mean
     square of its entries exceeds ``FLOOR``, or if the sum of the round could overflow float32. Updates are not stored:
-    only without earlier rounds are the first ones held back until ``ENOUGH`` norms are known.
+    only without earlier rounds are those from the first one above ``FLOOR`` held back until ``ENOUGH`` norms are known.
 
     Where client-level noise is calibrated for a clip, the clip limits every update, and nothing is refused, because a
     refusal would depend on the data.
@@ -75,7 +75,8 @@ class Outliers:
         if norm > 0:
             self._norms.append(norm)
         self._held.append((place, update, norm))
-        if len(self._recent) + len(self._norms) >= ENOUGH:
+        alone = len(self._held) == 1
+        if len(self._recent) + len(self._norms) >= ENOUGH or (alone and not self._is_large(update, norm)):
             yield from self.rest()
 
     def rest(self) -> Iterator[Verdict]:
@@ -91,8 +92,7 @@ class Outliers:
     def _why(self, update: Update, norm: float) -> str:
         known = self._recent + self._norms
         usual = median_low(known) if known else norm
-        size = norm / math.sqrt(max(1, tree.num_entries(update.delta)))
-        if self._factor and norm > self._factor * usual and size > FLOOR:
+        if norm > self._factor * usual and self._is_large(update, norm):
             return (
                 f"its update has the norm {norm:.3g}, and {usual:.3g} is usual in this run; more than "
                 f"{self._factor:g} times that is refused (outlier_factor)"
@@ -102,6 +102,10 @@ class Outliers:
             return f"its update has the norm {norm:.3g}, with which the sum of the round would not be finite"
         self._reach = reach
         return ""
+
+    def _is_large(self, update: Update, norm: float) -> bool:
+        """Whether an update could be refused for its norm."""
+        return self._factor > 0 and norm / math.sqrt(max(1, tree.num_entries(update.delta))) > FLOOR
 
     @property
     def longest(self) -> tuple[int, float] | None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from fedlora.client.workspace import Workspace, setup_parts
 from fedlora.core.state import PhaseHandover, ServerState, named_seed
-from fedlora.recipe import Recipe
+from fedlora.core.tree import Tree
+from fedlora.recipe import Phase, Recipe
 from fedlora.transport import wire
 from fedlora.transport.precision import Float32
+from fedlora.tuning import Full
 from fedlora.tuning.warm_start import read_adapter
 
 
@@ -60,8 +66,35 @@ def open_phase(
     return state, start.facts
 
 
+def without_start(state: ServerState, phases: Sequence[Phase]) -> ServerState:
+    """The state of full fine-tuning without its initial values, a copy of the model, once nothing reads them any more.
+
+    They are read by links relative to them, by the next phase, and until every group of parameters has moved. An export
+    reads them again in the base model.
+
+    Args:
+        state: the state after a round.
+        phases: the phases of the run.
+    """
+    recipe, sent = phases[state.phase].recipe, state.schema.sent()
+    if not isinstance(recipe.tuning, Full) or len(phases) > 1 or recipe.down.reference == "init" or not state.init:
+        return state
+    moved = {leaf.group for name, leaf in sent.items() if not torch.equal(state.params[name], state.init[name])}
+    return replace(state, init={}) if moved == {leaf.group for leaf in sent.values()} else state
+
+
 def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> PhaseHandover:
-    """The handover of a finished phase to the next one."""
-    head = state.schema.split(state.params).get("head", {})
+    """The handover of a finished phase to the next one: the change of all phases so far to the pre-trained weights."""
+    head, init = state.schema.split(state.params).get("head", {}), state.init
     recipe.tuning.fold(workspace.installed, state.folds)
-    return PhaseHandover(recipe.tuning.changes(workspace.installed, state.init, state.params), head)
+    if state.phase or not init:  # a later phase starts from what earlier ones changed
+        init = init | _pretrained(workspace, state)
+    return PhaseHandover(recipe.tuning.changes(workspace.installed, init, state.params), head)
+
+
+def _pretrained(workspace: Workspace, state: ServerState) -> Tree:
+    """The pre-trained values of those parameters that are the model's own or parts of them."""
+    model, _ = workspace.task.load_model(workspace.seed, "fp32", torch.device("cpu"))
+    named, places = dict(model.named_parameters()), workspace.installed.places
+    whole = {name: named[name].detach() for name in state.params if name in named}
+    return {name: value.flatten()[places[name].cpu()] if name in places else value for name, value in whole.items()}

@@ -19,7 +19,7 @@ class Order(NamedTuple):
     """The job and message for one client.
 
     Args:
-        job: its local training.
+        job: its local training, without the parameters.
         tier: its tier's name, empty without tiers.
         message: the parameters of the round, and the start parameters that result from them.
         sizes: bytes by kind of everything sent to it.
@@ -36,11 +36,19 @@ class Plan(NamedTuple):
 
     Args:
         orders: one for each client.
+        jobs: the same jobs with their parameters, until they are given to an engine: a copy of the model.
         lost: compression error of the messages, if error feedback adds it to the next ones.
     """
 
     orders: tuple[Order, ...]
+    jobs: list[Job]
     lost: Tree
+
+    def hand_over(self) -> list[Job]:
+        """The jobs for an engine, which are no longer held here afterwards."""
+        jobs = self.jobs.copy()
+        self.jobs.clear()
+        return jobs
 
 
 def make_plan(
@@ -58,7 +66,7 @@ def make_plan(
     """
     recipes = {"": recipe, **recipes_of({client: tiers[client] for client in cohort if client in tiers}, recipe)}
     downlinks: dict[tuple[str, int | None], Downlink] = {}
-    orders = []
+    orders, jobs = [], []
     for client in cohort:
         tier = tiers[client].name if client in tiers else ""
         known = state.known.get(client, Memory())
@@ -79,8 +87,11 @@ def make_plan(
             setup=None if memory.has_setup else state.setup,
             fold=message.fold,
             memory=memory,
+            start=message.start,
         )
+        message = message.without_bytes()
         sizes = message.sizes if memory.has_setup else add_up((message.sizes, state.setup_bytes))
-        orders.append(Order(job, tier, message, sizes))
+        orders.append(Order(job._replace(payload=b""), tier, message, sizes))
+        jobs.append(job)
     lost = next((downlink.lost for downlink in downlinks.values()), state.parts.tree("down", "lost"))
-    return Plan(tuple(orders), lost)
+    return Plan(tuple(orders), jobs, lost)

@@ -85,7 +85,7 @@ class Uplink:
         orders, engine = self._plan.orders, self._engine
         like = self._schema.split(params) | {"report": empty_report(self._recipe)}
         largest = 4096 + sum(64 * len(part) + 4 * tree.num_entries(part) for part in like.values())
-        replies = iter(engine.run([order.job for order in orders]))
+        replies = iter(engine.run(self._plan.hand_over()))
         for place, order in enumerate(orders):
             most = engine.most_examples(order.job.client)
             answer, delta = read_reply(order.job, next(replies), like, self._schema, engine.trusted, largest, most)
@@ -143,7 +143,7 @@ class Uplink:
 
         Args:
             params: the server's parameters.
-            init: their values at the start of the phase.
+            init: their values at the start of the phase; empty if all groups moved in earlier rounds.
 
         Raises:
             TrainingError: naming the group, the likely reason and its remedy.
@@ -151,7 +151,7 @@ class Uplink:
         unmoved = [{*answer.reply.unmoved} for answer in self.counted if answer.report.get("steps", 1.0) > 0]
         for group in sorted(set.intersection(*unmoved)) if unmoved else ():
             still = f"all {len(unmoved)} clients of a round took steps and their {group} did not move"
-            if all(torch.equal(params[name], init[name]) for name in self._schema.names(group)):
+            if init and all(torch.equal(params[name], init[name]) for name in self._schema.names(group)):
                 raise TrainingError(f"{still}, so nothing would be learnt: {self._why_unmoved(group)}")
             self.warnings.append(f"{still}: {self._why_unmoved(group)}")
 

@@ -28,7 +28,7 @@ from fedlora.recipe.modes import MODES
 from fedlora.rounds.base_size import check_base_update
 from fedlora.rounds.checkpoint import can_go_on
 from fedlora.rounds.ledger import RoundRecord
-from fedlora.rounds.phases import close_phase, open_phase
+from fedlora.rounds.phases import close_phase, open_phase, without_start
 from fedlora.rounds.round import run_round
 from fedlora.runs import mending
 from fedlora.runs.attempts import Attempts
@@ -332,7 +332,7 @@ class Session:
     def _record(self, state: ServerState, row: RoundRecord) -> None:
         self.files.append(row)
         self.rows.append(row)
-        self.state = state
+        self.state = without_start(state, self.phases)
 
     def _save(self) -> None:
         self.files.save(self.state, self._facts, KEPT if self.engine.trusted else KEPT_OF_SITES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from operator import getitem
+from operator import getitem, sub
 from typing import NamedTuple
 
 import numpy as np
@@ -12,16 +12,19 @@ from numpy.typing import NDArray
 
 from fedlora.core.errors import WireError
 from fedlora.core.tree import Tree
-from fedlora.transport.coder import pack_bits, take_bits, where_true
+from fedlora.transport.coder import pack_bits, take_bits
 from fedlora.transport.framing import Reader, varint
 from fedlora.transport.positions import (
     RANGE,
+    Chosen,
     Run,
     Segment,
+    chosen_of,
     decode_pool,
     decode_positions,
     encode_pool,
     encode_positions,
+    positions_of,
     random_positions,
     run_of,
 )
@@ -46,10 +49,10 @@ class Draw(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A layout: its bytes, the positions of the stored entries, and the number stored of each tensor."""
+    """A layout: its bytes, the stored entries, and the number of them of each tensor."""
 
     raw: bytes
-    where: NDArray[np.intp] | None  # None: all of them
+    where: Chosen | None  # None: all of them
     runs: list[int]
     zeros: bool = True  # whether entries may be among them that need not be stored
 
@@ -60,30 +63,48 @@ class _Part:
     def __init__(self, whole: Run, sizes: Sequence[int]) -> None:
         self.whole = whole
         self.sizes = sizes
+        self._is_sparse = whole.is_sparse
         self.ends = list(accumulate(sizes))
-        at = np.searchsorted(self.whole.where, self.ends)
+        at = np.searchsorted(whole.rare, self.ends)
         self._at: list[int] = at.tolist()
-        self.last: list[int] = self.whole.where[at - 1].tolist()
-        self.counts = _steps(self._at)
+        self._last: list[int] = whole.rare[at - 1].tolist() if self._is_sparse else []
+        self._rare = _steps(self._at)
+        self.counts = self._rare if self._is_sparse else list(map(sub, sizes, self._rare))
 
     def slice(self, i: int) -> slice:
         """Where the entries of one tensor lie."""
         return slice(self.ends[i] - self.sizes[i], self.ends[i])
 
+    def kept(self, i: int) -> Bools:
+        """One bool for each entry of one tensor."""
+        return self.whole.kept[self.slice(i)]
+
     def where(self, i: int) -> NDArray[np.intp]:
-        """The positions in the part of the entries of one tensor."""
-        return self.whole.where[self._at[i] - self.counts[i] : self._at[i]]
+        """The positions in the part of the kept entries of one tensor."""
+        return self._places(i) if self._is_sparse else np.flatnonzero(self.kept(i)) + self.slice(i).start
+
+    def last(self, i: int) -> int:
+        """The position in the part of the last kept entry of one tensor."""
+        if self._is_sparse:
+            return self._last[i]
+        return self.ends[i] - 1 if self.whole.kept[self.ends[i] - 1] else int(self.where(i)[-1])
 
     def run(self, i: int) -> Run:
         """The entries of one tensor."""
-        chosen = self.slice(i)
-        return Run(self.whole.kept[chosen], self.where(i), chosen.start)
+        alike = self._is_sparse == (2 * self.counts[i] <= self.sizes[i])
+        return (
+            Run(self.kept(i), self.counts[i], self._places(i), self.slice(i).start) if alike else run_of(self.kept(i))
+        )
+
+    def _places(self, i: int) -> NDArray[np.intp]:
+        """The positions in the part of those entries of one tensor that are of the kind that is rarer in the part."""
+        return self.whole.rare[self._at[i] - self._rare[i] : self._at[i]]
 
     def pool(self, plan: Sequence[int]) -> Run:
         """The entries of the pooled tensors."""
         if set(plan) == {POOLED}:
             return self.whole
-        return run_of(np.concatenate([self.run(i).kept for i, layout in enumerate(plan) if layout == POOLED]))
+        return run_of(np.concatenate([self.kept(i) for i, layout in enumerate(plan) if layout == POOLED]))
 
     def pooled(self, plan: Sequence[int]) -> Segment:
         """The size and count of the pooled tensors together."""
@@ -107,8 +128,8 @@ def write_layout(nonzero: Bools, like: Tree, value_bits: float, draw: Draw | Non
     if nonzero.all():
         return Stored(_table([DENSE] * len(sizes)), None, sizes, zeros=False)
     whole = run_of(nonzero)
-    if not len(whole.where):
-        return Stored(_table([EMPTY] * len(sizes)), whole.where, [0] * len(sizes))
+    if not whole.num:
+        return Stored(_table([EMPTY] * len(sizes)), whole.rare, [0] * len(sizes), zeros=False)
     part = _Part(whole, sizes)
     shapes = [value.shape for value in like.values()]
     drawn = _drawn(part, list(like), draw) if draw else {}
@@ -140,44 +161,58 @@ def read_layout(reader: Reader, like: Tree) -> Stored:
         return Stored(b"", None, sizes)
     seed = int.from_bytes(reader.take(8), "little") if SEEDED in layouts else 0
     if set(layouts) == {POOLED}:
-        (where,) = _read_positions(reader, [], sum(sizes))
-        return Stored(b"", where, _counts(where, sizes))
-    found = [np.zeros(0, np.intp)] * len(sizes)  # the positions in each tensor
+        (whole,) = _read_positions(reader, [], sum(sizes))
+        return Stored(b"", whole, _counts(whole, sizes))
+    found: list[Chosen] = [np.zeros(0, np.intp)] * len(sizes)  # the kept entries of each tensor
     coded: dict[int, Segment] = {}
     for i, ((name, value), layout, size) in enumerate(zip(like.items(), layouts, sizes, strict=True)):
         if layout == DENSE:
-            found[i] = np.arange(size)
+            found[i] = np.ones(size, np.bool_)
         elif layout == CODED:
             coded[i] = Segment(size, reader.varint(size))
         elif layout == SEEDED:
             found[i] = random_positions(seed, name, size, reader.varint(size))
         elif layout == BITMAP:
-            found[i] = np.flatnonzero(take_bits(reader, size).view(np.bool_))
+            found[i] = take_bits(reader, size).view(np.bool_)
         elif layout == BOX:
-            height, width = _sides(value.shape, size)
-            rows, columns = reader.varint(height), reader.varint(width)
-            found[i] = np.add.outer(width * np.arange(rows), np.arange(columns)).reshape(-1)
+            grid = np.zeros(_sides(value.shape, size), np.bool_)
+            rows, columns = (reader.varint(side) for side in grid.shape)
+            grid[:rows, :columns] = True
+            found[i] = grid.reshape(-1)
     pool = [i for i, layout in enumerate(layouts) if layout == POOLED]
-    places = _read_apart(reader, list(coded.values()), [sizes[i] for i in pool])
-    for i, where in zip([*coded, *pool], places, strict=True):
-        found[i] = where
-    starts = accumulate(sizes[:-1], initial=0)
-    together = np.concatenate([where + start for where, start in zip(found, starts, strict=True)])
-    return Stored(b"", together, list(map(len, found)))
+    apart = _read_apart(reader, list(coded.values()), [sizes[i] for i in pool])
+    for i, kept in zip([*coded, *pool], apart, strict=True):
+        found[i] = kept
+    return _together(found, sizes)
 
 
-def _read_apart(reader: Reader, coded: Sequence[Segment], pool: Sequence[int]) -> list[NDArray[np.intp]]:
-    """The positions in each coded tensor, and in each of a pool, from the sizes of these."""
+def _together(found: Sequence[Chosen], sizes: Sequence[int]) -> Stored:
+    """The kept entries of all tensors, from those of each."""
+    runs = [int(np.count_nonzero(kept)) if kept.dtype == np.bool_ else len(kept) for kept in found]
+    starts = list(accumulate(sizes, initial=0))
+    if 2 * sum(runs) > starts[-1]:
+        mask = np.zeros(starts[-1], np.bool_)
+        for kept, start, end in zip(found, starts, starts[1:], strict=False):
+            mask[start:end][kept] = True
+        return Stored(b"", mask, runs)
+    where = [positions_of(kept) + start for kept, start in zip(found, starts, strict=False)]
+    return Stored(b"", np.concatenate(where), runs)
+
+
+def _read_apart(reader: Reader, coded: Sequence[Segment], pool: Sequence[int]) -> list[Chosen]:
+    """The kept entries of each coded tensor, and of each of a pool, from the sizes of these."""
     if not pool:
         return _read_positions(reader, coded, None)
-    *places, where = _read_positions(reader, coded, sum(pool))
-    ends = list(accumulate(pool))
-    parts = np.split(where, np.searchsorted(where, ends[:-1]))
-    return places + [part - (end - size) for part, end, size in zip(parts, ends, pool, strict=True)]
+    *found, kept = _read_positions(reader, coded, sum(pool))
+    starts = list(accumulate(pool[:-1], initial=0))
+    if kept.dtype == np.bool_:
+        return [*found, *np.split(kept.view(np.bool_), starts[1:])]
+    parts = np.split(kept.view(np.intp), np.searchsorted(kept, starts[1:]))
+    return [*found, *(part - start for part, start in zip(parts, starts, strict=True))]
 
 
-def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[NDArray[np.intp]]:
-    """The positions in each coded tensor, and last those in a pool of so many entries, if there is one."""
+def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) -> list[Chosen]:
+    """The kept entries of each coded tensor, and last those in a pool of so many entries, if there is one."""
     if pool is None:
         return decode_positions(reader, coded) if coded else []
     segment, coding = Segment(pool, reader.varint(pool)), reader.byte()
@@ -187,9 +222,12 @@ def _read_positions(reader: Reader, coded: Sequence[Segment], pool: int | None) 
     return [*(decode_positions(reader, coded) if coded else []), places]
 
 
-def _counts(where: NDArray[np.intp], sizes: Sequence[int]) -> list[int]:
-    """The number of positions in each tensor."""
-    return _steps(np.searchsorted(where, list(accumulate(sizes))).tolist())
+def _counts(kept: Chosen, sizes: Sequence[int]) -> list[int]:
+    """The number of kept entries of each tensor."""
+    ends = list(accumulate(sizes))
+    if kept.dtype == np.bool_:
+        return [int(np.count_nonzero(kept[end - size : end])) for size, end in zip(sizes, ends, strict=True)]
+    return _steps(np.searchsorted(kept, ends).tolist())
 
 
 def _steps(ends: Sequence[int]) -> list[int]:
@@ -203,7 +241,7 @@ def _drawn(part: _Part, names: Sequence[str], draw: Draw) -> dict[int, NDArray[n
     for i, name in enumerate(names):
         if name in draw.counts and 0 < part.counts[i] < part.sizes[i]:
             places = random_positions(draw.seed, name, part.sizes[i], draw.counts[name])
-            if np.count_nonzero(part.run(i).kept[places]) == part.counts[i]:
+            if np.count_nonzero(part.kept(i)[places]) == part.counts[i]:
                 drawn[i] = places
     return drawn
 
@@ -216,7 +254,7 @@ def _boxes(part: _Part, shapes: Sequence[Sequence[int]]) -> dict[int, tuple[int,
         if len(shape) < 2 or not 0 < count < size:
             continue
         end, width = part.ends[i], size // shape[0]
-        rows = shape[0] - (end - 1 - part.last[i]) // width
+        rows = shape[0] - (end - 1 - part.last(i)) // width
         if not np.count_nonzero(part.whole.kept[end - size + width - 1 : end : width]):
             boxes[i] = rows, 0  # how many columns is found below
             found.append((i, width))
@@ -317,9 +355,9 @@ def _write(
             run.reshape(_sides(shapes[i], len(run)))[:rows, :columns] = True
     chunks.append(_write_positions(coded, part.pool(plan) if POOLED in plan else None))
     if whole:
-        return Stored(b"".join(chunks), part.whole.where, part.counts, zeros=False)
-    where = where_true(stored)
-    return Stored(b"".join(chunks), where, _counts(where, sizes))
+        return Stored(b"".join(chunks), part.whole.chosen, part.counts, zeros=False)
+    chosen = chosen_of(stored)
+    return Stored(b"".join(chunks), chosen, _counts(chosen, sizes))
 
 
 def _write_positions(coded: list[Run], pool: Run | None) -> bytes:
@@ -327,7 +365,7 @@ def _write_positions(coded: list[Run], pool: Run | None) -> bytes:
     if pool is None:
         return encode_positions(coded) if coded else b""
     coding = pool.segment.coding
-    head = varint(len(pool.where)) + bytes([coding])
+    head = varint(pool.num) + bytes([coding])
     if coding == RANGE:
         return head + encode_positions([*coded, pool])
     return head + encode_pool(pool) + (encode_positions(coded) if coded else b"")

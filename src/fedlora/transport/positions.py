@@ -25,6 +25,10 @@ _TOGETHER = 64  # segments whose weights are computed at a time
 _UNIT = 2.0**40  # weights are whole numbers below this, so that their sums are exact in any order
 
 
+Chosen = NDArray[np.intp] | NDArray[np.bool_]
+"""The kept ones of some entries: their positions, or one bool for each entry, which takes less where many are kept."""
+
+
 class Segment(NamedTuple):
     """A run of entries whose positions share one density: the number of entries, and the number kept."""
 
@@ -57,13 +61,13 @@ class Segment(NamedTuple):
         coding = GAPS if 9 * self.rare < 2 * self.size else BITS
         return coding if self.entropy >= 8 * _FEWEST[coding] else RANGE
 
-    def places(self, gaps: NDArray[np.int64]) -> NDArray[np.intp]:
-        """The positions of the kept entries, from the gaps between those of the rarer kind.
+    def places(self, gaps: NDArray[np.int64]) -> Chosen:
+        """The kept entries, from the gaps between those of the rarer kind.
 
         Raises:
             WireError: a position is behind the last entry.
         """
-        places = np.cumsum(gaps + 1)
+        places: NDArray[np.intp] = np.cumsum(gaps + 1)
         places -= 1
         if len(places) and places[-1] >= self.size:
             raise WireError("a position behind the last entry")
@@ -71,36 +75,57 @@ class Segment(NamedTuple):
             return places
         kept = np.ones(self.size, np.bool_)
         kept[places] = False
-        return np.flatnonzero(kept)
+        return kept
 
 
 class Run(NamedTuple):
-    """The entries of a segment: one bool for each, and the positions of the kept ones, counted from ``start``."""
+    """The entries of a segment: one bool for each, the number of the kept ones, and the positions of the rarer kind,
+    counted from ``start``."""
 
     kept: NDArray[np.bool_]
-    where: NDArray[np.intp]
+    num: int
+    rare: NDArray[np.intp]
     start: int = 0
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the kept ones are the rarer kind."""
+        return 2 * self.num <= len(self.kept)
+
+    @property
+    def chosen(self) -> Chosen:
+        """The kept ones, if ``start`` is 0."""
+        return self.rare if self.is_sparse else self.kept
 
     @property
     def segment(self) -> Segment:
         """Its size and count."""
-        return Segment(len(self.kept), len(self.where))
+        return Segment(len(self.kept), self.num)
 
     @property
     def gaps(self) -> NDArray[np.int64]:
         """The numbers of entries between those of the rarer kind."""
-        few = 2 * len(self.where) <= len(self.kept)
-        rarer, start = (self.where, self.start) if few else (np.flatnonzero(~self.kept), 0)
-        gaps = np.empty(len(rarer), np.int64)
-        gaps[:1] = rarer[:1] - (start - 1)
-        np.subtract(rarer[1:], rarer[:-1], out=gaps[1:])
+        gaps = np.empty(len(self.rare), np.int64)
+        gaps[:1] = self.rare[:1] - (self.start - 1)
+        np.subtract(self.rare[1:], self.rare[:-1], out=gaps[1:])
         gaps -= 1
         return gaps
 
 
 def run_of(kept: NDArray[np.bool_]) -> Run:
     """The run of these entries."""
-    return Run(kept, where_true(kept))
+    num = int(np.count_nonzero(kept))
+    return Run(kept, num, where_true(kept if 2 * num <= len(kept) else ~kept))
+
+
+def chosen_of(kept: NDArray[np.bool_]) -> Chosen:
+    """The kept ones of these entries: their positions, unless they are more than half."""
+    return where_true(kept) if 2 * np.count_nonzero(kept) <= len(kept) else kept
+
+
+def positions_of(kept: Chosen) -> NDArray[np.intp]:
+    """The positions of the kept ones."""
+    return where_true(kept.view(np.bool_)) if kept.dtype == np.bool_ else kept.view(np.intp)
 
 
 def encode_pool(run: Run) -> bytes:
@@ -112,8 +137,8 @@ def encode_pool(run: Run) -> bytes:
     return deflate(_in_bytes(gaps >> width)) + pack_bits(_low(gaps, width))
 
 
-def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.intp]:
-    """The inverse of ``encode_pool``, for either coding: the positions.
+def decode_pool(reader: Reader, segment: Segment, coding: int) -> Chosen:
+    """The inverse of ``encode_pool``, for either coding: the kept entries.
 
     Raises:
         WireError: the bytes are not such an encoding.
@@ -122,7 +147,7 @@ def decode_pool(reader: Reader, segment: Segment, coding: int) -> NDArray[np.int
         kept = unpack_bits(inflate(reader, -(-segment.size // 8)), segment.size)
         if np.count_nonzero(kept) != segment.kept:
             raise WireError("a bitmap of other than the stated number of entries")
-        return where_true(kept.view(np.bool_))
+        return kept.view(np.bool_)
     if coding != GAPS:
         raise WireError(f"the unknown coding {coding} of positions")
     width = segment.low_bits
@@ -150,8 +175,8 @@ def encode_positions(runs: Sequence[Run]) -> bytes:
     return varint(len(coded) // 4) + coded + (pack_bits(np.concatenate(low)) if low else b"")
 
 
-def decode_positions(reader: Reader, segments: Sequence[Segment]) -> list[NDArray[np.intp]]:
-    """The inverse of ``encode_positions``: the positions in each segment.
+def decode_positions(reader: Reader, segments: Sequence[Segment]) -> list[Chosen]:
+    """The inverse of ``encode_positions``: the kept entries of each segment.
 
     Raises:
         WireError: the bytes are not such an encoding.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from fedlora.core.errors import WireError
 from fedlora.core.tree import Tree, as_vector, num_entries, unflatten
 from fedlora.transport.framing import Reader
 from fedlora.transport.layout import Draw, Stored, read_layout, write_layout
+from fedlora.transport.positions import Chosen
 from fedlora.transport.precision import BFloat16, Float16, Float32, Precision
 from fedlora.transport.uniform import Uniform
 
@@ -31,6 +32,8 @@ REFERENCES = ("zero", "init", "last_round")
 """What a message's values are relative to: zero, the start of the phase, or the last message to the receiver."""
 
 _ENVELOPE = struct.Struct("<3sBBIQ")  # magic, version, reference, template, checksum
+_NEGATIVE_ZERO = -(2**31)  # its bits as an integer
+_PIECE = 1 << 16  # entries whose positions, of eight bytes each, are held at a time
 _PRECISIONS: dict[int, type[Precision]] = {cls.code: cls for cls in (Float32, BFloat16, Float16, Uniform)}
 
 
@@ -181,10 +184,10 @@ def _hash(named: tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
 
 
 class _Sent(NamedTuple):
-    """The stored values of a part as its receiver reads them, and their positions; None: all of them."""
+    """The stored values of a part as its receiver reads them, and which entries they are; None: all of them."""
 
     values: NDArray[np.float32]
-    where: NDArray[np.intp] | None
+    where: Chosen | None
 
     @property
     def kept(self) -> int:
@@ -196,8 +199,32 @@ class _Sent(NamedTuple):
         if self.where is None:
             return unflatten(torch.from_numpy(self.values), like)
         vector = np.zeros(num_entries(like), np.float32)
-        vector[self.where] = self.values
+        for found, run in _pieces(self.where):
+            vector[found] = self.values[run]
         return unflatten(torch.from_numpy(vector), like)
+
+
+def _pieces(where: Chosen) -> Iterator[tuple[NDArray[np.intp], slice]]:
+    """The positions of stored entries, and where their values lie; a piece at a time, unless they are known."""
+    if where.dtype != np.bool_:
+        yield where.view(np.intp), slice(None)
+        return
+    done = 0
+    for start in range(0, len(where), _PIECE):
+        found = np.flatnonzero(where[start : start + _PIECE])
+        found += start
+        yield found, slice(done, done + len(found))
+        done += len(found)
+
+
+def _taken(values: NDArray[np.float32], where: Chosen, count: int) -> NDArray[np.float32]:
+    """The stored ones of the values."""
+    if where.dtype != np.bool_:
+        return values[where]
+    taken = np.empty(count, values.dtype)
+    for found, run in _pieces(where):
+        taken[run] = values[found]
+    return taken
 
 
 def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memoryview], _Sent]:
@@ -205,17 +232,12 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     if wrong := [name for name, value in tree.items() if value.dtype != torch.float32]:
         raise WireError(f"Tensor {wrong[0]!r} of part {part!r} is {tree[wrong[0]].dtype}; convert it to float32.")
     values: NDArray[np.float32] = as_vector(tree).cpu().numpy()
-    stored, chosen = _chosen(values, tree, form)
-    rounded = form.precision.nonzero(chosen)
-    zeros = np.count_nonzero(rounded == 0) if rounded is not chosen else 0
-    if zeros and zeros > np.count_nonzero(chosen == 0):
-        # these are zeros in this format alone, and their positions need not be stored
-        stored, rounded = _chosen(form.precision.nonzero(values), tree, form)
-    if stored.zeros:
+    stored, chosen = _rounded(values, tree, form)
+    if stored.zeros and chosen.view(np.int32).min() == _NEGATIVE_ZERO:
         with np.errstate(invalid="ignore"):  # NaN is refused in `write`
-            rounded = rounded + np.float32(0)  # -0.0 + 0.0 is 0.0
+            chosen = chosen + np.float32(0)  # -0.0 + 0.0 is 0.0
     try:
-        written = form.precision.write(rounded, stored.runs, form.seed)
+        written = form.precision.write(chosen, stored.runs, form.seed)
     except WireError as error:
         named = unflatten(torch.from_numpy(form.precision.nonzero(values)), tree)
         largest = {name: float(value.abs().max()) for name, value in named.items() if value.numel()}
@@ -228,10 +250,21 @@ def _pack_section(part: str, tree: Tree, form: Form) -> tuple[list[bytes | memor
     return [header, *written.chunks], _Sent(written.values, stored.where)
 
 
+def _rounded(values: NDArray[np.float32], like: Tree, form: Form) -> tuple[Stored, NDArray[np.float32]]:
+    """The layout of a part, and the values that it stores as the number format rounds them."""
+    stored, chosen = _chosen(values, like, form)
+    rounded = form.precision.nonzero(chosen)
+    if rounded is chosen or np.count_nonzero(rounded != 0) == np.count_nonzero(chosen != 0):
+        return stored, rounded
+    del stored, chosen, rounded
+    # some are zeros in this format alone, and their positions need not be stored
+    return _chosen(form.precision.nonzero(values), like, form)
+
+
 def _chosen(values: NDArray[np.float32], like: Tree, form: Form) -> tuple[Stored, NDArray[np.float32]]:
     """The layout of a part, and the values that it stores."""
     stored = write_layout(values != 0, like, form.precision.value_bits, form.draw)
-    return stored, values if stored.where is None else values[stored.where]
+    return stored, values if stored.where is None else _taken(values, stored.where, sum(stored.runs))
 
 
 def _unpack_section(reader: Reader, like: Tree, known: Mapping[int, type[Precision]]) -> _Sent:

@@ -87,10 +87,9 @@ class Installed:
 
     def delta_from(self, start: Mapping[str, Tensor]) -> Tree:
         """The current trained parameters minus ``start``; float32 on the CPU, views of one new vector."""
-        now = {name: value.detach().to("cpu", torch.float32) for name, value in self.parameters.items()}
-        delta = tree.unflatten(torch.empty(tree.num_entries(now)), now)
+        delta = tree.unflatten(torch.empty(tree.num_entries(self.parameters)), self.parameters)
         for name, value in delta.items():
-            torch.sub(now[name], start[name], out=value)
+            torch.sub(self.parameters[name].detach().to("cpu", torch.float32), start[name], out=value)
         return delta
 
     def load(self, params: Mapping[str, Tensor]) -> None:
