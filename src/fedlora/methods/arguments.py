@@ -15,7 +15,7 @@ _SHARED = {
     "weighting": "whether clients weigh the same, or by their number of examples.",
     "split": "how the singular values are shared between the factors: symmetric, or left, where B gets all of them.",
     "warm_rounds": "rounds of the first phase; a quarter of rounds if absent.",
-    "warm_server": "the server's step in the first phase; that of the second if absent.",
+    "warm_server": "the server's step in the first phase; in slora, that of the second if absent.",
     "warm_local": "a client's turn in the first phase; that of the second if absent.",
     "fold": "updates added to the base between the phases: none, the trained biases, or all that LoRA leaves out.",
     "every": "rounds between two steps of the decay.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedlora.core.component import Count, Share
-from fedlora.methods.defaults import ADAPTIVE, HEAD, LARGER
+from fedlora.methods.defaults import ADAPTIVE, HEAD, LARGER, SLOWER
 from fedlora.methods.papers import Memory, Phases, fedavg
 from fedlora.privacy import AnyPrivacy, NoPrivacy
 from fedlora.recipe.local import Local
@@ -226,7 +226,7 @@ def flexlora(
     split: Literal["left", "symmetric"] = "left",
     precision: AnyPrecision = Float32(),
     server_head: AnyServerOptimizer = HEAD,
-    local: Local = Local(),
+    local: Local = SLOWER,
     memory: Memory = "none",
 ) -> Phases:
     """FlexLoRA (arXiv 2402.11505): the mean of the products, truncated to the rank by an SVD in each round."""

@@ -21,5 +21,8 @@ HEAD = ServerAdamW(lr=5e-2, weight_decay=0.0)
 LARGER = Local(optimizer=Sgd(lr=0.1))
 """Clients of these methods: nothing on the server enlarges the step of their adapters, and they diverge above 0.3."""
 
+SLOWER = Local(optimizer=Sgd(lr=0.02))
+"""Clients of FlexLoRA, whose orthonormal ``A`` enlarges the steps of ``B``: higher rates lose accuracy in the end."""
+
 PLAIN = Local(optimizer=AdamW(lr=1e-2))
 """Clients of plain averaging, where nothing on the server enlarges a step: SGD either learns slowly or diverges."""

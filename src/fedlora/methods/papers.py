@@ -200,14 +200,15 @@ def primed_lora(
     fold: Literal["none", "biases", "rest"] = "none",
     precision: AnyPrecision = Float32(),
     server: AnyServerOptimizer = ADAPTIVE,
-    warm_server: AnyServerOptimizer | None = None,
+    warm_server: AnyServerOptimizer = ADAPTIVE_FULL,
     local: Local = Local(),
     warm_local: Local | None = None,
     memory: Memory = "none",
 ) -> Phases:
     """Primed-LoRA, SLoRA's ablation: the first phase is full fine-tuning instead of sparse-mask training.
 
-    ``warm_rounds``, ``warm_local`` and ``warm_server`` are as in ``slora``.
+    ``warm_rounds`` and ``warm_local`` are as in ``slora``; ``warm_server`` is that of full fine-tuning, since the
+    pre-trained weights do not survive the learning rate of adapters.
 
     Raises:
         ConfigError: the first phase would leave no round for the second.
@@ -215,7 +216,7 @@ def primed_lora(
     lora = LoRA(rank=rank, alpha=alpha, targets=targets, init=SvdOfDelta(split=split, fold=fold))
     link = Link(precision=precision)
     second = Recipe(tuning=lora, down=link, up=link, server=server, local=local, memory=memory)
-    warm = replace(second, tuning=Full(), server=warm_server or server, local=warm_local or local)
+    warm = replace(second, tuning=Full(), server=warm_server, local=warm_local or local)
     return _two_phases(warm, second, rounds, warm_rounds)
 
 
