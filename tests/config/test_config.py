@@ -224,7 +224,7 @@ def test_a_slip_in_a_key_of_the_top_is_no_key_of_the_method() -> None:
         ("metod={kind='lora'}", "'method';"),
         ("max_length=32", "'task.max_length';"),
         ("optimizer.lr=1.0", "'local.optimizer.lr';"),
-        ("lr=1.0", "'server.lr' or 'local.optimizer.lr';"),
+        ("lr=1.0", "'server.lr' or 'server_head.lr' or 'local.optimizer.lr';"),
         ("seeed=1", "'seed';"),
     ],
 )
@@ -292,6 +292,15 @@ def test_later_overrides_win(tmp_path: Path) -> None:
         ),
         ({"phases": [{"recipe": {"tuning": {"rank": 2}}}]}, "phases.0.recipe.tuning needs a kind, one of: lora, full"),
         ({"method": {"rank": 2}}, "[method] needs a kind, one of: fedavg, lora"),
+        ({"method": {"kind": "lora", "server_head": {"lr": 0.1}}}, "method.server_head needs a kind, one of: sgd, adam"),
+        (
+            {"method": {"kind": "lora", "server_head": {"kind": "adamw", "lrr": 0.1}}},
+            "unknown key 'method.server_head.lrr', did you mean 'lr'",
+        ),
+        (
+            {"method": {"kind": "lora", "up": {"head_precision": {"kind": "uniform", "bits": 3}}}},
+            "method.up.head_precision.bits = 3",
+        ),
         ({"method": {"kind": "fedavg", "tuning": {"kind": "loar"}}}, "did you mean 'lora'"),
         ({"model": {"path": 3}}, "model.path = 3: input should be a valid string"),
         ({"phases": []}, "phases = []"),

@@ -22,9 +22,10 @@ from fedlora.engines import Serial
 from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.local import AdamW, ClientOptimizer, Local, Sgd
 from fedlora.rounds import round
-from fedlora.rounds.phases import open_phase, without_start
+from fedlora.rounds.phases import close_phase, open_phase, without_start
 from fedlora.testing import equal_population, toy_task
-from fedlora.testing.models import TensorTask
+from fedlora.testing.models import TensorTask, tiny_model
+from fedlora.tasks.models.loading import head_names
 from fedlora.transport import Link, wire
 from fedlora.tuning import Full
 
@@ -154,3 +155,20 @@ def test_the_start_of_a_phase_is_held_while_it_is_read(
     if moved:
         state = replace(state, params={name: value + 1 for name, value in state.params.items()})
     assert (without_start(state, phases).init == {}) is dropped
+
+
+def test_a_start_that_was_dropped_is_drawn_again_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's task may draw more than the head from the seed of its model."""
+    task, recipe = toy_task(num_examples=8), Recipe(tuning=Full())
+
+    def drawn(seed: int, base: str, device: torch.device) -> tuple[nn.Module, frozenset[str]]:
+        model = tiny_model("bert", seed % 1000, 3)
+        return model, head_names(model, set())
+
+    monkeypatch.setattr(task, "load_model", drawn)
+    workspace = Workspace(task, 3, CPU)
+    state, _ = open_phase(workspace, 0, recipe, 3, 0, None)
+    state = replace(state, params={name: value + 1 for name, value in state.params.items()})
+    dropped = without_start(state, [Phase(recipe=recipe, rounds=1)])
+    assert not dropped.init
+    assert all((change - 1).abs().max() < 1e-6 for change in close_phase(workspace, recipe, dropped).delta.values())

@@ -195,6 +195,19 @@ def test_the_head_may_have_a_server_optimiser_of_its_own(server: ServerOptimizer
     assert list(both) == ["b", "a"]
 
 
+@pytest.mark.parametrize("head", ALL, ids=str)
+@pytest.mark.parametrize("group", ["adapter", "head"])
+def test_either_of_two_server_optimisers_may_have_nothing_to_step(group: str, head: ServerOptimizer) -> None:
+    """Without a trained head, or with a head alone, in round after round."""
+    schema, params, slots = schema_of({"b": group}), {"b": tensors(0)["b"]}, {}
+    alone, own = params, {}
+    pair = (AdamW(), head) if group == "adapter" else (head, AdamW())
+    for steps, delta in enumerate(DELTAS):
+        params, slots = take_step(pair, params, {"b": delta["b"]}, slots, steps, schema, (steps, STEPS))
+        alone, own = AdamW().step(alone, {"b": delta["b"]}, own, steps)
+    assert torch.equal(params["b"], alone["b"])
+
+
 def test_without_one_the_server_steps_the_head_too() -> None:
     schema, optimizer = schema_of({"b": "adapter", "a": "head"}), AdamW(lr_scale=LrScale(head=10.0))
     found, state = take_step((optimizer, None), tensors(0), DELTAS[0], {}, 0, schema, (0, 1))

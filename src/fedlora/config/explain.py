@@ -79,7 +79,7 @@ def bare_type(kind: Any) -> Any:
     while typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
     members = [member for member in members_of(kind) if member is not type(None)]
-    return members[0] if len(members) == 1 else kind
+    return bare_type(members[0]) if len(members) == 1 else kind
 
 
 def members_of(kind: Any) -> tuple[Any, ...]:

@@ -99,8 +99,8 @@ RECIPE_REFUSALS: dict[str, Refusal[Recipe]] = {
     ),
     "head_rate_of_two_servers": Refusal(
         lambda r: r.server_head is not None and (r.server.lr_scale.head != 1 or bool(r.server_head.lr_scale.moved)),
-        "server_head steps the head, and nothing else does; set server_head.lr, and leave server.lr_scale.head and "
-        "server_head.lr_scale at 1",
+        "server_head steps the head, and nothing else does; set server_head.lr, and leave server.lr_scale.head "
+        "(warm_server.lr_scale.head too, if there is one) and server_head.lr_scale at 1",
     ),
     "feedback_without_memory": Refusal(
         lambda r: r.up.feedback and r.memory == "none",

@@ -94,7 +94,7 @@ def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> Pha
 
 def _pretrained(workspace: Workspace, state: ServerState) -> Tree:
     """The pre-trained values of those parameters that are the model's own or parts of them."""
-    model, _ = workspace.task.load_model(workspace.seed, "fp32", torch.device("cpu"))
+    model, _ = workspace.task.load_model(named_seed(workspace.seed, "head"), "fp32", torch.device("cpu"))
     named, places = dict(model.named_parameters()), workspace.installed.places
     whole = {name: named[name].detach() for name in state.params if name in named}
     return {name: value.flatten()[places[name].cpu()] if name in places else value for name, value in whole.items()}

@@ -297,6 +297,8 @@ def take_step(
     state: dict[str, Tree] = {}
     for optimizer, prefix in ((server, ""), (head, _HEAD)):
         names = [name for name in params if (schema[name].group == "head") == bool(prefix)]
+        if not names:
+            continue
         own = {
             slot.removeprefix(prefix): value for slot, value in slots.items() if slot.startswith(_HEAD) == bool(prefix)
         }
