@@ -292,7 +292,10 @@ def test_later_overrides_win(tmp_path: Path) -> None:
         ),
         ({"phases": [{"recipe": {"tuning": {"rank": 2}}}]}, "phases.0.recipe.tuning needs a kind, one of: lora, full"),
         ({"method": {"rank": 2}}, "[method] needs a kind, one of: fedavg, lora"),
-        ({"method": {"kind": "lora", "server_head": {"lr": 0.1}}}, "method.server_head needs a kind, one of: sgd, adam"),
+        (
+            {"method": {"kind": "lora", "server_head": {"lr": 0.1}}},
+            "method.server_head needs a kind, one of: sgd, adam",
+        ),
         (
             {"method": {"kind": "lora", "server_head": {"kind": "adamw", "lrr": 0.1}}},
             "unknown key 'method.server_head.lrr', did you mean 'lr'",

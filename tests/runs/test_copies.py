@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.local import AdamW, ClientOptimizer, Local, Sgd
 from fedlora.rounds import round
 from fedlora.rounds.phases import close_phase, open_phase, without_start
+from fedlora.tasks.models.loading import head_names
 from fedlora.testing import equal_population, toy_task
 from fedlora.testing.models import TensorTask, tiny_model
-from fedlora.tasks.models.loading import head_names
 from fedlora.transport import Link, wire
 from fedlora.tuning import Full
 
@@ -172,3 +173,17 @@ def test_a_start_that_was_dropped_is_drawn_again_alike(monkeypatch: pytest.Monke
     dropped = without_start(state, [Phase(recipe=recipe, rounds=1)])
     assert not dropped.init
     assert all((change - 1).abs().max() < 1e-6 for change in close_phase(workspace, recipe, dropped).delta.values())
+
+
+@pytest.mark.parametrize(("recipe", "times"), [(Recipe(), 0), (Recipe(tuning=Full()), 1)], ids=["lora", "full"])
+def test_the_pretrained_model_is_read_again_only_if_its_weights_were_trained(
+    monkeypatch: pytest.MonkeyPatch, recipe: Recipe, times: int
+) -> None:
+    """At the end of a second phase, whose start has the changes of the first."""
+    task = toy_task(num_examples=8)
+    workspace = Workspace(task, 0, CPU)
+    state, _ = open_phase(workspace, 1, recipe, 0, 0, None)
+    load = Mock(side_effect=task.load_model)
+    monkeypatch.setattr(task, "load_model", load)
+    close_phase(workspace, recipe, state)
+    assert load.call_count == times

@@ -87,7 +87,8 @@ def close_phase(workspace: Workspace, recipe: Recipe, state: ServerState) -> Pha
     """The handover of a finished phase to the next one: the change of all phases so far to the pre-trained weights."""
     head, init = state.schema.split(state.params).get("head", {}), state.init
     recipe.tuning.fold(workspace.installed, state.folds)
-    if state.phase or not init:  # a later phase starts from what earlier ones changed
+    own = any(leaf.group == "adapter" and not leaf.factor for leaf in state.schema.values())  # not factors beside it
+    if own and (state.phase or not init):  # a later phase starts from what earlier ones changed
         init = init | _pretrained(workspace, state)
     return PhaseHandover(recipe.tuning.changes(workspace.installed, init, state.params), head)
 
