@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlora.core.rates import LrScale
-from fedlora.recipe.local import AdamW, Local, Sgd
+from fedlora.recipe.local import Local, Sgd
 from fedlora.server.optimizers import AdamW as ServerAdamW
 
 ADAPTIVE = ServerAdamW(lr=5e-3, weight_decay=0.0, lr_scale=LrScale(head=10.0))
@@ -21,8 +21,8 @@ HEAD = ServerAdamW(lr=5e-2, weight_decay=0.0)
 LARGER = Local(optimizer=Sgd(lr=0.1))
 """Clients of these methods: nothing on the server enlarges the step of their adapters, and they diverge above 0.3."""
 
-SLOWER = Local(optimizer=Sgd(lr=0.02))
+SLOWER = Local(optimizer=Sgd(lr=0.01))
 """Clients of FlexLoRA, whose orthonormal ``A`` enlarges the steps of ``B``: higher rates lose accuracy in the end."""
 
-PLAIN = Local(optimizer=AdamW(lr=1e-2))
-"""Clients of plain averaging, where nothing on the server enlarges a step: SGD either learns slowly or diverges."""
+PLAIN = Local(optimizer=Sgd(lr=0.05), lr_scale=LrScale(head=20.0))
+"""Clients of plain averaging, where nothing on the server enlarges the step of the head."""
