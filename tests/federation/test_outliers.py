@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +17,25 @@ import fedlora
 from fedlora import config
 from fedlora.client import turn
 from fedlora.client.training import LocalResult, Ready
-from fedlora.core.errors import DivergedError, QuorumError
-from fedlora.core.state import Update
+from fedlora.core.errors import DivergedError, QuorumError, TrainingError
+from fedlora.core.state import PhaseHandover, ServerState, Update
 from fedlora.core.store import Store
+from fedlora.engines import Serial
 from fedlora.federation.deploy.federate import federate
 from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.federation.server import remote
 from fedlora.privacy import CentralGaussian
-from fedlora.recipe import Recipe
+from fedlora.recipe import Phase, Recipe
 from fedlora.rounds.outliers import FACTOR, Outliers
+from fedlora.rounds.phases import close_phase
+from fedlora.runs import session
+from fedlora.runs.evaluation import evaluate
+from fedlora.runs.experiment import run
 from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.server.aggregate import Krum, Mean
+from fedlora.testing.training import LOCAL, toy_run
+from fedlora.tuning import Full, LoRA, Tuning
 
 world = pytest.fixture(scope="module")(tiny_world)
 ANY = ServerPolicy()
@@ -207,3 +216,41 @@ def test_krum_counts_a_refused_update_among_its_faulty(
     three = ("clients.num=3", "clients.per_round=3", "method.aggregator={kind='krum', faulty=0}")
     with pytest.raises(QuorumError, match=r"2 of 3 clients answered, but 3 are required \(client 1: its update"):
         fedlora.run(experiment(world, "lora", *three), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(Full(), LoRA(rank=2)), (LoRA(rank=4), LoRA(rank=2)), (LoRA(rank=2), Full())],
+    ids=["full, lora", "lora, lora", "lora, full"],
+)
+def test_the_first_round_of_a_later_phase_is_undone_with_its_hand_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Tuning, second: Tuning
+) -> None:
+    """What the first phase learnt is handed over again, not what the model of the second phase holds."""
+
+    class Sites(Serial):
+        trusted = False
+
+        def present(self) -> frozenset[int]:
+            return frozenset(range(6))
+
+    def evaluated(experiment: Any, data: Any, workspace: Any, recipe: Recipe, state: ServerState, *rest: Any) -> Any:
+        if state.phase == 1 and len(handed) == 1:
+            raise TrainingError("accuracy is not finite")
+        return evaluate(experiment, data, workspace, recipe, state, *rest)
+
+    def closed(*given: Any) -> PhaseHandover:
+        handed.append(close_phase(*given))
+        return handed[-1]
+
+    handed: list[PhaseHandover] = []
+    monkeypatch.setattr(session, "evaluate", evaluated)
+    monkeypatch.setattr(session, "close_phase", closed)
+    phases = tuple(Phase(recipe=Recipe(local=LOCAL, tuning=tuning), rounds=2) for tuning in (first, second))
+    chosen, data = toy_run(phases)
+    chosen = replace(chosen, evaluate=replace(chosen.evaluate, every=1))
+    result = run(chosen, tmp_path / "run", data=data, engine=Sites)
+    assert any("accuracy is not finite" in warning for row in result.rows for warning in row.warnings)
+    once, again = (one.delta for one in handed)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert any(bool(value.any()) for value in again.values())

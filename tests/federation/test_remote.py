@@ -212,11 +212,12 @@ def test_a_site_takes_no_part_in_what_it_does_not_accept(
 
 def test_a_job_beyond_a_site_s_limits_is_refused(world: Path, tmp_path: Path) -> None:
     sites = shared_sites(tmp_path / "sites", 3)
-    sites["site-1"] = Site(replace(sites["site-1"].settings, limits=SitePolicy(max_megabytes=0.001)))
+    limits = SitePolicy(max_megabytes=0.003)
+    sites["site-1"] = Site(replace(sites["site-1"].settings, limits=limits))
     chosen = experiment(world, "lora", "clients.per_round=9")
     result = federate(chosen, tmp_path / "run", Post(sites), ServerPolicy())
     assert all(set(row.refused) == {"1", "4", "7"} for row in result.rows[1:])
-    assert "MB, but at most 0.001" in result.rows[1].refused["4"]
+    assert "MB, but at most 0.003" in result.rows[1].refused["4"]
 
 
 # ---- sites that are slow, lost, or few

@@ -28,7 +28,9 @@ from fedlora.federation.server.remote import Remote
 from fedlora.federation.site import usage
 from fedlora.federation.site.site import Site
 from fedlora.federation.site.usage import Usage
+from fedlora.privacy import CentralGaussian
 from fedlora.privacy.accountant import composed_epsilon
+from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Recipe
 from fedlora.recipe.local import Local
 
@@ -53,9 +55,46 @@ def test_runs_and_rounds_are_counted_across_restarts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="1 clients are asked in a round, and 2 must be averaged here"):
         Usage(tmp_path, limits).open_run("aaaaaaaa", 1)
     for round in (0, 0, 1, 2):  # a repeated round counts once
-        Usage(tmp_path, limits).begin_turn("aaaaaaaa", round, Recipe(), 10)
+        Usage(tmp_path, limits).begin_turn("aaaaaaaa", round, Recipe(), 10, 0)
     with pytest.raises(ConfigError, match="max_rounds = 3 rounds"):
-        Usage(tmp_path, limits).begin_turn("aaaaaaaa", 3, Recipe(), 10)
+        Usage(tmp_path, limits).begin_turn("aaaaaaaa", 3, Recipe(), 10, 0)
+
+
+def test_a_server_that_repeats_a_round_for_ever_is_counted(tmp_path: Path) -> None:
+    limits = SitePolicy(max_rounds=1)
+    for client in (0, 1):  # each client of a site has as many turns
+        for _ in range(usage.REPEATS):
+            Usage(tmp_path, limits).begin_turn("aaaaaaaa", 0, Recipe(), 10, client)
+    with pytest.raises(ConfigError, match="max_rounds = 1 rounds"):
+        Usage(tmp_path, limits).begin_turn("aaaaaaaa", 0, Recipe(), 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("limits", "recipe", "why"),
+    [
+        (SitePolicy(max_epsilon=8.0), "examples", "known to the server"),
+        (SitePolicy(min_example_noise=0.5), "examples", "known to the server"),
+        (SitePolicy(min_noise=0.5), "clients", "every site is told"),
+    ],
+)
+def test_noise_from_a_seed_protects_nothing_here(limits: SitePolicy, recipe: str, why: str) -> None:
+    def noisy(seed: int | None) -> Recipe:
+        if recipe == "clients":
+            return Recipe(privacy=CentralGaussian(clip_norm=1.0, noise_multiplier=1.0, seed=seed))
+        return Recipe(local=Local(example_privacy=ExampleNoise(clip_norm=1.0, noise_multiplier=1.0, seed=seed)))
+
+    assert limits.refusal(noisy(None), 10) == ""
+    assert why in limits.refusal(noisy(7), 10)
+
+
+def test_a_site_s_model_is_found_beside_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site" / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path, found in (("m", str(tmp_path / "site" / "m")), ("org/model", "org/model"), ("embedded", "embedded")):
+        (tmp_path / "site" / "site.toml").write_text(f'name = "a"\nrows = "r.jsonl"\nmodel = {{ path = "{path}" }}\n')
+        chosen = SiteConfig.load(Path("site/site.toml")).model
+        assert chosen is not None
+        assert chosen.path == found
 
 
 def test_epsilon_adds_up_over_runs_and_needs_noise(tmp_path: Path) -> None:
@@ -64,12 +103,12 @@ def test_epsilon_adds_up_over_runs_and_needs_noise(tmp_path: Path) -> None:
     two = composed_epsilon([(2.0, 0.2, 10)], usage.DELTA)
     assert 0 < one < two
     limits = SitePolicy(max_epsilon=two)
-    Usage(tmp_path, limits).begin_turn("aaaaaaaa", 0, NOISY, 10)
-    Usage(tmp_path, limits).begin_turn("bbbbbbbb", 0, NOISY, 10)
+    Usage(tmp_path, limits).begin_turn("aaaaaaaa", 0, NOISY, 10, 0)
+    Usage(tmp_path, limits).begin_turn("bbbbbbbb", 0, NOISY, 10, 0)
     with pytest.raises(ConfigError, match="max_epsilon = "):
-        Usage(tmp_path, limits).begin_turn("bbbbbbbb", 1, NOISY, 10)
+        Usage(tmp_path, limits).begin_turn("bbbbbbbb", 1, NOISY, 10, 0)
     with pytest.raises(ConfigError, match="the recipe adds no noise to examples"):
-        Usage(tmp_path, limits).begin_turn("bbbbbbbb", 1, Recipe(), 10)
+        Usage(tmp_path, limits).begin_turn("bbbbbbbb", 1, Recipe(), 10, 0)
 
 
 def test_bytes_are_counted_by_the_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +126,7 @@ def test_a_damaged_count_allows_nothing_and_no_limit_counts_nothing(tmp_path: Pa
         Usage(tmp_path, SitePolicy(max_runs=1)).open_run("aaaaaaaa", 2)
     free = Usage(tmp_path / "other", SitePolicy())
     free.open_run("aaaaaaaa", 1)
-    free.begin_turn("aaaaaaaa", 0, Recipe(), 10)
+    free.begin_turn("aaaaaaaa", 0, Recipe(), 10, 0)
     free.add_bytes(10)
     free.begin_work("t")
     assert not (tmp_path / "other").exists()

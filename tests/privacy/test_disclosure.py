@@ -18,8 +18,9 @@ from fedlora.client.jobs import Job, Reply, empty_report
 from fedlora.client.training import LocalResult, Ready
 from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
+from fedlora.core.errors import TrainingError
 from fedlora.engines import Serial
-from fedlora.privacy import CentralGaussian
+from fedlora.privacy import CentralGaussian, NoPrivacy
 from fedlora.privacy.disclosure import Disclosure, disclosure_of
 from fedlora.privacy.examples import ExampleNoise
 from fedlora.recipe import Phase, Recipe
@@ -168,3 +169,25 @@ def test_a_run_tells_nobody_more(
     assert all((row.cohort != ()) == cohort for row in heard.rows[1:])
     assert files
     assert len(sent) == 3
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_a_client_that_cannot_train_counts_as_zeros_under_noise(tmp_path: Path, noisy: bool) -> None:
+    """Whether a batch can be trained on depends on the data, so nobody may be told."""
+    privacy = CentralGaussian(clip_norm=0.5, noise_multiplier=1.0, delta=1e-3) if noisy else NoPrivacy()
+    chosen, data = toy_run((Phase(recipe=Recipe(local=LOCAL, privacy=privacy), rounds=2),))
+    loss = data.task.loss
+
+    def masked(model: Any, batch: Any) -> Any:
+        if bool((batch["labels"] == 0).sum() >= 2):
+            raise TrainingError("every label is masked")
+        return loss(model, batch)
+
+    data.task.loss = masked  # type: ignore[method-assign]
+    if not noisy:
+        with pytest.raises(TrainingError, match="every label is masked"):
+            run(chosen, tmp_path / "run", data=data)
+        return
+    result = run(chosen, tmp_path / "run", data=data)
+    assert result.rounds == 2
+    assert "masked" not in (tmp_path / "run" / "ledger.jsonl").read_text()

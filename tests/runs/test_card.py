@@ -131,6 +131,8 @@ def test_a_private_run_states_its_budget(world: Path, tmp_path: Path) -> None:
     stated = f"Differential privacy of clients: epsilon = {ledger[-1]['epsilon']:.3g} at delta = {delta:.3g}; the noise"
     assert stated in text
     assert "No differential privacy" not in text
+    assert "Bytes sent are left out" in text
+    assert "bytes from clients" not in text
 
 
 def test_sites_and_a_single_client_are_no_simulation(world: Path, run: Path, tmp_path: Path) -> None:

@@ -111,6 +111,9 @@ def test_what_cannot_be_started_from(world: Path, tmp_path: Path, trained: Path)
     assert "with DoRA, and this run has tuning.dora = false" in refused(
         changed(trained, tmp_path / "dora", use_dora=True)
     )
+    for init in ("pissa", "pissa_niter_4", "olora", "CorDA"):
+        adapter = changed(trained, tmp_path / init, init_lora_weights=init)
+        assert "belongs to a base that `peft` edits" in refused(adapter)
     assert "of the kind IA3" in refused(changed(trained, tmp_path / "ia3", peft_type="IA3"))
     broken = changed(trained, tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"no")

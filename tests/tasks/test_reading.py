@@ -79,6 +79,7 @@ def test_an_unknown_ending_names_the_formats_and_the_setting(tmp_path: Path) -> 
         ("blank.csv", "\ntext,label\n\nx,y\n\n", [("x", "y")]),
         ("spaces.csv", ' text , label\nx , "y, z"\n', [("x ", "y, z")]),
         ("kept.csv", "text,label\n x, y\n", [(" x", " y")]),
+        ("comma.csv", 'text,"a, b",label\n x,1, y\n', [(" x", " y")]),
         ("trailing.csv", "text,label\nx,y,\nz,w,,\n", [("x", "y"), ("z", "w")]),
         ("header.csv", "text,label,\nx,y,\nz,w\n", [("x", "y"), ("z", "w")]),
         ("bom.csv", "\ufefftext,label\nx,y\n", [("x", "y")]),

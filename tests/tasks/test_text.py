@@ -13,12 +13,14 @@ import pytest
 import torch
 from fixtures.tiny import COLOURS, make_rows, save_model, tiny_world, write_rows
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from torch import nn
 from torch.nn import functional
 from transformers import AutoTokenizer
 
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.tasks import Files, Model, TextClassification
+from fedlora.tasks.models.complete import NOTES
 from fedlora.tasks.models.encoded import group_lengths
 from fedlora.tasks.models.loading import head_names, load_tokenizer
 from fedlora.tasks.text import PreparedText
@@ -201,6 +203,63 @@ def test_loading_a_model_moves_no_global_generator(world: Path) -> None:
     torch.manual_seed(0)
     task.load_model(5, "fp32", CPU)
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(
+    ("own", "note"), [(COLOURS[::-1], ""), (["x", *COLOURS[1:]], "is of other classes (x, "), (None, "")]
+)
+def test_a_checkpoint_s_classifier_has_its_rows_in_the_task_s_order(
+    world: Path, tmp_path: Path, own: list[str] | None, note: str
+) -> None:
+    folder, model = save_model(tmp_path / "bert"), tiny_model("bert")
+    if own:
+        model.config.id2label = dict(enumerate(own))
+        model.config.label2id = {name: number for number, name in enumerate(own)}
+    model.save_pretrained(folder)
+    prepared = TextClassification(pooling="model").restore(Model(path=str(folder)), list(COLOURS))
+    loaded = prepared.load_model(0, "fp32", CPU)[0]
+    order = [COLOURS[::-1].index(name) for name in COLOURS] if own == COLOURS[::-1] else [*range(len(COLOURS))]
+    assert torch.equal(loaded.get_parameter("classifier.weight"), model.classifier.weight[order])
+    assert torch.equal(loaded.get_parameter("classifier.bias"), model.classifier.bias[order])
+    assert torch.equal(loaded.get_parameter("bert.pooler.dense.weight"), model.bert.pooler.dense.weight)
+    assert any(note in one for one in getattr(loaded, NOTES)) == bool(note)
+
+
+def test_a_blank_text_without_special_tokens_is_one_token(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "gpt2", "gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    tokenizer.save_pretrained(folder)
+    assert tokenizer("")["input_ids"] == []
+    rows = [{"text": "", "label": "red"}, *({"text": "w1 " * 12, "label": name} for name in COLOURS)]
+    files = Files(train=str(write_rows(tmp_path / "rows.jsonl", rows)), test=str(tmp_path / "rows.jsonl"))
+    task = TextClassification().prepare(Model(path=str(folder)), files)
+    model = model_of(task)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert torch.isfinite(task.loss(model, task.batch(np.arange(4), CPU)))
+        assert torch.isfinite(task.loss(model, task.batch(np.arange(1), CPU)))
+        assert task.predict(model, ["", "w1"], CPU)[0] == pytest.approx(task.predict(model, [""], CPU)[0])
+    assert np.isfinite(task.embeddings("train", CPU)).all()
+
+
+def test_a_text_to_predict_is_cut_to_what_the_model_reads(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "bert")
+    task = TextClassification(max_length=4096).restore(Model(path=str(folder)), list(COLOURS))
+    with torch.no_grad():
+        (found,) = task.predict(task.load_model(0, "fp32", CPU)[0].eval(), ["w1 " * 3000], CPU)
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_texts_are_cut_on_the_side_that_the_tokenizer_cuts(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "bert")
+    rows = str(write_rows(tmp_path / "rows.jsonl", [{"text": "w1 w2 w3 w4", "label": name} for name in COLOURS]))
+    found = []
+    for side in ("right", "left"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side=side)
+        tokenizer.save_pretrained(folder)
+        task = TextClassification(max_length=4).prepare(Model(path=str(folder)), Files(train=rows, test=rows))
+        found.append(tokenizer.decode(task.batch(np.arange(1), CPU)["input_ids"][0][:4]))
+    assert found[0] != found[1]
 
 
 def test_labels_have_their_names_in_the_model(world: Path) -> None:

@@ -18,9 +18,11 @@ from fedlora.client.together import together
 from fedlora.client.workspace import Workspace
 from fedlora.core import tree
 from fedlora.core.errors import TrainingError
+from fedlora.core.progress import LOG
 from fedlora.core.schema import Schema
 from fedlora.core.state import Folds, named_seed
 from fedlora.core.tree import Tree
+from fedlora.privacy.disclosure import disclosure_of
 from fedlora.recipe.gradients import GradientSource, Losses, Proximal
 from fedlora.tasks.base import Batch, Positions
 from fedlora.tasks.models.checkpointing import checkpointing_without_dropout
@@ -92,6 +94,12 @@ def _train(workspace: Workspace, ready: Ready, clock: float) -> LocalResult:
         kept = _state_of(optimizer, installed.parameters) if local.keep_optimizer else {}
     except TimeoutError:
         return LocalResult(None, 0.0, 0, 0, {}, time.perf_counter() - clock)
+    except TrainingError as error:
+        if disclosure_of(job.recipe).failures:
+            raise
+        # whether it fails depends on the data, so it counts as an update of zeros; only the client's own log has it
+        LOG.warning("client %d, round %d: %s", job.client, job.progress[0] + 1, error)
+        return LocalResult(tree.zeros_like(ready.start), 0.0, 0, 0, {}, time.perf_counter() - clock)
     finally:
         # an optimiser is in a cycle of references, and its moments would stay until a collection
         optimizer.state.clear()

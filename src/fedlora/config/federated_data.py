@@ -170,7 +170,7 @@ def prepare_sites(
     if clients.holdout or clients.test_clients or experiment.evaluate.clients != "never":
         raise ConfigError("sites keep their rows: leave clients.holdout, clients.test_clients and evaluate.clients out")
     offsets = np.cumsum([0, *sizes.values()])
-    population = Population(tuple(sizes), np.zeros(int(offsets[-1]), dtype=np.int64), offsets)
+    population = Population(tuple(sizes), np.broadcast_to(np.int64(0), int(offsets[-1])), offsets)
     names = list(sizes)
     rows = [np.array([number]) for number in range(len(names))]
     column = np.array([kinds.get(name, "") for name in names]) if clients.tier_column else None

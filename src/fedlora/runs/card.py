@@ -182,7 +182,9 @@ def _costs(trained: TrainedRun) -> str:
 
 
 def _bytes(trained: TrainedRun, rows: list[RoundRecord]) -> Iterator[str]:
-    if MODES[trained.experiment.mode].sends:
+    if rows[-1].epsilon is not None or rows[-1].example_epsilon is not None:
+        yield "Bytes sent are left out, since sizes of messages depend on the clients' data."
+    elif MODES[trained.experiment.mode].sends:
         down, up = (add_up(getattr(row, way) for row in rows) for way in ("down_bytes", "up_bytes"))
         yield f"Sent in all: {sum(down.values()):,} bytes to clients, {sum(up.values()):,} bytes from clients."
 

@@ -181,6 +181,8 @@ class Session:
         if error.recorded:
             self.rows = self._resume()
             self._restore()
+        else:  # after the first round of a phase, the model has that phase's setup
+            self.workspace.apply_setup(self.state.phase, self._recipe(self.state), self.state.setup)
         self.state = self.state.without({client})
 
     def _advance(self, until: int | None) -> None:
@@ -272,7 +274,7 @@ class Session:
     def _cohort(self, recipe: Recipe, seed: int) -> tuple[int, ...]:
         """The clients asked in a round: the sampled ones, with replacements for those that are unavailable."""
         clients, population, engine = self.experiment.clients, self.data.population, self.engine
-        num = min(math.ceil(clients.per_round * engine.over_sample), len(population))
+        num = min(math.ceil(round(clients.per_round * engine.over_sample, 9)), len(population))
         cohort = draw_cohort(population, num, seed, clients.sampling)
         if self._barred:
             cohort = tuple(one for one in cohort if one not in self._barred)
@@ -310,8 +312,7 @@ class Session:
         if not self._secret:
             return row
         # with a network per tier, the modelled time would reveal the tiers
-        timed = not any(tier.network for tier in self.experiment.clients.tiers)
-        takes = row.network_seconds if timed else None
+        takes = None if any(tier.network for tier in self.experiment.clients.tiers) else row.network_seconds
         return dataclasses.replace(
             row, cohort=(), late=(), refused={}, tiers={}, tier_seconds={}, network_seconds=takes
         )
@@ -321,9 +322,8 @@ class Session:
 
     def _exhausted(self, state: ServerState) -> bool:
         """Whether the privacy budget permits no further round."""
-        return self.budget is not None and self.budget.exhausted(
-            self.phases, state.round, self._attempts.rounds(state.round)
-        )
+        again = self._attempts.rounds(state.round)
+        return self.budget is not None and self.budget.exhausted(self.phases, state.round, again)
 
     def _changes(self, round: int) -> tuple[str, ...]:
         """The changes of the configuration that were made after a round."""

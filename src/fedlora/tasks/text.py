@@ -21,7 +21,7 @@ from fedlora.tasks.data.labels import given_twice, known_labels, label_table, la
 from fedlora.tasks.data.notes import blank
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks
-from fedlora.tasks.models.loading import class_settings, load_pretrained, pooling_of
+from fedlora.tasks.models.loading import class_settings, load_pretrained, pooling_of, positions
 from fedlora.tasks.models.pooling import Pooling
 from fedlora.tasks.models.sentence import save_modules, usage
 from fedlora.tasks.models.shares import Shares, shares_of
@@ -199,11 +199,11 @@ class PreparedText(PreparedTokenized):
         An input is a text, or a pair of texts as JSON: ``["a text", "another"]``.
         """
         results: list[dict[str, Any]] = []
+        longest = min(self.settings.max_length, positions(model) or self.settings.max_length)
+        blank = "" if self.tokenizer("")["input_ids"] else self.tokenizer.pad_token  # a model takes no empty sequence
         for chosen in chunks(np.arange(len(inputs)), self.settings.eval_batch_size):
-            part = [_text_or_pair(inputs[number]) for number in chosen]
-            batch = self.tokenizer(
-                part, truncation=True, max_length=self.settings.max_length, padding=True, return_tensors="pt"
-            )
+            part = [_text_or_pair(inputs[number]) or blank for number in chosen]
+            batch = self.tokenizer(part, truncation=True, max_length=longest, padding=True, return_tensors="pt")
             self.check_ids(batch["input_ids"])
             # a single text has one token type, which models assume by default
             if all(isinstance(one, str) for one in part):
@@ -253,11 +253,12 @@ def _encode(rows: Any, tokenizer: Any, max_length: int) -> Arrays:
 
     def make() -> Arrays:
         encoded = tokenizer(*(list(rows[name]) for name in texts), truncation=True, max_length=max_length)
-        tokens = Ragged.of(encoded["input_ids"])
+        # a model takes no empty sequence
+        tokens = Ragged.of([ids or [tokenizer.pad_token_id] for ids in encoded["input_ids"]])
         arrays: Arrays = {"tokens": tokens.values, "offsets": tokens.offsets}
         if len(texts) == 2 and "token_type_ids" in encoded:
-            arrays["types"] = Ragged.of(encoded["token_type_ids"], np.int8).values
+            arrays["types"] = Ragged.of([types or [0] for types in encoded["token_type_ids"]], np.int8).values
         return arrays
 
-    settings = {"task": "text", "max_length": max_length, "columns": texts}
+    settings = {"task": "text", "max_length": max_length, "columns": texts, "blank": "padding"}
     return cached(tokenizer, fingerprint(rows.select_columns(texts)), settings, make)

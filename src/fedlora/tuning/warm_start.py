@@ -18,6 +18,7 @@ from fedlora.core.errors import ConfigError, first_line
 from fedlora.core.tree import Tree
 from fedlora.tuning.base import Installed, Tuning
 from fedlora.tuning.lora import LoRA
+from fedlora.tuning.peft import EDITS_BASE
 from fedlora.tuning.peft_names import ending_of, from_peft
 from fedlora.tuning.targets import check_endings, of_ending
 
@@ -102,6 +103,12 @@ def _settings(folder: Path, tuning: LoRA) -> Mapping[str, Any]:
             f"{folder} holds an adapter {held} DoRA, and this run has tuning.dora = {str(tuning.dora).lower()}: set it "
             f"to {wanted}, or name another adapter"
         )
+    init = str(settings.get("init_lora_weights", True)).lower()
+    if init.startswith(EDITS_BASE):
+        raise ConfigError(
+            f"{folder} holds an adapter with init_lora_weights = {init!r}, which belongs to a base that `peft` edits when "
+            "it loads it: convert it to a plain adapter as `peft` describes (path_initial_model_for_weight_conversion)"
+        )
     check_endings(f"alpha_pattern of {folder / _SETTINGS}", settings["alpha_pattern"])
     return settings
 
@@ -119,7 +126,9 @@ def _tensors(folder: Path) -> Tree:
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = float(of_ending(module, settings["alpha_pattern"], settings.get("lora_alpha", 8)))
+    fitting = [ending for ending in settings["alpha_pattern"] if of_ending(module, {ending: True}, False)]
+    # of several, `peft` takes the first
+    alpha = float(settings["alpha_pattern"][fitting[0]] if fitting else settings.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora import config
-from fedlora.core.errors import WireError
+from fedlora.core.errors import WireError, plain
 from fedlora.federation.deploy.flower_versions import PUBLIC, check_flower
 from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig
 from fedlora.federation.protocol.transport import Received, Transport
@@ -111,7 +111,7 @@ class GridTransport(Transport):
 
     def _received(self, ticket: str, message: Message) -> Received:
         if message.has_error():
-            reason = re.sub(r"\s+", " ", message.error.reason or "no reason given")[:300]
+            reason = plain(re.sub(r"\s+", " ", message.error.reason or "no reason given"), 300)
             again = message.error.code != _AT_FAULT
             return Received(ticket, None, f"Flower's code {message.error.code}: {reason}", again)
         try:

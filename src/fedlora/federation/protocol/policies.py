@@ -95,15 +95,16 @@ class SitePolicy:
         pending = opening and noise is None
         if self.min_noise is not None and not pending and (noise or 0.0) < self.min_noise:
             return f"the mean of clients gets noise {noise or 0.0:g}, but {self.min_noise:g} is required here"
+        if self.min_noise and isinstance(recipe.privacy, CentralGaussian) and recipe.privacy.seed is not None:
+            return "the noise of the mean would be drawn from a seed that every site is told, so it could be subtracted"
         return self._example_noise_refusal(recipe.local.example_privacy)
 
     def _example_noise_refusal(self, privacy: ExampleNoise | None) -> str:
-        noise = privacy.noise_multiplier if privacy else 0.0
-        if self.min_example_noise is None:
-            return ""
-        if noise < self.min_example_noise:
-            return f"examples get noise {noise:g}, but {self.min_example_noise:g} is required here"
-        if privacy and privacy.seed is not None:
+        noise, least = privacy.noise_multiplier if privacy else 0.0, self.min_example_noise
+        if least is not None and noise < least:
+            return f"examples get noise {noise:g}, but {least:g} is required here"
+        limited = least is not None or self.max_epsilon is not None
+        if limited and privacy and privacy.seed is not None:
             return "noise for examples would be drawn from a seed known to the server, which could subtract it"
         return ""
 
@@ -191,6 +192,9 @@ class SiteConfig:
         for key in ("rows", "state"):
             if key in values or key == "state":
                 values[key] = str(path.parent / Path(str(values.get(key, "state"))).expanduser())
+        model = values.get("model")
+        if isinstance(model, dict) and (path.parent / str(model.get("path"))).exists():  # else a hub id, or "embedded"
+            values["model"] = {**model, "path": str(path.parent.absolute() / str(model["path"]))}
         with naming(document):
             return parse_as(cls, values, path)
 

@@ -34,7 +34,7 @@ SHORTEST_TIMEOUT, TURNS = 600.0, 10.0
 """Later rounds wait ``TURNS`` times as long as the longest turn took, but at least the first, in seconds."""
 TRIES = 5
 """Maximum number of times a job is sent to a site that is lost each time."""
-LARGEST_SIZE = 2**31
+LARGEST_SIZE = 2**24
 """Upper bound on a client's reported number of examples."""
 
 

@@ -70,7 +70,7 @@ class Site:
         envelope = envelopes.read(raw)
         kind = envelope.head.get("kind")
         if kind == "open":
-            return self._open(envelope)
+            return self._open(envelope, len(raw))
         if kind == "probe":  # any reply suffices
             return envelopes.write({"kind": "probed"}, {})
         if kind != "job":
@@ -114,12 +114,15 @@ class Site:
         for note in (*task.notes, *unread(task.columns("train"), task.reads)) if self.settings.rows else ():
             logging.getLogger("fedlora").warning("%s: %s", self.settings.rows, note)
 
-    def _open(self, envelope: Envelope) -> bytes:
+    def _open(self, envelope: Envelope, size: int) -> bytes:
         head = envelope.head
         opened: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
         opened |= {key: head.get(key) for key in ("run", "ticket")}
         try:
             envelopes.check_keys(envelope, "open")
+            self.usage.add_bytes(size)
+            if why := self.settings.limits.too_large(size):
+                raise ConfigError(why)
             with self._limited(envelope):
                 run = self._prepared(head)
             run.memory.open(json.dumps(head))
@@ -142,7 +145,8 @@ class Site:
         name = str(head.get("run"))
         memory = SiteMemory(Path(self.settings.state), name)
         experiment = config.parse(head["experiment"])
-        experiment = replace(experiment, model=self._model(experiment), device=self.settings.device)
+        root = experiment.root if self.settings.share else None  # which files are read is not the server's to say
+        experiment = replace(experiment, model=self._model(experiment), device=self.settings.device, root=root)
         if (found := base_digest(located_model(experiment))) != head["base"]:
             raise ConfigError(
                 f"the pre-trained model here ({found}) is not the server's ({head['base']}); put the same files here"
@@ -193,7 +197,7 @@ class Site:
         setup = run.memory.setup(job.phase, job.setup)
         if setup is None:
             raise CheckpointError(f"the initial state of phase {job.phase} is no longer here")
-        self.usage.begin_turn(run.name, job.progress[0], job.recipe, len(rows))
+        self.usage.begin_turn(run.name, job.progress[0], job.recipe, len(rows), job.client)
         seconds = envelope.head.get("seconds")
         left = math.inf if seconds is None else float(seconds) - (time.perf_counter() - received)
         if disclosure_of(job.recipe).timing:  # a turn that times out would tell how long the examples are

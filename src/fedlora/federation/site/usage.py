@@ -16,6 +16,8 @@ from fedlora.recipe import Recipe
 FILE = "usage.json"
 DELTA = 1e-6
 """Probability that the bound on a site's whole epsilon fails."""
+REPEATS = 15
+"""Turns of a client in one round that count as one: the attempts at a round, times the tries of a job, by default."""
 _EMPTY: dict[str, Any] = {"runs": [], "rounds": 0, "last": None, "steps": {}, "day": "", "bytes": 0, "work": None}
 
 
@@ -53,14 +55,15 @@ class Usage:
                 raise ConfigError(self._reached(f"max_runs = {most} runs"))
             self._write({**held, "runs": [*held["runs"], run]})
 
-    def begin_turn(self, run: str, round: int, recipe: Recipe, examples: int) -> None:
+    def begin_turn(self, run: str, round: int, recipe: Recipe, examples: int, client: int) -> None:
         """Counts a client's turn before it begins.
 
         Args:
             run: the name of the run.
-            round: the round of the run; a repeated one is not counted again, but its noise is.
+            round: the round of the run; a repeated one is not counted again, up to ``REPEATS`` times, but its noise is.
             recipe: the recipe of the job.
             examples: the number of the client's examples.
+            client: the number of the client.
 
         Raises:
             ConfigError: a limit is exceeded.
@@ -69,8 +72,11 @@ class Usage:
         if limits.max_rounds is None and limits.max_epsilon is None:
             return
         held = self._read()
-        held["rounds"] += held["last"] != [run, round]
-        held["last"] = [run, round]
+        last, number = held["last"] or [], str(client)
+        turns = last[2] if len(last) == 3 and last[:2] == [run, round] else {}
+        before = turns.get(number, 0)
+        held["rounds"] += not turns or before >= REPEATS
+        held["last"] = [run, round, {**turns, number: before % REPEATS + 1}]
         if limits.max_rounds is not None and held["rounds"] > limits.max_rounds:
             raise ConfigError(self._reached(f"max_rounds = {limits.max_rounds} rounds"))
         if limits.max_epsilon is not None:

@@ -59,7 +59,7 @@ def _fields(
 
     # the last line becomes part of a field if a quote is open
     ended = itertools.chain([first], lines, [_END])
-    blank = any(name.startswith(" ") for name in first.split(delimiter)[1:])
+    blank = any(name.startswith(" ") for name in _header(first, delimiter)[1:])
     reader = csv.reader(ended, delimiter=delimiter, skipinitialspace=blank, strict=True)
     number, row = 1 + skipped, [""]
     with _long_fields():
@@ -73,6 +73,14 @@ def _fields(
         except csv.Error as error:
             of = _quoted_wrongly if "expected after" in str(error) else _open_quote
             raise of(number, file) from error
+
+
+def _header(first: str, delimiter: str) -> list[str]:
+    """The fields of the first line as they stand; none if it is no line by itself."""
+    try:
+        return next(csv.reader([first], delimiter=delimiter, strict=True), [])
+    except csv.Error:
+        return first.split(delimiter)
 
 
 @contextmanager

@@ -152,7 +152,11 @@ def cached(tokenizer: Any, content: str, settings: Mapping[str, Any], make: Call
     forget_last_call(tokenizer)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     # tokenizers of one vocabulary may differ in what they give a model
-    settings = {**settings, "inputs": list(getattr(tokenizer, "model_input_names", []))}
+    own = {
+        "inputs": list(getattr(tokenizer, "model_input_names", [])),
+        "cut": getattr(tokenizer, "truncation_side", ""),
+    }
+    settings = {**settings, **own}
     parts = [tokenizer.__class__.__name__, transformers.__version__, json.dumps(settings, sort_keys=True)]
     key = xxhash.xxh3_128_hexdigest("/".join([content, *parts, vocabulary]).encode())
     path = cache_folder() / "tokens" / f"{key}.safetensors"

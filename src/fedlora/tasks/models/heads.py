@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from fedlora.core.errors import ConfigError
@@ -46,6 +47,35 @@ def parameters_of(model: nn.Module, modules: tuple[str, ...]) -> frozenset[str]:
             found |= {f"{name}.{leaf}" for leaf, _ in model.get_submodule(name).named_parameters()}
     # a module in two places has the names of the first
     return frozenset(name for name, _ in model.named_parameters() if name in found)
+
+
+def put_in_order(model: nn.Module, head: frozenset[str], held: Sequence[str], wanted: Sequence[str]) -> str:
+    """Puts the rows of a checkpoint's classifier in the order of the task's classes.
+
+    Args:
+        model: the model.
+        head: the names of its head's parameters that the checkpoint has.
+        held: the checkpoint's names of classes, in the order of its rows.
+        wanted: the task's.
+
+    Returns:
+        A sentence if the rows are of other classes; empty if not, or if the checkpoint does not name them.
+    """
+    values = dict(model.named_parameters())
+    rows = [values[name] for name in sorted(head) if values[name].shape[:1] == (len(wanted),)]
+    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(held))
+    if not rows or len(held) != len(wanted) or unnamed or list(held) == list(wanted):
+        return ""
+    if set(held) != set(wanted):
+        return (
+            f"the checkpoint's classifier is of other classes ({', '.join(map(str, held[:3]))}, ...): each class starts "
+            "from the row of another one"
+        )
+    places = [held.index(name) for name in wanted]
+    with torch.no_grad():
+        for value in rows:
+            value.copy_(value[places])
+    return ""
 
 
 def _with_parameters(model: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from fedlora.core.later import Later, transformers
 from fedlora.tasks.models import cpu
 from fedlora.tasks.models.complete import NOTES, check_complete, notes_on
 from fedlora.tasks.models.damage import check_digests, check_finite, damage, no_model
-from fedlora.tasks.models.heads import parameters_of
+from fedlora.tasks.models.heads import parameters_of, put_in_order
 from fedlora.tasks.models.objects import copy_of_tokenizer, forget_last_call, fresh_copy
 from fedlora.tasks.models.pooling import POOLER_FAMILIES, Pooling
 from fedlora.tasks.models.rounded import is_stored_in_bfloat16, rounding
@@ -91,12 +91,13 @@ def load_pretrained(
     missing = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     check_finite(loaded, missing, model)
     _checkpoint(loaded, model)
+    ordered = _in_order(loaded, model, missing, fresh_head, settings or {})
     if pooling != "model":
         with quiet_transformers():
             loaded = pooled.PooledClassifier(loaded, pooling, seed)
     usual = head_names(loaded, set(), fresh_head)
     check_complete(loaded, report, usual, model.path)
-    setattr(loaded, NOTES, notes_on(loaded, report, usual, model.path))
+    setattr(loaded, NOTES, (*notes_on(loaded, report, usual, model.path), *ordered))
     head = head_names(loaded, missing, fresh_head) | parameters_of(loaded, model.head)
     return loaded if model.load in FEW_BITS else loaded.to(device), head
 
@@ -181,6 +182,19 @@ def _loaded(
             **settings,
         )
     return loaded, report
+
+
+def _in_order(
+    loaded: nn.Module, model: Model, missing: set[str], fresh_head: bool, settings: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """See ``put_in_order``: of a head with classes that the checkpoint has."""
+    held = getattr(config_of(model), "id2label", None)
+    if "id2label" not in settings or not held:
+        return ()
+    names = [held[number] for number in sorted(held)]
+    had = head_names(loaded, set(), fresh_head) - missing
+    note = put_in_order(loaded, had, names, list(settings["id2label"].values()))
+    return (note,) if note else ()
 
 
 def _from_pretrained(model: Model, auto_class: Any) -> Any:

@@ -110,6 +110,8 @@ def fresh_copy(auto_class: str, model: Model, settings: Mapping[str, Any]) -> tu
         ignore_mismatched_sizes=True,
         **others,
     )
+    if loaded.can_generate():
+        loaded.generation_config = copy.deepcopy(own.generation_config)
     return loaded, report
 
 

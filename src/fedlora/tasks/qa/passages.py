@@ -163,9 +163,7 @@ def encode(questions: list[str], contexts: list[str], tokenizer: Any, max_length
 
 def _cut(questions: list[str], tokenizer: Any, limit: int) -> list[str]:
     """The questions, each one's characters up to the end of its token number ``limit``."""
-    encoded = tokenizer(
-        questions, add_special_tokens=False, truncation=True, max_length=limit + 1, return_offsets_mapping=True
-    )
+    encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)
     return [
         question if len(offsets) <= limit else question[: offsets[limit - 1][1]]
         for question, offsets in zip(questions, encoded["offset_mapping"], strict=True)
