@@ -106,8 +106,9 @@ def _settings(folder: Path, tuning: LoRA) -> Mapping[str, Any]:
     init = str(settings.get("init_lora_weights", True)).lower()
     if init.startswith(EDITS_BASE):
         raise ConfigError(
-            f"{folder} holds an adapter with init_lora_weights = {init!r}, which belongs to a base that `peft` edits when "
-            "it loads it: convert it to a plain adapter as `peft` describes (path_initial_model_for_weight_conversion)"
+            f"{folder} holds an adapter with init_lora_weights = {init!r}, which belongs to a base that `peft` edits "
+            "when it loads it: convert it to a plain adapter, as `peft` describes it "
+            "(path_initial_model_for_weight_conversion)"
         )
     check_endings(f"alpha_pattern of {folder / _SETTINGS}", settings["alpha_pattern"])
     return settings

@@ -91,13 +91,19 @@ class SitePolicy:
         steps = recipe.local.num_steps(examples)
         if self.max_steps is not None and steps > self.max_steps:
             return f"{steps} steps were requested, but at most {self.max_steps} are accepted here"
-        noise = recipe.privacy.noise_multiplier if isinstance(recipe.privacy, CentralGaussian) else 0.0
+        central = recipe.privacy if isinstance(recipe.privacy, CentralGaussian) else None
+        return self._noise_refusal(central, opening) or self._example_noise_refusal(recipe.local.example_privacy)
+
+    def _noise_refusal(self, privacy: CentralGaussian | None, opening: bool) -> str:
+        if not self.min_noise:
+            return ""
+        noise = privacy.noise_multiplier if privacy else 0.0
         pending = opening and noise is None
-        if self.min_noise is not None and not pending and (noise or 0.0) < self.min_noise:
+        if not pending and (noise or 0.0) < self.min_noise:
             return f"the mean of clients gets noise {noise or 0.0:g}, but {self.min_noise:g} is required here"
-        if self.min_noise and isinstance(recipe.privacy, CentralGaussian) and recipe.privacy.seed is not None:
+        if privacy and privacy.seed is not None:
             return "the noise of the mean would be drawn from a seed that every site is told, so it could be subtracted"
-        return self._example_noise_refusal(recipe.local.example_privacy)
+        return ""
 
     def _example_noise_refusal(self, privacy: ExampleNoise | None) -> str:
         noise, least = privacy.noise_multiplier if privacy else 0.0, self.min_example_noise

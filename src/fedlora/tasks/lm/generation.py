@@ -26,6 +26,18 @@ def cut_left(tokens: Sequence[int], size: int, bos: int | None) -> list[int]:
     return head + list(tokens[len(tokens) - size + len(head) :])
 
 
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "use_cache": True,
+}
+"""What a model's own generation settings would change otherwise."""
+
+
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -59,13 +71,7 @@ def generate(
         prompts = [cut_left(prompt, limit - max_new_tokens, tokenizer.bos_token_id) for prompt in prompts]
     stops = stop_tokens(model, tokenizer)
     settings = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        suppress_tokens=[],
-        begin_suppress_tokens=[],
-        use_cache=True,
+        **_GREEDY,
         max_new_tokens=max_new_tokens,
         eos_token_id=stops or None,
         pad_token_id=tokenizer.pad_token_id,

@@ -68,8 +68,8 @@ def put_in_order(model: nn.Module, head: frozenset[str], held: Sequence[str], wa
         return ""
     if set(held) != set(wanted):
         return (
-            f"the checkpoint's classifier is of other classes ({', '.join(map(str, held[:3]))}, ...): each class starts "
-            "from the row of another one"
+            f"the checkpoint's classifier is of other classes ({', '.join(map(str, held[:3]))}, ...): each class "
+            "starts from the row of another one"
         )
     places = [held.index(name) for name in wanted]
     with torch.no_grad():

@@ -78,8 +78,7 @@ def load_pretrained(
     with torch.random.fork_rng(devices=[]), quiet_transformers(), readable(model):
         torch.manual_seed(seed)
         loaded, report = _loaded(auto_class, model, settings or {}, device, compute, fresh_head)
-    limit = positions(loaded)
-    if limit is not None and longest > limit:
+    if (limit := positions(loaded)) is not None and longest > limit:
         raise ConfigError(
             f"the data have sequences of {longest} tokens, but {model.path!r} reads {limit} at most: set "
             f"task.max_length (or task.block_size) = {limit}"
@@ -98,8 +97,8 @@ def load_pretrained(
     usual = head_names(loaded, set(), fresh_head)
     check_complete(loaded, report, usual, model.path)
     setattr(loaded, NOTES, (*notes_on(loaded, report, usual, model.path), *ordered))
-    head = head_names(loaded, missing, fresh_head) | parameters_of(loaded, model.head)
-    return loaded if model.load in FEW_BITS else loaded.to(device), head
+    loaded = loaded if model.load in FEW_BITS else loaded.to(device)
+    return loaded, head_names(loaded, missing, fresh_head) | parameters_of(loaded, model.head)
 
 
 def pooling_of(model: Model) -> Pooling:
