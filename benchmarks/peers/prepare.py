@@ -116,7 +116,8 @@ def document(folder: Path, size: Size, test: str, noop: bool) -> dict[str, Any]:
     fedlora always evaluates at the start and at the end; what is measured has one row to evaluate, as the peers have
     none.
     """
-    local = {"batch_size": BATCH, "optimizer": {"kind": "adamw", "lr": LR}} | ({"max_steps": 0} if noop else {})
+    local = {"batch_size": BATCH, "optimizer": {"kind": "adamw", "lr": LR}, "lr_scale": {"head": 1.0}}
+    local |= {"max_steps": 0} if noop else {}
     return {
         "label": "peers",
         "checkpoint_every": size.rounds,  # the peers are not asked to save either

@@ -21,12 +21,12 @@ HEADS: dict[str, list[dict[str, Any]]] = {
     "adaptive": [
         {
             "server": {"kind": "adamw", "lr": 3e-2, "weight_decay": 0.0},
-            "local": {"optimizer": {"kind": "sgd", "lr": 0.05}},
+            "local": {"optimizer": {"kind": "sgd", "lr": 0.05}, "lr_scale": {"head": 1.0}},
         }
     ],
     "plain": [
-        {"local": {"optimizer": {"kind": "sgd", "lr": 5.0}}},
-        {"local": {"optimizer": {"kind": "adamw", "lr": 3e-2}}},
+        {"local": {"optimizer": {"kind": "sgd", "lr": 5.0}, "lr_scale": {"head": 1.0}}},
+        {"local": {"optimizer": {"kind": "adamw", "lr": 3e-2}, "lr_scale": {"head": 1.0}}},
     ],
 }
 """How the head alone is trained, well: with moments on the server, and by plain averaging, which is slower."""

@@ -23,7 +23,7 @@ _SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning")
 HEAD_ONLY, CENTRALISED, LOCAL = "head_only", "centralised", "local"
 _HEAD_OPTIMISERS = {
     "server": {"kind": "adamw", "lr": 3e-2, "weight_decay": 0.0},
-    "local": {"optimizer": {"kind": "sgd", "lr": 0.05}},
+    "local": {"optimizer": {"kind": "sgd", "lr": 0.05}, "lr_scale": {"head": 1.0}},
 }
 """Optimisers that work well for a head, if the study does not set a server optimiser for all methods."""
 Table = dict[str, Any]
