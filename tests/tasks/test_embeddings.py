@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from fedlora.config.federated_data import prepare as prepare_setting
+from fedlora.core.errors import ConfigError
 from fedlora.tasks import Files, Model, Prepared, TextClassification
 
 CPU = torch.device("cpu")
@@ -61,6 +62,16 @@ def test_the_head_and_its_seed_do_not_matter(world: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(type(task), "load_model", other)
     assert np.array_equal(task.embeddings("train", CPU), expected)
+
+
+def test_a_model_without_a_backbone_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CLIP's classifier of images, whose class names a module that it lacks."""
+    task = prepare(world / "bert", world / "test.jsonl")
+    model, head = task.load_model(0, "fp32", CPU)
+    model.base_model_prefix = "clip"  # type: ignore[assignment]
+    monkeypatch.setattr(type(task), "load_model", lambda *_: (model, head))
+    with pytest.raises(ConfigError, match="has none of the name 'clip'"):
+        task.embeddings("train", CPU)
 
 
 @pytest.mark.parametrize("features", ["tfidf", "embeddings"])

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedlora.core.errors import ConfigError
 from fedlora.tasks.models.encoded import chunks
 
 if TYPE_CHECKING:
@@ -28,9 +29,17 @@ def embed(task: Prepared, split: Split, device: torch.device) -> NDArray[np.floa
 
     Returns:
         ``(examples, size)`` float32.
+
+    Raises:
+        ConfigError: the model has no backbone of its own.
     """
     model, _ = task.load_model(0, "fp32", device)
-    backbone = getattr(model, str(model.base_model_prefix))
+    backbone = getattr(model, str(model.base_model_prefix), None)
+    if backbone is None:
+        raise ConfigError(
+            f"embeddings are those of a model's backbone, and {type(model).__name__} has none of the name "
+            f"{model.base_model_prefix!r}: cluster by other features, or use another model"
+        )
     accepted = set(inspect.signature(backbone.forward).parameters)
     backbone.eval()
     rows, result = np.arange(task.num_examples(split)), []
