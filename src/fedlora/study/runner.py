@@ -14,7 +14,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.network import parse_network
 from fedlora.recipe.modes import MODES
 from fedlora.study import results as figures
-from fedlora.study.gates import GateError, check, parse_rules, parse_term
+from fedlora.study.gates import GateError, check, parse_rules, parse_target
 from fedlora.study.halving import Halving, with_values
 from fedlora.study.plan import Study
 from fedlora.study.pool import Job, Outcome, Source, deadline_of, execute, known, processes_for, shown
@@ -85,7 +85,7 @@ class Runner:
         if study.report.link:
             parse_network(study.report.link)
         if study.report.target is not None:
-            label = parse_term(str(study.report.target)).label
+            label = parse_target(study.report.target, study.labels).label
             if label and label not in study.labels:
                 raise ConfigError(f"report.target: there is no method {label!r}; there are: {', '.join(study.labels)}")
         self._settings = setting_names(study)
