@@ -91,7 +91,7 @@ class Halving(Source):
         self.name, self.vary, self.document = name, dict(vary), document
         self.main_metric, self.higher_is_better = "", True
         self._changed, self._strict = changed, strict
-        self.trials = []
+        self.trials: list[Trial] = []
         for values in points(vary, trials, seed):
             try:
                 experiment = config.parse(held_out(with_values(document, values), share, seed))
