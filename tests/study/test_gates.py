@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedlora.core.errors import ConfigError
-from fedlora.study.gates import check, parse_rules, parse_term
+from fedlora.study.gates import check, parse_rules, parse_target, parse_term
 
 VARY = {"clients.partition.alpha": [0.5, 0.01]}
 SETTINGS = {"alpha=0.5": {"clients.partition.alpha": 0.5}, "alpha=0.01": {"clients.partition.alpha": 0.01}}
@@ -63,3 +63,9 @@ def test_terms() -> None:
     assert parse_term("0.9 * full").value(0.5) == pytest.approx(0.45)
     assert parse_term("full + 1e-2").value(0.5) == pytest.approx(0.51)
     assert parse_term("0.7").value(0.5) == 0.7
+
+
+def test_a_label_may_be_a_number() -> None:
+    rules = parse_rules(["16 >= lora - 0.1", "lora >= 0.9 * 16", "lora >= 16", "lora >= 4"], ["lora", "16"], {})
+    assert [rule.labels for rule in rules] == [["16", "lora"], ["lora", "16"], ["lora", "16"], ["lora"]]
+    assert [parse_target(target, ["16"]).label for target in ("0.9 * 16", "16", 16)] == ["16", "16", ""]

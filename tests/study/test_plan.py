@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from fedlora import config
 from fedlora.config.files import merged
+from fedlora.config.places import located
 from fedlora.core.errors import ConfigError
-from fedlora.study import parse_study
+from fedlora.study import load_study, parse_study
 from fedlora.study.runner import Runner, setting_names
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "study.toml"
@@ -73,6 +75,37 @@ def test_lines_can_be_left_out_or_changed() -> None:
     assert config.parse(found.document("centralised_ffa", {}, 0)).rounds == 2
 
 
+def test_no_methods_are_no_line() -> None:
+    found = parse_study(study(lines={"head_only": False, "local_only": [], "centralised": []}))
+    assert found.labels == ["lora", "ffa"]
+
+
+def test_lines_are_tuned_by_shared_keys_in_either_spelling() -> None:
+    found = parse_study(study(tune={"vary": {"method.local.optimizer.lr": [0.1, 0.5], "method.server.lr": [0.1, 1.0]}}))
+    assert found.varied("centralised_lora") == {"method.local.optimizer.lr": [0.1, 0.5]}
+
+
+@pytest.mark.parametrize(("beside", "extends"), [(True, False), (False, False), (True, True)])
+def test_relative_paths_start_beside_the_file_or_else_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: bool, extends: bool
+) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder in (there, here, there / "own"):
+        folder.mkdir()
+    place = there if beside else here
+    (place / "train.jsonl").write_text("{}")
+    monkeypatch.chdir(here)
+    values = study(vary={})
+    values["base"]["data"] = {"kind": "files", "train": "train.jsonl", "test": "train.jsonl"}
+    plain = config.digest(config.parse(parse_study(values).document("lora", {}, 0)))
+    (there / "study.toml").write_text(tomli_w.dumps(values))
+    (there / "own" / "study.toml").write_text('extends = "../study.toml"')
+    found = load_study(there / "own" / "study.toml" if extends else there / "study.toml")
+    experiment = config.parse(found.document("lora", {}, 0))
+    assert Path(located(experiment.data.train, experiment.root)).resolve() == place / "train.jsonl"  # type: ignore
+    assert extends or (experiment.root, config.digest(experiment)) == (str(place), plain)
+
+
 def test_tables_of_another_kind_replace_and_others_merge() -> None:
     base = {"a": {"kind": "x", "p": 1}, "b": {"q": {"r": 1}}, "c": 1}
     assert merged(base, {"a": {"kind": "y"}}) == {**base, "a": {"kind": "y"}}
@@ -95,6 +128,13 @@ def test_tables_of_another_kind_replace_and_others_merge() -> None:
         ({"tune": {"methods": {"nothing": {"vary": {}}}}}, "tune.methods.nothing: there is no such method"),
         ({"lines": {"centralised": {"methods": ["nothing"]}}}, "no method 'nothing' to be centralised"),
         ({"vary": {"a": []}}, "vary.a = "),
+        ({"vary": {"seed": [1, 2]}}, "vary has the key 'seed', which a study sets for each run"),
+        ({"tune": {"vary": {"label": ["a"]}}}, "tune.vary has the key 'label'"),
+        ({"tune": {"methods": {"ffa": {"vary": {"seed": [1]}}}}}, "tune.methods.ffa.vary has the key 'seed'"),
+        ({"lines": {"local_only": {"set": {"seed": 3}}}}, "lines.local_only.set has the key 'seed'"),
+        ({"vary": {"method.rank": [2]}, "tune": {"vary": {"rank": [4]}}}, "'rank' in tune.vary replaces 'method.rank'"),
+        ({"tune": {"vary": {"local": [{}]}}}, "'local' in tune.vary replaces 'local.max_steps'"),
+        ({"methods": {"lora": {}, "centralised_lora": {}}}, "methods.centralised_lora has the label of a baseline"),
     ],
 )
 def test_what_is_wrong_is_named(more: dict[str, Any], expected: str) -> None:

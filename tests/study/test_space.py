@@ -22,6 +22,7 @@ def test_words_become_lists_and_ranges() -> None:
         "local.dropout": [True, False],
         "local.compute": ["bf16", "float32"],
     }
+    assert parse_vary(["a=.01,+1.,7,007,x.5"]) == {"a": [0.01, 1.0, 7, 7, "x.5"]}
     assert parse_vary(["server=[1, 2]"]) == {"server": [[1, 2]]}
 
 
@@ -61,6 +62,21 @@ def test_a_range_is_cut_evenly_on_a_logarithmic_scale_with_both_ends() -> None:
     assert Counter(one["b"] for one in found) == {0.05: 4, 0.5: 4}
     assert points({"a": "1e-4..1e-2"}, 1, 0) == [{"a": 1e-3}]
     assert points({"a": "0..1.0"}, 3, 0) == [{"a": 0}, {"a": 0.5}, {"a": 1.0}]
+
+
+@pytest.mark.parametrize(("given", "num"), [("0.99..0.999", 16), (".99991..0.99993", 8), ("-0.01..0.001", 5)])
+def test_the_values_of_a_narrow_range_differ(given: str, num: int) -> None:
+    values = [one["a"] for one in points({"a": given}, num, 0)]
+    assert len(set(values)) == num
+    low, high = map(float, given.split(".."))
+    assert (values[0], values[-1]) == (low, high)
+    assert values == sorted(values)
+    assert low < points({"a": given}, 1, 0)[0]["a"] < high
+
+
+def test_a_range_of_few_numbers_has_each_of_them_once() -> None:
+    values = [one["a"] for one in points({"a": "1.0..1.0000000000000004"}, 9, 0)]
+    assert values == [1.0, 1.0000000000000002, 1.0000000000000004]
 
 
 def test_whole_numbers_stay_whole() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from fedlora.cli.main import app
 from fedlora.core.errors import ConfigError, TrainingError
 from fedlora.runs.experiment import Stopped
 from fedlora.study import GateError, parse_study, pool, run_study
+from fedlora.study.results import compact
 
 world = pytest.fixture(scope="module")(tiny_world)
 LINES = {"centralised": False, "local_only": {"set": {"num_local": 2}}}
@@ -157,8 +159,8 @@ def test_stages_and_methods_can_be_asked_for_alone(
     world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     study = parse_study(document(world))
-    empty = run_study(study, tmp_path / "study", stage="final")
-    assert empty["rows"] == []
+    with pytest.raises(ConfigError, match="run --stage tune first"):
+        run_study(study, tmp_path / "study", stage="final")
     first = run_study(study, tmp_path / "study", stage="tune", only=["lora"])
     assert {row["method"] for row in first["rows"]} == {"lora"}
     second = run_study(study, tmp_path / "study", only=["head_only", "local_lora"])
@@ -195,6 +197,60 @@ def test_runs_that_fail_are_recorded_and_stop_nothing(
     reasons = [(one["stage"], one["method"], one["reason"]) for one in found["failures"]]
     assert reasons == [("tune", "head_only", "KeyError: 'a slip'"), ("final", "lora", "the loss is not finite")]
     assert len([row for row in found["rows"] if "test" in row]) == 1
+
+
+@pytest.mark.parametrize(("tune", "expected"), [({}, "no final run has a result"), (None, "no trial has a result")])
+def test_a_study_without_any_result_says_why_and_goes_on_once_that_is_mended(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: dict[str, Any] | None, expected: str
+) -> None:
+    values = document(world, seeds=[0], lines={"centralised": False, "local_only": False, "head_only": False})
+    study = parse_study({**values, **({} if tune is None else {"tune": tune})})
+
+    def refused(*arguments: Any, **named: Any) -> Any:
+        raise ConfigError("there is no file")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(pool, "run", refused)
+        with pytest.raises(ConfigError, match=f"{expected}.*: there is no file"):
+            run_study(study, tmp_path / "study")
+    # from results.json alone, as on another machine
+    for folder in ("tune", "final"):
+        shutil.rmtree(tmp_path / "study" / folder, ignore_errors=True)
+    assert run_study(study, tmp_path / "study")["failures"] == []
+
+
+def test_results_of_another_machine_are_kept_when_a_part_is_run_again(
+    world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = json.loads((whole[0] / "results.json").read_text())
+    best = next(row for row in held["tuning"] if row["method"] == "lora")
+    place = f"tune/all/lora/{next(one['run'] for one in best['trials'] if one['values'] == best['best'])}"
+    for trial in best["trials"]:
+        trial["ranks"].pop("3", None)
+        trial["ranks"].pop("2", None)
+    (tmp_path / "results.json").write_text(json.dumps(held))
+    study = parse_study(document(world))
+    table = run_study(study, tmp_path, stage="table")
+    ended = [(row["method"], row["seed"]) for row in table["rows"] if "test" in row]
+    assert sorted(ended) == sorted((label, seed) for label in held["labels"] for seed in (0, 1))
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        (tmp_path / place).mkdir(exist_ok=True)  # as if it had begun
+        raise Stopped("stopped")
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pool, "run", stopping)
+        with pytest.raises(Stopped):
+            run_study(study, tmp_path)
+    for row in held["rows"]:
+        if (row["method"], row["stage"]) == ("head_only", "final"):
+            (tmp_path / "final" / "all" / "head_only" / row["run"]).mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    again = run_study(study, tmp_path, log=lines.append)
+    assert [line.split(":")[0].rpartition(", ")[2] for line in lines] == ["round 2", "round 3"]
+    assert [row["best"] for row in again["tuning"]] == [row["best"] for row in held["tuning"]]
+    finals = [[row for row in timeless(one)["rows"] if row["stage"] == "final"] for one in (held, again)]
+    assert finals[0] == json.loads(json.dumps(compact(finals[1])))
 
 
 def test_without_anything_to_tune_only_the_final_runs_are_done(world: Path, tmp_path: Path) -> None:

@@ -85,6 +85,14 @@ def test_of_losses_less_is_better() -> None:
     assert lora.target == -0.65
 
 
+def test_a_target_may_be_that_of_clients_in_isolation() -> None:
+    found = results()
+    for row in found["rows"]:
+        if row["method"] == "full":
+            row["metrics"] = {}
+    assert summaries(found)[0].target == pytest.approx(0.9 * 0.72)
+
+
 def test_markdown() -> None:
     found = markdown(results())
     assert "**clients.partition.alpha = 0.5**" in found

@@ -68,6 +68,12 @@ def test_one_that_diverges_has_lost(world: Path, tmp_path: Path) -> None:
     assert steps == [list(range(8)), [6, 5, 4], [5]]
     assert halving.trials[7].failure == "it diverged"
     assert halving.best is halving.trials[5]
+    late = halved(world, tmp_path, lambda number, job: value(7 if job.until == 9 else number, job))[0]
+    assert (late.done, late.best) == (True, late.trials[4])
+    assert [(trial.failure, trial.cause) for trial in (late.trials[5], late.best)] == [
+        ("it diverged", "diverged"),
+        ("", ""),
+    ]
     halving, steps = halved(world, tmp_path, lambda number, job: Outcome({}, failure="no", cause="diverged"))
     assert (halving.best, len(steps)) == (None, 1)
 
@@ -80,6 +86,12 @@ def test_one_setting_runs_to_the_end_at_once(world: Path, tmp_path: Path) -> Non
 def test_trials_are_compared_by_rounds_which_are_the_same(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="number of rounds"):
         Halving("it", document(world), {"rounds": [1, 2]}, tmp_path, trials=2)
+
+
+def test_two_spellings_of_a_value_are_one_trial(world: Path, tmp_path: Path) -> None:
+    vary = {"method.local.optimizer.lr": [0.1, 0.2], "local.optimizer.lr": [1e-3, 1e-2]}
+    halving = Halving("it", document(world), vary, tmp_path, trials=4)
+    assert [trial.values["local.optimizer.lr"] for trial in halving.trials] == [1e-3, 1e-2]
 
 
 def test_an_unknown_key_is_refused_before_anything_runs(world: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fedlora.core.errors import ConfigError, FedloraError
 INSIDE = "inside the grid"
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _NUMBER = r"\d+\.?\d*(?:[eE][+-]?\d+)?"
-_SIDE = re.compile(rf"\s*(?:({_NUMBER})\s*\*\s*)?([A-Za-z][\w.-]*?)\s*(?:\s([+-])\s*({_NUMBER}))?\s*")
+_SIDE = re.compile(rf"\s*(?:({_NUMBER})\s*\*\s*)?([A-Za-z0-9][\w.-]*?)\s*(?:\s([+-])\s*({_NUMBER}))?\s*")
 Figures = Mapping[tuple[str, str], float]
 """The main metric by method and setting."""
 
@@ -42,12 +42,18 @@ class Term:
         return self.factor * figure * bool(self.label) + self.offset
 
 
-def parse_term(text: str) -> Term:
+def parse_term(text: str, labels: Sequence[str] = ()) -> Term:
     """Parses a term such as ``0.9 * full`` or ``full - 0.03``.
+
+    Args:
+        text: the term.
+        labels: the existing methods; a term that is one of these, such as ``16``, is not a number.
 
     Raises:
         ConfigError: it is neither a number nor such an expression.
     """
+    if text.strip() in labels:
+        return Term(text.strip())
     if re.fullmatch(rf"\s*-?{_NUMBER}\s*", text):
         return Term("", offset=float(text))
     match = _SIDE.fullmatch(text)
@@ -95,6 +101,15 @@ def parse_rules(texts: Sequence[str], labels: Sequence[str], vary: Mapping[str, 
     return [Rule(text) if text.strip() == INSIDE else _rule(text, labels, vary) for text in texts]
 
 
+def parse_target(target: float | str, labels: Sequence[str]) -> Term:
+    """Parses a target, in which only a text can name a method.
+
+    Raises:
+        ConfigError: see ``parse_term``.
+    """
+    return parse_term(str(target), labels if isinstance(target, str) else ())
+
+
 def _rule(text: str, labels: Sequence[str], vary: Mapping[str, Sequence[Any]]) -> Rule:
     words, _, condition = text.partition(" at ")
     parts = re.split(r"(>=|<=|>|<)", words)
@@ -102,7 +117,9 @@ def _rule(text: str, labels: Sequence[str], vary: Mapping[str, Sequence[Any]]) -
         raise ConfigError(
             f"the gate {text!r} is not understood: write 'lora >= full - 0.03 at KEY = VALUE', or {INSIDE!r}"
         )
-    rule = Rule(text, parse_term(parts[0]), parts[1], parse_term(parts[2]), _conditions(text, condition, vary))
+    rule = Rule(
+        text, parse_term(parts[0], labels), parts[1], parse_term(parts[2], labels), _conditions(text, condition, vary)
+    )
     if unknown := [label for label in rule.labels if label not in labels]:
         raise ConfigError(f"the gate {text!r}: there is no method {unknown[0]!r}; there are: {', '.join(labels)}")
     return rule

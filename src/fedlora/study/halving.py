@@ -31,6 +31,7 @@ class Trial:
         folder: the folder of its run.
         metrics: the main metric at each rung that it reached, by round.
         failure: why it ended early; empty if it did not.
+        cause: the kind of that failure, see ``Outcome``.
         seconds: time it has taken.
         ranks: sort key at each rung, higher is better: the metric, then the loss.
     """
@@ -40,6 +41,7 @@ class Trial:
     folder: Path
     metrics: dict[int, float] = field(default_factory=dict)
     failure: str = ""
+    cause: str = ""
     seconds: float = 0.0
     ranks: dict[int, tuple[float, float]] = field(default_factory=dict)
 
@@ -49,6 +51,7 @@ class Trial:
             "values": self.values,
             "metrics": {str(round_): value for round_, value in self.metrics.items()},
             "failure": self.failure,
+            "cause": self.cause,
             "run": self.folder.name,
             "ranks": {str(round_): list(rank) for round_, rank in self.ranks.items()},
         }
@@ -88,13 +91,15 @@ class Halving(Source):
         self.name, self.vary, self.document = name, dict(vary), document
         self.main_metric, self.higher_is_better = "", True
         self._changed, self._strict = changed, strict
-        self.trials = []
+        self.trials: list[Trial] = []
         for values in points(vary, trials, seed):
             try:
                 experiment = config.parse(held_out(with_values(document, values), share, seed))
             except ConfigError as error:
                 raise ConfigError(f"{error} (with {_words(values)})" if values else str(error)) from error
-            self.trials.append(Trial(values, experiment, folder / config.digest(experiment)))
+            place = folder / config.digest(experiment)
+            if all(trial.folder != place for trial in self.trials):  # two spellings of one value are one run
+                self.trials.append(Trial(values, experiment, place))
         rounds = [trial.experiment.rounds for trial in self.trials]
         if len(set(rounds)) > 1:
             raise ConfigError(
@@ -129,8 +134,8 @@ class Halving(Source):
 
     @property
     def best(self) -> Trial | None:
-        """The best of the trials that got furthest; None if all failed or none has reached a rung."""
-        fine = [trial for trial in self.trials if trial.metrics]
+        """Of the trials that did not fail, the best of those that got furthest; None if none of them reached a rung."""
+        fine = [trial for trial in self.trials if trial.metrics and not trial.failure]
         return max(fine, key=lambda trial: (max(trial.ranks), trial.ranks[max(trial.ranks)]), default=None)
 
     @property
@@ -153,7 +158,7 @@ class Halving(Source):
             raise RuntimeError(f"{job.name}: {outcome.failure}")
         trial = self._open.pop(job.folder)
         if outcome.failure:
-            trial.failure = outcome.failure
+            trial.failure, trial.cause = outcome.failure, outcome.cause
         else:
             self.main_metric, self.higher_is_better = outcome.main_metric, outcome.higher_is_better
             reached, sign = self.rungs[self._rung], 1 if outcome.higher_is_better else -1

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedlora.config.explain import explain
 from fedlora.config.files import merged, naming, read
+from fedlora.config.places import carried, root_of
 from fedlora.core.component import MODEL_CONFIG, Count, Field, Fraction, Whole, dataclass
 from fedlora.core.errors import ConfigError
 from fedlora.recipe.modes import MODES
@@ -20,7 +21,11 @@ from fedlora.study.halving import with_values
 
 _SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning")
 """First parts of the keys that have an effect in modes without communication."""
+_OF_RUNS = ("seed", "label")
+"""Keys that a study sets for each run."""
 HEAD_ONLY, CENTRALISED, LOCAL = "head_only", "centralised", "local"
+_LINES = {CENTRALISED: "centralised", LOCAL: "local_only"}
+"""The key in ``lines`` of each mode."""
 _HEAD_OPTIMISERS = {
     "server": {"kind": "adamw", "lr": 3e-2, "weight_decay": 0.0},
     "local": {"optimizer": {"kind": "sgd", "lr": 0.05}, "lr_scale": {"head": 1.0}},
@@ -159,6 +164,7 @@ class Study:
             raise ConfigError(
                 f"report.reference = {self.reference!r} is not a method; there are: {', '.join(self.labels)}"
             )
+        self._check_keys()
 
     @property
     def labels(self) -> list[str]:
@@ -194,7 +200,28 @@ class Study:
             return self.tune.methods[label].vary
         # a server learning rate has no effect without a server
         sends = MODES[self._tables()[label][0]].sends
-        return {key: values for key, values in self.tune.vary.items() if sends or key.split(".")[0] in _SHARED}
+        return {key: values for key, values in self.tune.vary.items() if sends or _short(key).split(".")[0] in _SHARED}
+
+    def _check_keys(self) -> None:
+        """Refuses keys that the study sets for each run, and keys that are both a setting and tuned."""
+        tuned = {"tune.vary": self.tune.vary}
+        tuned |= {f"tune.methods.{label}.vary": found.vary for label, found in self.tune.methods.items()}
+        lines = {name: _line(given) for name, given in vars(self.lines).items()}
+        tables: dict[str, Mapping[str, Any]] = {"vary": self.vary, **tuned}
+        tables |= {f"lines.{name}.set": line.set for name, line in lines.items() if line}
+        for place, table in tables.items():
+            if found := [key for key in table if key in _OF_RUNS]:
+                raise ConfigError(
+                    f"{place} has the key {found[0]!r}, which a study sets for each run; seeds are listed in `seeds`, "
+                    "and labels are those of [methods]. Remove it"
+                )
+        for place, table in tuned.items():
+            for key, held in itertools.product(table, self.vary):
+                if f"{_short(held)}.".startswith(f"{_short(key)}."):
+                    raise ConfigError(
+                        f"{key!r} in {place} replaces {held!r} in vary, so all settings would be the same; keep it in "
+                        "one of them"
+                    )
 
     def _tables(self) -> dict[str, tuple[str, Table, Table]]:
         """The mode, the ``[method]`` table and the additional settings of each method and baseline, by label."""
@@ -212,6 +239,11 @@ class Study:
                     raise ConfigError(
                         f"lines: there is no method {label!r} to be {mode}; there are: {', '.join(self.methods)}"
                     )
+                if f"{mode}_{label}" in self.methods:
+                    raise ConfigError(
+                        f"methods.{mode}_{label} has the label of a baseline; give the method another label, or leave "
+                        f"{label!r} out of lines.{_LINES[mode]}"
+                    )
                 if line:
                     found[f"{mode}_{label}"] = mode, self.methods[label], line.set
         return found
@@ -223,10 +255,15 @@ _ADAPTER = TypeAdapter(Study)
 def load_study(path: Path) -> Study:
     """Reads a study from a TOML or YAML file, which may extend others.
 
+    Relative paths in ``base`` start beside the file that has them, or else in the working folder.
+
     Raises:
         ConfigError: there is no such file, or it names something that does not exist.
     """
-    document = read(path)
+    document = read(path, _carried)
+    base = document.values.get("base")
+    if isinstance(base, dict) and "root" not in base and (root := root_of(base, path.parent)):
+        base["root"] = root
     with naming(document):
         return parse_study(document.values)
 
@@ -247,5 +284,16 @@ def _line(given: bool | tuple[str, ...] | Line) -> Line | None:
     if isinstance(given, Line):
         return given
     if isinstance(given, tuple):
-        return Line(methods=given)
+        return Line(methods=given) if given else None
     return Line() if given else None
+
+
+def _short(key: str) -> str:
+    """A key without the table of the method, which may be left out."""
+    return key.removeprefix("method.")
+
+
+def _carried(values: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """The values of a study file for a file in another folder, see ``fedlora.config.places.carried``."""
+    base = values.get("base")
+    return {**values, "base": carried(base, source, target)} if isinstance(base, dict) else values

@@ -97,7 +97,7 @@ def known(job: Job) -> Outcome | None:
     if (files.path / name).exists():
         found = files.read_json(name)
         held = found if job.until is None else found.get(str(job.until))
-    elif kept.exists() and not job.folder.exists():
+    if not held and kept.exists():  # a remembered run that goes on has only its later rungs in its folder
         found = RunFolder(kept.parent).read_json(kept.name)
         held, failure = found["outcomes"].get("end" if job.until is None else str(job.until)), found["failure"]
     if held:
@@ -108,7 +108,7 @@ def known(job: Job) -> Outcome | None:
 
 
 def remembered(folder: Path) -> Path:
-    """The file next to a run's folder that stores its outcome if the run itself has been deleted."""
+    """The file next to a run's folder that stores its outcome if the run itself is not on this machine."""
     return folder.with_name(f"{folder.name}.json")
 
 

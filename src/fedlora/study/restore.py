@@ -34,7 +34,8 @@ def restore(folder: Path) -> None:
         for trial in tuned["trials"]:
             place = _place(folder, {"stage": "tune", **tuned, "run": trial["run"]})
             run = runs.setdefault(place, {"rows": [], "outcomes": {}})
-            run["failure"] = trial["failure"]
+            # other failures can be fixed, so those trials are run again
+            run["failure"] = trial["failure"] if trial.get("cause", "diverged") == "diverged" else ""
             for rung, (rank, loss) in trial["ranks"].items():
                 value = rank if found["higher_is_better"] else -rank
                 reached = {"after": {found["metric"]: value, "loss": -loss}, "seconds": trial["seconds"], **figures}

@@ -65,10 +65,14 @@ def evaluations(
         outcome: of a finished run, the final metrics on all test rows.
     """
     files, held = RunFolder(folder), remembered(folder)
-    if held.exists() and not folder.exists():
-        yield from RunFolder(held.parent).read_json(held.name)["rows"]
-        return
     found = [{**facts, **one} for one in _evaluated(files.rows(), network, sent)]
+    if held.exists() and not (folder / "result.json").exists():
+        kept = RunFolder(held.parent).read_json(held.name)["rows"]
+        if kept and "test" in kept[-1]:
+            yield from kept
+            return
+        rounds = {row["round"] for row in kept}
+        found = sorted([*kept, *(row for row in found if row["round"] not in rounds)], key=lambda row: row["round"])
     if outcome is not None and not found:  # clients trained in isolation have their own ledgers
         rounds = files.read_json("result.json")["rounds"]
         found.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.network import parse_network
 from fedlora.recipe.modes import MODES
 from fedlora.study import results as figures
-from fedlora.study.gates import GateError, check, parse_rules, parse_term
+from fedlora.study.gates import GateError, check, parse_rules, parse_target
 from fedlora.study.halving import Halving, with_values
 from fedlora.study.plan import Study
 from fedlora.study.pool import Job, Outcome, Source, deadline_of, execute, known, processes_for, shown
@@ -85,7 +85,7 @@ class Runner:
         if study.report.link:
             parse_network(study.report.link)
         if study.report.target is not None:
-            label = parse_term(str(study.report.target)).label
+            label = parse_target(study.report.target, study.labels).label
             if label and label not in study.labels:
                 raise ConfigError(f"report.target: there is no method {label!r}; there are: {', '.join(study.labels)}")
         self._settings = setting_names(study)
@@ -159,7 +159,8 @@ class Runner:
             "failures": self._failures(ended),
             "tuning": figures.tuning_rows(self.tunings),
             "rows": figures.tune_rows(self.tunings, study.tune.seed)
-            + figures.final_rows(begun, study.report.link, self._alone),
+            + figures.final_rows(begun, study.report.link, self._alone)
+            + self._kept(),
         }
         found["broken_gates"] = self.broken(found)
         figures.write(self.folder / "results.json", found)
@@ -170,6 +171,38 @@ class Runner:
         ends = {(row["method"], row["setting"]): row["ends"] for row in found["tuning"] if row["done"]}
         tuned = check(self._rules, self._settings, figures.figures(found, "tune"), ends, "held-out data")
         return tuned + check(self._rules, self._settings, figures.figures(found, "final"), {}, "test data")
+
+    def check_tuned(self, log: Log) -> None:
+        """Checks that there are tuned values to run with every seed, and names the methods that have none.
+
+        Raises:
+            ConfigError: no method has any.
+        """
+        asked = [halving for (label, _), halving in self.tunings.items() if self._asked(label)]
+        without = [halving for halving in asked if not (halving.done and halving.best)]
+        if without and len(without) == len(asked):
+            if not all(halving.done for halving in asked):
+                raise ConfigError("no method is tuned yet, and final runs need tuned values: run --stage tune first")
+            raise ConfigError(
+                f"no trial has a result, so no method can be run with every seed; the first one: "
+                f"{asked[0].trials[0].failure}. Change the study, or what it needs, and run the same command again"
+            )
+        if without:
+            names = ", ".join(halving.name for halving in without)
+            log(f"without final runs, as they are not tuned yet or every trial failed: {names}")
+
+    def check_finals(self) -> None:
+        """Checks that a final run has a result.
+
+        Raises:
+            ConfigError: all failed.
+        """
+        failures = [outcome.failure for outcome in self.finals.outcomes.values()]
+        if failures and all(failures):
+            raise ConfigError(
+                f"no final run has a result; the first one: {failures[0]}. Change the study, or what it needs, and run "
+                "the same command again"
+            )
 
     def stop_at_gates(self, found: dict[str, Any]) -> None:
         """Stops the study if a gate does not hold.
@@ -219,7 +252,7 @@ class Runner:
             guess: whether to include methods that are not tuned yet, with their current values.
         """
         jobs = {}
-        for name, setting in self._settings.items():
+        for name in self._settings:
             for seed in self.study.seeds:
                 for label in self.study.labels:
                     halving = self.tunings.get((label, name))
@@ -228,11 +261,31 @@ class Runner:
                     values = (
                         halving.best.values if halving and halving.best else halving.trials[0].values if halving else {}
                     )
-                    experiment = config.parse(with_values(self.study.document(label, setting, seed), values))
-                    folder = self.folder / "final" / name / label / f"seed-{seed}-{config.digest(experiment)[:8]}"
-                    job = Job(config.to_toml(experiment), folder, None, f"{label} {name} seed {seed}")
-                    jobs[label, name, seed] = job, experiment.rounds
+                    jobs[label, name, seed] = self._job(label, name, seed, values)
         return jobs
+
+    def _job(self, label: str, name: str, seed: int, values: Mapping[str, Any]) -> tuple[Job, int]:
+        """The final run of a method at a setting with tuned values, and its rounds."""
+        experiment = config.parse(with_values(self.study.document(label, self._settings[name], seed), values))
+        folder = self.folder / "final" / name / label / f"seed-{seed}-{config.digest(experiment)[:8]}"
+        return Job(config.to_toml(experiment), folder, None, f"{label} {name} seed {seed}"), experiment.rounds
+
+    def _kept(self) -> list[dict[str, Any]]:
+        """The final rows in ``results.json`` of methods without tuned values now, if they are of one of its trials."""
+        file = self.folder / "results.json"
+        if not file.exists():
+            return []
+        rows, runs = [], dict[tuple[str, str, int], set[str]]()
+        for row in figures.read(file)["rows"]:
+            label, name, seed = key = row["method"], row["setting"], row["seed"]
+            halving = self.tunings.get((label, name))
+            if row["stage"] != "final" or halving is None or (halving.done and halving.best):
+                continue
+            if key not in runs:
+                trials = halving.trials if seed in self.study.seeds else []
+                runs[key] = {self._job(*key, trial.values)[0].folder.name for trial in trials}
+            rows += [row] if row["run"] in runs[key] else []
+        return rows
 
     def _failures(self, ended: dict[tuple[str, str, int], tuple[Job, Outcome | None]]) -> list[dict[str, Any]]:
         found = [
@@ -272,7 +325,7 @@ def run_study(
         All results, as in ``results.json``.
 
     Raises:
-        ConfigError: the study is invalid.
+        ConfigError: the study is invalid, is not tuned before its final runs, or every trial or final run failed.
         GateError: a gate does not hold.
         Stopped: the user interrupted; repeating the call resumes the study.
     """
@@ -284,10 +337,12 @@ def run_study(
         done = runner.tune(processes, deadline, log)
     found = runner.gather()
     if stage != "table" and done:
+        runner.check_tuned(log)
         runner.stop_at_gates(found)
     if stage in (None, "final"):
         done = runner.final(processes, deadline, log) and done
         found = runner.gather()
+        runner.check_finals()
         runner.stop_at_gates(found)
     if not done:
         log("the budget was spent before the end; run the same command to resume")

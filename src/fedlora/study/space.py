@@ -15,6 +15,7 @@ from fedlora.core.state import named_seed
 
 Values = dict[str, Any]
 _RANGE = re.compile(r"\s*(-?[\d.]+(?:[eE][+-]?\d+)?)\s*\.\.\s*(-?[\d.]+(?:[eE][+-]?\d+)?)\s*")
+_PLAIN = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _DESIGNS = 200
 """Number of random designs drawn; the one whose points are farthest apart is used."""
 
@@ -38,7 +39,15 @@ def parse_vary(assignments: Sequence[str]) -> dict[str, Any]:
 
 def _list(text: str) -> list[Any]:
     listed = toml_value(f"[{text}]")
-    return listed if isinstance(listed, list) else [toml_value(part.strip()) for part in text.split(",")]
+    return listed if isinstance(listed, list) else [_value(part.strip()) for part in text.split(",")]
+
+
+def _value(text: str) -> Any:
+    """A TOML value; numbers such as ``.01`` and ``1.``, which TOML does not know, are numbers too."""
+    found = toml_value(text)
+    if isinstance(found, str) and _PLAIN.fullmatch(text):
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    return found
 
 
 def points(vary: Mapping[str, Any], num: int, seed: int) -> list[Values]:
@@ -62,7 +71,8 @@ def points(vary: Mapping[str, Any], num: int, seed: int) -> list[Values]:
     designs = [np.stack([_balanced(len(axis), num, rng) for axis in axes.values()], 1) for _ in range(_DESIGNS)]
     scale = np.array([max(1, len(axis) - 1) for axis in axes.values()])
     best = max(designs, key=lambda design: _apart(design / scale))
-    return [{key: axis[place] for (key, axis), place in zip(axes.items(), row, strict=True)} for row in best.tolist()]
+    rows = dict.fromkeys(map(tuple, best.tolist()))
+    return [{key: axis[place] for (key, axis), place in zip(axes.items(), row, strict=True)} for row in rows]
 
 
 def at_ends(vary: Mapping[str, Any], best: Values) -> list[str]:
@@ -78,7 +88,7 @@ def at_ends(vary: Mapping[str, Any], best: Values) -> list[str]:
 
 def _ends(key: str, given: str) -> list[Any]:
     match = _RANGE.fullmatch(given)
-    ends = [toml_value(text) for text in match.groups()] if match else []
+    ends = [_value(text) for text in match.groups()] if match else []
     if len(ends) != 2 or not all(isinstance(one, int | float) for one in ends) or ends[0] >= ends[1]:
         raise ConfigError(f"the values of {key!r} are {given!r}: write a list, or a range such as 1e-3..1e-1")
     return ends
@@ -91,13 +101,23 @@ def _axis(key: str, given: Any, num: int) -> list[Any]:
         values = low * (high / low) ** steps if low > 0 else low + (high - low) * steps
         if isinstance(low, int) and isinstance(high, int):
             return sorted({round(value) for value in values.tolist()})
-        inner = [float(f"{value:.3g}") for value in values.tolist()]
-        return [low, *inner[1:-1], high] if num > 1 else inner
+        if num == 1:
+            return _rounded(low, values.tolist(), high)[1:2]
+        return _rounded(low, values.tolist()[1:-1], high)
     if not isinstance(given, Sequence) or not given:
         raise ConfigError(f"{key!r} has no values to try: write a list, or a range such as 1e-3..1e-1")
     if any(one == other for number, one in enumerate(given) for other in given[:number]):
         raise ConfigError(f"the values of {key!r} contain one twice: {given}")
     return list(given)
+
+
+def _rounded(low: Any, inner: Sequence[float], high: Any) -> list[Any]:
+    """The values of a range with both ends, with the fewest digits, at least three, that keep them apart."""
+    for digits in range(3, 18):
+        found = [low, *(float(f"{value:.{digits}g}") for value in inner), high]
+        if all(one < other for one, other in itertools.pairwise(found)):
+            return found
+    return list(dict.fromkeys([low, *inner, high]))  # the range has fewer numbers than that
 
 
 def _balanced(values: int, num: int, rng: np.random.Generator) -> Any:

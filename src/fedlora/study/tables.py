@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedlora.show.plain import csv_text, interval, paired, tabular
-from fedlora.study.gates import parse_term
+from fedlora.study.gates import parse_target
 from fedlora.study.pool import shown
 
 Results = Mapping[str, Any]
@@ -90,12 +90,18 @@ def _target(results: Results, runs: Mapping[str, Seeds], metric: str, sign: int)
     """The target value at a setting; a method in it stands for its best evaluation, averaged over seeds."""
     if results["target"] is None:
         return None
-    term = parse_term(str(results["target"]))
+    term = parse_target(results["target"], results["labels"])
     if not term.label:
         return term.value(0.0)
     curves = runs.get(term.label, {}).values()
-    best = [sign * max(sign * row["metrics"][metric] for row in rows if metric in row["metrics"]) for rows in curves]
+    best = [sign * max(sign * value for value in found) for rows in curves if (found := _curve(rows, metric))]
     return term.value(mean(best)) if best else None
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
+    """The evaluations of a run; of clients trained in isolation there is only the final one."""
+    found = [row["metrics"][metric] for row in rows if metric in row["metrics"]]
+    return found or [row["test"][metric] for row in rows if "test" in row]
 
 
 def _time(rows: Sequence[Mapping[str, Any]], metric: str, target: float | None, sign: int) -> float | None:
