@@ -78,7 +78,10 @@ def done(world: Path) -> Result:
         (1000, "1 kB"),
         (1_234_567, "1.23 MB"),
         (98_765_432_100, "98.8 GB"),
-        (5e15, "5e+03 TB"),
+        (999_499, "999 kB"),
+        (999_700, "1 MB"),
+        (999_999_999, "1 GB"),
+        (5e15, "5000 TB"),
     ],
 )
 def test_bytes_have_decimal_units(count: float, text: str) -> None:
