@@ -261,3 +261,10 @@ def test_all_metrics_and_paired_differences_are_compared() -> None:
     written = comparison_latex([lora, full])
     assert written.startswith(r"\begin{tabular}")
     assert r"0.700 $\pm$ 0.141" in written
+
+
+def test_latex_shows_each_character_of_a_label() -> None:
+    label = r"a_{b} $5 ^~\ 50% & #1"
+    written = comparison_latex([result(label, 0, 0.5)])
+    shown = r"a\_\{b\} \$5 \textasciicircum{}\textasciitilde{}\textbackslash{} 50\% \& \#1"
+    assert f"\n{shown} & 0 &" in written
