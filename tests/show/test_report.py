@@ -265,6 +265,6 @@ def test_all_metrics_and_paired_differences_are_compared() -> None:
 
 def test_latex_shows_each_character_of_a_label() -> None:
     label = r"a_{b} $5 ^~\ 50% & #1"
-    written = comparison_latex([result(label, 0, 0.5)])
+    written = comparison_latex(comparison([result(label, 0, 0.5)]))
     shown = r"a\_\{b\} \$5 \textasciicircum{}\textasciitilde{}\textbackslash{} 50\% \& \#1"
     assert f"\n{shown} & 0 &" in written
