@@ -377,6 +377,18 @@ def test_where_all_are_late_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         federation.go_on(start, 1, cohort=(0,))
 
 
+def test_where_all_are_late_once_the_round_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = late_federation()
+    slow(federation, 0, monkeypatch)
+    before = federation.go_on(federation.start(), 1)
+    after = federation.go_on(before, 2, cohort=(0,))
+    assert all(torch.equal(after.params[name], value) for name, value in before.params.items())
+    assert federation.rows[-1].late == (0,)
+    assert "none of the 1 clients was done in time" in federation.rows[-1].warnings[-1]
+    with pytest.raises(TrainingError, match=r"local\.timeout_seconds"):
+        federation.go_on(after, 3, cohort=(0,))
+
+
 def test_a_tier_has_a_limit_of_its_own() -> None:
     recipe = fedavg(local=LOCAL)[0].recipe
     assert Tier(name="phone", timeout_seconds=5.0).applied(recipe).local.timeout_seconds == 5.0

@@ -125,6 +125,11 @@ def test_the_account_is_that_of_the_client_that_lost_most() -> None:
         Experiment(phases=(*phases(noise_multiplier=0.0), *phases()))
 
 
+def test_a_client_without_rows_draws_empty_batches() -> None:
+    drawn = SILENT.batches(np.empty(0, np.int64), 3, 8, generator(0))
+    assert [len(one) for one in drawn] == [0, 0, 0]
+
+
 def test_a_tier_with_larger_batches_or_more_steps_loses_more() -> None:
     pytest.importorskip("dp_accounting")
     local = phases()[0].recipe.local

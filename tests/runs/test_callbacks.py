@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fixtures.tiny import experiment, ledger, tiny_world
@@ -88,6 +90,22 @@ def test_tensorboard_has_no_events_of_clients_that_train_alone(world: Path, tmp_
         fedlora.run(chosen, tmp_path / mode, callbacks=[TensorBoard(tmp_path / f"{mode}-events")])
     assert not (tmp_path / "local-events").exists()
     assert list((tmp_path / "centralised-events").iterdir())
+
+
+def test_tensorboard_has_the_figures_of_training_where_the_cohort_is_secret(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    callback = TensorBoard(tmp_path)
+    callback.run_started(experiment(world), SimpleNamespace(), ())  # type: ignore[arg-type]
+    for number in (0, 1):
+        row = dict.fromkeys((field.name for field in fields(RoundRecord)[:12]), 0.5)
+        row |= {"round": number, "cohort": (), "down_bytes": {}, "up_bytes": {}, "metrics": {}}
+        callback.row_recorded(RoundRecord(**row))  # type: ignore[arg-type]
+    callback.close()
+    found = EventAccumulator(str(tmp_path)).Reload()
+    for name in ("train/loss", "train/update_norm", "density/down", "density/up"):
+        assert [event.step for event in found.Scalars(name)] == [1]
 
 
 def test_whatever_ends_a_run_closes_its_callbacks(world: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fedlora import config
 from fedlora.cli.main import app
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, prepare
-from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.errors import CheckpointError, ConfigError, TrainingError
 from fedlora.runs.search import Bounds, Trial, _Sizes, configured, search
 from fedlora.transport import TopK
 
@@ -202,6 +202,13 @@ def test_a_search_that_was_stopped_goes_on_and_says_the_same(
     finished = (tmp_path / "search" / done[0] / "result.json").stat().st_mtime_ns
     assert searched(world, tmp_path / "search") == expected
     assert (tmp_path / "search" / done[0] / "result.json").stat().st_mtime_ns == finished  # it was not run again
+
+
+def test_trials_of_another_search_are_not_continued(world: Path, tmp_path: Path) -> None:
+    bounds = Bounds(1, 0.25, 2, 1_200.0, 1)
+    search(experiment(world, "flasc", rounds=1), tmp_path, bounds)
+    with pytest.raises(CheckpointError, match=r"another configuration .* choose another folder with --out"):
+        search(experiment(world, "flasc", rounds=2), tmp_path, bounds)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,10 @@ def done(world: Path) -> Result:
         (1000, "1 kB"),
         (1_234_567, "1.23 MB"),
         (98_765_432_100, "98.8 GB"),
-        (5e15, "5e+03 TB"),
+        (999_499, "999 kB"),
+        (999_700, "1 MB"),
+        (999_999_999, "1 GB"),
+        (5e15, "5000 TB"),
     ],
 )
 def test_bytes_have_decimal_units(count: float, text: str) -> None:
@@ -258,3 +261,10 @@ def test_all_metrics_and_paired_differences_are_compared() -> None:
     written = comparison_latex([lora, full])
     assert written.startswith(r"\begin{tabular}")
     assert r"0.700 $\pm$ 0.141" in written
+
+
+def test_latex_shows_each_character_of_a_label() -> None:
+    label = r"a_{b} $5 ^~\ 50% & #1"
+    written = comparison_latex(comparison([result(label, 0, 0.5)]))
+    shown = r"a\_\{b\} \$5 \textasciicircum{}\textasciitilde{}\textbackslash{} 50\% \& \#1"
+    assert f"\n{shown} & 0 &" in written

@@ -19,9 +19,9 @@ from fedlora.core.errors import ConfigError
 from fedlora.population.clients import Population
 from fedlora.runs.result import Result
 from fedlora.show.curves import by_label, over_seeds, read_run, study_figures
-from fedlora.show.figures import Line, Point, curves, frontier, heat_map, pareto_front, save, svg
+from fedlora.show.figures import Line, Point, curves, frontier, heat_map, pareto_front, save, shares, svg
 from fedlora.show.page import Section
-from fedlora.show.run_report import _events, _rounds, partition_section, report
+from fedlora.show.run_report import _events, _layer_norms, _rounds, partition_section, report
 
 pytest.importorskip("matplotlib")
 world = pytest.fixture(scope="module")(tiny_world)
@@ -168,6 +168,20 @@ def test_a_method_that_sends_nothing_is_left_out_of_the_frontier() -> None:
     assert "alone" not in drawing
 
 
+@pytest.mark.parametrize("text", ["a $x_$ b", "$", r"\$5 to $9", "_hidden"])
+def test_the_users_text_is_drawn_as_it_stands(text: str) -> None:
+    line, point = Line(text, [1, 2], [1, 2], [1, 2], [1, 2]), Point(text, 1, 0.5)
+    drawings = [
+        curves([line, line], text, text),
+        frontier([point], text, True),
+        shares([text], {text: [1.0], "other": [2.0]}, text),
+        heat_map(np.ones((1, 1), int), [text], [text], text),
+    ]
+    for figure, times in zip(drawings, (4, 2, 3, 3), strict=True):
+        parts = ElementTree.fromstring(svg(figure, "x")).iter("{http://www.w3.org/2000/svg}text")
+        assert ["".join(part.itertext()).strip() for part in parts].count(text) == times
+
+
 def test_refusals_late_clients_and_warnings_are_listed_and_drawn_by_round(runs: list[Result]) -> None:
     run = read_run(runs[0].folder)
     changes = ({}, {"refused": {"3": "a loss of NaN"}, "warnings": ["slow"]}, {"late": ["4"], "warnings": ["slow"]})
@@ -185,6 +199,14 @@ def test_refusals_late_clients_and_warnings_are_listed_and_drawn_by_round(runs: 
 
 def test_rounds_become_spans() -> None:
     assert _rounds([3, 1, 2, 7, 9, 10]) == "1-3, 7, 9-10"
+
+
+def test_labels_become_names_of_files(runs: list[Result]) -> None:
+    named = [replace(read_run(runs[0].folder), label=label) for label in ("lora r/8", "lora_r_8", "../x")]
+    found = _layer_norms({run.label: [run] for run in named})
+    assert {name: label for name, (label, _) in found.items()} == {
+        "layers_lora_r_8": "lora r/8", "layers_lora_r_8_2": "lora_r_8", "layers_.._x": "../x",
+    }  # fmt: skip
 
 
 def test_the_command_writes_page_and_figures(runs: list[Result], tmp_path: Path) -> None:

@@ -192,6 +192,32 @@ def test_split_words_begin_with_a_space_where_the_tokenizer_tells_words_by_it(gp
     assert [place for place in arrays["places"].tolist() if place >= 0] == [0, 1, 2, 3, 5]
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "splits", "expected"),
+    [
+        (normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous"), ["▁a", "▁b", "▁c"]),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="never"), ["▁a", "▁b", "▁c"]),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first"), ["▁a", "▁b", "▁c"]),
+        (None, pre_tokenizers.WhitespaceSplit(), ["a", "b", "c"]),
+        (None, pre_tokenizers.Split("", "isolated"), ["a", "b", "c"]),  # characters, a space is one of them
+        (None, None, ["a", "b", "c"]),
+    ],
+)
+def test_split_words_keep_the_space_that_a_text_has_before_them(
+    normalizer: Any, splits: Any, expected: list[str]
+) -> None:
+    table = {piece: number for number, piece in enumerate(["?", " ", *"▁abc", "▁a", "▁b", "▁c"])}
+    made = Tokenizer(models.BPE(table, merges=[("▁", letter) for letter in "abc"], unk_token="?"))
+    if normalizer:
+        made.normalizer = normalizer
+    if splits:
+        made.pre_tokenizer = splits
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="?", unk_token="?")
+    arrays = cut([["a", "b", "c"]], tokenizer, 16, 2)
+    assert tokenizer.convert_ids_to_tokens(arrays["tokens"].tolist()) == expected
+    assert arrays["places"].tolist() == [0, 1, 2]
+
+
 def test_a_decoder_without_special_tokens_trains_and_predicts(world: Path, gpt2: Path, tmp_path: Path) -> None:
     rows = [
         {"tokens": ["ann", "is", "in", "rome"], "tags": ["B-per", "O", "O", "B-loc"]},

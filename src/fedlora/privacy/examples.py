@@ -59,7 +59,7 @@ class ExampleNoise:
         self, rows: Positions, num_steps: int, batch_size: int, draws: torch.Generator | None
     ) -> list[Positions]:
         """A Poisson sample of ``rows`` for each step; it may be empty."""
-        chance = min(1.0, batch_size / len(rows))
+        chance = min(1.0, batch_size / max(1, len(rows)))
         return [rows[uniform(len(rows), draws) < chance] for _ in range(num_steps)]
 
     def passes(self, chosen: Positions) -> list[Positions]:

@@ -127,6 +127,22 @@ class Uplink:
             frozenset(answer.client for answer in silent if answer.reply.refused),
         )
 
+    def skips(self, before: object) -> bool:
+        """Whether a round changes nothing because nobody was in time; a warning says so.
+
+        Twice in a row, or at the start of a phase, it is no chance: then the aggregator says what to change.
+
+        Args:
+            before: what the norms of the round before say of its longest update; empty if it had none.
+        """
+        if not self.answers or not before or not all(answer.late for answer in self.answers):
+            return False
+        self.warnings.append(
+            f"none of the {len(self.answers)} clients was done in time, so the change of this round is zero; if it "
+            "happens again in the next round, the run stops: raise local.timeout_seconds"
+        )
+        return True
+
     @property
     def diverged(self) -> bool:
         """Whether training failed on more than half of the cohort."""

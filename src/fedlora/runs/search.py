@@ -95,6 +95,7 @@ def search(
 
     Raises:
         ConfigError: the configuration has no rank or no density, or the first trial exceeds the budget.
+        CheckpointError: the folder has a trial of other settings.
     """
     _check_start(bounds)
     configured(experiment, bounds.rank, bounds.density)  # rejects invalid configurations before data are read
@@ -165,8 +166,10 @@ def _try(
     step: int, rank: int, density: float,
 ) -> Trial:  # fmt: skip
     chosen = configured(experiment, rank, density)
+    path = folder / f"rank-{rank}-density-{density:g}"
+    RunFolder(path).check(chosen, extend=False)  # a trial of other settings does not compare with this search's
     try:
-        result = run(chosen, folder / f"rank-{rank}-density-{density:g}", data=data, callbacks=callbacks)
+        result = run(chosen, path, data=data, callbacks=callbacks)
     except TrainingError as error:  # a diverged trial loses
         return Trial(step, rank, density, 0.0, None, False, str(error))
     sent = sum(result.down_bytes.values()) + sum(result.up_bytes.values())

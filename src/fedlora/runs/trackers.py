@@ -52,7 +52,7 @@ class TensorBoard(Callback):
         self._up += sum(row.up_bytes.values())
         figures = {f"metrics/{name}": value for name, value in row.metrics.items()}
         figures |= {"bytes/down": self._down, "bytes/up": self._up}
-        if row.cohort:
+        if row.round:  # the start has no training; a secret cohort is empty
             figures |= {
                 "train/loss": row.loss,
                 "train/update_norm": row.update_norm,

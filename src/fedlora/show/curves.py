@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.folder import RunFolder
-from fedlora.show.figures import Line, Point, curves, frontier
+from fedlora.show.figures import Line, Point, curves, file_names, frontier
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,10 +131,9 @@ def study_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     """The figures of a study by name: the final metric against bytes and the metric by round, for each setting."""
     metric = str(results["metric"])
     drawn = {}
-    for setting in results["settings"]:
-        name = str(setting["name"])
+    names = [str(setting["name"]) for setting in results["settings"]]
+    for name, of in zip(names, file_names(names), strict=True):
         rows = [row for row in results["rows"] if row["stage"] == "final" and row["setting"] == name]
-        of = re.sub(r"[^\w.-]+", "_", name)
         if points := _study_points(rows, results["labels"], metric):
             drawn[f"{metric}_by_bytes_{of}"] = frontier(points, metric, bool(results["higher_is_better"]))
         if lines := _study_lines(rows, results["labels"], metric):

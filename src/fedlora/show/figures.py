@@ -7,6 +7,7 @@ colour (the palette of Okabe and Ito), marker and dashes at once, so that figure
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 7,
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # labels and names of classes are the user's: `$` in them is no formula
 }
 
 
@@ -114,7 +116,7 @@ def curves(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = Fals
             )
             look = _look(number)
             every = max(1, len(kept) // 8)
-            axes.plot(x, y, label=line.label, markevery=every, **look)
+            axes.plot(x, y, label=_entry(line.label), markevery=every, **look)
             if np.any(high > low):
                 axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
         axes.set_xlabel(x_label)
@@ -151,8 +153,8 @@ def frontier(points: Sequence[Point], y_label: str, higher_is_better: bool) -> F
             look = _look(number)
             bar = [point.spread] if point.spread else None
             axes.errorbar(
-                [point.x], [point.y], yerr=bar, fmt=look["marker"], color=look["color"], capsize=2, label=point.label,
-                zorder=3,
+                [point.x], [point.y], yerr=bar, fmt=look["marker"], color=look["color"], capsize=2, zorder=3,
+                label=_entry(point.label),
             )  # fmt: skip
         axes.set_xscale("log")
         _logarithmic(axes.xaxis)
@@ -177,7 +179,7 @@ def shares(labels: Sequence[str], parts: Mapping[str, Sequence[float]], x_label:
         for number, (name, values) in enumerate(parts.items()):
             width = 100 * np.asarray(values, float) / whole
             axes.barh(
-                places, width, left=left, label=name, color=_look(number)["color"], alpha=0.85,
+                places, width, left=left, label=_entry(name), color=_look(number)["color"], alpha=0.85,
                 hatch=_HATCHES[number % len(_HATCHES)], edgecolor="white", linewidth=0.3,
             )  # fmt: skip
             left = left + width
@@ -299,6 +301,23 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     return written
 
 
+def file_names(labels: Sequence[str]) -> list[str]:
+    """A part of a file name for each label: other characters become ``_``, and equal names are numbered.
+
+    >>> file_names(["lora, r/8", "lora_r_8", "flasc"])
+    ['lora_r_8', 'lora_r_8_2', 'flasc']
+    """
+    found: list[str] = []
+    for label in labels:
+        plain = name = re.sub(r"[^\w.-]+", "_", label)
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{plain}_{number}"
+        found.append(name)
+    return found
+
+
 def _figure(draw: Callable[[Axes], None], entries: int, height: float = SIZE[1]) -> Figure:
     """A figure of one panel, with a legend of ``entries`` below it.
 
@@ -345,6 +364,11 @@ def _look(number: int) -> dict[str, Any]:
         "marker": MARKERS[number % len(MARKERS)],
         "linestyle": DASHES[number // len(COLOURS) % len(DASHES)],
     }
+
+
+def _entry(label: str) -> str:
+    """A label for a legend; matplotlib leaves out those that begin with ``_``."""
+    return f" {label}" if label.startswith("_") else label
 
 
 def _short(text: str, most: int = 22) -> str:

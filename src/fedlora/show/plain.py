@@ -57,7 +57,17 @@ def tabular(blocks: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
+_TEX = str.maketrans(
+    {
+        **{char: rf"\{char}" for char in "_%&#{}$"},
+        "\\": r"\textbackslash{}",
+        "^": r"\textasciicircum{}",
+        "~": r"\textasciitilde{}",
+        "±": r"$\pm$",
+        "*": r"$\times$",
+    }
+)
+
+
 def _tex(text: str) -> str:
-    for plain, written in (("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#"), ("±", r"$\pm$"), ("*", r"$\times$")):
-        text = text.replace(plain, written)
-    return text
+    return text.translate(_TEX)

@@ -32,9 +32,10 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 def human_bytes(count: float) -> str:
     """``count`` bytes with a decimal unit: 1,234,567 is ``1.23 MB``."""
     unit = 0
-    while count >= 1000 and unit < len(_UNITS) - 1:
+    # what would be rounded to 1000 has the next unit
+    while count >= 999.5 and unit < len(_UNITS) - 1:
         count, unit = count / 1000, unit + 1
-    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.3g} {_UNITS[unit]}"
+    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 or count >= 999.5 else f"{count:.3g} {_UNITS[unit]}"
 
 
 def human_seconds(seconds: float) -> str:

@@ -197,18 +197,16 @@ def _training(groups: Groups) -> Section:
         if lines:
             drawn[name] = figures.curves(lines, "round", label, log_y=log)
             captions[name] = _sentence(f"{label} by round")
-    layers = _layer_norms(groups)
-    drawn |= layers
-    captions |= {
-        name: f"Norm of the server's update by layer, {name.removeprefix('layers_')}, first seed." for name in layers
-    }
+    for name, (label, figure) in _layer_norms(groups).items():
+        drawn[name] = figure
+        captions[name] = f"Norm of the server's update by layer, {label}, first seed."
     return Section("Training", figures=drawn, captions=captions)
 
 
-def _layer_norms(groups: Groups) -> dict[str, Any]:
-    """Of each method (eight at most) the norms of the update by layer, for its first seed."""
+def _layer_norms(groups: Groups) -> dict[str, tuple[str, Any]]:
+    """Of each method (eight at most) its label and the norms of the update by layer, for its first seed."""
     drawn = {}
-    for label, runs in list(groups.items())[:8]:
+    for of, (label, runs) in zip(figures.file_names(list(groups)), list(groups.items())[:8], strict=False):
         rows = [row for row in runs[0].rows if row.update_norms]
         names = list(dict.fromkeys(name for row in rows for name in row.update_norms))
         lines = []
@@ -218,7 +216,7 @@ def _layer_norms(groups: Groups) -> dict[str, Any]:
                 x, y = zip(*points, strict=True)
                 lines.append(figures.Line(name, x, y, y, y))
         if lines:
-            drawn[f"layers_{label}"] = figures.curves(lines, "round", "norm of the update", log_y=True)
+            drawn[f"layers_{of}"] = label, figures.curves(lines, "round", "norm of the update", log_y=True)
     return drawn
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -139,7 +138,12 @@ def best_windows(length: int, spans: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _joins_words(tokenizer: Any) -> bool:
-    """Whether tokens mark a word's beginning by a leading space, so that pre-split words would be joined."""
-    settings = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    steps = settings.get("pretokenizers", [settings])
-    return any(step.get("type") == "ByteLevel" and not step["add_prefix_space"] for step in steps)
+    """Whether words of a text begin with a piece that has their space in it, and pre-split ones would lack it."""
+
+    def pieces(text: str | list[str]) -> list[int]:
+        found = tokenizer(text, is_split_into_words=isinstance(text, list), add_special_tokens=False)
+        return list(found["input_ids"])
+
+    split, spaced = pieces(["a", "a"]), pieces(["a", " a"])
+    # a space that is a piece of its own would be scored in place of the word
+    return split != spaced and len(split) == len(spaced) and spaced == pieces("a a")
