@@ -132,3 +132,15 @@ def test_other_files_are_no_results(tmp_path: Path) -> None:
         read(tmp_path / "results.json")
     with pytest.raises(ConfigError, match="no results of a study"):
         read(tmp_path / "nothing.json")
+
+
+def test_cells_of_a_markdown_table_stay_in_their_columns() -> None:
+    """Whatever a value that was tuned contains; and large sizes have no exponent."""
+    found = results()
+    found["tuning"][0]["best"] = {"targets": r".*\.(q|v)_proj"}
+    for row in found["rows"]:
+        row["down_bytes"] *= 10**4
+    lines = [line for line in markdown(found).splitlines() if line.startswith("| lora") or line.startswith("| full")]
+    assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
+    assert r"(q\|v)" in lines[0] + lines[1]
+    assert "e+" not in "".join(lines)

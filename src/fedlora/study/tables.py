@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -124,7 +124,7 @@ def _cells(results: Results, found: Summary) -> dict[str, str]:
         f"minus {results['reference']}": interval(found.difference),
     }
     cells |= {
-        f"MB {way}": "" if size is None else f"{size / 1e6:.4g}"
+        f"MB {way}": "" if size is None else _megabytes(size)
         for way, size in zip(("down", "up", "both"), whole, strict=True)
     }
     if results["target"] is not None:
@@ -133,6 +133,15 @@ def _cells(results: Results, found: Summary) -> dict[str, str]:
         cells["held out"] = "" if found.tuned is None else f"{found.tuned:.3f}"
         cells["tuned"] = ", ".join(f"{key} {shown(value)}" for key, value in found.values.items())
     return cells
+
+
+def _megabytes(size: float) -> str:
+    """Four digits, or all before the point, without an exponent."""
+    return f"{size / 1e6:.0f}" if size >= 1e9 else f"{size / 1e6:.4g}"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _duration(found: Summary) -> str:
@@ -161,8 +170,8 @@ def markdown(results: Results) -> str:
             continue
         title = ", ".join(f"{key} = {shown(value)}" for key, value in setting["values"].items())
         head = [f"**{title}**", ""] if title else []
-        lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-        parts.append("\n".join([*head, *lines, *(f"| {' | '.join(row.values())} |" for row in rows)]))
+        lines = [_row(rows[0]), "|---" * len(rows[0]) + "|"]
+        parts.append("\n".join([*head, *lines, *(_row(row.values()) for row in rows)]))
     remarks = [f"- {one['method']} at {one['setting']}, {one['stage']}: {one['reason']}" for one in results["failures"]]
     remarks += [f"- {one}" for one in results["broken_gates"]]
     if remarks:
