@@ -95,6 +95,14 @@ def changed(trained: Path, folder: Path, **settings: Any) -> Path:
     return folder
 
 
+def test_an_initialisation_that_leaves_the_base_as_it_was_is_read(world: Path, tmp_path: Path, trained: Path) -> None:
+    plain = start(world, tmp_path / "plain", trained)
+    assert (
+        start(world, tmp_path / "run", changed(trained, tmp_path / "eva", init_lora_weights="eva")).before
+        == plain.before
+    )
+
+
 def test_what_cannot_be_started_from(world: Path, tmp_path: Path, trained: Path) -> None:
     def refused(adapter: Path, *settings: str, method: str = "lora") -> str:
         with pytest.raises(ConfigError) as error:

@@ -18,8 +18,9 @@ from fedlora.tuning.base import Installed, Tuning
 from fedlora.tuning.matrices import copy_attributes
 from fedlora.tuning.targets import saved_modules, shortest_endings
 
-EDITS_BASE = ("pissa", "olora", "corda", "loftq", "eva", "mica", "lora_ga")
+EDITS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of the initialisations of `peft` that decompose the weights, and change these."""
+_SVD_INITS = (*EDITS_BASE, "eva", "mica")
 _SVD_TYPES = ("ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA")
 
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules")
@@ -54,7 +55,7 @@ class Peft(Tuning):
                 client.
         """
         init, kind = str(self.config.get("init_lora_weights", True)), str(self.config.get("peft_type", "")).upper()
-        if init.lower().startswith(EDITS_BASE) or kind in _SVD_TYPES:
+        if init.lower().startswith(_SVD_INITS) or kind in _SVD_TYPES:
             what = f"peft_type = {kind!r}" if kind in _SVD_TYPES else f"init_lora_weights = {init!r}"
             raise ConfigError(
                 f"{what} would let each client decompose the weights by itself, and "
