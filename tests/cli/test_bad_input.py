@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -237,6 +238,39 @@ def test_a_full_disk_is_no_fault_of_ours_wherever_it_is(
     monkeypatch.setattr(describe, "environment", full)
     assert fedlora(monkeypatch, "env") == 2
     assert "x.key cannot be written (No space left on device); make room, or choose another" in sentence(capsys)
+
+
+@pytest.mark.parametrize("place", ["config", "checkpoints"])
+def test_a_folder_that_cannot_be_read_is_no_fault_of_ours(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """Rights as they are for a user who is not root."""
+    (tmp_path / "config.toml").touch()
+    (tmp_path / "checkpoints").mkdir()
+
+    def refuse(self: Path, *how: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    if place == "config":
+        monkeypatch.setattr(Path, "exists", refuse)
+        assert fedlora(monkeypatch, "show", tmp_path / "run.toml") == 2
+    else:
+        monkeypatch.setattr(os, "listdir", refuse)
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert fedlora(monkeypatch, "predict", tmp_path, "red") == 2
+    assert "cannot be accessed (Permission denied); correct its rights" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--log-file", "~nobody-of-this-name/x", "env"), ("show", "{toml}", "-s", "model.path=~nobody-of-this-name/x")],
+    ids=["log", "model"],
+)
+def test_a_home_that_is_not_there_is_no_fault_of_ours(
+    run_toml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    assert fedlora(monkeypatch, *(word.replace("{toml}", str(run_toml)) for word in arguments)) == 2
+    assert "write the whole path, or set HOME" in sentence(capsys)
 
 
 def test_a_fault_of_ours_exits_with_1_and_asks_for_a_report(

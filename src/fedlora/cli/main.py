@@ -27,6 +27,8 @@ from fedlora.core.progress import LOG
 _FLAGS = {"--debug", "-v", "--verbose", "-q", "--quiet"}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """Errors of writing that only the user can correct, wherever they arise."""
+_NO_HOME = "Could not determine home directory."
+"""What `pathlib` says of ``~name`` where there is no such user, and of ``~`` where there is neither a user nor HOME."""
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -120,11 +122,22 @@ def _run(debug: bool) -> tuple[int, str]:
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            place = error.filename or "a file"
-            return 2, f"error: {place} cannot be written ({error.strerror}); make room, or choose another place"
+        if cause := _of_the_user(error):
+            return 2, f"error: {cause}"
         return 1, (
             f"fedlora failed because of a bug in fedlora ({type(error).__name__}: {error}); run the command "
             "again with --debug and report its output"
         )
     return 0, ""
+
+
+def _of_the_user(error: Exception) -> str:
+    """What the user can correct about an error, wherever it arises; empty if it is a fault of fedlora."""
+    if isinstance(error, PermissionError):
+        return f"{error.filename or 'a file'} cannot be accessed ({error.strerror}); correct its rights, or name another"
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        place = error.filename or "a file"
+        return f"{place} cannot be written ({error.strerror}); make room, or choose another place"
+    if isinstance(error, RuntimeError) and str(error) == _NO_HOME:
+        return "the home folder of a path with ~, or of this user, is unknown; write the whole path, or set HOME"
+    return ""

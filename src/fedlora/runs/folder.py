@@ -42,8 +42,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> list[Path]:
         """The existing checkpoints, oldest first."""
-        found = self.path.glob("checkpoints/round-*")
-        return sorted(folder for folder in found if not folder.name.endswith(".tmp"))
+        held = self.path / "checkpoints"
+        # not `glob`, which takes a folder that cannot be read for an empty one
+        found = held.iterdir() if held.is_dir() else ()
+        return sorted(one for one in found if one.name.startswith("round-") and not one.name.endswith(".tmp"))
 
     @property
     def begun(self) -> bool:
@@ -306,7 +308,7 @@ def cannot_write(path: Path, error: Exception) -> DataError:
     """The error for a failed write."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     what = "the disk is full" if full else f"the disk refused ({getattr(error, 'strerror', None) or error})"
+    mend = "free some space" if full else "make it writable"
     return DataError(
-        f"{what} while writing to {path}; everything saved before is intact: free some space and run the same "
-        "command to resume"
+        f"{what} while writing to {path}; everything saved before is intact: {mend} and run the same command to resume"
     )
