@@ -178,6 +178,7 @@ def test_a_file_that_is_no_configuration(
         (("predict", "{tmp}", "red"), "is not a run's folder"),
         (("evaluate", "{tmp}", "--data", "{toml}"), "is not a run's folder"),
         (("evaluate", "{tmp}", "--data", "{toml}", "-c", "text"), "--column 'text' is not of the form use=name"),
+        (("predict", "{tmp}", "red", "-c", "=body"), "--column '=body' is not of the form use=name"),
         (("export", "{tmp}", "{tmp}/out"), "is not a run's folder"),
         (("push", "{tmp}", "owner/name"), "is not the folder of a finished run"),
         (("list", "flavour"), "there is no slot 'flavour'; there are: method, tuning"),

@@ -149,7 +149,7 @@ def _names(column: list[str] | None) -> dict[str, str]:
     Raises:
         ConfigError: one is not of the form ``use=name``.
     """
-    wrong = [one for one in column or [] if "=" not in one]
+    wrong = [one for one in column or [] if not all(one.partition("="))]
     if wrong:
         raise ConfigError(f"--column {wrong[0]!r} is not of the form use=name, as in --column text=body")
     return dict(one.split("=", 1) for one in column or [])
