@@ -234,6 +234,12 @@ def test_compare_puts_runs_side_by_side(run_folder: Path, run_toml: Path, tmp_pa
     assert "flasc" in invoke("compare", run_folder, tmp_path / "flasc").stdout
 
 
+def test_search_names_its_best_trial_as_it_is(run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.runs.search.search", lambda *given, **settings: [])
+    said = invoke("search", run_toml, "--kilobytes", 60, "--out", "a [folder]").stdout
+    assert "fedlora run a [folder]/best.toml" in said
+
+
 def test_predict_gives_every_class_its_probability(run_folder: Path) -> None:
     (found,) = printed("predict", run_folder, "w1 red red")
     assert found.keys() == {"input", "answer"}

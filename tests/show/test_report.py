@@ -154,6 +154,7 @@ def test_the_table_shows_every_method_with_its_figures() -> None:
     assert "0.700 ± 0.141" in text
     assert "[b]x" in text
     assert "fewer than lora" in text
+    assert "fewer than [b]x" in shown(comparison_table(comparison([result("[b]x", 0, 0.5)])))
 
 
 def test_a_result_is_the_same_from_memory_and_from_disk(done: Result) -> None:

@@ -58,6 +58,7 @@ def search(
     if format_ is Format.table:
         OUT.print(
             f"the best one kept: fedlora run {out / 'best.toml'} -s phases.0.rounds=...",
+            markup=False,
             soft_wrap=True,
             highlight=False,
         )

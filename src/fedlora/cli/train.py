@@ -98,8 +98,12 @@ def demo(
         for label, result in zip(experiments, results, strict=True):
             if llm:
                 OUT.print(f"{label}: loss {result.before['loss']:.3f} before, {result.after['loss']:.3f} after")
-        OUT.print("runs: " + "  ".join(str(result.folder) for result in results), soft_wrap=True, highlight=False)
-        OUT.print(f'try:  fedlora predict {results[0].folder} "{chosen.question}"', soft_wrap=True, highlight=False)
+        lines = (
+            "runs: " + "  ".join(str(result.folder) for result in results),
+            f'try:  fedlora predict {results[0].folder} "{chosen.question}"',
+        )
+        for line in lines:
+            OUT.print(line, markup=False, soft_wrap=True, highlight=False)
 
 
 def _run(

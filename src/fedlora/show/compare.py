@@ -165,7 +165,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Group:
 def _table(cells: Sequence[Mapping[str, str]]) -> Table:
     left = ("method", "seeds")
     columns = list(dict.fromkeys(name for row in cells for name in row))
-    table = Table(*(Column(name, justify="left" if name in left else "right") for name in columns))
+    table = Table(*(Column(escape(name), justify="left" if name in left else "right") for name in columns))
     for row in cells:
         table.add_row(*(escape(row.get(name, "")) for name in columns))
     return table
