@@ -9,6 +9,7 @@ from fixtures.tiny import experiment, tiny_world
 
 import fedlora
 from fedlora.config.federated_data import in_mode, prepare
+from fedlora.core.errors import ConfigError
 from fedlora.runs.cost import PROBED_ROUNDS, costs
 from fedlora.runs.result import Result
 
@@ -103,6 +104,15 @@ def test_a_first_message_of_zeros_is_short(world: Path) -> None:
     chosen = experiment(world, "lora", STEPS)
     (phase,) = costs(chosen, prepare(chosen))
     assert sum(phase.first_bytes.values()) < 0.7 * sum(phase.down_bytes.values())
+
+
+def test_a_run_from_an_adapter_sends_it_at_once(world: Path, tmp_path: Path) -> None:
+    fedlora.run(experiment(world, "lora", rounds=1), tmp_path / "trained")
+    chosen = ("flasc", f"init_from='{tmp_path / 'trained'}'")
+    result = fedlora.run(experiment(world, chosen[0], STEPS, *chosen[1:]), tmp_path / "run")
+    assert told(world, *chosen, rounds=3) == pytest.approx(sent(result), rel=0.04)
+    with pytest.raises(ConfigError, match="cannot be read: there is no such folder"):
+        told(world, "lora", "init_from='nothing'")
 
 
 def test_telling_draws_the_same_each_time(world: Path) -> None:

@@ -105,6 +105,11 @@ def located_data(data: Any, root: str | None) -> Any:
     return dataclasses.replace(data, **changed) if changed else data
 
 
+def located_adapter(experiment: Experiment) -> str | None:
+    """The folder of the adapter that the first phase starts from, if there is one."""
+    return located(experiment.init_from, experiment.root) if experiment.init_from else None
+
+
 def elsewhere(experiment: Experiment) -> Experiment:
     """The experiment for machines that have files of their own: with names of files in place of this machine's paths.
 

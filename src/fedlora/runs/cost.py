@@ -14,6 +14,7 @@ import torch
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData
+from fedlora.config.places import located_adapter
 from fedlora.core import tree
 from fedlora.core.byte_counts import ByteCounts, add_up, mean, rounded, scaled
 from fedlora.core.network import Network
@@ -168,7 +169,8 @@ class _Costs:
         """The estimated communication of each phase."""
         found, carry, done = [], None, 0
         for number, phase in enumerate(self._phases):
-            state, _ = open_phase(self._workspace, number, phase.recipe, self._experiment.seed, done, carry)
+            adapter = None if number else located_adapter(self._experiment)
+            state, _ = open_phase(self._workspace, number, phase.recipe, self._experiment.seed, done, carry, adapter)
             recipes = recipes_of(self._data.tiers, phase.recipe) or {"": phase.recipe}
             tiers = {name: _Tier(own, self._probed[name], _share(self._data, name)) for name, own in recipes.items()}
             state, change = self._probe(phase, state, tiers)

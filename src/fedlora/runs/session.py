@@ -15,7 +15,7 @@ from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, fingerprints, manifest
-from fedlora.config.places import located
+from fedlora.config.places import located_adapter
 from fedlora.core.byte_counts import add_up
 from fedlora.core.errors import CallbackError, CheckpointError, DivergedError, QuorumError, TrainingError
 from fedlora.core.state import ServerState, named_seed
@@ -152,9 +152,8 @@ class Session:
         if self.rows:
             self.workspace.apply_setup(self.state.phase, self._recipe(self.state), self.state.setup)
         else:
-            recipe, seed, given = self.phases[0].recipe, self.experiment.seed, self.experiment.init_from
-            adapter = located(given, self.experiment.root) if given else None
-            state, facts = open_phase(self.workspace, 0, recipe, seed, 0, None, adapter)
+            recipe, seed = self.phases[0].recipe, self.experiment.seed
+            state, facts = open_phase(self.workspace, 0, recipe, seed, 0, None, located_adapter(self.experiment))
             check_base_update(recipe, state, self.workspace.model, self.experiment.clients.per_round)
             metrics, warnings, seconds = self._evaluate(state, last=False)
             if self.experiment.stop:
