@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 import fedlora
 from fedlora import config
 from fedlora.cli.main import app
+from fedlora.core.errors import DataError
 from fedlora.runs.inference import TrainedRun
 from fedlora.show.describe import SLOTS
 
@@ -281,11 +282,27 @@ def test_predict_shows_an_answer_of_any_length(run_folder: Path, monkeypatch: py
     assert "score 0.5, start 3" in said
 
 
-def test_predict_takes_pairs_as_json(run_folder: Path) -> None:
-    (pair,) = printed("predict", run_folder, '["w1 red", "blue w2"]')
-    (text,) = printed("predict", run_folder, "w1 red")
-    assert pair["input"] == '["w1 red", "blue w2"]'
+PAIR = '["w1 red", "blue w2"]'
+
+
+def test_predict_takes_pairs_as_json_where_the_run_was_on_pairs(run_toml: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "pairs.jsonl", [{**row, "text_pair": "blue w2"} for row in make_rows(24, 0)])
+    options = ("-s", f"data={{kind='files', train='{rows}'}}", "-s", "clients.num=3", "-s", "method.rounds=1")
+    invoke("run", run_toml, "--out", tmp_path / "run", *options)
+    (pair,) = printed("predict", tmp_path / "run", PAIR)
+    (text,) = printed("predict", tmp_path / "run", "w1 red")
+    assert pair["input"] == PAIR
     assert pair["answer"] != pytest.approx(text["answer"], abs=1e-4)
+    assert len(printed("predict", tmp_path / "run", rows)) == 24
+
+
+def test_a_single_text_may_look_like_a_pair(run_folder: Path, tmp_path: Path) -> None:
+    (found,) = printed("predict", run_folder, PAIR)
+    (plain,) = printed("predict", run_folder, "[! w1 red !! ! blue w2 !!")  # the same tokens
+    assert found["answer"] == pytest.approx(plain["answer"], abs=1e-5)
+    rows = write_rows(tmp_path / "pairs.jsonl", [{"text": "w1 red", "text_pair": "blue w2"}])
+    with pytest.raises(DataError, match="was trained on single texts"):
+        invoke("predict", run_folder, rows)
 
 
 def test_predict_reads_a_file_of_texts(run_folder: Path, tmp_path: Path) -> None:

@@ -295,6 +295,7 @@ def manifest(
         "fingerprints": fingerprints(experiment, data.task),
         **_handed_over(experiment),
         "label_names": data.task.label_names,
+        "pairs": data.task.pairs,
         "num_test": len(data.test_rows),
         "privacy": _privacy(budget, phases),
         "example_privacy": _example_privacy(phases),

@@ -134,6 +134,7 @@ def load_run(path: Path | str, model: Any = None) -> TrainedRun:
     base = base_model(located_model(experiment), model, manifest.get("handed_over", {}), path)
     experiment = dataclasses.replace(experiment, model=base)
     task = experiment.task.restore(experiment.model, names)
+    task.pairs = manifest.get("pairs", task.pairs)  # older runs have not recorded it
     try:
         recipe = experiment.phases[state.phase].recipe
         workspace = Workspace(task, experiment.seed, pick_device(experiment.device), experiment.deterministic)

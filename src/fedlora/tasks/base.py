@@ -162,6 +162,8 @@ class Prepared(ABC):
     """Whether the head is trained; see ``Model``."""
     backbone_only: bool = False
     """Whether exports contain only the backbone, as no ``transformers`` class has this head; see ``save_head``."""
+    pairs: bool = False
+    """Whether inputs for ``predict`` may be pairs of texts; recorded by runs, as it follows from their data."""
 
     def __init__(self, model: Model, names: Sequence[str], data: Mapping[Split, datasets.Dataset]) -> None:
         self._model, self.train_head = model, model.train_head

@@ -100,6 +100,7 @@ class PreparedText(PreparedTokenized):
     settings: TextClassification
     auto_class = "AutoModelForSequenceClassification"
     peft_task = "SEQ_CLS"
+    pairs = True  # without data, both are possible
 
     def __init__(
         self, settings: TextClassification, model: Model, tokenizer: Any, names: list[str], data: Data
@@ -109,6 +110,8 @@ class PreparedText(PreparedTokenized):
         self._pooling: Pooling = pooling_of(model) if settings.pooling == "auto" else settings.pooling
         if self._pooling != "model":
             self.auto_class, self.peft_task, self.backbone_only = "AutoModel", "FEATURE_EXTRACTION", True
+        if data:
+            self.pairs = any(len(_texts(part)) == 2 for part in data.values())
         arrays = {name: _encode(part, tokenizer, settings.max_length) for name, part in data.items()}
         self._tokens = {name: Ragged(part["tokens"], part["offsets"]) for name, part in arrays.items()}
         self._types = {name: Ragged(part["types"], part["offsets"]) for name, part in arrays.items() if "types" in part}
@@ -196,13 +199,14 @@ class PreparedText(PreparedTokenized):
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: each class's probability, the most likely first; or ``{"value": number}``.
 
-        An input is a text, or a pair of texts as JSON: ``["a text", "another"]``.
+        An input is a text or, if the data are pairs, also a pair of texts as JSON: ``["a text", "another"]``.
         """
         results: list[dict[str, Any]] = []
         longest = min(self.settings.max_length, positions(model) or self.settings.max_length)
         blank = "" if self.tokenizer("")["input_ids"] else self.tokenizer.pad_token  # a model takes no empty sequence
         for chosen in chunks(np.arange(len(inputs)), self.settings.eval_batch_size):
-            part = [_text_or_pair(inputs[number]) or blank for number in chosen]
+            given = [inputs[number] for number in chosen]
+            part = [(_text_or_pair(one) if self.pairs else one) or blank for one in given]
             batch = self.tokenizer(part, truncation=True, max_length=longest, padding=True, return_tensors="pt")
             self.check_ids(batch["input_ids"])
             # a single text has one token type, which models assume by default
@@ -215,6 +219,11 @@ class PreparedText(PreparedTokenized):
     def inputs_of(self, rows: Any, which: str) -> list[str]:
         """See ``Prepared.inputs_of``: texts, or pairs where there is a column ``text_pair``."""
         names = _texts(rows)
+        if len(names) == 2 and not self.pairs:
+            raise DataError(
+                f"the {which} rows have a column 'text_pair', but this run was trained on single texts: remove or "
+                "rename the column"
+            )
         check_rows(rows, names, which)
         check_texts(rows, names, which)
         texts = [values_of(rows, name) for name in names]
