@@ -30,4 +30,15 @@ def test_a_table_has_a_row_per_evaluation_with_cumulative_bytes(world: Path, tmp
     assert both.iloc[:3].equals(table)
     assert both[["seed", "round"]].to_numpy().tolist() == [[0, 0], [0, 2], [0, 3], [1, 0], [1, 1]]
     with pytest.raises(ConfigError, match="no run was found"):
-        fedlora.load_results(tmp_path / "nothing")
+        fedlora.load_results(str(tmp_path / "nothing*"))
+    with pytest.raises(ConfigError, match="no run was found"):
+        fedlora.load_results(tmp_path / "runs" / "other")
+
+
+def test_every_folder_that_is_named_is_read(world: Path, tmp_path: Path) -> None:
+    for name in ("lora", "lora [r=8]"):
+        fedlora.run(experiment(world, "lora", rounds=1), tmp_path / name)
+    both = fedlora.load_results([tmp_path / "lora", tmp_path / "lora [r=8]"])
+    assert set(both["folder"]) == {str(tmp_path / "lora"), str(tmp_path / "lora [r=8]")}
+    with pytest.raises(ConfigError, match="there is no folder .*flasc"):
+        fedlora.load_results([tmp_path / "lora", tmp_path / "flasc"])

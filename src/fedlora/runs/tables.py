@@ -32,11 +32,10 @@ def load_results(runs: str | Path | Sequence[str | Path]) -> DataFrame:
         ``local`` has one ledger per client, each of them a run here.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is no run, or a folder that is named does not exist.
     """
     patterns = [runs] if isinstance(runs, str | Path) else runs
-    folders = [Path(name) for pattern in patterns for name in sorted(glob.glob(str(pattern)))]
-    found = [table for folder in folders for table in _of_folder(folder)]
+    found = [table for pattern in patterns for folder in _folders(pattern) for table in _of_folder(folder)]
     if not found:
         raise ConfigError(f"no run was found at {', '.join(map(str, patterns))}; name folders of runs, as in 'runs/*'")
     return frame([row for table in found for row in table])
@@ -70,6 +69,16 @@ def evaluations(label: str, seed: int, folder: Path, rows: Sequence[RoundRecord]
             last = {"down_bytes": down, "up_bytes": up, "loss": loss, "folder": str(folder)}
             found.append({**first, **metrics, **last})
     return found
+
+
+def _folders(pattern: str | Path) -> list[Path]:
+    """The folder of this name, whatever characters it has; else those that match."""
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    found = sorted(glob.glob(str(pattern)))
+    if not found and not set(str(pattern)) & set("*?["):
+        raise ConfigError(f"there is no folder {pattern}, but a run was to be read from it; correct the path")
+    return [Path(name) for name in found]
 
 
 def _of_folder(folder: Path) -> Iterator[list[dict[str, Any]]]:
