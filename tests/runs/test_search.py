@@ -222,6 +222,7 @@ def test_trials_of_another_search_are_not_continued(world: Path, tmp_path: Path)
         ("flasc", (), BOUNDS._replace(client_bytes=100.0), "above the budget of 100"),
         ("flasc", (), BOUNDS._replace(density=0.0), "above 0 and at most 1"),
         ("flasc", (), BOUNDS._replace(rank=8), "above --max-rank 4"),
+        ("flasc", (), BOUNDS._replace(client_bytes=float("nan")), "a finite number, and nan is not; set --kilobytes"),
         (
             "flasc",
             ("method.privacy={kind='none'}", "clients.tiers=[{name='a',share=1.0,rank=1}]"),

@@ -131,6 +131,8 @@ def search(
 def _check_start(bounds: Bounds) -> None:
     if not 0 < bounds.density <= 1:
         raise ConfigError(f"a density is above 0 and at most 1, and {bounds.density:g} is not; set --density")
+    if not math.isfinite(bounds.client_bytes):
+        raise ConfigError(f"a budget is a finite number, and {bounds.client_bytes:g} is not; set --kilobytes")
     if bounds.rank > bounds.max_rank:
         raise ConfigError(
             f"the search would start at rank {bounds.rank}, above --max-rank {bounds.max_rank}; raise --max-rank"
