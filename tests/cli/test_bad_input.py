@@ -204,6 +204,21 @@ def test_commands_say_what_is_wrong_with_their_arguments(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("arguments", [("run", "{toml}", "--report"), ("study", "{toml}", "--figures", "drawn")])
+def test_figures_that_cannot_be_drawn_are_refused_before_anything_is_trained(
+    run_toml: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    filled = [word.replace("{toml}", str(run_toml)) for word in arguments]
+    assert fedlora(monkeypatch, *filled, "--out", tmp_path / "run") == 2
+    assert "figures need matplotlib: pip install" in sentence(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("assignment", ["phases.7.rounds=3", "phases.first.rounds=3", "phases.rounds=3"])
 def test_an_override_that_misses_a_list_says_how_long_it_is(
     run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], assignment: str

@@ -101,6 +101,7 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count runs and rounds without running them.")] = False,
 ) -> None:
     """Compare methods over settings and seeds, each tuned alike on held-out data, and print tables."""
+    from fedlora.show.figures import check_installed
     from fedlora.study import FORMATS, load_study, run_study
     from fedlora.study.results import read
     from fedlora.study.runner import Runner
@@ -112,6 +113,8 @@ def study(
         _write_figures(read(file), figures)
         print(FORMATS[table.value](read(file)))
         return
+    if figures is not None:
+        check_installed()
     chosen = load_study(file)
     folder = out or Path("runs") / chosen.name
     methods = [label.strip() for label in only.split(",")] if only else []

@@ -56,8 +56,11 @@ def run(
     format_: AsFormat = Format.table,
 ) -> None:
     """Run an experiment, or resume it."""
+    from fedlora.show.figures import check_installed
     from fedlora.show.report import as_dict, result_table
 
+    if report:
+        check_installed()
     experiment, folder = experiment_of(config, set_, out)
     result = _run(experiment, folder, track, engine=engine, workers=workers)
     if report:

@@ -6,6 +6,7 @@ colour (the palette of Okabe and Ito), marker and dashes at once, so that figure
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -318,17 +319,26 @@ def file_names(labels: Sequence[str]) -> list[str]:
     return found
 
 
+def check_installed() -> None:
+    """Checks, also before what takes long, that figures can be drawn after it.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("figures need matplotlib: pip install 'fedlora[plot]'")
+
+
 def _figure(draw: Callable[[Axes], None], entries: int, height: float = SIZE[1]) -> Figure:
     """A figure of one panel, with a legend of ``entries`` below it.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("figures need matplotlib: pip install 'fedlora[plot]'") from error
+    check_installed()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     legend_rows = -(-entries // 2) if entries > 1 else 0
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(SIZE[0], height + 0.16 * legend_rows), layout="constrained")
