@@ -122,6 +122,12 @@ def test_standard_input(content: bytes, expected: list[str], monkeypatch: pytest
     assert inputs("-") == expected
 
 
+def test_a_closed_standard_input_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="standard input is closed"):
+        inputs("-")
+
+
 def test_an_input_itself(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     for given in ("see notes.txt", "a", "x" * 10_000, "a\nb.", "\0.csv x", str(tmp_path / "a.png"), str(tmp_path)):

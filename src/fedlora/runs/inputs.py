@@ -72,6 +72,8 @@ def _text(given: str) -> str:
 
 def _standard_input(task: Prepared, columns: Mapping[str, str], reading: Reading) -> list[str]:
     """The rows of JSON lines, if each line is an object and the task reads it as a row; else a text on each line."""
+    if sys.stdin is None:
+        raise DataError("standard input is closed, but inputs were to be read from it; name a file, or give the input")
     lines = read_texts(io.BufferedReader(io.BytesIO(sys.stdin.buffer.read())), reading)
     try:
         rows = [json.loads(line) for line in lines]
