@@ -42,6 +42,15 @@ def test_keys_are_their_owner_s_alone(tmp_path: Path) -> None:
     assert folder.ServerConfig.load(tmp_path / "fed" / "server").rules == ServerPolicy(min_available=2)
 
 
+@pytest.mark.parametrize("host", ["", "bad host", "x;evil", "*.example.org", "m\u00fcnchen.de", "https://x"])
+def test_a_host_that_is_none_is_refused_before_anything_is_written(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match="host: string should match"):
+        folder.init(tmp_path / "fed", ["a"], host)
+    with pytest.raises(ConfigError, match="cannot both listen on port 8000"):
+        folder.init(tmp_path / "fed", ["a"], "localhost", 8000, 8000)
+    assert not (tmp_path / "fed").exists()
+
+
 def test_a_certificate_is_for_the_host_and_signed_by_the_authority(tmp_path: Path) -> None:
     folder.init(tmp_path / "fed", ["a"], "fl.example.org")
     command = [
@@ -69,7 +78,12 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("server", "insecure", "why"),
-    [("nowhere", False, "not of the form host:port"), ("192.0.2.1:80", True, "plain text, and 192.0.2.1 is another")],
+    [
+        ("nowhere", False, "not of the form host:port"),
+        ("localhost:99999", False, "not of the form host:port"),
+        ("https://localhost:9443", False, "not of the form host:port"),
+        ("192.0.2.1:80", True, "plain text, and 192.0.2.1 is another"),
+    ],
 )
 def test_what_join_does_not_do(tmp_path: Path, server: str, insecure: bool, why: str) -> None:
     (tmp_path / "site.toml").write_text(tomli_w.dumps({"name": "a", "share": {"number": 0, "of": 1}}))

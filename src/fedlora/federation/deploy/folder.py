@@ -33,7 +33,7 @@ class ServerConfig:
         rules: quorum and timeouts.
     """
 
-    host: str = "localhost"
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "localhost"
     proxy_port: Annotated[int, Field(ge=1, le=65535)] = 9443
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     sites: Annotated[tuple[Name, ...], Field(min_length=1)]
@@ -85,13 +85,15 @@ def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port
         proxy_port: port of the proxy in front of it.
 
     Raises:
-        ConfigError: the folder is not empty or cannot be written, or a name is invalid.
+        ConfigError: the folder is not empty or cannot be written, or a name, the host or a port is invalid.
     """
     check_flower(PRIVATE)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; name a new folder, since keys are never overwritten")
     if len(set(names)) != len(names):
         raise ConfigError("two sites have the same name; give each a name of its own")
+    if port == proxy_port:
+        raise ConfigError(f"the proxy and the SuperLink cannot both listen on port {port}; change --port or --proxy-port")
     server = {
         "host": host,
         "proxy_port": proxy_port,
