@@ -40,5 +40,5 @@ def test_every_folder_that_is_named_is_read(world: Path, tmp_path: Path) -> None
         fedlora.run(experiment(world, "lora", rounds=1), tmp_path / name)
     both = fedlora.load_results([tmp_path / "lora", tmp_path / "lora [r=8]"])
     assert set(both["folder"]) == {str(tmp_path / "lora"), str(tmp_path / "lora [r=8]")}
-    with pytest.raises(ConfigError, match="there is no folder .*flasc"):
+    with pytest.raises(ConfigError, match=r"there is no folder .*flasc"):
         fedlora.load_results([tmp_path / "lora", tmp_path / "flasc"])

@@ -134,7 +134,9 @@ def _run(debug: bool) -> tuple[int, str]:
 def _of_the_user(error: Exception) -> str:
     """What the user can correct about an error, wherever it arises; empty if it is a fault of fedlora."""
     if isinstance(error, PermissionError):
-        return f"{error.filename or 'a file'} cannot be accessed ({error.strerror}); correct its rights, or name another"
+        return (
+            f"{error.filename or 'a file'} cannot be accessed ({error.strerror}); correct its rights, or name another"
+        )
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         place = error.filename or "a file"
         return f"{place} cannot be written ({error.strerror}); make room, or choose another place"

@@ -84,7 +84,9 @@ def tune(
     if found.best is None:
         raise ConfigError(f"no trial has a result; the first one: {found.trials[0].failure or 'never started'}")
     if format_ is Format.table:
-        OUT.print(f"the best of them: fedlora run {folder / 'best.toml'}", markup=False, soft_wrap=True, highlight=False)
+        OUT.print(
+            f"the best of them: fedlora run {folder / 'best.toml'}", markup=False, soft_wrap=True, highlight=False
+        )
 
 
 def study(

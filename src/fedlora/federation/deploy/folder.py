@@ -93,7 +93,9 @@ def init(folder: Path, names: list[str], host: str, port: int = 8000, proxy_port
     if len(set(names)) != len(names):
         raise ConfigError("two sites have the same name; give each a name of its own")
     if port == proxy_port:
-        raise ConfigError(f"the proxy and the SuperLink cannot both listen on port {port}; change --port or --proxy-port")
+        raise ConfigError(
+            f"the proxy and the SuperLink cannot both listen on port {port}; change --port or --proxy-port"
+        )
     server = {
         "host": host,
         "proxy_port": proxy_port,

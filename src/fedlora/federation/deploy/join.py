@@ -46,7 +46,9 @@ def join(server: str, file: Path, callbacks: Sequence[Callback] = (), *, insecur
 def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
     host, _, port = server.rpartition(":")
     if not host or "/" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise ConfigError(f"{server!r} is not of the form host:port, such as fl.example.org:9443, with a port up to 65535")
+        raise ConfigError(
+            f"{server!r} is not of the form host:port, such as fl.example.org:9443, with a port up to 65535"
+        )
     if insecure and not _is_loopback(host):
         raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
     settings = SiteConfig.load(file)
