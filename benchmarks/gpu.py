@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import torch
 import transformers
 
 import fedlora
+from benchmarks.graphs import gains
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config.federated_data import FederatedData, in_mode, prepare
@@ -42,11 +44,11 @@ from fedlora.recipe import Recipe
 from fedlora.rounds.phases import open_phase
 from fedlora.rounds.round import run_round
 from fedlora.tasks import Model
-from fedlora.tasks.base import Positions
+from fedlora.tasks.base import Batch, Positions
 from fedlora.tasks.models.loading import load_pretrained
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("card", "turn", "waits", "load", "overhead", "memory", "small", "methods")
+PARTS = ("card", "turn", "waits", "load", "overhead", "memory", "small", "graphs", "methods")
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,22 @@ def loop(
 def small(bench: Bench) -> dict[str, Any]:
     """The same for a model of MiniLM's size, which launches of kernels hold up."""
     return turn(bench, bench.model(TINY if bench.tiny else LIKE_MINILM, "small"))
+
+
+def graphs(bench: Bench) -> dict[str, Any]:
+    """A step of the small model from a CUDA graph, and with several clients in one batch."""
+    size, folder = bench.model(TINY if bench.tiny else LIKE_MINILM, "small")
+    opened = Opened(bench, document(bench, size, folder, {"kind": "lora"}))
+    task, model, rows = opened.federated.task, opened.workspace.model, opened.federated.population.rows_of(0)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        with torch.autocast(bench.device.type, torch.bfloat16, cache_enabled=False):  # a graph would keep old casts
+            return task.loss(model, batch)
+
+    firsts = range(0, min(len(rows) - size.batch + 1, size.steps * size.batch), size.batch)
+    batches = [task.batch(rows[first : first + size.batch], bench.device) for first in firsts]
+    values = list(opened.workspace.installed.parameters.values())
+    return gains(partial(bench.seconds, size.repeats), loss_of, values, batches)
 
 
 def waits(bench: Bench) -> dict[str, Any]:
