@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,6 +27,7 @@ from fedlora.core.errors import ConfigError, TrainingError
 from fedlora.engines import Processes, processes
 from fedlora.engines.processes import _placed
 from fedlora.population.clients import Population
+from fedlora.runs.folder import LOCK
 from fedlora.tasks.base import Positions
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -94,6 +98,42 @@ def test_a_killed_worker_ends_the_run_with_a_sentence_and_leaves_no_process(
     with pytest.raises(TrainingError, match="a worker of the engine 'processes' ended"):
         fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
     assert children() == before
+
+
+def test_workers_of_a_killed_run_end_with_it_so_that_it_can_be_resumed(world: Path, tmp_path: Path) -> None:
+    chosen, begun = experiment(world, rounds=1), tmp_path / "begun"
+
+    def endless(job: Job, workspace: Workspace, rows: Positions) -> None:
+        begun.touch()
+        time.sleep(30)
+
+    if not (child := os.fork()):
+        processes.run_job = endless  # type: ignore[attr-defined]
+        with contextlib.suppress(BaseException):
+            fedlora.run(chosen, tmp_path / "run", engine=partial(Processes, workers=2))
+        os._exit(1)
+    wait_until(begun.exists)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    wait_until(lambda: is_free(tmp_path / "run" / LOCK))
+    assert fedlora.run(chosen, tmp_path / "run").rounds == 1
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_free(lock: Path) -> bool:
+    """Whether no process holds the lock."""
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def test_a_fault_in_a_worker_carries_its_traceback(

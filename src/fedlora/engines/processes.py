@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 import warnings
 import weakref
@@ -188,7 +189,7 @@ def _forked(workspace: Workspace, share: Work) -> _Worker:
     status = 1
     try:
         ours.close()
-        _begin()
+        _begin(theirs)
         _perform(workspace, share, theirs)
         status = 0
     finally:
@@ -211,7 +212,9 @@ def _spawned(workspace: Workspace, number: int) -> _Worker:
 
 def _serve(pipe: Connection) -> None:
     """The life of a spawned worker: builds a workspace, then runs shares of jobs until the pipe is closed."""
-    _begin()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a child
+    _begin(parent.sentinel)
     task, seed, device, deterministic = pickle.loads(pipe.recv_bytes())  # the pipe from our own parent
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -221,11 +224,22 @@ def _serve(pipe: Connection) -> None:
             _perform(workspace, pickle.loads(pipe.recv_bytes()), pipe)
 
 
-def _begin() -> None:
-    """What holds for every worker: one thread, and requests to stop are for the parent, which ends its workers."""
+def _begin(parent: Connection | int) -> None:
+    """What holds for every worker: one thread, requests to stop are for the parent, and it ends with the parent.
+
+    Args:
+        parent: becomes readable when the parent has ended.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Connection | int) -> None:
+    """Ends this process as soon as its parent has: a forked one would hold the lock of the run's folder."""
+    wait([parent])
+    os._exit(1)
 
 
 def _perform(workspace: Workspace, share: Work, pipe: Connection) -> None:
