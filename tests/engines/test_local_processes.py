@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import multiprocessing
 import os
 import signal
 import time
@@ -100,6 +102,29 @@ def test_a_killed_worker_ends_the_run_with_a_sentence_and_leaves_no_process(
     assert children() == before
 
 
+def test_a_worker_that_cannot_be_started_ends_the_run_and_the_others(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, before = os.fork, children()
+
+    def once() -> int:
+        if children() != before:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", once)
+    with pytest.raises(TrainingError, match="use fewer --workers"):
+        fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
+    assert children() == before
+
+
+def test_a_resident_worker_killed_between_two_rounds_ends_the_run_with_a_sentence() -> None:
+    theirs, ours = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(TrainingError, match="a worker of the engine 'processes' ended"):
+        processes._Worker(0, ours).send([])
+
+
 def test_workers_of_a_killed_run_end_with_it_so_that_it_can_be_resumed(world: Path, tmp_path: Path) -> None:
     chosen, begun = experiment(world, rounds=1), tmp_path / "begun"
 
@@ -108,7 +133,7 @@ def test_workers_of_a_killed_run_end_with_it_so_that_it_can_be_resumed(world: Pa
         time.sleep(30)
 
     if not (child := os.fork()):
-        processes.run_job = endless  # type: ignore[attr-defined]
+        processes.run_job = endless  # type: ignore[assignment]
         with contextlib.suppress(BaseException):
             fedlora.run(chosen, tmp_path / "run", engine=partial(Processes, workers=2))
         os._exit(1)

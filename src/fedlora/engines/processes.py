@@ -67,8 +67,13 @@ class Processes(Engine):
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
         shares = [share for share in _placed(jobs, self.population, self.workers) if share]
-        crew = [_forked(self.workspace, share) for share in shares] if self._fork else self._staff(shares)
+        crew: list[_Worker] = [] if self._fork else self._resident
         try:
+            if self._fork:
+                for share in shares:
+                    crew.append(_forked(self.workspace, share))
+            else:
+                self._staff(shares)
             yield from _in_order(crew, len(jobs))
         except BaseException:
             _stop(self._resident)
@@ -77,16 +82,14 @@ class Processes(Engine):
             if self._fork:
                 _stop(crew)
 
-    def _staff(self, shares: Sequence[Work]) -> list[_Worker]:
-        """The resident workers, started if there are none, each given its share of the jobs."""
+    def _staff(self, shares: Sequence[Work]) -> None:
+        """Gives each resident worker its share of the jobs; starts them if there are none."""
         if not self._resident:
             self._resident += [_spawned(self.workspace, number) for number in range(self.workers)]
-        crew = self._resident[: len(shares)]
-        for worker, share in zip(crew, shares, strict=True):
+        for worker, share in zip(self._resident, shares, strict=False):
             # the server's own model has the setup, so jobs may lack it; a worker's model may not have it yet
             setup = self.workspace.setup
             worker.send([(number, job._replace(setup=setup, start=None), rows) for number, job, rows in share])
-        return crew
 
 
 class _Worker:
@@ -102,8 +105,13 @@ class _Worker:
         self._process, self.pipe, self.owed = process, pipe, owed
 
     def send(self, share: Work) -> None:
-        """Gives the worker jobs."""
-        self.pipe.send_bytes(pickle.dumps(share))
+        """Gives the worker jobs.
+
+        Raises:
+            TrainingError: the worker ended.
+        """
+        with _ended():
+            self.pipe.send_bytes(pickle.dumps(share))
         self.owed = len(share)
 
     def receive(self) -> Any:
@@ -113,13 +121,8 @@ class _Worker:
             TrainingError: the worker ended.
         """
         self.owed -= 1
-        try:
+        with _ended():
             return pickle.loads(self.pipe.recv_bytes())  # from our own child
-        except (EOFError, OSError) as error:
-            raise TrainingError(
-                "a worker of the engine 'processes' ended before its jobs were done, as when memory runs out; use "
-                "fewer --workers, or the engine 'serial'"
-            ) from error
 
     def stop(self) -> None:
         """Ends the process."""
@@ -131,6 +134,18 @@ class _Worker:
         else:
             self._process.kill()
             self._process.join()
+
+
+@contextlib.contextmanager
+def _ended() -> Iterator[None]:
+    """Raises the system's error for a worker that ended, or that cannot be started, as a sentence."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise TrainingError(
+            "a worker of the engine 'processes' ended before its jobs were done, as when memory runs out; use "
+            "fewer --workers, or the engine 'serial'"
+        ) from error
 
 
 def _stop(crew: list[_Worker]) -> None:
@@ -182,7 +197,8 @@ def _forked(workspace: Workspace, share: Work) -> _Worker:
     ours, theirs = multiprocessing.Pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child runs only what follows
-        child = os.fork()
+        with _ended():
+            child = os.fork()
     if child:
         theirs.close()
         return _Worker(child, ours, len(share))
@@ -206,7 +222,8 @@ def _spawned(workspace: Workspace, number: int) -> _Worker:
     gpus = _gpus(workspace.device)
     device = gpus[number % len(gpus)] if gpus else workspace.device
     worker = _Worker(process, ours)
-    worker.pipe.send_bytes(pickle.dumps((workspace.task, workspace.seed, device, workspace.deterministic)))
+    with _ended():
+        worker.pipe.send_bytes(pickle.dumps((workspace.task, workspace.seed, device, workspace.deterministic)))
     return worker
 
 
