@@ -7,6 +7,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from fedlora.cli.main import app
 from fedlora.client.jobs import Job
 from fedlora.client.workspace import Workspace
 from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.tree import have_same_bits, unflatten
 from fedlora.engines import Processes, processes
 from fedlora.engines.processes import _placed
 from fedlora.population.clients import Population
@@ -116,6 +118,17 @@ def test_a_worker_that_cannot_be_started_ends_the_run_and_the_others(
     with pytest.raises(TrainingError, match="use fewer --workers"):
         fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
     assert children() == before
+
+
+def test_a_tree_of_views_is_sent_once() -> None:
+    tree = unflatten(torch.randn(40_000), {str(place): torch.zeros(100, 20) for place in range(20)})
+    part = torch.randn(100, 20).t()
+    raw = processes._pickled([tree, part, part])
+    sent, one, other = pickle.loads(raw)
+    assert len(raw) < 1.2 * 4 * 42_000
+    assert have_same_bits(sent, tree)
+    assert one is other
+    assert one.stride() == part.stride()
 
 
 def test_a_resident_worker_killed_between_two_rounds_ends_the_run_with_a_sentence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -111,7 +112,7 @@ class _Worker:
             TrainingError: the worker ended.
         """
         with _ended():
-            self.pipe.send_bytes(pickle.dumps(share))
+            self.pipe.send_bytes(_pickled(share))
         self.owed = len(share)
 
     def receive(self) -> Any:
@@ -134,6 +135,24 @@ class _Worker:
         else:
             self._process.kill()
             self._process.join()
+
+
+class _Pickler(pickle.Pickler):
+    """Writes a view of a tensor alone: otherwise each tensor of a tree would bring the vector of all of them along."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """How a value is written; views of a tensor as copies of themselves."""
+        plain = type(value) is torch.Tensor and value.layout == torch.strided
+        if plain and value.untyped_storage().nbytes() > value.nbytes:
+            return value.clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
+
+
+def _pickled(value: Any) -> bytes:
+    """Jobs or a result as bytes."""
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
 
 
 @contextlib.contextmanager
@@ -270,7 +289,7 @@ def _perform(workspace: Workspace, share: Work, pipe: Connection) -> None:
         except Exception as error:
             found = RuntimeError(f"{type(error).__name__} in a worker:\n{traceback.format_exc()}")
             found.__cause__ = None
-        pipe.send_bytes(pickle.dumps((number, found)))
+        pipe.send_bytes(_pickled((number, found)))
         if isinstance(found, BaseException):
             return
 
