@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 import fedlora
 from fedlora.cli.main import app
-from fedlora.client.jobs import Job
+from fedlora.client.jobs import Job, Reply
+from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.core.errors import ConfigError, TrainingError
 from fedlora.core.tree import have_same_bits, unflatten
@@ -172,6 +173,20 @@ def is_free(lock: Path) -> bool:
         except BlockingIOError:
             return False
     return True
+
+
+def test_no_part_of_a_round_takes_less_than_no_time_if_clients_work_at_once(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def long(job: Job, workspace: Workspace, rows: Positions) -> Reply:
+        return run_job(job, workspace, rows)._replace(seconds=600.0)
+
+    monkeypatch.setattr(processes, "run_job", long)
+    result = fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
+    seconds = result.rows[1].seconds
+    assert min(seconds.values()) >= 0
+    assert 0 < sum(seconds.values()) < 300
+    assert result.rows[1].slowest_seconds == 600
 
 
 def test_a_fault_in_a_worker_carries_its_traceback(

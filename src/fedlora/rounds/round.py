@@ -75,8 +75,8 @@ def run_round(
     change = aggregate(recipe, state, uplink)
     covered = cover(recipe, state, change, len(uplink.counted), nominal)
     after = advance(recipe, state, covered, plan, uplink, seed, rounds, nominal)
-    working = sum(answer.reply.seconds for answer in uplink.answers)
-    seconds = {"pack": planned - begun, "clients": working, "aggregate": time.perf_counter() - planned - working}
+    waited = uplink.waited
+    seconds = {"pack": planned - begun, "clients": waited, "aggregate": time.perf_counter() - planned - waited}
     return after, record(recipe, after, covered, plan, uplink, seconds, networks or {})
 
 
