@@ -200,6 +200,13 @@ def test_a_format_of_ones_own_keeps_its_codes() -> None:
     with pytest.raises(ConfigError, match="formats of your own have codes from 128 to 255"):
         Link(precision=Taken())
 
+    @dataclasses.dataclass(frozen=True)
+    class Same(strangers.Thousandths):
+        pass
+
+    with pytest.raises(ConfigError, match=r"Same and .*Thousandths have the code 200"):
+        Link(precision=Same(), head_precision=strangers.Thousandths())
+
 
 def test_a_site_imports_what_its_owner_listed_alone(tmp_path: Path) -> None:
     site = Site(SiteConfig(name="clinic", rows="rows.csv", state=str(tmp_path)))
