@@ -33,7 +33,7 @@ Work = list[tuple[int, Job, Positions]]
 
 
 class Processes(Engine):
-    """Runs a round's jobs in several processes, with the same bits as ``Serial`` at one thread.
+    """Runs a round's jobs in several processes; with the bits of ``Serial`` if this process has one thread too.
 
     On a CPU, workers are forked for each round: they share the base weights and the data with this process, and each
     takes memory only for what it writes. On CUDA, where a process cannot be forked, each GPU has one worker that loads
