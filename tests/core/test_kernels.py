@@ -44,6 +44,15 @@ def test_a_device_is_one_of_several() -> None:
         pick_device("cuda:2")
 
 
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1", "cpu"])
+def test_the_workspace_is_fixed_before_the_first_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    pick_device(name)  # loading a language model multiplies, outside of all blocks of deterministic kernels
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (None if name == "cpu" else ":4096:8")
+
+
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps"])
 def test_a_device_that_is_absent_is_refused(world: Path, tmp_path: Path, name: str) -> None:
@@ -161,6 +170,12 @@ def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
         deterministic_kernels(CUDA),
     ):
         raise RuntimeError("put_ does not have a deterministic implementation, but you set 'torch.use_determi ...")
+    late = "but this operation is not deterministic because it uses CuBLAS ... set CUBLAS_WORKSPACE_CONFIG=:4096:8 or ..."
+    with (
+        pytest.raises(ConfigError, match="set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the program starts"),
+        deterministic_kernels(CUDA),
+    ):
+        raise RuntimeError(f"Deterministic behavior was enabled with `torch.use_deterministic_algorithms`, {late}")
     with pytest.raises(RuntimeError, match="out of memory"), deterministic_kernels(CUDA):
         raise RuntimeError("out of memory")
     assert flags() == before
