@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from fixtures.tiny import document, experiment, tiny_world
+from torch import Tensor
 
 import fedlora
 from fedlora import config
+from fedlora.client.workspace import Workspace
 from fedlora.config.federated_data import in_mode, manifest, prepare
 from fedlora.core.devices import compute_on, deterministic_kernels, pick_device
-from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.errors import ConfigError
 from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.runs.folder import RunFolder
+from fedlora.tasks.text import PreparedText
 
 CUDA = torch.device("cuda")
 world = pytest.fixture(scope="module")(tiny_world)
@@ -166,7 +169,7 @@ def test_kernels_are_left_alone_elsewhere(device: str, wanted: bool) -> None:
 def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
     before = flags()
     with (
-        pytest.raises(TrainingError, match=r"uses put_, which .*; set deterministic = false"),
+        pytest.raises(ConfigError, match=r"uses put_, which .*; set deterministic = false"),
         deterministic_kernels(CUDA),
     ):
         raise RuntimeError("put_ does not have a deterministic implementation, but you set 'torch.use_determi ...")
@@ -179,3 +182,16 @@ def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
     with pytest.raises(RuntimeError, match="out of memory"), deterministic_kernels(CUDA):
         raise RuntimeError("out of memory")
     assert flags() == before
+
+
+def test_under_noise_such_an_operation_ends_the_run_too(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def without_kernel(*_: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("put_ does not have a deterministic implementation, but you set ...")
+        return torch.zeros(())
+
+    monkeypatch.setattr(Workspace, "kernels", lambda self: deterministic_kernels(CUDA))
+    monkeypatch.setattr(PreparedText, "loss", without_kernel)
+    noise = "method.local.example_privacy={clip_norm=1.0, noise_multiplier=1.0, delta=0.01}"
+    with pytest.raises(ConfigError, match="uses put_"):
+        fedlora.run(experiment(world, "lora", noise), tmp_path / "run")

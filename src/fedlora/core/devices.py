@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from fedlora.core.component import Field
-from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.errors import ConfigError
 
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$")]
 """``auto``, ``cpu``, ``cuda``, ``cuda:1`` or another number, or ``mps``."""
@@ -75,8 +75,8 @@ def deterministic_kernels(device: torch.device, wanted: bool = True) -> Iterator
         wanted: False changes nothing.
 
     Raises:
-        TrainingError: an operation of the model has no deterministic kernel.
-        ConfigError: matrices were multiplied before the workspace of cuBLAS was fixed.
+        ConfigError: an operation of the model has no deterministic kernel, or matrices were multiplied before the
+            workspace of cuBLAS was fixed.
     """
     if not wanted or device.type != "cuda":
         yield
@@ -95,7 +95,7 @@ def deterministic_kernels(device: torch.device, wanted: bool = True) -> Iterator
                 f"set then: set {_WORKSPACE}=:4096:8 before the program starts, or deterministic = false"
             ) from error
         operation = str(error).split(" does not have")[0].splitlines()[0]
-        raise TrainingError(
+        raise ConfigError(
             f"the model uses {operation}, which has no deterministic kernel on CUDA, but deterministic = true asks for "
             "the same bits in each run; set deterministic = false, or device = 'cpu'"
         ) from error
