@@ -173,7 +173,9 @@ def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
         deterministic_kernels(CUDA),
     ):
         raise RuntimeError("put_ does not have a deterministic implementation, but you set 'torch.use_determi ...")
-    late = "but this operation is not deterministic because it uses CuBLAS ... set CUBLAS_WORKSPACE_CONFIG=:4096:8 or ..."
+    late = (
+        "but this operation is not deterministic because it uses CuBLAS ... set CUBLAS_WORKSPACE_CONFIG=:4096:8 or ..."
+    )
     with (
         pytest.raises(ConfigError, match="set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the program starts"),
         deterministic_kernels(CUDA),
