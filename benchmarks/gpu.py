@@ -320,13 +320,15 @@ def waits(bench: Bench) -> dict[str, Any]:
         opened = Opened(bench, document(bench, size, folder, {"kind": "lora", "local": {"max_steps": steps}}))
         opened.round()
         counts.append(Counter())
-        if bench.cuda:
-            torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            opened.round()
-        if bench.cuda:
-            torch.cuda.set_sync_debug_mode("default")
+            if bench.cuda:
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                opened.round()
+            finally:
+                if bench.cuda:
+                    torch.cuda.set_sync_debug_mode("default")
         for one in seen:
             if "synchroniz" in str(one.message):
                 counts[-1][f"{Path(one.filename).name}:{one.lineno}"] += 1
@@ -424,14 +426,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the code")
     parser.add_argument("--seconds", type=float, default=400.0, help="when to begin no further part")
-    parser.add_argument("--out", type=Path, help="file of the figures; by default benchmarks/results/gpu-CARD.json")
+    parser.add_argument(
+        "--out", type=Path, help="file of the figures; by default gpu-CARD.json in $OUT or in benchmarks/results"
+    )
     given = parser.parse_args()
     if unknown := sorted(set(given.parts) - set(PARTS)):
         parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     device = pick_device(given.device)
     transformers.logging.disable_progress_bar()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}-dry-run"
-    out = given.out or RESULTS / f"gpu-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
+    out = (
+        given.out
+        or Path(os.environ.get("OUT") or RESULTS) / f"gpu-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
+    )
     folder = Path(tempfile.mkdtemp(prefix="fedlora-gpu-"))
     os.environ["FEDLORA_CACHE"] = str(folder / "cache")
     bench = Bench(device, given.tiny, time.monotonic() + given.seconds, folder)
@@ -440,6 +447,7 @@ def main() -> None:
         for part in given.parts or PARTS:
             if time.monotonic() > bench.deadline:
                 bench.found[part] = {"left out": "no time was left"}
+                write(out, name, given.tiny, bench.found, took)
                 continue
             start = time.monotonic()
             try:
