@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,26 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(tuning: LoRA) -> 
             {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in parameters.items()}
         )
     assert float(torch.cosine_similarity(gradients["fp32"], gradients["bf16"], dim=0)) > 0.99
+
+
+def test_a_model_is_gone_before_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, recipe = toy_task(), Recipe(tuning=SparseMask(density=0.2))
+    workspace = Workspace(task, 0, torch.device("cpu"))
+    open_phase(workspace, 0, recipe, 0, 0, None)
+    weight = weakref.ref(next(workspace.model.parameters()))
+    load, held = task.load_model, []
+
+    def noted(*given: Any) -> Any:
+        held.append(weight() is not None)
+        return load(*given)
+
+    monkeypatch.setattr(task, "load_model", noted)
+    gc.disable()
+    try:
+        open_phase(workspace, 1, recipe, 0, 0, None)
+    finally:
+        gc.enable()
+    assert held == [False]
 
 
 def test_what_is_trained_stays_in_float32_and_what_is_frozen_does_not() -> None:
