@@ -200,6 +200,17 @@ def test_a_fault_in_a_worker_carries_its_traceback(
         fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
 
 
+def test_memory_that_runs_out_in_a_worker_is_an_error_with_a_remedy(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(job: Job, workspace: Workspace, rows: Positions) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(processes, "run_job", full)
+    with pytest.raises(ConfigError, match=r"in a worker, memory ran out \(CUDA out of memory\): lower"):
+        fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
+
+
 def test_without_fork_the_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
     with pytest.raises(ConfigError, match="use the engine 'serial'"):

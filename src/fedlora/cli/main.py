@@ -20,7 +20,7 @@ from fedlora.cli import begin, compare, federation, plan, study, train, use
 from fedlora.cli.common import import_settings
 from fedlora.cli.log import set_up
 from fedlora.cli.streams import failure_of, open_streams
-from fedlora.core.errors import FedloraError
+from fedlora.core.errors import FedloraError, ran_out_of_memory
 from fedlora.core.interrupts import sigterm_as_ctrl_c
 from fedlora.core.progress import LOG
 
@@ -123,6 +123,8 @@ def _run(debug: bool) -> tuple[int, str]:
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             place = error.filename or "a file"
             return 2, f"error: {place} cannot be written ({error.strerror}); make room, or choose another place"
+        if advice := ran_out_of_memory(error):
+            return 2, f"error: {advice}"
         return 1, (
             f"fedlora failed because of a bug in fedlora ({type(error).__name__}: {error}); run the command "
             "again with --debug and report its output"

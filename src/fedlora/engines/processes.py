@@ -23,7 +23,7 @@ import torch
 from fedlora.client.jobs import Job, Reply
 from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
-from fedlora.core.errors import ConfigError, FedloraError, TrainingError
+from fedlora.core.errors import ConfigError, FedloraError, TrainingError, ran_out_of_memory
 from fedlora.engines.base import Engine
 from fedlora.population.clients import Population
 from fedlora.tasks.base import Positions
@@ -287,7 +287,9 @@ def _perform(workspace: Workspace, share: Work, pipe: Connection) -> None:
         except FedloraError as error:
             found = error
         except Exception as error:
-            found = RuntimeError(f"{type(error).__name__} in a worker:\n{traceback.format_exc()}")
+            advice = ran_out_of_memory(error)
+            told = f"{type(error).__name__} in a worker:\n{traceback.format_exc()}"
+            found = ConfigError(f"in a worker, {advice}") if advice else RuntimeError(told)
             found.__cause__ = None
         pipe.send_bytes(_pickled((number, found)))
         if isinstance(found, BaseException):
