@@ -30,6 +30,11 @@ from fedlora.tasks.base import Positions
 
 Work = list[tuple[int, Job, Positions]]
 """Jobs with their number in the round and the client's rows."""
+_ENDED = (
+    "a worker of the engine 'processes' ended before its jobs were done, as when memory runs out: use fewer --workers, "
+    "or the engine 'serial'; on GPUs, a script must start its run below `if __name__ == '__main__':`, as each worker "
+    "imports it"
+)
 
 
 class Processes(Engine):
@@ -161,10 +166,7 @@ def _ended() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as error:
-        raise TrainingError(
-            "a worker of the engine 'processes' ended before its jobs were done, as when memory runs out; use "
-            "fewer --workers, or the engine 'serial'"
-        ) from error
+        raise TrainingError(_ENDED) from error
 
 
 def _stop(crew: list[_Worker]) -> None:
