@@ -136,6 +136,7 @@ def _run_separately(
         before=_over_local([one.before for one in results], data),
         after=_over_local([one.after for one in results], data),
         seconds=sum(one.seconds for one in results),
+        rows=(),
         adapter=None,
     )
     if until is None:

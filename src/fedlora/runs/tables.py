@@ -35,7 +35,7 @@ def load_results(runs: str | Path | Sequence[str | Path]) -> DataFrame:
         ConfigError: there is no run.
     """
     patterns = [runs] if isinstance(runs, str | Path) else runs
-    folders = [Path(name) for pattern in patterns for name in sorted(glob.glob(str(pattern)))]
+    folders = [folder for pattern in patterns for folder in _folders(pattern)]
     found = [table for folder in folders for table in _of_folder(folder)]
     if not found:
         raise ConfigError(f"no run was found at {', '.join(map(str, patterns))}; name folders of runs, as in 'runs/*'")
@@ -70,6 +70,11 @@ def evaluations(label: str, seed: int, folder: Path, rows: Sequence[RoundRecord]
             last = {"down_bytes": down, "up_bytes": up, "loss": loss, "folder": str(folder)}
             found.append({**first, **metrics, **last})
     return found
+
+
+def _folders(pattern: str | Path) -> list[Path]:
+    """A folder of this very name, or those that a pattern stands for."""
+    return [Path(pattern)] if Path(pattern).is_dir() else list(map(Path, sorted(glob.glob(str(pattern)))))
 
 
 def _of_folder(folder: Path) -> Iterator[list[dict[str, Any]]]:
