@@ -10,7 +10,7 @@ import pytest
 from fixtures.tiny import experiment, tiny_world
 
 import fedlora
-from fedlora.core.errors import ConfigError
+from fedlora.core.errors import ConfigError, DataError
 
 world = pytest.fixture(scope="module")(tiny_world)
 
@@ -50,3 +50,19 @@ def test_cohorts_are_no_larger_than_the_population_of_shared_data(world: Path, t
     larger = dataclasses.replace(natural, clients=dataclasses.replace(natural.clients, per_round=10))
     with pytest.raises(ConfigError, match=r"clients.per_round = 10 exceeds the 9 clients"):
         fedlora.run(larger, tmp_path / "larger", data=data)
+
+
+def test_one_input_is_no_list_of_letters(world: Path, tmp_path: Path) -> None:
+    fedlora.run(experiment(world, rounds=1), tmp_path)
+    trained = fedlora.load_run(tmp_path)
+    assert len(trained.predict(["red w1"])) == 1
+    given: Any = "red w1"
+    with pytest.raises(DataError, match=r"the inputs are 'red w1', but a list was expected: call predict\(\[...\]\)"):
+        trained.predict(given)
+
+
+def test_a_run_pauses_after_a_round_that_exists(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="until = -1, but the number of a round to pause after was expected"):
+        fedlora.run(experiment(world, rounds=1), tmp_path / "run", until=-1)
+    assert not (tmp_path / "run").exists()
+    assert fedlora.run(experiment(world, rounds=1), tmp_path / "run", until=0).rounds == 0

@@ -65,6 +65,8 @@ def run(
         FedloraError: an error whose message says how to fix it.
         Stopped: the user interrupted the run; it can be resumed.
     """
+    if until is not None and until < 0:
+        raise ConfigError(f"until = {until}, but the number of a round to pause after was expected: give 0 or more")
     if data is not None:
         if partitioner is not None:
             raise ConfigError(
