@@ -33,9 +33,9 @@ class Position(NamedTuple):
 
 
 def changed_keys(held: Experiment, experiment: Experiment) -> list[str]:
-    """The keys in which two configurations differ, each with both values."""
+    """The keys in which two configurations differ, each with both values; those that decide no result are left out."""
     left, right = (
-        {**values, "root": None, "track": None, "model": {**values["model"], "hub_id": None}}
+        {**values, "root": None, "track": None, "checkpoint_every": None, "model": {**values["model"], "hub_id": None}}
         for values in map(resolved, (held, experiment))
     )
     return differences(left, right)
@@ -71,8 +71,9 @@ def _refused_now(keys: Sequence[str], held: Experiment, experiment: Experiment, 
         return f"phase {min(phases)} is over: leave its settings as they were"
     if experiment.phases[at.phase].rounds < at.steps:
         return f"{at.steps} rounds of phase {at.phase} are done: ask for as many or more"
-    if experiment.rounds == at.round and any(_RATE.match(key) for key in keys):
-        return "no round is left for the learning rate: ask for more rounds too"
+    rates = {int(match.group(1)) for key in keys if (match := _RATE.match(key))}
+    if at.phase in rates and experiment.phases[at.phase].rounds == at.steps:
+        return f"no round of phase {at.phase} is left for the learning rate: ask for more rounds too"
     if held.rounds != experiment.rounds and any(_calibrated(phase.recipe.privacy) for phase in experiment.phases):
         return "its noise was calibrated by target_epsilon for the old number of rounds: leave rounds as they were"
     return None
