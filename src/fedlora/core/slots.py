@@ -151,7 +151,8 @@ def written_as(value: Any) -> dict[str, Any]:
     Raises:
         ConfigError: its settings, written and read again, would be others.
     """
-    cls, names = type(value), _settings(type(value))
+    cls: type = type(value)
+    names = _settings(cls)
     try:
         adapter = _adapter(cls)
         held = adapter.dump_python(value, mode="json", warnings=False)
