@@ -166,6 +166,18 @@ def test_a_rate_of_a_phase_that_has_no_round_left_is_refused(world: Path, tmp_pa
         fedlora.run(dataclasses.replace(other, phases=phases), tmp_path)
 
 
+def test_a_run_that_ended_early_gets_no_more_rounds(world: Path, tmp_path: Path) -> None:
+    class Ends(fedlora.Callback):
+        def on_round_end(self, row: Any) -> bool:
+            return True
+
+    first = fedlora.run(experiment(world, rounds=2), tmp_path, callbacks=[Ends()])
+    for changed in (experiment(world, rounds=3), experiment(world, "lora", RATE, rounds=2)):
+        with pytest.raises(CheckpointError, match=r"the run has ended early \(the callback Ends ended the run\)"):
+            fedlora.run(changed, tmp_path)
+    assert fedlora.run(experiment(world, rounds=2), tmp_path) == first
+
+
 def test_what_decides_no_result_may_change_with_the_rounds(world: Path, tmp_path: Path) -> None:
     fedlora.run(experiment(world, rounds=1), tmp_path)
     result = fedlora.run(experiment(world, "lora", "checkpoint_every=2", rounds=2), tmp_path)
