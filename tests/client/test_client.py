@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,23 @@ def test_a_turn_shares_the_parameters_of_its_process_only_if_they_are_what_was_s
     assert found.start is not None
     assert all((value is state.params[name]) is same for name, value in found.start.items())
     assert all(torch.equal(value, state.params[name]) for name, value in found.start.items())
+
+
+@pytest.mark.parametrize("density", [0.25, 0.04])
+@pytest.mark.parametrize("factors", ["both", "B", "alternate"])
+def test_a_density_is_a_share_of_what_is_trained(factors: Any, density: float) -> None:
+    sparse = Link(sparsify=TopK(density=density))
+    down = replace(sparse, reference="init")
+    federation = Federation(fedavg(rounds=4, tuning=LoRA(rank=4, train=factors), up=sparse, down=down, local=LOCAL))
+    state = federation.go_on(federation.start(), 4)
+    entries = {
+        factor: sum(state.params[name].numel() for name, leaf in state.schema.items() if leaf.factor == factor)
+        for factor in ("A", "B", "")
+    }
+    for turn, row in enumerate(federation.rows):
+        moving = {"both": "AB", "B": "B", "alternate": "BA"[turn % 2]}[factors]
+        trained = entries[""] + sum(entries[factor] for factor in moving)
+        assert row.density_up * sum(entries.values()) == pytest.approx(int(density * trained))
+        # a factor that was frozen in this round moved in an earlier one
+        sent = trained if factors == "B" else sum(entries.values())
+        assert row.density_down * sum(entries.values()) <= int(density * sent) + 1e-6
