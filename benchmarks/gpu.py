@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import torch
 import transformers
 
 import fedlora
+from benchmarks.graphs import gains
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config.federated_data import FederatedData, in_mode, prepare
@@ -42,11 +44,11 @@ from fedlora.recipe import Recipe
 from fedlora.rounds.phases import open_phase
 from fedlora.rounds.round import run_round
 from fedlora.tasks import Model
-from fedlora.tasks.base import Positions
+from fedlora.tasks.base import Batch, Positions
 from fedlora.tasks.models.loading import load_pretrained
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("card", "turn", "waits", "load", "overhead", "memory", "small", "methods")
+PARTS = ("card", "turn", "waits", "load", "overhead", "memory", "small", "graphs", "methods")
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,22 @@ def small(bench: Bench) -> dict[str, Any]:
     return turn(bench, bench.model(TINY if bench.tiny else LIKE_MINILM, "small"))
 
 
+def graphs(bench: Bench) -> dict[str, Any]:
+    """A step of the small model from a CUDA graph, and with several clients in one batch."""
+    size, folder = bench.model(TINY if bench.tiny else LIKE_MINILM, "small")
+    opened = Opened(bench, document(bench, size, folder, {"kind": "lora"}))
+    task, model, rows = opened.federated.task, opened.workspace.model, opened.federated.population.rows_of(0)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        with torch.autocast(bench.device.type, torch.bfloat16, cache_enabled=False):  # a graph would keep old casts
+            return task.loss(model, batch)
+
+    firsts = range(0, min(len(rows) - size.batch + 1, size.steps * size.batch), size.batch)
+    batches = [task.batch(rows[first : first + size.batch], bench.device) for first in firsts]
+    values = list(opened.workspace.installed.parameters.values())
+    return gains(partial(bench.seconds, size.repeats), loss_of, values, batches)
+
+
 def waits(bench: Bench) -> dict[str, Any]:
     """How often the host waits for the device in a step, by the line that waits; only CUDA can tell."""
     size, folder = bench.large()
@@ -302,13 +320,15 @@ def waits(bench: Bench) -> dict[str, Any]:
         opened = Opened(bench, document(bench, size, folder, {"kind": "lora", "local": {"max_steps": steps}}))
         opened.round()
         counts.append(Counter())
-        if bench.cuda:
-            torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            opened.round()
-        if bench.cuda:
-            torch.cuda.set_sync_debug_mode("default")
+            if bench.cuda:
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                opened.round()
+            finally:
+                if bench.cuda:
+                    torch.cuda.set_sync_debug_mode("default")
         for one in seen:
             if "synchroniz" in str(one.message):
                 counts[-1][f"{Path(one.filename).name}:{one.lineno}"] += 1
@@ -406,14 +426,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the code")
     parser.add_argument("--seconds", type=float, default=400.0, help="when to begin no further part")
-    parser.add_argument("--out", type=Path, help="file of the figures; by default benchmarks/results/gpu-CARD.json")
+    parser.add_argument(
+        "--out", type=Path, help="file of the figures; by default gpu-CARD.json in $OUT or in benchmarks/results"
+    )
     given = parser.parse_args()
     if unknown := sorted(set(given.parts) - set(PARTS)):
         parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     device = pick_device(given.device)
     transformers.logging.disable_progress_bar()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}-dry-run"
-    out = given.out or RESULTS / f"gpu-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
+    out = (
+        given.out
+        or Path(os.environ.get("OUT") or RESULTS) / f"gpu-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json"
+    )
     folder = Path(tempfile.mkdtemp(prefix="fedlora-gpu-"))
     os.environ["FEDLORA_CACHE"] = str(folder / "cache")
     bench = Bench(device, given.tiny, time.monotonic() + given.seconds, folder)
@@ -422,6 +447,7 @@ def main() -> None:
         for part in given.parts or PARTS:
             if time.monotonic() > bench.deadline:
                 bench.found[part] = {"left out": "no time was left"}
+                write(out, name, given.tiny, bench.found, took)
                 continue
             start = time.monotonic()
             try:

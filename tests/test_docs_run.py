@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def test_a_reader_can_follow_a_page(name: str, reader: Path, models: Path) -> No
             for words in calls(text):
                 if words[:1] != ["study"] and words[:2] != ["evaluate", "RUN"]:
                     run_call(words, models)
+
+
+def test_the_example_of_a_part_passes_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "my_rules", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    texts = {page: [text for _, text in blocks(DOCS / page)] for page in ("howto/own-method.md", "parts.md")}
+    (module,) = [text for text in texts["howto/own-method.md"] if text.startswith("# my_rules.py")]
+    (check,) = [text for text in texts["parts.md"] if "check_aggregator" in text]
+    (tmp_path / "my_rules.py").write_text(module)
+    space: dict[str, Any] = {}
+    exec(f"from my_rules import MajoritySign\n{check}\ntest_my_rule()", space)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

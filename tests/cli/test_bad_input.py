@@ -12,7 +12,7 @@ import torch
 from fixtures.tiny import contents, document, make_rows, save_model, tiny_world, write_rows
 
 from fedlora.cli import main as cli
-from fedlora.core.errors import ConfigError
+from fedlora.core.errors import ConfigError, first_line
 from fedlora.show import describe
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -287,6 +287,20 @@ def test_a_home_that_is_not_there_is_no_fault_of_ours(
 ) -> None:
     assert fedlora(monkeypatch, *(word.replace("{toml}", str(run_toml)) for word in arguments)) == 2
     assert "write the whole path, or set HOME" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError()]
+)
+def test_memory_that_runs_out_is_no_fault_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def full() -> None:
+        raise error
+
+    monkeypatch.setattr(describe, "environment", full)
+    assert fedlora(monkeypatch, "env") == 2
+    assert f"memory ran out ({first_line(error)}): lower method.local.batch_size" in sentence(capsys)
 
 
 def test_a_fault_of_ours_exits_with_1_and_asks_for_a_report(

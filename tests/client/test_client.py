@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,26 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(tuning: LoRA) -> 
             {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in parameters.items()}
         )
     assert float(torch.cosine_similarity(gradients["fp32"], gradients["bf16"], dim=0)) > 0.99
+
+
+def test_a_model_is_gone_before_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, recipe = toy_task(), Recipe(tuning=SparseMask(density=0.2))
+    workspace = Workspace(task, 0, torch.device("cpu"))
+    open_phase(workspace, 0, recipe, 0, 0, None)
+    weight = weakref.ref(next(workspace.model.parameters()))
+    load, held = task.load_model, []
+
+    def noted(*given: Any) -> Any:
+        held.append(weight() is not None)
+        return load(*given)
+
+    monkeypatch.setattr(task, "load_model", noted)
+    gc.disable()
+    try:
+        open_phase(workspace, 1, recipe, 0, 0, None)
+    finally:
+        gc.enable()
+    assert held == [False]
 
 
 def test_what_is_trained_stays_in_float32_and_what_is_frozen_does_not() -> None:
@@ -147,3 +170,23 @@ def test_a_turn_shares_the_parameters_of_its_process_only_if_they_are_what_was_s
     assert found.start is not None
     assert all((value is state.params[name]) is same for name, value in found.start.items())
     assert all(torch.equal(value, state.params[name]) for name, value in found.start.items())
+
+
+@pytest.mark.parametrize("density", [0.25, 0.04])
+@pytest.mark.parametrize("factors", ["both", "B", "alternate"])
+def test_a_density_is_a_share_of_what_is_trained(factors: Any, density: float) -> None:
+    sparse = Link(sparsify=TopK(density=density))
+    down = replace(sparse, reference="init")
+    federation = Federation(fedavg(rounds=4, tuning=LoRA(rank=4, train=factors), up=sparse, down=down, local=LOCAL))
+    state = federation.go_on(federation.start(), 4)
+    entries = {
+        factor: sum(state.params[name].numel() for name, leaf in state.schema.items() if leaf.factor == factor)
+        for factor in ("A", "B", "")
+    }
+    for turn, row in enumerate(federation.rows):
+        moving = {"both": "AB", "B": "B", "alternate": "BA"[turn % 2]}[factors]
+        trained = entries[""] + sum(entries[factor] for factor in moving)
+        assert row.density_up * sum(entries.values()) == pytest.approx(int(density * trained))
+        # a factor that was frozen in this round moved in an earlier one
+        sent = trained if factors == "B" else sum(entries.values())
+        assert row.density_down * sum(entries.values()) <= int(density * sent) + 1e-6

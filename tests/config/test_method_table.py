@@ -17,6 +17,7 @@ from fedlora.recipe.local import AdamW as ClientAdamW
 from fedlora.recipe.local import Sgd as ClientSgd
 from fedlora.server.optimizers import AdamW
 from fedlora.transport import BFloat16, TopK
+from fedlora.tuning import LoRA
 
 _RULES = "calibrated for a mean of clients that all weigh the same"
 REFUSED = {
@@ -112,3 +113,13 @@ def test_there_is_no_preset_where_no_code_is_public() -> None:
 
 def test_python_and_toml_say_the_same() -> None:
     assert recipes(kind="flasc", up=0.5) == [phase.recipe for phase in flasc(up=0.5)]
+
+
+@pytest.mark.parametrize("kind", ["slora", "primed_lora"])
+def test_a_setting_of_lora_reaches_the_phase_that_trains_lora(kind: str) -> None:
+    warm, second = recipes(kind=kind, tuning={"rslora": True, "dropout": 0.1})
+    assert warm == recipes(kind=kind)[0]
+    assert isinstance(second.tuning, LoRA)
+    assert (second.tuning.rslora, second.tuning.dropout) == (True, 0.1)
+    with pytest.raises(ConfigError, match=r"unknown key 'method.tuning.rslara'"):
+        recipes(kind=kind, tuning={"rslara": True})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -192,13 +192,70 @@ def test_values_that_can_change_or_come_from_nowhere_are_refused() -> None:
         Recipe(aggregator=made())
 
 
-def test_a_format_of_ones_own_keeps_its_codes() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Taken(strangers.Thousandths):
-        code: ClassVar[int] = 1
+@dataclasses.dataclass(frozen=True)
+class Taken(strangers.Thousandths):
+    code: ClassVar[int] = 1
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(strangers.MajoritySign):
+    """Settings that a configuration holds, and some that it cannot."""
+
+    cap: float | None = 0.5
+    among: Sequence[int] = (1, 2)
+    weights: Any = None
+    kind: str = "signs"
+    seen: list[int] = dataclasses.field(default_factory=list, init=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sourced(strangers.MajoritySign):
+    source: str = "a"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cap": None}, "has cap = None, which a configuration cannot hold: read again, it would be 0.5"),
+        ({"kind": "votes"}, "has kind = 'votes', which a configuration cannot hold: read again, it would be 'signs'"),
+        ({"step": "long"}, "cannot be written to a configuration and read again: step: input should be a valid number"),
+        ({"weights": len}, "cannot be written to a configuration and read again: Unable to serialize"),
+    ],
+)
+def test_settings_that_a_configuration_would_lose_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe(aggregator=Settings(**settings))
+
+
+def test_settings_of_any_plain_type_are_kept() -> None:
+    chosen = fedlora.Experiment(phases=(Phase(recipe=Recipe(aggregator=Settings(among=[3], step=1))),))
+    found = parse(tomllib.loads(to_toml(chosen)))
+    assert found == chosen
+    assert digest(found) == digest(chosen)
+
+
+def test_classes_whose_values_no_configuration_names_are_refused() -> None:
+    with pytest.raises(ConfigError, match="has a field source, a name that configurations use"):
+        Recipe(aggregator=Sourced())
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Inner(strangers.MajoritySign):
+        pass
+
+    with pytest.raises(ConfigError, match="is defined inside a function, where a run that resumes cannot import it"):
+        Recipe(aggregator=Inner())
+
+
+def test_a_format_of_ones_own_keeps_its_codes() -> None:
     with pytest.raises(ConfigError, match="formats of your own have codes from 128 to 255"):
         Link(precision=Taken())
+
+    @dataclasses.dataclass(frozen=True)
+    class Same(strangers.Thousandths):
+        pass
+
+    with pytest.raises(ConfigError, match=r"Same and .*Thousandths have the code 200"):
+        Link(precision=Same(), head_precision=strangers.Thousandths())
 
 
 def test_a_site_imports_what_its_owner_listed_alone(tmp_path: Path) -> None:
@@ -213,22 +270,23 @@ def test_a_site_imports_what_its_owner_listed_alone(tmp_path: Path) -> None:
     listed.limits.check_settings(opening)
 
 
-def test_checks_find_what_is_wrong() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Biased(strangers.EveryOther):
-        @property
-        def facts(self) -> Any:
-            return super().facts._replace(unbiased=True)
+@dataclasses.dataclass(frozen=True)
+class Biased(strangers.EveryOther):
+    @property
+    def facts(self) -> Any:
+        return super().facts._replace(unbiased=True)
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forgetful(strangers.MajoritySign):
+    def begin(self, params: Any, schema: Any, store: Any) -> Any:
+        CALLS.append(1)
+        return strangers.Signs(self.step * len(CALLS))
+
+
+def test_checks_find_what_is_wrong() -> None:
     with pytest.raises(AssertionError, match="is not the input"):
         testing.check_sparsifier(Biased())
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Forgetful(strangers.MajoritySign):
-        def begin(self, params: Any, schema: Any, store: Any) -> Any:
-            CALLS.append(1)
-            return strangers.Signs(self.step * len(CALLS))
-
     CALLS.clear()
     with pytest.raises(AssertionError):
         testing.check_aggregator(Forgetful())

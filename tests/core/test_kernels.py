@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from fixtures.tiny import document, experiment, tiny_world
+from torch import Tensor
 
 import fedlora
 from fedlora import config
+from fedlora.client.workspace import Workspace
 from fedlora.config.federated_data import in_mode, manifest, prepare
 from fedlora.core.devices import compute_on, deterministic_kernels, pick_device
-from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.errors import ConfigError
 from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.runs.folder import RunFolder
+from fedlora.tasks.text import PreparedText
 
 CUDA = torch.device("cuda")
 world = pytest.fixture(scope="module")(tiny_world)
@@ -42,6 +45,15 @@ def test_a_device_is_one_of_several() -> None:
     assert [str(pick_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
     with pytest.raises(ConfigError, match=r"'cuda:2' but this PyTorch sees 2 GPU\(s\), numbered from 0; use 'cuda:1'"):
         pick_device("cuda:2")
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1", "cpu"])
+def test_the_workspace_is_fixed_before_the_first_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    pick_device(name)  # loading a language model multiplies, outside of all blocks of deterministic kernels
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (None if name == "cpu" else ":4096:8")
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -157,10 +169,31 @@ def test_kernels_are_left_alone_elsewhere(device: str, wanted: bool) -> None:
 def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
     before = flags()
     with (
-        pytest.raises(TrainingError, match=r"uses put_, which .*; set deterministic = false"),
+        pytest.raises(ConfigError, match=r"uses put_, which .*; set deterministic = false"),
         deterministic_kernels(CUDA),
     ):
         raise RuntimeError("put_ does not have a deterministic implementation, but you set 'torch.use_determi ...")
+    late = (
+        "but this operation is not deterministic because it uses CuBLAS ... set CUBLAS_WORKSPACE_CONFIG=:4096:8 or ..."
+    )
+    with (
+        pytest.raises(ConfigError, match="set CUBLAS_WORKSPACE_CONFIG=:4096:8 before the program starts"),
+        deterministic_kernels(CUDA),
+    ):
+        raise RuntimeError(f"Deterministic behavior was enabled with `torch.use_deterministic_algorithms`, {late}")
     with pytest.raises(RuntimeError, match="out of memory"), deterministic_kernels(CUDA):
         raise RuntimeError("out of memory")
     assert flags() == before
+
+
+def test_under_noise_such_an_operation_ends_the_run_too(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def without_kernel(*_: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("put_ does not have a deterministic implementation, but you set ...")
+        return torch.zeros(())
+
+    monkeypatch.setattr(Workspace, "kernels", lambda self: deterministic_kernels(CUDA))
+    monkeypatch.setattr(PreparedText, "loss", without_kernel)
+    noise = "method.local.example_privacy={clip_norm=1.0, noise_multiplier=1.0, delta=0.01}"
+    with pytest.raises(ConfigError, match="uses put_"):
+        fedlora.run(experiment(world, "lora", noise), tmp_path / "run")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import multiprocessing
 import os
+import pickle
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,12 +24,15 @@ from typer.testing import CliRunner
 
 import fedlora
 from fedlora.cli.main import app
-from fedlora.client.jobs import Job
+from fedlora.client.jobs import Job, Reply
+from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.tree import have_same_bits, unflatten
 from fedlora.engines import Processes, processes
 from fedlora.engines.processes import _placed
 from fedlora.population.clients import Population
+from fedlora.runs.folder import LOCK
 from fedlora.tasks.base import Positions
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -96,6 +105,90 @@ def test_a_killed_worker_ends_the_run_with_a_sentence_and_leaves_no_process(
     assert children() == before
 
 
+def test_a_worker_that_cannot_be_started_ends_the_run_and_the_others(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork, before = os.fork, children()
+
+    def once() -> int:
+        if children() != before:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", once)
+    with pytest.raises(TrainingError, match="use fewer --workers"):
+        fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
+    assert children() == before
+
+
+def test_a_tree_of_views_is_sent_once() -> None:
+    tree = unflatten(torch.randn(40_000), {str(place): torch.zeros(100, 20) for place in range(20)})
+    part = torch.randn(100, 20).t()
+    raw = processes._pickled([tree, part, part])
+    sent, one, other = pickle.loads(raw)
+    assert len(raw) < 1.2 * 4 * 42_000
+    assert have_same_bits(sent, tree)
+    assert one is other
+    assert one.stride() == part.stride()
+
+
+def test_a_resident_worker_killed_between_two_rounds_ends_the_run_with_a_sentence() -> None:
+    theirs, ours = multiprocessing.Pipe()
+    theirs.close()
+    with pytest.raises(TrainingError, match="a worker of the engine 'processes' ended"):
+        processes._Worker(0, ours).send([])
+
+
+def test_workers_of_a_killed_run_end_with_it_so_that_it_can_be_resumed(world: Path, tmp_path: Path) -> None:
+    chosen, begun = experiment(world, rounds=1), tmp_path / "begun"
+
+    def endless(job: Job, workspace: Workspace, rows: Positions) -> None:
+        begun.touch()
+        time.sleep(30)
+
+    if not (child := os.fork()):
+        processes.run_job = endless  # type: ignore[assignment]
+        with contextlib.suppress(BaseException):
+            fedlora.run(chosen, tmp_path / "run", engine=partial(Processes, workers=2))
+        os._exit(1)
+    wait_until(begun.exists)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    wait_until(lambda: is_free(tmp_path / "run" / LOCK))
+    assert fedlora.run(chosen, tmp_path / "run").rounds == 1
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_free(lock: Path) -> bool:
+    """Whether no process holds the lock."""
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_no_part_of_a_round_takes_less_than_no_time_if_clients_work_at_once(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def long(job: Job, workspace: Workspace, rows: Positions) -> Reply:
+        return run_job(job, workspace, rows)._replace(seconds=600.0)
+
+    monkeypatch.setattr(processes, "run_job", long)
+    result = fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
+    seconds = result.rows[1].seconds
+    assert min(seconds.values()) >= 0
+    assert 0 < sum(seconds.values()) < 300
+    assert result.rows[1].slowest_seconds == 600
+
+
 def test_a_fault_in_a_worker_carries_its_traceback(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +197,17 @@ def test_a_fault_in_a_worker_carries_its_traceback(
 
     monkeypatch.setattr(processes, "run_job", wrong)
     with pytest.raises(RuntimeError, match=r"(?s)KeyError in a worker.*no such tensor"):
+        fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
+
+
+def test_memory_that_runs_out_in_a_worker_is_an_error_with_a_remedy(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(job: Job, workspace: Workspace, rows: Positions) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(processes, "run_job", full)
+    with pytest.raises(ConfigError, match=r"in a worker, memory ran out \(CUDA out of memory\): lower"):
         fedlora.run(experiment(world, rounds=1), tmp_path / "run", engine=partial(Processes, workers=2))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from fedlora.core.errors import ProcessError
 from fedlora.federation.deploy.processes import Child, free_port, stop_all, wait_until_up, write_secret
+from fedlora.federation.deploy.simulate import gpu_share
 
 SERVER = """
 import http.server, sys
@@ -89,3 +90,10 @@ def test_a_secret_is_for_its_owner_and_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         write_secret(tmp_path / "key", b"other")
     assert (tmp_path / "key").read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "share"), [(0, 4, 0.0), (1, 4, 0.25), (2, 2, 1.0), (2, 3, 0.5), (4, 3, 1.0)]
+)
+def test_a_worker_of_ray_takes_one_gpu_or_a_part_of_one(gpus: int, workers: int, share: float) -> None:
+    assert gpu_share(gpus, workers) == share

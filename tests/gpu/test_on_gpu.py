@@ -22,6 +22,7 @@ import fedlora
 from fedlora import config
 from fedlora.client.workspace import Workspace
 from fedlora.config import Experiment
+from fedlora.core.devices import pick_device
 from fedlora.core.errors import ConfigError
 from fedlora.core.tree import Tree
 from fedlora.engines import Serial
@@ -228,7 +229,7 @@ def test_checkpointing_saves_memory(language: Path, device: str, dropout: bool) 
         prepared = tiny_language.prepare(language, block_size=16)
         prepared._model = model
         local = Local(optimizer=Sgd(lr=0.1), batch_size=64, max_steps=2, epochs=64, dropout=dropout)
-        workspace, recipe = Workspace(prepared, 0, torch.device(device)), Recipe(tuning=LoRA(rank=2), local=local)
+        workspace, recipe = Workspace(prepared, 0, pick_device(device)), Recipe(tuning=LoRA(rank=2), local=local)
         state, _ = open_phase(workspace, 0, recipe, 0, 0, None)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -171,3 +171,15 @@ def test_attempts_are_those_beyond_the_ledgers_and_a_torn_line_is_none(tmp_path:
     assert (held.note(3), len(held.note(1))) == ((), 1)
     held.noised(4)
     assert Attempts(tmp_path, phases).rounds(3) == [2, 4]
+
+
+def test_a_round_without_clients_costs_nothing_unless_its_cohort_is_secret(world: Path, tmp_path: Path) -> None:
+    poisson = (*EVERY[:2], "clients.sampling=poisson", "clients.per_round=1")
+    rows = rows_of(experiment(world, "lora", EXAMPLES, *poisson, rounds=4), tmp_path / "known")
+    empty = [number for number, row in enumerate(rows) if number > 1 and not row["cohort"]]
+    assert empty
+    assert all(rows[number]["example_epsilon"] == rows[number - 1]["example_epsilon"] for number in empty)
+    hidden = rows_of(experiment(world, "lora", EXAMPLES, CLIENTS, *poisson, rounds=4), tmp_path / "secret")
+    assert not any(row["cohort"] for row in hidden)
+    spent = [row["example_epsilon"] for row in hidden[1:]]
+    assert spent == sorted({*spent})

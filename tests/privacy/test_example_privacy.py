@@ -115,7 +115,10 @@ def test_the_account_is_that_of_the_client_that_lost_most() -> None:
     found = example_epsilon(phases(), cohorts, turns)
     assert found == pytest.approx(max(direct(0.5, 4), direct(0.1, 60)))
     # who took part in a secret round nobody knows
-    assert example_epsilon(phases(), [(), ()], turns) == pytest.approx(max(direct(0.5, 8), direct(0.1, 40)))
+    secret = example_epsilon(phases(), [(), ()], turns, secret=True)
+    assert secret == pytest.approx(max(direct(0.5, 8), direct(0.1, 40)))
+    # and an empty sample, which is no secret, discloses nothing
+    assert example_epsilon(phases(), [*cohorts, ()], turns) == found
     assert example_epsilon(phases(), [(0,)], [(8, turns[0][1])]) == pytest.approx(direct(1.0, 2))
     assert example_epsilon(phases(), [], turns) == 0.0
     assert example_epsilon(phases(noise_multiplier=0.0), cohorts, turns) is None

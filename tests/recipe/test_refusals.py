@@ -113,6 +113,10 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "phases": (Phase(recipe=Recipe(aggregator=Krum())),),
         "clients": Clients(per_round=2),
     },
+    "sparse_downlink_of_an_adapter": {
+        "phases": (Phase(recipe=Recipe(down=replace(SPARSE, reference="init"))),),
+        "init_from": "adapter",
+    },
     "tier_rank_without_ranks": {
         "phases": (Phase(recipe=Recipe(tuning=Full())),),
         "clients": Clients(tiers=(Tier(name="a", rank=2, share=1.0),)),

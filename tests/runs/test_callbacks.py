@@ -134,6 +134,17 @@ def test_one_that_fails_is_named_and_the_run_goes_on_without_it(world: Path, tmp
     assert ledger(tmp_path / "run") == ledger(tmp_path / "whole")
 
 
+def test_one_that_fails_to_close_leaves_none_open() -> None:
+    class Stuck(Callback):
+        def close(self) -> None:
+            raise ValueError("no room")
+
+    calls: list[str] = []
+    with pytest.raises(CallbackError, match="the callback Stuck failed in close"):
+        CallbackList([Notes("a", calls), Stuck(), Notes("b", calls)]).close()
+    assert calls == ["a closed", "b closed"]
+
+
 def test_what_an_earlier_version_called_is_refused_with_the_new_names(world: Path, tmp_path: Path) -> None:
     class Watcher(Callback):
         def finished_round(self, row: RoundRecord) -> None: ...

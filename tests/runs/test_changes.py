@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fixtures.tiny import contents, experiment, ledger, tiny_world
 
 import fedlora
 from fedlora.core.errors import CheckpointError
+from fedlora.recipe.local import AdamW
 from fedlora.runs.folder import RunFolder
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -140,14 +142,7 @@ REFUSED: dict[str, tuple[str, list[str], int, list[str], int, str]] = {
     "another rank": ("lora", [], 1, ["method.rank=5"], 2, r"tuning\.rank: 4 against 5.*choose another folder"),
     "another seed": ("lora", [], 1, ["seed=3"], 2, r"seed: 0 against 3"),
     "fewer rounds": ("lora", [], 2, [], 1, "but 2 rounds of phase 0 are done: ask for as many or more"),
-    "a rate without a round": (
-        "lora",
-        [],
-        1,
-        [RATE],
-        1,
-        "no round is left for the learning rate",
-    ),
+    "a rate without a round": ("lora", [], 1, [RATE], 1, "no round of phase 0 is left for the learning rate"),
     "a phase that is over": ("slora", [], 2, ["method.warm_rounds=2"], 3, "phase 0 is over: leave its settings"),
     "calibrated noise": (
         "lora",
@@ -159,6 +154,36 @@ REFUSED: dict[str, tuple[str, list[str], int, list[str], int, str]] = {
     ),
     "clients apart": ("lora", ["mode='local'", "num_local=2"], 1, [], 2, "has a run of its own for each client"),
 }
+
+
+def test_a_rate_of_a_phase_that_has_no_round_left_is_refused(world: Path, tmp_path: Path) -> None:
+    fedlora.run(experiment(world, "slora", rounds=3), tmp_path, until=1)  # the first phase has one round
+    other = experiment(world, "slora", rounds=3)
+    first = dataclasses.replace(other.phases[0].recipe.local, optimizer=AdamW(lr=0.5))
+    recipe = dataclasses.replace(other.phases[0].recipe, local=first)
+    phases = (dataclasses.replace(other.phases[0], recipe=recipe), *other.phases[1:])
+    with pytest.raises(CheckpointError, match="no round of phase 0 is left for the learning rate"):
+        fedlora.run(dataclasses.replace(other, phases=phases), tmp_path)
+
+
+def test_a_run_that_ended_early_gets_no_more_rounds(world: Path, tmp_path: Path) -> None:
+    class Ends(fedlora.Callback):
+        def on_round_end(self, row: Any) -> bool:
+            return True
+
+    first = fedlora.run(experiment(world, rounds=2), tmp_path, callbacks=[Ends()])
+    for changed in (experiment(world, rounds=3), experiment(world, "lora", RATE, rounds=2)):
+        with pytest.raises(CheckpointError, match=r"the run has ended early \(the callback Ends ended the run\)"):
+            fedlora.run(changed, tmp_path)
+    assert fedlora.run(experiment(world, rounds=2), tmp_path) == first
+
+
+def test_what_decides_no_result_may_change_with_the_rounds(world: Path, tmp_path: Path) -> None:
+    fedlora.run(experiment(world, rounds=1), tmp_path)
+    result = fedlora.run(experiment(world, "lora", "checkpoint_every=2", rounds=2), tmp_path)
+    said = [sentence for sentence in result.rows[2].warnings if "from this round" in sentence]
+    assert said == ["from this round on, after 1 rounds, phases.0.rounds: 1 against 2"]
+    assert fedlora.load(tmp_path).checkpoint_every == 2
 
 
 @pytest.mark.parametrize("name", REFUSED)

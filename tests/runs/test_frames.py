@@ -35,10 +35,18 @@ def test_a_table_has_a_row_per_evaluation_with_cumulative_bytes(world: Path, tmp
         fedlora.load_results(tmp_path / "runs" / "other")
 
 
-def test_every_folder_that_is_named_is_read(world: Path, tmp_path: Path) -> None:
-    for name in ("lora", "lora [r=8]"):
-        fedlora.run(experiment(world, "lora", rounds=1), tmp_path / name)
-    both = fedlora.load_results([tmp_path / "lora", tmp_path / "lora [r=8]"])
-    assert set(both["folder"]) == {str(tmp_path / "lora"), str(tmp_path / "lora [r=8]")}
+def test_clients_that_train_alone_have_a_table_each(world: Path, tmp_path: Path) -> None:
+    result = fedlora.run(experiment(world, "lora", "mode='local'", "num_local=2", rounds=2), tmp_path / "run")
+    table = result.frame()
+    assert table.equals(fedlora.load_results(tmp_path / "run"))
+    assert table["folder"].nunique() == 2
+    ends = table[table["round"] == 2]
+    assert ends["test_loss"].mean() == pytest.approx(result.after["loss"])
+
+
+def test_a_folder_may_have_the_name_of_a_pattern(world: Path, tmp_path: Path) -> None:
+    result = fedlora.run(experiment(world, rounds=1), tmp_path / "lr[0.1]")
+    assert fedlora.load_results(result.folder).equals(result.frame())
+    assert fedlora.load_results([result.folder]).equals(result.frame())
     with pytest.raises(ConfigError, match=r"there is no folder .*flasc"):
-        fedlora.load_results([tmp_path / "lora", tmp_path / "flasc"])
+        fedlora.load_results([result.folder, tmp_path / "flasc"])

@@ -323,6 +323,7 @@ def test_rows_and_objects_that_cannot_be_read_are_refused(world: Path) -> None:
     refused("has no rows by number", train_dataset=rows.to_iterable_dataset(), max_steps=4)
     refused("eval_dataset is a mapping of a, b", eval_dataset={"a": rows, "b": rows})
     refused("changes its rows as they are read", train_dataset=rows.with_transform(lambda row: row))
+    refused("a row of train_dataset is of type tuple, but a dict of columns", train_dataset=[(1, 0), (2, 1)])
     refused("has no column 'author'", clients="author")
     own = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     refused("has an optimizer of its own", ConfigError, optimizers=(own, None))

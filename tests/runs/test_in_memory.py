@@ -309,6 +309,8 @@ def test_rows_that_make_no_table_are_refused() -> None:
         ("train.csv", r"the training rows are 'train.csv', but .* fedlora.Files"),
         (3, "the training rows are of type int, but a datasets.Dataset, a pandas.DataFrame, a list of dicts"),
         ([], "the training rows are an empty list"),
+        (None, "the training rows are of type NoneType, but a datasets.Dataset, a pandas.DataFrame"),
+        (pandas.DataFrame([["w1", "red", "red"]], columns=["text", "label", "label"]), "have the column 'label' twice"),
         ([row, "w1"], "entry 1 of the training rows is of type str, but a list of dicts was expected"),
         ([row, {"text": 3}], "the training rows do not make a table"),
         ({"a": [row], "b": []}, "client 'b' has no training rows"),

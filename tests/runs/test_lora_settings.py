@@ -34,6 +34,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "dora, sparse": ("flasc", DORA, "method.memory='last_round'", "method.precision={kind='uniform', bits=8}"),
     "dora from svd": ("federa", DORA, *RANKS),
     "ranks": ("flasc", RSLORA, *RANKS),
+    "after a mask": ("slora", RSLORA, *RANKS, "method.tuning.dropout=0.1"),
     "a layer": ("federa", "method.tuning.layers_to_transform=[1]"),
 }
 

@@ -60,6 +60,7 @@ def test_a_condition_that_cannot_hold_is_refused(world: Path, tmp_path: Path) ->
     for text, message in (
         ("stop={}", "no condition"),
         ("stop={metric='loss', bytes=1}", "stop.metric has no effect without stop.patience"),
+        ("stop={higher_is_better=false, bytes=1}", "stop.higher_is_better has no effect without stop.patience"),
     ):
         with pytest.raises(ConfigError, match=message):
             experiment(world, "lora", text)

@@ -53,6 +53,15 @@ def test_a_run_starts_where_another_ended(world: Path, tmp_path: Path, trained: 
     assert adapter.before == result.before
 
 
+def test_clients_of_a_sparse_downlink_start_near_the_adapter(world: Path, tmp_path: Path, trained: Path) -> None:
+    ended = json.loads((trained / "result.json").read_text())["after"]
+    with pytest.raises(ConfigError, match="would mix the adapter of init_from with random values"):
+        start(world, tmp_path / "init", trained, method="flasc")
+    zero = start(world, tmp_path / "zero", trained, "method.reference='zero'", method="flasc")
+    whole = start(world, tmp_path / "whole", trained, "method.down=1.0", method="flasc")
+    assert zero.before["dense_loss"] == whole.before["loss"] == pytest.approx(ended["loss"], rel=1e-4)
+
+
 def test_a_pooled_classifier_with_its_head(world: Path, tmp_path: Path) -> None:
     first = fedlora.run(experiment(world, "lora", POOLED, rounds=2), tmp_path / "first")
     result = start(world, tmp_path / "second", tmp_path / "first", POOLED)

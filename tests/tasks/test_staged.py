@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from fixtures import tiny_language
 from fixtures.simulated import SYNCS, Remote, simulated_device
 from fixtures.tiny import save_model, tiny_world, write_rows
 from fixtures.tiny_language import language_world
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fedlora.client.workspace import Workspace
 from fedlora.core.state import named_seed
@@ -23,7 +26,7 @@ from fedlora.recipe import Recipe
 from fedlora.recipe.local import Local, Sgd
 from fedlora.rounds.phases import open_phase
 from fedlora.rounds.round import run_round
-from fedlora.tasks import Files, Model, QuestionAnswering, TextClassification, TokenClassification
+from fedlora.tasks import Files, Model, QuestionAnswering, TextClassification, TokenClassification, text
 from fedlora.tasks.base import Prepared
 from fedlora.tasks.lm import tokens_out
 from fedlora.tasks.models import staged
@@ -98,6 +101,41 @@ def test_a_mask_of_ones_is_left_out() -> None:
     assert staged.without_idle_mask({"input_ids": ids, "attention_mask": ids}).keys() == {"input_ids"}
     padded = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
     assert staged.without_idle_mask(padded) is padded
+
+
+class NoFloatsAdded(TorchFunctionMode):
+    """Refuses what CUDA has no deterministic kernel for: running sums of numbers that are no integers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        assert name != "cumsum" or not args[0].is_floating_point(), "running sums of floats"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("head", ["CausalLM", "SequenceClassification"])
+def test_a_model_that_counts_its_mask_keeps_it(
+    world: Path, language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
+    settings = transformers.OPTConfig(
+        vocab_size=64, num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, **sizes
+    )
+    shutil.copytree(language / "llama", tmp_path / "opt", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    getattr(transformers, f"AutoModelFor{head}").from_config(settings).save_pretrained(tmp_path / "opt")
+    files = Files(train=str(world / "train.jsonl"), test=str(world / "train.jsonl"))
+    task: Any = (
+        tiny_language.prepare(language, str(tmp_path / "opt"))
+        if head == "CausalLM"
+        else TextClassification(max_length=5).prepare(Model(path=str(tmp_path / "opt")), files)
+    )
+    model = task.load_model(0, "fp32", CPU)[0].eval()
+    host = task.host_batch(np.arange(1), "train")
+    expected = task.loss(model, host)
+    for module in (text, tokens_out):  # on a device batches stay whole
+        monkeypatch.setattr(module, "by_length", lambda batch: [batch])
+    with NoFloatsAdded():
+        found = task.loss(model, task.for_device(host))
+    torch.testing.assert_close(found, expected)
 
 
 def test_learnt_places_are_those_with_a_label() -> None:

@@ -79,6 +79,11 @@ def logits(model: nn.Module) -> Tensor:
 # ---- LoRA
 
 
+def test_installing_names_no_gpu_that_the_run_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # of which PyTorch would initialise each, and warn
+    opened(Peft(config={"peft_type": "LORA", "r": 2, "target_modules": ["query"]}))
+
+
 @pytest.mark.parametrize("family", TARGETS)
 def test_our_lora_computes_what_theirs_does(family: str) -> None:
     reference = theirs(family)

@@ -20,7 +20,7 @@ from fedlora.cli import begin, compare, federation, plan, study, train, use
 from fedlora.cli.common import import_settings
 from fedlora.cli.log import set_up
 from fedlora.cli.streams import failure_of, open_streams
-from fedlora.core.errors import FedloraError
+from fedlora.core.errors import FedloraError, ran_out_of_memory
 from fedlora.core.interrupts import sigterm_as_ctrl_c
 from fedlora.core.progress import LOG
 
@@ -142,4 +142,4 @@ def _of_the_user(error: Exception) -> str:
         return f"{place} cannot be written ({error.strerror}); make room, or choose another place"
     if isinstance(error, RuntimeError) and str(error) == _NO_HOME:
         return "the home folder of a path with ~, or of this user, is unknown; write the whole path, or set HOME"
-    return ""
+    return ran_out_of_memory(error)

@@ -130,7 +130,8 @@ def _take_steps(
     job, recipe, local = ready.job, ready.job.recipe, ready.job.recipe.local
     task, model, device, parameters = workspace.task, workspace.model, workspace.device, workspace.installed.parameters
     values = list(parameters.values())
-    one_pass = together(workspace, source, ready.rows, local)
+    with workspace.kernels():  # what it finds must not depend on the order of sums
+        one_pass = together(workspace, source, ready.rows, local)
     proximal = Proximal(local.proximal, [ready.start[name].to(device) for name in parameters if local.proximal])
     # pruned entries are zero, and so are ranks that were not sent
     kept = recipe.pruning.kept(ready.start, job.round) or one_pass.kept(ready.start, ready.schema)

@@ -97,7 +97,8 @@ def close_turn(ready: Ready, trained: LocalResult) -> Reply:
         TrainingError: the loss or the update is not finite.
     """
     clock = time.perf_counter() - trained.seconds
-    job, recipe, schema = ready.job, ready.job.recipe, ready.schema.sent()
+    job, recipe = ready.job, ready.job.recipe
+    schema = recipe.tuning.in_round(ready.schema, job.round).sent()
     memory = _remembered(ready, schema)
     if trained.delta is None:
         return Reply(None, memory, trained.seconds)

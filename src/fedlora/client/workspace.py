@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -84,7 +85,9 @@ class Workspace:
         Raises:
             ConfigError: nothing would be trained, or rounds would fold into quantised weights.
         """
-        self._installed = self._decoded = self._folds = None  # free the old model first
+        if self._installed is not None:
+            self._installed = self._decoded = self._folds = None  # free the old model first
+            gc.collect()  # cycles may hold it: hooks of packed values, and frames of an error as it was loaded
         model, head = self.task.load_model(named_seed(self._seed, "head"), _as_loaded(recipe), self.device)
         self.notes = getattr(model, NOTES, ())
         self._installed = recipe.tuning.install(model, head, named_seed(self._seed, "install", phase))

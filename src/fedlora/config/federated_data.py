@@ -72,6 +72,7 @@ class FederatedData:
             In the mode ``centralised`` they are those of the clients of the corresponding federation.
         tiers: the tier of each client, if there are tiers and the run is federated.
         notes: sentences about the data, for the first row of the ledger.
+        settings: what they were prepared from, see ``_dealt``; empty if they were put together in another way.
     """
 
     task: Prepared
@@ -83,6 +84,7 @@ class FederatedData:
     holdout: Mapping[int, Rows] = field(default_factory=dict)
     tiers: Mapping[int, Tier] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def turns(self, recipe: Recipe) -> list[tuple[int, Local]]:
         """Each client's number of examples and its local training settings (those of its tier, if there are tiers)."""
@@ -113,11 +115,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
         raise ConfigError(
             "data.kind = 'sites': the training rows are on other machines; start the run with `fedlora serve`"
         )
-    if experiment.evaluate.clients != "never" and not clients.holdout:
-        raise ConfigError(
-            f"evaluate.clients = '{experiment.evaluate.clients}' tests each client on rows of its own, but "
-            "clients.holdout = 0 keeps none: set clients.holdout to 0.2, or evaluate.clients to never"
-        )
+    _check_evaluation(experiment)
     stage("reading the data and the model")
     task = experiment.task.prepare(located_model(experiment), located_data(experiment.data, experiment.root))
     stage("partitioning the data")
@@ -145,7 +143,40 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
         rows = [population.rows_of(client) for client in range(len(population))]
         tiers = assign_tiers(clients.tiers, population.names, rows, column)
     notes = data_notes(experiment, task, population.rows, test_rows, split)
-    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers, notes)
+    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers, notes, _dealt(experiment))
+
+
+def check_prepared(experiment: Experiment, data: FederatedData) -> None:
+    """Rejects data that were prepared for an experiment with other data or another division of them.
+
+    Raises:
+        ConfigError: naming the settings.
+    """
+    if not data.settings:
+        return
+    if found := config.differences(data.settings, _dealt(experiment)):
+        raise ConfigError(
+            f"the data were prepared for another experiment ({'; '.join(found[:4])}), so a run that resumes without "
+            "them would have others: call fedlora.prepare for this one"
+        )
+    _check_evaluation(experiment)
+    if MODES[experiment.mode].sends:
+        check_per_round(experiment.clients.per_round, len(data.population))
+
+
+def _dealt(experiment: Experiment) -> dict[str, Any]:
+    """The settings that decide the data, their division and where they are used, as TOML values."""
+    values = config.resolved(experiment)
+    clients = {name: one for name, one in values["clients"].items() if name not in ("per_round", "sampling", "network")}
+    return {name: values[name] for name in ("seed", "mode", "device", "model", "task", "data")} | {"clients": clients}
+
+
+def _check_evaluation(experiment: Experiment) -> None:
+    if experiment.evaluate.clients != "never" and not experiment.clients.holdout:
+        raise ConfigError(
+            f"evaluate.clients = '{experiment.evaluate.clients}' tests each client on rows of its own, but "
+            "clients.holdout = 0 keeps none: set clients.holdout to 0.2, or evaluate.clients to never"
+        )
 
 
 def prepare_sites(

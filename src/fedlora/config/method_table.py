@@ -23,8 +23,8 @@ def build_method(table: Mapping[str, Any]) -> tuple[Phase, ...]:
 
     ``kind`` names the method. The method's own arguments are passed to it; every other recipe key (``privacy``,
     ``memory``, ``aggregator``, ``up``, ...) overrides that slot in all of its phases. A table with a ``kind`` replaces
-    the method's value; a table without one overrides that value key by key. ``preset = "paper"`` starts from the
-    settings of the paper's official code instead of this project's defaults.
+    the method's value; a table without one overrides that value key by key, in the phases that have the keys.
+    ``preset = "paper"`` starts from the settings of the paper's official code instead of this project's defaults.
 
     Args:
         table: as read from TOML.
@@ -51,7 +51,9 @@ def build_method(table: Mapping[str, Any]) -> tuple[Phase, ...]:
         phases: tuple[Phase, ...] = validate_call(METHODS[kind])(**own)
     except ValidationError as error:
         raise ConfigError(explain(error, METHODS[kind], "method")) from error
-    return tuple(dataclasses.replace(phase, recipe=_changed(phase.recipe, common)) for phase in phases)
+    return tuple(
+        dataclasses.replace(phase, recipe=_changed(phase.recipe, _of_phase(common, phase, phases))) for phase in phases
+    )
 
 
 def _split(kind: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -75,6 +77,19 @@ def _split(kind: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 
 def _default(parameters: Mapping[str, inspect.Parameter], name: str) -> Any:
     return parameters[name].default if name in parameters else None
+
+
+def _of_phase(common: dict[str, Any], phase: Phase, phases: tuple[Phase, ...]) -> dict[str, Any]:
+    """``common`` without the settings that only the tuning of another phase has, such as those of LoRA in ``slora``."""
+    table = common.get("tuning")
+    if not isinstance(table, Mapping) or "kind" in table or len(phases) == 1:
+        return common
+    own, *others = (
+        {field.name for field in dataclasses.fields(each.recipe.tuning)}  # type: ignore[arg-type]
+        for each in (phase, *phases)
+    )
+    elsewhere = set().union(*others) - own
+    return common | {"tuning": {key: value for key, value in table.items() if key not in elsewhere}}
 
 
 def _changed(recipe: Recipe, common: Mapping[str, Any]) -> Recipe:

@@ -38,8 +38,8 @@ class Stop:
 
     def __post_init__(self) -> None:
         if self.patience is None:
-            for name in ("metric", "higher_is_better", "min_delta"):
-                if getattr(self, name):
+            for name, unset in (("metric", None), ("higher_is_better", None), ("min_delta", 0.0)):
+                if getattr(self, name) != unset:
                     raise ConfigError(f"stop.{name} has no effect without stop.patience; set it, or remove stop.{name}")
         if all(one is None for one in (self.patience, self.bytes, self.seconds, self.epsilon)):
             raise ConfigError("[stop] has no condition; set patience, bytes, seconds or epsilon, or remove the table")

@@ -10,16 +10,20 @@ from typing import Annotated, Any, Literal
 import torch
 
 from fedlora.core.component import Field
-from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.errors import ConfigError
 
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$")]
 """``auto``, ``cpu``, ``cuda``, ``cuda:1`` or another number, or ``mps``."""
 _BFLOAT16_SINCE = 8
 """The first major compute capability with bfloat16 matrix units (Ampere)."""
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def pick_device(name: str) -> torch.device:
     """The device of a name; ``auto`` is the current CUDA device if there is one, and the CPU if not.
+
+    For CUDA the workspace of cuBLAS is fixed here, since PyTorch reads the setting at the first product of the process,
+    which may come before any block of ``deterministic_kernels``: a model is tried as it is loaded.
 
     Args:
         name: see ``DeviceName``.
@@ -28,7 +32,7 @@ def pick_device(name: str) -> torch.device:
         ConfigError: this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device = 'mps' but this PyTorch has no Metal device; use 'cpu' or 'auto'")
@@ -41,6 +45,7 @@ def pick_device(name: str) -> torch.device:
                 f"device = {name!r} but this PyTorch sees {count} GPU(s), numbered from 0; use 'cuda:{count - 1}' or "
                 "'auto'"
             )
+        os.environ.setdefault(_WORKSPACE, ":4096:8")
     return device
 
 
@@ -70,12 +75,13 @@ def deterministic_kernels(device: torch.device, wanted: bool = True) -> Iterator
         wanted: False changes nothing.
 
     Raises:
-        TrainingError: an operation of the model has no deterministic kernel.
+        ConfigError: an operation of the model has no deterministic kernel, or matrices were multiplied before the
+            workspace of cuBLAS was fixed.
     """
     if not wanted or device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault(_WORKSPACE, ":4096:8")
     before = _read()
     try:
         _write(["error", False, *(value for _, _, value in _FLAGS)])
@@ -83,8 +89,13 @@ def deterministic_kernels(device: torch.device, wanted: bool = True) -> Iterator
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
+        if _WORKSPACE in str(error):
+            raise ConfigError(
+                f"this process multiplied matrices on a GPU before fedlora chose its device, and {_WORKSPACE} was not "
+                f"set then: set {_WORKSPACE}=:4096:8 before the program starts, or deterministic = false"
+            ) from error
         operation = str(error).split(" does not have")[0].splitlines()[0]
-        raise TrainingError(
+        raise ConfigError(
             f"the model uses {operation}, which has no deterministic kernel on CUDA, but deterministic = true asks for "
             "the same bits in each run; set deterministic = false, or device = 'cpu'"
         ) from error

@@ -19,6 +19,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def ran_out_of_memory(error: BaseException) -> str:
+    """What to do about memory that ran out, on the host or on a device; empty for any other error."""
+    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+        return ""
+    return (
+        f"memory ran out ({first_line(error)}): lower method.local.batch_size or raise method.local.accumulate, set "
+        "model.gradient_checkpointing = true or method.local.compute = 'bf16', or use a smaller model or model.load"
+    )
+
+
 class FedloraError(Exception):
     """An error that a user can fix; the command line prints only its text and exits with 2."""
 

@@ -17,10 +17,10 @@ import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic import GetCoreSchemaHandler, PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import core_schema
 
-from fedlora.core.errors import ConfigError
+from fedlora.core.errors import ConfigError, first_line
 
 OPEN = (
     *("aggregator", "client_optimizer", "data", "engine", "lora_init", "partition", "precision", "privacy"),
@@ -64,17 +64,13 @@ class Slot:
         cls = self.find(kind)
         _check_class(cls)
         fields = {key: one for key, one in table.items() if key not in ("kind", "source")}
-        known = [one.name for one in dataclasses.fields(cls) if one.init and one.name != "kind"]
+        known = _settings(cls)
         if unknown := [key for key in fields if key not in known]:
             raise ConfigError(f"{kind} has no setting {unknown[0]!r}; known: {', '.join(known) or 'none'}")
         try:
-            value: Any = TypeAdapter(cls).validate_python(fields)
-        except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, one['loc'])) or 'its settings'}: {one['msg'][0].lower()}{one['msg'][1:]}"
-                for one in error.errors(include_url=False)
-            )
-            raise ConfigError(f"{kind} does not take these settings: {problems}") from error
+            value: Any = _adapter(cls).validate_python(fields)
+        except (PydanticUserError, PydanticUndefinedAnnotation, ValidationError) as error:
+            raise ConfigError(f"{kind} does not take these settings: {_problems(error)}") from error
         if table.get("source", digest_of(cls)) != digest_of(cls):
             raise ConfigError(
                 f"the source of {kind} differs from the one this configuration was written with "
@@ -150,9 +146,50 @@ def name_of(cls: type) -> str:
 
 
 def written_as(value: Any) -> dict[str, Any]:
-    """A value of a user-defined class as TOML values: its name, its settings, and a digest of its source."""
-    fields = TypeAdapter(type(value)).dump_python(value, mode="json", exclude_none=True)
-    return {**fields, "kind": name_of(type(value)), "source": digest_of(type(value))}
+    """A value of a user-defined class as TOML values: its name, its settings, and a digest of its source.
+
+    Raises:
+        ConfigError: its settings, written and read again, would be others.
+    """
+    cls: type = type(value)
+    names = _settings(cls)
+    try:
+        adapter = _adapter(cls)
+        held = adapter.dump_python(value, mode="json", warnings=False)
+        fields = adapter.dump_python(value, mode="json", exclude_none=True, warnings=False)
+        fields = {name: one for name, one in fields.items() if name in names}
+        read = adapter.dump_python(adapter.validate_python(fields), mode="json")
+    except (PydanticUserError, PydanticUndefinedAnnotation, ValueError) as error:
+        raise ConfigError(
+            f"the settings of {name_of(cls)} cannot be written to a configuration and read again: {_problems(error)}; "
+            "give its fields numbers, texts, lists of these, or dataclasses"
+        ) from error
+    if lost := [name for name in (*names, "kind") if held.get(name) != read.get(name)]:
+        raise ConfigError(
+            f"{name_of(cls)} has {lost[0]} = {held[lost[0]]!r}, which a configuration cannot hold: read again, it "
+            f"would be {read[lost[0]]!r}; make that value the default of the field, or choose another name or value"
+        )
+    return {**fields, "kind": name_of(cls), "source": digest_of(cls)}
+
+
+def _problems(error: Exception) -> str:
+    """What a library's error says about the settings of a class, on one line."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    return "; ".join(
+        f"{'.'.join(map(str, one['loc'])) or 'its settings'}: {one['msg'][0].lower()}{one['msg'][1:]}"
+        for one in error.errors(include_url=False)
+    )
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def _settings(cls: Any) -> list[str]:
+    """The names of the fields that a value is made of."""
+    return [one.name for one in dataclasses.fields(cls) if one.init and one.name != "kind"]
 
 
 def digest_of(cls: type[Any]) -> str:
@@ -180,7 +217,7 @@ def _source(cls: type) -> str:
 
 def _checked(value: Any) -> Any:
     _check_class(type(value))
-    digest_of(type(value))
+    written_as(value)
     return value
 
 
@@ -188,6 +225,15 @@ def _check_class(cls: type) -> None:
     settings = getattr(cls, "__dataclass_params__", None)
     if settings is None or not settings.frozen:
         raise ConfigError(f"{name_of(cls)} is not a frozen dataclass: decorate it with @dataclass(frozen=True)")
+    if "<locals>" in cls.__qualname__:
+        raise ConfigError(
+            f"{name_of(cls)} is defined inside a function, where a run that resumes cannot import it: move it to the "
+            "top of its file"
+        )
+    if "source" in _settings(cls):
+        raise ConfigError(
+            f"{name_of(cls)} has a field source, a name that configurations use for the digest of its code: rename it"
+        )
 
 
 def _kinds(union: Any) -> dict[str, type]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 import warnings
 import weakref
@@ -21,17 +23,22 @@ import torch
 from fedlora.client.jobs import Job, Reply
 from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
-from fedlora.core.errors import ConfigError, FedloraError, TrainingError
+from fedlora.core.errors import ConfigError, FedloraError, TrainingError, ran_out_of_memory
 from fedlora.engines.base import Engine
 from fedlora.population.clients import Population
 from fedlora.tasks.base import Positions
 
 Work = list[tuple[int, Job, Positions]]
 """Jobs with their number in the round and the client's rows."""
+_ENDED = (
+    "a worker of the engine 'processes' ended before its jobs were done, as when memory runs out: use fewer --workers, "
+    "or the engine 'serial'; on GPUs, a script must start its run below `if __name__ == '__main__':`, as each worker "
+    "imports it"
+)
 
 
 class Processes(Engine):
-    """Runs a round's jobs in several processes, with the same bits as ``Serial`` at one thread.
+    """Runs a round's jobs in several processes; with the bits of ``Serial`` if this process has one thread too.
 
     On a CPU, workers are forked for each round: they share the base weights and the data with this process, and each
     takes memory only for what it writes. On CUDA, where a process cannot be forked, each GPU has one worker that loads
@@ -66,8 +73,13 @@ class Processes(Engine):
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Reply]:
         shares = [share for share in _placed(jobs, self.population, self.workers) if share]
-        crew = [_forked(self.workspace, share) for share in shares] if self._fork else self._staff(shares)
+        crew: list[_Worker] = [] if self._fork else self._resident
         try:
+            if self._fork:
+                for share in shares:
+                    crew.append(_forked(self.workspace, share))
+            else:
+                self._staff(shares)
             yield from _in_order(crew, len(jobs))
         except BaseException:
             _stop(self._resident)
@@ -76,16 +88,14 @@ class Processes(Engine):
             if self._fork:
                 _stop(crew)
 
-    def _staff(self, shares: Sequence[Work]) -> list[_Worker]:
-        """The resident workers, started if there are none, each given its share of the jobs."""
+    def _staff(self, shares: Sequence[Work]) -> None:
+        """Gives each resident worker its share of the jobs; starts them if there are none."""
         if not self._resident:
             self._resident += [_spawned(self.workspace, number) for number in range(self.workers)]
-        crew = self._resident[: len(shares)]
-        for worker, share in zip(crew, shares, strict=True):
+        for worker, share in zip(self._resident, shares, strict=False):
             # the server's own model has the setup, so jobs may lack it; a worker's model may not have it yet
             setup = self.workspace.setup
             worker.send([(number, job._replace(setup=setup, start=None), rows) for number, job, rows in share])
-        return crew
 
 
 class _Worker:
@@ -101,8 +111,13 @@ class _Worker:
         self._process, self.pipe, self.owed = process, pipe, owed
 
     def send(self, share: Work) -> None:
-        """Gives the worker jobs."""
-        self.pipe.send_bytes(pickle.dumps(share))
+        """Gives the worker jobs.
+
+        Raises:
+            TrainingError: the worker ended.
+        """
+        with _ended():
+            self.pipe.send_bytes(_pickled(share))
         self.owed = len(share)
 
     def receive(self) -> Any:
@@ -112,13 +127,8 @@ class _Worker:
             TrainingError: the worker ended.
         """
         self.owed -= 1
-        try:
+        with _ended():
             return pickle.loads(self.pipe.recv_bytes())  # from our own child
-        except (EOFError, OSError) as error:
-            raise TrainingError(
-                "a worker of the engine 'processes' ended before its jobs were done, as when memory runs out; use "
-                "fewer --workers, or the engine 'serial'"
-            ) from error
 
     def stop(self) -> None:
         """Ends the process."""
@@ -130,6 +140,33 @@ class _Worker:
         else:
             self._process.kill()
             self._process.join()
+
+
+class _Pickler(pickle.Pickler):
+    """Writes a view of a tensor alone: otherwise each tensor of a tree would bring the vector of all of them along."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """How a value is written; views of a tensor as copies of themselves."""
+        plain = type(value) is torch.Tensor and value.layout == torch.strided
+        if plain and value.untyped_storage().nbytes() > value.nbytes:
+            return value.clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
+
+
+def _pickled(value: Any) -> bytes:
+    """Jobs or a result as bytes."""
+    file = io.BytesIO()
+    _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    return file.getvalue()
+
+
+@contextlib.contextmanager
+def _ended() -> Iterator[None]:
+    """Raises the system's error for a worker that ended, or that cannot be started, as a sentence."""
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        raise TrainingError(_ENDED) from error
 
 
 def _stop(crew: list[_Worker]) -> None:
@@ -181,14 +218,15 @@ def _forked(workspace: Workspace, share: Work) -> _Worker:
     ours, theirs = multiprocessing.Pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child runs only what follows
-        child = os.fork()
+        with _ended():
+            child = os.fork()
     if child:
         theirs.close()
         return _Worker(child, ours, len(share))
     status = 1
     try:
         ours.close()
-        _begin()
+        _begin(theirs)
         _perform(workspace, share, theirs)
         status = 0
     finally:
@@ -205,13 +243,16 @@ def _spawned(workspace: Workspace, number: int) -> _Worker:
     gpus = _gpus(workspace.device)
     device = gpus[number % len(gpus)] if gpus else workspace.device
     worker = _Worker(process, ours)
-    worker.pipe.send_bytes(pickle.dumps((workspace.task, workspace.seed, device, workspace.deterministic)))
+    with _ended():
+        worker.pipe.send_bytes(pickle.dumps((workspace.task, workspace.seed, device, workspace.deterministic)))
     return worker
 
 
 def _serve(pipe: Connection) -> None:
     """The life of a spawned worker: builds a workspace, then runs shares of jobs until the pipe is closed."""
-    _begin()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a child
+    _begin(parent.sentinel)
     task, seed, device, deterministic = pickle.loads(pipe.recv_bytes())  # the pipe from our own parent
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -221,11 +262,22 @@ def _serve(pipe: Connection) -> None:
             _perform(workspace, pickle.loads(pipe.recv_bytes()), pipe)
 
 
-def _begin() -> None:
-    """What holds for every worker: one thread, and requests to stop are for the parent, which ends its workers."""
+def _begin(parent: Connection | int) -> None:
+    """What holds for every worker: one thread, requests to stop are for the parent, and it ends with the parent.
+
+    Args:
+        parent: becomes readable when the parent has ended.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: Connection | int) -> None:
+    """Ends this process as soon as its parent has: a forked one would hold the lock of the run's folder."""
+    wait([parent])
+    os._exit(1)
 
 
 def _perform(workspace: Workspace, share: Work, pipe: Connection) -> None:
@@ -237,9 +289,11 @@ def _perform(workspace: Workspace, share: Work, pipe: Connection) -> None:
         except FedloraError as error:
             found = error
         except Exception as error:
-            found = RuntimeError(f"{type(error).__name__} in a worker:\n{traceback.format_exc()}")
+            advice = ran_out_of_memory(error)
+            told = f"{type(error).__name__} in a worker:\n{traceback.format_exc()}"
+            found = ConfigError(f"in a worker, {advice}") if advice else RuntimeError(told)
             found.__cause__ = None
-        pipe.send_bytes(pickle.dumps((number, found)))
+        pipe.send_bytes(_pickled((number, found)))
         if isinstance(found, BaseException):
             return
 

@@ -151,6 +151,7 @@ def build_population(
     _check(clients, labels, names)
     rng = np.random.default_rng(seed)
     deal = clients.partition.split(labels, names, clients.num, rng)
+    _check_deal(kind_of(clients.partition), deal, len(labels))
     if not clients.test_clients:
         return Division(population_of(deal, len(labels), clients.allow_empty), None)
     if (num := len(deal.groups)) < 2:
@@ -335,6 +336,24 @@ def population_of(deal: Assignment, total: int, allow_empty: bool) -> Population
     offsets = np.cumsum([0, *map(len, groups)], dtype=np.int64)
     rows.flags.writeable = offsets.flags.writeable = False
     return Population(tuple(deal.names[index] for index in kept), rows, offsets, total - len(rows), empty)
+
+
+def _check_deal(partition: str, deal: Assignment, num_rows: int) -> None:
+    """Rejects an assignment that is none, as a partition of the user's own may return it."""
+    groups = [np.asarray(group) for group in deal.groups]
+    filled = [group for group in groups if len(group)]
+    rows = np.concatenate(filled or [np.zeros(0, dtype=np.int64)])
+    if odd := [group.dtype for group in filled if not np.issubdtype(group.dtype, np.integer)]:
+        problem = f"has rows of type {odd[0]}, but their numbers were expected, as np.flatnonzero gives them"
+    elif len(rows) and not 0 <= rows.min() <= rows.max() < num_rows:
+        problem = f"has rows {rows.min()} to {rows.max()}, but there are rows 0 to {num_rows - 1} only"
+    elif (num := len(np.unique(rows))) < len(rows):
+        problem = f"has {len(rows)} rows of which {num} differ, but a row belongs to one client"
+    elif not len(groups) == len(deal.names) == len(set(deal.names)):
+        problem = f"has {len(groups)} clients with {len(set(deal.names))} names, but each needs one of its own"
+    else:
+        return
+    raise DataError(f"the assignment of the partition {partition!r} {problem}: correct the class")
 
 
 def _check(clients: Clients, labels: NDArray[Any], column: NDArray[Any] | None) -> None:

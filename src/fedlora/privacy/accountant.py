@@ -109,7 +109,10 @@ def calibrate(target: float, rounds: int, sampled: SamplingScheme, delta: float,
 
 
 def example_epsilon(
-    phases: Sequence[Phase], cohorts: Sequence[tuple[int, ...]], turns: Sequence[tuple[int, Local]]
+    phases: Sequence[Phase],
+    cohorts: Sequence[tuple[int, ...]],
+    turns: Sequence[tuple[int, Local]],
+    secret: bool = False,
 ) -> float | None:
     """The largest example-level epsilon of any client, against an observer of everything that the client sent.
 
@@ -118,9 +121,9 @@ def example_epsilon(
 
     Args:
         phases: the phases of the run.
-        cohorts: the cohorts of all attempts at rounds so far; an empty one is secret, so every client may have taken
-            part.
+        cohorts: the cohorts of all attempts at rounds so far; of an empty Poisson sample nothing was disclosed.
         turns: the number of each client's examples, and its local training, which depends on its tier if it has one.
+        secret: whether the members of cohorts are secret, so that every client may have taken part in each.
 
     Returns:
         None without example-level noise.
@@ -141,10 +144,9 @@ def example_epsilon(
             "phases share one account of examples; give them the same example_privacy, batch_size, epochs and max_steps"
         )
     _library()  # fails before anything is trained
-    secret = sum(not cohort for cohort in cohorts)
-    taken = Counter(client for cohort in cohorts for client in cohort)
+    taken = Counter(client for cohort in cohorts for client in (range(len(turns)) if secret else cohort))
     spent = {
-        (min(1.0, turn.batch_size / size), (taken[client] + secret) * turn.num_steps(size))
+        (min(1.0, turn.batch_size / size), taken[client] * turn.num_steps(size))
         for client, (size, turn) in enumerate(turns)
         if size
     }

@@ -296,6 +296,12 @@ EXPERIMENT_REFUSALS: dict[str, Refusal[Experiment]] = {
         lambda e: MODES[e.mode].sends and e.clients.per_round < _least(e),
         "the aggregator needs {least} clients in a round; set clients.per_round to {least} or more, not {per_round}",
     ),
+    "sparse_downlink_of_an_adapter": Refusal(
+        lambda e: e.init_from is not None and MODES[e.mode].sends and _sends_part_of_fresh_start(e),
+        "the downlink sends a part of the difference from a fresh start, so clients would mix the adapter of init_from "
+        "with random values; set reference = 'zero' (of down, or of method flasc), or leave down.sparsify at dense "
+        "(flasc: down = 1.0)",
+    ),
     "tier_rank_without_ranks": Refusal(
         lambda e: bool(_tier_with_rank(e)) and not any(phase.recipe.tuning.adapter_rank for phase in e.phases),
         "tier {tier} has a rank, and no phase trains LoRA; leave it out",
@@ -375,6 +381,12 @@ def _covers_examples(recipe: Recipe) -> bool:
 
 def _least(experiment: Experiment) -> int:
     return max(phase.recipe.aggregator.min_updates for phase in experiment.phases)
+
+
+def _sends_part_of_fresh_start(experiment: Experiment) -> bool:
+    """Whether clients of the first phase get some entries from its initial values, others from the parameters."""
+    links = (experiment.phases[0].recipe.down, *(tier.down for tier in experiment.clients.tiers))
+    return any(link is not None and link.reference == "init" and link.drops_entries for link in links)
 
 
 def _tier_with_rank(experiment: Experiment) -> str:

@@ -44,7 +44,7 @@ class RoundRecord:
             ``other``.
         references: number of messages to clients by reference: ``zero``, ``init``, ``last_round``.
         tiers: of each tier in the cohort its ``down_bytes`` and ``up_bytes`` by kind, and ``clients``, their ``num``.
-        seconds: time by part: ``pack``, ``clients``, ``aggregate``, ``evaluate``, ``checkpoint``.
+        seconds: time by part on the server: ``pack``, ``clients`` (waiting for them), ``aggregate``, ``evaluate``.
         slowest_seconds: the longest client turn in the cohort.
         tier_seconds: the same for each tier.
         network_seconds: modelled duration of the round over the configured networks: transfer and work of the slowest

@@ -10,9 +10,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from fedlora.core import tree
-from fedlora.core.errors import DivergedError
+from fedlora.core.errors import ConfigError, DivergedError
 from fedlora.core.network import Network
+from fedlora.core.slots import kind_of
 from fedlora.core.state import Change, ClientState, Fold, ServerState, named_seed
 from fedlora.core.store import Memory, Store
 from fedlora.engines.base import Engine
@@ -75,8 +78,8 @@ def run_round(
     change = aggregate(recipe, state, uplink)
     covered = cover(recipe, state, change, len(uplink.counted), nominal)
     after = advance(recipe, state, covered, plan, uplink, seed, rounds, nominal)
-    working = sum(answer.reply.seconds for answer in uplink.answers)
-    seconds = {"pack": planned - begun, "clients": working, "aggregate": time.perf_counter() - planned - working}
+    waited = uplink.waited
+    seconds = {"pack": planned - begun, "clients": waited, "aggregate": time.perf_counter() - planned - waited}
     return after, record(recipe, after, covered, plan, uplink, seconds, networks or {})
 
 
@@ -86,6 +89,7 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
     Raises:
         QuorumError: see ``Uplink.check_quorum``.
         TrainingError: the aggregator received too few updates, or no client's training moved anything.
+        ConfigError: what it made of them is no change of these parameters.
         DivergedError: see ``check_state``.
     """
     schema, store = state.schema.sent(), state.parts.store("aggregator")
@@ -100,8 +104,25 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
     uplink.check_moved(params, state.init)
     visible = bool(uplink.answers) and disclosure_of(recipe).absence
     if uplink.counted or (visible and not uplink.skips(state.parts.value("norms", "longest"))):
-        return accumulator.finish()
+        change = accumulator.finish()
+        check_form(f"the change of the aggregator {kind_of(recipe.aggregator)!r}", change.delta, params)
+        return change
     return Change(tree.zeros_like(params), Fold(), store)
+
+
+def check_form(what: str, given: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Rejects a tree of other names, shapes or types, as a class of the user's own may return it.
+
+    Raises:
+        ConfigError: naming the first such tensor; tensors of other shapes would be broadcast in silence.
+    """
+    for name in dict.fromkeys((*like, *given)):
+        forms = [f"{tuple(one[name].shape)} in {one[name].dtype}" if name in one else "none" for one in (given, like)]
+        if forms[0] != forms[1]:
+            raise ConfigError(
+                f"{what} has for {name!r} a tensor of the form {forms[0]}, but {forms[1]} was expected: correct its "
+                "class"
+            )
 
 
 def check_state(state: ServerState, uplink: Uplink) -> None:
@@ -150,10 +171,12 @@ def advance(
 
     Raises:
         DivergedError: a parameter is not finite.
+        ConfigError: the server's step gives other parameters than it was given.
     """
     shared = {name: state.params[name] for name in change.delta}
     servers, slots = (recipe.server, recipe.server_head), state.parts.store("server").trees
     stepped, slots = take_step(servers, shared, change.delta, slots, state.steps, state.schema, (state.round, rounds))
+    check_form(f"the step of the server {kind_of(recipe.server)!r}", stepped, shared)
     stepped, slots = recipe.pruning.apply(stepped, slots, state.schema, state.steps + 1)
     folds = extended(state.folds, change.fold) if change.fold else state.folds
     anew = restarted(recipe, state.schema, state.init, named_seed(seed, "start", state.phase), state.steps + 1)

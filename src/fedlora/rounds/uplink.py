@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -66,6 +67,8 @@ class Uplink:
         self.outliers = outliers
         self.warnings: list[str] = []
         self.answers: list[ClientResult] = []
+        self.waited = 0.0
+        """Seconds spent waiting for replies; clients may have worked at the same time."""
 
     @property
     def counted(self) -> list[ClientResult]:
@@ -88,7 +91,11 @@ class Uplink:
         replies = iter(engine.run(self._plan.hand_over()))
         for place, order in enumerate(orders):
             most = engine.most_examples(order.job.client)
-            answer, delta = read_reply(order.job, next(replies), like, self._schema, engine.trusted, largest, most)
+            clock = time.perf_counter()
+            reply = next(replies)
+            self.waited += time.perf_counter() - clock
+            answer, delta = read_reply(order.job, reply, like, self._schema, engine.trusted, largest, most)
+            del reply
             self.answers.append(answer)
             update = None if delta is None else self._update(order, answer, delta)
             del delta  # while the next client trains, nothing here may hold the update of this one

@@ -44,7 +44,7 @@ class Attempts:
             self._read()
 
     def asked(self, round: int, cohort: Sequence[int]) -> None:
-        """Records that clients are about to be asked; an empty cohort is a secret one."""
+        """Records that clients are about to be asked; a secret cohort is recorded as an empty one."""
         if self._examples:
             self._append({"round": round, "cohort": list(cohort)})
 

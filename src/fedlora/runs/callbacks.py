@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,16 +124,22 @@ class CallbackList(Callback):
         self._call("run_finished", lambda one: one.run_finished(result))
 
     def close(self) -> None:
-        self._call("close", lambda one: one.close())
+        with ExitStack() as left:  # the others are closed too if one fails
+            for one in reversed(self._callbacks):
+                left.callback(_called, one, "close", lambda one: one.close())
 
     def _call(self, method: str, call: Callable[[Callback], None]) -> None:
         for one in self._callbacks:
-            try:
-                call(one)
-            except FedloraError:
-                raise
-            except Exception as error:
-                raise CallbackError(
-                    f"the callback {type(one).__name__} failed in {method} ({type(error).__name__}: {error}); "
-                    "every finished round is saved: fix it, or leave it out, and run again to resume"
-                ) from error
+            _called(one, method, call)
+
+
+def _called(one: Callback, method: str, call: Callable[[Callback], None]) -> None:
+    try:
+        call(one)
+    except FedloraError:
+        raise
+    except Exception as error:
+        raise CallbackError(
+            f"the callback {type(one).__name__} failed in {method} ({type(error).__name__}: {error}); "
+            "every finished round is saved: fix it, or leave it out, and run again to resume"
+        ) from error

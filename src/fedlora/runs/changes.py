@@ -25,17 +25,19 @@ class Position(NamedTuple):
         phase: number of the phase of its latest checkpoint.
         steps: rounds done in it.
         round: rounds done altogether.
+        stopped: why it ended before its last round; empty if it did not.
     """
 
     phase: int = 0
     steps: int = 0
     round: int = 0
+    stopped: str = ""
 
 
 def changed_keys(held: Experiment, experiment: Experiment) -> list[str]:
-    """The keys in which two configurations differ, each with both values."""
+    """The keys in which two configurations differ, each with both values; those that decide no result are left out."""
     left, right = (
-        {**values, "root": None, "track": None, "model": {**values["model"], "hub_id": None}}
+        {**values, "root": None, "track": None, "checkpoint_every": None, "model": {**values["model"], "hub_id": None}}
         for values in map(resolved, (held, experiment))
     )
     return differences(left, right)
@@ -66,16 +68,23 @@ def _refused_now(keys: Sequence[str], held: Experiment, experiment: Experiment, 
     """Why changes of these keys come too late, and the remedy."""
     if MODES[experiment.mode].separate:
         return f"mode = {experiment.mode!r} has a run of its own for each client: leave the configuration as it was"
-    phases = [int(match.group(1)) for key in keys for match in [_ROUNDS.match(key) or _RATE.match(key)] if match]
+    rates = _phases(_RATE, keys)
+    phases = rates | _phases(_ROUNDS, keys)
+    if phases and at.stopped:
+        return f"the run has ended early ({at.stopped}): leave rounds and learning rates as they were"
     if phases and min(phases) < at.phase:
         return f"phase {min(phases)} is over: leave its settings as they were"
     if experiment.phases[at.phase].rounds < at.steps:
         return f"{at.steps} rounds of phase {at.phase} are done: ask for as many or more"
-    if experiment.rounds == at.round and any(_RATE.match(key) for key in keys):
-        return "no round is left for the learning rate: ask for more rounds too"
+    if at.phase in rates and experiment.phases[at.phase].rounds == at.steps:
+        return f"no round of phase {at.phase} is left for the learning rate: ask for more rounds too"
     if held.rounds != experiment.rounds and any(_calibrated(phase.recipe.privacy) for phase in experiment.phases):
         return "its noise was calibrated by target_epsilon for the old number of rounds: leave rounds as they were"
     return None
+
+
+def _phases(pattern: re.Pattern[str], keys: Sequence[str]) -> set[int]:
+    return {int(match.group(1)) for key in keys if (match := pattern.match(key))}
 
 
 def sentences(held: Experiment, experiment: Experiment, at: Position) -> list[str]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from fedlora import config
 from fedlora.config import Experiment
-from fedlora.config.federated_data import FederatedData, in_mode, manifest, prepare
-from fedlora.core.errors import FedloraError
+from fedlora.config.federated_data import FederatedData, check_prepared, in_mode, manifest, prepare
+from fedlora.core.errors import ConfigError, FedloraError
 from fedlora.core.interrupts import sigterm_as_ctrl_c
 from fedlora.core.state import named_seed
 from fedlora.engines import AnyEngine
@@ -53,7 +53,7 @@ def run(
         folder: the run's folder; ``runs/<label>-<digest>`` if absent.
         partitioner: partitions the data instead of the configuration's partition.
         callbacks: called during the run, in this order, and closed at its end.
-        data: data returned by ``prepare`` for the same experiment, to share among runs.
+        data: data returned by ``prepare`` for the same experiment, to share among runs that differ in their method.
         engine: where clients run, or its class; in this process if absent.
         until: the round to pause after, with the model evaluated and saved; a later call resumes from it. Nothing is
             exported.
@@ -65,6 +65,14 @@ def run(
         FedloraError: an error whose message says how to fix it.
         Stopped: the user interrupted the run; it can be resumed.
     """
+    if until is not None and until < 0:
+        raise ConfigError(f"until = {until}, but the number of a round to pause after was expected: give 0 or more")
+    if data is not None:
+        if partitioner is not None:
+            raise ConfigError(
+                "the data are divided already: give the partitioner to fedlora.prepare, or leave data out"
+            )
+        check_prepared(experiment, data)
     path = Path(folder) if folder is not None else Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
     return train(experiment, path, partitioner, callbacks, data, engine, until, held=False)
 
@@ -130,6 +138,7 @@ def _run_separately(
         before=_over_local([one.before for one in results], data),
         after=_over_local([one.after for one in results], data),
         seconds=sum(one.seconds for one in results),
+        rows=(),
         adapter=None,
     )
     if until is None:

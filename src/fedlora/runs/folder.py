@@ -94,7 +94,10 @@ class RunFolder:
 
     def _position(self) -> changes.Position:
         latest = self.latest()
-        return changes.Position(latest[0].phase, latest[0].steps, latest[0].round) if latest else changes.Position()
+        if not latest:
+            return changes.Position()
+        (state, _), last = latest, self.rows()[-1:]
+        return changes.Position(state.phase, state.steps, state.round, last[0].stopped if last else "")
 
     def _check_empty(self) -> None:
         if self.path.exists() and not self.path.is_dir():

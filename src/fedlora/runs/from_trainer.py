@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config import Experiment
@@ -166,7 +166,13 @@ def _rows(given: Any, name: str) -> Any:
         )
     if isinstance(kind, dict) and kind:  # a datasets.Dataset
         return given
-    return [{key: _plain(value) for key, value in given[number].items()} for number in range(length())]
+    rows = [given[number] for number in range(length())]
+    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
+        raise DataError(
+            f"a row of {name} is of type {type(wrong[0]).__name__}, but a dict of columns was expected: let the data "
+            "set give dicts"
+        )
+    return [{key: _plain(value) for key, value in row.items()} for row in rows]
 
 
 def _plain(value: Any) -> Any:

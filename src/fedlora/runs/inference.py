@@ -16,7 +16,7 @@ from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode
 from fedlora.config.places import located_model
 from fedlora.core.devices import pick_device
-from fedlora.core.errors import ConfigError
+from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.state import ServerState
 from fedlora.recipe import Recipe
 from fedlora.rounds.checkpoint import can_go_on
@@ -58,7 +58,13 @@ class TrainedRun:
         return self.workspace.task
 
     def predict(self, inputs: list[str]) -> list[dict[str, Any]]:
-        """The model's prediction for each input; see the task's ``predict``."""
+        """The model's prediction for each input; see the task's ``predict``.
+
+        Raises:
+            DataError: an input is not of the form that the task needs, or one was given instead of a list.
+        """
+        if isinstance(inputs, str | Path | Mapping):  # a text has letters, which are texts too
+            raise DataError(f"the inputs are {shown(inputs)}, but a list was expected: call predict([...]) for one too")
         self.workspace.model.eval()
         with self.workspace.predicting(self.recipe.local.compute):
             return self.task.predict(self.workspace.model, inputs, self.workspace.device)

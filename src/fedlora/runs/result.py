@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.core.byte_counts import ByteCounts
 from fedlora.rounds.ledger import RoundRecord
-from fedlora.runs.tables import evaluations, frame
+from fedlora.runs.tables import evaluations, frame, load_results
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,7 +30,7 @@ class Result:
         down_bytes: bytes sent to clients, by kind.
         up_bytes: bytes received from clients, by kind.
         seconds: time spent in rounds and evaluations, over all sessions of the run.
-        rows: the ledger.
+        rows: the ledger; empty in the mode ``local``, where each client has one in ``clients``.
         adapter: the exported adapter or model.
         stopped: why the run ended before its last round; empty if it did not.
     """
@@ -55,5 +55,7 @@ class Result:
         return {name: value for name, value in vars(self).items() if name not in ("folder", "rows", "adapter")}
 
     def frame(self) -> DataFrame:
-        """A table with one row per evaluation; columns as for ``fedlora.load_results``."""
+        """A table with one row per evaluation, of each client in the mode ``local``; see ``fedlora.load_results``."""
+        if not self.rows:
+            return load_results(self.folder)
         return frame(evaluations(self.label, self.seed, self.folder, self.rows))

@@ -204,7 +204,7 @@ class Session:
             warnings=self._notes + self._changes(state.round - 1) + row.warnings + warnings,
             facts=facts,
             epsilon=self.budget.spent(self.phases, state.round, again) if self.budget else None,
-            example_epsilon=example_epsilon(self.phases, cohorts, self._turns),
+            example_epsilon=example_epsilon(self.phases, cohorts, self._turns, self._secret),
             seconds={**row.seconds, "evaluate": seconds},
         )
         # asked after the last round too: it is a hook of every round

@@ -68,7 +68,7 @@ class Link:
         stages: changes that apply from given rounds on, in order.
 
     Raises:
-        ConfigError: the stages are not in order.
+        ConfigError: the stages are not in order, or a format has a code of another one.
 
     >>> from fedlora.core.schema import Leaf
     >>> Link(sparsify=TopK(density=0.5)).prepare({"a": torch.tensor([1.0, -2.0])}, Schema({"a": Leaf()}), round=0)
@@ -93,6 +93,13 @@ class Link:
         for form in self.precisions:
             if type(form) not in PRECISIONS.values() and not 128 <= form.code < 256:
                 raise ConfigError(f"{kind_of(form)}.code = {form.code}: formats of your own have codes from 128 to 255")
+        by_code = {form.code: form for form in self.precisions}
+        for form in self.precisions:
+            if type(other := by_code[form.code]) is not type(form):
+                raise ConfigError(
+                    f"{kind_of(form)} and {kind_of(other)} have the code {form.code}, by which a receiver tells "
+                    "formats apart; give each a code of its own"
+                )
 
     @property
     def facts(self) -> tuple[Facts, ...]:

@@ -147,7 +147,7 @@ class TopK(Sparsifier):
 
     Exactly ``k = int(P * density * decay ** (round // decay_every))`` of ``P`` entries are kept; ties go to the entry
     that comes first in the tree. ``P`` counts all entries together (``scope="global"``) or those of one tensor
-    (``scope="tensor"``, where each tensor has its own ``k``, at least 1).
+    (``scope="tensor"``, where each tensor has its own ``k``, at least 1). Frozen factors do not count.
 
     FLASC uses one threshold over every ``A``, every ``B`` and the head. Its script for heterogeneous devices keeps the
     head whole on the downlink: ``quota=Quota(head=1)``. Entries under a quota are ranked among themselves, at the
@@ -203,7 +203,8 @@ class TopK(Sparsifier):
     def __call__(self, tree: Tree, schema: Mapping[str, Leaf], round: int, seed: int = 0) -> Tree:
         """That of every sparsifier, without masks where one threshold leaves few entries of the whole tree."""
         density = self.density_at(round)
-        if density < FEW and self.scope == "global" and not self.quota.shares():
+        apart = self.quota.shares() or any(leaf.role == "frozen" for leaf in schema.values())
+        if density < FEW and self.scope == "global" and not apart:
             vector = flatten(tree).detach()
             if (places := few_largest(vector, int(len(vector) * density))) is not None:
                 bits = vector.view(torch.int32).numpy()
@@ -341,10 +342,15 @@ class RankSlice(Sparsifier):
 
 
 def _by_quota(tree: Tree, schema: Mapping[str, Leaf], quota: Quota, density: float) -> list[tuple[float, list[str]]]:
-    """Each quota's density, and ``density`` for the rest, with the names it applies to, in the tree's order."""
+    """Each quota's density, and ``density`` for the rest, with the names it applies to, in the tree's order.
+
+    Frozen tensors are kept whole, outside every density: they do not change, and zeros cost nothing.
+    """
     shares = quota.shares()
     buckets: dict[str, list[str]] = {}
     for name in tree:
+        if name in schema and schema[name].role == "frozen":
+            continue
         named = _quota_of(schema[name]) if shares else ""
         buckets.setdefault(named if named in shares else "", []).append(name)
     return [(shares.get(named, density), names) for named, names in buckets.items()]

@@ -187,6 +187,8 @@ class LoRA(Tuning):
         for name in found:
             a, b = f"{name}.lora_A", f"{name}.lora_B"
             schema |= {a: factor_leaf("A", b), b: factor_leaf("B", a)}
+        if self.train == "B":  # in every round alike
+            schema = self.in_round(schema, 0)
         return Installed(model, parameters, schema, notes=notes)
 
     def _ranks(self, found: Mapping[str, Matrix]) -> tuple[dict[str, int], tuple[str, ...]]:

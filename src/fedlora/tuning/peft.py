@@ -92,7 +92,7 @@ class Peft(Tuning):
 
     def install(self, model: nn.Module, head: frozenset[str], seed: int) -> Installed:
         config = self.build(saved_modules(model, head))
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # peft reads a name that transformers 5 changed
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             torch.manual_seed(seed)

@@ -123,7 +123,7 @@ def with_ray(
     os.environ[SITE_FILE] = str(folder / "site.toml")
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // workers))
     settings = {"include_dashboard": False, "num_cpus": workers}
-    share = {"num_cpus": 1, "num_gpus": gpus / workers}
+    share = {"num_cpus": 1, "num_gpus": gpu_share(gpus, workers)}
     backend: Any = {"init_args": settings | (ray or {}), "client_resources": share}
     try:
         with _quiet_logs():
@@ -134,6 +134,15 @@ def with_ray(
     finally:
         crashed.set()
     return outcome.result(timeout=0)
+
+
+def gpu_share(gpus: int, workers: int) -> float:
+    """The part of a GPU that each worker asks Ray for, which gives parts of one GPU or whole ones.
+
+    >>> gpu_share(4, 3), gpu_share(2, 3), gpu_share(1, 4), gpu_share(0, 4)
+    (1.0, 0.5, 0.25, 0.0)
+    """
+    return 1.0 / -(-workers // gpus) if gpus else 0.0
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def _converted(values: dict[str, Any]) -> dict[str, Any]:
     columns = values.get("columns")
     label = columns.get("label", "label") if isinstance(columns, Mapping) else "label"
     for side, which in (("train", "training"), ("test", "test")):
-        if values.get(side) is not None:
+        if side in values and (side == "train" or values[side] is not None):
             values[side] = _handed(values[side], label, which)
     return values
 
@@ -157,7 +157,7 @@ def _table(given: Any, label: str, what: str) -> datasets.Dataset:
         if _is_a(given, "datasets", "Dataset"):
             rows = given.with_format(None)
         elif _is_a(given, "pandas", "DataFrame"):
-            rows = _of_frame(given, label)
+            rows = _of_frame(given, label, what)
         elif isinstance(given, list | tuple):
             _check_dicts(given, what)
             rows = _of_dicts(given, what)
@@ -200,9 +200,12 @@ def _are_nested(values: Sequence[Any]) -> bool:
     return all(value is None or isinstance(value, list | dict) for value in values)
 
 
-def _of_frame(frame: Any, label: str) -> datasets.Dataset:
+def _of_frame(frame: Any, label: str, what: str) -> datasets.Dataset:
     """A ``pandas.DataFrame``; a categorical label keeps its classes and their order, others become their values."""
     plain, names = {}, None
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise DataError(f"{what} have the column {twice!r} twice, but one was expected: rename or drop the other")
     for name in frame.columns:
         column = frame[name]
         if str(column.dtype) != "category":

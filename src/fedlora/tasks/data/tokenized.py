@@ -121,6 +121,12 @@ class PreparedTokenized(Prepared):
             check_ids(int(ids.max()), self._rows, self._model.path, self.tokenizer)
 
     @functools.cached_property
+    def counts_mask(self) -> bool:
+        """Whether the model counts its positions by the mask; without one it sums ones in floating point, which has no
+        deterministic kernel on CUDA."""
+        return bool(config_of(self._model).model_type == "opt")
+
+    @functools.cached_property
     def _rows(self) -> int | None:
         """Rows of the model's embedding, where its configuration states them."""
         found = getattr(config_of(self._model).get_text_config(), "vocab_size", None)
@@ -154,7 +160,7 @@ class PreparedTokenized(Prepared):
 
     def for_device(self, batch: Batch) -> Batch:
         """A batch of ``host_batch`` as a device other than a CPU gets it: what costs it time is left out or done."""
-        return without_idle_mask(batch)
+        return batch if self.counts_mask else without_idle_mask(batch)
 
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         batch = self.host_batch(rows, split)

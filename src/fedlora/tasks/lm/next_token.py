@@ -124,7 +124,7 @@ class PreparedNextToken(PreparedTokenized):
     def for_device(self, batch: Batch) -> Batch:
         learnt = (batch["labels"][:, 1:] != tokens_out.IGNORED).flatten().nonzero().flatten()
         # padding is on the right, where no token that counts sees it
-        kept = {name: value for name, value in batch.items() if name != "attention_mask"}
+        kept = {name: value for name, value in batch.items() if name != "attention_mask" or self.counts_mask}
         return kept | {LEARNT: learnt}
 
     def _padded(self, examples: Examples, chosen: Positions, packing: bool) -> Batch:

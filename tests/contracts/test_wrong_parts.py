@@ -1,0 +1,97 @@
+"""Classes of one's own that return something else than their slot asks for: refused where it would pass in silence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from fixtures import strangers
+from fixtures.toy import Federation
+
+from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.state import Change, Fold
+from fedlora.core.tree import Tree
+from fedlora.methods import fedavg
+from fedlora.population.clients import Clients, build_population
+from fedlora.population.partitions import Assignment, Partition
+from fedlora.server.aggregate import Accumulator, Aggregator
+from fedlora.server.optimizers import ServerOptimizer
+from fedlora.tuning import LoRA
+
+WRONG: dict[str, tuple[Callable[[Tree], Tree], str]] = {
+    "one is missing": (lambda one: dict(list(one.items())[1:]), r"lora_A' a tensor of the form none, but \(2, "),
+    "one too many": (lambda one: {**one, "more": torch.ones(2)}, r"'more' a tensor of the form \(2,\) in .* none was"),
+    "another shape": (lambda one: {name: value.mean() for name, value in one.items()}, r"the form \(\) in"),
+    "another type": (lambda one: {name: value.double() for name, value in one.items()}, r"in torch.float64, but"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule(Aggregator):
+    needs: ClassVar[Any] = "sum"
+    wrong: str
+
+    def begin(self, params: Tree, schema: Any, store: Any) -> Accumulator:
+        return Latest(self.wrong)
+
+
+class Latest(Accumulator):
+    def __init__(self, wrong: str) -> None:
+        self.wrong = wrong
+
+    def add(self, update: Any) -> None:
+        self.delta = update.delta
+
+    def finish(self) -> Change:
+        return Change(WRONG[self.wrong][0](self.delta), Fold())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps(ServerOptimizer):
+    wrong: str
+
+    def step(self, params: Tree, delta: Tree, slots: Any, steps: int, rates: Any = None) -> tuple[Tree, Any]:
+        moved = {name: value + delta[name] for name, value in params.items()}
+        return WRONG[self.wrong][0](moved), slots
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("slot", ["aggregator", "server"])
+def test_trees_of_another_form_are_refused(slot: str, wrong: str) -> None:
+    part: Any = {"aggregator": Rule, "server": Steps}[slot](wrong=wrong)
+    federation = Federation(fedavg(rounds=1, tuning=LoRA(rank=2), **{slot: part}))
+    with pytest.raises(ConfigError, match=f"of the {slot} 'test_wrong_parts:.*{WRONG[wrong][1]}"):
+        federation.go_on(federation.start(), 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deal(Partition):
+    wrong: str = ""
+
+    def split(self, labels: Any, column: Any, num_clients: int, rng: np.random.Generator) -> Assignment:
+        groups, names = strangers.InTurn().split(labels, column, num_clients, rng)
+        if self.wrong in DEALS:
+            groups[0] = DEALS[self.wrong][0](groups[0])
+        return Assignment(groups, names[1:] if self.wrong == "names" else names)
+
+
+DEALS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "twice": (lambda rows: rows + 1, "has 12 rows of which 9 differ, but a row belongs to one client"),
+    "negative": (lambda rows: rows - 1, "has rows -1 to 11, but there are rows 0 to 11 only"),
+    "beyond": (lambda rows: rows + 12, "has rows 1 to 20, but there are rows 0 to 11 only"),
+    "a mask": (lambda rows: np.isin(np.arange(12), rows), "rows of type bool"),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [("names", "4 clients with 3 names"), *((name, text) for name, (_, text) in DEALS.items())]
+)
+def test_assignments_that_are_none_are_refused(wrong: str, message: str) -> None:
+    clients = Clients(num=4, per_round=2, partition=Deal(wrong=wrong))
+    with pytest.raises(DataError, match=f"the assignment of the partition 'test_wrong_parts:Deal' .*{message}"):
+        build_population(clients, np.arange(12) % 2, None, 0)
+    assert len(build_population(dataclasses.replace(clients, partition=Deal()), np.arange(12), None, 0).population) == 4
