@@ -46,9 +46,9 @@ class TextClassification(TokenizedTask):
         max_length: number of tokens to which texts are truncated.
         pad_to: ``longest`` pads a batch to its longest text; a number pads every batch to that length.
         pooling: the classifier's input: ``model`` uses the family's ``transformers`` class as it is; ``auto`` is
-            ``mean`` if that class reads a pooler that adapters leave frozen (BERT), else ``model``; ``mean`` is the
-            mean of the attended tokens' last hidden states, ``cls`` that of the first token, both without the pooler or
-            dense layer of the family's class (encoders only).
+            ``mean`` if that class reads a pooler that adapters leave frozen (BERT) or padding (XLNet), else ``model``;
+            ``mean`` is the mean of the attended tokens' last hidden states, ``cls`` that of the first token, both
+            without the pooler or dense layer of the family's class (encoders only).
         eval_batch_size: examples per evaluation batch; they are sorted by length.
 
     Raises:
@@ -106,7 +106,7 @@ class PreparedText(PreparedTokenized):
     ) -> None:
         super().__init__(settings, model, tokenizer, names, data)
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
-        self._pooling: Pooling = pooling_of(model) if settings.pooling == "auto" else settings.pooling
+        self._pooling: Pooling = pooling_of(model, settings.pooling)
         if self._pooling != "model":
             self.auto_class, self.peft_task, self.backbone_only = "AutoModel", "FEATURE_EXTRACTION", True
         arrays = {name: _encode(part, tokenizer, settings.max_length) for name, part in data.items()}
