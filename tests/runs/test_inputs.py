@@ -91,7 +91,7 @@ def test_tables_and_saved_folders_give_their_texts(tmp_path: Path) -> None:
         (Instruction(template="chat"), {"prompt": "a"}, "a"),
         (Instruction(template="chat"), {"messages": [{"role": "user", "content": "a"}]}, None),
         (QuestionAnswering(), {"context": "\u00e4", "question": "b"}, '{"context": "\u00e4", "question": "b"}'),
-        (TokenClassification(), {"tokens": ["a", "b"]}, "a b"),
+        (TokenClassification(), {"tokens": ["a", "b"]}, '["a", "b"]'),
         (TokenClassification(), {"text": "a b."}, "a b."),
         (ImageClassification(), {"image": "a.png"}, "a.png"),
     ],

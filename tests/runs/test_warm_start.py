@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from fixtures.tiny import experiment, tiny_world
+from fixtures.tiny import experiment, tiny_world, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -66,6 +66,29 @@ def test_a_pooled_classifier_with_its_head(world: Path, tmp_path: Path) -> None:
     first = fedlora.run(experiment(world, "lora", POOLED, rounds=2), tmp_path / "first")
     result = start(world, tmp_path / "second", tmp_path / "first", POOLED)
     assert result.before["loss"] == pytest.approx(first.after["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_the_classes_of_a_head_are_put_in_the_order_of_the_task(world: Path, tmp_path: Path, pooling: str) -> None:
+    pooled = f"task.pooling={pooling}"
+    first = fedlora.run(experiment(world, "lora", pooled, rounds=2), tmp_path / "first")
+    for name in ("train", "test"):
+        rows = [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+        numbers = {"red": 0, "blue": 1, "green": 2}
+        others = [{**row, "label": numbers[row["label"]], "label_name": row["label"]} for row in rows]
+        write_rows(tmp_path / f"{name}.jsonl", others)
+    data = [f"data.{name}='{tmp_path / name}.jsonl'" for name in ("train", "test")]
+    second = start(world, tmp_path / "second", tmp_path / "first", pooled, *data)
+    assert second.before["loss"] == pytest.approx(first.after["loss"], rel=1e-4)
+    adapter = tmp_path / "named"
+    shutil.copytree(tmp_path / "first" / "adapter", adapter, ignore=shutil.ignore_patterns("digests.json"))
+    (adapter / "id2label.json").write_text(json.dumps({"0": "blau", "1": "grün", "2": "rot"}))
+    other = start(world, tmp_path / "other", adapter, pooled)
+    assert other.before["loss"] == pytest.approx(first.after["loss"], rel=1e-4)
+    assert any("is of other classes (blau, grün, rot, ...)" in note for note in other.rows[0].warnings)
+    (adapter / "id2label.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"id2label\.json cannot be read"):
+        start(world, tmp_path / "broken", adapter, pooled)
 
 
 def test_an_adapter_of_peft(world: Path, tmp_path: Path) -> None:

@@ -69,16 +69,30 @@ def test_a_continuation_stops_at_the_ends_that_the_model_came_with(world: Path) 
     assert counted["steps"] == 4
 
 
-@pytest.mark.parametrize("setting", ["no_repeat_ngram_size", "suppress_tokens", "repetition_penalty"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "no_repeat_ngram_size",
+        "suppress_tokens",
+        "repetition_penalty",
+        "bad_words_ids",
+        "guidance_scale",
+        "stop_strings",
+    ],
+)
 def test_generation_settings_of_the_model_change_nothing(world: Path, setting: str) -> None:
     task = prepare(world, max_new_tokens=8)
     model = model_of(task)
     with torch.inference_mode():
         expected = task.predict(model, ["w1", "w5 w6"], CPU)
         first = task.tokenizer.convert_tokens_to_ids(expected[0]["continuation"].split()[0])
-        values = {"no_repeat_ngram_size": 1, "suppress_tokens": [first], "repetition_penalty": 5.0}
+        values = {
+            **{"no_repeat_ngram_size": 1, "suppress_tokens": [first], "repetition_penalty": 5.0},
+            **{"bad_words_ids": [[first]], "guidance_scale": 3.0, "stop_strings": ["w1"]},
+        }
         setattr(model.generation_config, setting, values[setting])
         assert task.predict(model, ["w1", "w5 w6"], CPU) == expected
+        assert getattr(model.generation_config, setting) == values[setting]
 
 
 def test_long_prompts_are_cut_from_the_left(world: Path) -> None:
@@ -170,7 +184,8 @@ def test_exact_match_of_conversations_asks_for_the_last_turn(world: Path, tmp_pa
         ("#### none, but 4 before", "4"),
         ("no number", None),
         ("", None),
-        ("about .5", ".5"),
+        ("about .5", "0.5"),
+        ("#### -.50", "-0.5"),
         ("20", "20"),
         ("v2x 7", "7"),
     ],

@@ -293,6 +293,20 @@ def test_a_template_that_rewrites_what_was_said_can_learn_the_last_turn_alone(wo
     assert learnt(task, 0)[1] == [*ids("w50 w6"), EOS]
 
 
+def test_a_template_that_writes_the_day_writes_the_same_one_on_every_day(world: Path) -> None:
+    save_chat_model(
+        world / "dated",
+        "w{{ strftime_now('%Y')[2:] }} w{{ strftime_now( \"%m\" )[1:] }} w0 " + CHAT,
+    )
+    task = prepare_answers(world, "talks.jsonl", "dated", template="chat")
+    assert learnt(task, 0)[0][:4] == [*ids("w24 w7 w0"), BOS]
+    assert any("2024-07-26 is written on every day" in note for note in task.notes)
+    assert not any("is written" in note for note in prepare_talks(world).notes)
+    save_chat_model(world / "forms", "{% set form = '%Y' %}{{ strftime_now(form) }}" + CHAT)
+    with pytest.raises(ConfigError, match="reads the clock in a form that it computes"):
+        prepare_answers(world, "talks.jsonl", "forms", template="chat")
+
+
 def test_the_cache_tells_settings_apart(world: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
     prepare_answers(world)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fixtures.tiny import experiment, ledger, save_model, tiny_world
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, XLNetConfig
 
 import fedlora
 from fedlora.core.errors import ConfigError
@@ -99,6 +99,20 @@ def test_what_is_no_encoder_is_refused(world: Path, family: str, why: str, pooli
     task = prepare(world, family, pooling)
     with pytest.raises(ConfigError, match=rf"task.pooling = '{pooling}' .* {why}.*; set task.pooling = 'model'"):
         task.load_model(0, "fp32", CPU)
+
+
+def test_a_class_that_would_read_padding_is_left_for_the_mean(world: Path) -> None:
+    save_model(world / "xlnet", "gpt2")
+    settings = {"vocab_size": 64, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}
+    AutoModelForSequenceClassification.from_config(XLNetConfig(**settings)).save_pretrained(world / "xlnet")
+    task = prepare(world, "xlnet", "auto")
+    model = load(task)[0].eval()
+    texts = ["red w1 w2", "blue " * 20]
+    with torch.no_grad():
+        (alone,), (beside, _) = task.predict(model, texts[:1], CPU), task.predict(model, texts, CPU)
+    assert alone == pytest.approx(beside, abs=1e-5)
+    with pytest.raises(ConfigError, match=r"which is padding in a batch.*set task.pooling = 'mean'"):
+        prepare(world, "xlnet", "model")
 
 
 def test_dropout_is_that_of_the_family(world: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures.tiny import COLOURS, make_rows, save_model, tiny_world, write_rows
+from fixtures.tiny_language import EOS, save_language_model
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import nn
@@ -238,8 +239,36 @@ def test_a_blank_text_without_special_tokens_is_one_token(tmp_path: Path) -> Non
     with torch.no_grad():
         assert torch.isfinite(task.loss(model, task.batch(np.arange(4), CPU)))
         assert torch.isfinite(task.loss(model, task.batch(np.arange(1), CPU)))
-        assert task.predict(model, ["", "w1"], CPU)[0] == pytest.approx(task.predict(model, [""], CPU)[0])
+        blanks = task.predict(model, ["", "w1", " "], CPU)
+        assert blanks[0] == pytest.approx(task.predict(model, [""], CPU)[0])
+        assert blanks[2] == pytest.approx(task.predict(model, [" "], CPU)[0])
+        assert np.isfinite(list(task.predict(model, ['["", " "]'], CPU)[0].values())).all()
     assert np.isfinite(task.embeddings("train", CPU)).all()
+
+
+def test_an_encoder_decoder_needs_one_end_in_each_text(tmp_path: Path) -> None:
+    folder = save_language_model(tmp_path / "t5")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", EOS)]
+    )
+    tokenizer.save_pretrained(folder)
+    model = tiny_model("t5", num_labels=2, head="SequenceClassification")
+    model.config.eos_token_id, model.config.decoder_start_token_id = EOS, 0
+    model.save_pretrained(folder)
+    rows = [{"text": "w1 w2", "label": "a"}, {"text": "w1 w2 w3", "label": "b"}]
+    files = Files(train=str(write_rows(tmp_path / "rows.jsonl", rows)), test=str(tmp_path / "rows.jsonl"))
+    task = TextClassification().prepare(Model(path=str(folder)), files)
+    loaded = model_of(task)  # type: ignore[arg-type]
+    with torch.no_grad():
+        pair, text = task.predict(loaded, ['["w1", "w2"]', "w1"], CPU)
+        assert text == pytest.approx(task.predict(loaded, ["w1"], CPU)[0])
+        assert sum(pair.values()) == pytest.approx(1)
+        with pytest.raises(DataError, match="row 1 of the given rows has '</s>' in its text"):
+            task.predict(loaded, ["w1", "w1 </s> w2"], CPU)
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "w1 </s> w2", "label": "b"}])
+    with pytest.raises(DataError, match="row 2 of the train rows has '</s>' in its text"):
+        TextClassification().prepare(Model(path=str(folder)), files)
 
 
 def test_a_text_to_predict_is_cut_to_what_the_model_reads(tmp_path: Path) -> None:

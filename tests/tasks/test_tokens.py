@@ -616,6 +616,21 @@ def test_a_prediction_says_what_it_found_and_where(world: Path) -> None:
     json.dumps(first)
 
 
+def test_words_that_are_given_are_predicted_as_they_are_evaluated(world: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["w1", "bob-ann", "met", "rome."], "tags": ["O", "B-per", "O", "B-loc"]}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    task = prepare(world, TokenClassification(max_length=8, stride=1)).with_rows(file, {})
+    model = Lookup({"bob": "B-per", "ann": "B-loc", "rome": "B-loc"})
+    (given,) = task.inputs_of(task.data["test"], "given")
+    (found,) = task.predict(model, [given], CPU)
+    assert found["entities"] == [
+        {"type": "per", "text": "bob-ann", "start": 3, "end": 10},
+        {"type": "loc", "text": "rome.", "start": 15, "end": 20},
+    ]
+    assert task.evaluate(model, np.arange(1), "test", CPU).metrics["f1"] == 1.0
+    assert task.predict(model, ["[bob]"], CPU)[0]["entities"][0]["start"] == 1
+
+
 # ---- a run from beginning to end
 
 

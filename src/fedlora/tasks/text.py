@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from fedlora.tasks.data.labels import given_twice, known_labels, label_table, la
 from fedlora.tasks.data.notes import blank
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks
-from fedlora.tasks.models.loading import class_settings, load_pretrained, pooling_of, positions
+from fedlora.tasks.models.loading import class_settings, config_of, load_pretrained, pooling_of, positions
 from fedlora.tasks.models.pooling import Pooling
 from fedlora.tasks.models.sentence import save_modules, usage
 from fedlora.tasks.models.shares import Shares, shares_of
@@ -46,9 +46,9 @@ class TextClassification(TokenizedTask):
         max_length: number of tokens to which texts are truncated.
         pad_to: ``longest`` pads a batch to its longest text; a number pads every batch to that length.
         pooling: the classifier's input: ``model`` uses the family's ``transformers`` class as it is; ``auto`` is
-            ``mean`` if that class reads a pooler that adapters leave frozen (BERT), else ``model``; ``mean`` is the
-            mean of the attended tokens' last hidden states, ``cls`` that of the first token, both without the pooler or
-            dense layer of the family's class (encoders only).
+            ``mean`` if that class reads a pooler that adapters leave frozen (BERT) or padding (XLNet), else ``model``;
+            ``mean`` is the mean of the attended tokens' last hidden states, ``cls`` that of the first token, both
+            without the pooler or dense layer of the family's class (encoders only).
         eval_batch_size: examples per evaluation batch; they are sorted by length.
 
     Raises:
@@ -107,14 +107,18 @@ class PreparedText(PreparedTokenized):
     ) -> None:
         super().__init__(settings, model, tokenizer, names, data)
         self.main_metric, self.higher_is_better = scores.MAIN_METRIC[settings.problem]
-        self._pooling: Pooling = pooling_of(model) if settings.pooling == "auto" else settings.pooling
+        self._pooling: Pooling = pooling_of(model, settings.pooling)
         if self._pooling != "model":
             self.auto_class, self.peft_task, self.backbone_only = "AutoModel", "FEATURE_EXTRACTION", True
         if data:
             self.pairs = any(len(_texts(part)) == 2 for part in data.values())
+        self._reads_end = bool(config_of(model).is_encoder_decoder)
         arrays = {name: _encode(part, tokenizer, settings.max_length) for name, part in data.items()}
-        self._tokens = {name: Ragged(part["tokens"], part["offsets"]) for name, part in arrays.items()}
-        self._types = {name: Ragged(part["types"], part["offsets"]) for name, part in arrays.items() if "types" in part}
+        self._tokens: dict[Split, Ragged] = {}
+        self._types: dict[Split, Ragged | None] = {}
+        for name, part in arrays.items():
+            self._tokens[name], self._types[name] = _ragged(part)
+            self._check_ends(self._tokens[name], name)
         self._labels = {name: label_table(part, settings.problem, len(names)) for name, part in data.items()}
 
     @property
@@ -161,9 +165,23 @@ class PreparedText(PreparedTokenized):
         return model, head
 
     def host_batch(self, rows: Positions, split: Split) -> Batch:
-        pad_to = None if self.settings.pad_to == "longest" else self.settings.pad_to
-        batch = self.inputs(self._tokens[split], rows, self.settings.max_length, self._types.get(split), pad_to)
+        batch = self._padded(self._tokens[split], self._types.get(split), rows, self.settings.max_length)
         return batch | {"labels": torch.from_numpy(self._labels[split][rows])}
+
+    def _padded(self, tokens: Ragged, types: Ragged | None, rows: Positions, limit: int) -> Batch:
+        pad_to = None if self.settings.pad_to == "longest" else self.settings.pad_to
+        return self.inputs(tokens, rows, limit, types, pad_to)
+
+    def _check_ends(self, tokens: Ragged, which: str) -> None:
+        """Refuses texts with the end token of an encoder-decoder, whose classifier reads the one end of each text."""
+        if not self._reads_end:
+            return
+        counts = np.add.reduceat(tokens.values == self.tokenizer.eos_token_id, tokens.offsets[:-1], dtype=np.int64)
+        if len(wrong := np.flatnonzero(counts != counts.min())):
+            raise DataError(
+                f"row {wrong[0]} of the {which} rows has {self.tokenizer.eos_token!r} in its text, the token by which "
+                "the model's classifier finds the end: remove it"
+            )
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """See ``Prepared.loss``: that of ``scores.loss``.
@@ -201,19 +219,21 @@ class PreparedText(PreparedTokenized):
 
         An input is a text or, if the data are pairs, also a pair of texts as JSON: ``["a text", "another"]``.
         """
-        results: list[dict[str, Any]] = []
+        given = [_text_or_pair(text) if self.pairs else text for text in inputs]
         longest = min(self.settings.max_length, positions(model) or self.settings.max_length)
-        blank = "" if self.tokenizer("")["input_ids"] else self.tokenizer.pad_token  # a model takes no empty sequence
-        for chosen in chunks(np.arange(len(inputs)), self.settings.eval_batch_size):
-            given = [inputs[number] for number in chosen]
-            part = [(_text_or_pair(one) if self.pairs else one) or blank for one in given]
-            batch = self.tokenizer(part, truncation=True, max_length=longest, padding=True, return_tensors="pt")
-            self.check_ids(batch["input_ids"])
-            # a single text has one token type, which models assume by default
-            if all(isinstance(one, str) for one in part):
-                batch.pop("token_type_ids", None)
-            logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
-            results += scores.said(logits, self.settings.problem, self._names)
+        results: list[dict[str, Any]] = [{} for _ in given]
+        for kind in (str, tuple):  # of each a batch of its own, as in training
+            numbers = np.array([n for n, one in enumerate(given) if isinstance(one, kind)], dtype=np.int64)
+            for chosen in chunks(numbers, self.settings.eval_batch_size):
+                part = [given[number] for number in chosen]
+                texts = [part] if kind is str else [list(side) for side in zip(*part, strict=True)]
+                arrays = _tokenised(self.tokenizer, texts, longest)
+                tokens, types = _ragged(arrays)
+                self._check_ends(tokens, "given")
+                batch = self._padded(tokens, types, np.arange(len(part)), longest)
+                logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+                for number, said in zip(chosen, scores.said(logits, self.settings.problem, self._names), strict=True):
+                    results[number] = said
         return results
 
     def inputs_of(self, rows: Any, which: str) -> list[str]:
@@ -261,13 +281,23 @@ def _encode(rows: Any, tokenizer: Any, max_length: int) -> Arrays:
     texts = _texts(rows)
 
     def make() -> Arrays:
-        encoded = tokenizer(*(list(rows[name]) for name in texts), truncation=True, max_length=max_length)
-        # a model takes no empty sequence
-        tokens = Ragged.of([ids or [tokenizer.pad_token_id] for ids in encoded["input_ids"]])
-        arrays: Arrays = {"tokens": tokens.values, "offsets": tokens.offsets}
-        if len(texts) == 2 and "token_type_ids" in encoded:
-            arrays["types"] = Ragged.of([types or [0] for types in encoded["token_type_ids"]], np.int8).values
-        return arrays
+        return _tokenised(tokenizer, [list(rows[name]) for name in texts], max_length)
 
     settings = {"task": "text", "max_length": max_length, "columns": texts, "blank": "padding"}
     return cached(tokenizer, fingerprint(rows.select_columns(texts)), settings, make)
+
+
+def _tokenised(tokenizer: Any, texts: Sequence[Sequence[Any]], max_length: int) -> Arrays:
+    """The tokens of texts, or of pairs of them, and then the types of tokens where there are such."""
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    # a model takes no empty sequence
+    tokens = Ragged.of([ids or [tokenizer.pad_token_id] for ids in encoded["input_ids"]])
+    arrays: Arrays = {"tokens": tokens.values, "offsets": tokens.offsets}
+    if len(texts) == 2 and "token_type_ids" in encoded:
+        arrays["types"] = Ragged.of([types or [0] for types in encoded["token_type_ids"]], np.int8).values
+    return arrays
+
+
+def _ragged(arrays: Arrays) -> tuple[Ragged, Ragged | None]:
+    tokens = Ragged(arrays["tokens"], arrays["offsets"])
+    return tokens, Ragged(arrays["types"], arrays["offsets"]) if "types" in arrays else None

@@ -23,13 +23,15 @@ from fedlora.tuning.peft_names import ending_of, from_peft
 from fedlora.tuning.targets import check_endings, of_ending
 
 _SETTINGS, _TENSORS, _HEAD = "adapter_config.json", "adapter_model.safetensors", Path("2_Dense", "model.safetensors")
+_CLASSES = "id2label.json"
 
 
 def read_adapter(folder: Path, tuning: Tuning, installed: Installed, start: Tree) -> Tree:
     """The initial values of trained parameters from an adapter of LoRA, whose function they compute at the start.
 
     With another scale the factor ``B`` is rescaled. A smaller rank is filled up: further rows of ``A`` start
-    as ``init`` draws them, further columns of ``B`` at zero. A head with other outputs is left out.
+    as ``init`` draws them, further columns of ``B`` at zero. A head with other outputs is left out; one with the same
+    classes in another order gets the order of the model's.
 
     Args:
         folder: with ``adapter_config.json``, or the folder of a finished run.
@@ -62,6 +64,7 @@ def read_adapter(folder: Path, tuning: Tuning, installed: Installed, start: Tree
         values[name] = value
     if not any(installed.schema[name].factor for name in values):
         raise ConfigError(f"{folder} holds no factors of LoRA, so there is nothing to start from: name another adapter")
+    values |= _in_order(values, start, installed, folder)
     fitted = {name: _fitted(name, value, start[name], installed, folder) for name, value in values.items()}
     return {name: value for name, value in fitted.items() if value is not None}
 
@@ -124,6 +127,38 @@ def _tensors(folder: Path) -> Tree:
         ) from error
     # a pooled classifier is exported as a module of sentence-transformers
     return tensors | {name.replace("linear.", "classifier."): value for name, value in head.items()}
+
+
+def _in_order(values: Tree, start: Tree, installed: Installed, folder: Path) -> Tree:
+    """The rows of a head in the order of the model's classes, where the adapter names its own; other ones are noted."""
+    wanted = list(getattr(getattr(installed.model, "config", None), "id2label", {}).values())
+    held = _classes(folder)
+    rows = {
+        name: value
+        for name, value in values.items()
+        if installed.schema[name].group == "head" and value.shape == start[name].shape and len(value) == len(wanted)
+    }
+    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(held))
+    if not rows or unnamed or held == wanted:
+        return {}
+    if sorted(held) != sorted(wanted):
+        note = f"the classifier in {folder} is of other classes ({', '.join(held[:3])}, ...): each class starts from "
+        installed.notes += (note + "the row of another one",)
+        return {}
+    places = [held.index(name) for name in wanted]
+    return {name: value[places] for name, value in rows.items()}
+
+
+def _classes(folder: Path) -> list[str]:
+    """The names of an adapter's classes, in the order of its rows; an empty list if it does not name them."""
+    file = folder / _CLASSES
+    if not file.is_file():
+        return []
+    try:
+        names = {int(number): str(name) for number, name in json.loads(file.read_text("utf-8")).items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} cannot be read ({first_line(error)}): fetch it again") from error
+    return [names[number] for number in sorted(names)]
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

@@ -36,8 +36,8 @@ def extract(pattern: str, text: str) -> str | None:
 
     Args:
         pattern: ``exact`` for the whole text without space around it; ``gsm8k`` for the first number after ``####``,
-            else the last number, without commas, a trailing dot or trailing zeros; or a regular expression whose one
-            group it is.
+            else the last number, without commas, a trailing dot or trailing zeros, with a zero before a leading dot;
+            or a regular expression whose one group it is.
         text: where to look.
 
     >>> extract("gsm8k", "so 2 * 600 = 1,200.\n#### 1,200"), extract("gsm8k", "It is $18.00."), extract("gsm8k", "?")
@@ -56,5 +56,5 @@ def extract(pattern: str, text: str) -> str | None:
 
 
 def _plain(number: str) -> str:
-    number = number.replace(",", "")
+    number = re.sub(r"^(-?)\.", r"\g<1>0.", number.replace(",", ""))
     return number.rstrip("0").rstrip(".") if "." in number else number

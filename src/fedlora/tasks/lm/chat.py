@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from jinja2.exceptions import TemplateError
@@ -14,6 +16,9 @@ from fedlora.tasks.models.loading import quiet_transformers
 
 Learn = Literal["all", "last"]
 """Which of the assistant's turns are used for training."""
+DAY = datetime(2024, 7, 26)
+"""What a chat template that reads the clock takes for now; Llama's write this day where there is no clock."""
+_CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
 
 
 def check_chat(tokenizer: Any, path: str) -> None:
@@ -24,7 +29,8 @@ def check_chat(tokenizer: Any, path: str) -> None:
         path: its model's path, for the message.
 
     Raises:
-        ConfigError: it has no chat template, or does not report the positions of tokens in the text.
+        ConfigError: it has no chat template, or one that reads the clock in a form that it computes, or does not report
+            the positions of tokens in the text.
     """
     if not tokenizer.chat_template:
         raise ConfigError(
@@ -35,6 +41,13 @@ def check_chat(tokenizer: Any, path: str) -> None:
         raise ConfigError(
             f'the tokenizer of {path!r} does not map its tokens to characters of a text, which task.template = "chat" '
             "needs: name a model with a tokenizer.json"
+        )
+    templates = tokenizer.chat_template
+    named = templates.values() if isinstance(templates, dict) else [templates]
+    if any("strftime_now(" in _dated(template) for template in named):
+        raise ConfigError(
+            f"the chat template of {path!r} reads the clock in a form that it computes, so that a run would have other "
+            "tokens on another day: write the form into the template as text, or the day"
         )
 
 
@@ -88,6 +101,18 @@ def chat_notes(tokenizer: Any, conversations: Sequence[Conversation]) -> list[st
     return notes
 
 
+def clock_notes(tokenizer: Any) -> list[str]:
+    """A sentence if a chat template writes the day, which would give other tokens on every one."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return []
+    return [f"the chat template writes the day: {DAY:%Y-%m-%d} is written on every day, so that runs can be repeated"]
+
+
+def _dated(template: str) -> str:
+    """A chat template with ``DAY`` in place of what the clock says."""
+    return _CLOCK.sub(lambda found: repr(DAY.strftime(found["form"])), template)
+
+
 def up_to_last_answer(messages: Sequence[Message]) -> list[Message]:
     """A conversation up to the assistant's last turn that is learnt; all of it if there is none."""
     turns = _answers(messages)
@@ -110,8 +135,9 @@ def render(tokenizer: Any, conversation: Conversation, where: str, answer_next: 
     messages = fitted(tokenizer.chat_template, own)
 
     def applied(given: list[Message]) -> str:
+        template = _dated(tokenizer.get_chat_template(tools=conversation.tools))
         text: str = tokenizer.apply_chat_template(
-            given, tools=conversation.tools, tokenize=False, add_generation_prompt=answer_next
+            given, tools=conversation.tools, chat_template=template, tokenize=False, add_generation_prompt=answer_next
         )
         return text
 

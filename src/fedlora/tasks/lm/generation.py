@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,18 +25,6 @@ def cut_left(tokens: Sequence[int], size: int, bos: int | None) -> list[int]:
         return list(tokens)
     head = list(tokens[:1]) if tokens[0] == bos and size > 1 else []
     return head + list(tokens[len(tokens) - size + len(head) :])
-
-
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "use_cache": True,
-}
-"""What a model's own generation settings would change otherwise."""
 
 
 def generate(
@@ -71,7 +60,6 @@ def generate(
         prompts = [cut_left(prompt, limit - max_new_tokens, tokenizer.bos_token_id) for prompt in prompts]
     stops = stop_tokens(model, tokenizer)
     settings = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
-        **_GREEDY,
         max_new_tokens=max_new_tokens,
         eos_token_id=stops or None,
         pad_token_id=tokenizer.pad_token_id,
@@ -83,7 +71,7 @@ def generate(
         gaps = [width - len(prompts[number]) for number in chosen]
         inputs = [[tokenizer.pad_token_id] * gap + list(prompts[n]) for gap, n in zip(gaps, chosen, strict=True)]
         mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
-        with quiet_transformers():
+        with quiet_transformers(), _settings(model, settings):
             found = model.generate(  # type: ignore[operator]
                 input_ids=torch.tensor(inputs, device=device),
                 attention_mask=torch.tensor(mask, device=device),
@@ -93,6 +81,18 @@ def generate(
             end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
             result[number] = tokens[:end]
     return result
+
+
+@contextlib.contextmanager
+def _settings(model: nn.Module, settings: Any) -> Iterator[None]:
+    """Puts ``settings`` in the place of the model's own, of which ``transformers`` would take all that they lack."""
+    inner: Any = next(one for one in model.modules() if isinstance(one, transformers.GenerationMixin))
+    own = inner.generation_config
+    inner.generation_config = settings
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def stop_tokens(model: nn.Module, tokenizer: Any) -> list[int]:

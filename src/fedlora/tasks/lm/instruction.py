@@ -21,6 +21,7 @@ from fedlora.tasks.lm.chat import (
     Learn,
     chat_notes,
     check_chat,
+    clock_notes,
     encode_chat,
     render,
     up_to_last_answer,
@@ -145,7 +146,7 @@ class Instruction(NextTokenTask):
 
         key = {
             "task": "instruction",
-            "form": 2,  # what the cache holds of older versions learns turns of weight 0
+            "form": 3,  # what the cache holds of older versions learns turns of weight 0, or has the day it was made on
             "template": self.template,
             "learn": self.learn,
             "max_length": size,
@@ -200,6 +201,7 @@ class PreparedInstruction(PreparedNextToken):
                         f"column '{name}' has no value in {count} of {len(rows)} {split} rows, where the template's "
                         f"{{{name}}} is left empty"
                     )
+        found += clock_notes(self.tokenizer) if self.settings.chat else []
         return (*found, *(chat_notes(self.tokenizer, conversations) if conversations else ()))
 
     def texts(self, split: Split) -> list[str]:

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from fedlora.tasks.models.complete import NOTES, check_complete, notes_on
 from fedlora.tasks.models.damage import check_digests, check_finite, damage, no_model
 from fedlora.tasks.models.heads import parameters_of, put_in_order
 from fedlora.tasks.models.objects import copy_of_tokenizer, forget_last_call, fresh_copy
-from fedlora.tasks.models.pooling import POOLER_FAMILIES, Pooling
+from fedlora.tasks.models.pooling import LAST_TOKEN_FAMILIES, POOLER_FAMILIES, Pooling
 from fedlora.tasks.models.rounded import is_stored_in_bfloat16, rounding
 from fedlora.tasks.models.staged import allow_no_mask
 from fedlora.tasks.models.vocabulary import check_vocabulary, has_tokenizer
@@ -101,13 +101,21 @@ def load_pretrained(
     return loaded, head_names(loaded, missing, fresh_head) | parameters_of(loaded, model.head)
 
 
-def pooling_of(model: Model) -> Pooling:
-    """The default pooling of a classifier: the mean, for families whose stock class reads a frozen pooler.
+def pooling_of(model: Model, asked: Literal["auto"] | Pooling) -> Pooling:
+    """What a classifier reads; by default the mean, for families whose stock class reads a frozen pooler or padding.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or its stock class reads padding.
     """
-    return "mean" if config_of(model).model_type in POOLER_FAMILIES else "model"
+    family = config_of(model).model_type
+    if asked == "auto":
+        return "mean" if family in POOLER_FAMILIES | LAST_TOKEN_FAMILIES else "model"
+    if asked == "model" and family in LAST_TOKEN_FAMILIES:
+        raise ConfigError(
+            f"task.pooling = 'model' has the class of {model.path!r} read the last token, which is padding in a batch, "
+            "so that a text's outputs would depend on the texts beside it: set task.pooling = 'mean'"
+        )
+    return asked
 
 
 def config_of(model: Model) -> Any:

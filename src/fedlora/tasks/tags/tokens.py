@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,12 +26,11 @@ from fedlora.tasks.models.shares import Shares, shares_of
 from fedlora.tasks.models.staged import LEARNT, learnt_places
 from fedlora.tasks.scores import ONE_CLASS
 from fedlora.tasks.tags.schemes import FORM, OUTSIDE, entity_tag, is_tag, mixed, scheme_of
-from fedlora.tasks.tags.words import Windows, cut
+from fedlora.tasks.tags.words import Windows, cut, words_of
 
 MASKED = -100
 """The label of a piece that is not scored."""
 
-_WORD = re.compile(r"\w+|[^\w\s]")
 _PLAIN = re.compile(r".+")
 _UNLABELLED = "no word of these examples gets a token, so nothing can be learnt or scored: "
 _UNLABELLED += "check the column 'tokens', or use larger batches"
@@ -297,12 +297,12 @@ class PreparedTokens(PreparedTokenized):
     def predict(self, model: nn.Module, inputs: list[str], device: torch.device) -> list[dict[str, Any]]:
         """See ``Prepared.predict``: ``{"entities": [...]}``, each with ``type``, ``text``, and where in the input.
 
-        Words are runs of letters and digits, and every other character that is no space. ``start`` and ``end`` count
-        characters from 0, ``end`` exclusive.
+        Words are runs of letters and digits, and every other character that is no space; or those of a JSON list, whose
+        text is the words with blanks between them. ``start`` and ``end`` count characters from 0, ``end`` exclusive.
         """
         if not inputs:
             return []
-        spans = [[match.span() for match in _WORD.finditer(text)] for text in inputs]
+        inputs, spans = map(list, zip(*(words_of(given) for given in inputs), strict=True))
         words = [[text[slice(*span)] for span in found] for text, found in zip(inputs, spans, strict=True)]
         windows = Windows.over(self._cut(words), Ragged.of([[0] * len(one) for one in words], np.int64))
         logits, places = self._logits(model, windows, windows.of(np.arange(len(inputs))), device)
@@ -321,11 +321,11 @@ class PreparedTokens(PreparedTokenized):
         return results
 
     def inputs_of(self, rows: Any, which: str) -> list[str]:
-        """See ``Prepared.inputs_of``: the column ``text``, or the words of ``tokens`` with blanks between them."""
+        """See ``Prepared.inputs_of``: the column ``text``, or the words of ``tokens`` as JSON lists."""
         if "text" in rows.column_names:
             return super().inputs_of(rows, which)
         check_rows(rows, ["tokens"], which)
-        return [" ".join(map(str, words)) for words in values_of(rows, "tokens")]
+        return [json.dumps([str(word) for word in words], ensure_ascii=False) for words in values_of(rows, "tokens")]
 
     def _inputs(self, windows: Windows, sequences: Positions) -> tuple[Batch, NDArray[np.int64]]:
         """Sequences padded to the longest, and the places of their pieces."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +16,8 @@ from fedlora.core.errors import ConfigError
 from fedlora.tasks.base import Positions
 from fedlora.tasks.models.encoded import Arrays, Ragged, ranges
 from fedlora.tasks.models.loading import quiet_transformers
+
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class Windows(NamedTuple):
@@ -99,6 +105,17 @@ def cut(examples: Sequence[Sequence[str]], tokenizer: Any, max_length: int, stri
         "places": Ragged.of(places).values,
         "examples": np.asarray(sequences, np.int64),
     }
+
+
+def words_of(given: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text of an input, and the characters that each of its words is."""
+    if given.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            words = json.loads(given)
+            if words and all(isinstance(word, str) for word in words):
+                ends = list(accumulate(len(word) + 1 for word in words))
+                return " ".join(words), [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
+    return given, [match.span() for match in _WORD.finditer(given)]
 
 
 def window_spans(length: int, room: int, stride: int) -> list[tuple[int, int]]:
