@@ -126,6 +126,15 @@ def test_results_are_written_one_row_in_a_line_and_read_back(tmp_path: Path) -> 
     assert "| lora | 0.610 ± 0.010 |" in shown.stdout
 
 
+@pytest.mark.parametrize("option", [["--only", "lora"], ["--budget", "1h"], ["--dry-run"], ["--out", "there"]])
+def test_options_for_runs_are_refused_where_there_are_only_results(tmp_path: Path, option: list[str]) -> None:
+    write(tmp_path / "results.json", results())
+    command = ["study", str(tmp_path / "results.json"), "--stage", "table", *option]
+    refused = CliRunner().invoke(app, command, standalone_mode=False)
+    assert isinstance(refused.exception, ConfigError)
+    assert f"{option[0]} is for runs" in str(refused.exception)
+
+
 def test_other_files_are_no_results(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("[]")
     with pytest.raises(ConfigError, match="no results of a study"):

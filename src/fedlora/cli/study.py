@@ -110,8 +110,8 @@ def study(
     from fedlora.study.tuning import seconds_of
 
     if file.suffix == ".json":
-        if stage is not Stage.table:
-            raise ConfigError(f"{file} holds results, not a study: add --stage table to print its tables")
+        of_runs = {"--jobs": jobs, "--budget": budget, "--only": only, "--out": out, "--dry-run": dry_run or None}
+        _check_only_read(file, stage, [option for option, value in of_runs.items() if value is not None])
         _write_figures(read(file), figures)
         print(FORMATS[table.value](read(file)))
         return
@@ -130,6 +130,16 @@ def study(
     for sentence in found["broken_gates"]:
         LOG.warning("warning: %s", sentence)
     LOG.info("all results: %s", folder / "results.json")
+
+
+def _check_only_read(file: Path, stage: Stage | None, options: list[str]) -> None:
+    if stage is not Stage.table:
+        raise ConfigError(f"{file} holds results, not a study: add --stage table to print its tables")
+    if options:
+        raise ConfigError(
+            f"{file} holds results, whose tables --stage table prints, and {options[0]} is for runs: leave it out, or name "
+            "the study's own file"
+        )
 
 
 def _write_figures(results: Mapping[str, Any], folder: Path | None) -> None:
