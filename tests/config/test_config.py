@@ -122,6 +122,13 @@ def test_a_byte_order_mark_before_toml_is_read_over(tmp_path: Path) -> None:
     assert config.load(tmp_path / "run.toml").seed == 3
 
 
+def test_no_label_puts_a_run_outside_its_folder() -> None:
+    for label in ("lora", "lora r/8", "../../x", "..\\x"):
+        folder = config.default_folder(config.parse({"label": label}))
+        assert folder.parent == Path("runs")
+        assert len(folder.parts) == 2
+
+
 def test_the_digest_does_not_hear_how_often_is_saved() -> None:
     assert config.digest(Experiment()) == config.digest(Experiment(checkpoint_every=7))
     assert config.digest(Experiment()) != config.digest(Experiment(seed=1))

@@ -151,7 +151,8 @@ def test_paths_of_a_base_lead_to_what_lies_beside_it(tmp_path: Path, monkeypatch
     write_rows(written(tmp_path / "shared" / "rows.jsonl", ""), make_rows(12, 0))
     (tmp_path / "shared" / "model").mkdir()
     written(tmp_path / "shared" / "base.toml", BASE + '[model]\npath = "model"\n')
-    written(tmp_path / "shared" / "more" / "further.toml", 'extends = "../base.toml"\ninit_from = "owner/name"\n')
+    further = 'extends = "../base.toml"\ninit_from = "owner/name"\n[method]\ndown = 1.0\n'
+    written(tmp_path / "shared" / "more" / "further.toml", further)
     file = written(tmp_path / "mine" / "run.toml", 'extends = "../shared/more/further.toml"\n')
     monkeypatch.chdir("/")
     experiment: Any = config.load(file)

@@ -88,9 +88,9 @@ def run_of(folder: Path) -> TrainedRun:
 
 def folder_of(experiment: Experiment, folder: Path | None) -> Path:
     """The folder of a run: the given one, or the default one derived from its settings."""
-    from fedlora.config import digest
+    from fedlora.config import default_folder
 
-    return folder or Path("runs") / f"{experiment.label}-{digest(experiment)}"
+    return folder or default_folder(experiment)
 
 
 def write_page(file: Path, page: str) -> None:

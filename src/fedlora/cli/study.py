@@ -61,12 +61,12 @@ def tune(
 ) -> None:
     """Find the best learning rates, or any settings, by successive halving on held-out training data."""
     from fedlora import study
-    from fedlora.config import document_of, load
+    from fedlora.config import document_of, folder_name, load
     from fedlora.study.space import parse_vary
     from fedlora.study.tuning import seconds_of
 
     document = document_of(config, set_ or [])
-    folder = out or Path("runs") / f"tune-{load(config, set_ or []).label}"
+    folder = out or Path("runs") / f"tune-{folder_name(load(config, set_ or []).label)}"
     found = study.tune(
         document,
         parse_vary(vary),
@@ -137,8 +137,8 @@ def _check_only_read(file: Path, stage: Stage | None, options: list[str]) -> Non
         raise ConfigError(f"{file} holds results, not a study: add --stage table to print its tables")
     if options:
         raise ConfigError(
-            f"{file} holds results, whose tables --stage table prints, and {options[0]} is for runs: leave it out, or name "
-            "the study's own file"
+            f"{file} holds results, whose tables --stage table prints, and {options[0]} is for runs: leave it out, "
+            "or name the study's own file"
         )
 
 

@@ -3,16 +3,28 @@
 Nothing in this package loads a model or trains.
 """
 
-from fedlora.config.experiment import Evaluate, Experiment, differences, digest, parse, resolved, to_toml
+from fedlora.config.experiment import (
+    Evaluate,
+    Experiment,
+    default_folder,
+    differences,
+    digest,
+    folder_name,
+    parse,
+    resolved,
+    to_toml,
+)
 from fedlora.config.reading import assign, document_of, load, override, toml_value
 
 __all__ = [
     "Evaluate",
     "Experiment",
     "assign",
+    "default_folder",
     "differences",
     "digest",
     "document_of",
+    "folder_name",
     "load",
     "override",
     "parse",

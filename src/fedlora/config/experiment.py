@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -173,6 +175,16 @@ def digest(experiment: Experiment) -> str:
     if experiment.deterministic:  # versions without the key had no other kernels on a CPU
         del values["deterministic"]
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def folder_name(label: str) -> str:
+    """A label as a part of a folder's name, so that no label leads elsewhere."""
+    return re.sub(r"[/\\]", "_", label)
+
+
+def default_folder(experiment: Experiment) -> Path:
+    """The folder of a run that is given none."""
+    return Path("runs") / f"{folder_name(experiment.label)}-{digest(experiment)}"
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -73,7 +73,7 @@ def run(
                 "the data are divided already: give the partitioner to fedlora.prepare, or leave data out"
             )
         check_prepared(experiment, data)
-    path = Path(folder) if folder is not None else Path("runs") / f"{experiment.label}-{config.digest(experiment)}"
+    path = Path(folder) if folder is not None else config.default_folder(experiment)
     return train(experiment, path, partitioner, callbacks, data, engine, until, held=False)
 
 
