@@ -246,13 +246,14 @@ def test_classes_whose_values_no_configuration_names_are_refused() -> None:
         Recipe(aggregator=Inner())
 
 
+@dataclasses.dataclass(frozen=True)
+class Same(strangers.Thousandths):
+    pass
+
+
 def test_a_format_of_ones_own_keeps_its_codes() -> None:
     with pytest.raises(ConfigError, match="formats of your own have codes from 128 to 255"):
         Link(precision=Taken())
-
-    @dataclasses.dataclass(frozen=True)
-    class Same(strangers.Thousandths):
-        pass
 
     with pytest.raises(ConfigError, match=r"Same and .*Thousandths have the code 200"):
         Link(precision=Same(), head_precision=strangers.Thousandths())

@@ -108,7 +108,7 @@ def test_a_first_message_of_zeros_is_short(world: Path) -> None:
 
 def test_a_run_from_an_adapter_sends_it_at_once(world: Path, tmp_path: Path) -> None:
     fedlora.run(experiment(world, "lora", rounds=1), tmp_path / "trained")
-    chosen = ("flasc", f"init_from='{tmp_path / 'trained'}'")
+    chosen = ("flasc", f"init_from='{tmp_path / 'trained'}'", "method.reference='zero'")
     result = fedlora.run(experiment(world, chosen[0], STEPS, *chosen[1:]), tmp_path / "run")
     assert told(world, *chosen, rounds=3) == pytest.approx(sent(result), rel=0.04)
     with pytest.raises(ConfigError, match="cannot be read: there is no such folder"):
