@@ -125,6 +125,21 @@ def test_runs_of_one_name_that_are_no_seeds_of_each_other_are_refused(world: Pat
         comparison(runs)
 
 
+def test_runs_on_different_rows_are_compared_with_a_warning(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "few.jsonl").write_text("".join((world / "test.jsonl").read_text().splitlines(keepends=True)[:-3]))
+    runs = [
+        as_dict(fedlora.run(experiment(world, method, *more, rounds=1), tmp_path / method))
+        for method, *more in (("lora",), ("flasc",), ("full", f"data.test='{tmp_path / 'few.jsonl'}'"))
+    ]
+    comparison(runs[:2])
+    assert "different rows" not in caplog.text
+    comparison(runs)
+    assert "lora and" in caplog.text
+    assert "full were trained or tested on different rows" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("made", "mend"),
     [

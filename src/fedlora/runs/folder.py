@@ -168,6 +168,8 @@ class RunFolder:
         except (OSError, ValueError) as error:
             if not self.path.is_dir():
                 mend = "there is no such folder"
+            elif isinstance(error, PermissionError):
+                mend = f"its {name} may not be read; allow it"
             elif (self.path / name).exists():
                 mend = f"its {name} is damaged; write it anew with: fedlora run {self.path}"
             elif (self.path / "config.toml").exists():

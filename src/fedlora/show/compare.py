@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from fedlora.config import differences
 from fedlora.core.errors import ConfigError
 from fedlora.core.network import Network, seconds_to
+from fedlora.core.progress import LOG
 from fedlora.runs.folder import RunFolder
 from fedlora.show.plain import csv_text, interval, paired, tabular
 from fedlora.show.report import human_bytes, human_seconds
@@ -56,6 +57,7 @@ def comparison(
         raise ConfigError(f"these runs have different main metrics, {' and '.join(judged)}; compare runs of one task")
     for label, group in groups.items():
         _check_seeds(label, group)
+    _warn_of_other_data(results)
     main = _metric(results, metric)
     rows = [_row(label, group, main, reached) for label, group in groups.items()]
     reference = next((row for row in rows if row["label"] == "lora"), rows[0])
@@ -140,6 +142,24 @@ def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
             )
         if one["seed"] in [earlier["seed"] for earlier in group[:number]]:
             raise ConfigError(f"two runs called {label!r} have the seed {one['seed']}: {apart}")
+
+
+def _warn_of_other_data(results: Sequence[Mapping[str, Any]]) -> None:
+    """Says so if not all runs read the same rows: neither their means nor their differences mean much."""
+    first = ("", "")
+    for one in results:
+        folder = RunFolder(Path(one["folder"]))
+        kept = (folder.path / "manifest.json").exists()
+        known = folder.read_json("manifest.json").get("data_fingerprint", "") if kept else ""
+        if first[0] and known and known != first[0]:
+            LOG.warning(
+                "warning: %s and %s were trained or tested on different rows, so their figures do not compare: run one "
+                "of them again on the other's data",
+                first[1],
+                folder.path,
+            )
+            return
+        first = first if first[0] else (known, str(folder.path))
 
 
 def _configuration(result: Mapping[str, Any]) -> dict[str, Any]:
