@@ -55,6 +55,25 @@ def test_another_reason(world: Path, tmp_path: Path) -> None:
         fedlora.run(experiment(world, "lora", still, rounds=1), tmp_path)
 
 
+def test_an_adapter_that_moved_before_and_stands_still_has_diverged(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def check(ready: Ready, trained: LocalResult, delta: Tree) -> tuple[str, ...]:
+        seen.append(ready.job.client)
+        return check_trained(ready, trained, delta) if len(seen) <= 3 else ("adapter",)
+
+    monkeypatch.setattr(turn, "check_trained", check)
+    rows = fedlora.run(experiment(world, "lora", rounds=2), tmp_path).rows
+    told = [text for text in rows[2].warnings if "did not move" in text]
+    assert len(told) == 1
+    assert told[0].endswith(
+        "it did before, so the model has probably diverged; lower the learning rates of clients and server (on "
+        "convolutions, to a tenth)"
+    )
+
+
 def test_one_client_that_does_not_move_stops_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,12 +174,18 @@ class Uplink:
         unmoved = [{*answer.reply.unmoved} for answer in self.counted if answer.report.get("steps", 1.0) > 0]
         for group in sorted(set.intersection(*unmoved)) if unmoved else ():
             still = f"all {len(unmoved)} clients of a round took steps and their {group} did not move"
+            left_out = self._why_left_out(group)
             if init and all(torch.equal(params[name], init[name]) for name in self._schema.names(group)):
-                raise TrainingError(f"{still}, so nothing would be learnt: {self._why_unmoved(group)}")
-            self.warnings.append(f"{still}: {self._why_unmoved(group)}")
+                reason = left_out or "check the targets, the learning rate and the number of labelled examples"
+                raise TrainingError(f"{still}, so nothing would be learnt: {reason}")
+            diverged = (
+                "it did before, so the model has probably diverged; lower the learning rates of clients and server (on "
+                "convolutions, to a tenth)"
+            )
+            self.warnings.append(f"{still}: {left_out or diverged}")
 
-    def _why_unmoved(self, group: str) -> str:
-        """The likely reason and its remedy."""
+    def _why_left_out(self, group: str) -> str:
+        """How the downlink stopped a group from moving, and the remedy; empty if it did not."""
         starts = [order.message.start for order in self._plan.orders]
 
         def left_out(part: str) -> bool:
@@ -196,7 +202,7 @@ class Uplink:
                 "the downlink's top-k left the whole adapter out, and no gradient passes through factors of zeros; "
                 "raise the density of down.sparsify, or set quota.B (of down.sparsify)"
             )
-        return "check the targets, the learning rate and the number of labelled examples"
+        return ""
 
     def _update(self, order: Order, answer: ClientResult, delta: Tree) -> Update:
         delta = self._recipe.privacy.clip(delta)  # quantization or an untrusted client may have exceeded the bound
