@@ -317,6 +317,22 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(
     assert_same(stopped, fedlora.run(experiment(world), tmp_path / "whole"))
 
 
+def test_a_checkpoint_that_the_disk_fails_to_read_is_kept(
+    world: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest, before, real = sorted((stopped / "checkpoints").iterdir())[-1], contents(stopped), Path.read_text
+
+    def read(path: Path, *args: str, **options: str) -> str:
+        if path == newest / "state.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    with pytest.raises(CheckpointError, match=r"may be intact: try again; if it fails again, remove that folder"):
+        fedlora.run(experiment(world), stopped)
+    assert contents(stopped) == before
+
+
 def test_without_a_checkpoint_that_can_be_read_a_run_is_refused_and_nothing_is_removed(
     world: Path, stopped: Path
 ) -> None:

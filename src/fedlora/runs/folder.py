@@ -284,7 +284,7 @@ class RunFolder:
         """Removes the newest checkpoints that cannot be read, as long as an older one can; a sentence for each.
 
         Raises:
-            CheckpointError: none can be read.
+            CheckpointError: none can be read, or the disk failed to read one, which may be intact.
         """
         found, errors = self.checkpoints, []
         for folder in reversed(found):
@@ -292,6 +292,13 @@ class RunFolder:
                 load_state(folder)
                 break
             except CheckpointError as error:
+                cause = error.__cause__
+                if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                    raise CheckpointError(
+                        f"the disk failed to read the checkpoint {folder} ({cause.strerror or cause}), which may be "
+                        "intact: try again; if it fails again, remove that folder to continue from the checkpoint "
+                        "before it"
+                    ) from error
                 errors.append(error)
         if found and len(errors) == len(found):
             raise errors[0]
