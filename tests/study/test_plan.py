@@ -122,6 +122,7 @@ def test_tables_of_another_kind_replace_and_others_merge() -> None:
     [
         ({"sedes": [0]}, "unknown key 'sedes', did you mean 'seeds'"),
         ({"seeds": [1, 1]}, "has a seed twice"),
+        ({"seeds": [0, -1]}, "seeds.1 = -1"),
         ({"methods": {}}, "methods = {}"),
         ({"methods": {"a/b": {"kind": "lora"}}}, "has to be usable as a folder name"),
         ({"report": {"reference": "nothing"}}, "report.reference = 'nothing' is not a method"),

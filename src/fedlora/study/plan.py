@@ -140,7 +140,7 @@ class Study:
     name: str
     base: Table
     methods: Annotated[dict[str, Table], Field(min_length=1)]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (0, 1, 2)
     vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = field(default_factory=dict)
     tune: Tuning = Tuning()
     lines: Lines = Lines()
