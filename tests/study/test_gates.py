@@ -6,6 +6,7 @@ import pytest
 
 from fedlora.core.errors import ConfigError
 from fedlora.study.gates import check, parse_rules, parse_target, parse_term
+from fedlora.study.results import figures
 
 VARY = {"clients.partition.alpha": [0.5, 0.01]}
 SETTINGS = {"alpha=0.5": {"clients.partition.alpha": 0.5}, "alpha=0.01": {"clients.partition.alpha": 0.01}}
@@ -36,6 +37,12 @@ def test_a_rule_is_about_every_setting_or_the_one_it_names() -> None:
 
 def test_what_is_not_there_yet_is_not_judged() -> None:
     assert broken("flasc-1.16 >= lora") == []
+
+
+def test_a_method_with_nothing_to_tune_is_judged_and_one_without_any_result_is_not() -> None:
+    row = {"method": "lora", "setting": "all", "done": True, "value": 0.8}
+    rows = [{**row, "best": {}}, {**row, "method": "full", "best": None, "value": None}]
+    assert figures({"tuning": rows}, "tune") == {("lora", "all"): 0.8}
 
 
 def test_the_ends_of_grids_are_named() -> None:

@@ -139,7 +139,9 @@ def figures(results: Mapping[str, Any], stage: str) -> Figures:
     """The main metric by method and setting: the best held-out one, or the mean over seeds on the test data."""
     if stage == "tune":
         return {
-            (row["method"], row["setting"]): row["value"] for row in results["tuning"] if row["done"] and row["best"]
+            (row["method"], row["setting"]): row["value"]
+            for row in results["tuning"]
+            if row["done"] and row["best"] is not None
         }
     groups: dict[Key, list[float]] = {}
     for row in results["rows"]:
