@@ -22,6 +22,7 @@ from fedlora.core.errors import ConfigError, TrainingError
 from fedlora.runs.experiment import Stopped
 from fedlora.study import GateError, parse_study, pool, run_study
 from fedlora.study.results import compact
+from fedlora.study.runner import Runner
 
 world = pytest.fixture(scope="module")(tiny_world)
 LINES = {"centralised": False, "local_only": {"set": {"num_local": 2}}}
@@ -169,6 +170,15 @@ def test_stages_and_methods_can_be_asked_for_alone(
     assert timeless(run_study(study, tmp_path / "study", stage="table")) == timeless(whole[1])
     with pytest.raises(ConfigError, match="no method 'nothing'"):
         run_study(study, tmp_path / "study", only=["nothing"])
+
+
+def test_what_another_command_finished_meanwhile_is_in_the_results(
+    world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    runner = Runner(parse_study(document(world)), tmp_path / "study", ["lora"])
+    assert runner.gather()["tuning"] == []
+    shutil.copytree(whole[0], tmp_path / "study", dirs_exist_ok=True)
+    assert timeless(runner.gather()) == timeless(whole[1])
 
 
 def test_a_gate_stops_before_the_final_runs(world: Path, whole: tuple[Path, dict[str, Any]]) -> None:

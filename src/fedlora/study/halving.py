@@ -151,6 +151,9 @@ class Halving(Source):
         name = f"{self.name} {_words(trial.values)}".strip()
         return Job(config.to_toml(trial.experiment), trial.folder, self.rungs[self._rung], name)
 
+    def put_back(self, job: Job) -> None:
+        self._waiting.insert(0, self._open.pop(job.folder))
+
     def record(self, job: Job, outcome: Outcome) -> None:
         if self._strict and outcome.cause == "refused":
             raise ConfigError(f"{job.name}: {outcome.failure}")

@@ -85,6 +85,10 @@ class Source(ABC):
         """The next job that can start now; None if there is none, or none yet."""
 
     @abstractmethod
+    def put_back(self, job: Job) -> None:
+        """Takes back a job that was not started, to be the next one."""
+
+    @abstractmethod
     def record(self, job: Job, outcome: Outcome) -> None:
         """Records the outcome of a finished job."""
 
@@ -212,14 +216,18 @@ class _Queue:
         if self._again:
             return self._again.pop()
         for source in self._sources:
+            late = []
             while job := source.take():
                 outcome = known(job)
                 if outcome is not None:
                     source.record(job, outcome)
                 elif self._deadline is not None and time.monotonic() >= self._deadline:
                     self.late = True  # others may be finished already
+                    late.append(job)
                 else:
                     return source, job
+            for job in reversed(late):
+                source.put_back(job)
         return None
 
     def lost(self, source: Source, job: Job) -> None:

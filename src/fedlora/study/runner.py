@@ -54,6 +54,9 @@ class Finals(Source):
     def take(self) -> Job | None:
         return self.jobs[self._waiting.pop(0)] if self._waiting else None
 
+    def put_back(self, job: Job) -> None:
+        self._waiting.insert(0, self._keys[job.folder])
+
     def record(self, job: Job, outcome: Outcome) -> None:
         self.outcomes[self._keys[job.folder]] = outcome
 
