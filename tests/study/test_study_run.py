@@ -81,6 +81,17 @@ def test_a_study_goes_on_from_its_results_alone(
     assert one == other
 
 
+def test_times_over_another_link_are_not_those_of_this_one(
+    world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "results.json").write_text((whole[0] / "results.json").read_text())
+    assert any("link_seconds" in row for row in whole[1]["rows"])
+    values = document(world, report={"target": 0.01, "link": "down=1Gbit,up=1Gbit"})
+    found = run_study(parse_study(values), tmp_path, stage="table")
+    assert not any("link_seconds" in row for row in found["rows"])
+    assert len(found["rows"]) == len(whole[1]["rows"])
+
+
 def test_a_study_without_some_of_its_results_runs_those_alone(
     world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,15 @@ def test_a_target_may_be_that_of_clients_in_isolation() -> None:
     assert summaries(found)[0].target == pytest.approx(0.9 * 0.72)
 
 
+def test_a_seed_without_times_is_not_one_that_did_not_reach_the_target() -> None:
+    found = results()
+    for row in found["rows"]:
+        if row["seed"] == 1:
+            del row["link_seconds"]
+    assert summaries(found)[1].times == {}
+    assert "not reached" not in markdown(found)
+
+
 def test_markdown() -> None:
     found = markdown(results())
     assert "**clients.partition.alpha = 0.5**" in found

@@ -8,10 +8,10 @@ from typing import Any
 
 from fedlora.runs.folder import RunFolder
 from fedlora.study.pool import remembered
-from fedlora.study.results import read
+from fedlora.study.results import read, rows_over
 
 
-def restore(folder: Path) -> None:
+def restore(folder: Path, link: str) -> None:
     """Restores the outcomes of missing runs from ``results.json``, each into a file next to the run's folder.
 
     Runs are identified by the digest of their configuration, so results of a different configuration are never used.
@@ -19,13 +19,14 @@ def restore(folder: Path) -> None:
 
     Args:
         folder: the study's folder.
+        link: the network of the study's report; times that were modelled over another one are left out.
     """
     if not (folder / "results.json").exists():
         return
     found = read(folder / "results.json")
     figures = {"main_metric": found["metric"], "higher_is_better": found["higher_is_better"]}
     runs: dict[Path, dict[str, Any]] = {}
-    for row in found["rows"]:
+    for row in rows_over(link, found):
         run = runs.setdefault(_place(folder, row), {"rows": [], "outcomes": {}, "failure": ""})
         run["rows"].append(row)
         if "test" in row:

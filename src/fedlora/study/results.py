@@ -150,6 +150,13 @@ def figures(results: Mapping[str, Any], stage: str) -> Figures:
     return {key: mean(values) for key, values in groups.items() if len(values) == len(results["seeds"])}
 
 
+def rows_over(link: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of earlier results, without times if those were modelled over another link."""
+    if results["link"] == link:
+        return list(results["rows"])
+    return [{key: value for key, value in row.items() if key != "link_seconds"} for row in results["rows"]]
+
+
 def write(path: Path, results: Mapping[str, Any]) -> None:
     """Writes the results atomically, one row per line."""
     lines = []

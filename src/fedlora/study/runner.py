@@ -279,7 +279,7 @@ class Runner:
         if not file.exists():
             return []
         rows, runs = [], dict[tuple[str, str, int], set[str]]()
-        for row in figures.read(file)["rows"]:
+        for row in figures.rows_over(self.study.report.link, figures.read(file)):
             label, name, seed = key = row["method"], row["setting"], row["seed"]
             halving = self.tunings.get((label, name))
             if row["stage"] != "final" or halving is None or (halving.done and halving.best):
@@ -332,7 +332,7 @@ def run_study(
         GateError: a gate does not hold.
         Stopped: the user interrupted; repeating the call resumes the study.
     """
-    restore(Path(folder))
+    restore(Path(folder), study.report.link)
     runner = Runner(study, Path(folder), only)
     processes, deadline = processes_for(jobs), deadline_of(budget)
     done = True

@@ -64,7 +64,9 @@ def summaries(results: Results) -> list[Summary]:
             if tests[label] or (label, name) in tuning:
                 ended = {seed: seeds[seed] for seed in tests[label]}
                 times = {seed: _time(rows, metric, target, sign) for seed, rows in ended.items()}
-                timed = target is not None and any("link_seconds" in row for rows in ended.values() for row in rows)
+                timed = target is not None and all(
+                    any("link_seconds" in row for row in rows) for rows in ended.values()
+                )
                 against = tests.get(results["reference"], {}) if label != results["reference"] else {}
                 last = [rows[-1] for rows in ended.values()]
                 down, up = (mean(row[way] for row in last) if last else None for way in ("down_bytes", "up_bytes"))
