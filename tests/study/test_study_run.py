@@ -81,6 +81,14 @@ def test_a_study_goes_on_from_its_results_alone(
     assert one == other
 
 
+def test_what_is_left_is_counted_from_results_alone(
+    world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "results.json").write_text((whole[0] / "results.json").read_text())
+    left = Runner(parse_study(document(world)), tmp_path).left()
+    assert left["tune"]["runs"] == left["final"]["runs"] == 0
+
+
 def test_times_over_another_link_are_not_those_of_this_one(
     world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -221,6 +221,7 @@ class Runner:
 
     def left(self) -> dict[str, Any]:
         """The remaining work: runs, rounds, and their duration estimated from earlier runs of the same method."""
+        restore(self.folder, self.study.report.link)
         execute([halving for halving in self.tunings.values() if not halving.done], 1, time.monotonic())
         jobs = self._jobs(guess=True)
         runs: dict[str, list[int]] = {"tune": [], "final": []}
