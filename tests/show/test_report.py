@@ -284,3 +284,17 @@ def test_latex_shows_each_character_of_a_label() -> None:
     written = comparison_latex(comparison([result(label, 0, 0.5)]))
     shown = r"a\_\{b\} \$5 \textasciicircum{}\textasciitilde{}\textbackslash{} 50\% \& \#1"
     assert f"\n{shown} & 0 &" in written
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("[a]", "{}[a]"),
+        ("*", "{}*"),
+        ("a*b", "a*b"),
+        ("<a|b>", r"\textless{}a\textbar{}b\textgreater{}"),
+        ("0.9 * full", r"0.9 $\times$ full"),
+    ],
+)
+def test_latex_takes_no_label_for_a_command(label: str, shown: str) -> None:
+    assert f"\n{shown} & 0 &" in comparison_latex(comparison([result("lora", 0, 0.5), result(label, 0, 0.5)]))

@@ -53,7 +53,9 @@ def tabular(blocks: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
         lines.append(r"\midrule")
         if title:
             lines.append(rf"\multicolumn{{{len(columns)}}}{{l}}{{{_tex(title)}}} \\")
-        lines += [" & ".join(map(_tex, row.values())) + r" \\" for row in block]
+        # a bracket or star that begins a row would be an argument of the command before it
+        cells = [" & ".join(map(_tex, row.values())) for row in block]
+        lines += [("{}" if row.startswith(("[", "*")) else "") + row + r" \\" for row in cells]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
@@ -64,10 +66,12 @@ _TEX = str.maketrans(
         "^": r"\textasciicircum{}",
         "~": r"\textasciitilde{}",
         "±": r"$\pm$",
-        "*": r"$\times$",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
     }
 )
 
 
 def _tex(text: str) -> str:
-    return text.translate(_TEX)
+    return text.translate(_TEX).replace(" * ", r" $\times$ ")
