@@ -80,6 +80,14 @@ def test_no_methods_are_no_line() -> None:
     assert found.labels == ["lora", "ffa"]
 
 
+def test_lines_are_tuned_by_keys_of_the_task_and_the_model() -> None:
+    vary = {"task.max_length": [32, 64], "model.train_head": [True, False], "server.lr": [0.1, 1.0], "down": [0.5, 1.0]}
+    assert parse_study(study(tune={"vary": vary})).varied("centralised_lora").keys() == {
+        "task.max_length",
+        "model.train_head",
+    }
+
+
 def test_lines_are_tuned_by_shared_keys_in_either_spelling() -> None:
     found = parse_study(study(tune={"vary": {"method.local.optimizer.lr": [0.1, 0.5], "method.server.lr": [0.1, 1.0]}}))
     assert found.varied("centralised_lora") == {"method.local.optimizer.lr": [0.1, 0.5]}

@@ -19,7 +19,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.recipe.modes import MODES
 from fedlora.study.halving import with_values
 
-_SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning")
+_SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning", "model", "task", "data")
 """First parts of the keys that have an effect in modes without communication."""
 _OF_RUNS = ("seed", "label")
 """Keys that a study sets for each run."""
