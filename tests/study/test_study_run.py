@@ -289,6 +289,19 @@ def test_without_anything_to_tune_only_the_final_runs_are_done(world: Path, tmp_
     assert {row["stage"] for row in found["rows"]} == {"final"}
 
 
+def test_runs_before_and_after_a_change_of_the_data_are_reported_with_a_warning(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = document(world, tune={}, seeds=[0], lines={"centralised": False, "local_only": False, "head_only": False})
+    values["base"]["data"]["test"] = str(tmp_path / "test.jsonl")
+    rows = (world / "test.jsonl").read_text().splitlines(keepends=True)
+    for seeds, kept in (([0], rows), ([0, 1], rows[:-3])):
+        assert "different rows" not in caplog.text
+        (tmp_path / "test.jsonl").write_text("".join(kept))
+        run_study(parse_study({**values, "seeds": seeds}), tmp_path / "study")
+    assert "were trained or tested on different rows" in caplog.text
+
+
 def test_a_spent_budget_begins_nothing(world: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     found = run_study(parse_study(document(world)), tmp_path / "study", budget=0.0, log=lines.append)

@@ -57,7 +57,7 @@ def comparison(
         raise ConfigError(f"these runs have different main metrics, {' and '.join(judged)}; compare runs of one task")
     for label, group in groups.items():
         _check_seeds(label, group)
-    _warn_of_other_data(results)
+    warn_of_other_data([Path(one["folder"]) for one in results])
     main = _metric(results, metric)
     rows = [_row(label, group, main, reached) for label, group in groups.items()]
     reference = next((row for row in rows if row["label"] == "lora"), rows[0])
@@ -144,11 +144,14 @@ def _check_seeds(label: str, group: Sequence[Mapping[str, Any]]) -> None:
             raise ConfigError(f"two runs called {label!r} have the seed {one['seed']}: {apart}")
 
 
-def _warn_of_other_data(results: Sequence[Mapping[str, Any]]) -> None:
-    """Says so if not all runs read the same rows: neither their means nor their differences mean much."""
+def warn_of_other_data(folders: Sequence[Path]) -> None:
+    """Warns if not all runs read the same rows: neither their means nor their differences mean much.
+
+    Args:
+        folders: the runs' folders; those without a manifest are left out.
+    """
     first = ("", "")
-    for one in results:
-        folder = RunFolder(Path(one["folder"]))
+    for folder in map(RunFolder, folders):
         kept = (folder.path / "manifest.json").exists()
         known = folder.read_json("manifest.json").get("data_fingerprint", "") if kept else ""
         if first[0] and known and known != first[0]:

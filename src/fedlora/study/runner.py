@@ -13,6 +13,7 @@ from fedlora import config
 from fedlora.core.errors import ConfigError
 from fedlora.core.network import parse_network
 from fedlora.recipe.modes import MODES
+from fedlora.show.compare import warn_of_other_data
 from fedlora.study import results as figures
 from fedlora.study.gates import GateError, check, parse_rules, parse_target
 from fedlora.study.halving import Halving, with_values
@@ -207,6 +208,13 @@ class Runner:
                 "the same command again"
             )
 
+    def check_data(self) -> None:
+        """Warns of trials, and of final runs, at one setting that read different rows, as after a change of files."""
+        for name in self._settings:
+            here = [halving for (_, at), halving in self.tunings.items() if at == name]
+            warn_of_other_data([trial.folder for halving in here for trial in halving.trials])
+            warn_of_other_data([job.folder for (_, at, _), (job, _) in self._jobs().items() if at == name])
+
     def stop_at_gates(self, found: dict[str, Any]) -> None:
         """Stops the study if a gate does not hold.
 
@@ -348,6 +356,7 @@ def run_study(
         found = runner.gather()
         runner.check_finals()
         runner.stop_at_gates(found)
+    runner.check_data()
     if not done:
         log("the budget was spent before the end; run the same command to resume")
     return found
