@@ -85,6 +85,17 @@ def test_of_losses_less_is_better() -> None:
     assert lora.target == -0.65
 
 
+def test_a_target_is_of_finished_runs_and_may_be_reached_at_the_start() -> None:
+    found = results()
+    found["rows"] = [row for row in found["rows"] if (row["method"], row["seed"], row["round"]) != ("full", 2, 10)]
+    assert summaries(found)[0].target == pytest.approx(0.9 * (0.70 + 0.71) / 2)
+    found["target"] = 0.1
+    for row in found["rows"]:
+        if not row["round"]:
+            del row["link_seconds"]  # as in a run over the network of its configuration
+    assert set(summaries(found)[0].times.values()) == {0.0}
+
+
 def test_a_target_may_be_that_of_clients_in_isolation() -> None:
     found = results()
     for row in found["rows"]:

@@ -95,7 +95,7 @@ def _target(results: Results, runs: Mapping[str, Seeds], metric: str, sign: int)
     term = parse_target(results["target"], results["labels"])
     if not term.label:
         return term.value(0.0)
-    curves = runs.get(term.label, {}).values()
+    curves = [rows for rows in runs.get(term.label, {}).values() if "test" in rows[-1]]
     best = [sign * max(sign * value for value in found) for rows in curves if (found := _curve(rows, metric))]
     return term.value(mean(best)) if best else None
 
@@ -109,8 +109,9 @@ def _curve(rows: Sequence[Mapping[str, Any]], metric: str) -> list[float]:
 def _time(rows: Sequence[Mapping[str, Any]], metric: str, target: float | None, sign: int) -> float | None:
     for row in rows:
         value = row["metrics"].get(metric)
-        if target is not None and value is not None and sign * value >= sign * target and "link_seconds" in row:
-            return float(row["link_seconds"])
+        passed = row.get("link_seconds", None if row["round"] else 0.0)
+        if target is not None and value is not None and sign * value >= sign * target and passed is not None:
+            return float(passed)
     return None
 
 
