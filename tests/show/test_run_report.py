@@ -238,3 +238,10 @@ def test_a_studys_results_are_drawn_for_each_setting() -> None:
     assert list(study_figures(results)) == [
         f"accuracy_by_{axis}_x_{number}" for number in (1, 2) for axis in ("bytes", "round")
     ]
+
+
+def test_nothing_is_drawn_against_bytes_where_none_were_sent() -> None:
+    row = {"stage": "final", "method": "centralised_a", "setting": "all", "seed": 0, "round": 2}
+    row |= {"down_bytes": 0, "up_bytes": 0, "metrics": {"accuracy": 0.3}, "test": {"accuracy": 0.3}}
+    results = {"metric": "accuracy", "higher_is_better": True, "labels": ["centralised_a"], "rows": [row]}
+    assert list(study_figures({**results, "settings": [{"name": "all"}]})) == ["accuracy_by_round_all"]

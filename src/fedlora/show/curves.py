@@ -134,7 +134,8 @@ def study_figures(results: Mapping[str, Any]) -> dict[str, Figure]:
     names = [str(setting["name"]) for setting in results["settings"]]
     for name, of in zip(names, file_names(names), strict=True):
         rows = [row for row in results["rows"] if row["stage"] == "final" and row["setting"] == name]
-        if points := _study_points(rows, results["labels"], metric):
+        points = _study_points(rows, results["labels"], metric)
+        if any(point.x > 0 for point in points):
             drawn[f"{metric}_by_bytes_{of}"] = frontier(points, metric, bool(results["higher_is_better"]))
         if lines := _study_lines(rows, results["labels"], metric):
             drawn[f"{metric}_by_round_{of}"] = curves(lines, "round", metric)
