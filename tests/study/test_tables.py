@@ -163,6 +163,20 @@ def test_other_files_are_no_results(tmp_path: Path) -> None:
         read(tmp_path / "nothing.json")
 
 
+def test_damaged_results_are_named_with_what_they_lack(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    found = results()
+    del found["failures"]
+    for text, expected in (
+        ('{"version": 1, "rows": [<<<<<<< HEAD', "damaged .Expecting value.*restore it; or remove it"),
+        (json.dumps(found), "damaged .there is no failures"),
+        (json.dumps({**results(), "rows": [{"stage": "final"}]}), r"damaged .there is no rows.method"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=expected):
+            read(path)
+
+
 def test_cells_of_a_markdown_table_stay_in_their_columns() -> None:
     """Whatever a value that was tuned contains; and large sizes have no exponent."""
     found = results()

@@ -17,6 +17,11 @@ from fedlora.study.halving import Halving
 from fedlora.study.pool import Job, Outcome, remembered
 
 VERSION = 1
+_KEYS = (
+    "metric", "higher_is_better", "labels", "seeds", "reference", "target", "link", "settings", "broken_gates",
+    "failures", "tuning", "rows",
+)  # fmt: skip
+_ROW_KEYS = ("stage", "method", "setting", "seed", "round", "metrics")
 Key = tuple[str, str]
 
 
@@ -173,14 +178,21 @@ def read(path: Path) -> dict[str, Any]:
     """Reads results written by ``write``.
 
     Raises:
-        ConfigError: there are none, or they are of another version.
+        ConfigError: there are none, they are damaged, or they are of another version.
     """
+    mend = "restore it; or remove it, and `fedlora study FILE.toml` writes it again from the runs beside it"
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(
             f"{path} holds no results of a study ({error}); `fedlora study FILE.toml` makes them"
         ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): {mend}") from error
     if not isinstance(found, dict) or found.get("version") != VERSION:
         raise ConfigError(f"{path} holds no results of a study that this version can read")
+    lacking = [key for key in _KEYS if key not in found]
+    lacking = lacking or [f"rows.{key}" for row in found["rows"] for key in _ROW_KEYS if key not in row]
+    if lacking:
+        raise ConfigError(f"{path} is damaged (there is no {lacking[0]}): {mend}")
     return found
