@@ -94,6 +94,12 @@ def test_the_noise_found_spends_the_target_and_no_more(sampled: SamplingScheme) 
     assert 1.98 < epsilon(((found, 50),), sampled, DELTA, "rdp") <= 2.0 + 1e-6
 
 
+@pytest.mark.parametrize("target", [50.0, 200.0])
+def test_the_noise_of_a_great_target_is_found_as_finely(target: float) -> None:
+    found = calibrate(target, 50, ALL, DELTA, "rdp")
+    assert 0.99 * target < epsilon(((found, 50),), ALL, DELTA, "rdp") <= target
+
+
 def phase(**privacy: Any) -> Phase:
     return Phase(recipe=Recipe(privacy=CentralGaussian(clip_norm=1.0, **privacy)), rounds=10)
 

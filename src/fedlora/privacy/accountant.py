@@ -90,7 +90,7 @@ def calibrate(target: float, rounds: int, sampled: SamplingScheme, delta: float,
                 target,
                 delta,
                 interval,
-                tol=1e-3 * target,
+                tol=1e-3 * min(1.0, target),  # of the multiplier, which is small where the target is great
             )
         except (ValueError, accounting.mechanism_calibration.NoBracketIntervalFoundError) as error:
             raise ConfigError(f"no noise was found for target_epsilon = {target:g}: {error}") from error
