@@ -300,6 +300,11 @@ def test_conll_is_read_as_sentences(tmp_path: Path) -> None:
         rows_of(tmp_path, "c.conll", "a\nb\n")
 
 
+def test_a_new_document_of_conll_ends_a_sentence(tmp_path: Path) -> None:
+    found = rows_of(tmp_path, "a.conll", "Ida B-PER\n-DOCSTART- O\nBo B-PER\n")
+    assert [row["tokens"] for row in found] == [["Ida"], ["Bo"]]
+
+
 # ---- several files and folders
 
 

@@ -51,11 +51,11 @@ def _sentences(file: Path, reading: Reading) -> Iterator[dict[str, Any]]:
     words: list[list[str]] = []
     for number, line in enumerate(read_lines(file, reading), 1):
         columns = _BLANKS.split(line.strip())
-        if columns == [""]:
+        if columns[0] in ("", "-DOCSTART-"):  # a new document ends a sentence too
             if words:
                 yield _sentence(words, width)
             words = []
-        elif columns[0] == "-DOCSTART-" or (not words and _is_comment(columns, width)):
+        elif not words and _is_comment(columns, width):
             continue
         elif len(columns) != (width := width or len(columns)) or width == 1:
             raise DataError(
