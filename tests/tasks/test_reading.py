@@ -315,6 +315,10 @@ def test_several_files_and_patterns_are_read_in_order(tmp_path: Path, monkeypatc
     assert Files(train=str(tmp_path / "part-*.jsonl")).load().train["text"][:] == ["1", "2", "10"]
     both = Files(train=(str(tmp_path / "more.json"), str(tmp_path / "part-0?.jsonl"))).load().train
     assert both.to_dict() == {"label": [0.5, 1.0, 2.0], "text": ["more", "1", "2"]}
+    with pytest.raises(DataError, match=r"'.*part-02.jsonl' is named twice, .*: name it once"):
+        Files(
+            train=(str(tmp_path / "part-*.jsonl"), str(tmp_path / "more.json"), str(tmp_path / "part-02.jsonl"))
+        ).load()
     with pytest.raises(DataError, match=r"no file is called '.*none-\*.csv'"):
         Files(train=str(tmp_path / "none-*.csv")).load()
     (tmp_path / "other.json").write_text('[{"text": "x"}]')

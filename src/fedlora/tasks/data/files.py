@@ -6,6 +6,7 @@ import difflib
 import glob
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,10 +38,16 @@ def read_rows(paths: str | Sequence[str], reading: Reading, split: str = "train"
         split: the split of a ``DatasetDict``.
 
     Raises:
-        DataError: there is no such file, it cannot be read, has no rows, or has other columns than the others.
+        DataError: there is no such file, it cannot be read, is named twice, has no rows, or has other columns than the
+            others.
     """
     given = [paths] if isinstance(paths, str) else paths
     files = [file for path in given for file in _matching(path)]
+    if twice := [file for file, count in Counter(file.absolute() for file in files).items() if count > 1]:
+        raise DataError(
+            f"'{twice[0]}' is named twice, by itself or by a pattern, and each of its rows would count twice: name it "
+            "once"
+        )
     parts = [(file, _rows_of(file, reading, split)) for file in files]
     return parts[0][1] if len(parts) == 1 else _joined(parts)
 
