@@ -235,6 +235,11 @@ def _deal(
 
 def _divide(clients: Clients, task: Prepared, classes: Classes, seed: int, partitioner: Partitioner | None) -> Division:
     if partitioner is not None:
+        if clients.test_clients:
+            raise ConfigError(
+                f"clients.test_clients = {clients.test_clients:g} holds natural clients out, and a partitioner makes "
+                "others in their place: set it to 0, or leave the partitioner out"
+            )
         return Division(from_partitioner(partitioner, task.table(), clients.allow_empty), None)
     if clients.partition.skewed and not classes.names:
         raise DataError(
