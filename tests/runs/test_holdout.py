@@ -258,6 +258,35 @@ def test_the_cost_of_rounds_that_cannot_be_is_not_told(world: Path, tmp_path: Pa
     assert isinstance(result.exception, ConfigError)
 
 
+def test_a_foreign_partitioner_holds_no_clients_out(world: Path) -> None:
+    class Whole:
+        dataset: Any = None
+        num_partitions = 1
+
+        def load_partition(self, partition_id: int) -> Any:
+            return self.dataset
+
+    overrides = (NATURAL, "clients.test_clients=0.34", "clients.per_round=1")
+    with pytest.raises(ConfigError, match=r"test_clients = 0\.34 holds natural clients out, and a partitioner"):
+        prepare(experiment(world, "lora", *overrides), Whole())
+
+
+def test_classes_that_held_out_clients_alone_have_are_said(world: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"w{n} red", "label": "red" if n % 2 else "blue", "user": f"u{n % 8}"} for n in range(32)]
+    alone = [{**row, "label": "grey"} if row["user"] == "u3" else row for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
+    paths = [f"data.{side}='{tmp_path / 'rows.jsonl'}'" for side in ("train", "test")]
+    chosen = ("lora", NATURAL, *paths, "clients.test_clients=0.25")
+    notes = {seed: " ".join(prepare(experiment(world, *chosen, f"seed={seed}")).notes) for seed in range(8)}
+    held = [
+        seed
+        for seed, text in notes.items()
+        if "4 of 8 test rows have a class that no client trains on ('grey')" in text
+    ]
+    assert held
+    assert not any("that no client trains on" in text for seed, text in notes.items() if seed not in held)
+
+
 def test_a_foreign_partitioners_clients_bound_a_round_too(world: Path) -> None:
     class Halves:
         dataset: Any = None

@@ -9,6 +9,7 @@ from fedlora.population.partitions import Rows
 from fedlora.population.skew import Column
 from fedlora.tasks import Prepared
 from fedlora.tasks.base import Split
+from fedlora.tasks.data.columns import class_names, values_of
 from fedlora.tasks.data.notes import contradictory, shared, unread
 
 
@@ -30,7 +31,26 @@ def data_notes(experiment: Experiment, task: Prepared, train: Rows, test: Rows, 
         *unread(task.columns("train"), known),
         *shared(_contents(task, test, split), learnt),
         *(contradictory(learnt, task.labels[train].tolist()) if learnt else ()),
+        *(_unseen(task, train, test) if split == "train" else ()),  # else the task has looked for such classes
     )
+
+
+def _unseen(task: Prepared, train: Rows, test: Rows) -> list[str]:
+    """A sentence about rows of clients held out for testing, of which no other client has a class."""
+    rows = task.data["train"]
+    if "label" not in rows.column_names or class_names(rows, "label") != task.label_names:
+        return []
+    labels = values_of(rows, "label")
+    classes = [{*label} if isinstance(label, list) else {label} for label in labels]
+    known = set().union(*(classes[row] for row in train))
+    unseen = [found for row in test if (found := classes[row] - known)]
+    if not unseen:
+        return []
+    names = [repr(task.label_names[number]) for number in sorted(set().union(*unseen))]
+    return [
+        f"{len(unseen)} of {len(test)} test rows have a class that no client trains on ({', '.join(names[:5])}), which "
+        "cannot be learnt: hold other clients out with another seed, or fewer"
+    ]
 
 
 def _contents(task: Prepared, rows: Rows, split: Split) -> list[str]:
