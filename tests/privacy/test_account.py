@@ -221,8 +221,9 @@ def test_a_run_ends_before_it_spends_more_than_its_budget(world: Path, tmp_path:
     assert 0 < len(result.rows) - 1 < 30
     assert (result.rows[-1].epsilon or 99) <= 3.0
     assert result.rows[-1].metrics
+    assert result.stopped == "another round would exceed privacy.max_epsilon = 3"
     again = fedlora.run(chosen, tmp_path / "run")
-    assert len(again.rows) == len(result.rows)
+    assert (len(again.rows), again.stopped) == (len(result.rows), result.stopped)
 
 
 def test_noise_in_some_phases_only_is_refused(world: Path) -> None:

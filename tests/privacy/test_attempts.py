@@ -154,6 +154,7 @@ def test_a_budget_that_interrupted_attempts_have_spent_ends_the_run_with_its_met
     Attempts(folder, chosen.phases).noised(2)
     found = fedlora.run(chosen, folder)
     assert found.rounds == 1 == len(rows) - 1
+    assert "would exceed privacy.max_epsilon" in found.stopped
     assert "accuracy" in found.after
 
 

@@ -218,9 +218,11 @@ class PrivacyBudget(NamedTuple):
         multipliers = [getattr(phase.recipe.privacy, "noise_multiplier", None) or 0.0 for phase in phases]
         return chosen(multipliers, self.sampled, self.accountant)
 
-    def exhausted(self, phases: Sequence[Phase], rounds: int, repeated: Sequence[int] = ()) -> bool:
-        """Whether one more round would exceed the budget; see ``spent``."""
-        return self.max_epsilon is not None and self.spent(phases, rounds + 1, repeated) > self.max_epsilon
+    def exhausted(self, phases: Sequence[Phase], rounds: int, repeated: Sequence[int] = ()) -> str:
+        """The reason why one more round would be one too many, empty if it would not; see ``spent``."""
+        if self.max_epsilon is None or self.spent(phases, rounds + 1, repeated) <= self.max_epsilon:
+            return ""
+        return f"another round would exceed privacy.max_epsilon = {self.max_epsilon:g}"
 
 
 def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[PrivacyBudget | None, tuple[Phase, ...]]:

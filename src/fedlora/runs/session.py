@@ -192,7 +192,7 @@ class Session:
             state, facts = self._next_phase()
         state, row = self._round(state)
         self._attempts.noised(state.round)
-        last = state.round == experiment.rounds or self._exhausted(state)
+        last = bool(spent := self._exhausted(state)) or state.round == experiment.rounds
         due = last or state.round == until or state.round % experiment.evaluate.every == 0
         metrics, warnings, seconds = self._evaluate_round(state, last) if due else ({}, (), 0.0)
         row = self._redacted(self._counted(row))
@@ -206,10 +206,10 @@ class Session:
             epsilon=self.budget.spent(self.phases, state.round, again) if self.budget else None,
             example_epsilon=example_epsilon(self.phases, cohorts, self._turns, self._secret),
             seconds={**row.seconds, "evaluate": seconds},
+            stopped=spent,
         )
         # asked after the last round too: it is a hook of every round
-        reason = self._reason(row)
-        if reason and not last:
+        if (reason := self._reason(row)) and not last:
             row = self._ended(state, row, reason)
         self._record(state, row)
         self._notes = ()
@@ -319,10 +319,11 @@ class Session:
     def _recipe(self, state: ServerState) -> Recipe:
         return self.phases[state.phase].recipe
 
-    def _exhausted(self, state: ServerState) -> bool:
-        """Whether the privacy budget permits no further round."""
-        again = self._attempts.rounds(state.round)
-        return self.budget is not None and self.budget.exhausted(self.phases, state.round, again)
+    def _exhausted(self, state: ServerState) -> str:
+        """Why the privacy budget permits no further round; empty if it does, and after the last one."""
+        if self.budget is None or state.round == self.experiment.rounds:
+            return ""
+        return self.budget.exhausted(self.phases, state.round, self._attempts.rounds(state.round))
 
     def _changes(self, round: int) -> tuple[str, ...]:
         """The changes of the configuration that were made after a round."""
@@ -391,7 +392,7 @@ class Session:
             seconds=seconds,
             rows=tuple(rows),
             adapter=adapter,
-            stopped=rows[-1].stopped,
+            stopped=rows[-1].stopped or (self._exhausted(self.state) if rows[-1] is self.rows[-1] else ""),
         )
 
 
