@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 import tomli_w
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fixtures.tiny import experiment
 
 from fedlora.core.errors import ConfigError
@@ -40,6 +42,38 @@ def test_keys_are_their_owner_s_alone(tmp_path: Path) -> None:
     loaded = SiteConfig.load(tmp_path / "fed" / "sites" / "clinic" / "site.toml")
     assert loaded.name == "clinic"
     assert folder.ServerConfig.load(tmp_path / "fed" / "server").rules == ServerPolicy(min_available=2)
+
+
+def test_keys_that_cannot_be_are_named(tmp_path: Path) -> None:
+    folder.init(tmp_path / "fed", ["clinic", "hospital"], "fl.example.org")
+    server = tmp_path / "fed" / "server"
+    config, file = folder.ServerConfig.load(server), server / "sites" / "hospital.pub"
+    other = serialization.PublicFormat.OpenSSH
+    ed25519 = Ed25519PrivateKey.generate().public_key().public_bytes(serialization.Encoding.OpenSSH, other)
+    for wrong in (b"", b"garbage", b"ssh-foo AAAA", ed25519, (tmp_path / "fed/sites/hospital/site.key").read_bytes()):
+        file.write_bytes(wrong)
+        with pytest.raises(ConfigError, match=r"hospital\.pub is not the public key of a site"):
+            folder.public_keys(server, config)
+    file.write_bytes((server / "sites" / "clinic.pub").read_bytes().strip() + b" me@here\n")
+    with pytest.raises(ConfigError, match="sites 'clinic' and 'hospital' have the same public key"):
+        folder.public_keys(server, config)
+    with pytest.raises(ConfigError, match="sites names a site twice"):
+        folder.ServerConfig(sites=("clinic", "hospital", "clinic"))
+
+
+def test_a_key_that_was_removed_cannot_come_back(tmp_path: Path) -> None:
+    from fedlora.federation.flower import runtime
+
+    place = tmp_path / "fed" / "server"
+    folder.init(tmp_path / "fed", ["clinic", "hospital"], "localhost", port=free_port())
+    config = folder.ServerConfig.load(place)
+    known = {name: runtime.key_of(key) for name, key in folder.public_keys(place, config).items()}
+    with serve.superlink(place, config.port, [], False) as link:
+        runtime.register(link, known)
+        runtime.register(link, known)
+        runtime.register(link, {"clinic": known["clinic"]})
+        with pytest.raises(ConfigError, match="the key of site 'hospital' was removed from this server earlier"):
+            runtime.register(link, known)
 
 
 @pytest.mark.parametrize("host", ["", "bad host", "x;evil", "*.example.org", "m\u00fcnchen.de", "https://x"])

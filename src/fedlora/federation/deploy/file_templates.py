@@ -87,8 +87,8 @@ On the server:
 On each site: `fedlora join {host}:{proxy_port} --site-config site.toml`, as its README says.
 
 To add a site: `ssh-keygen -t ecdsa -b 384 -N "" -f site.key` on the site, its public key as
-`server/sites/NAME.pub`, its name in `server/server.toml`. To remove one, delete its name there. Both need a
-restart of the server.
+`server/sites/NAME.pub`, its name in `server/server.toml`. To remove one, delete its name there, and lower
+`min_available`; its key is never accepted again. Both need a restart of the server.
 
 On one machine, all at once: `fedlora federation demo CONFIG.toml --sites 3`
 """

@@ -31,6 +31,9 @@ class ServerConfig:
         port: port of Flower's SuperLink, on the loopback interface only.
         sites: names of the sites.
         rules: quorum and timeouts.
+
+    Raises:
+        ConfigError: a site is named twice.
     """
 
     host: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "localhost"
@@ -38,6 +41,10 @@ class ServerConfig:
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     sites: Annotated[tuple[Name, ...], Field(min_length=1)]
     rules: ServerPolicy = field(default_factory=ServerPolicy)
+
+    def __post_init__(self) -> None:
+        if len(set(self.sites)) < len(self.sites):
+            raise ConfigError("sites names a site twice; name each once")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -61,9 +68,12 @@ def public_keys(folder: Path, config: ServerConfig) -> dict[str, bytes]:
     """The public key file of each site, by name.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: one is missing or of the wrong type, or two sites have the same.
     """
-    found = {}
+    from fedlora.federation.deploy import keys
+
+    found: dict[str, bytes] = {}
+    owners: dict[bytes, str] = {}
     for name in config.sites:
         file = folder / "sites" / f"{name}.pub"
         if not file.exists():
@@ -71,6 +81,15 @@ def public_keys(folder: Path, config: ServerConfig) -> dict[str, bytes]:
                 f"{file} does not exist; put the public key of site {name!r} there, or leave it out of sites"
             )
         found[name] = file.read_bytes()
+        try:
+            point = keys.public_point(found[name])
+        except ValueError as error:
+            raise ConfigError(
+                f"{file} is not the public key of a site ({error}); put the site's site.pub there, which "
+                "`fedlora federation init` or ssh-keygen -t ecdsa -b 384 writes"
+            ) from error
+        if (owner := owners.setdefault(point, name)) != name:
+            raise ConfigError(f"sites {owner!r} and {name!r} have the same public key; each needs a key of its own")
     return found
 
 

@@ -7,6 +7,7 @@ import ipaddress
 from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -69,6 +70,21 @@ def make_site() -> tuple[bytes, bytes]:
     )
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return private, public + b"\n"
+
+
+def public_point(public: bytes) -> bytes:
+    """What tells a site's public key from another's: its file without the comment.
+
+    Raises:
+        ValueError: it is not a public key of the type that sites have.
+    """
+    try:
+        key = serialization.load_ssh_public_key(public)
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ValueError("it is of another type than ECDSA")
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -49,7 +49,7 @@ def serve(
         callbacks: called during the run, and on events of sites.
 
     Raises:
-        ConfigError: the federation's files are missing, or Flower is not installed.
+        ConfigError: the federation's files are missing or contradict each other, or Flower is not installed.
         ProcessError: the SuperLink does not start.
         QuorumError: too few clients can be reached, or reply.
     """

@@ -39,7 +39,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from fedlora.core.errors import ProcessError
+from fedlora.core.errors import ConfigError, ProcessError
 from fedlora.federation.flower.uploads import believe
 
 believe(RuntimeHttpClient)
@@ -100,12 +100,21 @@ def register(link: Link, keys: dict[str, bytes]) -> None:
     Args:
         link: connection to the SuperLink.
         keys: keys as returned by ``key_of``, by name of the site.
+
+    Raises:
+        ConfigError: a key was removed earlier, and Flower never accepts such a key again.
     """
     control = _control(link)
     try:
         nodes = control.ListNodes(ListNodesRequest()).nodes_info
         known = {bytes(node.public_key): node.node_id for node in nodes if not node.unregistered_at}
+        removed = {bytes(node.public_key) for node in nodes} - known.keys()
         for name, key in keys.items():
+            if key in removed:
+                raise ConfigError(
+                    f"the key of site {name!r} was removed from this server earlier, and Flower does not accept it "
+                    "again; make a new one with ssh-keygen -t ecdsa -b 384"
+                )
             if key not in known:
                 control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
         for key in known.keys() - set(keys.values()) if keys else ():
