@@ -17,8 +17,9 @@ from fedlora.cli import main as cli
 from fedlora.config import parse
 from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy import flower_versions as versions
-from fedlora.federation.deploy import folder
+from fedlora.federation.deploy import folder, join
 from fedlora.federation.deploy.simulate import simulate
+from fedlora.federation.protocol.policies import SiteConfig
 
 from .conftest import needs_ray, processes_of
 
@@ -88,6 +89,19 @@ def test_serve_and_join_say_what_is_missing(root: Path, tmp_path: Path) -> None:
     done = fedlora_said("federation", "init", str(tmp_path / "fed"))
     assert done.returncode == 2
     assert "--sites 3" in done.stderr
+
+
+def test_rows_are_beside_the_name_of_the_site_s_file_also_if_it_is_a_link(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder.init(tmp_path / "fed", ["a"], "localhost")
+    place = tmp_path / "fed" / "sites" / "a"
+    (place / "site.toml").rename(tmp_path / "managed.toml")
+    (place / "site.toml").symlink_to(tmp_path / "managed.toml")
+    given: list[str] = []
+    monkeypatch.setattr(join, "_keep", lambda name, children, report: given.extend(children["the worker"].command))
+    join.join("localhost:1", place / "site.toml")
+    assert SiteConfig.load(Path(given[-1])).rows == str(place / "rows.jsonl")
 
 
 def test_a_federation_is_written_as_a_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

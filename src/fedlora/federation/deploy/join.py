@@ -65,7 +65,7 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
         home / "supernode",
     )  # fmt: skip
     worker = Child(
-        [sys.executable, "-m", "fedlora.federation.deploy.worker", inner, str(secret), str(file.resolve())],
+        [sys.executable, "-m", "fedlora.federation.deploy.worker", inner, str(secret), str(file.absolute())],
         home / "worker",
     )
     try:
