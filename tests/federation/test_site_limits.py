@@ -143,6 +143,18 @@ def test_work_that_ended_the_process_is_not_begun_again(tmp_path: Path, monkeypa
     Usage(tmp_path, limits).begin_work("u")
 
 
+def test_work_that_was_done_is_done_again_however_late_its_reply_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = shared_sites(tmp_path, 1, SitePolicy(max_seconds=60.0))["site-0"]
+    late = time.time() + 61
+    with site._limited(Envelope({"ticket": "t"}, {})):
+        pass
+    monkeypatch.setattr(time, "time", lambda: late)
+    with site._limited(Envelope({"ticket": "t"}, {})):
+        pass
+
+
 def test_a_run_on_sites_stops_at_their_limits_with_their_sentence(world: Path, tmp_path: Path) -> None:
     sites = shared_sites(tmp_path / "sites", 3, SitePolicy(max_rounds=2, max_seconds=600.0, max_megabytes_per_day=50.0))
     chosen = experiment(world, "head_only", "clients.per_round=9")

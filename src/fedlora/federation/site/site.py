@@ -100,8 +100,11 @@ class Site:
     @contextmanager
     def _limited(self, envelope: Envelope) -> Iterator[None]:
         self.usage.begin_work(str(envelope.head.get("ticket")))
-        with time_limit(self.settings.limits.max_seconds):
-            yield
+        try:
+            with time_limit(self.settings.limits.max_seconds):
+                yield
+        finally:  # not reached if the watchdog ends the process
+            self.usage.end_work()
 
     def _said(self, error: FedloraError) -> str:
         """The part of an error reported to the server: messages about data quote the data, and are not sent."""

@@ -125,6 +125,11 @@ class Usage:
             return
         self._write({**held, "work": [ticket, time.time()]})
 
+    def end_work(self) -> None:
+        """Notes that the message is done with: if its reply is lost, it comes again, however much later."""
+        if self._limits.max_seconds is not None:
+            self._write({**self._read(), "work": None})
+
     def _reached(self, what: str) -> str:
         return f"this site's limit of {what} is reached; its owner may raise it in site.toml"
 
