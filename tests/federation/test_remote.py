@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -491,6 +493,40 @@ def test_what_makes_no_sense_on_sites_is_refused(
     with pytest.raises(ConfigError, match=why):
         federate(sites_experiment(world, *overrides), tmp_path / "run", post, ServerPolicy(), names=list(post.homes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_server_does_not_wait_for_more_clients_than_there_are(world: Path, tmp_path: Path) -> None:
+    post = Post(own_sites(world, tmp_path))
+    with pytest.raises(ConfigError, match="min_available = 4 clients are waited for, but there are only 3"):
+        federate(
+            sites_experiment(world),
+            tmp_path / "run",
+            post,
+            ServerPolicy(min_available=4, round_timeout=0.5),
+            names=list(post.homes),
+        )
+
+
+def test_a_site_that_refused_is_asked_again_when_it_comes_back(world: Path, tmp_path: Path) -> None:
+    class Mended(Post):
+        """The owner of a site stops it, corrects its file, and starts it with the same key, so at the same address."""
+
+        stopped = 0.0
+
+        def sites(self) -> Mapping[str, int]:
+            if not self.stopped and any(b"is not accepted here" in (each or b"") for each in self.answers.values()):
+                self.stopped = time.monotonic()
+                self.away.add("site-0")
+            elif self.away and time.monotonic() > self.stopped + 0.3:
+                self.homes["site-0"] = shared_sites(tmp_path, 3)["site-0"]
+                self.away.clear()
+            return super().sites()
+
+    homes = shared_sites(tmp_path, 3)
+    homes["site-0"] = shared_sites(tmp_path, 3, SitePolicy(tunings=("full",)))["site-0"]
+    chosen = experiment(world, "lora", *FEW)
+    result = federate(chosen, tmp_path / "run", Mended(homes), ServerPolicy(min_available=3, round_timeout=5.0))
+    assert [row.refused for row in result.rows] == [{}] * len(result.rows)
 
 
 def test_rows_of_sites_cannot_be_trained_on_here(world: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fedlora.client.jobs import Job, Reply
 from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode
 from fedlora.config.places import located_model
-from fedlora.core.errors import DataError, QuorumError, TrainingError, WireError, plain
+from fedlora.core.errors import ConfigError, DataError, QuorumError, TrainingError, WireError, plain
 from fedlora.core.state import ClientState
 from fedlora.engines.base import Engine
 from fedlora.federation.protocol import envelopes
@@ -100,7 +100,7 @@ class Remote(Engine):
         self._numbers: Mapping[str, int] = {}
         self._clients = self._per_round = 0
         self._invited: dict[str, _Invited] = {}
-        self._refusals: dict[str, tuple[int, str]] = {}
+        self._refusals: dict[str, tuple[int | None, str]] = {}
         self._longest = 0.0
 
     @property
@@ -122,8 +122,14 @@ class Remote(Engine):
             numbers: the client number of each site, if sites have their own rows.
 
         Raises:
+            ConfigError: the policy waits for more clients than there are.
             QuorumError: too few clients connected within ``round_timeout`` seconds, or their sites refuse.
         """
+        if (least := self.rules.min_available or 0) > clients:
+            raise ConfigError(
+                f"min_available = {least} clients are waited for, but there are only {clients}; lower it in the rules "
+                "of server.toml"
+            )
         effective = in_mode(experiment)
         self._plain = plain_settings = PlainSettings(effective, task)
         self._opening = {
@@ -170,6 +176,9 @@ class Remote(Engine):
 
     def _invite(self, online: Mapping[str, int]) -> None:
         """Announces the run to sites that have not joined it; those that refused are asked again on reconnecting."""
+        # a site's address stays the same after a restart, so only its absence tells that it has reconnected
+        for name in self._refusals.keys() - online.keys():
+            self._refusals[name] = None, self._refusals[name][1]
         asked = {(one.name, one.address) for one in self._invited.values()}
         for name, address in online.items():
             if name in self.site_infos or (name, address) in asked or self._refusals.get(name, (None,))[0] == address:
