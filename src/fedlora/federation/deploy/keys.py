@@ -84,7 +84,8 @@ def public_point(public: bytes) -> bytes:
         raise ValueError(str(error)) from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ValueError("it is of another type than ECDSA")
-    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    point: bytes = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return point
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
