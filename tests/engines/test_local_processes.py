@@ -28,11 +28,11 @@ from fedlora.client.jobs import Job, Reply
 from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
 from fedlora.core.errors import ConfigError, TrainingError
+from fedlora.core.locks import LOCK
 from fedlora.core.tree import have_same_bits, unflatten
 from fedlora.engines import Processes, processes
 from fedlora.engines.processes import _placed
 from fedlora.population.clients import Population
-from fedlora.runs.folder import LOCK
 from fedlora.tasks.base import Positions
 
 world = pytest.fixture(scope="module")(tiny_world)

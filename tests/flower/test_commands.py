@@ -18,8 +18,11 @@ from fedlora.config import parse
 from fedlora.core.errors import ConfigError
 from fedlora.federation.deploy import flower_versions as versions
 from fedlora.federation.deploy import folder, join
+from fedlora.federation.deploy.serve import serve
 from fedlora.federation.deploy.simulate import simulate
 from fedlora.federation.protocol.policies import SiteConfig
+from fedlora.runs.callbacks import Callback
+from fedlora.runs.claim import held
 
 from .conftest import needs_ray, processes_of
 
@@ -102,6 +105,20 @@ def test_rows_are_beside_the_name_of_the_site_s_file_also_if_it_is_a_link(
     monkeypatch.setattr(join, "_keep", lambda name, children, report: given.extend(children["the worker"].command))
     join.join("localhost:1", place / "site.toml")
     assert SiteConfig.load(Path(given[-1])).rows == str(place / "rows.jsonl")
+
+
+def test_one_site_joins_once_and_one_server_serves_once(root: Path, tmp_path: Path) -> None:
+    folder.init(tmp_path / "fed", ["a"], "localhost")
+    place, quiet = tmp_path / "fed" / "sites" / "a", Callback()
+    with held(place / "state", "", quiet.message), pytest.raises(ConfigError, match="this site has joined already"):
+        join.join("localhost:1", place / "site.toml")
+    server = tmp_path / "fed" / "server"
+    with (
+        held(server / "superlink", "", quiet.message),
+        pytest.raises(ConfigError, match=r"in use by process .*; this federation's server is running"),
+    ):
+        serve(parse(document(root)), tmp_path / "run", server)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_federation_is_written_as_a_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ import fedlora
 from fedlora import config
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData
+from fedlora.core import locks
 from fedlora.core.errors import CallbackError, ConfigError, DataError, FedloraError
+from fedlora.core.locks import LOCK
 from fedlora.rounds.ledger import RoundRecord
-from fedlora.runs import claim
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.claim import claimed, look
 from fedlora.runs.experiment import Stopped
-from fedlora.runs.folder import LOCK, RunFolder
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.inference import load_run
 from fedlora.runs.trackers import TensorBoard
 from fedlora.show.compare import load_result
@@ -264,7 +265,7 @@ def test_a_process_that_was_killed_holds_nothing(world: Path, tmp_path: Path) ->
 def test_what_stands_in_a_lock_file_is_not_believed(
     world: Path, tmp_path: Path, record: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claim, "PAUSE", 0.001)
+    monkeypatch.setattr(locks, "PAUSE", 0.001)
     files = RunFolder(tmp_path)
     with (tmp_path / LOCK).open("wb") as file:
         file.write(record)
@@ -287,7 +288,7 @@ def test_a_lock_file_that_is_a_link_is_not_written_through(world: Path, tmp_path
 def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = claim._lock, []
+    original, calls = locks._lock, []
 
     def late(handle: int, shared: bool = False) -> bool | str:
         calls.append(1)
@@ -296,7 +297,7 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
             (tmp_path / "run").rmdir()
         return original(handle, shared)
 
-    monkeypatch.setattr(claim, "_lock", late)
+    monkeypatch.setattr(locks, "_lock", late)
     files = RunFolder(tmp_path / "run")
     with claimed(files, experiment(world)):
         assert len(calls) == 2
@@ -328,11 +329,11 @@ def test_without_locks_a_run_goes_on_and_says_so(world: Path, tmp_path: Path, mo
 
     told: list[str] = []
     names = {name: getattr(fcntl, name) for name in ("LOCK_SH", "LOCK_EX", "LOCK_NB")}
-    monkeypatch.setattr(claim, "fcntl", SimpleNamespace(flock=refused, **names))
+    monkeypatch.setattr(locks, "fcntl", SimpleNamespace(flock=refused, **names))
     result = fedlora.run(experiment(world), tmp_path / "run", callbacks=[Hears()])
     assert result.rounds == 3
     assert not (tmp_path / "run" / LOCK).exists()
-    monkeypatch.setattr(claim, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     fedlora.run(experiment(world), tmp_path / "run", callbacks=[Hears()])
     assert [text.replace(str(tmp_path), "") for text in told] == [
         f"/run cannot be locked ({reason}): nothing keeps a second process from writing to it, so start one at a time"

@@ -80,13 +80,14 @@ def test_from_python_the_working_folder_is_recorded(
     assert (run.experiment.root, run.notes) == (str(project), ())
 
 
-@pytest.mark.parametrize("train", [["t.jsonl", "t.jsonl"], "t*.jsonl", ["t.json[l]"]])
+@pytest.mark.parametrize("train", [["t.jsonl", "u.jsonl"], "t*.jsonl", ["t.json[l]"]])
 def test_several_files_and_patterns_are_found_from_elsewhere_too(
     project: Path, monkeypatch: pytest.MonkeyPatch, train: Any
 ) -> None:
     values = read(project / "run.toml")
     values["model"]["path"], values["data"]["train"] = "embedded", train
     (project / "several.toml").write_text(tomli_w.dumps(values))
+    shutil.copy(project / "t.jsonl", project / "u.jsonl")
     monkeypatch.chdir("/")
     chosen = fedlora.load(project / "several.toml")
     assert chosen.root == str(project)

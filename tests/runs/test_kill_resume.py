@@ -29,12 +29,13 @@ import fedlora
 from fedlora import config
 from fedlora.cli import main as cli
 from fedlora.core.errors import CheckpointError, ConfigError, DataError
+from fedlora.core.locks import LOCK
 from fedlora.rounds import checkpoint
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs import evaluation, session
 from fedlora.runs.callbacks import Callback
 from fedlora.runs.experiment import Stopped
-from fedlora.runs.folder import LOCK, RunFolder
+from fedlora.runs.folder import RunFolder
 from fedlora.runs.result import Result
 from fedlora.show import report
 from fedlora.tuning import export as adapters

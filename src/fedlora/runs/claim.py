@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import platform
-import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fedlora.config import Experiment
-from fedlora.core.errors import ConfigError
-from fedlora.runs.folder import LOCK, RunFolder, cannot_write
+from fedlora.core.locks import LOCK, check_free, locked
+from fedlora.runs.folder import RunFolder, cannot_write
 
-try:
-    import fcntl
-except ImportError:  # not available on every system
-    fcntl = None  # type: ignore[assignment]
-
-TRIES, PAUSE = 5, 0.1
-"""Number of attempts to take a lock, and seconds between them: another process may be probing or removing it."""
-_RECORD = re.compile(r"process \d{1,20} on [\w.-]{1,100} since [\d-]{10} [\d:]{8} [+-]\d{4}", re.ASCII)
+_REMEDY = "wait until that run has ended, stop it, or choose another folder with --out"
 
 
 def look(files: RunFolder, experiment: Experiment, extend: bool = True) -> None:
@@ -39,15 +28,7 @@ def look(files: RunFolder, experiment: Experiment, extend: bool = True) -> None:
         ConfigError: it contains something else, or another process is training in it.
     """
     files.check(experiment, extend)
-    try:
-        handle = _open(files.path, 0)
-    except OSError:  # usually there is none
-        return
-    try:
-        if _lock(handle, shared=True) is False:
-            raise _refusal(files.path, _record(handle))
-    finally:
-        os.close(handle)
+    check_free(files.path, _REMEDY)
 
 
 @contextmanager
@@ -71,22 +52,38 @@ def claimed(
         ConfigError: it contains something else, or another process is training in it.
         DataError: writing failed.
     """
-    made = [one for one in (files.path, *files.path.parents) if not os.path.lexists(one)]
+    with held(files.path, _REMEDY, tell):
+        files.tidy()
+        kept = set(files.path.iterdir())
+        try:
+            files.claim(experiment, extend)
+            yield
+        except BaseException:
+            if not files.begun:
+                _clear(files.path, kept)
+            raise
+
+
+@contextmanager
+def held(folder: Path, remedy: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock of a folder, see ``locked``; folders made for it are removed if they are empty at the end.
+
+    Raises:
+        ConfigError: another process holds it.
+        DataError: writing failed.
+    """
+    made = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
     try:
-        with _locked(files.path, tell):
-            files.tidy()
-            kept = set(files.path.iterdir())
+        with ExitStack() as stack:
             try:
-                files.claim(experiment, extend)
-                yield
-            except BaseException:
-                if not files.begun:
-                    _clear(files.path, kept)
-                raise
+                stack.enter_context(locked(folder, remedy, tell))
+            except OSError as error:
+                raise cannot_write(folder, error) from error
+            yield
     finally:
-        for folder in made:
+        for one in made:
             with suppress(OSError):  # usually the folder is not empty
-                folder.rmdir()
+                one.rmdir()
 
 
 def _clear(folder: Path, kept: set[Path]) -> None:
@@ -96,99 +93,3 @@ def _clear(folder: Path, kept: set[Path]) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
-    """Creates the folder if necessary, and holds an exclusive lock in it."""
-    try:
-        handle, reason = _acquire(folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
-    try:
-        if reason:
-            tell(
-                f"{folder} cannot be locked ({reason}): nothing keeps a second process from writing to it, so start "
-                "one at a time"
-            )
-        yield
-    finally:
-        # removed before it is unlocked: a process that has opened it by then detects this in _acquire
-        if _is_in(handle, folder):
-            with suppress(OSError):
-                (folder / LOCK).unlink()
-        os.close(handle)
-
-
-def _acquire(folder: Path) -> tuple[int, str]:
-    """The open lock file, with the holder recorded in it, and the reason if this system cannot lock it.
-
-    Raises:
-        ConfigError: another process holds it.
-        OSError: the file cannot be opened or created.
-    """
-    record = ""
-    for _ in range(TRIES):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = _open(folder, os.O_CREAT)
-        try:
-            taken = _lock(handle)
-            if taken is not False and _is_in(handle, folder):
-                _sign(handle)
-                return handle, taken if isinstance(taken, str) else ""
-            record = _record(handle)
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-        time.sleep(PAUSE)
-    raise _refusal(folder, record)
-
-
-def _open(folder: Path, flags: int) -> int:
-    # opened for writing too, as network file systems otherwise reject locks
-    return os.open(folder / LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | flags, 0o666)
-
-
-def _lock(handle: int, shared: bool = False) -> bool | str:
-    """Whether the lock was acquired, or the reason why locks are not supported."""
-    if fcntl is None:
-        return "this system has no flock"
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in (errno.EACCES, errno.EAGAIN) else error.strerror or str(error)
-    return True
-
-
-def _is_in(handle: int, folder: Path) -> bool:
-    """Whether an open lock file is still the one in the folder, not one that was removed or replaced."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.lstat(folder / LOCK))
-    except OSError:
-        return False
-
-
-def _sign(handle: int) -> None:
-    """Writes the holder of the lock and the time it was taken, for information only."""
-    host = re.sub(r"[^A-Za-z0-9_.-]", "-", platform.node())[:100] or "localhost"
-    since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    with suppress(OSError):  # the lock is held regardless
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {host} since {since}\n".encode())
-
-
-def _record(handle: int) -> str:
-    """The holder of the lock, if the file records it in the format written here."""
-    try:
-        found = _RECORD.match(os.read(handle, 300).decode("ascii", "replace"))
-    except OSError:
-        return ""
-    return found.group() if found else ""
-
-
-def _refusal(folder: Path, record: str) -> ConfigError:
-    return ConfigError(
-        f"{folder} is in use by {record or 'another process'}; wait until that run has ended, stop it, or choose "
-        "another folder with --out"
-    )

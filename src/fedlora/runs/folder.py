@@ -16,6 +16,7 @@ from fedlora.config.places import rooted
 from fedlora.core.digests import sealed, unsealed
 from fedlora.core.errors import CheckpointError, ConfigError, DataError, first_line
 from fedlora.core.files import append, clean, write_atomically
+from fedlora.core.locks import LOCK
 from fedlora.core.state import ServerState
 from fedlora.rounds.checkpoint import can_go_on, load_state, save_state
 from fedlora.rounds.ledger import RoundRecord
@@ -25,8 +26,6 @@ KEPT = 2
 """Number of checkpoints kept."""
 KEPT_OF_SITES = 5
 """Number of checkpoints kept if clients are not trusted, so that their effect can be undone."""
-LOCK = "run.lock"
-"""The file locked by the process that trains in a folder; not part of the run."""
 
 
 class RunFolder:

@@ -19,9 +19,13 @@ from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
 from fedlora.federation.deploy.processes import Child, free_port, quiet, stop_all, write_secret
 from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.runs.callbacks import Callback, CallbackList
+from fedlora.runs.claim import held
 
 FIRST_WAIT, LONGEST_WAIT = 2.0, 30.0
 """Seconds before a process that ended is restarted: the first, doubled each time up to the second."""
+_REMEDY = (
+    "this site has joined already; stop that one, or give each site a folder of its own as `state` in its site.toml"
+)
 
 
 def join(server: str, file: Path, callbacks: Sequence[Callback] = (), *, insecure: bool = False) -> None:
@@ -34,7 +38,8 @@ def join(server: str, file: Path, callbacks: Sequence[Callback] = (), *, insecur
         insecure: plain text without keys, on the loopback interface only.
 
     Raises:
-        ConfigError: the files are missing or readable by others, or plain text would leave this machine.
+        ConfigError: the files are missing or readable by others, plain text would leave this machine, or the site has
+            joined already.
         KeyboardInterrupt: the user interrupted; all processes have been stopped.
     """
     check_flower(PRIVATE)
@@ -53,12 +58,17 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
         raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
     settings = SiteConfig.load(file)
     trust = ["--insecure"] if insecure else _credentials(file.parent)
+    with held(Path(settings.state), _REMEDY, report.message):
+        _run(server, file, settings.name, str(settings.poll_seconds), trust, report)
+
+
+def _run(server: str, file: Path, name: str, poll_seconds: str, trust: list[str], report: Callback) -> None:
     home = Path(tempfile.mkdtemp(prefix="fedlora-site-"))
     secret = home / "secret"
     inner = f"127.0.0.1:{free_port()}"
     node = Child(
         [
-            sys.executable, "-m", "fedlora.federation.flower.supernode", str(settings.poll_seconds),
+            sys.executable, "-m", "fedlora.federation.flower.supernode", poll_seconds,
             "--superlink", server, *trust, "--isolation", "process",
             "--host", "127.0.0.1", "--port", inner.rpartition(":")[2], "--superexec-auth-secret-file", str(secret),
         ],
@@ -70,7 +80,7 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
     )
     try:
         write_secret(secret, secrets.token_bytes(32))
-        _keep(settings.name, {"the SuperNode": node, "the worker": worker}, report)
+        _keep(name, {"the SuperNode": node, "the worker": worker}, report)
     finally:
         # a second interrupt does not cut the shutdown short, so no process is left behind
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -78,7 +88,7 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
             signal.signal(number, signal.SIG_IGN)
         stop_all([node, worker])
         shutil.rmtree(home, ignore_errors=True)
-        report.message(f"{settings.name}: left")
+        report.message(f"{name}: left")
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -19,6 +19,7 @@ from fedlora.federation.deploy.processes import Child, quiet, wait_until_up, wri
 from fedlora.federation.protocol.policies import ServerPolicy
 from fedlora.federation.protocol.transport import Transport
 from fedlora.runs.callbacks import Callback, CallbackList
+from fedlora.runs.claim import held
 from fedlora.runs.result import Result
 from fedlora.tasks import Sites
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 RESTARTS = 5
 """Number of consecutive attempts to start a SuperLink that does not come up."""
+_REMEDY = "this federation's server is running; stop it, or make another federation for another run"
 
 
 def serve(
@@ -49,7 +51,8 @@ def serve(
         callbacks: called during the run, and on events of sites.
 
     Raises:
-        ConfigError: the federation's files are missing or contradict each other, or Flower is not installed.
+        ConfigError: the federation's files are missing or contradict each other, its server runs already, or Flower is
+            not installed.
         ProcessError: the SuperLink does not start.
         QuorumError: too few clients can be reached, or reply.
     """
@@ -59,8 +62,14 @@ def serve(
     if insecure and isinstance(experiment.data, Sites):
         raise ConfigError("without TLS sites cannot be identified; leave --insecure out")
     keys_of = {} if insecure else public_keys(federation, config)
-    rules = rules or config.rules
-    with superlink(federation, config.port, callbacks, insecure) as link, sites_of(link, keys_of) as transport:
+    rules, home = rules or config.rules, federation / "superlink"
+    home.mkdir(exist_ok=True, mode=0o700)
+    report = CallbackList(callbacks)
+    with (
+        held(home, _REMEDY, report.message),
+        superlink(federation, config.port, callbacks, insecure) as link,
+        sites_of(link, keys_of) as transport,
+    ):
         return federate(experiment, folder, transport, rules, names=config.sites, callbacks=callbacks)
 
 
