@@ -207,7 +207,7 @@ class Study:
         tuned = {"tune.vary": self.tune.vary}
         tuned |= {f"tune.methods.{label}.vary": found.vary for label, found in self.tune.methods.items()}
         lines = {name: _line(given) for name, given in vars(self.lines).items()}
-        tables: dict[str, Mapping[str, Any]] = {"vary": self.vary, **tuned}
+        tables: dict[str, Mapping[str, Any]] = {"base": self.base, "vary": self.vary, **tuned}
         tables |= {f"lines.{name}.set": line.set for name, line in lines.items() if line}
         for place, table in tables.items():
             if found := [key for key in table if key in _OF_RUNS]:
