@@ -305,6 +305,12 @@ def test_a_single_text_may_look_like_a_pair(run_folder: Path, tmp_path: Path) ->
         invoke("predict", run_folder, rows)
 
 
+def test_evaluate_refuses_pairs_where_the_run_was_on_single_texts(run_folder: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "pairs.jsonl", [{**row, "text_pair": "blue w2"} for row in make_rows(9, 1)])
+    with pytest.raises(DataError, match="was trained on single texts"):
+        invoke("evaluate", run_folder, "--data", rows)
+
+
 def test_predict_reads_a_file_of_texts(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "texts").write_text("w1 red\n\nblue w2 w3 w4\n")
     found = printed("predict", run_folder, tmp_path / "texts")

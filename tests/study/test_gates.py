@@ -21,8 +21,9 @@ FIGURES = {
 }
 
 
-def broken(*rules: str) -> list[str]:
-    return check(parse_rules(rules, LABELS, VARY), SETTINGS, FIGURES, {("lora", "alpha=0.5"): ["lr"]}, "test data")
+def broken(*rules: str, failed: dict[tuple[str, str], str] | None = None) -> list[str]:
+    ends = {("lora", "alpha=0.5"): ["lr"]}
+    return check(parse_rules(rules, LABELS, VARY), SETTINGS, FIGURES, ends, "test data", failed or {})
 
 
 def test_a_rule_is_about_every_setting_or_the_one_it_names() -> None:
@@ -37,6 +38,15 @@ def test_a_rule_is_about_every_setting_or_the_one_it_names() -> None:
 
 def test_what_is_not_there_yet_is_not_judged() -> None:
     assert broken("flasc-1.16 >= lora") == []
+
+
+def test_a_gate_on_a_method_that_failed_does_not_hold() -> None:
+    failed = {("flasc-1.16", "alpha=0.01"): "the loss is not finite"}
+    assert broken("flasc-1.16 >= lora", failed=failed) == [
+        "the gate 'flasc-1.16 >= lora' cannot be judged at alpha=0.01 on test data, as flasc-1.16 failed: the loss is "
+        "not finite"
+    ]
+    assert broken("flasc-1.16 >= lora at alpha = 0.5", "lora <= full", failed=failed) == []
 
 
 def test_a_method_with_nothing_to_tune_is_judged_and_one_without_any_result_is_not() -> None:

@@ -222,10 +222,29 @@ def test_runs_that_fail_are_recorded_and_stop_nothing(
         return real(experiment, folder, **named)
 
     monkeypatch.setattr(pool, "run", failing)
-    found = run_study(parse_study(document(world, lines={"centralised": False, "local_only": False})), tmp_path / "s")
+    few = document(world, lines={"centralised": False, "local_only": False})
+    found = run_study(parse_study(few), tmp_path / "s")
     reasons = [(one["stage"], one["method"], one["reason"]) for one in found["failures"]]
     assert reasons == [("tune", "head_only", "KeyError: 'a slip'"), ("final", "lora", "the loss is not finite")]
     assert len([row for row in found["rows"] if "test" in row]) == 1
+    for rule, where in (("lora >= head_only", "held-out"), ("lora >= 0", "test")):
+        with pytest.raises(GateError, match=f"cannot be judged on {where} data, as"):
+            run_study(parse_study({**few, "gates": {"rules": [rule]}}), tmp_path / "s")
+
+
+def test_a_damaged_record_of_a_trial_is_named_with_what_mends_it(
+    world: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(whole[0], folder)
+    (folder / "results.json").unlink()
+    damaged = sorted((folder / "tune").rglob("rungs.json"))[0]
+    damaged.write_text("{")
+    study = parse_study(document(world))
+    with pytest.raises(ConfigError, match=rf"rungs\.json is damaged.*remove the folder {damaged.parent}"):
+        run_study(study, folder)
+    shutil.rmtree(damaged.parent)
+    assert timeless(run_study(study, folder)) == timeless(whole[1])
 
 
 @pytest.mark.parametrize(("tune", "expected"), [({}, "no final run has a result"), (None, "no trial has a result")])

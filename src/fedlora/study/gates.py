@@ -144,6 +144,7 @@ def check(
     figures: Figures,
     ends: Mapping[tuple[str, str], Sequence[str]],
     where: str,
+    failed: Mapping[tuple[str, str], str],
 ) -> list[str]:
     """The gates that do not hold, one sentence each; gates whose figures are not available yet are skipped.
 
@@ -153,6 +154,7 @@ def check(
         figures: the metrics reached.
         ends: the tuned keys whose best value is at an end of the range tried, by method and setting.
         where: the data the figures refer to, for the sentences.
+        failed: why there is no figure where runs failed, by method and setting; a gate on one of these does not hold.
     """
     broken = []
     for rule in rules:
@@ -165,7 +167,12 @@ def check(
             continue
         for name, setting in settings.items():
             wanted = [(label, name) for label in rule.labels]
-            if any(setting.get(key) != value for key, value in rule.at) or any(one not in figures for one in wanted):
+            if any(setting.get(key) != value for key, value in rule.at):
+                continue
+            if lost := [one for one in wanted if one in failed]:
+                why = f"{lost[0][0]} failed: {failed[lost[0]]}"
+                broken.append(f"the gate {rule.text!r} cannot be judged{_at(name)} on {where}, as {why}")
+            if any(one not in figures for one in wanted):
                 continue
             left, right = (term.value(figures.get((term.label, name), 0.0)) for term in (rule.left, rule.right))
             if not _COMPARE[rule.compare](left, right):

@@ -22,7 +22,7 @@ import torch
 from fedlora import config
 from fedlora.config import Experiment
 from fedlora.config.federated_data import FederatedData, in_mode, prepare
-from fedlora.core.errors import FedloraError, TrainingError
+from fedlora.core.errors import ConfigError, FedloraError, TrainingError
 from fedlora.core.interrupts import worker_signals
 from fedlora.runs.experiment import Stopped, run
 from fedlora.runs.folder import RunFolder
@@ -99,7 +99,7 @@ def known(job: Job) -> Outcome | None:
     name = "result.json" if job.until is None else _RUNGS
     held, failure = None, ""
     if (files.path / name).exists():
-        found = files.read_json(name)
+        found = files.read_json(name) if job.until is None else _rungs(files)
         held = found if job.until is None else found.get(str(job.until))
     if not held and kept.exists():  # a remembered run that goes on has only its later rungs in its folder
         found = RunFolder(kept.parent).read_json(kept.name)
@@ -137,9 +137,25 @@ def perform(job: Job) -> Outcome:
         return Outcome({}, failure=f"{type(error).__name__}: {error}", cause="fault")
     if job.until is not None:
         figures = {key: vars(result)[key] for key in ("after", "main_metric", "higher_is_better", "seconds")}
-        held = files.read_json(_RUNGS) if (files.path / _RUNGS).exists() else {}
+        held = _rungs(files) if (files.path / _RUNGS).exists() else {}
         files.write_json(_RUNGS, {**held, str(job.until): figures})
     return Outcome(result.after, result.main_metric, result.higher_is_better, seconds=result.seconds)
+
+
+def _rungs(files: RunFolder) -> dict[str, Any]:
+    """The outcomes of a trial by its rounds.
+
+    Raises:
+        ConfigError: they are damaged.
+    """
+    try:
+        return files.read_json(_RUNGS)
+    except ConfigError as error:
+        file = files.path / _RUNGS
+        raise ConfigError(
+            f"{file} is damaged or may not be read: restore it, or remove the folder {files.path}, and the same "
+            "command runs this trial again"
+        ) from error
 
 
 def drop_checkpoints(folder: Path) -> None:

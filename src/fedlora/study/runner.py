@@ -173,8 +173,12 @@ class Runner:
     def broken(self, found: dict[str, Any]) -> list[str]:
         """The gates that do not hold, on held-out data and on test data."""
         ends = {(row["method"], row["setting"]): row["ends"] for row in found["tuning"] if row["done"]}
-        tuned = check(self._rules, self._settings, figures.figures(found, "tune"), ends, "held-out data")
-        return tuned + check(self._rules, self._settings, figures.figures(found, "final"), {}, "test data")
+        tune, final = (
+            {(one["method"], one["setting"]): one["reason"] for one in found["failures"] if one["stage"] == stage}
+            for stage in ("tune", "final")
+        )
+        tuned = check(self._rules, self._settings, figures.figures(found, "tune"), ends, "held-out data", tune)
+        return tuned + check(self._rules, self._settings, figures.figures(found, "final"), {}, "test data", final)
 
     def check_tuned(self, log: Log) -> None:
         """Checks that there are tuned values to run with every seed, and names the methods that have none.

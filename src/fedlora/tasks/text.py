@@ -19,6 +19,7 @@ from fedlora.tasks.base import Batch, Compute, Data, Evaluation, Model, Position
 from fedlora.tasks.data.columns import Source, Splits, check_rows, check_texts, fingerprint, split, values_of
 from fedlora.tasks.data.labels import given_twice, known_labels, label_table, labelled, seldom
 from fedlora.tasks.data.notes import blank
+from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.data.tokenized import PreparedTokenized, TokenizedTask
 from fedlora.tasks.models.encoded import Arrays, Ragged, by_length, cached, chunks
 from fedlora.tasks.models.loading import class_settings, config_of, load_pretrained, pooling_of, positions
@@ -138,6 +139,13 @@ class PreparedText(PreparedTokenized):
         empty = (note for name, rows in self.data.items() for note in blank(values_of(rows, "text"), name, "text"))
         return (*super().notes, *empty, *given_twice(self.data), *seldom(self.data, self.settings.problem, self._names))
 
+    def with_rows(
+        self, path: Path, columns: Mapping[str, str], split: Split = "test", reading: Reading | None = None
+    ) -> Prepared:
+        found = super().with_rows(path, columns, split, reading)
+        self._check_pairs(found.pairs, split)
+        return found
+
     def texts(self, split: Split) -> list[str]:
         parts = [values_of(self._data[split], name) for name in _texts(self._data[split])]
         return [" ".join(row) for row in zip(*parts, strict=True)]
@@ -239,15 +247,18 @@ class PreparedText(PreparedTokenized):
     def inputs_of(self, rows: Any, which: str) -> list[str]:
         """See ``Prepared.inputs_of``: texts, or pairs where there is a column ``text_pair``."""
         names = _texts(rows)
-        if len(names) == 2 and not self.pairs:
-            raise DataError(
-                f"the {which} rows have a column 'text_pair', but this run was trained on single texts: remove or "
-                "rename the column"
-            )
+        self._check_pairs(len(names) == 2, which)
         check_rows(rows, names, which)
         check_texts(rows, names, which)
         texts = [values_of(rows, name) for name in names]
         return texts[0] if len(names) == 1 else [json.dumps(pair) for pair in zip(*texts, strict=True)]
+
+    def _check_pairs(self, pairs: bool, which: str) -> None:
+        if pairs and not self.pairs:
+            raise DataError(
+                f"the {which} rows have a column 'text_pair', but this run was trained on single texts: remove or "
+                "rename the column"
+            )
 
     def save_head(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         if self._pooling != "model":
