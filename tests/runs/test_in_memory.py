@@ -172,6 +172,14 @@ def test_rows_by_client_make_natural_clients_of_these_names(form: str, world: Pa
     assert over(world, rows).clients.partition.kind == "iid"
 
 
+@pytest.mark.parametrize(("other", "common"), [("int32", "int64"), ("uint8", "int64"), ("float32", "float64")])
+def test_numbers_of_clients_get_one_type(other: str, common: str, capfd: pytest.CaptureFixture[str]) -> None:
+    frame = pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]})
+    held = fedlora.Rows(train={"x": frame, "y": frame.astype({"label": other})}).train.value
+    assert (held.features["label"].dtype, held["label"]) == (common, [0, 1, 0, 1])
+    assert capfd.readouterr().err == ""
+
+
 def test_rows_by_client_without_test_rows_are_held_out_by_content(world: Path, tmp_path: Path) -> None:
     values = document(world, "flasc", rounds=2)
     del values["clients"]["partition"]

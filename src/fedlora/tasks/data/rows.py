@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import model_validator
 
 from fedlora.core.component import MODEL_CONFIG, Fraction, dataclass
@@ -14,11 +16,13 @@ from fedlora.core.errors import DataError, first_line, shown
 from fedlora.core.handed import Handed, HandedField, with_keywords
 from fedlora.core.later import datasets
 from fedlora.tasks.data.columns import Raw, Source, fingerprint, rename
+from fedlora.tasks.data.files import quiet
 
 CLIENT = "fedlora: client"
 """The column that names each row's client if rows were passed in by client."""
 
 _MARK = "rows:"
+_NUMBER = re.compile(r"u?int\d+|float\d+")
 _SPLITS = {"train", "test", "validation", "valid", "dev"}
 _FORMS = "a datasets.Dataset, a pandas.DataFrame, a list of dicts, or a mapping of clients to these"
 
@@ -111,7 +115,8 @@ def _handed(given: Any, label: str, which: str) -> Handed:
             'fedlora.Files(train=...), kind = "files"'
         )
     by_client = isinstance(given, Mapping)
-    rows = _of_clients(given, label, which) if by_client else _table(given, label, f"the {which} rows")
+    with quiet():
+        rows = _of_clients(given, label, which) if by_client else _table(given, label, f"the {which} rows")
     return Handed(_MARK + fingerprint(rows), rows)
 
 
@@ -136,7 +141,7 @@ def _of_clients(given: Mapping[Any, Any], label: str, which: str) -> datasets.Da
     else:
         tables = [_table(rows, label, f"the {which} rows of client {name!r}") for name, rows in given.items()]
         try:
-            one = datasets.concatenate_datasets(tables)
+            one = datasets.concatenate_datasets(_promoted(tables))
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"the clients' {which} rows do not make one table ({first_line(error)}), but the same columns "
@@ -149,6 +154,17 @@ def _of_clients(given: Mapping[Any, Any], label: str, which: str) -> datasets.Da
         return one
     owners = [name for name, size in zip(names, sizes, strict=True) for _ in range(size)]
     return one.add_column(CLIENT, owners)
+
+
+def _promoted(tables: list[datasets.Dataset]) -> list[datasets.Dataset]:
+    """The tables with their columns of numbers in one type, as pandas and NumPy promote them."""
+    for name in tables[0].column_names:
+        kinds = [table.features.get(name) for table in tables]
+        types = {kind.dtype for kind in kinds if isinstance(kind, datasets.Value) and _NUMBER.fullmatch(kind.dtype)}
+        if len(types) > 1 and all(type(kind) is datasets.Value for kind in kinds):
+            common = datasets.Value(str(np.result_type(*types)))
+            tables = [table.cast_column(name, common) for table in tables]
+    return tables
 
 
 def _table(given: Any, label: str, what: str) -> datasets.Dataset:
