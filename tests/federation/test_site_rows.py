@@ -17,6 +17,7 @@ from fedlora.core.errors import QuorumError
 from fedlora.federation.deploy.federate import federate
 from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig, parse_as
 from fedlora.federation.server import remote
+from fedlora.federation.site.local_paths import without_paths
 from fedlora.federation.site.site import Site
 
 world = pytest.fixture(scope="module")(tiny_world)
@@ -85,3 +86,37 @@ def test_a_site_names_the_format_of_its_file(world: Path, tmp_path: Path) -> Non
     post = one_site(world, tmp_path, file, format="csv", delimiter=";")
     federate(chosen(world), tmp_path / "run", post, ServerPolicy(), names=["clinic"])
     assert json.loads((tmp_path / "run" / "federation.json").read_text())["sites"]["clinic"][0] == 12
+
+
+@pytest.mark.parametrize("broken", ["usage.json", "bert"])
+def test_a_refusal_names_no_path_of_the_site(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    home = tmp_path / "Ann Lee"
+    settings: dict[str, Any] = {"limits": {"max_runs": 1}}
+    (home / "state").mkdir(parents=True)
+    if broken == "bert":
+        settings["model"] = {"path": str(home / "models" / "bert")}
+    else:
+        (home / "state" / broken).write_text("{")
+    post = one_site(world, home, write_rows(tmp_path / "rows.jsonl", make_rows(12, 0)), **settings)
+    with pytest.raises(QuorumError, match=broken):
+        federate(chosen(world), tmp_path / "run", post, ServerPolicy(round_timeout=0.2), names=["clinic"])
+    (sent,) = [answer for answer in post.answers.values() if answer]
+    assert str(tmp_path).encode() not in sent
+    assert b"Lee" not in sent
+    assert str(home) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("No such file: '/a b/c d.txt'", "No such file: 'c d.txt'"),
+        ('"/a/b/" is empty, ~/x/y. is not, nor ../z/w', '"b" is empty, y. is not, nor w'),
+        ("cannot import name x from y (/usr/lib/y.py)", "cannot import name x from y (y.py)"),
+        ("/my data/site/state/x cannot be read", "x cannot be read"),
+        ("org/model and https://hub.org/x/y, </s>, and/or, 20 MB/s, a / b", None),
+    ],
+)
+def test_paths_are_told_from_other_slashes(text: str, sent: str | None) -> None:
+    assert without_paths(text, [Path("/my data/site")]) == (text if sent is None else sent)

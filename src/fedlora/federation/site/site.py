@@ -27,6 +27,7 @@ from fedlora.core.state import ClientState
 from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.envelopes import Envelope
 from fedlora.federation.protocol.policies import SiteConfig
+from fedlora.federation.site.local_paths import without_paths
 from fedlora.federation.site.memory import SiteMemory
 from fedlora.federation.site.usage import Usage
 from fedlora.federation.site.watchdog import time_limit
@@ -107,10 +108,13 @@ class Site:
             self.usage.end_work()
 
     def _said(self, error: FedloraError) -> str:
-        """The part of an error reported to the server: messages about data quote the data, and are not sent."""
+        """The part of an error reported to the server: neither messages about data, which quote it, nor paths here."""
         logging.getLogger("fedlora").warning("%s: %s", type(error).__name__, error)
-        text = "its rows do not fit the task; see its own log" if isinstance(error, DataError) else error
-        return f"{self.settings.name}: {text}"
+        if isinstance(error, DataError):
+            return f"{self.settings.name}: its rows do not fit the task; see its own log"
+        model = self.settings.model.path if self.settings.model else None
+        given = (self.settings.state, self.settings.rows, model)
+        return f"{self.settings.name}: {without_paths(str(error), [Path(each).parent for each in given if each])}"
 
     def _log_notes(self, task: Prepared) -> None:
         """Logs here what a run of the site's owner would have in its ledger; it quotes the data, and is not sent."""
