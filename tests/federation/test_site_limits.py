@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -198,6 +199,27 @@ def test_the_site_file_that_init_writes_has_limits_switched_on(tmp_path: Path) -
 
 
 # ---- messages
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        envelopes.write({"kind": "probe", "ticket": "t" * 600_000}, {}),
+        envelopes.write({"kind": "open", "ticket": "t", "more": "m" * 600_000}, {}),
+        envelopes.write({"kind": "job", "ticket": "t", "more": "m" * 600_000}, {}),
+        envelopes.write({"kind": "other" * 120_000}, {}),
+        b"garbage" * 90_000,
+    ],
+)
+def test_each_message_counts_whatever_it_holds(tmp_path: Path, raw: bytes) -> None:
+    site = shared_sites(tmp_path, 1, SitePolicy(max_megabytes_per_day=1.0))["site-0"]
+    for _ in range(2):
+        with contextlib.suppress(WireError):
+            site.answer(raw)
+    opening = envelopes.write({"kind": "open", "run": "0" * 8, "ticket": "t"}, {})
+    assert "max_megabytes_per_day = 1 MB is reached" in envelopes.read(site.answer(opening)).head["refused"]
+    probe = envelopes.write({"kind": "probe", "ticket": "t"}, {})
+    assert envelopes.read(site.answer(probe)).head == {"kind": "probed"}
 
 
 def twice(raw: bytes) -> bytes:

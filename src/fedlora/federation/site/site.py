@@ -68,10 +68,11 @@ class Site:
             WireError: it cannot be read, so there is nothing to reply to.
         """
         received = time.perf_counter()
+        refusal = self._count(len(raw))
         envelope = envelopes.read(raw)
         kind = envelope.head.get("kind")
         if kind == "open":
-            return self._open(envelope, len(raw))
+            return self._open(envelope, len(raw), refusal)
         if kind == "probe":  # any reply suffices
             return envelopes.write({"kind": "probed"}, {})
         if kind != "job":
@@ -79,9 +80,10 @@ class Site:
                 f"a message of the unknown kind {str(kind)[:40]!r} arrived; use one version of fedlora everywhere"
             )
         try:
+            if refusal:
+                raise refusal
             envelopes.check_keys(envelope, "job")
             self.settings.limits.check_settings(envelope.head)
-            self.usage.add_bytes(len(raw))
             job = envelopes.to_job(envelope)
         except (WireError, ConfigError, CheckpointError) as error:
             return envelopes.of_reply(Reply(None, ClientState(), 0.0, self._said(error), delivered=False), envelope)
@@ -97,6 +99,14 @@ class Site:
         if not disclosure_of(job.recipe).timing:
             reply = reply._replace(seconds=0.0)
         return envelopes.of_reply(reply, envelope, lost)
+
+    def _count(self, size: int) -> FedloraError | None:
+        """Counts a message, whatever it holds; returns why there is no work for it."""
+        try:
+            self.usage.add_bytes(size)
+        except (ConfigError, CheckpointError) as error:
+            return error
+        return None
 
     @contextmanager
     def _limited(self, envelope: Envelope) -> Iterator[None]:
@@ -121,13 +131,14 @@ class Site:
         for note in (*task.notes, *unread(task.columns("train"), task.reads)) if self.settings.rows else ():
             logging.getLogger("fedlora").warning("%s: %s", self.settings.rows, note)
 
-    def _open(self, envelope: Envelope, size: int) -> bytes:
+    def _open(self, envelope: Envelope, size: int, refusal: FedloraError | None) -> bytes:
         head = envelope.head
         opened: dict[str, Any] = {"kind": "opened", "tier": self.settings.tier, "refused": ""}
         opened |= {key: head.get(key) for key in ("run", "ticket")}
         try:
+            if refusal:
+                raise refusal
             envelopes.check_keys(envelope, "open")
-            self.usage.add_bytes(size)
             if why := self.settings.limits.too_large(size):
                 raise ConfigError(why)
             with self._limited(envelope):
