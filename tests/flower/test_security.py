@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import ssl
 import stat
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 import tomli_w
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fixtures.fake_transport import Told
 from fixtures.tiny import experiment
 
 from fedlora.core.errors import ConfigError
-from fedlora.federation.deploy import folder, join, keys, serve
+from fedlora.federation.deploy import certificates, folder, join, keys, serve
 from fedlora.federation.deploy.processes import Child, free_port, write_secret
 from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig
 
@@ -99,6 +101,51 @@ def test_a_certificate_is_for_the_host_and_signed_by_the_authority(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     wrong = [part.replace("fl.example.org", "evil.example.org") for part in command]
     assert subprocess.run([*wrong, str(tmp_path / "fed/server/server.pem")], capture_output=True).returncode != 0
+
+
+def test_certificates_are_renewed_before_they_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, told = tmp_path / "fed", Told()
+    server, site = place / "server", place / "sites" / "a" / "ca.crt"
+    monkeypatch.setattr(keys, "YEARS", 20 / 365)
+    folder.init(place, ["a"], "fl.example.org")
+    certificates.check_dates([server / "server.pem", site], told)
+    assert len(told.messages) == 2
+    assert all("fedlora federation renew" in message for message in told.messages)
+    kept = {file: file.read_bytes() for file in place.rglob("*") if file.suffix in (".key", ".pub", ".toml")}
+    shutil.copytree(place, tmp_path / "old")
+    monkeypatch.undo()
+    done = subprocess.run(
+        [sys.executable, "-m", "fedlora", "federation", "renew", str(place)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"copy {server / 'server.pem'} and {server / 'ca.crt'} into the server's folder" in done.stdout
+    assert kept == {file: file.read_bytes() for file in kept}
+    certificates.check_dates([server / "server.pem", server / "ca.crt", site], told)
+    assert len(told.messages) == 2
+    for ca in (tmp_path / "old/server/ca.crt", site):
+        for certificate in (tmp_path / "old/server/server.pem", server / "server.pem"):
+            verify = ["openssl", "verify", "-CAfile", str(ca), "-verify_hostname", "fl.example.org", str(certificate)]
+            assert subprocess.run(verify, capture_output=True).returncode == 0
+
+
+def test_certificates_that_have_ended_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "fed"
+    monkeypatch.setattr(keys, "YEARS", -0.5 / 365)
+    folder.init(place, ["a"], "localhost")
+    ended = "ended on .*, so no site can connect; `fedlora federation renew"
+    with pytest.raises(ConfigError, match=rf"sites/a/ca\.crt {ended}"):
+        join.join("localhost:1", place / "sites" / "a" / "site.toml")
+    with pytest.raises(ConfigError, match=rf"server/ca\.crt {ended}"):
+        serve.serve(experiment(tmp_path), tmp_path / "run", place / "server")
+    (place / "sites" / "a" / "ca.crt").write_text("")
+    with pytest.raises(ConfigError, match="is not a certificate that can be read"):
+        join.join("localhost:1", place / "sites" / "a" / "site.toml")
+    for wrong in ("server/server.pem", "authority/ca.key"):
+        (place / wrong).write_text("")
+        with pytest.raises(ConfigError, match=r"cannot be renewed .* if that key is lost, make a new federation"):
+            certificates.renew(place)
+    with pytest.raises(ConfigError, match=r"cannot be renewed .*name the folder that"):
+        certificates.renew(tmp_path / "other")
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:

@@ -63,6 +63,15 @@ def init(
     OUT.print(f"written to {folder}; {folder / 'README.md'} has the next steps", markup=False, soft_wrap=True)
 
 
+@federation.command("renew")
+def renew(folder: Annotated[Path, typer.Argument(help="The folder that `fedlora federation init` wrote.")]) -> None:
+    """Sign new certificates before the old ones end, after two years; keys stay the same."""
+    from fedlora.federation.deploy.certificates import renew as write
+
+    for line in write(folder):
+        OUT.print(line, markup=False, soft_wrap=True)
+
+
 @federation.command("demo")
 def demo(
     config: ConfigPath,

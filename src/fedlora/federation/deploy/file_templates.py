@@ -72,7 +72,7 @@ README = """\
 
 | folder | owner | contents |
 | --- | --- | --- |
-| `authority/` | you; keep it offline | key that signs certificates; needed again only for a new server certificate |
+| `authority/` | you; keep it offline | key that signs certificates; needed again to renew them |
 | `server/` | the server | certificate, keys of sites, `server.toml`, `nginx.conf` |
 | `sites/NAME/` | one site each; transfer it privately | key, certificate to trust, `site.toml`, a README |
 
@@ -89,6 +89,9 @@ On each site: `fedlora join {host}:{proxy_port} --site-config site.toml`, as its
 To add a site: `ssh-keygen -t ecdsa -b 384 -N "" -f site.key` on the site, its public key as
 `server/sites/NAME.pub`, its name in `server/server.toml`. To remove one, delete its name there, and lower
 `min_available`; its key is never accepted again. Both need a restart of the server.
+
+Certificates last two years; `serve` and `join` warn 30 days before. `fedlora federation renew .` in this folder signs
+new ones and says where they are copied.
 
 On one machine, all at once: `fedlora federation demo CONFIG.toml --sites 3`
 """

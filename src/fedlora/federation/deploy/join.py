@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.interrupts import sigterm_as_ctrl_c
+from fedlora.federation.deploy.certificates import check_dates
 from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
 from fedlora.federation.deploy.processes import Child, free_port, quiet, stop_all, write_secret
 from fedlora.federation.protocol.policies import SiteConfig
@@ -38,8 +39,8 @@ def join(server: str, file: Path, callbacks: Sequence[Callback] = (), *, insecur
         insecure: plain text without keys, on the loopback interface only.
 
     Raises:
-        ConfigError: the files are missing or readable by others, plain text would leave this machine, or the site has
-            joined already.
+        ConfigError: the files are missing or readable by others, the certificate has ended, plain text would leave
+            this machine, or the site has joined already.
         KeyboardInterrupt: the user interrupted; all processes have been stopped.
     """
     check_flower(PRIVATE)
@@ -57,7 +58,7 @@ def _work(server: str, file: Path, report: Callback, insecure: bool) -> None:
     if insecure and not _is_loopback(host):
         raise ConfigError(f"--insecure sends everything in plain text, and {host} is another machine; leave it out")
     settings = SiteConfig.load(file)
-    trust = ["--insecure"] if insecure else _credentials(file.parent)
+    trust = ["--insecure"] if insecure else _credentials(file.parent, report)
     with held(Path(settings.state), _REMEDY, report.message):
         _run(server, file, settings.name, str(settings.poll_seconds), trust, report)
 
@@ -122,11 +123,11 @@ def _keep(name: str, children: dict[str, Child], report: Callback) -> None:
         time.sleep(0.2)
 
 
-def _credentials(folder: Path) -> list[str]:
+def _credentials(folder: Path, report: Callback) -> list[str]:
     """Arguments for TLS and the site's key.
 
     Raises:
-        ConfigError: a file is missing, or others can read the key.
+        ConfigError: a file is missing, the certificate has ended, or others can read the key.
     """
     ca, key = folder / "ca.crt", folder / "site.key"
     for each in (ca, key):
@@ -136,6 +137,7 @@ def _credentials(folder: Path) -> list[str]:
         raise ConfigError(
             f"{key} can be read by other users; chmod 600 it, and ask for a new key if it may have been read"
         )
+    check_dates([ca], report)
     return ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
 
 

@@ -10,6 +10,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 YEARS = 2
@@ -26,9 +27,13 @@ class Authority(NamedTuple):
     certificate: x509.Certificate
 
 
-def make_authority() -> Authority:
-    """Creates a new certificate authority."""
-    key = ec.generate_private_key(ec.SECP384R1())
+def make_authority(key: ec.EllipticCurvePrivateKey | None = None) -> Authority:
+    """Creates a certificate authority.
+
+    Args:
+        key: its key; by default a new one.
+    """
+    key = key or ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedlora federation")])
     builder = _certificate(name, name, key.public_key())
     builder = builder.add_extension(x509.BasicConstraints(True, 0), critical=True)
@@ -45,6 +50,11 @@ def make_server(authority: Authority, host: str) -> tuple[bytes, bytes]:
         host: name or address by which sites reach the server.
     """
     key = ec.generate_private_key(ec.SECP384R1())
+    return private_pem(key), sign_server(authority, host, key.public_key())
+
+
+def sign_server(authority: Authority, host: str, key: CertificatePublicKeyTypes) -> bytes:
+    """A certificate of a server's key, as PEM; see ``make_server``."""
     names: list[x509.GeneralName] = [x509.DNSName("localhost"), _ip("127.0.0.1"), _ip("::1")]
     try:
         names.append(_ip(host))
@@ -52,14 +62,14 @@ def make_server(authority: Authority, host: str) -> tuple[bytes, bytes]:
         names.append(x509.DNSName(host))
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])])
     signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
-    builder = _certificate(subject, authority.certificate.subject, key.public_key())
+    builder = _certificate(subject, authority.certificate.subject, key)
     builder = builder.add_extension(x509.SubjectAlternativeName(list(dict.fromkeys(names))), critical=False)
     builder = builder.add_extension(x509.BasicConstraints(False, None), critical=True)
     builder = builder.add_extension(_usage("digital_signature"), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     builder = builder.add_extension(signer, critical=False)
-    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    return private_pem(key), certificate_pem(builder.sign(authority.key, hashes.SHA384()))
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    return certificate_pem(builder.sign(authority.key, hashes.SHA384()))
 
 
 def make_site() -> tuple[bytes, bytes]:
@@ -96,13 +106,37 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return pem
 
 
+def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """The inverse of ``private_pem``.
+
+    Raises:
+        ValueError: it is not such a key.
+    """
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except (TypeError, UnsupportedAlgorithm) as error:  # encrypted, or of an unknown type
+        raise ValueError(str(error)) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("the authority's key is of another type than ECDSA")
+    return key
+
+
+def load_certificate(pem: bytes) -> x509.Certificate:
+    """The inverse of ``certificate_pem``.
+
+    Raises:
+        ValueError: it is not a certificate.
+    """
+    return x509.load_pem_x509_certificate(pem)
+
+
 def certificate_pem(certificate: x509.Certificate) -> bytes:
     """A certificate as PEM."""
     pem: bytes = certificate.public_bytes(serialization.Encoding.PEM)
     return pem
 
 
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _certificate(subject: x509.Name, issuer: x509.Name, key: CertificatePublicKeyTypes) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()

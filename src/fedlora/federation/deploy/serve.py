@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedlora.config import Experiment
 from fedlora.core.errors import ConfigError, FedloraError, ProcessError
+from fedlora.federation.deploy.certificates import check_dates
 from fedlora.federation.deploy.federate import federate
 from fedlora.federation.deploy.flower_versions import PRIVATE, check_flower
 from fedlora.federation.deploy.folder import ServerConfig, public_keys
@@ -51,8 +52,8 @@ def serve(
         callbacks: called during the run, and on events of sites.
 
     Raises:
-        ConfigError: the federation's files are missing or contradict each other, its server runs already, or Flower is
-            not installed.
+        ConfigError: the federation's files are missing or contradict each other, a certificate has ended, its server
+            runs already, or Flower is not installed.
         ProcessError: the SuperLink does not start.
         QuorumError: too few clients can be reached, or reply.
     """
@@ -65,6 +66,8 @@ def serve(
     rules, home = rules or config.rules, federation / "superlink"
     home.mkdir(exist_ok=True, mode=0o700)
     report = CallbackList(callbacks)
+    if not insecure:
+        check_dates([federation / "ca.crt", federation / "server.pem"], report)
     with (
         held(home, _REMEDY, report.message),
         superlink(federation, config.port, callbacks, insecure) as link,
