@@ -529,6 +529,27 @@ def test_a_site_that_refused_is_asked_again_when_it_comes_back(world: Path, tmp_
     assert [row.refused for row in result.rows] == [{}] * len(result.rows)
 
 
+def test_a_site_that_refused_and_restarted_unseen_is_asked_again_later(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unseen(Post):
+        """A site refuses twice, and restarts with another file while nobody looks, as it does during a round."""
+
+        def sites(self) -> Mapping[str, int]:
+            refusals = [each for each in self.answers.values() if b"is not accepted here" in (each or b"")]
+            if len(refusals) == 2:
+                self.homes["site-0"] = shared_sites(tmp_path, 3)["site-0"]
+            return super().sites()
+
+    monkeypatch.setattr(remote, "ASK_AGAIN", 0.3)
+    homes, told = shared_sites(tmp_path, 3), Told()
+    homes["site-0"] = shared_sites(tmp_path, 3, SitePolicy(tunings=("full",)))["site-0"]
+    rules = ServerPolicy(min_available=3, round_timeout=5.0)
+    result = federate(experiment(world, "lora", *FEW), tmp_path / "run", Unseen(homes), rules, callbacks=[told])
+    assert [row.refused for row in result.rows] == [{}] * len(result.rows)
+    assert sum("is not admitted" in message for message in told.messages) == 1
+
+
 def test_rows_of_sites_cannot_be_trained_on_here(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fedlora serve"):
         fedlora.run(sites_experiment(world), tmp_path / "run")

@@ -34,6 +34,8 @@ SHORTEST_TIMEOUT, TURNS = 600.0, 10.0
 """Later rounds wait ``TURNS`` times as long as the longest turn took, but at least the first, in seconds."""
 TRIES = 5
 """Maximum number of times a job is sent to a site that is lost each time."""
+ASK_AGAIN = 600.0
+"""Seconds after which a site that refused a run is asked again: it may have restarted unseen, or a new day begun."""
 LARGEST_SIZE = 2**24
 """Upper bound on a client's reported number of examples."""
 
@@ -51,6 +53,14 @@ class _Invited(NamedTuple):
     name: str
     address: int
     secret: str
+
+
+class _Refusal(NamedTuple):
+    """Why a site was not admitted, and the time before which it is not asked again."""
+
+    address: int
+    why: str
+    until: float
 
 
 @dataclass
@@ -100,7 +110,7 @@ class Remote(Engine):
         self._numbers: Mapping[str, int] = {}
         self._clients = self._per_round = 0
         self._invited: dict[str, _Invited] = {}
-        self._refusals: dict[str, tuple[int | None, str]] = {}
+        self._refusals: dict[str, _Refusal] = {}
         self._longest = 0.0
 
     @property
@@ -159,7 +169,7 @@ class Remote(Engine):
             if reached >= least:
                 return
             if time.monotonic() > deadline:
-                refused = "; ".join(f"{name}: {text}" for name, (_, text) in self._refusals.items())
+                refused = "; ".join(f"{name}: {refusal.why}" for name, refusal in self._refusals.items())
                 raise QuorumError(
                     f"{reached} clients can be reached, and {least} are required ({refused or sorted(online)}); "
                     "start more sites, or lower min_clients and min_available"
@@ -175,13 +185,15 @@ class Remote(Engine):
         return sum(len(self.site_infos[name].sizes) for name in there)
 
     def _invite(self, online: Mapping[str, int]) -> None:
-        """Announces the run to sites that have not joined it; those that refused are asked again on reconnecting."""
+        """Announces the run to sites that have not joined it; if they refused, on reconnecting or after a while."""
         # a site's address stays the same after a restart, so only its absence tells that it has reconnected
         for name in self._refusals.keys() - online.keys():
-            self._refusals[name] = None, self._refusals[name][1]
+            self._refusals[name] = self._refusals[name]._replace(until=0.0)
         asked = {(one.name, one.address) for one in self._invited.values()}
         for name, address in online.items():
-            if name in self.site_infos or (name, address) in asked or self._refusals.get(name, (None,))[0] == address:
+            refusal = self._refusals.get(name)
+            refused = refusal and refusal.address == address and time.monotonic() < refusal.until
+            if name in self.site_infos or (name, address) in asked or refused:
                 continue
             if self.anywhere and (self.site_infos or self._invited):  # all share one state folder
                 return
@@ -199,8 +211,10 @@ class Remote(Engine):
                 site_info = self._site_info(name, received, secret)
             except (WireError, DataError) as error:
                 if not received.again:
-                    self._refusals[name] = address, str(error)
-                    self._message(f"{name} is not admitted: {error}")
+                    before = self._refusals.get(name)
+                    self._refusals[name] = _Refusal(address, str(error), time.monotonic() + ASK_AGAIN)
+                    if before is None or before.why != str(error):
+                        self._message(f"{name} is not admitted: {error}")
                 continue
             self.site_infos[name] = site_info
             self._message(
