@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -818,6 +818,76 @@ def test_a_job_that_kills_its_site_every_time_is_given_up(world: Path, tmp_path:
     assert result.rows[1].refused == {"1": "site-1: its process died"}
     sent = [envelopes.read(raw).head for raw in post.sent]
     assert sum(head["kind"] == "job" and head["client"] == 1 for head in sent) == remote.TRIES
+
+
+EXAMPLE_NOISE = (
+    "clients.per_round=3",
+    "method.local.example_privacy={clip_norm=1.0, noise_multiplier=2.0, delta=1e-5}",
+    "method.aggregator={kind='mean', weighting='uniform'}",
+)
+
+
+class Fewer(Post):
+    """A site restarts with fewer rows after a number of turns of all sites.
+
+    Args:
+        sites: by name.
+        turns: the number.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], turns: int) -> None:
+        super().__init__(sites)
+        self.turns = turns
+
+    def collect(self, tickets: Sequence[str]) -> list[Received]:
+        done = super().collect(tickets)
+        if sum(envelopes.read(each or b"").head["kind"] == "reply" for each in self.answers.values()) == self.turns:
+            self.turns = -1
+            settings = self.homes["clinic"].settings
+            write_rows(Path(str(settings.rows)), make_rows(8, 0))
+            self.homes["clinic"] = Site(settings)
+        return done
+
+
+def test_a_site_that_has_fewer_rows_says_so(world: Path, tmp_path: Path) -> None:
+    post, told = Fewer(own_sites(world, tmp_path), 3), Told()
+    chosen = sites_experiment(world, "clients.per_round=3")
+    result = federate(chosen, tmp_path / "run", post, ServerPolicy(), names=list(post.homes), callbacks=[told])
+    assert "its number of rows is no longer the one that it reported" in result.rows[2].refused["0"]
+    assert "clinic connected with 8 examples of 1 clients" in told.messages
+    assert result.rows[3].refused == {}
+
+
+def test_the_privacy_of_examples_is_accounted_for_the_rows_that_a_site_has(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    post, told = Fewer(own_sites(world, tmp_path), 3), Told()
+    chosen = sites_experiment(world, *EXAMPLE_NOISE)
+    result = federate(chosen, tmp_path / "run", post, ServerPolicy(), names=list(post.homes), callbacks=[told])
+    assert any("clinic is not admitted: it has 8 examples, and had 24 when" in message for message in told.messages)
+    assert sorted(result.rows[3].cohort) == [1, 2]
+
+
+def test_a_resumed_run_accounts_for_the_rows_that_a_site_has(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+
+    class Killed(Post):
+        def send(self, address: int, raw: bytes, seconds: float) -> str | None:
+            if len(self.sent) == 3 + 3:
+                raise RuntimeError("killed")
+            return super().send(address, raw, seconds)
+
+    chosen, rules = sites_experiment(world, *EXAMPLE_NOISE), ServerPolicy(min_available=3, round_timeout=0.5)
+    names = list(own_sites(world, tmp_path))
+    with pytest.raises(RuntimeError, match="killed"):
+        federate(chosen, tmp_path / "run", Killed(own_sites(world, tmp_path)), rules, names=names)
+    post = Post(own_sites(world, tmp_path))
+    write_rows(tmp_path / "clinic.jsonl", make_rows(8, 0))
+    with pytest.raises(QuorumError, match="it has 8 examples, and had 24 when the run began"):
+        federate(chosen, tmp_path / "run", post, rules, names=names)
+    write_rows(tmp_path / "clinic.jsonl", make_rows(72, 0)[:24])
+    assert (
+        federate(chosen, tmp_path / "run", Post(own_sites(world, tmp_path)), rules, names=names).rows[3].refused == {}
+    )
 
 
 @pytest.mark.parametrize(

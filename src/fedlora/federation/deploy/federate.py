@@ -93,18 +93,22 @@ def _of_sites(
     """The federated data of sites with their own rows, after the run has been announced to them."""
     ordered = sorted(names)
     numbers = {name: number for number, name in enumerate(ordered)}
-    remote.open(experiment, task, len(ordered), numbers)
     # information on sites is kept while they are offline
     known = files.read_json(KNOWN)
+    noisy = any(phase.recipe.local.example_privacy for phase in experiment.phases)
+    if noisy and files.begun:
+        remote.accounted = {name: size for name, (size, _) in known["sites"].items()}
+    remote.open(experiment, task, len(ordered), numbers)
     for name, site_info in remote.site_infos.items():
         known["sites"][name] = [sum(site_info.sizes.values()), site_info.kind]
     files.write_json(KNOWN, known)
     sites = {name: known["sites"].get(name, [0, ""]) for name in ordered}
     absent = [name for name in ordered if name not in known["sites"]]
-    if absent and (any(phase.recipe.local.example_privacy for phase in experiment.phases) or experiment.clients.tiers):
+    if absent and (noisy or experiment.clients.tiers):
         raise ConfigError(
             f"site {absent[0]!r} has never connected, but tiers and the privacy accounting of examples need the "
             "size and kind of every site; set min_available to the number of sites"
         )
     sizes = {name: size for name, (size, _) in sites.items()}
+    remote.accounted = sizes if noisy else {}
     return prepare_sites(experiment, task, sizes, {name: kind for name, (_, kind) in sites.items()})

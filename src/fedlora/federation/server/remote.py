@@ -85,6 +85,9 @@ class Remote(Engine):
         run: name of the run, hexadecimal digits; sites store their state under it.
         anywhere: whether any site can take any client's turn and is trusted, as in a simulation.
         callbacks: receive messages about events of sites.
+
+    Attributes:
+        accounted: the number of examples by which the privacy of a site's examples is accounted, which it has to have.
     """
 
     trusted = False
@@ -105,6 +108,7 @@ class Remote(Engine):
         self.over_sample = rules.over_sample
         self.attempts = rules.attempts
         self.site_infos: dict[str, SiteInfo] = {}
+        self.accounted: Mapping[str, int] = {}
         self._opening: dict[str, Any] = {}
         self._plain: PlainSettings | None = None
         self._numbers: Mapping[str, int] = {}
@@ -242,10 +246,7 @@ class Remote(Engine):
             site_info = SiteInfo(plain(head["tier"], 64), sizes)
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise WireError(f"its reply cannot be read ({type(error).__name__})") from error
-        if not all(0 <= client < self._clients and 0 <= size <= LARGEST_SIZE for client, size in sizes.items()):
-            raise WireError("it claims clients that do not exist, or have too many examples")
-        if self._numbers and set(sizes) != {self._numbers.get(name)}:
-            raise WireError("it claims clients that are not its own")
+        self._check_sizes(name, sizes)
         online = self.transport.sites()
         for other in [
             each for each in self.site_infos if each != name and set(sizes) & set(self.site_infos[each].sizes)
@@ -257,6 +258,23 @@ class Remote(Engine):
                 )
             del self.site_infos[other]  # the same site under another name
         return site_info
+
+    def _check_sizes(self, name: str, sizes: Mapping[int, int]) -> None:
+        """Checks the number of examples of each client that a site reports.
+
+        Raises:
+            WireError: they cannot be those of its clients.
+            DataError: they are not those that the privacy of its examples is accounted for.
+        """
+        if not all(0 <= client < self._clients and 0 <= size <= LARGEST_SIZE for client, size in sizes.items()):
+            raise WireError("it claims clients that do not exist, or have too many examples")
+        if self._numbers and set(sizes) != {self._numbers.get(name)}:
+            raise WireError("it claims clients that are not its own")
+        if (total := sum(sizes.values())) != (before := self.accounted.get(name, total)):
+            raise DataError(
+                f"it has {total} examples, and had {before} when the run began, for which the privacy of examples is "
+                "accounted; put its rows back, or start another run with --out"
+            )
 
     def present(self) -> frozenset[int] | None:
         if self.anywhere:

@@ -46,6 +46,11 @@ class _Run(NamedTuple):
     clients: dict[int, Positions]
     memory: SiteMemory
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of examples of each client, as the server is told it."""
+        return {str(client): len(rows) for client, rows in self.clients.items()}
+
 
 class Site:
     """Processes a server's messages on the local rows.
@@ -143,10 +148,10 @@ class Site:
                 raise ConfigError(why)
             with self._limited(envelope):
                 run = self._prepared(head)
-            run.memory.open(json.dumps(head))
+            opened["sizes"] = run.sizes
+            run.memory.open(json.dumps({**head, "sizes": run.sizes}))
             self._run = run
             self._log_notes(run.workspace.task)
-            opened["sizes"] = {str(client): len(rows) for client, rows in run.clients.items()}
         except FedloraError as error:
             opened["refused"] = self._said(error)
         except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -232,5 +237,9 @@ class Site:
             opened = SiteMemory(Path(self.settings.state), name).opened()
             if opened is None:
                 raise CheckpointError(f"run {name} was never opened here")
-            self._run = self._prepared(json.loads(opened))
+            head = json.loads(opened)
+            run = self._prepared(head)
+            if head.get("sizes", run.sizes) != run.sizes:
+                raise CheckpointError("its number of rows is no longer the one that it reported; it reports it again")
+            self._run = run
         return self._run
