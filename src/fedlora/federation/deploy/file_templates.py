@@ -88,8 +88,8 @@ On each site: `fedlora join {host}:{proxy_port} --site-config site.toml`, as its
 
 To add a site: `ssh-keygen -t ecdsa -b 384 -N "" -f site.key` on the site, beside copies of another site's `ca.crt`, and
 of its `site.toml` with the new name; its public key as `server/sites/NAME.pub`, its name in `server/server.toml`. To
-remove one, delete its name there, and lower
-`min_available`; its key is never accepted again. Both need a restart of the server.
+remove one, delete its name there, and lower `min_available`; its key is never accepted again. Both need a restart of
+the server.
 
 Certificates last two years; `serve` and `join` warn 30 days before. `fedlora federation renew .` in this folder signs
 new ones and says where they are copied.
