@@ -10,24 +10,28 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from fixtures import strangers
 from fixtures.tiny import experiment, tiny_world
 
 import fedlora
 from fedlora import testing
 from fedlora.config import digest, parse, resolved, to_toml
+from fedlora.config.federated_data import prepare
 from fedlora.core import slots
-from fedlora.core.errors import CheckpointError, ConfigError
+from fedlora.core.errors import CheckpointError, ConfigError, DataError
 from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.policies import SiteConfig
 from fedlora.federation.site.site import Site
 from fedlora.population.clients import Clients
 from fedlora.population.partitions import PARTITIONS
+from fedlora.population.skew import Classes
 from fedlora.privacy import PRIVACY
 from fedlora.recipe import Phase, Recipe
 from fedlora.recipe.local import CLIENT_OPTIMIZERS, Local
 from fedlora.server.aggregate import AGGREGATORS, Mean
 from fedlora.server.optimizers import SERVER_OPTIMIZERS
+from fedlora.tasks import Prepared
 from fedlora.transport import PRECISIONS, SPARSIFIERS, Link
 from fedlora.tuning import LORA_INITS, TUNINGS, LoRA
 
@@ -118,6 +122,32 @@ def test_strangers_in_all_slots_run_resume_and_predict(world: Path, tmp_path: Pa
         assert f'kind = "fixtures.strangers:{cls.__name__}"' in text
         assert f'source = "{slots.digest_of(cls)}"' in text
     assert fedlora.load_run(tmp_path / "run").predict(["all is red here"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare(strangers.Colours):
+    def load(self) -> Any:
+        return super().load().train
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong(strangers.Halves):
+    fault: str
+
+    def classes(self, task: Prepared, seed: int, device: torch.device) -> Any:
+        numbers, names = super().classes(task, seed, device)
+        faults = {"type": numbers, "number": Classes(numbers + 1, names), "length": Classes(numbers[1:], names)}
+        return (faults | {"dtype": Classes(numbers + 0.5, names)})[self.fault]  # type: ignore[arg-type]
+
+
+def test_what_a_strangers_source_and_skew_return_is_checked(world: Path) -> None:
+    given = strange(world)
+    with pytest.raises(DataError, match=r"load of the source Bare returned Dataset\("):
+        prepare(dataclasses.replace(given, data=Bare()))
+    for fault in ("type", "number", "length", "dtype"):
+        clients = dataclasses.replace(given.clients, skew=Wrong(fault))
+        with pytest.raises(DataError, match=r"classes of the skew Wrong returned .* for each of 48 training rows"):
+            prepare(dataclasses.replace(given, clients=clients))
 
 
 def test_a_subclass_never_passes_as_its_parent() -> None:

@@ -38,7 +38,7 @@ from fedlora.population.clients import (
 )
 from fedlora.population.external import Partitioner, from_partitioner
 from fedlora.population.partitions import Assignment, Pooled, Rows
-from fedlora.population.skew import Classes
+from fedlora.population.skew import Classes, classes_by
 from fedlora.population.tiers import Tier, assign_tiers
 from fedlora.privacy import CentralGaussian
 from fedlora.privacy.accountant import PrivacyBudget
@@ -120,7 +120,7 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
     task = experiment.task.prepare(located_model(experiment), located_data(experiment.data, experiment.root))
     stage("partitioning the data")
     device = pick_device(experiment.device)
-    classes = clients.skew.classes(task, named_seed(experiment.seed, "skew"), device)
+    classes = classes_by(clients.skew, task, named_seed(experiment.seed, "skew"), device)
     mode = MODES[experiment.mode]
     division, away = _deal(experiment, task, classes, partitioner)
     if mode.sends:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.component import MODEL_CONFIG, Field, dataclass
-from fedlora.core.errors import DataError
+from fedlora.core.errors import DataError, shown
 from fedlora.core.later import sklearn
 from fedlora.core.slots import Slot
 from fedlora.population.partitions import Rows
@@ -52,6 +52,24 @@ class Skew(ABC):
         Raises:
             DataError: the data have no such classes.
         """
+
+
+def classes_by(skew: Skew, task: Prepared, seed: int, device: torch.device) -> Classes:
+    """The classes that a skew assigns, which may be of a user's own making; see ``Skew.classes``.
+
+    Raises:
+        DataError: the data have no such classes, or it returned something else.
+    """
+    found = skew.classes(task, seed, device)
+    rows = task.num_examples("train")
+    if isinstance(found, Classes):
+        numbers, most = np.asarray(found.numbers), max(1, len(found.names))
+        if numbers.shape == (rows,) and numbers.dtype.kind in "iu" and ((numbers >= 0) & (numbers < most)).all():
+            return found
+    raise DataError(
+        f"classes of the skew {type(skew).__name__} returned {shown(found)}, but Classes(numbers, names) was expected, "
+        f"with a whole number below the number of names for each of {rows} training rows: correct it"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)

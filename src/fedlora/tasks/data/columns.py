@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from fedlora.core.component import Count
-from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.later import datasets
 from fedlora.core.state import named_seed
 
@@ -69,9 +69,14 @@ class Source(ABC):
         """The rows as ``load`` returns them, with the caps on their numbers, which ``split`` applies.
 
         Raises:
-            DataError: see ``load``.
+            DataError: see ``load``; or it returned something else.
         """
         raw = self.load()
+        if not isinstance(raw, Raw) or not all(isinstance(rows, datasets.Dataset) for rows, _ in raw.sides):
+            raise DataError(
+                f"load of the source {type(self).__name__} returned {shown(raw)}, but a Raw with a datasets.Dataset on "
+                "each side was expected: correct it"
+            )
         return raw._replace(max_train=self.max_train or raw.max_train, max_test=self.max_test or raw.max_test)
 
     @property
