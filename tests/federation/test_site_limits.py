@@ -26,6 +26,7 @@ from fedlora.federation.protocol.envelopes import Envelope
 from fedlora.federation.protocol.policies import ServerPolicy, SiteConfig, SitePolicy, parse_as
 from fedlora.federation.server import remote
 from fedlora.federation.server.remote import Remote
+from fedlora.federation.site import site as site_module
 from fedlora.federation.site import usage
 from fedlora.federation.site.site import Site
 from fedlora.federation.site.usage import Usage
@@ -189,6 +190,23 @@ def test_a_turn_ends_at_the_site_s_own_time_limit(world: Path, tmp_path: Path) -
     chosen = experiment(world, "head_only", "clients.per_round=9", rounds=1)
     result = federate(chosen, tmp_path / "run", Post(sites), ServerPolicy())
     assert set(result.rows[1].late) == {1, 4, 7}
+
+
+def test_memory_that_runs_out_is_a_refusal_with_its_remedy(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = site_module.run_job
+
+    def full(job: Any, *arguments: Any) -> Any:
+        if job.client == 4:
+            raise MemoryError("13 GB")
+        return real(job, *arguments)
+
+    monkeypatch.setattr(site_module, "run_job", full)
+    chosen = experiment(world, "head_only", "clients.per_round=9", rounds=1)
+    result = federate(chosen, tmp_path / "run", Post(shared_sites(tmp_path / "sites", 3)), ServerPolicy())
+    assert list(result.rows[1].refused) == ["4"]
+    assert "memory ran out (13 GB): lower method.local.batch_size" in result.rows[1].refused["4"]
 
 
 def test_the_site_file_that_init_writes_has_limits_switched_on(tmp_path: Path) -> None:

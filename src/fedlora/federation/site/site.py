@@ -22,7 +22,15 @@ from fedlora.config import Experiment
 from fedlora.config.federated_data import in_mode, prepare
 from fedlora.config.places import located_model
 from fedlora.core.devices import pick_device
-from fedlora.core.errors import CheckpointError, ConfigError, DataError, FedloraError, TrainingError, WireError
+from fedlora.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FedloraError,
+    TrainingError,
+    WireError,
+    ran_out_of_memory,
+)
 from fedlora.core.state import ClientState
 from fedlora.federation.protocol import envelopes
 from fedlora.federation.protocol.envelopes import Envelope
@@ -115,10 +123,19 @@ class Site:
 
     @contextmanager
     def _limited(self, envelope: Envelope) -> Iterator[None]:
+        """Work within the limit on time.
+
+        Raises:
+            ConfigError: memory ran out.
+        """
         self.usage.begin_work(str(envelope.head.get("ticket")))
         try:
             with time_limit(self.settings.limits.max_seconds):
                 yield
+        except Exception as error:
+            if advice := ran_out_of_memory(error):
+                raise ConfigError(advice) from error
+            raise
         finally:  # not reached if the watchdog ends the process
             self.usage.end_work()
 
