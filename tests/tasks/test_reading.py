@@ -505,6 +505,20 @@ def test_columns_nested_too_deeply_are_a_sentence(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "a.parquet"), Reading())
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_text_with_damaged_bytes_is_a_sentence(tmp_path: Path, name: str) -> None:
+    table = pyarrow.table({"text": ["a text of some length"] * 3})
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name, use_dictionary=False, compression="none")
+    else:
+        with pyarrow.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write(table)
+    raw = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(raw.replace(b"some", b"s\xffme"))
+    with pytest.raises(DataError, match=r"cannot be read as (parquet|arrow) .*UTF8"):
+        read_rows(str(tmp_path / name), Reading())
+
+
 def test_the_library_prints_no_line_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     level = datasets.logging.get_verbosity()
     with pytest.raises(DataError):

@@ -493,6 +493,7 @@ def test_a_row_that_is_not_as_it_should_be_is_named(
         ),
         ([{"tokens": ["ann"], "tags": "O"}], "has 1 words and 'O' for 'tags', but each word needs a tag"),
         ([{"tokens": [1, 2], "tags": ["O", "O"]}], r"row 0 of the training rows has \[1, 2\] for 'tokens'"),
+        ([{"tokens": ["ann"], "tags": [""]}], "row 0 of the training rows has the tag '', but a tag of entities is O"),
         ([{"tokens": ["ann"], "tags": [True]}], "has the tag True, but a tag is a word"),
         ([{"tokens": ["ann"], "tags": [0.5]}], "has the tag 0.5, but a tag is a word"),
         ([{"tokens": ["ann"], "tags": ["O"]}], "all words of the training rows have the tag 'O'"),
@@ -529,6 +530,7 @@ def test_names_that_disagree_with_the_data_are_refused(world: Path, tmp_path: Pa
     ("settings", "message"),
     [
         ({"tag_names": ("O", "B-a", "O")}, r"task\.tag_names has 'O' twice"),
+        ({"tag_names": ("O", "")}, r"task\.tag_names has the tag '', but a tag of entities is O, or B-type"),
         ({"tag_names": ("O", "a")}, r"task\.tag_names has the tag 'a', but a tag of entities is O, or B-type"),
         ({"tag_names": ("O", ""), "scheme": "plain"}, r"task\.tag_names has the tag '', but a tag is a word"),
     ],

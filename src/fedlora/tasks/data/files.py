@@ -200,11 +200,13 @@ FORMATS: dict[str, Reader] = {
 """The reader for each ending, in small letters or large; each may be followed by ``.gz``."""
 
 
-def _by_library(path: Path, form: str, read: Callable[[], Any]) -> Any:
+def _by_library(path: Path, form: str, read: Callable[[], datasets.Dataset]) -> datasets.Dataset:
     """What a library reads, its errors as one sentence."""
     try:
         with quiet():
-            return read()
+            rows = read()
+        rows.data.validate(full=True)  # a damaged text would be found where it is used
+        return rows
     except DataError:
         raise
     except (

@@ -114,7 +114,7 @@ class TokenClassification(TokenizedTask):
                 ),
                 None,
             )
-        if wrong := next((name for name in names if not is_tag(name)), None):
+        if (wrong := next((name for name in names if not is_tag(name)), None)) is not None:
             return f"{whose} the tag {wrong!r}, but {FORM}"
         if pair := mixed(names):
             return f"{whose} the tags {pair[0]!r} and {pair[1]!r}, but no scheme has both: write all tags in one scheme"
