@@ -42,7 +42,7 @@ def labelled(raw: Raw, problem: Problem) -> tuple[Raw, list[str]]:
         raw = with_classes(raw, "label", "label_name" if "label_name" in raw.train.column_names else None)
         names = list(raw.train.features["label"].names)
     if len(names) < 2:
-        found = f"all rows have the class {names[0]!r}" if names else "no row has a class"
+        found = f"all rows have the class {shown(names[0])}" if names else "no row has a class"
         raise DataError(f"{found}, but classification needs two or more")
     return raw, names
 
