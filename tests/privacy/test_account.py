@@ -94,7 +94,7 @@ def test_the_noise_found_spends_the_target_and_no_more(sampled: SamplingScheme) 
     assert 1.98 < epsilon(((found, 50),), sampled, DELTA, "rdp") <= 2.0 + 1e-6
 
 
-@pytest.mark.parametrize("target", [50.0, 200.0])
+@pytest.mark.parametrize("target", [50.0, 200.0, 1e4, 1e6])
 def test_the_noise_of_a_great_target_is_found_as_finely(target: float) -> None:
     found = calibrate(target, 50, ALL, DELTA, "rdp")
     assert 0.99 * target < epsilon(((found, 50),), ALL, DELTA, "rdp") <= target
@@ -174,6 +174,8 @@ def test_the_manifest_has_the_accountant_that_was_used(world: Path, tmp_path: Pa
 def test_little_noise_and_great_targets_are_accounted_for() -> None:
     assert epsilon(((0.05, 1),), CHANCE, DELTA, "auto") > 50
     assert calibrate(300.0, 1, CHANCE, DELTA, "auto") < 0.3
+    with pytest.raises(ConfigError, match="choose a value from 0.01 to 1e6, or set noise_multiplier"):
+        calibrate(1e12, 1, CHANCE, DELTA, "auto")
 
 
 @pytest.mark.parametrize(

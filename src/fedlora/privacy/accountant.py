@@ -90,13 +90,17 @@ def calibrate(target: float, rounds: int, sampled: SamplingScheme, delta: float,
                 target,
                 delta,
                 interval,
-                tol=1e-3 * min(1.0, target),  # of the multiplier, which is small where the target is great
+                tol=1e-3
+                * min(1.0, target, 100 / target),  # of the multiplier, which is small where the target is great
             )
         except (ValueError, accounting.mechanism_calibration.NoBracketIntervalFoundError) as error:
-            raise ConfigError(f"no noise was found for target_epsilon = {target:g}: {error}") from error
+            raise ConfigError(
+                f"no noise was found for target_epsilon = {target:g}: choose a value from 0.01 to 1e6, or set "
+                "noise_multiplier, which is 0 for none"
+            ) from error
         return float(found)
 
-    bound = least("rdp", accounting.LowerEndpointAndGuess(1e-2, 1.0))
+    bound = least("rdp", accounting.LowerEndpointAndGuess(1e-2 if target <= 1e4 else 1e-4, 1.0))
     if accountant == "rdp" or not _is_tight(sampled):
         return bound
     # the tighter accountant is slow, above all for little noise, so it only searches below the other's result

@@ -108,14 +108,14 @@ class TokenClassification(TokenizedTask):
         if self.scheme == "plain":
             return next(
                 (
-                    f"{whose} the tag {name!r}, but a tag is a word on one line: correct the tag"
+                    f"{whose} the tag {shown(name)}, but a tag is a word on one line: correct the tag"
                     for name in names
                     if not _PLAIN.fullmatch(name)
                 ),
                 None,
             )
         if (wrong := next((name for name in names if not is_tag(name)), None)) is not None:
-            return f"{whose} the tag {wrong!r}, but {FORM}"
+            return f"{whose} the tag {shown(wrong)}, but {FORM}"
         if pair := mixed(names):
             return f"{whose} the tags {pair[0]!r} and {pair[1]!r}, but no scheme has both: write all tags in one scheme"
         return None
