@@ -174,7 +174,7 @@ def test_the_manifest_has_the_accountant_that_was_used(world: Path, tmp_path: Pa
 def test_little_noise_and_great_targets_are_accounted_for() -> None:
     assert epsilon(((0.05, 1),), CHANCE, DELTA, "auto") > 50
     assert calibrate(300.0, 1, CHANCE, DELTA, "auto") < 0.3
-    with pytest.raises(ConfigError, match="choose a value from 0.01 to 1e6, or set noise_multiplier"):
+    with pytest.raises(ConfigError, match=r"choose a value from 0\.01 to 1e6, or set noise_multiplier"):
         calibrate(1e12, 1, CHANCE, DELTA, "auto")
 
 
