@@ -57,6 +57,7 @@ def damaged(whole: Result, tmp_path: Path, name: str, damage: Damage) -> Path:
         ("report", "partition.json", lambda text: text[:40], "its partition.json is damaged; write it anew with"),
         ("report", "partition.json", lambda text: text.replace("2", "3", 1), "its partition.json is damaged"),
         ("report", "result.json", lambda text: text[:40], "its result.json is damaged; write it anew with"),
+        ("predict", "result.json", lambda text: "{}", "its result.json is damaged; write it anew with"),
         ("report", "ledger.jsonl", lambda text: text[: text.index("\n") + 1], "lacks some of the 2 rounds"),
         ("report", "ledger.jsonl", lambda text: "", "lacks some of the 2 rounds"),
         ("compare", "ledger.jsonl", lambda text: text.split("\n", 1)[1], "lacks some of the 2 rounds"),
@@ -70,6 +71,14 @@ def test_damage_is_named_by_what_reads_it(
     run = damaged(whole, tmp_path, name, damage)
     with pytest.raises(FedloraError, match=why):
         CliRunner().invoke(app, READS[command](str(run)), catch_exceptions=False)
+
+
+def test_a_folder_in_place_of_the_configuration_is_named(whole: Result, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "run")
+    (tmp_path / "run" / "config.toml").unlink()
+    (tmp_path / "run" / "config.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"there is no file .*config\.toml"):
+        CliRunner().invoke(app, READS["compare"](str(tmp_path / "run")), catch_exceptions=False)
 
 
 def test_a_changed_configuration_is_noted_and_that_of_the_run_is_not(whole: Result, tmp_path: Path) -> None:

@@ -163,7 +163,10 @@ class RunFolder:
             ConfigError: it is missing, not JSON, or differs from what was written.
         """
         try:
-            return unsealed(json.loads((self.path / name).read_text(encoding="utf-8")))
+            found = unsealed(json.loads((self.path / name).read_text(encoding="utf-8")))
+            if name == "result.json" and "after" not in found:
+                raise ValueError("it has no metrics")
+            return found
         except (OSError, ValueError) as error:
             if not self.path.is_dir():
                 mend = "there is no such folder"
@@ -186,7 +189,7 @@ class RunFolder:
         file = self.path / "config.toml"
         if not file.exists():
             return {}
-        if not file.read_bytes().strip():
+        if file.is_file() and not file.read_bytes().strip():
             raise ConfigError(f"{file} is empty, but a run writes all of its settings there; restore the original file")
         return config.document_of(file)
 
