@@ -28,7 +28,7 @@ from .conftest import needs_ray, processes_of
 
 
 def fedlora_said(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "fedlora", *arguments], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", "fedlora", *arguments], capture_output=True, text=True, timeout=600)
 
 
 def test_the_demo_is_a_whole_federation_and_takes_itself_down(
