@@ -90,8 +90,8 @@ def calibrate(target: float, rounds: int, sampled: SamplingScheme, delta: float,
                 target,
                 delta,
                 interval,
-                tol=1e-3
-                * min(1.0, target, 100 / target),  # of the multiplier, which is small where the target is great
+                # of the multiplier, which is small where the target is great
+                tol=1e-3 * min(1.0, target, 100 / target),
             )
         except (ValueError, accounting.mechanism_calibration.NoBracketIntervalFoundError) as error:
             raise ConfigError(
