@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = {"flower": "flwr[simulation]>=1.41,<1.42", "pfl": "pfl>=0.6,<0.7", "nvflare": "nvflare>=2.9,<2.10"}
+PACKAGES = {"flower": "flwr[simulation]>=1.41,<1.43", "pfl": "pfl>=0.6,<0.7", "nvflare": "nvflare>=2.9,<2.10"}
 SHARED = ("torch", "transformers", "peft", "safetensors", "numpy")
 """What all systems compute with, in the versions of this environment; so the build of PyTorch for CPUs stays one."""
 LIMIT = 600.0

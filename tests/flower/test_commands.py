@@ -134,10 +134,10 @@ def test_a_federation_is_written_as_a_whole_or_not_at_all(monkeypatch: pytest.Mo
     assert (tmp_path / "fed" / "authority" / "ca.key").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("version", ["1.28.0", "1.42.0", "2.0.0"])
+@pytest.mark.parametrize("version", ["1.28.0", "1.43.0", "2.0.0"])
 def test_another_version_of_flower_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: version)
-    with pytest.raises(ConfigError, match=f"Flower {version} is installed, and this needs 1.41 or newer, below 1.42"):
+    with pytest.raises(ConfigError, match=f"Flower {version} is installed, and this needs 1.41 or newer, below 1.43"):
         versions.check_flower(versions.PRIVATE)
 
 

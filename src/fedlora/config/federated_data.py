@@ -341,8 +341,8 @@ def manifest(
 
 @functools.cache
 def versions() -> Mapping[str, str]:
-    """The installed versions of fedlora and of the libraries that results depend on."""
-    return {name: metadata.version(name) for name in VERSIONED}
+    """The installed versions of fedlora and of the libraries that results depend on; torch's names its build (``+cu130``)."""
+    return {name: metadata.version(name) for name in VERSIONED} | {"torch": str(torch.__version__)}
 
 
 def _handed_over(experiment: Experiment) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from fedlora.core.errors import ConfigError
 
 PUBLIC = ("1.29", "2")
 """Versions of Flower whose public interface ``flower/app.py`` uses: minimum (inclusive) and maximum (exclusive)."""
-PRIVATE = ("1.41", "1.42")
+PRIVATE = ("1.41", "1.43")
 """Versions whose internals the other files of ``flower/`` and ``deploy/simulate.py`` rely on, likewise."""
 
 
