@@ -341,7 +341,7 @@ def manifest(
 
 @functools.cache
 def versions() -> Mapping[str, str]:
-    """The installed versions of fedlora and of the libraries that results depend on; torch's names its build (``+cu130``)."""
+    """The installed versions of fedlora and of the libraries that results depend on, torch's with its build."""
     return {name: metadata.version(name) for name in VERSIONED} | {"torch": str(torch.__version__)}
 
 
