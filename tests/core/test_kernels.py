@@ -159,6 +159,36 @@ def test_tf32_by_its_newer_name_returns() -> None:
         matrices.allow_tf32 = False
 
 
+@pytest.mark.parametrize("place", [torch.backends, torch.backends.cudnn])
+def test_tf32_of_all_parts_is_off_and_returns(place: Any) -> None:
+    cudnn: Any = torch.backends.cudnn
+    if not hasattr(cudnn, "conv"):
+        pytest.skip("this PyTorch has the older name alone")
+    parts = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    try:
+        place.fp32_precision = "tf32"
+        before = [part.fp32_precision for part in parts]
+        with deterministic_kernels(CUDA):
+            assert "tf32" not in [part.fp32_precision for part in parts]
+        assert [part.fp32_precision for part in parts] == before
+    finally:
+        place.fp32_precision = "none"
+        cudnn.allow_tf32 = True
+        for part, usual in zip(parts, ("none", "tf32", "tf32"), strict=True):
+            part.fp32_precision = usual
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_precision_of_products_returns(precision: str) -> None:
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with deterministic_kernels(CUDA):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(("device", "wanted"), [("cpu", True), ("mps", True), ("cuda", False)])
 def test_kernels_are_left_alone_elsewhere(device: str, wanted: bool) -> None:
     before = flags()

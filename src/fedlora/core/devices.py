@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -84,7 +84,8 @@ def deterministic_kernels(device: torch.device, wanted: bool = True) -> Iterator
     os.environ.setdefault(_WORKSPACE, ":4096:8")
     before = _read()
     try:
-        _write(["error", False, *(value for _, _, value in _FLAGS)])
+        products = _UNKNOWN if before[-1] is _UNKNOWN else "highest"
+        _write(["error", False, *(value for _, _, value in _FLAGS), products])
         yield
     except RuntimeError as error:
         if "deterministic" not in str(error):
@@ -103,8 +104,8 @@ def deterministic_kernels(device: torch.device, wanted: bool = True) -> Iterator
         _write(before)
 
 
-_FOLLOWS = object()
-"""No value of its own."""
+_UNKNOWN = object()
+"""A value that cannot be read."""
 
 
 _CUDNN: Any = torch.backends.cudnn
@@ -114,28 +115,35 @@ _FLAGS: tuple[tuple[Any, str, Any], ...] = (
     (_CUDNN, "benchmark", False),
     (torch.backends.cuda.matmul, "allow_tf32", False),
     (_CUDNN, "allow_tf32", False),
-    # the newer names of the last two, which follow them
-    (torch.backends.cuda.matmul, "fp32_precision", _FOLLOWS),
-    *((getattr(_CUDNN, part, _CUDNN), "fp32_precision", _FOLLOWS) for part in ("conv", "rnn")),
+    # the newer names of the last two; without a value here, one for all of PyTorch or of cuDNN would count
+    *(
+        (place, "fp32_precision", "ieee")
+        for place in (torch.backends.cuda.matmul, getattr(_CUDNN, "conv", None), getattr(_CUDNN, "rnn", None))
+        if getattr(place, "fp32_precision", None)
+    ),
 )
 
 
 def _read() -> list[Any]:
     own = [torch.get_deterministic_debug_mode(), torch.backends.cuda.cudnn_sdp_enabled()]  # type: ignore[no-untyped-call]
-    return own + [_value(place, name) for place, name, _ in _FLAGS]
+    flags = [_value(getattr, place, name) for place, name, _ in _FLAGS]
+    return [*own, *flags, _value(torch.get_float32_matmul_precision)]
 
 
-def _value(place: Any, name: str) -> Any:
+def _value(read: Callable[..., Any], *which: Any) -> Any:
     try:
-        return getattr(place, name, _FOLLOWS)
+        return read(*which)
     except RuntimeError:  # TF32 was set by its newer name
-        return _FOLLOWS
+        return _UNKNOWN
 
 
 def _write(values: Sequence[Any]) -> None:
-    mode, attention, *flags = values
+    mode, attention, *flags, products = values
     torch.set_deterministic_debug_mode(mode)
     torch.backends.cuda.enable_cudnn_sdp(attention)
     for (place, name, _), value in zip(_FLAGS, flags, strict=True):
-        if value is not _FOLLOWS:
+        if value is not _UNKNOWN:
             setattr(place, name, value)
+    # last, as `allow_tf32` sets it too, but does not know its "medium"
+    if products not in (_UNKNOWN, _value(torch.get_float32_matmul_precision)):
+        torch.set_float32_matmul_precision(products)
