@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from benchmarks import gpu
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu.Bench:
+    """A tiny one on a CPU."""
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    return gpu.Bench(torch.device("cpu"), True, time.monotonic() + 1000, tmp_path)
 
 
 def test_the_figures_so_far_are_written_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +47,19 @@ def test_the_figures_so_far_are_written_whatever_happens(tmp_path: Path, monkeyp
         "load": {"failed": "RuntimeError: out of memory"},
         "methods": {"left out": "no time was left"},
     }
+
+
+def test_what_the_mode_of_waits_says_of_itself_is_no_wait(bench: gpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"]
+
+    def set_mode(mode: str) -> None:
+        if said:
+            warnings.warn(said.pop(), stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(gpu.Bench, "cuda", True)
+    for name in ("sync", "fresh"):
+        monkeypatch.setattr(gpu.Bench, name, lambda self: None)
+    monkeypatch.setattr(gpu.Bench, "peak", lambda self: None)
+    assert gpu.waits(bench) == {"per step": 0, "by line": {}, "per turn, by line": {}}
+    assert not said
