@@ -6,9 +6,12 @@ A wide batch stands for several clients: it has no adapter for each of them, so 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+from unittest import mock
 
 import torch
+import transformers
 
 from fedlora.tasks.base import Batch
 
@@ -101,6 +104,16 @@ class Steps:
             torch._foreach_zero_([self.optimizer.state[value]["momentum_buffer"] for value in self.values])
 
 
+def unpacked() -> AbstractContextManager[Any]:
+    """Within the block, ``transformers`` takes each row for one sequence.
+
+    Otherwise it looks at the positions for several, for which the host waits. During a capture it cannot, supposes that
+    there are, and makes a mask: a graph would have other kernels of attention than the steps that it is compared with.
+    """
+    masks = transformers.masking_utils
+    return mock.patch.object(masks, "find_packed_sequence_indices", return_value=None, create=True)
+
+
 def widened(batch: Batch) -> Batch:
     """The rows of ``WIDTH`` clients in one batch."""
     return {name: value.repeat(WIDTH, *[1] * (value.dim() - 1)) for name, value in batch.items()}
@@ -123,7 +136,10 @@ def gains(
     shape = shape_of(batches[0])
     alike = [batch for batch in batches if shape_of(batch) == shape]
     single = Steps(loss_of, values, alike)
-    same = all(map(torch.equal, single.eager(), single.graphed()))
+    stepped = single.eager()
+    if all(map(torch.equal, stepped, single.start)):
+        raise RuntimeError("the steps moved nothing, so their bits tell nothing")
+    same = all(map(torch.equal, stepped, single.graphed()))
     wide = Steps(loss_of, values, [widened(batch) for batch in alike])
     took = seconds(eager=single.eager, graphed=single.graphed, wide=wide.eager, wide_graphed=wide.graphed)
     return {

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import gpu
+from benchmarks import gpu, graphs
 
 
 @pytest.fixture
@@ -63,3 +64,33 @@ def test_what_the_mode_of_waits_says_of_itself_is_no_wait(bench: gpu.Bench, monk
     monkeypatch.setattr(gpu.Bench, "peak", lambda self: None)
     assert gpu.waits(bench) == {"per step": 0, "by line": {}, "per turn, by line": {}}
     assert not said
+
+
+@pytest.mark.parametrize(("replayed", "same"), [(True, True), (False, False)])
+def test_a_graph_that_does_nothing_has_other_bits(
+    bench: gpu.Bench, monkeypatch: pytest.MonkeyPatch, replayed: bool, same: bool
+) -> None:
+    def captured(function: Callable[[], None], device: torch.device) -> graphs.Graph:
+        return graphs.Plain(function if replayed else lambda: None)
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    assert gpu.graphs(bench)["the same bits from a graph"] is same
+
+
+def test_a_captured_step_has_the_kernels_of_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args: Any, attn_mask: Any = None, **settings: Any) -> torch.Tensor:
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    with graphs.unpacked():
+        for capturing in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda value=capturing: value)
+            model(input_ids=torch.arange(8)[None], use_cache=False)
+    assert masks == [None, None]
