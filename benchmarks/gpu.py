@@ -247,12 +247,15 @@ def ours_and_plain(bench: Bench, size: Size, folder: Path) -> tuple[dict[str, An
     def plain() -> None:
         loop(bench, size, rows, values, lambda part: task.loss(workspace.model, task.batch(part, bench.device)))
 
+    def free() -> None:
+        workspace.deterministic = False
+        opened.round()
+        workspace.deterministic = True
+
     assert len(rows) >= size.batch
     opened.round()
     found: dict[str, Any] = {"peak GiB": bench.peak()}
-    took = bench.seconds(size.repeats, fedlora=opened.round, plain=plain)
-    workspace.deterministic = False
-    took |= bench.seconds(size.repeats, **{"fedlora, not deterministic": opened.round})
+    took = bench.seconds(size.repeats, fedlora=opened.round, plain=plain, **{"fedlora, not deterministic": free})
     trained = {id(value) for value in values}
     frozen = (value for value in workspace.model.parameters() if value.dim() == 2 and id(value) not in trained)
     return found | {"matrices, M": sum(value.numel() for value in frozen) / 1e6}, took

@@ -94,3 +94,18 @@ def test_a_captured_step_has_the_kernels_of_one_that_is_not(monkeypatch: pytest.
             monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda value=capturing: value)
             model(input_ids=torch.arange(8)[None], use_cache=False)
     assert masks == [None, None]
+
+
+def test_turns_with_and_without_deterministic_kernels_alternate(
+    bench: gpu.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: list[bool] = []
+
+    def noted(self: gpu.Opened) -> None:
+        kernels.append(self.workspace.deterministic)
+
+    monkeypatch.setattr(gpu.Opened, "round", noted)
+    monkeypatch.setattr(gpu, "loop", lambda *_: None)
+    _, took = gpu.ours_and_plain(bench, *bench.large())
+    assert list(took) == ["fedlora", "plain", "fedlora, not deterministic"]
+    assert kernels[1:] == [True, False] * 3
