@@ -1,4 +1,4 @@
-"""fedlora on one GPU, in under eight minutes: ``python -m benchmarks.gpu`` (``--device cpu --tiny`` to try it here).
+"""fedlora on one GPU, in under seven minutes: ``python -m benchmarks.gpu`` (``--device cpu --tiny`` to try it here).
 
 Parts run in the order of their worth until the time is up; the figures so far are written after each. Nothing is
 downloaded, and no setting of the card is changed. What is compared runs in turns on the same model.
@@ -431,7 +431,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the code")
-    parser.add_argument("--seconds", type=float, default=400.0, help="when to begin no further part")
+    parser.add_argument("--seconds", type=float, default=330.0, help="when to begin no further part")
     parser.add_argument(
         "--out", type=Path, help="file of the figures; by default gpu-CARD.json in $OUT or in benchmarks/results"
     )

@@ -1,8 +1,10 @@
-"""``benchmarks/gpu.py`` keeps what it has measured."""
+"""``benchmarks/gpu.py`` keeps what it has measured, and compares like with like; ``make gpu`` always runs it."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -109,3 +111,25 @@ def test_turns_with_and_without_deterministic_kernels_alternate(
     _, took = gpu.ours_and_plain(bench, *bench.large())
     assert list(took) == ["fedlora", "plain", "fedlora, not deterministic"]
     assert kernels[1:] == [True, False] * 3
+
+
+STAND_IN = """#!/bin/sh
+case "$2" in
+pytest) echo "$@" > "$OUT/tests"; trap 'exit 2' INT; sleep 60 & wait;;
+*) echo "$2" > "$OUT/measured";;
+esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("timeout"), reason="no command timeout")
+def test_tests_that_hang_leave_time_for_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    words = ["make", "gpu", f"GPU_PYTHON={python}", "GPU_TESTS=1"]
+    ended = subprocess.run(words, cwd=Path(__file__).parents[2], check=False, timeout=30)
+    # what is printed may be cut where it is sent on
+    assert f"--junitxml={tmp_path}/gpu-tests.xml" in (tmp_path / "tests").read_text()
+    assert (tmp_path / "measured").read_text() == "benchmarks.gpu\n"
+    assert ended.returncode == 2  # of make, for any failure
