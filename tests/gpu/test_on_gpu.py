@@ -185,8 +185,8 @@ def test_every_task_runs(world: Path, language: Path, tmp_path: Path, device: st
 @pytest.mark.parametrize("load", ["8bit", "4bit", "4bit_double"])
 def test_adapters_train_on_a_quantised_base(language: Path, tmp_path: Path, device: str, load: str) -> None:
     pytest.importorskip("bitsandbytes")
-    if device == "cpu":
-        pytest.skip("for a GPU")
+    if device == "cpu" and load != "8bit":
+        pytest.skip("in evaluation mode, 4-bit products have no gradients on a CPU")
     values = document(language, "lora", f"device={device}", "method.local.compute='bf16'", "clients.num=3", rounds=2)
     files = {"kind": "files", "train": str(language / "texts.jsonl"), "test": str(language / "texts.jsonl")}
     values |= {"task": {"kind": "causal_lm", "block_size": 16}, "data": files}
