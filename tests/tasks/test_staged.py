@@ -96,6 +96,15 @@ def test_batches_arrive_as_they_are_on_the_host(
             assert all(torch.equal(found[name].held, host[name]) for name in host.keys() - idle)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("device", "waits"), [("mps", True), ("xpu", False)])
+def test_on_an_apple_gpu_the_host_waits_for_a_copy(device: str, waits: bool) -> None:
+    class Value:
+        def to(self, device: torch.device, non_blocking: bool) -> bool:
+            return not non_blocking
+
+    assert staged.sent(Value(), torch.device(device)) is waits  # type: ignore[arg-type,comparison-overlap]
+
+
 def test_a_mask_of_ones_is_left_out() -> None:
     ids = torch.ones(2, 3, dtype=torch.int64)
     assert staged.without_idle_mask({"input_ids": ids, "attention_mask": ids}).keys() == {"input_ids"}

@@ -18,10 +18,11 @@ LEARNT = "learnt"
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """``value`` on ``device``; the host does not wait until it has arrived."""
+    """``value`` on ``device``; the host does not wait until it has arrived, except on an Apple GPU."""
     if device.type == "cuda":  # from pageable memory the copy would wait for all that the device has to do
         value = value.pin_memory()
-    return value.to(device, non_blocking=True)
+    # Metal reads the memory when its turn comes, even if that holds something else by then (PyTorch's issue 189690)
+    return value.to(device, non_blocking=device.type != "mps")
 
 
 def staged(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
