@@ -14,10 +14,12 @@ from torch import Tensor
 import fedlora
 from fedlora import config
 from fedlora.client.workspace import Workspace
+from fedlora.config import federated_data
 from fedlora.config.federated_data import in_mode, manifest, prepare
 from fedlora.core.devices import compute_on, deterministic_kernels, pick_device
 from fedlora.core.errors import ConfigError
 from fedlora.federation.protocol.policies import SiteConfig
+from fedlora.population.skew import Classes, classes_by
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks.text import PreparedText
 
@@ -120,6 +122,22 @@ def test_deterministic_stands_in_the_manifest_and_in_the_digest_only_if_it_is_of
     assert config.digest(plain) == config.digest(on) != config.digest(off)
     assert [manifest(one, prepare(one))["deterministic"] for one in (plain, off)] == [True, False]
     assert config.resolved(plain)["deterministic"] is True
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_clients_are_divided_with_such_kernels(
+    world: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    seen = []
+
+    def noted(skew: Any, task: Any, seed: int, device: torch.device) -> Classes:
+        seen.append(flags()[0])
+        return classes_by(skew, task, seed, torch.device("cpu"))
+
+    monkeypatch.setattr(federated_data, "classes_by", noted)
+    monkeypatch.setattr(federated_data, "pick_device", lambda name: CUDA)
+    prepare(experiment(world, "lora", f"deterministic={str(deterministic).lower()}"))
+    assert seen == [deterministic]
 
 
 def flags() -> tuple[Any, ...]:

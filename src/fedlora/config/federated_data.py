@@ -19,7 +19,7 @@ from fedlora.config.data_notes import data_notes
 from fedlora.config.experiment import Experiment
 from fedlora.config.handed_over import check_here, handed_over
 from fedlora.config.places import located, located_data, located_model
-from fedlora.core.devices import compute_on, pick_device
+from fedlora.core.devices import compute_on, deterministic_kernels, pick_device
 from fedlora.core.errors import ConfigError, DataError
 from fedlora.core.progress import stage
 from fedlora.core.slots import kind_of
@@ -120,7 +120,8 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
     task = experiment.task.prepare(located_model(experiment), located_data(experiment.data, experiment.root))
     stage("partitioning the data")
     device = pick_device(experiment.device)
-    classes = classes_by(clients.skew, task, named_seed(experiment.seed, "skew"), device)
+    with deterministic_kernels(device, experiment.deterministic):  # the skew may ask the model
+        classes = classes_by(clients.skew, task, named_seed(experiment.seed, "skew"), device)
     mode = MODES[experiment.mode]
     division, away = _deal(experiment, task, classes, partitioner)
     if mode.sends:
