@@ -121,6 +121,17 @@ def test_a_worker_that_cannot_be_started_ends_the_run_and_the_others(
     assert children() == before
 
 
+def test_a_task_that_a_process_cannot_be_given_is_refused() -> None:
+    _, data = toy_run(fedlora.dense_lora(rounds=1))
+    task, before = data.task, children()
+    task.loss_function = lambda outputs, labels: None  # type: ignore[attr-defined]
+    engine = Processes(Workspace(task, 0, torch.device("cpu")), data.population, workers=1, start="spawn")
+    jobs, _ = jobs_of([4])
+    with pytest.raises(ConfigError, match=r"cannot be copied \(.*lambda.*\): define functions and classes at the top"):
+        list(engine.run(jobs))
+    assert children() == before
+
+
 def test_a_tree_of_views_is_sent_once() -> None:
     tree = unflatten(torch.randn(40_000), {str(place): torch.zeros(100, 20) for place in range(20)})
     part = torch.randn(100, 20).t()

@@ -23,7 +23,7 @@ import torch
 from fedlora.client.jobs import Job, Reply
 from fedlora.client.turn import run_job
 from fedlora.client.workspace import Workspace
-from fedlora.core.errors import ConfigError, FedloraError, TrainingError, ran_out_of_memory
+from fedlora.core.errors import ConfigError, FedloraError, TrainingError, first_line, ran_out_of_memory
 from fedlora.engines.base import Engine
 from fedlora.population.clients import Population
 from fedlora.tasks.base import Positions
@@ -115,9 +115,11 @@ class _Worker:
 
         Raises:
             TrainingError: the worker ended.
+            ConfigError: they cannot be copied.
         """
+        copied = _copied(share)
         with _ended():
-            self.pipe.send_bytes(_pickled(share))
+            self.pipe.send_bytes(copied)
         self.owed = len(share)
 
     def receive(self) -> Any:
@@ -158,6 +160,21 @@ def _pickled(value: Any) -> bytes:
     file = io.BytesIO()
     _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
     return file.getvalue()
+
+
+def _copied(value: Any) -> bytes:
+    """What a resident worker gets, as bytes.
+
+    Raises:
+        ConfigError: a part of it has no name by which another process could find it.
+    """
+    try:
+        return _pickled(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"the engine 'processes' copies everything to its workers on GPUs, and a part cannot be copied "
+            f"({first_line(error)}): define functions and classes at the top of a module, or use the engine 'serial'"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -236,15 +253,16 @@ def _forked(workspace: Workspace, share: Work) -> _Worker:
 def _spawned(workspace: Workspace, number: int) -> _Worker:
     """A process with a model of its own, on a GPU of its own if there are several."""
     context = multiprocessing.get_context("spawn")
+    gpus = _gpus(workspace.device)
+    device = gpus[number % len(gpus)] if gpus else workspace.device
+    settings = _copied((workspace.task, workspace.seed, device, workspace.deterministic))
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
-    gpus = _gpus(workspace.device)
-    device = gpus[number % len(gpus)] if gpus else workspace.device
     worker = _Worker(process, ours)
     with _ended():
-        worker.pipe.send_bytes(pickle.dumps((workspace.task, workspace.seed, device, workspace.deterministic)))
+        worker.pipe.send_bytes(settings)
     return worker
 
 
