@@ -226,8 +226,11 @@ def turn(bench: Bench, which: tuple[Size, Path] | None = None) -> dict[str, Any]
     bench.fresh()
     found, took = ours_and_plain(bench, size, folder)
     bench.fresh()
-    took["peft"] = peft_loop(bench, size, folder)
-    found["peft's peak GiB"] = bench.peak()
+    try:
+        took["peft"] = peft_loop(bench, size, folder)
+        found["peft's peak GiB"] = bench.peak()
+    except Exception as error:  # what was measured counts without it
+        found["peft"] = failure(error)
     found |= {f"tokens/s, {name}": tokens / seconds for name, seconds in took.items()}
     found |= {f"fedlora / {name}, time": took["fedlora"] / took[name] for name in took if name != "fedlora"}
     # a product with each matrix forward, and one for the gradient by its input
@@ -413,7 +416,11 @@ def methods(bench: Bench) -> dict[str, Any]:
         if kind == "slora":
             values["method"] |= {"warm_rounds": 1, "warm_local": values["method"]["local"]}
         start = time.perf_counter()
-        result = fedlora.run(config.parse(values), bench.folder / "runs" / kind)
+        try:
+            result = fedlora.run(config.parse(values), bench.folder / "runs" / kind)
+        except Exception as error:  # the other methods go on
+            found[kind] = failure(error)
+            continue
         found[kind] = {
             "seconds": time.perf_counter() - start,
             "losses": [result.before["loss"], result.after["loss"]],
@@ -459,16 +466,21 @@ def main() -> None:
             try:
                 bench.found[part] = globals()[part](bench)
             except Exception as error:  # the other parts go on
-                traceback.print_exc()
-                bench.found[part] = {"failed": f"{type(error).__name__}: {error}"[:400]}
+                bench.found[part] = failure(error)
             took[part] = round(time.monotonic() - start, 1)
             bench.fresh()
             print(table(part, bench.found[part], took[part]), flush=True)
             write(out, name, given.tiny, bench.found, took)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if any("failed" in figures for figures in bench.found.values()):
+    if '"failed": ' in json.dumps(bench.found):
         raise SystemExit(1)
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """Prints the error that is being handled; what stands in the place of its figures."""
+    traceback.print_exc()
+    return {"failed": f"{type(error).__name__}: {error}"[:400]}
 
 
 def write(out: Path, name: str, tiny: bool, found: dict[str, Any], took: dict[str, float]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+import fedlora
 from benchmarks import gpu, graphs
 
 
@@ -66,6 +67,24 @@ def test_what_the_mode_of_waits_says_of_itself_is_no_wait(bench: gpu.Bench, monk
     monkeypatch.setattr(gpu.Bench, "peak", lambda self: None)
     assert gpu.waits(bench) == {"per step": 0, "by line": {}, "per turn, by line": {}}
     assert not said
+
+
+def test_one_that_fails_leaves_the_figures_of_the_others(bench: gpu.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, why = fedlora.run, {"failed": "RuntimeError: no kernel"}
+
+    def failing(experiment: Any, *_: Any) -> Any:
+        if not isinstance(experiment, fedlora.Experiment) or experiment.label == "federa":
+            raise RuntimeError("no kernel")
+        return run(experiment, *_)
+
+    monkeypatch.setattr(gpu, "peft_loop", failing)
+    monkeypatch.setattr(fedlora, "run", failing)
+    found = gpu.turn(bench)
+    assert found["peft"] == why
+    assert found["tokens/s, fedlora"] > 0
+    found = gpu.methods(bench)
+    assert found["federa"] == why
+    assert all("losses" in found[kind] for kind in ("lora", "flasc", "slora"))
 
 
 @pytest.mark.parametrize(("replayed", "same"), [(True, True), (False, False)])
