@@ -19,7 +19,10 @@ from fedlora.core.progress import LOG
 if TYPE_CHECKING:
     from fedlora.study import Tuned
 
-Jobs = Annotated[int | None, typer.Option(min=1, help="Number of parallel processes; one per core by default.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of parallel processes; by default one per GPU, or per core without one."),
+]
 Budget = Annotated[str | None, typer.Option(help="Time after which no new run starts: 45s, 90m, 2h.")]
 
 

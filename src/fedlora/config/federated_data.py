@@ -323,6 +323,7 @@ def manifest(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(data.device),
+        "gpu": torch.cuda.get_device_name(data.device) if data.device.type == "cuda" else None,
         "compute": [phase.recipe.local.compute for phase in experiment.phases],
         "deterministic": experiment.deterministic,
         "threads": torch.get_num_threads(),

@@ -92,8 +92,8 @@ def deterministic_kernels(device: torch.device, wanted: bool = True) -> Iterator
             raise
         if _WORKSPACE in str(error):
             raise ConfigError(
-                f"this process multiplied matrices on a GPU before fedlora chose its device, and {_WORKSPACE} was not "
-                f"set then: set {_WORKSPACE}=:4096:8 before the program starts, or deterministic = false"
+                f"this process multiplied matrices on a GPU before fedlora chose its device, with {_WORKSPACE} unset "
+                f"or at another value: set {_WORKSPACE}=:4096:8 before the program starts, or deterministic = false"
             ) from error
         operation = str(error).split(" does not have")[0].splitlines()[0]
         raise ConfigError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,7 +260,8 @@ class _Queue:
 def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> bool:
     """Runs jobs until none is left, or a process dies unexpectedly; then returns True, to continue with a new pool."""
     running: dict[Future[Outcome], tuple[Source, Job]] = {}
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _begin, (context.Value("i", 0),)) as pool:
         try:
             while True:
                 while len(running) < processes and (found := queue.next()):
@@ -283,9 +285,14 @@ def _in_processes(queue: _Queue, processes: int, log: Callable[[str], None]) -> 
             raise
 
 
-def _begin() -> None:
-    """Initialises a worker process: it uses one thread, and ends when its parent does."""
+def _begin(begun: Synchronized[int]) -> None:
+    """Initialises a worker process: it uses one thread and the next GPU in turn, and ends when its parent does."""
     torch.set_num_threads(1)
+    with begun.get_lock():
+        number = begun.value
+        begun.value += 1
+    if (gpus := torch.cuda.device_count()) > 1:
+        torch.cuda.set_device(number % gpus)  # which `device = "auto"` means
     worker_signals()
     parent = multiprocessing.parent_process()
 
@@ -304,9 +311,11 @@ def _line(job: Job, outcome: Outcome) -> str:
 
 
 def processes_for(jobs: int | None) -> int:
-    """Number of processes to use: as requested, or else one per core available to this process."""
+    """Number of processes to use: as requested, or else one per GPU, or per core available if there is none."""
     if jobs is not None:
         return jobs
+    if gpus := torch.cuda.device_count():
+        return gpus
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not available on every system

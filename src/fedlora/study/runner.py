@@ -333,7 +333,7 @@ def run_study(
         folder: the folder of its runs and of ``results.json``.
         stage: ``tune`` or ``final`` to run only that part; ``table`` runs nothing.
         only: the methods to run; all if empty.
-        jobs: number of concurrent processes; None for one per core.
+        jobs: number of concurrent processes; None for one per GPU, or per core without one.
         budget: seconds after which nothing new is started.
         log: receives a line for each run that ends.
 

@@ -84,8 +84,8 @@ def tune(
         trials: maximum number of settings; fewer if the lists have fewer combinations.
         holdout: fraction of the training rows held out for comparison; of the users, if clients are users.
         seed: seed of the sample of settings and of the held-out data.
-        jobs: number of concurrent processes; None for one per core. More than one requires a script guarded by
-            ``if __name__ == "__main__"``.
+        jobs: number of concurrent processes; None for one per GPU, or per core without one. More than one
+            requires a script guarded by ``if __name__ == "__main__"``.
         budget: seconds after which nothing new is started.
         log: receives a line for each run that ends.
 
