@@ -69,6 +69,28 @@ def test_trees_of_another_form_are_refused(slot: str, wrong: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Bare(Aggregator):
+    needs: ClassVar[Any] = "sum"
+    returns: str
+
+    def begin(self, params: Tree, schema: Any, store: Any) -> Accumulator:
+        return BareDelta(self.returns)
+
+
+class BareDelta(Latest):
+    def finish(self) -> Any:
+        change = Change(self.delta, Fold())
+        return {"a tree": self.delta, "nothing": None, "no fold": change._replace(fold=None)}[self.wrong]
+
+
+@pytest.mark.parametrize("returns", ["a tree", "nothing", "no fold"])
+def test_an_aggregator_that_returns_no_change_is_refused(returns: str) -> None:
+    federation = Federation(fedavg(rounds=1, tuning=LoRA(rank=2), aggregator=Bare(returns=returns)))
+    with pytest.raises(ConfigError, match=r"the aggregator 'test_wrong_parts:Bare' returned .*, but Change\(delta, Fold"):
+        federation.go_on(federation.start(), 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Deal(Partition):
     wrong: str = ""
 
@@ -95,3 +117,15 @@ def test_assignments_that_are_none_are_refused(wrong: str, message: str) -> None
     with pytest.raises(DataError, match=f"the assignment of the partition 'test_wrong_parts:Deal' .*{message}"):
         build_population(clients, np.arange(12) % 2, None, 0)
     assert len(build_population(dataclasses.replace(clients, partition=Deal()), np.arange(12), None, 0).population) == 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BareGroups(Partition):
+    def split(self, labels: Any, column: Any, num_clients: int, rng: np.random.Generator) -> Any:
+        return np.array_split(np.arange(len(labels)), num_clients)
+
+
+def test_a_partition_that_returns_no_assignment_is_refused() -> None:
+    clients = Clients(num=4, per_round=2, partition=BareGroups())
+    with pytest.raises(DataError, match=r"'test_wrong_parts:BareGroups' returned \[array.*but Assignment\(groups, names"):
+        build_population(clients, np.arange(12) % 2, None, 0)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.component import MODEL_CONFIG, Count, Part, dataclass
-from fedlora.core.errors import ConfigError, DataError
+from fedlora.core.errors import ConfigError, DataError, shown
 from fedlora.core.network import Network, parse_network
 from fedlora.core.slots import kind_of
 from fedlora.population.partitions import AnyPartition, Assignment, Dirichlet, Natural, Pooled, Rows
@@ -340,6 +340,11 @@ def population_of(deal: Assignment, total: int, allow_empty: bool) -> Population
 
 def _check_deal(partition: str, deal: Assignment, num_rows: int) -> None:
     """Rejects an assignment that is none, as a partition of the user's own may return it."""
+    if not isinstance(deal, Assignment):
+        raise DataError(
+            f"the partition {partition!r} returned {shown(deal)}, but Assignment(groups, names) was expected: correct "
+            "the class"
+        )
     groups = [np.asarray(group) for group in deal.groups]
     filled = [group for group in groups if len(group)]
     rows = np.concatenate(filled or [np.zeros(0, dtype=np.int64)])

@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fedlora.core import tree
-from fedlora.core.errors import ConfigError, DivergedError
+from fedlora.core.errors import ConfigError, DivergedError, shown
 from fedlora.core.network import Network
 from fedlora.core.slots import kind_of
 from fedlora.core.state import Change, ClientState, Fold, ServerState, named_seed
@@ -105,6 +105,11 @@ def aggregate(recipe: Recipe, state: ServerState, uplink: Uplink) -> Change:
     visible = bool(uplink.answers) and disclosure_of(recipe).absence
     if uplink.counted or (visible and not uplink.skips(state.parts.value("norms", "longest"))):
         change = accumulator.finish()
+        if not (isinstance(change, Change) and isinstance(change.fold, Fold) and isinstance(change.store, Store)):
+            raise ConfigError(
+                f"the aggregator {kind_of(recipe.aggregator)!r} returned {shown(change)}, but Change(delta, Fold()) "
+                "was expected, with a Store if it keeps a state: correct its class"
+            )
         check_form(f"the change of the aggregator {kind_of(recipe.aggregator)!r}", change.delta, params)
         return change
     return Change(tree.zeros_like(params), Fold(), store)
