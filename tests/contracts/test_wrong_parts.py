@@ -20,6 +20,7 @@ from fedlora.population.clients import Clients, build_population
 from fedlora.population.partitions import Assignment, Partition
 from fedlora.server.aggregate import Accumulator, Aggregator
 from fedlora.server.optimizers import ServerOptimizer
+from fedlora.transport.sparsify import Facts, Sparsifier
 from fedlora.tuning import LoRA
 
 WRONG: dict[str, tuple[Callable[[Tree], Tree], str]] = {
@@ -86,7 +87,9 @@ class BareDelta(Latest):
 @pytest.mark.parametrize("returns", ["a tree", "nothing", "no fold"])
 def test_an_aggregator_that_returns_no_change_is_refused(returns: str) -> None:
     federation = Federation(fedavg(rounds=1, tuning=LoRA(rank=2), aggregator=Bare(returns=returns)))
-    with pytest.raises(ConfigError, match=r"the aggregator 'test_wrong_parts:Bare' returned .*, but Change\(delta, Fold"):
+    with pytest.raises(
+        ConfigError, match=r"the aggregator 'test_wrong_parts:Bare' returned .*, but Change\(delta, Fold"
+    ):
         federation.go_on(federation.start(), 1)
 
 
@@ -127,5 +130,41 @@ class BareGroups(Partition):
 
 def test_a_partition_that_returns_no_assignment_is_refused() -> None:
     clients = Clients(num=4, per_round=2, partition=BareGroups())
-    with pytest.raises(DataError, match=r"'test_wrong_parts:BareGroups' returned \[array.*but Assignment\(groups, names"):
+    with pytest.raises(
+        DataError, match=r"'test_wrong_parts:BareGroups' returned \[array.*but Assignment\(groups, names"
+    ):
         build_population(clients, np.arange(12) % 2, None, 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows(Sparsifier):
+    wrong: str = ""
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(unbiased=False, reads_values=True)
+
+    def choose(self, tree: Tree, schema: Any, round: int, seed: int) -> Any:
+        masks = {name: value > 0 for name, value in tree.items()}
+        return MASKS[self.wrong][0](masks) if self.wrong else masks
+
+
+MASKS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "nothing": (lambda masks: None, "returned None, but bool"),
+    "one too many": (lambda masks: {**masks, "more": torch.ones(1) > 0}, r"returned for 'more' tensor\(\[True"),
+    "floats": (lambda masks: {name: mask.float() for name, mask in masks.items()}, r"for 'a' tensor\(\[\[1\., 1"),
+    "arrays": (lambda masks: {name: mask.numpy() for name, mask in masks.items()}, r"for 'a' array\("),
+    "a vector": (
+        lambda masks: {name: mask.flatten() for name, mask in masks.items()},
+        r"of shape \(6,\), not \(2, 3\)",
+    ),
+    "of the rows": (lambda masks: {name: mask[:, :1] for name, mask in masks.items()}, r"shape \(2, 1\), not \(2, 3\)"),
+}
+
+
+@pytest.mark.parametrize("wrong", MASKS)
+def test_masks_of_another_form_are_refused(wrong: str) -> None:
+    tree = {"a": torch.ones(2, 3), "b": -torch.ones(2, 2)}
+    with pytest.raises(ConfigError, match=f"of the sparsifier 'test_wrong_parts:Rows' .*{MASKS[wrong][1]}"):
+        Rows(wrong=wrong)(tree, {}, 0)
+    assert Rows()(tree, {}, 0)["b"].count_nonzero() == 0

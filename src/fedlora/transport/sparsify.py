@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fedlora.core.component import MODEL_CONFIG, Count, Positive, Share, dataclass
+from fedlora.core.errors import ConfigError, shown
 from fedlora.core.schema import Leaf
+from fedlora.core.slots import kind_of
 from fedlora.core.tree import Tree, as_vector, flatten, unflatten
 from fedlora.transport.magnitude import FEW, few_largest, largest
 from fedlora.transport.positions import random_positions
@@ -99,12 +101,14 @@ class Sparsifier(ABC):
 
         Raises:
             KeyError: the head has a quota and ``schema`` lacks a name of ``tree``.
+            ConfigError: ``choose`` of a user's own class returned something else than masks of ``tree``.
         """
         if not self.facts.drops:
             return dict(tree)
         vector = flatten(tree).detach()
         thinned = unflatten(vector, tree)  # one vector, which `choose` and `pack` take as it is
         masks = self.choose(thinned, schema, round, seed)
+        _check_masks(self, masks, tree)
         for name, kept in masks.items():
             if (gain := self.gain(kept)) != 1:
                 thinned[name] *= gain
@@ -118,6 +122,23 @@ class Sparsifier(ABC):
             for name, kept in masks.items():
                 parts[name] *= kept.to(bits.device)
         return thinned
+
+
+def _check_masks(sparsifier: Sparsifier, masks: Mapping[str, Tensor], tree: Tree) -> None:
+    """Rejects what is no mask of the tensors; one of another shape would be broadcast, or read in another order."""
+    if not isinstance(masks, Mapping):
+        problem = f"returned {shown(masks)}"
+    elif wrong := [n for n, m in masks.items() if n not in tree or not isinstance(m, Tensor) or m.dtype != torch.bool]:
+        problem = f"returned for {wrong[0]!r} {shown(masks[wrong[0]])}"
+    elif wrong := [name for name, mask in masks.items() if mask.shape != tree[name].shape]:
+        name = wrong[0]
+        problem = f"returned for {name!r} a mask of shape {tuple(masks[name].shape)}, not {tuple(tree[name].shape)}"
+    else:
+        return
+    raise ConfigError(
+        f"choose of the sparsifier {kind_of(sparsifier)!r} {problem}, but bool tensors with the names and shapes of "
+        "the given ones were expected: correct its class"
+    )
 
 
 @final
