@@ -316,6 +316,27 @@ def test_a_fault_of_ours_exits_with_1_and_asks_for_a_report(
     assert "Traceback" not in said
 
 
+FAILING = """
+from dataclasses import dataclass
+from fedlora.parts import Partition
+
+@dataclass(frozen=True)
+class Fails(Partition):
+    def split(self, labels, column, num_clients, rng):
+        return {}["gone"]
+"""
+
+
+def test_a_class_of_the_users_own_that_fails_is_no_fault_of_ours(
+    run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "failing_parts.py").write_text(FAILING, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("-s", "clients.partition={kind='failing_parts:Fails'}")
+    assert fedlora(monkeypatch, "partition", str(run_toml), *own) == 2
+    assert "failing_parts.py, line 8, failed (KeyError: 'gone'); correct this class of your own" in sentence(capsys)
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fedlora", "show", str(tmp_path / "none.toml"), "--debug"])
     with pytest.raises(ConfigError, match="there is no file"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import errno
+import inspect
 import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -122,13 +124,27 @@ def _run(debug: bool) -> tuple[int, str]:
     except Exception as error:
         if debug:
             raise
-        if cause := _of_the_user(error):
+        if cause := _of_the_user(error) or _of_an_own_class(error):
             return 2, f"error: {cause}"
         return 1, (
             f"fedlora failed because of a bug in fedlora ({type(error).__name__}: {error}); run the command "
             "again with --debug and report its output"
         )
     return 0, ""
+
+
+def _of_an_own_class(error: Exception) -> str:
+    """Where a module with the user's own parts took part in an error; empty if none did."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        name = str(frame.f_globals.get("__name__"))
+        defined = [one for one in frame.f_globals.values() if inspect.isclass(one) and one.__module__ == name]
+        bases = {base.__module__.split(".")[0] for one in defined for base in one.__mro__}
+        if "fedlora" in bases and name.split(".")[0] != "fedlora":
+            return (
+                f"{frame.f_code.co_filename}, line {line}, failed ({type(error).__name__}: {error}); correct this "
+                "class of your own, --debug shows the traceback"
+            )
+    return ""
 
 
 def _of_the_user(error: Exception) -> str:
