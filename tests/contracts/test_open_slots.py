@@ -207,6 +207,28 @@ def test_a_class_that_cannot_be_had_is_refused(table: dict[str, Any], message: s
         parse({"method": {"kind": "lora", "aggregator": table}})
 
 
+@pytest.mark.parametrize(("line", "message"), [("x = (", "SyntaxError: "), ("x = y", "NameError: name 'y' is not")])
+def test_a_file_with_a_mistake_is_named(tmp_path: Path, monkeypatch: Any, line: str, message: str) -> None:
+    (tmp_path / "mistaken.py").write_text(line, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"mistaken cannot be imported \({message}.*\); correct its file"):
+        parse({"method": {"kind": "lora", "aggregator": {"kind": "mistaken:Rule"}}})
+
+
+@dataclasses.dataclass(frozen=True)
+class Undeclared(strangers.MajoritySign.__base__):  # type: ignore[misc, name-defined]
+    def begin(self, *arguments: Any) -> Any:
+        return strangers.Signs(1.0)
+
+
+def test_a_class_that_lacks_what_its_slot_declares_is_refused() -> None:
+    message = r"test_open_slots:Undeclared does not set 'needs', .* add `needs: ClassVar\[Needs\] = ...` to the class"
+    with pytest.raises(ConfigError, match=message):
+        Recipe(aggregator=Undeclared())
+    with pytest.raises(ConfigError, match=message):
+        parse({"method": {"kind": "lora", "aggregator": {"kind": "test_open_slots:Undeclared"}}})
+
+
 def test_values_that_can_change_or_come_from_nowhere_are_refused() -> None:
     @dataclasses.dataclass
     class Loose(strangers.EveryOther.__base__):  # type: ignore[misc, name-defined]

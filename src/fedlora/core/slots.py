@@ -100,6 +100,10 @@ class Slot:
             raise ConfigError(
                 f"kind = {kind!r} cannot be imported ({error}); install its package, or put its folder on PYTHONPATH"
             ) from error
+        except Exception as error:
+            raise ConfigError(
+                f"{module} cannot be imported ({type(error).__name__}: {error}); correct its file"
+            ) from error
         if not (inspect.isclass(found) and issubclass(found, self.base) and not inspect.isabstract(found)):
             raise ConfigError(
                 f"kind = {kind!r} is no {self.base.__name__}: derive it from {self.base.__module__}."
@@ -230,10 +234,23 @@ def _check_class(cls: type) -> None:
             f"{name_of(cls)} is defined inside a function, where a run that resumes cannot import it: move it to the "
             "top of its file"
         )
+    _check_declared(cls)
     if "source" in _settings(cls):
         raise ConfigError(
             f"{name_of(cls)} has a field source, a name that configurations use for the digest of its code: rename it"
         )
+
+
+def _check_declared(cls: type) -> None:
+    """Rejects a class that lacks an attribute which its slot declares for it, and which refusals read."""
+    for base in cls.__mro__:
+        declared = inspect.get_annotations(base) if base.__module__.split(".")[0] == "fedlora" else {}
+        for name, kind in declared.items():
+            if str(kind).startswith("ClassVar") and getattr(cls, name, None) is None:
+                raise ConfigError(
+                    f"{name_of(cls)} does not set {name!r}, which {base.__name__} declares: add `{name}: {kind} = ...` "
+                    "to the class"
+                )
 
 
 def _kinds(union: Any) -> dict[str, type]:
