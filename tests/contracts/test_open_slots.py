@@ -195,7 +195,7 @@ def test_what_a_peer_names_is_found_in_every_slot_and_at_any_depth(monkeypatch: 
     [
         ({"kind": "nowhere.at_all:Rule"}, r"cannot be imported \(No module named 'nowhere'\); install its package"),
         ({"kind": "fixtures.strangers:Nothing"}, "has no attribute 'Nothing'"),
-        ({"kind": "fixtures.strangers:Eye"}, "is no Aggregator: derive it from fedlora.server.aggregate"),
+        ({"kind": "fixtures.strangers:Eye"}, "is no Aggregator: derive it from fedlora.parts.Aggregator, and define"),
         ({"kind": "fixtures.strangers:MajoritySign", "step": "long"}, "does not take these settings: step: "),
         ({"kind": "fixtures.strangers:MajoritySign", "stride": 1}, "has no setting 'stride'; known: step"),
         ({"kind": "majority"}, "'majority' is not known"),

@@ -106,8 +106,8 @@ class Slot:
             ) from error
         if not (inspect.isclass(found) and issubclass(found, self.base) and not inspect.isabstract(found)):
             raise ConfigError(
-                f"kind = {kind!r} is no {self.base.__name__}: derive it from {self.base.__module__}."
-                f"{self.base.__name__}, and define its abstract methods"
+                f"kind = {kind!r} is no {self.base.__name__}: derive it from fedlora.parts.{self.base.__name__}, and "
+                "define its abstract methods"
             )
         return found
 
