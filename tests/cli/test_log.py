@@ -37,7 +37,7 @@ def config(world: Path, tmp_path: Path) -> Path:
 
 
 def rounds(text: str) -> list[str]:
-    return re.findall(r"round (\d+)/3  loss", text)
+    return re.findall(r"round (\d+)/3  (?:loss|accuracy)", text)
 
 
 def test_common_options_work_before_and_after_a_command() -> None:

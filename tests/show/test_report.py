@@ -22,6 +22,7 @@ from fedlora.core.progress import LOG
 from fedlora.population.clients import Population
 from fedlora.runs.partition import label_counts
 from fedlora.runs.result import Result
+from fedlora.runs.services import numbers
 from fedlora.show.compare import comparison, comparison_csv, comparison_latex, comparison_table, load_result
 from fedlora.show.plots import partition_bars
 from fedlora.show.report import Live, as_dict, human_bytes, human_seconds, result_table
@@ -194,8 +195,8 @@ def test_without_a_terminal_evaluations_are_lines(
     found = fedlora.run(experiment(world, "lora", "label='[x]'"), tmp_path / "run", callbacks=[Live(console)])
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.startswith("[x]: 9 clients with 8 to 8 examples, 3 per round, 3 rounds on cpu\n")
-    assert [line.split()[1] for line in text.splitlines() if " loss " in line] == ["0/3", "2/3", "3/3"]
-    assert ["left" in line for line in text.splitlines() if " loss " in line] == [False, True, True]
+    assert [line.split()[1] for line in text.splitlines() if " sent " in line] == ["0/3", "2/3", "3/3"]
+    assert ["left" in line for line in text.splitlines() if " sent " in line] == [False, True, True]
     total = sum(found.down_bytes.values()) + sum(found.up_bytes.values())
     assert f"accuracy {found.after['accuracy']:.3f}  sent {human_bytes(total)}  left 0 s" in text
 
@@ -207,9 +208,20 @@ def test_a_metric_of_a_part_of_the_test_data_says_so(
     console = printing(Console(file=io.StringIO(), width=200))
     chosen = experiment(world, "lora", f"evaluate.num_examples={number}", rounds=1)
     fedlora.run(chosen, tmp_path / "run", callbacks=[Live(console)])
-    lines = [line for line in console.file.getvalue().splitlines() if " loss " in line]  # type: ignore[attr-defined]
+    lines = [line for line in console.file.getvalue().splitlines() if " sent " in line]  # type: ignore[attr-defined]
     assert len(lines) == 2
     assert all(said in line and ("examples" in line) == (number < 24) for line in lines)
+
+
+def test_no_loss_is_shown_where_clients_report_none(
+    world: Path, tmp_path: Path, printing: Callable[[Console], Console]
+) -> None:
+    console = printing(Console(file=io.StringIO(), width=200))
+    noise = "privacy={kind='central_gaussian', clip_norm=1.0, noise_multiplier=1.0, delta=1e-3}"
+    found = fedlora.run(experiment(world, "lora", noise, rounds=1), tmp_path / "run", callbacks=[Live(console)])
+    assert "round 1/1  accuracy" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert found.frame()["loss"].isna().all()
+    assert "loss" not in numbers(found.rows[1])
 
 
 def test_on_a_terminal_there_is_a_bar_that_goes_away(
@@ -222,7 +234,7 @@ def test_on_a_terminal_there_is_a_bar_that_goes_away(
     assert "3/3" in text
     # one line is kept for each evaluation, above the bar
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
-    assert [number for number in range(4) if f"  round {number}/3  loss" in plain] == [0, 2, 3]
+    assert [number for number in range(4) if f"  round {number}/3  " in plain] == [0, 2, 3]
     live.close()
 
 
@@ -233,7 +245,7 @@ def test_a_warning_is_shown_once_and_phases_are_named(
     live = Live(console)
     found = fedlora.run(experiment(world, "slora", rounds=2), tmp_path / "run", callbacks=[live])
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "round 0/2  phase 0 sparse_mask  loss" in text
+    assert "round 0/2  phase 0 sparse_mask  accuracy" in text
     assert "round 2/2  phase 1 lora  loss" in text
     for number, words in ((0, ONE_CLASS), (1, "odd"), (2, "odd"), (2, ONE_CLASS)):
         live.row_recorded(dataclasses.replace(found.rows[0], round=number, metrics={}, warnings=(words,)))

@@ -88,6 +88,11 @@ class RoundRecord:
     update_norms: dict[str, float] = field(default_factory=dict)
     stopped: str = ""
 
+    @property
+    def reported_loss(self) -> float | None:
+        """``loss``, None where no client reported any: before the first round, under noise, or if all failed."""
+        return self.loss if self.steps else None
+
 
 def record(
     recipe: Recipe,

@@ -228,13 +228,14 @@ class SwanLab(Service):
 def numbers(row: RoundRecord) -> dict[str, float]:
     """The numbers of a row under their names in the ledger, nested ones as ``metrics/accuracy``.
 
-    Before the first round there is no loss, norm or density.
+    Before the first round there is no loss, norm or density; under noise, clients report no loss.
     """
     trained = ("loss", "update_norm", "density_down", "density_up", "examples", "steps")
+    absent = (() if row.round else trained) + (("loss",) if row.reported_loss is None else ())
     found = {
         name: value
         for name, value in flat(dataclasses.asdict(row)).items()
-        if isinstance(value, int | float) and name != "round" and (row.round or name not in trained)
+        if isinstance(value, int | float) and name != "round" and name not in absent
     }
     return found
 

@@ -64,7 +64,7 @@ def evaluations(label: str, seed: int, folder: Path, rows: Sequence[RoundRecord]
         if row.metrics:
             # a task's own loss on test data comes under the name of the metric, beside the training loss
             metrics = {f"test_{name}" if name in (*_FIRST, *_LAST) else name: one for name, one in row.metrics.items()}
-            loss = row.loss if row.round else float("nan")
+            loss = float("nan") if row.reported_loss is None else row.reported_loss
             first = {"label": label, "seed": seed, "round": row.round, "phase": row.phase}
             last = {"down_bytes": down, "up_bytes": up, "loss": loss, "folder": str(folder)}
             found.append({**first, **metrics, **last})

@@ -53,8 +53,8 @@ class TensorBoard(Callback):
         figures = {f"metrics/{name}": value for name, value in row.metrics.items()}
         figures |= {"bytes/down": self._down, "bytes/up": self._up}
         if row.round:  # the start has no training; a secret cohort is empty
+            figures |= {} if row.reported_loss is None else {"train/loss": row.reported_loss}
             figures |= {
-                "train/loss": row.loss,
                 "train/update_norm": row.update_norm,
                 "density/down": row.density_down,
                 "density/up": row.density_up,

@@ -111,7 +111,8 @@ class Live(Callback):
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=self._done, description=phase + text)
         level = logging.INFO if row.metrics else logging.DEBUG
-        LOG.log(level, f"  round {self._done}/{self._rounds}  {phase}loss {row.loss:.3f}  {text}")
+        loss = "" if row.reported_loss is None else f"loss {row.reported_loss:.3f}  "
+        LOG.log(level, f"  round {self._done}/{self._rounds}  {phase}{loss}{text}")
         # an untrained model that predicts one class only is no finding
         fresh = [one for one in row.warnings if one not in self._warned and (row.round or ONE_CLASS not in one)]
         self._warned.update(fresh)

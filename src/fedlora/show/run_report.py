@@ -183,7 +183,7 @@ def _clients(groups: Groups) -> Section:
 
 def _training(groups: Groups) -> Section:
     values = {
-        "training_loss": ("training loss", trained(lambda row: row.loss), False),
+        "training_loss": ("training loss", lambda row: row.reported_loss, False),
         "update_norm": ("norm of the server's update", trained(lambda row: row.update_norm), True),
         "density_down": ("density down", trained(lambda row: row.density_down), False),
         "density_up": ("density up", trained(lambda row: row.density_up), False),
