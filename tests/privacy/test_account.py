@@ -182,6 +182,10 @@ def test_little_noise_and_great_targets_are_accounted_for() -> None:
     ("settings", "message"),
     [
         ({"noise_multiplier": 0.0, "max_epsilon": 1.0}, "would never be met"),
+        (
+            {"target_epsilon": 8.0, "max_epsilon": 1.0},
+            "max_epsilon = 1 ends the run before it spends target_epsilon = 8",
+        ),
         ({"noise_multiplier": 1.0, "clip_lr": 0.5}, "an adaptive clip"),
         ({"noise_multiplier": 1.0, "count_noise": 5.0}, "an adaptive clip"),
     ],

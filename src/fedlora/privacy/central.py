@@ -153,6 +153,12 @@ class CentralGaussian(Privacy):
             raise ConfigError("count_noise and clip_lr belong to an adaptive clip; set quantile, or leave them out")
         if self.noise_multiplier == 0 and self.max_epsilon is not None:
             raise ConfigError("without noise nothing is private, and max_epsilon would never be met; leave it out")
+        if self.target_epsilon and self.max_epsilon and self.max_epsilon < self.target_epsilon:
+            raise ConfigError(
+                f"max_epsilon = {self.max_epsilon:g} ends the run before it spends target_epsilon = "
+                f"{self.target_epsilon:g}, for which its noise is computed; lower target_epsilon to that, or raise "
+                "max_epsilon"
+            )
         if self.count_noise is not None and self.count_noise <= (self.noise_multiplier or 0.0) / 2:
             raise ConfigError(
                 f"count_noise = {self.count_noise:g} alone spends more than noise_multiplier = "
