@@ -134,6 +134,14 @@ def test_few_clients_must_say_their_delta() -> None:
         open_account((phase(noise_multiplier=1.0),), ALL)
 
 
+def test_a_delta_that_gives_no_protection_is_refused() -> None:
+    assert open_account((phase(noise_multiplier=1.0, delta=0.05),), ALL._replace(num_clients=19))[0]
+    with pytest.raises(
+        ConfigError, match=r"delta = 0\.05 gives no protection for 20 clients.*privacy\.delta below 0\.05"
+    ):
+        open_account((phase(noise_multiplier=1.0, delta=0.05),), ALL._replace(num_clients=20))
+
+
 def test_a_clip_alone_keeps_no_account() -> None:
     assert open_account((phase(noise_multiplier=0.0),), FEW)[0] is None
 

@@ -256,6 +256,11 @@ def open_account(phases: Sequence[Phase], sampled: SamplingScheme) -> tuple[Priv
             "privacy.delta"
         )
     budget = PrivacyBudget(sampled, *found.pop())
+    if budget.delta * sampled.num_clients >= 1:
+        raise ConfigError(
+            f"delta = {budget.delta:g} gives no protection for {sampled.num_clients} clients: one drawn at random "
+            f"could be published whole; set privacy.delta below {1 / sampled.num_clients:g}"
+        )
     _accountant(sampled, budget.accountant)
     rounds = sum(phase.rounds for phase in phases)
     noisy = tuple(dataclasses.replace(phase, recipe=_with_noise(phase.recipe, rounds, budget)) for phase in phases)
