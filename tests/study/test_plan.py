@@ -138,6 +138,7 @@ def test_tables_of_another_kind_replace_and_others_merge() -> None:
         ({"lines": {"centralised": {"methods": ["nothing"]}}}, "no method 'nothing' to be centralised"),
         ({"vary": {"a": []}}, "vary.a = "),
         ({"base": {"seed": 5}}, "base has the key 'seed', which a study sets for each run"),
+        ({"vary": {"rank": [1, 2], "method.rank": [3, 4]}}, "'method.rank' replaces 'rank'"),
         ({"vary": {"seed": [1, 2]}}, "vary has the key 'seed', which a study sets for each run"),
         ({"tune": {"vary": {"label": ["a"]}}}, "tune.vary has the key 'label'"),
         ({"tune": {"methods": {"ffa": {"vary": {"seed": [1]}}}}}, "tune.methods.ffa.vary has the key 'seed'"),

@@ -37,6 +37,13 @@ def test_a_key_has_its_values_once() -> None:
         parse_vary(["rank=1", "rank=2"])
 
 
+@pytest.mark.parametrize("keys", [("rank", "method.rank"), ("method.server.lr", "server.lr"), ("server.lr", "server")])
+def test_a_key_that_replaces_another_is_refused(keys: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"'{keys[1]}' replaces '{keys[0]}', which would vary in name only"):
+        points({key: [1, 2] for key in keys}, 8, 0)
+    assert len(points({"server": [{"kind": "sgd"}, {"kind": "adam"}], "server.lr": [0.1, 1.0]}, 8, 0)) == 4
+
+
 def test_lists_with_few_combinations_are_a_grid() -> None:
     found = points({"a": [1, 2], "b": ["x", "y", "z"]}, 6, 0)
     assert [tuple(one.values()) for one in found] == [(a, b) for a in (1, 2) for b in "xyz"]

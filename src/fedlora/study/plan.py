@@ -18,6 +18,7 @@ from fedlora.core.component import MODEL_CONFIG, Count, Field, Fraction, Whole, 
 from fedlora.core.errors import ConfigError
 from fedlora.recipe.modes import MODES
 from fedlora.study.halving import with_values
+from fedlora.study.space import check_apart, short
 
 _SHARED = ("local", "rounds", "rank", "alpha", "targets", "tuning", "model", "task", "data")
 """First parts of the keys that have an effect in modes without communication."""
@@ -200,10 +201,11 @@ class Study:
             return self.tune.methods[label].vary
         # a server learning rate has no effect without a server
         sends = MODES[self._tables()[label][0]].sends
-        return {key: values for key, values in self.tune.vary.items() if sends or _short(key).split(".")[0] in _SHARED}
+        return {key: values for key, values in self.tune.vary.items() if sends or short(key).split(".")[0] in _SHARED}
 
     def _check_keys(self) -> None:
-        """Refuses keys that the study sets for each run, and keys that are both a setting and tuned."""
+        """Refuses keys that the study sets for each run, and keys that are a setting twice, or one that is tuned."""
+        check_apart(self.vary)
         tuned = {"tune.vary": self.tune.vary}
         tuned |= {f"tune.methods.{label}.vary": found.vary for label, found in self.tune.methods.items()}
         lines = {name: _line(given) for name, given in vars(self.lines).items()}
@@ -217,7 +219,7 @@ class Study:
                 )
         for place, table in tuned.items():
             for key, held in itertools.product(table, self.vary):
-                if f"{_short(held)}.".startswith(f"{_short(key)}."):
+                if f"{short(held)}.".startswith(f"{short(key)}."):
                     raise ConfigError(
                         f"{key!r} in {place} replaces {held!r} in vary, so all settings would be the same; keep it in "
                         "one of them"
@@ -286,11 +288,6 @@ def _line(given: bool | tuple[str, ...] | Line) -> Line | None:
     if isinstance(given, tuple):
         return Line(methods=given) if given else None
     return Line() if given else None
-
-
-def _short(key: str) -> str:
-    """A key without the table of the method, which may be left out."""
-    return key.removeprefix("method.")
 
 
 def _carried(values: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:

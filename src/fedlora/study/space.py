@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,9 @@ def points(vary: Mapping[str, Any], num: int, seed: int) -> list[Values]:
             divided evenly, both ends included (a Latin hypercube).
 
     Raises:
-        ConfigError: a list is empty or contains a value twice, or a range is malformed.
+        ConfigError: a list is empty or contains a value twice, a range is malformed, or see ``check_apart``.
     """
+    check_apart(vary)
     axes = {key: _axis(key, given, num) for key, given in vary.items()}
     size = int(np.prod([len(axis) for axis in axes.values()], dtype=object)) if axes else 1
     if size <= num:
@@ -73,6 +74,18 @@ def points(vary: Mapping[str, Any], num: int, seed: int) -> list[Values]:
     best = max(designs, key=lambda design: _apart(design / scale))
     rows = dict.fromkeys(map(tuple, best.tolist()))
     return [{key: axis[place] for (key, axis), place in zip(axes.items(), row, strict=True)} for row in rows]
+
+
+def check_apart(keys: Iterable[str]) -> None:
+    """Rejects a key that replaces the values of an earlier one, such as ``method.rank`` after ``rank``."""
+    for earlier, later in itertools.combinations(keys, 2):
+        if f"{short(earlier)}.".startswith(f"{short(later)}."):
+            raise ConfigError(f"{later!r} replaces {earlier!r}, which would vary in name only; keep one of them")
+
+
+def short(key: str) -> str:
+    """A key without the table of the method, which may be left out."""
+    return key.removeprefix("method.")
 
 
 def at_ends(vary: Mapping[str, Any], best: Values) -> list[str]:
