@@ -99,6 +99,11 @@ def test_an_unknown_key_is_refused_before_anything_runs(world: Path, tmp_path: P
     assert not (tmp_path / "t").exists()
 
 
+def test_the_seed_is_not_tuned(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the seed is no setting to tune: the best one would be luck"):
+        tune(document(world), {"seed": [0, 1]}, tmp_path / "t")
+
+
 def test_the_best_values_are_written_and_nothing_is_run_twice(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

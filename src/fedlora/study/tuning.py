@@ -101,6 +101,8 @@ def tune(
     document = config.resolved(configuration) if isinstance(configuration, Experiment) else configuration
     if trials < 1 or not 0 < holdout < 1:
         raise ConfigError("tuning needs one trial or more, and a holdout above 0 and below 1")
+    if "seed" in vary:
+        raise ConfigError("the seed is no setting to tune: the best one would be luck; set it with `-s seed=...`")
     files = RunFolder(Path(folder))
     late = False
 
