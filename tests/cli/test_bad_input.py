@@ -28,6 +28,10 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
         ("method.local.optimizer.lrr=1",),
         "unknown key 'method.local.optimizer.lrr', did you mean 'lr'; known here: kind, lr, beta1",
     ),
+    "key of a slot's value": (
+        ("clients.alpha=1",),
+        "unknown key 'clients.alpha', did you mean 'partition.alpha'; known",
+    ),
     "argument of a method": (("method.rnk=3",), "unknown key 'method.rnk', did you mean 'rank'"),
     "table": (
         ("clinets.num=3",),

@@ -293,6 +293,7 @@ def test_later_overrides_win(tmp_path: Path) -> None:
             "unknown key 'phases.0.recipe.tuning.rnk', did you mean 'rank'; "
             "known here: kind, rank, alpha, targets, init, dropout",
         ),
+        ({"phases": [{"recipe": {"rank": 2}}]}, "unknown key 'phases.0.recipe.rank', did you mean 'tuning.rank' or"),
         (
             {"phases": [{"recipe": {"down": {"sparsify": {"kind": "top_k", "density": 2.0}}}}]},
             "phases.0.recipe.down.sparsify.density = 2.0: input should be less than or equal to 1",

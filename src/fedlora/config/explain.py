@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any
 
@@ -32,8 +32,9 @@ def explain(error: ValidationError, root: Any, prefix: str, beside: Sequence[str
         dotted = ".".join(filter(None, [prefix, *path]))
         if problem["type"] == "unexpected_keyword_argument":
             wrong = str(location[-1])
-            known = fields if path[1:] else [*fields, *beside]
-            sentences.append(f"unknown key {dotted!r}{nearest(wrong, known)}; known here: {', '.join(known)}")
+            known = [*fields] if path[1:] else [*fields, *beside]
+            meant = _below(wrong, fields) or nearest(wrong, known)
+            sentences.append(f"unknown key {dotted!r}{meant}; known here: {', '.join(known)}")
         elif problem["type"] == "union_tag_invalid":
             tags = str(problem["ctx"]["expected_tags"])
             wrong = str(problem["ctx"]["tag"])
@@ -57,7 +58,16 @@ def nearest(wrong: str, known: Sequence[str]) -> str:
     return f", did you mean {near[0]!r}" if near else ""
 
 
-def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str], Any]:
+def _below(wrong: str, fields: Mapping[str, Any]) -> str:
+    """``, did you mean 'x.wrong'`` if values of the fields have that key; empty otherwise."""
+    kinds = {name: bare_type(inner) for name, inner in fields.items()}
+    meant = [
+        name for name, kind in kinds.items() if any(wrong in fields_of(one) for one in members_of(kind) or (kind,))
+    ]
+    return f", did you mean {' or '.join(repr(f'{name}.{wrong}') for name in meant[:3])}" if meant else ""
+
+
+def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], dict[str, Any], Any]:
     """An error's dotted path without the tags inserted by unions, the fields known at its last step, and its type."""
     path: list[str] = []
     fields = fields_of(kind)
@@ -71,7 +81,7 @@ def _walk(kind: Any, location: Sequence[int | str]) -> tuple[list[str], list[str
             continue
         path.append(str(step))
         kind = bare_type(typing.get_args(kind)[0] if isinstance(step, int) else fields.get(step, Any))
-    return path, list(fields), kind
+    return path, fields, kind
 
 
 def bare_type(kind: Any) -> Any:
