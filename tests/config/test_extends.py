@@ -205,6 +205,17 @@ def test_an_error_names_the_file_of_the_key(base: str, own: str, message: str, p
     assert str(caught.value).endswith(f" is in {tmp_path / place})")
 
 
+@pytest.mark.parametrize("override", ["rounds=0", "method.rounds=0", "method={kind='lora', rounds=0}"])
+def test_a_mistake_of_an_override_is_in_no_file(override: str, tmp_path: Path) -> None:
+    written(tmp_path / "base.toml", "[clients]\nnum = 20")
+    file = written(tmp_path / "run.toml", "extends = 'base.toml'\n[method]\nkind = 'lora'\nrounds = 3\n")
+    with pytest.raises(ConfigError, match=r"method\.rounds = 0: input should be greater than or equal to 1$"):
+        config.load(file, [override])
+    written(tmp_path / "base.toml", "[clients]\nnum = 0")
+    with pytest.raises(ConfigError, match=r"clients\.num = 0: .* \(clients\.num is in .*base\.toml\)"):
+        config.load(file, ["rounds=2"])
+
+
 def test_show_says_where_values_are_from(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", make_rows(40, 0))
     written(tmp_path / "base.toml", BASE)

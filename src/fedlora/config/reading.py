@@ -44,7 +44,7 @@ def document_of(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def read_configuration(path: Path | str, overrides: Sequence[str] = ()) -> Document:
-    """``document_of``, with the files that its keys are from."""
+    """``document_of``, with the files that its keys are from, except those that overrides set."""
     file = Path(path)
     file = file / "config.toml" if file.is_dir() else file
     if not file.exists():
@@ -55,7 +55,11 @@ def read_configuration(path: Path | str, overrides: Sequence[str] = ()) -> Docum
         document["root"] = root
     for assignment in overrides:
         override(document, assignment)
-    return found
+    given = {full for one in overrides for full in _routed(document, one.partition("=")[0].strip())}
+    kept = {
+        key: file for key, file in found.origins.items() if not any(f"{key}.".startswith(f"{one}.") for one in given)
+    }
+    return Document(document, kept)
 
 
 def override(document: dict[str, Any], assignment: str) -> None:
