@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 import fedlora
 from fedlora import config
 from fedlora.runs.card import model_card
+from fedlora.runs.partition import partition_record
 from fedlora.tasks import Hub, Model, Sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -141,6 +142,8 @@ def test_sites_and_a_single_client_are_no_simulation(world: Path, run: Path, tmp
     text = model_card(dataclasses.replace(trained, experiment=sites), merged=False)
     assert "The training rows stayed with 9 sites" in text
     assert "simulation" not in text
+    assert "3 of 9 clients per round, seed 0" in text  # no partition, as the rows are the sites' own
+    assert partition_record(sites, fedlora.prepare(trained.experiment))["scheme"] == "the sites' own rows"
     alone = dataclasses.replace(trained.experiment, mode="centralised")
     card = ModelCard(model_card(dataclasses.replace(trained, experiment=alone), merged=False))
     assert "not the result of a federation: one client held all training rows" in card.text

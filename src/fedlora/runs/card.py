@@ -109,18 +109,19 @@ def _training(trained: TrainedRun) -> str:
     experiment, clients = trained.experiment, trained.experiment.clients
     summary = RunFolder(trained.folder).read_json("manifest.json").get("partition", {})
     found = summary.get("num_clients", clients.num)
-    mode = MODES[experiment.mode]
+    mode, by_sites = MODES[experiment.mode], isinstance(experiment.data, Sites)
     if not mode.sends:
         who = "one client held all training rows" if mode.pools else "one client trained alone on its own rows"
         how = f"This is not the result of a federation: {who}, and nothing was sent."
-    elif isinstance(experiment.data, Sites):
+    elif by_sites:
         how = f"The training rows stayed with {found} sites, which sent the messages counted below."
     else:
         how = (
             f"This was a simulation: the training rows were divided among {found} clients of one experiment, and were "
             "not in different hands. Bytes are the lengths of the real messages."
         )
-    cohort = f"{clients.per_round} of {found} clients per round, partition `{_text(clients.partition)}`, "
+    partition = "" if by_sites else f"partition `{_text(clients.partition)}`, "  # sites have rows of their own
+    cohort = f"{clients.per_round} of {found} clients per round, {partition}"
     return (
         f"Method `{experiment.label}`, tuning `{kind_of(trained.recipe.tuning)}`, {trained.state.round} rounds, "
         f"{cohort if mode.sends else ''}seed {experiment.seed}. {how}"

@@ -9,6 +9,7 @@ import numpy as np
 from fedlora.config import Experiment, resolved
 from fedlora.config.federated_data import FederatedData
 from fedlora.population.clients import Population
+from fedlora.tasks import Sites
 from fedlora.tasks.base import Positions
 
 CLIENTS, CLASSES = 200, 100
@@ -30,9 +31,9 @@ def partition_record(experiment: Experiment, data: FederatedData) -> dict[str, A
         data: its data.
 
     Returns:
-        ``scheme``: the partition's settings and the seed, as text; ``num_clients``; ``clients``: the recorded clients'
-        names; ``classes``: the classes' names, ``examples`` if there are none; ``counts``: ``(clients, classes)``
-        integers.
+        ``scheme``: the partition's settings and the seed, as text, or that the rows are the sites' own;
+        ``num_clients``; ``clients``: the recorded clients' names; ``classes``: the classes' names, ``examples`` if
+        there are none; ``counts``: ``(clients, classes)`` integers.
     """
     population, (labels, names) = data.population, data.classes
     chosen = np.unique(np.linspace(0, len(population) - 1, min(CLIENTS, len(population))).astype(int))
@@ -42,12 +43,18 @@ def partition_record(experiment: Experiment, data: FederatedData) -> dict[str, A
     if counts.shape[1] > len(order):
         kept = np.column_stack([kept, counts[chosen].sum(1) - kept.sum(1)])
         shown.append("other")
-    held = resolved(experiment)["clients"]["partition"]
-    settings = ", ".join(f"{key} = {value}" for key, value in held.items() if key != "kind")
     return {
-        "scheme": f"{held['kind']}{f' ({settings})' if settings else ''}, seed {experiment.seed}",
+        "scheme": _scheme(experiment),
         "num_clients": len(population),
         "clients": [population.names[client] for client in chosen],
         "classes": shown,
         "counts": kept.tolist(),
     }
+
+
+def _scheme(experiment: Experiment) -> str:
+    if isinstance(experiment.data, Sites):  # clients.partition is not applied
+        return "the sites' own rows"
+    held = resolved(experiment)["clients"]["partition"]
+    settings = ", ".join(f"{key} = {value}" for key, value in held.items() if key != "kind")
+    return f"{held['kind']}{f' ({settings})' if settings else ''}, seed {experiment.seed}"
