@@ -595,7 +595,15 @@ def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
     assert loaded.rows == str(tmp_path / "rows.csv")
     assert loaded.state == str(tmp_path / "state")
     file.write_text("name = 'a'\nrowz = 'rows.csv'\n")
-    with pytest.raises(ConfigError, match="rowz"):
+    with pytest.raises(ConfigError, match="unknown key 'rowz', did you mean 'rows'; known here: name, rows"):
+        SiteConfig.load(file)
+    file.write_text("name = 'a'\nrows = 'rows.csv'\n[limits]\nmax_stepps = 5\n")
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'limits\.max_stepps', did you mean 'max_steps'; known here: tun"
+    ):
+        SiteConfig.load(file)
+    file.write_text("name = 'a'\nrows = 'rows.csv'\n[limits]\nmax_steps = 'few'\n")
+    with pytest.raises(ConfigError, match=r"limits\.max_steps = 'few': input should be a valid integer"):
         SiteConfig.load(file)
     file.write_text("name = 'a'\n")
     with pytest.raises(ConfigError, match="give one of them"):

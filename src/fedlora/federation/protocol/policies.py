@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedlora.config.explain import explain
 from fedlora.config.files import naming, read
 from fedlora.core.component import MODEL_CONFIG, Count, Field, NonNegative, Positive, Whole, dataclass
 from fedlora.core.devices import DeviceName
@@ -249,6 +250,4 @@ def parse_as(kind: type[T], values: dict[str, Any], path: Path) -> T:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{path}: {place}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+        raise ConfigError(f"{path}: {explain(error, kind, '')}") from error
