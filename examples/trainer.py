@@ -14,6 +14,7 @@ folder, file = sys.argv[1:]
 rows = datasets.load_dataset("csv", data_files=file, split="train").class_encode_column("label")
 names = rows.features["label"].names
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+transformers.set_seed(0)  # the new classifier starts alike when the script runs again to resume
 model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(names))
 rows = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=128), remove_columns="text")
 

@@ -470,9 +470,16 @@ def test_the_example_of_a_trainer_runs(
     monkeypatch.chdir(tmp_path)
     rows = [{"text": row["text"], "label": row["label"], "author": row["user"]} for row in make_rows(60, 0)]
     datasets.Dataset.from_list(rows).to_csv("rows.csv")
-    run_example("trainer.py", str(world / "bert"), "rows.csv")
-    assert "accuracy 0." in capsys.readouterr().out
+    transformers.AutoTokenizer.from_pretrained(str(world / "bert")).save_pretrained("bert")
+    transformers.AutoModel.from_pretrained(str(world / "bert")).save_pretrained("bert")  # without a classifier
+    torch.manual_seed(1)
+    run_example("trainer.py", "bert", "rows.csv")
+    said = capsys.readouterr().out
+    assert "accuracy 0." in said
     assert [row["round"] for row in ledger(Path("runs/trainer"))][-1] == 3
+    torch.manual_seed(2)
+    run_example("trainer.py", "bert", "rows.csv")  # its new head starts alike, so it finds its run
+    assert capsys.readouterr().out == said
 
 
 def test_the_example_of_sft_runs_where_trl_is_installed(
