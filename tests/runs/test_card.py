@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures.tiny import COLOURS, experiment, tiny_world
+from fixtures.tiny import COLOURS, experiment, save_model, tiny_world
 from huggingface_hub import ModelCard
 
 import fedlora
@@ -79,6 +79,25 @@ def test_the_text_of_a_card_loads_the_adapter_with_the_names_of_its_classes(
     (ours,) = trained.predict(["red w1 w2"])
     for number, name in model.config.id2label.items():
         assert float(shares[number]) == pytest.approx(ours[name], abs=1e-4)
+
+
+def test_the_text_of_a_decoder_s_card_names_the_padding_that_its_configuration_lacks(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    save_model(world / "gpt2", "gpt2")
+    kept = json.loads((world / "gpt2" / "config.json").read_text())
+    (world / "gpt2" / "config.json").write_text(json.dumps({**kept, "pad_token_id": None}))
+    fedlora.run(experiment(world, "lora", "model.path=gpt2", f"root={world}", rounds=1), tmp_path / "run")
+    (source,) = re.findall(r"```python\n(.*?)```", card_of(tmp_path / "run" / "adapter").text, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(source.replace("THIS FOLDER", str(tmp_path / "run" / "adapter")), found)
+    trained, texts = fedlora.load_run(tmp_path / "run"), ["red w1 w2", "w3"]
+    batch = trained.task.tokenizer(texts, return_tensors="pt", padding=True)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        shares = found["model"].eval()(**batch).logits.softmax(1)
+    for row, ours in zip(shares, trained.predict(texts), strict=True):
+        assert {name: float(row[n]) for n, name in enumerate(COLOURS)} == pytest.approx(ours, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["peft", "full", "bottleneck"])

@@ -123,6 +123,13 @@ class PreparedText(PreparedTokenized):
         self._labels = {name: label_table(part, settings.problem, len(names)) for name, part in data.items()}
 
     @property
+    def load_arguments(self) -> str:
+        found, pad = super().load_arguments, self.tokenizer.pad_token_id
+        # as in ``load_model``: without it, decoders refuse a batch
+        known = not found or getattr(config_of(self._model), "pad_token_id", None) == pad
+        return found if known else f"{found}, pad_token_id={pad}"
+
+    @property
     def labels(self) -> Positions:
         """See ``Prepared.labels``; of several classes the first one."""
         labels = self._labels["train"]
