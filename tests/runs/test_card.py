@@ -13,6 +13,7 @@ import pytest
 import torch
 from fixtures.tiny import COLOURS, experiment, save_model, tiny_world
 from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification
 
 import fedlora
 from fedlora import config
@@ -98,6 +99,19 @@ def test_the_text_of_a_decoder_s_card_names_the_padding_that_its_configuration_l
         shares = found["model"].eval()(**batch).logits.softmax(1)
     for row, ours in zip(shares, trained.predict(texts), strict=True):
         assert {name: float(row[n]) for n, name in enumerate(COLOURS)} == pytest.approx(ours, abs=1e-4)
+
+
+def test_a_card_says_that_a_base_stored_in_bfloat16_was_trained_in_float32(world: Path, tmp_path: Path) -> None:
+    save_model(world / "half")
+    AutoModelForSequenceClassification.from_pretrained(world / "half", dtype=torch.bfloat16).save_pretrained(
+        world / "half"
+    )
+    fedlora.run(experiment(world, "lora", "model.path=half", f"root={world}", rounds=1), tmp_path / "run")
+    text = card_of(tmp_path / "run" / "adapter").text
+    assert (
+        'stored in bfloat16, and the weights stay in that unless `from_pretrained` is given `dtype="float32"`' in text
+    )
+    assert "rounded to that" in model_card(fedlora.load_run(tmp_path / "run"), merged=True)
 
 
 @pytest.mark.parametrize("method", ["peft", "full", "bottleneck"])

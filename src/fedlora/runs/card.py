@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fedlora.config.places import located, located_model
 from fedlora.core.byte_counts import add_up
 from fedlora.core.later import huggingface_hub
@@ -16,6 +18,7 @@ from fedlora.recipe.modes import MODES
 from fedlora.rounds.ledger import RoundRecord
 from fedlora.runs.folder import RunFolder
 from fedlora.tasks import Hub, Model, Sites
+from fedlora.tasks.models.loading import stored_dtype
 from fedlora.tasks.models.public_name import HUB_ID, PublicName, license_of, public_name
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ def model_card(trained: TrainedRun, merged: bool) -> str:
 ---
 # {base.id or "A model"}, fine-tuned{" by federated learning" if federated else ""}
 
-{_training(trained)}{_computed(trained)}{_base(trained.experiment.model, base, trained.task.fingerprints)}
+{_training(trained)}{_computed(trained, merged)}{_base(trained.experiment.model, base, trained.task.fingerprints)}
 
 | metric on all test examples | value |
 |---|---|
@@ -135,14 +138,22 @@ def _text(component: Any) -> str:
     return f"{kind_of(component)}({settings})" if settings else kind_of(component)
 
 
-def _computed(trained: TrainedRun) -> str:
+def _computed(trained: TrainedRun, merged: bool) -> str:
     """The number format of training, where another one predicts slightly differently."""
-    compute = trained.recipe.local.compute
-    if compute == "fp32":
+    compute, base = trained.recipe.local.compute, located_model(trained.experiment)
+    if compute != "fp32":
+        return (
+            f'\n\nIt was trained and evaluated with `compute = "{compute}"`: frozen weights in bfloat16, trained ones '
+            "in float32, under autocast to bfloat16. Computed in another format, predictions differ by rounding."
+        )
+    stored = None if base.path == "smollm2" else stored_dtype(base)  # ``_base`` says how that one is stored
+    if stored in (None, torch.float32):
         return ""
+    name = str(stored).removeprefix("torch.")
+    how = "are rounded to that" if merged else 'stay in that unless `from_pretrained` is given `dtype="float32"`'
     return (
-        f'\n\nIt was trained and evaluated with `compute = "{compute}"`: frozen weights in bfloat16, trained ones in '
-        "float32, under autocast to bfloat16. Computed in another format, predictions differ by rounding."
+        f"\n\nIt was trained and evaluated in float32. The base model is stored in {name}, and the weights {how}; "
+        "predictions then differ by rounding."
     )
 
 

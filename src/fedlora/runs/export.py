@@ -22,8 +22,7 @@ from fedlora.rounds.downlink import view
 from fedlora.rounds.phases import close_phase
 from fedlora.runs.card import CLASSES, model_card
 from fedlora.runs.folder import cannot_write
-from fedlora.tasks import Model
-from fedlora.tasks.models.loading import config_of, pooled, quiet_transformers
+from fedlora.tasks.models.loading import pooled, quiet_transformers, stored_dtype
 from fedlora.tasks.models.public_name import public_name
 from fedlora.tuning import Bottleneck, Installed, LoRA, Peft
 from fedlora.tuning.export import dilated, save_lora, save_peft
@@ -114,20 +113,13 @@ def _save_merged(folder: Path, trained: TrainedRun) -> None:
             named[name].add_(value)
         for name, value in learnt.head.items():
             named[name].copy_(value)
-    if dtype := _dtype_of(trained.experiment.model):
+    if dtype := stored_dtype(trained.experiment.model):
         model.to(dtype)
     with quiet_transformers():
         if isinstance(model, pooled.PooledClassifier):
             model.save_backbone(folder)
         else:
             model.save_pretrained(str(folder))  # type: ignore[operator]
-
-
-def _dtype_of(base: Model) -> torch.dtype | None:
-    """The number format that a base model is stored in, if its configuration says so."""
-    found = getattr(config_of(base), "dtype", None)
-    found = getattr(torch, found, None) if isinstance(found, str) else found
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
 
 
 def _head(installed: Installed, params: Mapping[str, Tensor]) -> Tree:

@@ -129,6 +129,13 @@ def config_of(model: Model) -> Any:
     )
 
 
+def stored_dtype(model: Model) -> torch.dtype | None:
+    """The number format that a model is stored in, if its configuration says so."""
+    found = getattr(config_of(model), "dtype", None)
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
+
+
 def positions(model: nn.Module) -> int | None:
     """The most tokens that a model reads, where its configuration says so."""
     found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
