@@ -183,6 +183,9 @@ def test_a_model_takes_smaller_pictures(world: Path, model: str) -> None:
         found = getattr(network, expected.base_model_prefix)(pixel_values=batch["pixel_values"]).last_hidden_state
         assert network(pixel_values=batch["pixel_values"]).logits.shape == (3, 3)
     torch.testing.assert_close(found, hidden, atol=1e-5, rtol=1e-5)
+    assert "16 x 16 pixels" in task.usage  # for the model card, as `transformers` refuses a ViT's without the argument
+    assert "pass `interpolate_pos_encoding=True` in each call" in task.usage
+    assert ImageClassification().restore(Model(path=str(world / model)), list(COLOURS)).usage == ""
 
 
 def test_a_size_that_the_model_does_not_take_is_refused(world: Path, tmp_path: Path) -> None:

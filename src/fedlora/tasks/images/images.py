@@ -25,7 +25,7 @@ from fedlora.tasks.data.labels import given_twice, known_labels, label_table, la
 from fedlora.tasks.data.opening import Reading
 from fedlora.tasks.images.pixels import Pixels, Processor, decode, encode_pictures, load_processor, read_picture
 from fedlora.tasks.models.encoded import chunks
-from fedlora.tasks.models.loading import class_settings, load_pretrained
+from fedlora.tasks.models.loading import class_settings, config_of, load_pretrained
 from fedlora.tasks.models.objects import fingerprint_of_tokenizer
 from fedlora.tasks.models.shares import Shares, equal_shares
 from fedlora.tasks.models.staged import sent
@@ -135,6 +135,17 @@ class PreparedImages(Prepared):
         model, head = load_pretrained(self.auto_class, self._model, seed, device, class_settings(self._names))
         _interpolate_positions(model, self.processor.size, device)
         return model, head
+
+    @property
+    def usage(self) -> str:
+        size = self.processor.size
+        if _fits(config_of(self._model), size):
+            return ""
+        return (
+            f"\nIts pictures have {size[0]} x {size[1]} pixels, and those of the base model another size. If the "
+            "model's `forward` takes\n`interpolate_pos_encoding`, as a ViT's, pass `interpolate_pos_encoding=True` in "
+            "each call.\n"
+        )
 
     def batch(self, rows: Positions, device: torch.device, split: Split = "train") -> Batch:
         """See ``Prepared.batch``: ``pixel_values`` ``(rows, 3, height, width)`` float32 and ``labels``."""
@@ -252,8 +263,7 @@ def _interpolate_positions(model: nn.Module, size: tuple[int, int], device: torc
     Raises:
         ConfigError: the model takes no pictures of this size.
     """
-    made_for = getattr(model.config, "image_size", size)
-    if tuple(np.broadcast_to(made_for, 2)) == size:
+    if _fits(model.config, size):
         return
     for module in model.modules():
         known = getattr(module, "interpolate_pos_encoding", None) is not None
@@ -267,6 +277,11 @@ def _interpolate_positions(model: nn.Module, size: tuple[int, int], device: torc
             f"the model does not accept images of {size[0]} x {size[1]} ({first_line(error)}): leave task.size "
             "out, or choose one that the model accepts"
         ) from error
+
+
+def _fits(config: Any, size: tuple[int, int]) -> bool:
+    """Whether a model was made for pictures of this size, or does not say for which."""
+    return tuple(np.broadcast_to(getattr(config, "image_size", size), 2)) == size
 
 
 def _interpolate(module: nn.Module, args: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
