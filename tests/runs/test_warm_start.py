@@ -91,6 +91,21 @@ def test_the_classes_of_a_head_are_put_in_the_order_of_the_task(world: Path, tmp
         start(world, tmp_path / "broken", adapter, pooled)
 
 
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_a_head_with_another_number_of_classes_is_left_out(world: Path, tmp_path: Path, pooling: str) -> None:
+    pooled = f"task.pooling={pooling}"
+    fedlora.run(experiment(world, "lora", pooled, rounds=2), tmp_path / "first")
+    for name in ("train", "test"):
+        rows = [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+        others = [row for row in rows if row["label"] != "red"]
+        write_rows(tmp_path / f"{name}.jsonl", others)
+    data = [f"data.{name}='{tmp_path / name}.jsonl'" for name in ("train", "test")]
+    second = start(world, tmp_path / "second", tmp_path / "first", pooled, *data)
+    (said,) = [note for note in second.rows[0].warnings if ".weight" in note]
+    assert said.startswith("the head starts fresh in ")
+    assert said.endswith("first/adapter and (2, 32) here")
+
+
 def test_an_adapter_of_peft(world: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(world / "bert", num_labels=3)

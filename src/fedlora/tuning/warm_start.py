@@ -175,14 +175,16 @@ def _place(key: str, start: Tree) -> str | None:
 
 
 def _fitted(name: str, value: Tensor, start: Tensor, installed: Installed, folder: Path) -> Tensor | None:
-    """The value in the parameter's shape; None for a head with other outputs."""
+    """The value in the parameter's shape; None, with a note, for a head with other outputs."""
     leaf = installed.schema[name]
     if value.shape == start.shape:
         return value.clone()
-    if leaf.factor is None and leaf.group == "head":
+    if not leaf.factor and leaf.group == "head":
+        shapes = f"of shape {tuple(value.shape)} in {folder} and {tuple(start.shape)} here"
+        installed.notes += (f"the head starts fresh in {name}, which is {shapes}",)
         return None
     axis = 0 if leaf.factor == "A" else 1
-    if leaf.factor is None or value.dim() != 2 or value.shape[1 - axis] != start.shape[1 - axis]:
+    if not leaf.factor or value.dim() != 2 or value.shape[1 - axis] != start.shape[1 - axis]:
         raise ConfigError(
             f"{folder} holds {name} of shape {tuple(value.shape)}, but the model has {tuple(start.shape)} there: set "
             "model.path to the model that the adapter was trained on"
