@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -177,7 +178,8 @@ def test_metrics_of_clients_do_not_change_the_run(world: Path, tmp_path: Path) -
     watched = fedlora.run(experiment(world, "lora", HOLDOUT, 'evaluate.clients="always"'), tmp_path / "watched")
     for row, other in zip(ledger(plain.folder), ledger(watched.folder), strict=True):
         kept = {name: value for name, value in other["metrics"].items() if not name.startswith("client_")}
-        assert {**other, "metrics": kept} == row
+        said = [note for note in row["warnings"] if "nothing is evaluated on them" not in note]
+        assert {**other, "metrics": kept} == {**row, "warnings": said}
 
 
 def test_a_finished_run_tells_the_same_again(world: Path, tmp_path: Path) -> None:
@@ -390,3 +392,13 @@ def test_partition_draws_clusters_and_columns_by_name(partition: Callable[..., s
 def test_partition_counts_what_is_held_out(partition: Callable[..., str]) -> None:
     found = json.loads(partition(HOLDOUT, options=("--format", "json")))
     assert (found["num_examples"], found["held_out"]) == (54, 18)
+
+
+@pytest.mark.parametrize(
+    ("when", "mode", "said"), [("never", "federated", 1), ("end", "federated", 0), ("never", "centralised", 0)]
+)
+def test_rows_that_nothing_is_evaluated_on_are_mentioned(
+    world: Path, when: Literal["never", "end"], mode: Literal["federated", "centralised"], said: int
+) -> None:
+    chosen = dataclasses.replace(experiment(world, "lora", HOLDOUT, f"evaluate.clients='{when}'"), mode=mode)
+    assert sum("nothing is evaluated on them" in note for note in prepare(chosen).notes) == said

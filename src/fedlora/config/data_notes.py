@@ -7,6 +7,7 @@ from fedlora.config.places import located_data
 from fedlora.population.clients import Clients
 from fedlora.population.partitions import Rows
 from fedlora.population.skew import Column
+from fedlora.recipe.modes import MODES
 from fedlora.tasks import Prepared
 from fedlora.tasks.base import Split
 from fedlora.tasks.data.columns import class_names, values_of
@@ -32,7 +33,19 @@ def data_notes(experiment: Experiment, task: Prepared, train: Rows, test: Rows, 
         *shared(_contents(task, test, split), learnt),
         *(contradictory(learnt, task.labels[train].tolist()) if learnt else ()),
         *(_unseen(task, train, test) if split == "train" else ()),  # else the task has looked for such classes
+        *_unused(experiment),
     )
+
+
+def _unused(experiment: Experiment) -> list[str]:
+    """A sentence about rows that clients hold out for an evaluation that is never made."""
+    kept = experiment.clients.holdout
+    if not kept or experiment.evaluate.clients != "never" or MODES[experiment.mode].pools:
+        return []
+    return [
+        f"clients.holdout = {kept:g} keeps rows out of training, and nothing is evaluated on them: set "
+        "evaluate.clients to end or always, or clients.holdout to 0"
+    ]
 
 
 def _unseen(task: Prepared, train: Rows, test: Rows) -> list[str]:
