@@ -605,6 +605,9 @@ def test_a_site_s_file_is_explained_where_it_is_wrong(tmp_path: Path) -> None:
     file.write_text("name = 'a'\nrows = 'rows.csv'\n[limits]\nmax_steps = 'few'\n")
     with pytest.raises(ConfigError, match=r"limits\.max_steps = 'few': input should be a valid integer"):
         SiteConfig.load(file)
+    file.write_text("name = 'a'\nshare = {number = 2, of = 2}\n")
+    with pytest.raises(ConfigError, match="number = 2 of 2 sites; sites are numbered from 0 to 1"):
+        SiteConfig.load(file)
     file.write_text("name = 'a'\n")
     with pytest.raises(ConfigError, match="give one of them"):
         SiteConfig.load(file)

@@ -127,12 +127,16 @@ class Share:
     """The clients of the server's own partition that a site represents: ``number``, ``number + of``, and so on.
 
     Args:
-        number: number of the site, from 0.
+        number: number of the site, from 0 to ``of - 1``.
         of: total number of sites.
     """
 
     number: Whole
     of: Count
+
+    def __post_init__(self) -> None:
+        if self.number >= self.of:
+            raise ConfigError(f"number = {self.number} of {self.of} sites; sites are numbered from 0 to {self.of - 1}")
 
 
 @dataclass(frozen=True, kw_only=True, config=MODEL_CONFIG)
