@@ -271,15 +271,18 @@ def test_predict_prints_the_likeliest_class_and_those_after_it(run_folder: Path)
 
 
 def test_predict_shows_an_answer_of_any_length(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [{}, {"entities": []}, {"answer": "[bold]all[/bold]", "score": 0.5, "start": 3, "end": 5}]
+    tag = {"type": "city", "text": "Bern", "start": 0, "end": 4}
+    answers = [{}, {"entities": [tag, tag]}, {"answer": "[bold]all[/bold]", "score": 0.5, "start": 3, "end": 5}]
     monkeypatch.setattr(TrainedRun, "predict", lambda self, inputs: answers[: len(inputs)])
     (run_folder.parent / "inputs").write_text("one\ntwo\nthree\n")
     assert [one["answer"] for one in printed("predict", run_folder, run_folder.parent / "inputs")] == answers
     said = invoke("predict", run_folder, run_folder.parent / "inputs").stdout
-    assert "one" in said
-    assert "entities" in said
-    assert "[bold]all[/bold]" in said
-    assert "score 0.5, start 3" in said
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in said.splitlines() if "│" in line]
+    assert cells == [
+        ["one", "", "", ""],
+        ["two", "Bern (city), Bern (city)", "", ""],
+        ["three", "[bold]all[/bold]", "", "score 0.5, start 3"],
+    ]
 
 
 PAIR = '["w1 red", "blue w2"]'

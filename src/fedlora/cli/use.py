@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -58,12 +58,19 @@ def predict(
         found = trained.predict(inputs)
     table = Table("input", "answer", "", "next")
     for one, answer in zip(inputs, found, strict=True):
-        first, *rest = [
-            (name, f"{value:.3g}" if isinstance(value, float) else str(value)) for name, value in answer.items()
-        ] or [("", "")]
+        first, *rest = [_cells(name, value) for name, value in answer.items()] or [("", "")]
         cells = (one if len(one) < 60 else one[:57] + "...", *first, ", ".join(" ".join(pair) for pair in rest[:2]))
         table.add_row(*map(Text, cells))
     show(format_, [{"input": one, "answer": answer} for one, answer in zip(inputs, found, strict=True)], table)
+
+
+def _cells(name: str, value: Any) -> tuple[str, str]:
+    """An item of an answer: a class with its probability, or a text or entities, whose name says nothing more."""
+    if isinstance(value, str):
+        return value, ""
+    if name == "entities" and isinstance(value, list):
+        return ", ".join(f"{one['text']} ({one['type']})" for one in value) or "none", ""
+    return name, f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def evaluate(
