@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from fedlora.core.errors import ProcessError
+from fedlora.core.errors import ConfigError, ProcessError
 from fedlora.federation.deploy.processes import Child, free_port, stop_all, wait_until_up, write_secret
-from fedlora.federation.deploy.simulate import gpu_share
+from fedlora.federation.deploy.simulate import gpu_share, gpus_for
 
 SERVER = """
 import http.server, sys
@@ -97,3 +98,10 @@ def test_a_secret_is_for_its_owner_and_never_replaced(tmp_path: Path) -> None:
 )
 def test_a_worker_of_ray_takes_one_gpu_or_a_part_of_one(gpus: int, workers: int, share: float) -> None:
     assert gpu_share(gpus, workers) == share
+
+
+def test_ray_hands_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [gpus_for(name) for name in ("auto", "cuda", "cpu")] == [2, 2, 0]
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1 before the program starts"):
+        gpus_for("cuda:1")

@@ -53,10 +53,11 @@ def simulate(
         ray: arguments for ``ray.init``, such as the address of a cluster.
 
     Raises:
-        ConfigError: the experiment's rows are held by sites.
+        ConfigError: the experiment's rows are held by sites, or its device is one of several GPUs.
     """
     if isinstance(experiment.data, Sites):
         raise ConfigError("data.kind = 'sites' is for real sites; a simulation distributes data of any other kind")
+    gpus = gpus_for(experiment.device)
     place = folder.resolve() / "simulation"
 
     def main(transport: Transport) -> Result:
@@ -66,7 +67,21 @@ def simulate(
         rules = ServerPolicy(round_timeout=LONGEST)
         return federate(experiment, folder, transport, rules, anywhere=True, callbacks=callbacks, begun=begun)
 
-    return with_ray(main, place, workers, ray)
+    return with_ray(main, place, workers, ray, gpus)
+
+
+def gpus_for(device: str) -> int:
+    """How many GPUs Ray may hand out to workers on a device of this name.
+
+    Raises:
+        ConfigError: the name is of one GPU, which a worker sees under another number.
+    """
+    if device.startswith("cuda:"):
+        raise ConfigError(
+            f"device = {device!r} names one GPU, but Ray hands out GPUs itself: set device = 'cuda', and "
+            f"CUDA_VISIBLE_DEVICES={device[5:]} before the program starts"
+        )
+    return 0 if device == "cpu" else torch.cuda.device_count()
 
 
 def write_site(folder: Path, device: str) -> None:
@@ -77,7 +92,11 @@ def write_site(folder: Path, device: str) -> None:
 
 
 def with_ray(
-    main: Callable[[Transport], T], folder: Path, workers: int | None = None, ray: dict[str, Any] | None = None
+    main: Callable[[Transport], T],
+    folder: Path,
+    workers: int | None = None,
+    ray: dict[str, Any] | None = None,
+    gpus: int = 0,
 ) -> T:
     """Starts Ray's workers and calls ``main`` with a transport to them.
 
@@ -86,24 +105,19 @@ def with_ray(
         folder: the folder into which ``write_site`` writes before the first envelope is sent.
         workers: number of workers; by default the number of GPUs, or of cores if there are none.
         ray: arguments for ``ray.init``.
+        gpus: number of GPUs that they share.
 
     Raises:
         ProcessError: the workers have died.
         ConfigError: Ray would not work here.
     """
-    check_flower(PRIVATE)
-    if " " in sys.executable:
-        raise ConfigError(
-            f"Ray does not support a space in the path of Python ({sys.executable}), and would hang; install "
-            "fedlora in another folder, or use another engine"
-        )
+    _check_installed()
     quiet()
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
     from fedlora.federation.flower.app import SITE_FILE, GridTransport, client_app, nodes_of
 
-    gpus = torch.cuda.device_count()
     workers = workers or gpus or os.cpu_count() or 1
     outcome: Future[T] = Future()
     app, crashed = ServerApp(), threading.Event()
@@ -134,6 +148,15 @@ def with_ray(
     finally:
         crashed.set()
     return outcome.result(timeout=0)
+
+
+def _check_installed() -> None:
+    check_flower(PRIVATE)
+    if " " in sys.executable:
+        raise ConfigError(
+            f"Ray does not support a space in the path of Python ({sys.executable}), and would hang; install "
+            "fedlora in another folder, or use another engine"
+        )
 
 
 def gpu_share(gpus: int, workers: int) -> float:
