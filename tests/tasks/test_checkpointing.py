@@ -135,3 +135,27 @@ def test_nothing_is_random_without_dropout(family: str) -> None:
     with training_mode(model, True), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # others may leave out the same layers twice
         assert not torch.equal(task.loss(model, batch), task.loss(model, batch))
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_training_keeps_no_keys_and_values(family: str, dropout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    update = transformers.cache_utils.DynamicCache.update
+
+    def noted(self: Any, *given: Any, **named: Any) -> Any:
+        kept.append(self)
+        return update(self, *given, **named)
+
+    monkeypatch.setattr(transformers.cache_utils.DynamicCache, "update", noted)
+    model = make(family).eval()
+    tokens = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(tokens).logits
+        assert len(kept) == 2  # of two layers
+        with training_mode(model, dropout):
+            found = model(tokens).logits
+        assert len(kept) == 2
+        assert dropout or torch.equal(found, before)
+        model.eval()(tokens)
+    assert len(kept) == 4

@@ -25,7 +25,7 @@ from fedlora.core.tree import Tree
 from fedlora.privacy.disclosure import disclosure_of
 from fedlora.recipe.gradients import GradientSource, Losses, Proximal
 from fedlora.tasks.base import Batch, Positions
-from fedlora.tasks.models.checkpointing import checkpointing_without_dropout
+from fedlora.tasks.models.checkpointing import checkpointing_without_dropout, without_cache
 from fedlora.tuning import Installed
 from fedlora.tuning.lora import lora_layers
 
@@ -195,7 +195,7 @@ def training_mode(model: nn.Module, dropout: bool) -> Iterator[None]:
     # all clients share one model, so statistics of a client's batches must not stay in it
     for norm in (module for module in model.modules() if isinstance(module, _NormBase)):
         norm.eval()
-    with contextlib.nullcontext() if dropout else checkpointing_without_dropout(model):
+    with without_cache(model), contextlib.nullcontext() if dropout else checkpointing_without_dropout(model):
         yield
 
 

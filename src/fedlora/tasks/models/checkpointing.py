@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a model that is in evaluation mode."""
+"""What a model's forward pass does in training: gradient checkpointing in evaluation mode, and no cache."""
 
 from __future__ import annotations
 
@@ -33,20 +33,15 @@ def checkpointing_without_dropout(model: nn.Module) -> Iterator[None]:
         if isinstance(layer, transformers.modeling_layers.GradientCheckpointingLayer) and _is_checkpointed(layer)
     ]
     inner = [layer._gradient_checkpointing_func for layer in layers]
-    cached = _caching_configs(model) if layers else []
     try:
         for layer, checkpoint in zip(layers, inner, strict=True):
             layer._gradient_checkpointing_func = _in_evaluation_mode(layer, checkpoint)
             layer.training = True
-        for config in cached:  # a repeated forward pass would append to the cache a second time
-            config.use_cache = False
         yield
     finally:
         for layer, checkpoint in zip(layers, inner, strict=True):
             layer._gradient_checkpointing_func = checkpoint
             layer.training = False
-        for config in cached:
-            config.use_cache = True
 
 
 def _is_checkpointed(layer: transformers.modeling_layers.GradientCheckpointingLayer) -> bool:
@@ -69,7 +64,22 @@ def _in_evaluation_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Cal
     return run
 
 
-def _caching_configs(model: nn.Module) -> list[Any]:
-    """The configurations that ask for a cache of keys and values, each once."""
-    configs = {id(config): config for config in (getattr(module, "config", None) for module in model.modules())}
-    return [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Within the block, a decoder keeps no keys and values for a next token, as there is none in training.
+
+    Each layer would copy them, and a layer that is computed twice would append them twice.
+
+    Args:
+        model: any module.
+    """
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found}
+    cached = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    try:
+        for config in cached:
+            config.use_cache = False
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True
