@@ -84,7 +84,7 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_TESTS ?= 180
 # the tests come first, as what they find explains the figures; both run, whatever the first gives, and a test that hangs is
 # stopped as by Ctrl-C, so that the rest is told. A card's machine has other versions of libraries, whose warnings are no failures
-gpu:  ## on a machine with a GPU: the tests of the mark gpu, and benchmarks/gpu.py, in under ten minutes; GPU_PYTHON=python3 names the Python
+gpu:  ## on a machine with a GPU: the tests of the mark gpu, and benchmarks/gpu.py, ten minutes at most; GPU_PYTHON=python3 names the Python
 	export PYTHONPATH="src:$$PYTHONPATH"; \
 	timeout -s INT -k 15 $(GPU_TESTS) $(GPU_PYTHON) -m pytest -v -W default -m gpu \
 		--junitxml="$${OUT:-build}/gpu-tests.xml" tests/gpu; tests=$$?; \
