@@ -80,7 +80,7 @@ def test_a_key_that_was_removed_cannot_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["", "bad host", "x;evil", "*.example.org", "m\u00fcnchen.de", "https://x"])
 def test_a_host_that_is_none_is_refused_before_anything_is_written(tmp_path: Path, host: str) -> None:
-    with pytest.raises(ConfigError, match="host = .*: string should match"):
+    with pytest.raises(ConfigError, match=r"host = .*: string should match"):
         folder.init(tmp_path / "fed", ["a"], host)
     with pytest.raises(ConfigError, match="cannot both listen on port 8000"):
         folder.init(tmp_path / "fed", ["a"], "localhost", 8000, 8000)

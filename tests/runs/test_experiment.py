@@ -340,6 +340,8 @@ def test_a_foreign_partitioner_deals_the_rows(world: Path, tmp_path: Path) -> No
     chosen = experiment(world, "lora", "clients.per_round=2")
     result = fedlora.run(chosen, tmp_path / "run", partitioner=Halves())
     assert all(sorted(row.cohort) == [0, 1] and row.examples == 72 for row in result.rows[1:])
+    assert json.loads((tmp_path / "run" / "partition.json").read_text())["scheme"] == "Halves"
+    assert "2 of 2 clients per round, partition `Halves`, seed 0" in (result.adapter / "README.md").read_text()
 
 
 def test_the_real_model_learns_with_federa_and_its_adapter_is_there(world: Path, tmp_path: Path) -> None:

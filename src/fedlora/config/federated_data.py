@@ -73,6 +73,7 @@ class FederatedData:
         tiers: the tier of each client, if there are tiers and the run is federated.
         notes: sentences about the data, for the first row of the ledger.
         settings: what they were prepared from, see ``_dealt``; empty if they were put together in another way.
+        partitioner: the class of the external partitioner that divided them; empty for ``clients.partition``.
     """
 
     task: Prepared
@@ -85,6 +86,7 @@ class FederatedData:
     tiers: Mapping[int, Tier] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    partitioner: str = ""
 
     def turns(self, recipe: Recipe) -> list[tuple[int, Local]]:
         """Each client's number of examples and its local training settings (those of its tier, if there are tiers)."""
@@ -144,7 +146,8 @@ def prepare(experiment: Experiment, partitioner: Partitioner | None = None) -> F
         rows = [population.rows_of(client) for client in range(len(population))]
         tiers = assign_tiers(clients.tiers, population.names, rows, column)
     notes = data_notes(experiment, task, population.rows, test_rows, split)
-    return FederatedData(task, population, test_rows, split, device, classes, holdout, tiers, notes, _dealt(experiment))
+    found = (task, population, test_rows, split, device, classes, holdout, tiers, notes, _dealt(experiment))
+    return FederatedData(*found, partitioner=type(partitioner).__name__ if partitioner is not None else "")
 
 
 def check_prepared(experiment: Experiment, data: FederatedData) -> None:
@@ -338,6 +341,7 @@ def manifest(
         "privacy": _privacy(budget, phases),
         "example_privacy": _example_privacy(phases),
         "partition": data.summary().as_dict(),
+        "partitioner": data.partitioner or None,
     }
 
 

@@ -110,8 +110,8 @@ def _hub_data(trained: TrainedRun) -> Hub | None:
 
 def _training(trained: TrainedRun) -> str:
     experiment, clients = trained.experiment, trained.experiment.clients
-    summary = RunFolder(trained.folder).read_json("manifest.json").get("partition", {})
-    found = summary.get("num_clients", clients.num)
+    manifest = RunFolder(trained.folder).read_json("manifest.json")
+    found = manifest.get("partition", {}).get("num_clients", clients.num)
     mode, by_sites = MODES[experiment.mode], isinstance(experiment.data, Sites)
     if not mode.sends:
         who = "one client held all training rows" if mode.pools else "one client trained alone on its own rows"
@@ -123,7 +123,8 @@ def _training(trained: TrainedRun) -> str:
             f"This was a simulation: the training rows were divided among {found} clients of one experiment, and were "
             "not in different hands. Bytes are the lengths of the real messages."
         )
-    partition = "" if by_sites else f"partition `{_text(clients.partition)}`, "  # sites have rows of their own
+    used = manifest.get("partitioner") or _text(clients.partition)
+    partition = "" if by_sites else f"partition `{used}`, "  # sites have rows of their own
     cohort = f"{clients.per_round} of {found} clients per round, {partition}"
     return (
         f"Method `{experiment.label}`, tuning `{kind_of(trained.recipe.tuning)}`, {trained.state.round} rounds, "

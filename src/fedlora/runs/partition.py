@@ -31,7 +31,8 @@ def partition_record(experiment: Experiment, data: FederatedData) -> dict[str, A
         data: its data.
 
     Returns:
-        ``scheme``: the partition's settings and the seed, as text, or that the rows are the sites' own;
+        ``scheme``: the partition's settings and the seed, as text, the external partitioner's class, or that the
+        rows are the sites' own;
         ``num_clients``; ``clients``: the recorded clients' names; ``classes``: the classes' names, ``examples`` if
         there are none; ``counts``: ``(clients, classes)`` integers.
     """
@@ -44,7 +45,7 @@ def partition_record(experiment: Experiment, data: FederatedData) -> dict[str, A
         kept = np.column_stack([kept, counts[chosen].sum(1) - kept.sum(1)])
         shown.append("other")
     return {
-        "scheme": _scheme(experiment),
+        "scheme": data.partitioner or _scheme(experiment),
         "num_clients": len(population),
         "clients": [population.names[client] for client in chosen],
         "classes": shown,
