@@ -70,12 +70,9 @@ def test_trees_of_another_form_are_refused(slot: str, wrong: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bare(Aggregator):
-    needs: ClassVar[Any] = "sum"
-    returns: str
-
+class Bare(Rule):
     def begin(self, params: Tree, schema: Any, store: Any) -> Accumulator:
-        return BareDelta(self.returns)
+        return BareDelta(self.wrong)
 
 
 class BareDelta(Latest):
@@ -86,7 +83,7 @@ class BareDelta(Latest):
 
 @pytest.mark.parametrize("returns", ["a tree", "nothing", "no fold"])
 def test_an_aggregator_that_returns_no_change_is_refused(returns: str) -> None:
-    federation = Federation(fedavg(rounds=1, tuning=LoRA(rank=2), aggregator=Bare(returns=returns)))
+    federation = Federation(fedavg(rounds=1, tuning=LoRA(rank=2), aggregator=Bare(wrong=returns)))
     with pytest.raises(
         ConfigError, match=r"the aggregator 'test_wrong_parts:Bare' returned .*, but Change\(delta, Fold"
     ):
